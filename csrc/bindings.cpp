@@ -1,0 +1,107 @@
+// The only file that knows Python: integers in, integers out. Pointers come as addresses whose owners the caller keeps
+// alive; the GIL is released while weights are read or written.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+
+#include "cpu/apply.h"
+#include "cpu/kernels.h"
+#include "cpu/select.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using gmp::DType;
+using gmp::cpu::LayerView;
+
+// address of the weights, number of weights, address of the packed mask or 0
+using LayerTuple = std::tuple<uintptr_t, int64_t, uintptr_t>;
+
+DType dtype_of(const std::string& name) {
+#define GMP_DTYPE(dtype, key, infinity) \
+  if (name == #dtype) return DType::dtype;
+  GMP_DTYPES(GMP_DTYPE)
+#undef GMP_DTYPE
+  throw std::invalid_argument("unknown dtype '" + name + "'");
+}
+
+// Only what could corrupt memory is checked again here; ops.py has explained everything else.
+std::vector<LayerView> views_of(const std::vector<LayerTuple>& layers) {
+  std::vector<LayerView> views;
+  for (const auto& [weights, n, mask] : layers) {
+    if (weights == 0 || n <= 0) throw std::invalid_argument("a layer needs an address and at least one weight");
+    views.push_back({reinterpret_cast<void*>(weights), n, reinterpret_cast<const uint8_t*>(mask)});
+  }
+  return views;
+}
+
+using ThresholdTuple = std::tuple<double, int64_t, int64_t, int64_t>;
+using SelectionTuple = std::tuple<ThresholdTuple, std::vector<int64_t>, std::vector<int64_t>>;
+
+std::vector<SelectionTuple> select_thresholds(const std::string& dtype, const std::vector<LayerTuple>& layers,
+                                              const std::vector<int64_t>& num_prune,
+                                              const std::vector<std::optional<ThresholdTuple>>& hints,
+                                              int num_threads) {
+  const std::vector<LayerView> views = views_of(layers);
+  const bool global = num_prune.size() == 1;
+  if ((!global && num_prune.size() != views.size()) || hints.size() != num_prune.size() || num_threads < 1) {
+    throw std::invalid_argument("num_prune and hints need one entry per layer, or one for all");
+  }
+  int64_t total = 0;
+  for (const LayerView& view : views) total += view.n;
+  std::vector<std::optional<gmp::cpu::Threshold>> typed_hints;
+  for (size_t i = 0; i < num_prune.size(); ++i) {
+    if (num_prune[i] < 0 || num_prune[i] > (global ? total : views[i].n)) {
+      throw std::invalid_argument("num_prune exceeds the number of weights");
+    }
+    typed_hints.push_back(std::nullopt);
+    if (hints[i]) {
+      const auto& [value, num_below, num_ties, num_ties_kept] = *hints[i];
+      typed_hints.back() = gmp::cpu::Threshold{value, num_below, num_ties, num_ties_kept};
+    }
+  }
+  std::vector<gmp::cpu::Selection> selections;
+  {
+    py::gil_scoped_release release;
+    selections = gmp::cpu::select(dtype_of(dtype), views, num_prune, typed_hints, num_threads);
+  }
+  std::vector<SelectionTuple> result;
+  for (auto& s : selections) {
+    const auto& t = s.threshold;
+    result.emplace_back(ThresholdTuple{t.value, t.num_below, t.num_ties, t.num_ties_kept}, std::move(s.cuts),
+                        std::move(s.nonfinite));
+  }
+  return result;
+}
+
+// Returns (kept before, kept) per layer.
+std::vector<std::pair<int64_t, int64_t>> apply_cuts(const std::string& dtype, const std::vector<LayerTuple>& layers,
+                                                    const std::vector<std::pair<double, int64_t>>& cuts,
+                                                    const std::vector<uintptr_t>& kept, int num_threads) {
+  const std::vector<LayerView> views = views_of(layers);
+  if ((!cuts.empty() && cuts.size() != views.size()) || kept.size() != cuts.size() || num_threads < 1) {
+    throw std::invalid_argument("cuts and kept need one entry per layer, or none");
+  }
+  std::vector<gmp::cpu::Cut> typed_cuts;
+  for (const auto& [value, index] : cuts) typed_cuts.push_back({value, index});
+  std::vector<uint8_t*> outputs;
+  for (uintptr_t address : kept) outputs.push_back(reinterpret_cast<uint8_t*>(address));
+  std::vector<gmp::cpu::ApplyCounts> counts;
+  {
+    py::gil_scoped_release release;
+    counts = gmp::cpu::apply(dtype_of(dtype), views, typed_cuts, outputs, num_threads);
+  }
+  std::vector<std::pair<int64_t, int64_t>> result;
+  for (const auto& c : counts) result.emplace_back(c.kept_before, c.kept);
+  return result;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.def("select", &select_thresholds);
+  m.def("apply", &apply_cuts);
+  m.def("isa", [] { return std::string(gmp::cpu::active_kernels().name); });
+}

@@ -1,0 +1,92 @@
+#include "apply.h"
+
+#include <numeric>
+
+#include "chunks.h"
+
+namespace gmp::cpu {
+namespace {
+
+// One chunk in which the layer's cut may fall: before it ties stay, from it on they go. A cut inside a byte of the
+// mask sends the eight weights around it through a copy of their own.
+template <typename Key>
+ApplyCounts apply_chunk(const LayerView& layer, int64_t begin, int64_t end, Key infinity, Key limit, int64_t cut,
+                        uint8_t* kept) {
+  const Kernels<Key>& kernels = kernels_for<Key>();
+  ApplyCounts total;
+  const auto run = [&](int64_t from, int64_t to, Key range_limit) {
+    if (from >= to) return;
+    const ApplyCounts counts = kernels.apply(static_cast<Key*>(layer.weights) + from, to - from,
+                                             layer.mask == nullptr ? nullptr : layer.mask + from / 8,
+                                             kept == nullptr ? nullptr : kept + from / 8, infinity, range_limit);
+    total.kept += counts.kept;
+    total.kept_before += counts.kept_before;
+  };
+  const Key limit_after = static_cast<Key>(limit + 1);
+  const int64_t byte_begin = std::clamp(cut / 8 * 8, begin, end);
+  run(begin, byte_begin, limit);
+  if (byte_begin < end && cut > byte_begin) {
+    const int64_t byte_end = std::min(byte_begin + 8, end);
+    Key low[8], high[8];
+    uint8_t low_bits = 0, high_bits = 0;
+    const size_t bytes = static_cast<size_t>(byte_end - byte_begin) * sizeof(Key);
+    Key* weights = static_cast<Key*>(layer.weights) + byte_begin;
+    __builtin_memcpy(low, weights, bytes);
+    __builtin_memcpy(high, weights, bytes);
+    const uint8_t* mask = layer.mask == nullptr ? nullptr : layer.mask + byte_begin / 8;
+    const int64_t n = byte_end - byte_begin, low_n = std::min(cut - byte_begin, n);
+    const ApplyCounts before = kernels.apply(low, n, mask, &low_bits, infinity, limit);
+    kernels.apply(high, n, mask, &high_bits, infinity, limit_after);
+    __builtin_memcpy(low + low_n, high + low_n, static_cast<size_t>(n - low_n) * sizeof(Key));
+    __builtin_memcpy(weights, low, bytes);
+    const unsigned low_mask = (1u << low_n) - 1;
+    const uint8_t bits = static_cast<uint8_t>((low_bits & low_mask) | (high_bits & ~low_mask));
+    if (kept != nullptr) kept[byte_begin / 8] = bits;
+    total.kept_before += before.kept_before;
+    total.kept += __builtin_popcount(bits);
+    run(byte_end, end, limit_after);
+  } else {
+    run(byte_begin, end, limit_after);
+  }
+  return total;
+}
+
+template <typename Key>
+std::vector<ApplyCounts> apply_typed(Key infinity, const std::vector<LayerView>& layers, const std::vector<Cut>& cuts,
+                                     const std::vector<uint8_t*>& kept, int num_threads) {
+  std::vector<Key> limits(layers.size(), 0);
+  for (size_t i = 0; i < cuts.size(); ++i) limits[i] = static_cast<Key>(key_of_magnitude(cuts[i].value, infinity));
+  std::vector<size_t> all(layers.size());
+  std::iota(all.begin(), all.end(), size_t{0});
+  const ChunkTable chunks(layers, std::move(all));
+  std::vector<ApplyCounts> totals(layers.size());
+#pragma omp parallel for schedule(monotonic : dynamic, 4) num_threads(num_threads)
+  for (int64_t i = 0; i < chunks.size(); ++i) {
+    const Chunk chunk = chunks[i];
+    const size_t l = chunk.layer;
+    const int64_t cut = cuts.empty() ? layers[l].n : cuts[l].index;
+    const ApplyCounts counts =
+        apply_chunk<Key>(layers[l], chunk.begin, chunk.end, infinity, limits[l], cut, kept.empty() ? nullptr : kept[l]);
+#pragma omp atomic
+    totals[l].kept += counts.kept;
+#pragma omp atomic
+    totals[l].kept_before += counts.kept_before;
+  }
+  return totals;
+}
+
+}  // namespace
+
+std::vector<ApplyCounts> apply(DType dtype, const std::vector<LayerView>& layers, const std::vector<Cut>& cuts,
+                               const std::vector<uint8_t*>& kept, int num_threads) {
+  switch (dtype) {
+#define GMP_DTYPE(name, key, infinity) \
+  case DType::name:                    \
+    return apply_typed<key>(infinity, layers, cuts, kept, num_threads);
+    GMP_DTYPES(GMP_DTYPE)
+#undef GMP_DTYPE
+  }
+  __builtin_unreachable();
+}
+
+}  // namespace gmp::cpu

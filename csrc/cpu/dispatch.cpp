@@ -1,0 +1,48 @@
+// Which instruction set runs: asked once, at the first call.
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+#include "kernels.h"
+
+namespace gmp::cpu {
+namespace {
+
+struct Candidate {
+  const KernelSet* set;
+  bool runs_here;
+};
+
+const KernelSet& pick() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("popcnt");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vbmi2");
+  const Candidate candidates[] = {{&kAvx512Kernels, avx512}, {&kAvx2Kernels, avx2}, {&kPortableKernels, true}};
+#else
+  const Candidate candidates[] = {{&kPortableKernels, true}};
+#endif
+  const char* wanted = std::getenv("GMP_KERNELS_ISA");
+  for (const Candidate& candidate : candidates) {
+    if (wanted == nullptr || *wanted == '\0') {
+      if (candidate.runs_here) return *candidate.set;
+    } else if (std::string(wanted) == candidate.set->name) {
+      if (candidate.runs_here) return *candidate.set;
+      throw std::invalid_argument("GMP_KERNELS_ISA=" + std::string(wanted) + ": this CPU cannot run it; unset it");
+    }
+  }
+  throw std::invalid_argument(
+      "GMP_KERNELS_ISA: expected portable, avx2 or avx512 (the latter two on x86-64 only), got '" +
+      std::string(wanted) + "'");
+}
+
+}  // namespace
+
+const KernelSet& active_kernels() {
+  static const KernelSet& set = pick();
+  return set;
+}
+
+}  // namespace gmp::cpu

@@ -1,0 +1,66 @@
+// The two loops that touch every weight, one implementation per instruction set, picked at run time.
+#pragma once
+
+#include <cstdint>
+
+namespace gmp::cpu {
+
+template <typename Key>
+struct ScanCounts {
+  int64_t below = 0;   // unpruned keys < lo
+  int64_t inside = 0;  // unpruned keys in [lo, hi]
+  int64_t pruned = 0;  // mask bits that are 0
+  Key largest = 0;     // largest unpruned key; >= infinity tells of NaN or Inf
+};
+
+struct ApplyCounts {
+  int64_t kept_before = 0;
+  int64_t kept = 0;
+};
+
+// A vector store may write this many bytes past the last key gathered.
+inline constexpr int64_t kGatherSlackBytes = 64;
+
+template <typename Key>
+struct Kernels {
+  // One read of n weights. `mask` (nullptr: nothing pruned) starts at the bit of weights[0], on a byte boundary.
+  // `gathered` (nullptr: count only) receives the keys inside [lo, hi] in order and needs room for n of them plus the
+  // slack; it may be `weights` itself. Alignment of `weights` does not matter.
+  ScanCounts<Key> (*scan)(const Key* weights, int64_t n, const uint8_t* mask, Key infinity, Key lo, Key hi,
+                          Key* gathered);
+  // Zeroes (+0) every weight whose mask bit is 0 or whose key is < limit, and writes the new bits to `kept` (nullptr:
+  // not wanted; may be `mask`). Cache lines in which nothing changes are not written.
+  ApplyCounts (*apply)(Key* weights, int64_t n, const uint8_t* mask, uint8_t* kept, Key infinity, Key limit);
+};
+
+// Filled by one translation unit each; nullptr name marks a set this compiler could not target.
+struct KernelSet {
+  const char* name;
+  Kernels<uint16_t> u16;
+  Kernels<uint32_t> u32;
+  Kernels<uint64_t> u64;
+};
+
+extern const KernelSet kPortableKernels;
+#if defined(__x86_64__)
+extern const KernelSet kAvx2Kernels;
+extern const KernelSet kAvx512Kernels;
+#endif
+
+// The set in use: the widest this CPU runs, or the one GMP_KERNELS_ISA (portable, avx2, avx512) asks for. Throws
+// std::invalid_argument when that one is unknown or cannot run here.
+const KernelSet& active_kernels();
+
+template <typename Key>
+const Kernels<Key>& kernels_for() {
+  const KernelSet& set = active_kernels();
+  if constexpr (sizeof(Key) == 2) {
+    return set.u16;
+  } else if constexpr (sizeof(Key) == 4) {
+    return set.u32;
+  } else {
+    return set.u64;
+  }
+}
+
+}  // namespace gmp::cpu

@@ -1,0 +1,202 @@
+"""The registry of backends: what a backend must offer, and which one runs a call.
+
+One file per backend; each ends in ``register(...)``. The choice is ``backend=``, then the environment variable
+``GMP_KERNELS_BACKEND``, then the highest priority whose ``probe`` and ``supports`` pass.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import pkgutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import NamedTuple, Protocol
+
+import torch
+
+from gmp_kernels.errors import BackendUnavailableError
+
+__all__ = ["Backend", "Implementation", "Layer", "Selection", "Threshold", "Written", "available", "choose", "register"]
+
+logger = logging.getLogger("gmp_kernels")
+
+
+class Layer(NamedTuple):
+    """One weight as every backend gets it: validated, detached, contiguous, not empty.
+
+    ``mask`` holds the packed bits on the weight's device, or is None where nothing is pruned yet.
+    """
+
+    weight: torch.Tensor
+    mask: torch.Tensor | None
+
+
+class Threshold(NamedTuple):
+    """Where the cut between pruned and kept weights falls.
+
+    Attributes
+    ----------
+    value : float
+        The num_prune-th smallest magnitude; 0.0 when nothing more has to be pruned (num_prune is 0, or not above the
+        number already pruned).
+    num_below : int
+        Weights ordered before all those that tie at ``value``: the already pruned ones and the smaller magnitudes.
+    num_ties : int
+        Unpruned weights of exactly that magnitude (0 when nothing more has to be pruned).
+    num_ties_kept : int
+        How many of them stay: those of lowest flat index.
+    """
+
+    value: float
+    num_below: int
+    num_ties: int
+    num_ties_kept: int
+
+    @property
+    def num_pruned(self) -> int:
+        """Weights pruned once this threshold is applied: max(num_prune, already pruned)."""
+        return self.num_below + self.num_ties - self.num_ties_kept
+
+
+class Selection(NamedTuple):
+    """What a selection found for one layer (layer scope) or for all of them together (global scope).
+
+    Attributes
+    ----------
+    threshold : Threshold
+        Counts run over all layers of the group.
+    cuts : tuple of int
+        One entry per layer of the group: of the weights that tie, those at flat index >= cut are pruned.
+    nonfinite : tuple of int
+        One entry per layer of the group: flat index of the first unpruned NaN or Inf, -1 if there is none.
+    """
+
+    threshold: Threshold
+    cuts: tuple[int, ...]
+    nonfinite: tuple[int, ...]
+
+
+class Written(NamedTuple):
+    """What ``prune`` left behind in one layer: zeros in the mask, and those among them that are new."""
+
+    num_pruned: int
+    num_newly_pruned: int
+
+
+class Implementation(Protocol):
+    """The three operations of a backend. None of them validates; none of them may fail halfway through a write."""
+
+    def select(
+        self, layers: Sequence[Layer], num_prune: Sequence[int], hints: Sequence[Threshold | None]
+    ) -> list[Selection]:
+        """Find where each selection cuts. Reads only.
+
+        ``num_prune`` has one entry per layer (layer scope) or exactly one for all layers together, ranked with the
+        flat index running through them in order (global scope). ``hints``, one per entry, are earlier thresholds of
+        the same weights: they may save work and never change the answer.
+        """
+        ...
+
+    def prune(
+        self, layers: Sequence[Layer], selections: Sequence[Selection], out: Sequence[torch.Tensor]
+    ) -> list[Written]:
+        """Zero what the selections prune and write the new packed bits, zeros after the last weight, to ``out``.
+
+        ``out[i]`` may be ``layers[i].mask`` itself.
+        """
+        ...
+
+    def apply(self, layers: Sequence[Layer]) -> None:
+        """Zero (+0.0) every weight whose mask bit is 0."""
+        ...
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One row of the registry.
+
+    Attributes
+    ----------
+    name : str
+    priority : int
+        The highest usable one runs when nobody names one.
+    probe : callable
+        Returns None when usable on this machine, else a sentence saying why not and what to do.
+    supports : callable
+        Returns None when it can take tensors of this device, else a sentence.
+    load : callable
+        Returns the implementation; called once.
+    """
+
+    name: str
+    priority: int
+    probe: Callable[[], str | None]
+    supports: Callable[[torch.device], str | None]
+    load: Callable[[], Implementation]
+
+
+_REGISTRY: dict[str, Backend] = {}
+
+
+def register(backend: Backend) -> None:
+    """Add a backend to the registry."""
+    _REGISTRY[backend.name] = backend
+
+
+@cache
+def available() -> tuple[Backend, ...]:
+    """Every registered backend, highest priority first. Imports the files of this folder on first use."""
+    for module in pkgutil.iter_modules(__path__):
+        importlib.import_module(f"{__name__}.{module.name}")
+    return tuple(sorted(_REGISTRY.values(), key=lambda backend: -backend.priority))
+
+
+@cache
+def _probe(backend: Backend) -> str | None:
+    return backend.probe()
+
+
+@cache
+def _load(backend: Backend) -> Implementation:
+    return backend.load()
+
+
+@cache
+def _say_once(message: str) -> None:
+    logger.warning(message)
+
+
+def _why_not(backend: Backend, device: torch.device) -> str | None:
+    return _probe(backend) or backend.supports(device)
+
+
+def choose(name: str | None, device: torch.device) -> Implementation:
+    """Return the implementation that runs tensors of ``device``.
+
+    Raises
+    ------
+    BackendUnavailableError
+        The backend named (by argument or environment) is unknown or cannot run here, or none can.
+    """
+    name = name or os.environ.get("GMP_KERNELS_BACKEND") or None
+    if name is not None:
+        available()
+        if name not in _REGISTRY:
+            raise BackendUnavailableError(f"backend: expected one of {sorted(_REGISTRY)}, got '{name}'")
+        if reason := _why_not(_REGISTRY[name], device):
+            raise BackendUnavailableError(f"backend '{name}' cannot run: {reason}")
+        return _load(_REGISTRY[name])
+    reasons = []
+    for backend in available():
+        if reason := _why_not(backend, device):
+            reasons.append(f"{backend.name}: {reason}")
+            continue
+        # Only a backend made for this device that is missing is worth a word; "cuda" on a CPU tensor is not.
+        missed = [b for b in available() if b.priority > backend.priority and b.supports(device) is None]
+        for other in missed:
+            _say_once(f"using backend '{backend.name}': '{other.name}' cannot run ({_probe(other)})")
+        return _load(backend)
+    raise BackendUnavailableError(f"no backend can run tensors on {device}: " + "; ".join(reasons))

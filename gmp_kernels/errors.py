@@ -1,0 +1,70 @@
+"""Exceptions of the package. Each is also the builtin it resembles, so that plain ``except ValueError`` keeps working.
+
+A call that raises one of these has changed no weight, no mask and no state.
+"""
+
+__all__ = [
+    "BackendUnavailableError",
+    "DTypeError",
+    "GMPError",
+    "LayoutError",
+    "NonFiniteError",
+    "ScheduleError",
+    "ShapeError",
+    "SparsityError",
+    "StateError",
+    "TargetError",
+]
+
+
+class GMPError(Exception):
+    """Base class of every error raised on purpose by this package."""
+
+
+class DTypeError(GMPError, TypeError):
+    """A tensor whose dtype has no magnitude order here (integers, complex, bool, float8)."""
+
+
+class ShapeError(GMPError, ValueError):
+    """An empty tensor, a mask of another shape, or lists of different lengths."""
+
+
+class LayoutError(GMPError, ValueError):
+    """A tensor that is not contiguous, not writable, shares memory with another, or lies on another device."""
+
+
+class SparsityError(GMPError, ValueError):
+    """A sparsity outside [0, 1], or a num_prune outside [0, n]."""
+
+
+class ScheduleError(GMPError, ValueError):
+    """A schedule or stage length that describes no run."""
+
+
+class TargetError(GMPError, ValueError):
+    """A target or override that matches nothing, or a parameter that is not there any more."""
+
+
+class StateError(GMPError, ValueError):
+    """A ``state_dict`` that belongs to another model, another schedule or another version."""
+
+
+class BackendUnavailableError(GMPError, RuntimeError):
+    """A backend that was asked for by name and cannot run; the message says why."""
+
+
+class NonFiniteError(GMPError, ValueError):
+    """NaN or Inf among the weights that are not pruned yet.
+
+    Attributes
+    ----------
+    layer : int
+        Position in the list of weights.
+    index : int
+        Row-major flat index of the first such weight.
+    """
+
+    def __init__(self, message: str, *, layer: int, index: int) -> None:
+        super().__init__(message)
+        self.layer = layer
+        self.index = index
