@@ -1,0 +1,71 @@
+"""What an update of the scheduler did, as plain numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+__all__ = ["LayerReport", "StepReport"]
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What one update did to one layer.
+
+    Attributes
+    ----------
+    name : str
+    threshold : float
+        Largest magnitude this update pruned, 0.0 where nothing more had to go; in global scope over all layers.
+    num_weights, num_pruned, num_newly_pruned : int
+        Weights, zeros in the mask, and those among them that this update added.
+    num_ties : int
+        Weights of exactly the threshold's magnitude; in global scope over all layers.
+    """
+
+    name: str
+    threshold: float
+    num_weights: int
+    num_pruned: int
+    num_newly_pruned: int
+    num_ties: int
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of pruned weights, in [0, 1]."""
+        return self.num_pruned / self.num_weights
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one update did.
+
+    Attributes
+    ----------
+    step : int
+        Optimizer steps done before the one this update followed: 0 at the first ``scheduler.step()``.
+    target_sparsity : float
+        What the schedule asked for, overrides aside.
+    sparsity : float
+        What was reached over ``layers`` together.
+    seconds : float
+        Wall time of the update.
+    layers : tuple of LayerReport
+        The layers due at this step: all of them, unless an override has update steps of its own.
+    """
+
+    step: int
+    target_sparsity: float
+    sparsity: float
+    seconds: float
+    layers: tuple[LayerReport, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as plain data, ready for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> StepReport:
+        """Return the report ``to_dict()`` was taken of."""
+        return cls(**{**data, "layers": tuple(LayerReport(**layer) for layer in data["layers"])})

@@ -1,0 +1,382 @@
+"""Gradual pruning in any training loop, used like a ``torch.optim.lr_scheduler``."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from gmp_kernels.distributions import DISTRIBUTIONS, Distribution, uniform
+from gmp_kernels.errors import StateError, TargetError
+from gmp_kernels.masks import BitMask
+from gmp_kernels.ops import NonFinite, PruneResult, Scope, Threshold, apply_masks_, prune_
+from gmp_kernels.reports import LayerReport, StepReport
+from gmp_kernels.schedules import Schedule
+from gmp_kernels.targets import Entry, ParameterIndex, named_parameters
+
+__all__ = ["GMPScheduler", "StepReport"]
+
+STATE_VERSION = 1
+
+
+class _Group(NamedTuple):
+    """Layers that follow one schedule, and how its sparsity is divided among them."""
+
+    schedule: Schedule
+    names: list[str]
+    distribute: Distribution
+
+
+class GMPScheduler:
+    """Prunes a model by magnitude while it trains, and keeps what is pruned at zero.
+
+    Call ``step()`` after every ``optimizer.step()``. At the schedule's update steps it prunes; between them a hook of
+    the optimizer sets pruned weights and their optimizer state (momentum, Adam's averages, whatever has the shape of
+    the weight) back to zero after each step, for as long as the optimizer lives. The model itself carries nothing.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        May be compiled or wrapped; names are those of ``model.named_parameters()``, less compile's ``_orig_mod``.
+    optimizer : torch.optim.Optimizer
+        Any, over all parameters that are pruned.
+    schedule : gmp_kernels.schedules.Schedule
+        Sparsity against optimizer steps.
+    targets : str, module type or list of them, optional
+        What to prune: exact names of parameters or modules, globs, ``"re:"`` regular expressions, or module types; see
+        ``gmp_kernels.targets``. Default: the weights of Linear and Conv modules. A tied parameter is one parameter:
+        it is pruned if one of its names is a target (as an output layer tied to an embedding is by default), and left
+        alone if one of them is ignored.
+    ignore : as targets, optional
+        What not to prune.
+    overrides : dict, optional
+        {entry as in targets: final sparsity or Schedule} for layers that differ. A number keeps the schedule's steps
+        and changes where it ends, 0.0 meaning never pruned. The first entry that reaches a layer decides. Layer scope
+        only.
+    scope : {"layer", "global"}
+        Whether each layer is ranked for itself, or all together.
+    distribution : {"uniform", "erk"}
+        In layer scope: every layer at the schedule's sparsity, or small layers kept denser after Erdos-Renyi-Kernel,
+        the schedule's sparsity holding for all layers together (those in ``overrides`` aside).
+    nonfinite : {"error", "keep"}
+        What NaN or Inf in unpruned weights does at an update; as in ``prune_``.
+    backend : str, optional
+        As in ``prune_``.
+
+    Attributes
+    ----------
+    masks : dict of str to BitMask
+        1 bit per weight, 1 = kept; all ones before the first update.
+    history : list of StepReport
+        One per update.
+    step_count : int
+        Calls of ``step()`` so far.
+
+    Raises
+    ------
+    TargetError
+        An entry matches nothing, nothing is left to prune, or a target is not among the optimizer's parameters.
+    SparsityError
+        An override outside [0, 1].
+    DTypeError, ShapeError, LayoutError, BackendUnavailableError
+        A target that ``prune_`` does not take.
+
+    References
+    ----------
+    .. [1] M. Zhu and S. Gupta, "To prune, or not to prune", 2017, arXiv:1710.01878.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        schedule: Schedule,
+        *,
+        targets: Entry | Iterable[Entry] | None = None,
+        ignore: Entry | Iterable[Entry] | None = None,
+        overrides: Mapping[Entry, float | Schedule] | None = None,
+        scope: Scope = "layer",
+        distribution: str = "uniform",
+        nonfinite: NonFinite = "error",
+        backend: str | None = None,
+    ) -> None:
+        for value, kind in ((model, nn.Module), (optimizer, torch.optim.Optimizer), (schedule, Schedule)):
+            if not isinstance(value, kind):
+                raise TypeError(f"GMPScheduler: expected a {kind.__module__}.{kind.__name__}, got {value!r}")
+        if distribution not in DISTRIBUTIONS:
+            raise ValueError(
+                f"GMPScheduler: expected distribution to be one of {tuple(DISTRIBUTIONS)}, got {distribution!r}"
+            )
+        if scope == "global" and distribution != "uniform":
+            raise ValueError(
+                f"GMPScheduler: expected distribution='uniform' with scope='global', got {distribution!r}; ranking all "
+                "layers together decides what each gives up"
+            )
+        if scope == "global" and overrides:
+            raise TargetError(
+                f"GMPScheduler: expected no overrides with scope='global', got {overrides!r}; use scope='layer', or "
+                "ignore= for layers to leave alone"
+            )
+        self.model = model
+        self.optimizer = optimizer
+        self.schedule = schedule
+        self._scope: Scope = scope
+        self._distribution = distribution
+        self._nonfinite: NonFinite = nonfinite
+        self._backend = backend
+        index = ParameterIndex(model)
+        self._parameters = index.select(targets, ignore)
+        self._check_optimizer()
+        self._overrides = self._override_groups(index, overrides or {})
+        overridden = {name for group in self._overrides for name in group.names}
+        rest = [name for name in self._parameters if name not in overridden]
+        groups = [_Group(schedule, rest, DISTRIBUTIONS[distribution]), *self._overrides]
+        self._groups = [group for group in groups if group.names]
+        self.masks = {name: BitMask.ones(p.shape, p.device) for name, p in self._parameters.items()}
+        self.history: list[StepReport] = []
+        self.step_count = 0
+        self._thresholds: dict[str, Threshold] = {}
+        # Pruning nothing finds every tensor prune_ would refuse now rather than epochs later.
+        for names in self._batches(self._parameters):
+            self._prune(names, 0)
+        optimizer.register_step_post_hook(self._after_optimizer_step)
+
+    def step(self) -> StepReport | None:
+        """Count one optimizer step and, at the schedule's update steps, prune; call it after ``optimizer.step()``.
+
+        Returns
+        -------
+        StepReport or None
+            None where the schedule has no update. Reports are also kept in ``history``.
+
+        Raises
+        ------
+        NonFiniteError
+            NaN or Inf among the unpruned weights and ``nonfinite="error"``.
+        TargetError
+            A parameter was removed from the model, replaced or reshaped.
+        DTypeError, LayoutError
+            A parameter was changed into one that ``prune_`` does not take, or moved to another device.
+
+        Notes
+        -----
+        When it raises nothing has changed and the step is not counted: repair the weights and call it again.
+        """
+        step = self.step_count
+        due = [group for group in self._groups if group.schedule.is_update_step(step)]
+        report = self._update(step, due) if due else None
+        self.step_count = step + 1
+        return report
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of pruned weights over all targets, counted from the masks."""
+        kept = sum(mask.num_kept for mask in self.masks.values())
+        return 1.0 - kept / sum(mask.numel for mask in self.masks.values())
+
+    def layer_sparsities(self) -> dict[str, float]:
+        """Return {name: fraction of pruned weights} of all targets, counted from the masks."""
+        return {name: mask.sparsity for name, mask in self.masks.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything a bit-exact resume needs beside the model's and the optimizer's own state.
+
+        Copies of the packed masks as uint8 tensors, the rest plain data, which ``torch.load(..., weights_only=True)``
+        reads.
+        """
+        return {
+            "version": STATE_VERSION,
+            **self._settings(),
+            "step_count": self.step_count,
+            "history": [report.to_dict() for report in self.history],
+            "layers": {
+                name: {
+                    "shape": list(mask.shape),
+                    "mask": mask.packed.clone(),
+                    "threshold": list(self._thresholds[name]) if name in self._thresholds else None,
+                }
+                for name, mask in self.masks.items()
+            },
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Continue where ``state_dict()`` was taken; the masks are applied to weights and optimizer state at once.
+
+        The order in which model, optimizer and pruner are loaded does not matter.
+
+        Raises
+        ------
+        StateError
+            It comes from another version, other layers, or other settings. Nothing has been changed.
+        """
+        if not isinstance(state_dict, Mapping) or state_dict.get("version") != STATE_VERSION:
+            found = state_dict.get("version") if isinstance(state_dict, Mapping) else type(state_dict).__name__
+            raise StateError(
+                f"load_state_dict: expected what GMPScheduler.state_dict() returned, of version {STATE_VERSION}, got "
+                f"{found!r}; load the pruner's own part of the checkpoint"
+            )
+        try:
+            layers = state_dict["layers"]
+            masks = {name: BitMask(layer["mask"], layer["shape"]) for name, layer in layers.items()}
+            thresholds = {n: Threshold(*layer["threshold"]) for n, layer in layers.items() if layer["threshold"]}
+            history = [StepReport.from_dict(report) for report in state_dict["history"]]
+            step_count = int(state_dict["step_count"])
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise StateError(
+                f"load_state_dict: expected what state_dict() returned, got damaged data ({error!r}); load another file"
+            ) from error
+        self._check_same_run(state_dict, masks)
+        for name, mask in masks.items():
+            self.masks[name].packed.copy_(mask.packed)
+        self._thresholds, self.step_count = thresholds, step_count
+        self.history[:] = history
+        self._apply_masks(self._parameters, with_weights=True)
+
+    def _check_optimizer(self) -> None:
+        held = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
+        for name, parameter in self._parameters.items():
+            if id(parameter) not in held:
+                raise TargetError(
+                    f"GMPScheduler: expected every target among the optimizer's parameters, got '{name}', which is not "
+                    "(frozen?), so that nothing would keep it pruned; add it to the optimizer, or to ignore="
+                )
+
+    def _override_groups(self, index: ParameterIndex, overrides: Mapping[Entry, float | Schedule]) -> list[_Group]:
+        left = set(self._parameters)
+        groups = []
+        for entry, value in overrides.items():
+            reached = [name for name in index.find("overrides", entry) if name in self._parameters]
+            if not reached:
+                raise TargetError(
+                    f"overrides: expected entries that reach a target, got {entry!r}, which reaches only parameters "
+                    "that are not pruned; add them to targets="
+                )
+            schedule = value if isinstance(value, Schedule) else self.schedule.with_final_sparsity(value)
+            groups.append(_Group(schedule, [name for name in reached if name in left], uniform))
+            left.difference_update(reached)
+        return groups
+
+    def _batches(self, names: Iterable[str]) -> list[list[str]]:
+        """Split ``names`` by device for layer scope; ``prune_`` itself refuses global scope over several."""
+        batches: dict[torch.device | None, list[str]] = {}
+        for name in names:
+            device = self._parameters[name].device if self._scope == "layer" else None
+            batches.setdefault(device, []).append(name)
+        return list(batches.values())
+
+    def _prune(self, names: Sequence[str], num_prune: int | list[int]) -> PruneResult:
+        return prune_(
+            [self._parameters[name] for name in names],
+            num_prune=num_prune,
+            masks=[self.masks[name] for name in names],
+            scope=self._scope,
+            nonfinite=self._nonfinite,
+            previous=[self._thresholds.get(name) for name in names],
+            names=names,
+            backend=self._backend,
+        )
+
+    def _update(self, step: int, due: Sequence[_Group]) -> StepReport:
+        start = time.perf_counter()
+        self._check_present()
+        num_prune: dict[str, int] = {}
+        for group in due:
+            shapes = [self.masks[name].shape for name in group.names]
+            counts = group.distribute(group.schedule.sparsity_at(step), shapes)
+            num_prune.update(zip(group.names, counts, strict=True))
+        names = [name for name in self._parameters if name in num_prune]
+        num_weights = sum(self.masks[name].numel for name in names)
+        batches = self._batches(names)
+        if len(batches) > 1:
+            # One call per device: let each find its NaN before the first one writes.
+            for batch in batches:
+                self._prune(batch, 0)
+        layers: dict[str, LayerReport] = {}
+        for batch in batches:
+            if self._scope == "global":
+                result = self._prune(batch, round(self.schedule.sparsity_at(step) * num_weights))
+            else:
+                result = self._prune(batch, [num_prune[name] for name in batch])
+            self._thresholds.update(zip(batch, result.thresholds, strict=True))
+            layers.update(
+                (name, LayerReport(name, threshold.value, mask.numel, num_pruned, num_newly_pruned, threshold.num_ties))
+                for name, mask, threshold, num_pruned, num_newly_pruned in zip(batch, *result, strict=True)
+            )
+        self._apply_masks(names, with_weights=False)
+        report = StepReport(
+            step=step,
+            target_sparsity=self.schedule.sparsity_at(step),
+            sparsity=sum(layer.num_pruned for layer in layers.values()) / num_weights,
+            seconds=time.perf_counter() - start,
+            layers=tuple(layers[name] for name in names),
+        )
+        self.history.append(report)
+        return report
+
+    def _check_present(self) -> None:
+        live = named_parameters(self.model)
+        for name, parameter in self._parameters.items():
+            if live.get(name) is not parameter or parameter.shape != self.masks[name].shape:
+                found = "nothing" if name not in live else f"one replaced or reshaped to {tuple(live[name].shape)}"
+                raise TargetError(
+                    f"GMPScheduler: expected the parameter '{name}' of shape {tuple(self.masks[name].shape)} that the "
+                    f"scheduler was built with, got {found}; build a new GMPScheduler when the model changes"
+                )
+
+    def _after_optimizer_step(self, *_: object) -> None:
+        self._apply_masks(self._parameters, with_weights=True)
+
+    def _apply_masks(self, names: Iterable[str], *, with_weights: bool) -> None:
+        """Zero what is pruned in the optimizer's state, and in the weights: one call per device."""
+        calls: dict[torch.device, tuple[list[torch.Tensor], list[BitMask]]] = {}
+        for name in names:
+            # Nothing pruned yet, or never: nothing to hold at zero.
+            if name not in self._thresholds or not self._thresholds[name].num_pruned:
+                continue
+            mask = self.masks[name]
+            for tensor in self._tensors(name, with_weights):
+                if tensor.is_contiguous():
+                    tensors, masks = calls.setdefault(tensor.device, ([], []))
+                    tensors.append(tensor)
+                    masks.append(mask.to(tensor.device))
+                else:
+                    # Momentum takes over the strides of the first gradient, whatever they are.
+                    tensor.masked_fill_(~mask.to_bool().to(tensor.device), 0.0)
+        for tensors, masks in calls.values():
+            apply_masks_(tensors, masks, backend=self._backend)
+
+    def _tensors(self, name: str, with_weights: bool) -> Iterator[torch.Tensor]:
+        parameter = self._parameters[name]
+        if with_weights:
+            yield parameter.detach()
+        for value in self.optimizer.state.get(parameter, {}).values():
+            if not isinstance(value, torch.Tensor) or value.shape != parameter.shape:
+                continue
+            # Counters such as Adam's ``step`` are floating tensors too, without dimensions.
+            if value.ndim and value.is_floating_point():
+                yield value
+
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "schedule": self.schedule.to_dict(),
+            "overrides": {name: group.schedule.to_dict() for group in self._overrides for name in group.names},
+            "scope": self._scope,
+            "distribution": self._distribution,
+        }
+
+    def _check_same_run(self, state_dict: Mapping[str, Any], masks: Mapping[str, BitMask]) -> None:
+        expected, found = ({f"{name} {tuple(m.shape)}" for name, m in ms.items()} for ms in (self.masks, masks))
+        if expected != found:
+            raise StateError(
+                f"load_state_dict: expected the layers of this scheduler, got missing: {sorted(expected - found)}, "
+                f"unexpected: {sorted(found - expected)}; load it into the same model with the same targets"
+            )
+        for setting, value in self._settings().items():
+            if state_dict.get(setting) != value:
+                raise StateError(
+                    f"load_state_dict: expected {setting} {value!r}, got {state_dict.get(setting)!r}; build the "
+                    "scheduler with the same arguments"
+                )
