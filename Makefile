@@ -1,0 +1,65 @@
+# make demo   set up everything and run the main job: train, prune gradually, compare with one-shot (3 minutes)
+# make test   set up everything and run all checks and tests (what CI runs)
+# make bench  measure this machine against torch and numpy; writes benchmarks/results/
+#
+# The environment lives in .venv and is rebuilt only when what it is made from changes.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip --disable-pip-version-check install --quiet
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h') setup.py pyproject.toml
+CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h')
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint bench format clean
+
+help:
+	@sed -n 's/^# \?//; 1,/^$$/p' Makefile
+
+demo: $(VENV)/.demo
+	$(BIN)/gmp-kernels demo $(DEMO_ARGS)
+
+test: lint
+	@echo '== tests'
+	$(BIN)/pytest
+	@echo '== benchmarks, one tiny round each: they run'
+	$(BIN)/pytest benchmarks --benchmark-disable
+
+lint: $(VENV)/.test
+	@echo '== ruff, mypy, clang-format'
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
+
+bench: $(VENV)/.demo
+	@mkdir -p benchmarks/results
+	$(BIN)/gmp-kernels bench --output benchmarks/results
+
+format: $(VENV)/.test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_SOURCES)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info gmp_kernels/*.so
+
+$(VENV)/.torch:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "$(PYTHON) is too old: Python 3.11 or newer is needed. Name one: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	@command -v g++ >/dev/null || { echo 'g++ is missing: install it (Debian: apt install g++)'; exit 1; }
+	@echo '== creating $(VENV) and installing $(TORCH) (a few hundred MB)'
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) $(TORCH) numpy
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.torch $(SOURCES)
+	@echo '== building and installing gmp_kernels'
+	@$(PIP) --editable '.[demo]'
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.demo
+	@echo '== installing the test tools'
+	@$(PIP) --editable '.[test]'
+	@touch $@

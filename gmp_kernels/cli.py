@@ -1,0 +1,226 @@
+"""The command line, ``gmp-kernels``. One function per command; nothing here computes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+
+from gmp_kernels import __version__, backends
+from gmp_kernels.bench import Machine, Result, all_cases, measure
+from gmp_kernels.errors import GMPError
+from gmp_kernels.plan import PRESETS, Plan, Preset, Row, plan_rows
+
+try:
+    import typer
+    from rich import box
+    from rich.console import Console
+    from rich.progress import track
+    from rich.table import Table
+except ModuleNotFoundError as error:
+    # The library works without them; a traceback would hide the one thing there is to do.
+    raise SystemExit(f"gmp-kernels: the command line needs {error.name}; run: pip install 'gmp-kernels[cli]'") from None
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(help="Gradual magnitude pruning for PyTorch.", no_args_is_help=True, add_completion=False)
+
+
+def main() -> None:
+    """Run the command line: the console entry point."""
+    try:
+        app()
+    except GMPError as error:
+        sys.exit(f"gmp-kernels: {error}")
+
+
+@app.command()
+def info() -> None:
+    """Show the versions, and every backend: usable, or why not."""
+    table = _table("backend", "priority", "on this machine")
+    for backend in backends.available():
+        table.add_row(backend.name, str(backend.priority), backend.probe() or "usable")
+    console = Console()
+    console.print(f"gmp-kernels {__version__}, torch {torch.__version__}")
+    console.print(table)
+
+
+@app.command()
+def plan(
+    preset: Annotated[Preset, typer.Option(help="Run to start from; every other option changes it.")] = Preset.BLOG,
+    initial_sparsity: Annotated[float | None, typer.Option(help="At the first update, in [0, 1].")] = None,
+    final_sparsity: Annotated[float | None, typer.Option(help="At the last update, in [0, 1].")] = None,
+    stabilization: Annotated[float | None, typer.Option(help="Epochs before the first update.")] = None,
+    pruning: Annotated[float | None, typer.Option(help="Epochs from the first update to the last.")] = None,
+    finetuning: Annotated[float | None, typer.Option(help="Epochs after the last update.")] = None,
+    steps_per_epoch: Annotated[int | None, typer.Option(help="Optimizer steps per epoch.")] = None,
+    layer: Annotated[
+        list[str] | None, typer.Option(help="Shape of a pruned weight, e.g. 512x256x3x3; once per layer.")
+    ] = None,
+    per_layer: Annotated[
+        bool, typer.Option("--per-layer", help="Also show how many weights each layer loses.")
+    ] = False,
+    plot: Annotated[Path | None, typer.Option(help="Folder for sparsity.png and learning_rate.png.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="File for all rows, layer by layer.")] = None,
+) -> None:
+    """Show what a run will do, epoch by epoch, without training anything."""
+    chosen = PRESETS[preset]
+    lengths = _given(
+        stabilization=stabilization, pruning=pruning, finetuning=finetuning, steps_per_epoch=steps_per_epoch
+    )
+    sparsities = _given(initial_sparsity=initial_sparsity, final_sparsity=final_sparsity)
+    layers = {f"layer{i}": _shape(text) for i, text in enumerate(layer)} if layer else chosen.layers
+    chosen = replace(chosen, stages=replace(chosen.stages, **lengths), layers=layers, **sparsities)
+    rows = plan_rows(chosen)
+
+    console = Console()
+    console.print(_epochs(rows))
+    if per_layer:
+        console.print(_layers(chosen, rows))
+    if plot is not None:
+        _draw(chosen, plot)
+        console.print(f"wrote {plot / 'sparsity.png'} and {plot / 'learning_rate.png'}", soft_wrap=True)
+    if json_file is not None:
+        document = {
+            "stages": asdict(chosen.stages),
+            "schedule": chosen.schedule().to_dict(),
+            "layers": chosen.layers,
+            "rows": [row._asdict() for row in rows],
+        }
+        json_file.write_text(json.dumps(document, indent=2) + "\n")
+        console.print(f"wrote {json_file}", soft_wrap=True)
+
+
+@app.command()
+def bench(
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A sixteenth of the weights and a tenth of the time, to try it out.")
+    ] = False,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of both sides; default: torch's.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for the JSON file and the plot, named after the device.")
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="File for all numbers.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="PNG file for the ratios.")] = None,
+) -> None:
+    """Measure this machine: every operation beside what one would use instead."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    machine = Machine.here()
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
+        json_file, plot = output / f"{machine.slug}.json", output / f"{machine.slug}.png"
+    console = Console()
+    setting = f"{machine.device}, {machine.cores} cores, {machine.threads} threads, torch {machine.torch}"
+    console.print(f"{setting}, numpy {machine.numpy}", soft_wrap=True)
+    shrink, seconds = (16, 0.3) if quick else (1, 3.0)
+    results = [
+        measure(case, shrink=shrink, seconds=seconds)
+        for case in track(all_cases(), "measuring", console=console, transient=True)
+    ]
+    console.print(_ratios(results))
+    if quick:
+        console.print("Weights this few fit the cache: the verdicts hold for the full table only.")
+    if json_file is not None:
+        document = {
+            "machine": machine.to_dict(),
+            "shrink": shrink,
+            "cases": [result.to_dict() for result in results],
+        }
+        json_file.write_text(json.dumps(document, indent=2) + "\n")
+        console.print(f"wrote {json_file}", soft_wrap=True)
+    if plot is not None:
+        # matplotlib takes longer to import than most commands take to run.
+        from gmp_kernels.plots import plot_ratios
+
+        rows = {
+            f"{result.case.name} / {result.case.baseline}": (result.ratio, result.case.must, result.case.aim)
+            for result in results
+        }
+        plot_ratios(plot, rows, setting)
+        console.print(f"wrote {plot}", soft_wrap=True)
+
+
+def _given(**options: float | None) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    sizes = text.split("x")
+    if not all(size.isdecimal() and int(size) > 0 for size in sizes):
+        raise typer.BadParameter(f"expected sizes joined by x, such as 512x256, got {text!r}", param_hint="--layer")
+    return tuple(int(size) for size in sizes)
+
+
+def _table(*columns: str) -> Table:
+    return Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False)
+
+
+def _epochs(rows: list[Row]) -> Table:
+    table = _table("epoch", "step", "stage", "sparsity", "num_prune", "LR", "weight decay")
+    for row in rows:
+        table.add_row(
+            f"{row.epoch:g}",
+            str(row.step),
+            row.stage,
+            f"{row.sparsity:.4f}",
+            str(row.total_num_prune),
+            f"{row.learning_rate:g}",
+            f"{row.weight_decay:g}",
+        )
+    return table
+
+
+def _layers(plan: Plan, rows: list[Row]) -> Table:
+    pruning = [row for row in rows if row.step >= plan.stages.pruning_begin_step]
+    first, last = pruning[0], pruning[-1]
+    table = _table("layer", "shape", f"num_prune at epoch {first.epoch:g}", f"at epoch {last.epoch:g}")
+    for name, shape in plan.layers.items():
+        table.add_row(name, "x".join(map(str, shape)), str(first.num_prune[name]), str(last.num_prune[name]))
+    return table
+
+
+def _draw(plan: Plan, folder: Path) -> None:
+    # matplotlib takes longer to import than everything else here takes to run.
+    from gmp_kernels.plots import plot_learning_rate, plot_sparsity
+
+    folder.mkdir(parents=True, exist_ok=True)
+    steps = list(range(len(plan.trace.sparsity)))
+    plot_sparsity(folder / "sparsity.png", steps, {"every layer": plan.trace.sparsity}, "Sparsity", stages=plan.stages)
+    plot_learning_rate(
+        folder / "learning_rate.png", steps, plan.trace.learning_rate, "Learning rate", stages=plan.stages
+    )
+
+
+def _ratios(results: list[Result]) -> Table:
+    table = _table("ours", "median", "baseline", "median", "ratio", "must", "aim", "verdict")
+    for column in (1, 3, 4, 5, 6):
+        table.columns[column].justify = "right"
+    for result in results:
+        case = result.case
+        table.add_row(
+            case.name,
+            _quantity(result.ours.median, case.unit),
+            case.baseline,
+            _quantity(result.baseline.median, case.unit),
+            _ratio(result.ratio),
+            _ratio(case.must),
+            "" if case.aim is None else _ratio(case.aim),
+            {"aim": "[green]aim[/]", "must": "must", "missed": "[red]missed[/]"}[result.verdict],
+        )
+    return table
+
+
+def _quantity(value: float, unit: str) -> str:
+    if unit == "B":
+        return f"{value / 1e6:.2f} MB"
+    return f"{value * 1e3:.2f} ms" if value >= 1e-4 else f"{value * 1e6:.2f} us"
+
+
+def _ratio(ratio: float) -> str:
+    """Ours as a multiple of the baseline, or, where it is far below, the baseline as a multiple of ours."""
+    return f"{ratio:.2f}" if ratio > 0.25 else f"1/{1 / ratio:.3g}"

@@ -1,0 +1,184 @@
+"""The dry run of a gradual pruning run: what every epoch does to sparsity, learning rate and weight decay.
+
+Nothing is recomputed here: the schedule and the torch lr_scheduler of the real run are stepped on an empty model.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from enum import StrEnum
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+
+from gmp_kernels.schedules import Ramp
+from gmp_kernels.stages import Stages
+
+__all__ = ["PRESETS", "Plan", "Preset", "Row", "Trace", "plan_rows", "resnet50_layers"]
+
+
+def resnet50_layers() -> dict[str, tuple[int, ...]]:
+    """Return {name: shape} of the prunable weights of torchvision's ResNet-50: 53 convolutions and the classifier.
+
+    Source: K. He et al., "Deep residual learning for image recognition", 2016, table 1.
+    """
+    layers: dict[str, tuple[int, ...]] = {"conv1.weight": (64, 3, 7, 7)}
+    channels = 64
+    for stage, blocks in enumerate((3, 4, 6, 3)):
+        width = 64 << stage
+        for block in range(blocks):
+            name = f"layer{stage + 1}.{block}"
+            layers[f"{name}.conv1.weight"] = (width, channels, 1, 1)
+            layers[f"{name}.conv2.weight"] = (width, width, 3, 3)
+            layers[f"{name}.conv3.weight"] = (4 * width, width, 1, 1)
+            if block == 0:
+                layers[f"{name}.downsample.0.weight"] = (4 * width, channels, 1, 1)
+            channels = 4 * width
+    layers["fc.weight"] = (1000, channels)
+    return layers
+
+
+class Trace(NamedTuple):
+    """What is in force at each step, 0 to ``total_steps`` inclusive; the last entry is what the run leaves behind.
+
+    Attributes
+    ----------
+    sparsity : list of float
+        Once the step is done.
+    learning_rate, weight_decay : list of float
+        What the optimizer takes the step with.
+    """
+
+    sparsity: list[float]
+    learning_rate: list[float]
+    weight_decay: list[float]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run to be tried dry.
+
+    Parameters
+    ----------
+    stages : Stages
+    initial_sparsity, final_sparsity : float
+        Fractions in [0, 1], initial <= final.
+    learning_rate : float
+        Of stabilization and pruning.
+    weight_decay : float
+        Until fine-tuning.
+    layers : dict of str to tuple of int
+        {name: shape} of the pruned weights, each pruned to the same sparsity.
+
+    Raises
+    ------
+    SparsityError, ScheduleError
+        The sparsities make no schedule.
+    """
+
+    stages: Stages
+    initial_sparsity: float = 0.05
+    final_sparsity: float = 0.9
+    learning_rate: float = 0.01
+    weight_decay: float = 1e-4
+    layers: dict[str, tuple[int, ...]] = field(default_factory=resnet50_layers)
+
+    def __post_init__(self) -> None:
+        self.schedule()
+
+    def schedule(self) -> Ramp:
+        """Return the sparsity schedule: cubic, one update per epoch."""
+        return self.stages.schedule(self.initial_sparsity, self.final_sparsity)
+
+    @cached_property
+    def trace(self) -> Trace:
+        """The training loop without the training, every optimizer step of it."""
+        optimizer = torch.optim.SGD([torch.zeros(1)], lr=self.learning_rate, weight_decay=self.weight_decay)
+        lr_scheduler = self.stages.lr_scheduler(optimizer)
+        schedule = self.schedule()
+        group = optimizer.param_groups[0]
+        trace = Trace([], [], [])
+        sparsity = 0.0
+        # Once is enough for lr_scheduler.step(), which wants to see the optimizer at work; there is no gradient.
+        optimizer.step()
+        for step in range(self.stages.total_steps + 1):
+            self.stages.end_weight_decay(optimizer, step)
+            if schedule.is_update_step(step):
+                sparsity = schedule.sparsity_at(step)
+            trace.sparsity.append(sparsity)
+            trace.learning_rate.append(group["lr"])
+            trace.weight_decay.append(group["weight_decay"])
+            lr_scheduler.step()
+        return trace
+
+
+class Row(NamedTuple):
+    """One line of the plan: what holds once ``epoch`` epochs are over.
+
+    Attributes
+    ----------
+    epoch : float
+    step : int
+        Optimizer steps done by then.
+    stage : str
+        That begins or goes on here.
+    sparsity : float
+    num_prune : dict of str to int
+        Pruned weights of each layer: round(sparsity * n).
+    learning_rate, weight_decay : float
+        Of the step that comes next; in the last row, as the run leaves them.
+    """
+
+    epoch: float
+    step: int
+    stage: str
+    sparsity: float
+    num_prune: dict[str, int]
+    learning_rate: float
+    weight_decay: float
+
+    @property
+    def total_num_prune(self) -> int:
+        """Pruned weights of all layers."""
+        return sum(self.num_prune.values())
+
+
+def plan_rows(plan: Plan) -> list[Row]:
+    """Return one row per epoch, from epoch 0 to the end of the run."""
+    stages, trace = plan.stages, plan.trace
+    sizes = {name: math.prod(shape) for name, shape in plan.layers.items()}
+    rows = []
+    for epoch in [*range(math.ceil(stages.total_steps / stages.steps_per_epoch)), stages.epochs]:
+        step = round(epoch * stages.steps_per_epoch)
+        rows.append(
+            Row(
+                epoch,
+                step,
+                stages.stage_at(step),
+                trace.sparsity[step],
+                {name: round(trace.sparsity[step] * n) for name, n in sizes.items()},
+                trace.learning_rate[step],
+                trace.weight_decay[step],
+            )
+        )
+    return rows
+
+
+class Preset(StrEnum):
+    """The runs that come with the package."""
+
+    BLOG = "blog"
+    RESNET50 = "resnet50"
+
+
+# ImageNet: 1 281 167 images in batches of 256. Both runs prune ResNet-50.
+IMAGENET_STEPS = 5005
+
+PRESETS = {
+    # 5% at epoch 1, an update per epoch, 90% at epoch 35, held to epoch 60.
+    Preset.BLOG: Plan(Stages(1, 34, 25, steps_per_epoch=IMAGENET_STEPS)),
+    # 5% to 85% over epochs 2 to 37, fine-tuning to 57; learning rate 0.01, 0.001 at epoch 43, 0.0001 at epoch 50.
+    Preset.RESNET50: Plan(Stages(2, 35, 20, steps_per_epoch=IMAGENET_STEPS), final_sparsity=0.85),
+}

@@ -1,0 +1,126 @@
+"""The command line: what it prints, what it writes, and how it fails."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from gmp_kernels import __version__, backends, cli
+
+SMALL = ["--stabilization", "1", "--pruning", "2", "--finetuning", "2", "--steps-per-epoch", "4", "--layer", "8x16"]
+
+# A width of its own, so that no line wraps where the terminal of whoever runs this is narrow.
+RUNNER = CliRunner(env={"COLUMNS": "120"})
+
+
+def run(*args: str) -> str:
+    result = RUNNER.invoke(cli.app, list(args))
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def lines(output: str) -> list[list[str]]:
+    return [line.split() for line in output.splitlines()]
+
+
+def test_info_names_the_versions_and_every_backend() -> None:
+    output = run("info")
+    assert f"gmp-kernels {__version__}, torch {torch.__version__}" in output
+    assert {backend.name for backend in backends.available()} <= {line[0] for line in lines(output) if line}
+    assert ["reference", "0", "usable"] in lines(output)
+
+
+def test_info_says_why_a_backend_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    reference = next(backend for backend in backends.available() if backend.name == "reference")
+    broken = backends.Backend("broken", 7, lambda: "no such device", reference.supports, reference.load)
+    monkeypatch.setattr(backends, "available", lambda: (broken,))
+    assert ["broken", "7", "no", "such", "device"] in lines(run("info"))
+
+
+def test_plan_of_the_presets() -> None:
+    blog = lines(run("plan"))
+    assert ["1", "5005", "pruning", "0.0500", "1275144", "0.01", "0.0001"] in blog
+    assert ["60", "300300", "fine-tuning", "0.9000", "22952623", "0.0001", "0"] in blog
+    resnet50 = lines(run("plan", "--preset", "resnet50"))
+    assert ["43", "215215", "fine-tuning", "0.8500", "21677473", "0.001", "0"] in resnet50
+
+
+def test_plan_of_own_numbers() -> None:
+    output = lines(run("plan", *SMALL, "--initial-sparsity", "0.25", "--final-sparsity", "0.5"))
+    assert [line for line in output if line and line[0].isdigit()] == [
+        ["0", "0", "stabilization", "0.0000", "0", "0.01", "0.0001"],
+        ["1", "4", "pruning", "0.2500", "32", "0.01", "0.0001"],
+        ["2", "8", "pruning", "0.4688", "60", "0.01", "0.0001"],
+        ["3", "12", "fine-tuning", "0.5000", "64", "0.01", "0"],
+        ["4", "16", "fine-tuning", "0.5000", "64", "0.001", "0"],
+        ["5", "20", "fine-tuning", "0.5000", "64", "0.0001", "0"],
+    ]
+
+
+def test_plan_layer_by_layer() -> None:
+    output = lines(run("plan", *SMALL, "--layer", "10x10x3", "--per-layer"))
+    assert ["layer0", "8x16", "6", "115"] in output
+    assert ["layer1", "10x10x3", "15", "270"] in output
+
+
+def test_plan_as_json(tmp_path: Path) -> None:
+    file = tmp_path / "plan.json"
+    assert str(file) in run("plan", *SMALL, "--json", str(file))
+    document = json.loads(file.read_text())
+    assert document["stages"] == {"stabilization": 1, "pruning": 2, "finetuning": 2, "steps_per_epoch": 4}
+    assert document["schedule"]["kind"] == "Cubic"
+    assert document["layers"] == {"layer0": [8, 16]}
+    assert [row["num_prune"]["layer0"] for row in document["rows"]] == [0, 6, 102, 115, 115, 115]
+
+
+def test_plan_draws_both_pictures(tmp_path: Path) -> None:
+    run("plan", *SMALL, "--plot", str(tmp_path / "new" / "folder"))
+    for name in ("sparsity.png", "learning_rate.png"):
+        assert (tmp_path / "new" / "folder" / name).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("shape", ["8x", "x8", "0x4", "8,4", "-8x4", ""])
+def test_a_shape_that_is_none(shape: str) -> None:
+    result = RUNNER.invoke(cli.app, ["plan", "--layer", shape])
+    assert result.exit_code == 2
+    assert "sizes joined by x" in result.output
+
+
+def test_an_unknown_preset() -> None:
+    result = RUNNER.invoke(cli.app, ["plan", "--preset", "vgg"])
+    assert result.exit_code == 2
+    assert "resnet50" in result.output
+
+
+def test_an_error_of_the_package_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["gmp-kernels", "plan", "--final-sparsity", "90"])
+    with pytest.raises(SystemExit, match=r"^gmp-kernels: Cubic: final_sparsity: expected a number in \[0, 1\], got 90"):
+        cli.main()
+
+
+@pytest.mark.parametrize("missing", ["typer", "rich"])
+def test_without_its_extra_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
+    monkeypatch.setitem(sys.modules, missing, None)
+    monkeypatch.delitem(sys.modules, "gmp_kernels.cli")
+    with pytest.raises(SystemExit, match=rf"needs {missing}; run: pip install 'gmp-kernels\[cli\]'"):
+        importlib.import_module("gmp_kernels.cli")
+
+
+def test_the_library_imports_neither_typer_nor_rich_nor_matplotlib() -> None:
+    check = "import sys, gmp_kernels; print({'typer', 'rich', 'matplotlib'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+def test_python_m() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "gmp_kernels", "info"], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert "reference" in done.stdout
