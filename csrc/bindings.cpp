@@ -1,5 +1,6 @@
-// The only file that knows Python: integers in, integers out. Pointers come as addresses whose owners the caller keeps
-// alive; the GIL is released while weights are read or written.
+// The only file that knows Python: integers in, integers out. Pointers come as
+// addresses whose owners the caller keeps alive; the GIL is released while
+// weights are read or written.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -7,6 +8,7 @@
 
 #include "cpu/apply.h"
 #include "cpu/kernels.h"
+#include "cpu/optim.h"
 #include "cpu/select.h"
 
 namespace py = pybind11;
@@ -27,7 +29,8 @@ DType dtype_of(const std::string& name) {
   throw std::invalid_argument("unknown dtype '" + name + "'");
 }
 
-// Only what could corrupt memory is checked again here; ops.py has explained everything else.
+// Only what could corrupt memory is checked again here; ops.py has explained
+// everything else.
 std::vector<LayerView> views_of(const std::vector<LayerTuple>& layers) {
   std::vector<LayerView> views;
   for (const auto& [weights, n, mask] : layers) {
@@ -98,10 +101,94 @@ std::vector<std::pair<int64_t, int64_t>> apply_cuts(const std::string& dtype, co
   return result;
 }
 
+template <typename T = void>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// dtype, n, weights, grads, master, state x 3, mask, ranks (0: state is dense),
+// index into the constants
+using UpdateTuple = std::tuple<std::string, int64_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t,
+                               uintptr_t, uintptr_t, size_t>;
+using ConstantsDict = std::map<std::string, double>;
+
+void update(const std::string& rule, const std::vector<UpdateTuple>& tensors,
+            const std::vector<ConstantsDict>& constants, int num_threads) {
+  gmp::cpu::Rule which;
+  if (rule == "sgd") {
+    which = gmp::cpu::Rule::sgd;
+  } else if (rule == "adam") {
+    which = gmp::cpu::Rule::adam;
+  } else if (rule == "average") {
+    which = gmp::cpu::Rule::average;
+  } else {
+    throw std::invalid_argument("unknown rule '" + rule + "'");
+  }
+  std::vector<gmp::cpu::UpdateConstants<double>> typed_constants;
+  for (const ConstantsDict& given : constants) {
+    const auto get = [&](const char* name, double otherwise) {
+      const auto found = given.find(name);
+      return found == given.end() ? otherwise : found->second;
+    };
+    typed_constants.push_back({get("grad_factor", 1.0), get("weight_decay", 0.0), get("decay", 1.0), get("lr", 0.0),
+                               get("momentum", 0.0), get("one_minus_dampening", 1.0), get("nesterov", 0.0) != 0.0,
+                               get("first_step", 0.0) != 0.0, get("one_minus_beta1", 0.0), get("beta2", 0.0),
+                               get("one_minus_beta2", 0.0), get("bias_correction2_sqrt", 1.0), get("eps", 0.0),
+                               get("step_size", 0.0)});
+  }
+  std::vector<gmp::cpu::UpdateTensor> typed;
+  for (const auto& [dtype, n, weights, grads, master, state0, state1, state2, mask, ranks, index] : tensors) {
+    if (weights == 0 || grads == 0 || n <= 0 || index >= constants.size()) {
+      throw std::invalid_argument("a tensor needs addresses, at least one weight and its constants");
+    }
+    typed.push_back({dtype_of(dtype),
+                     {pointer(weights),
+                      pointer(grads),
+                      pointer(master),
+                      {pointer(state0), pointer(state1), pointer(state2)},
+                      pointer<const uint8_t>(mask),
+                      ranks != 0,
+                      n},
+                     pointer<const int64_t>(ranks),
+                     index});
+  }
+  py::gil_scoped_release release;
+  gmp::cpu::update(which, typed, typed_constants, num_threads);
+}
+
+// dtype, address of the gradients, n, address of the mask or 0
+using GradTuple = std::tuple<std::string, uintptr_t, int64_t, uintptr_t>;
+
+double sum_squares(const std::vector<GradTuple>& grads, int num_threads) {
+  std::vector<gmp::cpu::GradView> views;
+  for (const auto& [dtype, address, n, mask] : grads) {
+    views.push_back({dtype_of(dtype), pointer(address), n, pointer<const uint8_t>(mask)});
+  }
+  py::gil_scoped_release release;
+  return gmp::cpu::sum_squares(views, num_threads);
+}
+
+// from, its mask and ranks (0: dense), to, its mask and ranks, n, bytes per value
+using RepackTuple = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, int64_t, int>;
+
+void repack(const std::vector<RepackTuple>& tasks, int num_threads) {
+  std::vector<gmp::cpu::RepackTask> typed;
+  for (const auto& [from, from_mask, from_ranks, to, to_mask, to_ranks, n, value_bytes] : tasks) {
+    typed.push_back({pointer(from), pointer<const uint8_t>(from_mask), pointer<const int64_t>(from_ranks), pointer(to),
+                     pointer<const uint8_t>(to_mask), pointer<const int64_t>(to_ranks), n, value_bytes});
+  }
+  py::gil_scoped_release release;
+  gmp::cpu::repack(typed, num_threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.def("select", &select_thresholds);
   m.def("apply", &apply_cuts);
+  m.def("update", &update);
+  m.def("sum_squares", &sum_squares);
+  m.def("repack", &repack);
+  m.def("ranks", [](uintptr_t mask, int64_t n) { return gmp::cpu::ranks_of(pointer<const uint8_t>(mask), n); });
   m.def("isa", [] { return std::string(gmp::cpu::active_kernels().name); });
 }

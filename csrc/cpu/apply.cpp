@@ -1,14 +1,13 @@
 #include "apply.h"
 
-#include <numeric>
-
 #include "chunks.h"
 
 namespace gmp::cpu {
 namespace {
 
-// One chunk in which the layer's cut may fall: before it ties stay, from it on they go. A cut inside a byte of the
-// mask sends the eight weights around it through a copy of their own.
+// One chunk in which the layer's cut may fall: before it ties stay, from it on
+// they go. A cut inside a byte of the mask sends the eight weights around it
+// through a copy of their own.
 template <typename Key>
 ApplyCounts apply_chunk(const LayerView& layer, int64_t begin, int64_t end, Key infinity, Key limit, int64_t cut,
                         uint8_t* kept) {
@@ -56,14 +55,12 @@ std::vector<ApplyCounts> apply_typed(Key infinity, const std::vector<LayerView>&
                                      const std::vector<uint8_t*>& kept, int num_threads) {
   std::vector<Key> limits(layers.size(), 0);
   for (size_t i = 0; i < cuts.size(); ++i) limits[i] = static_cast<Key>(key_of_magnitude(cuts[i].value, infinity));
-  std::vector<size_t> all(layers.size());
-  std::iota(all.begin(), all.end(), size_t{0});
-  const ChunkTable chunks(layers, std::move(all));
+  const ChunkTable chunks(sizes_of(layers));
   std::vector<ApplyCounts> totals(layers.size());
 #pragma omp parallel for schedule(monotonic : dynamic, 4) num_threads(num_threads)
   for (int64_t i = 0; i < chunks.size(); ++i) {
     const Chunk chunk = chunks[i];
-    const size_t l = chunk.layer;
+    const size_t l = chunk.tensor;
     const int64_t cut = cuts.empty() ? layers[l].n : cuts[l].index;
     const ApplyCounts counts =
         apply_chunk<Key>(layers[l], chunk.begin, chunk.end, infinity, limits[l], cut, kept.empty() ? nullptr : kept[l]);

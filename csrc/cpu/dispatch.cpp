@@ -16,7 +16,8 @@ struct Candidate {
 const KernelSet& pick() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("popcnt");
+  const bool avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("popcnt") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vbmi2");
@@ -34,7 +35,8 @@ const KernelSet& pick() {
     }
   }
   throw std::invalid_argument(
-      "GMP_KERNELS_ISA: expected portable, avx2 or avx512 (the latter two on x86-64 only), got '" +
+      "GMP_KERNELS_ISA: expected portable, avx2 or "
+      "avx512 (the latter two on x86-64 only), got '" +
       std::string(wanted) + "'");
 }
 

@@ -1,16 +1,21 @@
 // Exact selection by a sampled bracket that is counted, never believed.
 //
-//   bracket  a few thousand sampled keys (or the last threshold) give [lo, hi] around the wanted rank
-//   count    ONE read of the weights counts the keys below lo and gathers those inside, 1-2 % of them
-//   refine   below < wanted <= below + inside proves the bracket; the threshold is an order statistic of the gathered
-//   ties     the gathered keys, kept per chunk, tell in which chunk the last tie that stays lies
+//   bracket  a few thousand sampled keys (or the last threshold) give [lo, hi]
+//   around the wanted rank count    ONE read of the weights counts the keys
+//   below lo and gathers those inside, 1-2 % of them refine   below < wanted <=
+//   below + inside proves the bracket; the threshold is an order statistic of
+//   the gathered ties     the gathered keys, kept per chunk, tell in which
+//   chunk the last tie that stays lies
 //
-// What the counts do not prove falls back to a bracket that must hold: [0, lo) or (hi, max], cut into 2048 bins that
-// are counted, so every further read narrows the keys by 11 bits. The same bins serve a group whose candidates would
-// not fit the memory allowed. Nothing depends on the number of threads but the order in which candidates are stored.
+// What the counts do not prove falls back to a bracket that must hold: [0, lo)
+// or (hi, max], cut into 2048 bins that are counted, so every further read
+// narrows the keys by 11 bits. The same bins serve a group whose candidates
+// would not fit the memory allowed. Nothing depends on the number of threads
+// but the order in which candidates are stored.
 //
-// Source: Floyd and Rivest, "Expected time bounds for selection", CACM 18(3), 1975; the count as proof and the
-// streaming gather follow the practice of GPU top-k.
+// Source: Floyd and Rivest, "Expected time bounds for selection", CACM 18(3),
+// 1975; the count as proof and the streaming gather follow the practice of GPU
+// top-k.
 #include "select.h"
 
 #include <omp.h>
@@ -47,7 +52,8 @@ struct Group {
   // What the last count found:
   int64_t below = 0, inside = 0, pruned = 0;
   std::vector<int64_t> bins;
-  Key* candidates = nullptr;  // this group's part of the wave's memory, room for `capacity` keys
+  Key* candidates = nullptr;  // this group's part of the wave's memory, room for
+                              // `capacity` keys
   int64_t capacity = 0, used = 0;
   // The answer:
   bool done = false;
@@ -56,7 +62,8 @@ struct Group {
   bool counts_only() const { return lo == hi; }
 };
 
-// The keys gathered from one chunk: how many, and where among the candidates of its group (if they were stored).
+// The keys gathered from one chunk: how many, and where among the candidates of
+// its group (if they were stored).
 struct Gathered {
   int64_t offset, count;
 };
@@ -108,7 +115,8 @@ class Selector {
   static constexpr int64_t kSlack = kGatherSlackBytes / static_cast<int64_t>(sizeof(Key));
   static constexpr int64_t kMaxSample = kSampleBytes / static_cast<int64_t>(sizeof(Key));
 
-  // A sample, or the candidates that are left, and two copies for the quickselect.
+  // A sample, or the candidates that are left, and two copies for the
+  // quickselect.
   static constexpr int64_t kScratch = 3 * (kMaxSample + kSlack);
 
   static int64_t sample_size(int64_t n) { return std::min(n, std::clamp<int64_t>(n / 16, 1024, kMaxSample)); }
@@ -123,8 +131,9 @@ class Selector {
     return pending;
   }
 
-  // Weights drift little between two steps: 1/64 of the threshold to each side holds about 1 % of them. A count that
-  // has moved by more than 0.1 % of n would often miss, and a miss costs a read.
+  // Weights drift little between two steps: 1/64 of the threshold to each side
+  // holds about 1 % of them. A count that has moved by more than 0.1 % of n
+  // would often miss, and a miss costs a read.
   bool bracket_from_hint(Group<Key>& group, const Threshold& hint) const {
     const int64_t hinted = hint.num_below + hint.num_ties - hint.num_ties_kept;
     if (hint.num_ties == 0 || std::isnan(hint.value) || std::abs(hinted - group.num_prune) > group.n / 1024) {
@@ -148,18 +157,23 @@ class Selector {
   // As many pending groups as the memory for candidates allows, at least one.
   void run_wave(const std::vector<size_t>& pending) {
     std::vector<size_t> wave, wave_layers;
-    int64_t capacity = 0;
+    int64_t capacity = 0, with_bins = 0;
     for (size_t g : pending) {
       Group<Key>& group = groups_[g];
-      group.capacity = group.mode == Mode::kHistogram ? 0 : group.expected_inside + kSlack;
-      if (!wave.empty() && capacity + group.capacity > candidate_budget_) continue;
+      const bool bins = group.mode == Mode::kHistogram;
+      const int64_t bins_as_keys = bins ? kBins * static_cast<int64_t>(sizeof(int64_t) / sizeof(Key)) : 0;
+      group.capacity = bins ? 0 : group.expected_inside + kSlack;
+      if (!wave.empty() && with_bins + group.capacity + bins_as_keys > candidate_budget_) continue;
       capacity += group.capacity;
+      with_bins += group.capacity + bins_as_keys;
       group.below = group.inside = group.pruned = group.used = 0;
       if (group.mode == Mode::kHistogram) group.bins.assign(kBins, 0);
       wave.push_back(g);
       for (size_t l = 0; l < group.num_layers; ++l) wave_layers.push_back(group.first_layer + l);
     }
-    const ChunkTable chunks(layers_, wave_layers);
+    std::vector<int64_t> sizes;
+    for (size_t l : wave_layers) sizes.push_back(layers_[l].n);
+    const ChunkTable chunks(std::move(sizes));
     const int threads = static_cast<int>(std::clamp<int64_t>(chunks.size() / 2, 1, num_threads_));
     const int solvers = std::min({threads, kMaxSolvers, static_cast<int>(wave.size())});
     const std::unique_ptr<Key[]> candidates(new Key[static_cast<size_t>(capacity + kSlack)]);
@@ -187,19 +201,21 @@ class Selector {
 #pragma omp for schedule(monotonic : dynamic, 4) nowait
       for (int64_t i = 0; i < chunks.size(); ++i) {
         const Chunk chunk = chunks[i];
-        gathered[i] = count_chunk(groups_[group_of_layer[chunk.layer]], chunk, worker);
+        const size_t layer = wave_layers[chunk.tensor];
+        gathered[i] = count_chunk(groups_[group_of_layer[layer]], layer, chunk.begin, chunk.end, worker);
       }
       worker.flush();
     }
 #pragma omp parallel for schedule(dynamic, 1) num_threads(solvers)
     for (int64_t i = 0; i < num_groups; ++i) {
-      const Counted counted{chunks, gathered, first_chunk[i], first_chunk[i + 1]};
+      const Counted counted{chunks, wave_layers, gathered, first_chunk[i], first_chunk[i + 1]};
       resolve(groups_[wave[i]], counted, scratch.get() + omp_get_thread_num() * kScratch);
     }
   }
 
-  // Keys at pseudo-random cache lines, one per stride: evenly spread, and in step with no period of the data.
-  // Rank 0 stands for a pruned weight, 1 + key for the others.
+  // Keys at pseudo-random cache lines, one per stride: evenly spread, and in
+  // step with no period of the data. Rank 0 stands for a pruned weight, 1 + key
+  // for the others.
   void bracket_from_sample(Group<Key>& group, Key* scratch) {
     Key* const sample = scratch;
     Key* const spare = sample + kMaxSample + kSlack;
@@ -282,12 +298,11 @@ class Selector {
     }
   };
 
-  Gathered count_chunk(Group<Key>& group, const Chunk& chunk, Worker& worker) {
-    const LayerView& layer = layers_[chunk.layer];
-    const ScanCounts<Key> counts =
-        kernels_.scan(static_cast<const Key*>(layer.weights) + chunk.begin, chunk.end - chunk.begin,
-                      layer.mask == nullptr ? nullptr : layer.mask + chunk.begin / 8, infinity_, group.lo, group.hi,
-                      group.counts_only() ? nullptr : worker.keys.get());
+  Gathered count_chunk(Group<Key>& group, size_t layer_index, int64_t begin, int64_t end, Worker& worker) {
+    const LayerView& layer = layers_[layer_index];
+    const ScanCounts<Key> counts = kernels_.scan(static_cast<const Key*>(layer.weights) + begin, end - begin,
+                                                 layer.mask == nullptr ? nullptr : layer.mask + begin / 8, infinity_,
+                                                 group.lo, group.hi, group.counts_only() ? nullptr : worker.keys.get());
 #pragma omp atomic
     group.below += counts.below;
 #pragma omp atomic
@@ -296,7 +311,7 @@ class Selector {
     group.pruned += counts.pruned;
     if (counts.largest >= infinity_) {
 #pragma omp atomic write
-      nonfinite_[chunk.layer] = 1;
+      nonfinite_[layer_index] = 1;
     }
     int64_t offset = 0;
     if (group.counts_only()) return {offset, counts.inside};
@@ -309,7 +324,8 @@ class Selector {
       offset = group.used;
       group.used += counts.inside;
     }
-    // Past the room given, nothing is stored: `used` beyond `capacity` tells resolve.
+    // Past the room given, nothing is stored: `used` beyond `capacity` tells
+    // resolve.
     if (offset + counts.inside <= group.capacity) {
       std::copy_n(worker.keys.get(), counts.inside, group.candidates + offset);
     }
@@ -326,6 +342,7 @@ class Selector {
   // What a count left behind for one group.
   struct Counted {
     const ChunkTable& chunks;
+    const std::vector<size_t>& layers;  // by position in `chunks`
     const std::vector<Gathered>& gathered;
     int64_t first_chunk, last_chunk;
   };
@@ -372,7 +389,8 @@ class Selector {
     expect(group, group.bins[bin]);
   }
 
-  // The exact threshold from the gathered keys: count halves of the bracket until the rest fits the scratch.
+  // The exact threshold from the gathered keys: count halves of the bracket
+  // until the rest fits the scratch.
   void refine(Group<Key>& group, int64_t wanted, const Counted& counted, Key* scratch) {
     Key lo = group.lo, hi = group.hi;
     int64_t below = group.below, inside = group.inside;
@@ -420,13 +438,14 @@ class Selector {
               ? g.count
               : kernels_.scan(group.candidates + g.offset, g.count, nullptr, infinity_, key, key, nullptr).inside;
       const Chunk chunk = counted.chunks[i];
-      int64_t& cut = group.selection.cuts[chunk.layer - group.first_layer];
+      const size_t layer_index = counted.layers[chunk.tensor];
+      int64_t& cut = group.selection.cuts[layer_index - group.first_layer];
       if (kept >= matches) {
         kept -= matches;
         cut = chunk.end;
         continue;
       }
-      const LayerView& layer = layers_[chunk.layer];
+      const LayerView& layer = layers_[layer_index];
       cut = chunk.begin + find_match<Key>(static_cast<const Key*>(layer.weights) + chunk.begin, chunk.end - chunk.begin,
                                           layer.mask == nullptr ? nullptr : layer.mask + chunk.begin / 8, infinity_,
                                           key, key, kept);

@@ -1,16 +1,3 @@
-// AVX2. Compiled with its own flags; see kernels_impl.h.
-//
-// There is no compress instruction here: a table gives, for every pattern of bits, the shuffle that moves the chosen
-// lanes to the front. Keys have their top bit clear, so the signed compares of AVX2 order them.
-#if defined(__x86_64__)
-#include <immintrin.h>
-
-#include "kernels.h"
-#include "magnitude_key.h"
-
-namespace gmp::cpu {
-namespace {
-
 template <typename Index, int kLanes, int kIndicesPerLane>
 struct CompressTable {
   static constexpr int kIndices = kLanes * kIndicesPerLane;
@@ -32,6 +19,33 @@ struct CompressTable {
 constexpr CompressTable<uint8_t, 8, 2> kCompress16;   // bytes of eight 16-bit lanes
 constexpr CompressTable<uint32_t, 8, 1> kCompress32;  // eight 32-bit lanes
 constexpr CompressTable<uint32_t, 4, 2> kCompress64;  // 32-bit halves of four 64-bit lanes
+
+// The inverse: lane j of a pattern takes the element whose rank among the
+// chosen is j's; bytes of unchosen 16-bit lanes get 0x80, which the byte
+// shuffle turns into zeros.
+template <typename Index, int kLanes, int kIndicesPerLane>
+struct ExpandTable {
+  static constexpr int kIndices = kLanes * kIndicesPerLane;
+  alignas(32) Index row[1 << kLanes][kIndices];
+
+  constexpr ExpandTable() : row() {
+    for (int bits = 0; bits < 1 << kLanes; ++bits) {
+      int rank = 0;
+      for (int lane = 0; lane < kLanes; ++lane) {
+        const bool chosen = bits >> lane & 1;
+        for (int part = 0; part < kIndicesPerLane; ++part) {
+          row[bits][lane * kIndicesPerLane + part] =
+              chosen ? static_cast<Index>(rank * kIndicesPerLane + part) : static_cast<Index>(0x80);
+        }
+        rank += chosen;
+      }
+    }
+  }
+};
+
+constexpr ExpandTable<uint8_t, 8, 2> kExpand16;
+constexpr ExpandTable<uint32_t, 8, 1> kExpand32;
+constexpr ExpandTable<uint32_t, 4, 2> kExpand64;
 
 inline __m256i load256(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 inline void store256(void* p, __m256i r) { _mm256_storeu_si256(static_cast<__m256i*>(p), r); }
@@ -81,6 +95,14 @@ struct Lanes<uint16_t> {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(out + __builtin_popcount(low)),
                      front(_mm256_extracti128_si256(r, 1), high));
   }
+  static Reg expand(const uint16_t* src, uint64_t bits) {
+    const unsigned low = bits & 0xff, high = bits >> 8 & 0xff;
+    const auto spread = [](const uint16_t* p, unsigned pattern) {
+      return _mm_shuffle_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)),
+                              _mm_load_si128(reinterpret_cast<const __m128i*>(kExpand16.row[pattern])));
+    };
+    return _mm256_set_m128i(spread(src + __builtin_popcount(low), high), spread(src, low));
+  }
 };
 
 template <>
@@ -101,6 +123,9 @@ struct Lanes<uint32_t> {
   static bool any_set(Reg r, uint64_t where) { return !_mm256_testz_si256(r, expand32(where)); }
   static void compress(uint32_t* out, Reg r, uint64_t bits) {
     store256(out, _mm256_permutevar8x32_epi32(r, load256(kCompress32.row[bits & 0xff])));
+  }
+  static Reg expand(const uint32_t* src, uint64_t bits) {
+    return zero_unless(bits, _mm256_permutevar8x32_epi32(load256(src), load256(kExpand32.row[bits & 0xff])));
   }
 };
 
@@ -150,14 +175,42 @@ struct Lanes<uint64_t> {
     store256(out, _mm256_permutevar8x32_epi32(r.low, load256(kCompress64.row[low])));
     store256(out + __builtin_popcount(low), _mm256_permutevar8x32_epi32(r.high, load256(kCompress64.row[high])));
   }
+  static Reg expand(const uint64_t* src, uint64_t bits) {
+    const unsigned low = bits & 0xf, high = bits >> 4 & 0xf;
+    const auto spread = [](const uint64_t* p, unsigned pattern) {
+      return _mm256_permutevar8x32_epi32(load256(p), load256(kExpand64.row[pattern]));
+    };
+    return zero_unless(bits, {spread(src, low), spread(src + __builtin_popcount(low), high)});
+  }
 };
 
-#include "kernels_impl.h"
+inline Vec<float> square_root(Vec<float> v) {
+  __m256 half[2];
+  __builtin_memcpy(half, &v, sizeof(v));
+  for (__m256& h : half) h = _mm256_sqrt_ps(h);
+  __builtin_memcpy(&v, half, sizeof(v));
+  return v;
+}
+inline Vec<double> square_root(Vec<double> v) {
+  __m256d half[2];
+  __builtin_memcpy(half, &v, sizeof(v));
+  for (__m256d& h : half) h = _mm256_sqrt_pd(h);
+  __builtin_memcpy(&v, half, sizeof(v));
+  return v;
+}
 
-}  // namespace
-
-const KernelSet kAvx2Kernels = {
-    "avx2", {scan<uint16_t>, apply<uint16_t>}, {scan<uint32_t>, apply<uint32_t>}, {scan<uint64_t>, apply<uint64_t>}};
-
-}  // namespace gmp::cpu
-#endif
+inline Vec<float> float_from_half(const uint16_t* p) {
+  const __m256 half[2] = {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))),
+                          _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 8)))};
+  Vec<float> v;
+  __builtin_memcpy(&v, half, sizeof(v));
+  return v;
+}
+inline void half_from_float(uint16_t* p, Vec<float> v) {
+  __m256 half[2];
+  __builtin_memcpy(half, &v, sizeof(v));
+  for (int j = 0; j < 2; ++j) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 8 * j),
+                     _mm256_cvtps_ph(half[j], _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
+}

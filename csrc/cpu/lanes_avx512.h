@@ -1,14 +1,5 @@
-// AVX-512 (F, BW, VL, DQ, VBMI2: Ice Lake and Zen 4 onwards). Compiled with its own flags; see kernels_impl.h.
-#if defined(__x86_64__)
-#include <immintrin.h>
-
-#include "kernels.h"
-#include "magnitude_key.h"
-
-namespace gmp::cpu {
-namespace {
-
-// Compressing goes through a register: the form of vpcompress that writes memory is microcoded on Zen 4.
+// Compressing goes through a register: the form of vpcompress that writes
+// memory is microcoded on Zen 4.
 template <typename Key>
 struct Lanes;
 
@@ -31,6 +22,9 @@ struct Lanes<uint16_t> {
   static void compress(uint16_t* out, Reg r, uint64_t bits) {
     _mm512_storeu_si512(out, _mm512_maskz_compress_epi16(static_cast<__mmask32>(bits), r));
   }
+  static Reg expand(const uint16_t* src, uint64_t bits) {
+    return _mm512_maskz_expand_epi16(static_cast<__mmask32>(bits), load(src));
+  }
 };
 
 template <>
@@ -51,6 +45,9 @@ struct Lanes<uint32_t> {
   }
   static void compress(uint32_t* out, Reg r, uint64_t bits) {
     _mm512_storeu_si512(out, _mm512_maskz_compress_epi32(static_cast<__mmask16>(bits), r));
+  }
+  static Reg expand(const uint32_t* src, uint64_t bits) {
+    return _mm512_maskz_expand_epi32(static_cast<__mmask16>(bits), load(src));
   }
 };
 
@@ -73,14 +70,18 @@ struct Lanes<uint64_t> {
   static void compress(uint64_t* out, Reg r, uint64_t bits) {
     _mm512_storeu_si512(out, _mm512_maskz_compress_epi64(static_cast<__mmask8>(bits), r));
   }
+  static Reg expand(const uint64_t* src, uint64_t bits) {
+    return _mm512_maskz_expand_epi64(static_cast<__mmask8>(bits), load(src));
+  }
 };
 
-#include "kernels_impl.h"
+inline Vec<float> square_root(Vec<float> v) { return (Vec<float>)_mm512_sqrt_ps((__m512)v); }
+inline Vec<double> square_root(Vec<double> v) { return (Vec<double>)_mm512_sqrt_pd((__m512d)v); }
 
-}  // namespace
-
-const KernelSet kAvx512Kernels = {
-    "avx512", {scan<uint16_t>, apply<uint16_t>}, {scan<uint32_t>, apply<uint32_t>}, {scan<uint64_t>, apply<uint64_t>}};
-
-}  // namespace gmp::cpu
-#endif
+inline Vec<float> float_from_half(const uint16_t* p) {
+  return (Vec<float>)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+inline void half_from_float(uint16_t* p, Vec<float> v) {
+  const __m256i half = _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), half);
+}

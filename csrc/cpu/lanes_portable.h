@@ -1,10 +1,3 @@
-// Plain C++, for every CPU: eight keys in an array; compilers turn the inner loops into whatever vectors there are.
-#include "kernels.h"
-#include "magnitude_key.h"
-
-namespace gmp::cpu {
-namespace {
-
 template <typename Key>
 struct Lanes {
   static constexpr int kCount = 8;
@@ -56,15 +49,34 @@ struct Lanes {
       out += bits >> j & 1;
     }
   }
+  static Reg expand(const Key* src, uint64_t bits) {
+    Reg r;
+    for (int j = 0; j < kCount; ++j) r.lane[j] = bits >> j & 1 ? *src++ : Key{0};
+    return r;
+  }
 };
 
-#include "kernels_impl.h"
+inline Vec<float> square_root(Vec<float> v) {
+  for (int j = 0; j < kLanesOf<float>; ++j) v[j] = __builtin_sqrtf(v[j]);
+  return v;
+}
+inline Vec<double> square_root(Vec<double> v) {
+  for (int j = 0; j < kLanesOf<double>; ++j) v[j] = __builtin_sqrt(v[j]);
+  return v;
+}
 
-}  // namespace
-
-const KernelSet kPortableKernels = {"portable",
-                                    {scan<uint16_t>, apply<uint16_t>},
-                                    {scan<uint32_t>, apply<uint32_t>},
-                                    {scan<uint64_t>, apply<uint64_t>}};
-
-}  // namespace gmp::cpu
+inline Vec<float> float_from_half(const uint16_t* p) {
+  Vec<float> v;
+  for (int j = 0; j < kLanesOf<float>; ++j) {
+    _Float16 half;
+    __builtin_memcpy(&half, p + j, sizeof(half));
+    v[j] = static_cast<float>(half);
+  }
+  return v;
+}
+inline void half_from_float(uint16_t* p, Vec<float> v) {
+  for (int j = 0; j < kLanesOf<float>; ++j) {
+    const _Float16 half = static_cast<_Float16>(v[j]);
+    __builtin_memcpy(p + j, &half, sizeof(half));
+  }
+}

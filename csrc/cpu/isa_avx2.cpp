@@ -1,0 +1,21 @@
+// AVX2 with F16C. Compiled with its own flags; see kernels_impl.h.
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include "kernels.h"
+#include "magnitude_key.h"
+
+namespace gmp::cpu {
+namespace {
+
+#include "lanes_avx2.h"
+// Order matters.
+#include "kernels_impl.h"
+#include "update_impl.h"
+
+}  // namespace
+
+const KernelSet kAvx2Kernels = kernel_set("avx2");
+
+}  // namespace gmp::cpu
+#endif

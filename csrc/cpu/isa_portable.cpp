@@ -1,0 +1,18 @@
+// Plain C++, for every CPU: compilers turn the small inner loops into whatever
+// vectors there are.
+#include "kernels.h"
+#include "magnitude_key.h"
+
+namespace gmp::cpu {
+namespace {
+
+#include "lanes_portable.h"
+// Order matters.
+#include "kernels_impl.h"
+#include "update_impl.h"
+
+}  // namespace
+
+const KernelSet kPortableKernels = kernel_set("portable");
+
+}  // namespace gmp::cpu

@@ -1,0 +1,413 @@
+// The optimizer step, written once over vectors of 64 bytes that the compiler
+// splits to what the machine has.
+//
+// Included by each instruction set's translation unit inside its anonymous
+// namespace, after Lanes, square_root and the float16 conversions. Products and
+// sums are never contracted (-ffp-contract=off) and every operation is exactly
+// rounded, so all instruction sets and all numbers of threads give the same
+// bits. The order of operations is that of torch.optim's single-tensor loops.
+//
+// A pruned weight costs nothing: blocks whose mask bits are all zero are
+// neither read nor written (what they hold is zero already), and with compact
+// state the kept weights and gradients of a tile are first packed together, so
+// that the arithmetic runs on kept weights only and the state is read in one
+// piece.
+
+// Storage formats of a weight: how it is kept, and the type it is computed in.
+struct F32 {
+  using Bits = uint32_t;
+  using Compute = float;
+  static Vec<float> load(const Bits* p) {
+    Vec<float> v;
+    __builtin_memcpy(&v, p, sizeof(v));
+    return v;
+  }
+  static void store(Bits* p, Vec<float> v) { __builtin_memcpy(p, &v, sizeof(v)); }
+};
+
+struct F64 {
+  using Bits = uint64_t;
+  using Compute = double;
+  static Vec<double> load(const Bits* p) {
+    Vec<double> v;
+    __builtin_memcpy(&v, p, sizeof(v));
+    return v;
+  }
+  static void store(Bits* p, Vec<double> v) { __builtin_memcpy(p, &v, sizeof(v)); }
+};
+
+struct BF16 {
+  using Bits = uint16_t;
+  using Compute = float;
+  static Vec<float> load(const Bits* p) {
+    HalfBits half;
+    __builtin_memcpy(&half, p, sizeof(half));
+    return (Vec<float>)(__builtin_convertvector(half, FloatBits) << 16);
+  }
+  // Round to nearest even; NaN becomes the quiet NaN torch writes.
+  static void store(Bits* p, Vec<float> v) {
+    const FloatBits bits = (FloatBits)v;
+    const FloatBits rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    const FloatBits is_nan = (FloatBits)((bits & 0x7fffffff) > 0x7f800000);
+    const HalfBits half = __builtin_convertvector((is_nan & 0x7fc0) | (~is_nan & rounded), HalfBits);
+    __builtin_memcpy(p, &half, sizeof(half));
+  }
+};
+
+struct F16 {
+  using Bits = uint16_t;
+  using Compute = float;
+  static Vec<float> load(const Bits* p) { return float_from_half(p); }
+  static void store(Bits* p, Vec<float> v) { half_from_float(p, v); }
+};
+
+template <typename T>
+inline Vec<T> load_vector(const T* p) {
+  Vec<T> v;
+  __builtin_memcpy(&v, p, sizeof(v));
+  return v;
+}
+template <typename T>
+inline void store_vector(T* p, Vec<T> v) {
+  __builtin_memcpy(p, &v, sizeof(v));
+}
+
+// All ones in the lanes whose bit is set.
+template <typename T>
+inline typename VectorOf<T>::Mask lanes_of_bits(uint64_t bits) {
+  using Mask = typename VectorOf<T>::Mask;
+  Mask lane;
+  for (int j = 0; j < kLanesOf<T>; ++j) lane[j] = 1 << j;
+  return (static_cast<int32_t>(bits) & lane) != 0;
+}
+template <typename T>
+inline Vec<T> zero_unless(uint64_t bits, Vec<T> v) {
+  return (Vec<T>)((typename VectorOf<T>::Mask)v & lanes_of_bits<T>(bits));
+}
+
+template <typename T>
+inline Vec<T> lerp(Vec<T> from, Vec<T> to, T weight) {
+  // torch's lerp: from the nearer end, so that weight 1 gives `to` exactly.
+  return weight < T(0.5) ? from + weight * (to - from) : to - (to - from) * (T(1) - weight);
+}
+
+// The rule itself, on one vector of weights.
+template <Rule kRule, typename T>
+inline void update_vector(Vec<T>& w, Vec<T> g, Vec<T>& s0, Vec<T>& s1, Vec<T>& s2, const UpdateRun& run,
+                          const UpdateConstants<T>& c) {
+  if constexpr (kRule == Rule::average) {
+    w = lerp<T>(w, g, c.one_minus_beta1);
+    return;
+  }
+  if (c.grad_factor != T(1)) g = g * c.grad_factor;
+  if (c.decay != T(1)) w = w * c.decay;
+  if (c.weight_decay != T(0)) g = g + c.weight_decay * w;
+  if constexpr (kRule == Rule::sgd) {
+    if (run.state[0] != nullptr) {
+      s0 = c.first_step ? g : s0 * c.momentum + c.one_minus_dampening * g;
+      g = c.nesterov ? g + c.momentum * s0 : s0;
+    }
+    w = w + (-c.lr) * g;
+  } else {
+    s0 = lerp<T>(s0, g, c.one_minus_beta1);
+    s1 = s1 * c.beta2 + c.one_minus_beta2 * g * g;
+    Vec<T> second = s1;
+    if (run.state[2] != nullptr) {
+      // torch.maximum hands a NaN on, from either side.
+      s2 = (s2 > s1) | (s2 != s2) ? s2 : s1;
+      second = s2;
+    }
+    const Vec<T> denominator = square_root(second) / c.bias_correction2_sqrt + c.eps;
+    w = w + (-c.step_size) * s0 / denominator;
+  }
+}
+
+template <typename T>
+inline T* offset(void* p, int64_t i) {
+  return p == nullptr ? nullptr : static_cast<T*>(p) + i;
+}
+
+// One vector of weights, gradients and state in memory; `bits`: lanes that are
+// kept.
+template <Rule kRule, typename Format, bool kMasked>
+inline void update_block(typename Format::Bits* weights, const typename Format::Bits* grads,
+                         typename Format::Compute* master, typename Format::Compute* const state[3], uint64_t bits,
+                         const UpdateRun& run, const UpdateConstants<typename Format::Compute>& c) {
+  using T = typename Format::Compute;
+  Vec<T> w = master != nullptr ? load_vector(master) : Format::load(weights);
+  Vec<T> s[3] = {};
+  for (int k = 0; k < 3; ++k) {
+    if (state[k] != nullptr) s[k] = load_vector(state[k]);
+  }
+  update_vector<kRule, T>(w, Format::load(grads), s[0], s[1], s[2], run, c);
+  if constexpr (kMasked) {
+    w = zero_unless<T>(bits, w);
+    for (Vec<T>& v : s) v = zero_unless<T>(bits, v);
+  }
+  for (int k = 0; k < 3; ++k) {
+    if (state[k] != nullptr) store_vector(state[k], s[k]);
+  }
+  if (master != nullptr) store_vector(master, w);
+  Format::store(weights, w);
+}
+
+// The same for fewer than a vector, through copies padded with zeros.
+template <Rule kRule, typename Format, bool kMasked>
+void update_partial(typename Format::Bits* weights, const typename Format::Bits* grads,
+                    typename Format::Compute* master, typename Format::Compute* const state[3], uint64_t bits,
+                    int64_t n, const UpdateRun& run, const UpdateConstants<typename Format::Compute>& c) {
+  using T = typename Format::Compute;
+  using Bits = typename Format::Bits;
+  constexpr int kLanes = kLanesOf<T>;
+  Bits w[kLanes] = {}, g[kLanes] = {};
+  T m[kLanes] = {}, s[3][kLanes] = {};
+  T* s_pointer[3] = {};
+  __builtin_memcpy(w, weights, n * sizeof(Bits));
+  __builtin_memcpy(g, grads, n * sizeof(Bits));
+  if (master != nullptr) __builtin_memcpy(m, master, n * sizeof(T));
+  for (int k = 0; k < 3; ++k) {
+    if (state[k] == nullptr) continue;
+    __builtin_memcpy(s[k], state[k], n * sizeof(T));
+    s_pointer[k] = s[k];
+  }
+  update_block<kRule, Format, kMasked>(w, g, master == nullptr ? nullptr : m, s_pointer, bits, run, c);
+  __builtin_memcpy(weights, w, n * sizeof(Bits));
+  if (master != nullptr) __builtin_memcpy(master, m, n * sizeof(T));
+  for (int k = 0; k < 3; ++k) {
+    if (state[k] != nullptr) __builtin_memcpy(state[k], s[k], n * sizeof(T));
+  }
+}
+
+// Moves the kept keys of src to the front of dst, in order; dst has room for a vector more. Returns how many.
+template <typename Key>
+int64_t pack(const Key* src, const uint8_t* mask, int64_t n, Key* dst) {
+  using V = Lanes<Key>;
+  int64_t count = 0, i = 0;
+  for (; i + V::kCount <= n; i += V::kCount) {
+    const uint64_t kept = load_mask_bits<V::kCount>(mask, i);
+    V::compress(dst + count, V::load(src + i), kept);
+    count += __builtin_popcountll(kept);
+  }
+  for (; i < n; ++i) {
+    if (mask_bit(mask, i)) dst[count++] = load_one(src + i);
+  }
+  return count;
+}
+
+// Its inverse: the kept places of dst get the keys of src in order, the pruned ones zero. src may be read for a vector
+// more.
+template <typename Key>
+void unpack(const Key* src, const uint8_t* mask, int64_t n, Key* dst) {
+  using V = Lanes<Key>;
+  int64_t i = 0;
+  for (; i + V::kCount <= n; i += V::kCount) {
+    const uint64_t kept = load_mask_bits<V::kCount>(mask, i);
+    V::store(dst + i, V::expand(src, kept));
+    src += __builtin_popcountll(kept);
+  }
+  for (; i < n; ++i) {
+    const Key key = mask_bit(mask, i) ? *src++ : Key{0};
+    __builtin_memcpy(dst + i, &key, sizeof(Key));
+  }
+}
+
+// The blocks of kLanes weights, up to kMostBlocks of them, in which anything is kept. Collected ahead of the work,
+// without a branch: at 95 % every other block is dead, in no order a predictor could learn, and what comes next must be
+// known to be fetched early, since the hardware only fetches ahead of even strides.
+inline constexpr int64_t kMostBlocks = 2048;
+
+template <int kLanes>
+int64_t live_blocks(const uint8_t* mask, int64_t num_blocks, uint16_t* blocks) {
+  int64_t count = 0;
+  for (int64_t b = 0; b < num_blocks; ++b) {
+    blocks[count] = static_cast<uint16_t>(b);
+    count += load_mask_bits<kLanes>(mask, b * kLanes) != 0;
+  }
+  return count;
+}
+
+// How many live blocks ahead memory is asked for: the fewer, the more streams a block has.
+inline constexpr int64_t kDenseAhead = 8, kCompactAhead = 24;
+
+template <Rule kRule, typename Format>
+void update_compact(const UpdateRun& run, const UpdateConstants<typename Format::Compute>& c) {
+  using T = typename Format::Compute;
+  using Bits = typename Format::Bits;
+  using MasterBits = typename BitsOf<T>::Type;
+  using V = Lanes<Bits>;
+  constexpr int64_t kTile = 512, kLanes = kLanesOf<T>, kBlock = V::kCount;
+  constexpr int64_t kSlack = 64 / sizeof(Bits), kMasterSlack = 64 / sizeof(MasterBits);
+  alignas(64) Bits w[kTile + kSlack] = {}, g[kTile + kSlack] = {};
+  alignas(64) MasterBits m[kTile + kMasterSlack] = {};
+  uint16_t blocks[kMostBlocks + 1];
+  T* state[3] = {static_cast<T*>(run.state[0]), static_cast<T*>(run.state[1]), static_cast<T*>(run.state[2])};
+  Bits* const weights = static_cast<Bits*>(run.weights);
+  const Bits* const grads = static_cast<const Bits*>(run.grads);
+  MasterBits* const master = static_cast<MasterBits*>(run.master);
+
+  const auto update_packed = [&](int64_t count) {
+    for (int64_t j = 0; j < count; j += kLanes) {
+      T* here[3] = {offset<T>(state[0], j), offset<T>(state[1], j), offset<T>(state[2], j)};
+      T* const m_here = master == nullptr ? nullptr : reinterpret_cast<T*>(m + j);
+      if (count - j >= kLanes) {
+        update_block<kRule, Format, false>(w + j, g + j, m_here, here, 0, run, c);
+      } else {
+        update_partial<kRule, Format, false>(w + j, g + j, m_here, here, 0, count - j, run, c);
+      }
+    }
+    for (T*& s : state) s = offset<T>(s, count);
+  };
+
+  const int64_t num_blocks = run.n / kBlock;
+  const int64_t num_live = live_blocks<V::kCount>(run.mask, num_blocks, blocks);
+  for (int64_t first = 0; first < num_live;) {
+    int64_t count = 0, last = first;
+    for (; last < num_live && count + kBlock <= kTile; ++last) {
+      const int64_t i = blocks[last] * kBlock;
+      const int64_t ahead = blocks[last + kCompactAhead < num_live ? last + kCompactAhead : last] * kBlock;
+      __builtin_prefetch(grads + ahead);
+      __builtin_prefetch(weights + ahead, 1);
+      const uint64_t kept = load_mask_bits<V::kCount>(run.mask, i);
+      V::compress(g + count, V::load(grads + i), kept);
+      if (master != nullptr) {
+        __builtin_prefetch(master + ahead, 1);
+        pack(master + i, run.mask + i / 8, kBlock, m + count);
+      } else {
+        V::compress(w + count, V::load(weights + i), kept);
+      }
+      count += __builtin_popcountll(kept);
+    }
+    update_packed(count);
+    int64_t taken = 0;
+    for (; first < last; ++first) {
+      const int64_t i = blocks[first] * kBlock;
+      const uint64_t kept = load_mask_bits<V::kCount>(run.mask, i);
+      if (master != nullptr) unpack(m + taken, run.mask + i / 8, kBlock, master + i);
+      V::store(weights + i, V::expand(w + taken, kept));
+      taken += __builtin_popcountll(kept);
+    }
+  }
+
+  const int64_t i = num_blocks * kBlock, n = run.n - i;
+  if (n == 0) return;
+  const uint8_t* const mask = run.mask + i / 8;
+  const int64_t count = pack(grads + i, mask, n, g);
+  if (master != nullptr) {
+    pack(master + i, mask, n, m);
+  } else {
+    pack(weights + i, mask, n, w);
+  }
+  update_packed(count);
+  if (master != nullptr) unpack(m, mask, n, master + i);
+  unpack(w, mask, n, weights + i);
+}
+
+template <Rule kRule, typename Format, bool kMasked>
+void update_dense(const UpdateRun& run, const UpdateConstants<typename Format::Compute>& c) {
+  using T = typename Format::Compute;
+  using Bits = typename Format::Bits;
+  constexpr int64_t kLanes = kLanesOf<T>;
+  Bits* const weights = static_cast<Bits*>(run.weights);
+  const Bits* const grads = static_cast<const Bits*>(run.grads);
+  T* const master = static_cast<T*>(run.master);
+  T* const state[3] = {static_cast<T*>(run.state[0]), static_cast<T*>(run.state[1]), static_cast<T*>(run.state[2])};
+  const auto block = [&](int64_t i, int64_t n, uint64_t bits) {
+    T* const m = offset<T>(master, i);
+    T* const s[3] = {offset<T>(state[0], i), offset<T>(state[1], i), offset<T>(state[2], i)};
+    if (n == kLanes) {
+      update_block<kRule, Format, kMasked>(weights + i, grads + i, m, s, bits, run, c);
+    } else {
+      update_partial<kRule, Format, kMasked>(weights + i, grads + i, m, s, bits, n, run, c);
+    }
+  };
+  const auto fetch = [&](int64_t i) {
+    __builtin_prefetch(grads + i);
+    __builtin_prefetch(weights + i, 1);
+    if (master != nullptr) __builtin_prefetch(master + i, 1);
+    for (T* s : state) {
+      if (s != nullptr) __builtin_prefetch(s + i, 1);
+    }
+  };
+  const int64_t num_blocks = run.n / kLanes, rest = run.n % kLanes;
+  if constexpr (kMasked) {
+    uint16_t blocks[kMostBlocks + 1];
+    const int64_t num_live = live_blocks<static_cast<int>(kLanes)>(run.mask, num_blocks, blocks);
+    for (int64_t b = 0; b < num_live; ++b) {
+      fetch(blocks[b + kDenseAhead < num_live ? b + kDenseAhead : b] * kLanes);
+      const int64_t i = blocks[b] * kLanes;
+      block(i, kLanes, load_mask_bits<static_cast<int>(kLanes)>(run.mask, i));
+    }
+  } else {
+    for (int64_t b = 0; b < num_blocks; ++b) {
+      fetch((b + kDenseAhead) * kLanes);
+      block(b * kLanes, kLanes, 0);
+    }
+  }
+  if (rest > 0) {
+    uint64_t bits = 0;
+    if constexpr (kMasked) __builtin_memcpy(&bits, run.mask + num_blocks * kLanes / 8, (rest + 7) / 8);
+    block(num_blocks * kLanes, rest, bits);
+  }
+}
+
+// Sum of the squares of the kept gradients, in double and in an order that
+// depends on n alone.
+template <typename Format>
+double sum_squares(const void* grads, const uint8_t* mask, int64_t n) {
+  using T = typename Format::Compute;
+  using Bits = typename Format::Bits;
+  constexpr int64_t kLanes = kLanesOf<T>;
+  Vec<double> total = {};
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const int64_t size = n - i < kLanes ? n - i : kLanes;
+    uint64_t bits = ~uint64_t{0};
+    if (mask != nullptr) {
+      bits = 0;
+      __builtin_memcpy(&bits, mask + i / 8, (size + 7) / 8);
+      if (bits == 0) continue;
+    }
+    Bits block[kLanes] = {};
+    prefetch_ahead(static_cast<const Bits*>(grads) + i);
+    __builtin_memcpy(block, static_cast<const Bits*>(grads) + i, size * sizeof(Bits));
+    T values[kLanes];
+    store_vector(values, zero_unless<T>(bits, Format::load(block)));
+    for (int64_t part = 0; part < kLanes; part += kLanesOf<double>) {
+      Vec<double> wide;
+      for (int j = 0; j < kLanesOf<double>; ++j) wide[j] = values[part + j];
+      total += wide * wide;
+    }
+  }
+  double sum = 0;
+  for (int j = 0; j < kLanesOf<double>; ++j) sum += total[j];
+  return sum;
+}
+
+template <Rule kRule, typename Format>
+void update(const UpdateRun& run, const UpdateConstants<typename Format::Compute>& c) {
+  if (run.mask == nullptr) {
+    update_dense<kRule, Format, false>(run, c);
+  } else if (!run.compact) {
+    update_dense<kRule, Format, true>(run, c);
+  } else {
+    update_compact<kRule, Format>(run, c);
+  }
+}
+
+constexpr KernelSet kernel_set(const char* name) {
+  return {name,
+          {scan<uint16_t>, apply<uint16_t>},
+          {scan<uint32_t>, apply<uint32_t>},
+          {scan<uint64_t>, apply<uint64_t>},
+          {{update<Rule::sgd, F32>, update<Rule::adam, F32>, update<Rule::average, F32>},
+           sum_squares<F32>,
+           {pack<uint32_t>, unpack<uint32_t>}},
+          {{update<Rule::sgd, F64>, update<Rule::adam, F64>, update<Rule::average, F64>},
+           sum_squares<F64>,
+           {pack<uint64_t>, unpack<uint64_t>}},
+          {{update<Rule::sgd, F16>, update<Rule::adam, F16>, update<Rule::average, F16>},
+           sum_squares<F16>,
+           {pack<uint32_t>, unpack<uint32_t>}},
+          {{update<Rule::sgd, BF16>, update<Rule::adam, BF16>, update<Rule::average, BF16>},
+           sum_squares<BF16>,
+           {pack<uint32_t>, unpack<uint32_t>}}};
+}

@@ -1,0 +1,41 @@
+// Vectors of 64 bytes in the compiler's own extension: types only, so that no
+// code is shared between instruction sets.
+#pragma once
+
+#include <cstdint>
+
+namespace gmp::cpu {
+
+template <typename T>
+struct VectorOf;
+template <>
+struct VectorOf<float> {
+  typedef float Type __attribute__((vector_size(64)));
+  typedef int32_t Mask __attribute__((vector_size(64)));
+};
+template <>
+struct VectorOf<double> {
+  typedef double Type __attribute__((vector_size(64)));
+  typedef int64_t Mask __attribute__((vector_size(64)));
+};
+template <typename T>
+using Vec = typename VectorOf<T>::Type;
+template <typename T>
+inline constexpr int kLanesOf = 64 / sizeof(T);
+
+// The unsigned integer of a float's size.
+template <typename T>
+struct BitsOf;
+template <>
+struct BitsOf<float> {
+  using Type = uint32_t;
+};
+template <>
+struct BitsOf<double> {
+  using Type = uint64_t;
+};
+
+typedef uint16_t HalfBits __attribute__((vector_size(32)));
+typedef uint32_t FloatBits __attribute__((vector_size(64)));
+
+}  // namespace gmp::cpu
