@@ -12,15 +12,16 @@ from setuptools import setup
 
 X86_64 = platform.machine().lower() in ("x86_64", "amd64")
 ISA_FLAGS = {
-    "isa_avx2.cpp": ["-mavx2", "-mpopcnt", "-mf16c"],
+    "isa_avx2.cpp": ["-mavx2", "-mfma", "-mpopcnt", "-mf16c"],
     "isa_avx512.cpp": [
         *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vbmi2"),
-        *("-mavx2", "-mpopcnt", "-mprefer-vector-width=512"),
+        *("-mavx2", "-mfma", "-mpopcnt", "-mprefer-vector-width=512"),
         *("-Wno-maybe-uninitialized", "-Wno-uninitialized"),  # GCC 12 warns about its own headers
     ],
 }
 COMMON_FLAGS = ["-O3", "-fopenmp", "-Wall", "-Wextra", "-Wno-psabi", "-fvisibility=hidden"]
-# Every instruction set must round alike: no fused multiply-add; and no errno, so that sqrt is one instruction.
+# Every instruction set must round alike: no fused multiply-add but where the code says so; and no errno, so that sqrt
+# is one instruction.
 COMMON_FLAGS += ["-ffp-contract=off", "-fno-math-errno"]
 SANITIZE = os.environ.get("GMP_KERNELS_SANITIZE")  # e.g. "address,undefined": used by the test suite
 if SANITIZE:

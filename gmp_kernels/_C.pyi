@@ -3,6 +3,10 @@ from typing import TypeAlias
 # (address of the weights, number of weights, address of the packed mask or 0); the caller keeps the memory alive.
 _Layer: TypeAlias = tuple[int, int, int]
 _Threshold: TypeAlias = tuple[float, int, int, int]
+# dtype, n, then addresses (0: not there): weights, gradients, master, state x 3, mask, ranks; index of the constants
+_Update: TypeAlias = tuple[str, int, int, int, int, int, int, int, int, int, int]
+# from, its mask and ranks (0: dense), to, its mask and ranks, n, bytes per value
+_Move: TypeAlias = tuple[int, int, int, int, int, int, int, int]
 
 def select(
     dtype: str, layers: list[_Layer], num_prune: list[int], hints: list[_Threshold | None], num_threads: int
@@ -10,4 +14,8 @@ def select(
 def apply(
     dtype: str, layers: list[_Layer], cuts: list[tuple[float, int]], kept: list[int], num_threads: int
 ) -> list[tuple[int, int]]: ...
+def update(rule: str, tensors: list[_Update], constants: list[dict[str, float]], num_threads: int) -> None: ...
+def sum_squares(gradients: list[tuple[str, int, int, int]], num_threads: int) -> float: ...
+def ranks(mask: int, n: int) -> list[int]: ...
+def repack(moves: list[_Move], num_threads: int) -> None: ...
 def isa() -> str: ...

@@ -1,6 +1,6 @@
 """Gradual magnitude pruning for PyTorch: exact thresholds, bit-packed masks, a scheduler for any training loop."""
 
-from gmp_kernels import schedules
+from gmp_kernels import optim, schedules
 from gmp_kernels.errors import (
     BackendUnavailableError,
     DTypeError,
@@ -39,6 +39,7 @@ __all__ = [
     "Threshold",
     "apply_masks_",
     "magnitude_threshold",
+    "optim",
     "prune_",
     "schedules",
 ]

@@ -101,7 +101,7 @@ def magnitude_threshold(
     selection", Comm. ACM 18(3), 1975, doi:10.1145/360680.360691).
     """
     op = "magnitude_threshold"
-    layers = _layers(op, [weight], None if mask is None else [mask], None)
+    layers = check_tensors(op, [weight], None if mask is None else [mask], None)
     _check_choice(op, "nonfinite", nonfinite, ("error", "keep"))
     counts = _num_prune(op, layers, None, num_prune, "layer")
     implementation = choose(backend, layers[0].weight.device)
@@ -170,7 +170,7 @@ def prune_(
     op = "prune_"
     weights_, masks_ = _as_lists(weights, masks)
     names = _names(op, names, len(weights_))
-    layers = _layers(op, weights_, masks_, names)
+    layers = check_tensors(op, weights_, masks_, names)
     _check_choice(op, "scope", scope, ("layer", "global"))
     _check_choice(op, "nonfinite", nonfinite, ("error", "keep"))
     counts = _num_prune(op, layers, sparsity, num_prune, scope)
@@ -223,7 +223,7 @@ def apply_masks_(
     """
     op = "apply_masks_"
     weights_, masks_ = _as_lists(weights, masks)
-    layers = _layers(op, weights_, masks_, None)
+    layers = check_tensors(op, weights_, masks_, None)
     _check_writable(op, weights_, layers, None)
     if layers:
         choose(backend, layers[0].weight.device).apply(layers)
@@ -249,17 +249,25 @@ def _label(names: Sequence[str] | None, i: int) -> str:
     return f"weights[{i}]" if names is None else f"'{names[i]}'"
 
 
-def _layers(
-    op: str, weights: Sequence[Weight], masks: Sequence[BitMask] | None, names: Sequence[str] | None
+def check_tensors(
+    op: str,
+    weights: Sequence[Weight],
+    masks: Sequence[BitMask | None] | None,
+    names: Sequence[str] | None = None,
+    *,
+    optional_masks: bool = False,
 ) -> list[Layer]:
-    """Check weights and masks and bring them into the form backends take, without copying."""
+    """Check weights and masks and bring them into the form backends take, without copying.
+
+    With ``optional_masks``, an entry of ``masks`` may be None.
+    """
     if masks is not None and len(masks) != len(weights):
         raise ShapeError(f"{op}: expected one mask per weight, got {len(masks)} masks for {len(weights)} weights")
     layers = []
     for i, weight in enumerate(weights):
         tensor = _tensor(op, weight, names, i)
         mask = None
-        if masks is not None:
+        if masks is not None and not (optional_masks and masks[i] is None):
             mask = masks[i]
             if not isinstance(mask, BitMask):
                 raise DTypeError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -30,12 +30,23 @@ class _Group(NamedTuple):
     distribute: Distribution
 
 
+@runtime_checkable
+class _MaskedOptimizer(Protocol):
+    """What ``gmp_kernels.optim`` offers: the mask is part of the step, nothing has to be enforced after it."""
+
+    def set_masks(self, masks: Mapping[torch.Tensor, BitMask]) -> None: ...
+
+    def master_weight(self, parameter: torch.Tensor) -> torch.Tensor | None: ...
+
+
 class GMPScheduler:
     """Prunes a model by magnitude while it trains, and keeps what is pruned at zero.
 
     Call ``step()`` after every ``optimizer.step()``. At the schedule's update steps it prunes; between them a hook of
     the optimizer sets pruned weights and their optimizer state (momentum, Adam's averages, whatever has the shape of
     the weight) back to zero after each step, for as long as the optimizer lives. The model itself carries nothing.
+    With an optimizer of ``gmp_kernels.optim`` the mask is part of the step itself and there is no such hook; where that
+    keeps master weights, they are what is ranked.
 
     Parameters
     ----------
@@ -142,7 +153,8 @@ class GMPScheduler:
         # Pruning nothing finds every tensor prune_ would refuse now rather than epochs later.
         for names in self._batches(self._parameters):
             self._prune(names, 0)
-        optimizer.register_step_post_hook(self._after_optimizer_step)
+        if not isinstance(optimizer, _MaskedOptimizer):
+            optimizer.register_step_post_hook(self._after_optimizer_step)
 
     def step(self) -> StepReport | None:
         """Count one optimizer step and, at the schedule's update steps, prune; call it after ``optimizer.step()``.
@@ -269,7 +281,7 @@ class GMPScheduler:
 
     def _prune(self, names: Sequence[str], num_prune: int | list[int]) -> PruneResult:
         return prune_(
-            [self._parameters[name] for name in names],
+            [self._ranked(name) for name in names],
             num_prune=num_prune,
             masks=[self.masks[name] for name in names],
             scope=self._scope,
@@ -278,6 +290,12 @@ class GMPScheduler:
             names=names,
             backend=self._backend,
         )
+
+    def _ranked(self, name: str) -> torch.Tensor:
+        """The tensor whose magnitudes decide: the master copy where the optimizer keeps one."""
+        parameter = self._parameters[name]
+        master = self.optimizer.master_weight(parameter) if isinstance(self.optimizer, _MaskedOptimizer) else None
+        return parameter if master is None else master
 
     def _update(self, step: int, due: Sequence[_Group]) -> StepReport:
         start = time.perf_counter()
@@ -331,11 +349,13 @@ class GMPScheduler:
 
     def _apply_masks(self, names: Iterable[str], *, with_weights: bool) -> None:
         """Zero what is pruned in the optimizer's state, and in the weights: one call per device."""
+        # Nothing pruned yet, or never: nothing to hold at zero.
+        names = [name for name in names if name in self._thresholds and self._thresholds[name].num_pruned]
+        if isinstance(self.optimizer, _MaskedOptimizer):
+            self.optimizer.set_masks({self._parameters[name]: self.masks[name] for name in names})
+            return
         calls: dict[torch.device, tuple[list[torch.Tensor], list[BitMask]]] = {}
         for name in names:
-            # Nothing pruned yet, or never: nothing to hold at zero.
-            if name not in self._thresholds or not self._thresholds[name].num_pruned:
-                continue
             mask = self.masks[name]
             for tensor in self._tensors(name, with_weights):
                 if tensor.is_contiguous():

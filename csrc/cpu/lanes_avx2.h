@@ -184,19 +184,32 @@ struct Lanes<uint64_t> {
   }
 };
 
-inline Vec<float> square_root(Vec<float> v) {
-  __m256 half[2];
+// A vector of 64 bytes is two registers.
+template <typename Half, typename V, typename Operation>
+inline V by_halves(V v, Operation operation) {
+  Half half[2];
   __builtin_memcpy(half, &v, sizeof(v));
-  for (__m256& h : half) h = _mm256_sqrt_ps(h);
+  for (int j = 0; j < 2; ++j) half[j] = operation(half[j], j);
   __builtin_memcpy(&v, half, sizeof(v));
   return v;
 }
+
+inline Vec<float> square_root(Vec<float> v) {
+  return by_halves<__m256>(v, [](__m256 h, int) { return _mm256_sqrt_ps(h); });
+}
 inline Vec<double> square_root(Vec<double> v) {
-  __m256d half[2];
-  __builtin_memcpy(half, &v, sizeof(v));
-  for (__m256d& h : half) h = _mm256_sqrt_pd(h);
-  __builtin_memcpy(&v, half, sizeof(v));
-  return v;
+  return by_halves<__m256d>(v, [](__m256d h, int) { return _mm256_sqrt_pd(h); });
+}
+
+inline Vec<float> fused(Vec<float> a, float b, Vec<float> c) {
+  __m256 sum[2];
+  __builtin_memcpy(sum, &c, sizeof(c));
+  return by_halves<__m256>(a, [&](__m256 h, int j) { return _mm256_fmadd_ps(h, _mm256_set1_ps(b), sum[j]); });
+}
+inline Vec<double> fused(Vec<double> a, double b, Vec<double> c) {
+  __m256d sum[2];
+  __builtin_memcpy(sum, &c, sizeof(c));
+  return by_halves<__m256d>(a, [&](__m256d h, int j) { return _mm256_fmadd_pd(h, _mm256_set1_pd(b), sum[j]); });
 }
 
 inline Vec<float> float_from_half(const uint16_t* p) {

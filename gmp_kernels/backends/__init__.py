@@ -19,7 +19,20 @@ import torch
 
 from gmp_kernels.errors import BackendUnavailableError
 
-__all__ = ["Backend", "Implementation", "Layer", "Selection", "Threshold", "Written", "available", "choose", "register"]
+__all__ = [
+    "Backend",
+    "Compaction",
+    "Implementation",
+    "Layer",
+    "Selection",
+    "StateMove",
+    "Threshold",
+    "UpdateTensor",
+    "Written",
+    "available",
+    "choose",
+    "register",
+]
 
 logger = logging.getLogger("gmp_kernels")
 
@@ -86,8 +99,65 @@ class Written(NamedTuple):
     num_newly_pruned: int
 
 
+class Compaction(NamedTuple):
+    """How compact state is addressed: the values of the kept weights only, in the order of the weights.
+
+    Attributes
+    ----------
+    mask : torch.Tensor
+        Packed bits; never written while state is laid out by it.
+    ranks : torch.Tensor
+        int64: kept weights before each chunk, in a chunk size that the backend knows.
+    num_kept : int
+    """
+
+    mask: torch.Tensor
+    ranks: torch.Tensor
+    num_kept: int
+
+
+class StateMove(NamedTuple):
+    """One tensor of optimizer state on its way from one layout to another; a layout of None is dense.
+
+    Values kept before but not after are dropped, those kept after but not before become zero.
+    """
+
+    source: torch.Tensor
+    source_layout: Compaction | None
+    target: torch.Tensor
+    target_layout: Compaction | None
+    numel: int
+
+
+class UpdateTensor(NamedTuple):
+    """One parameter in an optimizer step. All tensors fill their memory in the same order.
+
+    Attributes
+    ----------
+    weight, grad : torch.Tensor
+        Of one dtype; the weight is written.
+    master : torch.Tensor or None
+        float32 copy that the arithmetic runs on, written too.
+    state : tuple of torch.Tensor
+        What the rule keeps per weight, float32 (float64 for float64 weights); compact if ``compaction`` is given.
+    mask : torch.Tensor or None
+        Packed bits. Weight and state are zero already wherever a bit is 0.
+    compaction : Compaction or None
+    constants : int
+        Index into the step's constants.
+    """
+
+    weight: torch.Tensor
+    grad: torch.Tensor
+    master: torch.Tensor | None
+    state: tuple[torch.Tensor, ...]
+    mask: torch.Tensor | None
+    compaction: Compaction | None
+    constants: int
+
+
 class Implementation(Protocol):
-    """The three operations of a backend. None of them validates; none of them may fail halfway through a write."""
+    """The operations of a backend. None of them validates; none of them may fail halfway through a write."""
 
     def select(
         self, layers: Sequence[Layer], num_prune: Sequence[int], hints: Sequence[Threshold | None]
@@ -111,6 +181,25 @@ class Implementation(Protocol):
 
     def apply(self, layers: Sequence[Layer]) -> None:
         """Zero (+0.0) every weight whose mask bit is 0."""
+        ...
+
+    def update(self, rule: str, tensors: Sequence[UpdateTensor], constants: Sequence[dict[str, float]]) -> None:
+        """Take one optimizer step. ``rule`` is "sgd", "adam" or "average"; absent constants change nothing.
+
+        Pruned weights and their state stay zero whatever their gradient; the arithmetic is that of torch.optim.
+        """
+        ...
+
+    def sum_squares(self, gradients: Sequence[Layer]) -> float:
+        """Sum of the squares of the kept elements of all tensors, in float64."""
+        ...
+
+    def compaction(self, mask: torch.Tensor, numel: int) -> Compaction:
+        """Address compact state by these packed bits."""
+        ...
+
+    def move_state(self, moves: Sequence[StateMove]) -> None:
+        """Copy state from layout to layout."""
         ...
 
 

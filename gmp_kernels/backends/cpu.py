@@ -8,7 +8,17 @@ from collections.abc import Sequence
 # Before _C: the process then has one OpenMP runtime, torch's, and our loops run on the threads torch keeps warm.
 import torch
 
-from gmp_kernels.backends import Backend, Layer, Selection, Threshold, Written, register
+from gmp_kernels.backends import (
+    Backend,
+    Compaction,
+    Layer,
+    Selection,
+    StateMove,
+    Threshold,
+    UpdateTensor,
+    Written,
+    register,
+)
 
 try:
     from gmp_kernels import _C
@@ -17,21 +27,37 @@ except ImportError as error:
     _import_error = str(error)
 
 
+_DTYPE_NAMES = {
+    torch.float32: "float32",
+    torch.float64: "float64",
+    torch.float16: "float16",
+    torch.bfloat16: "bfloat16",
+}
+
+
 def _row(layer: Layer) -> tuple[int, int, int]:
-    mask = 0 if layer.mask is None else layer.mask.data_ptr()
-    return layer.weight.data_ptr(), layer.weight.numel(), mask
+    return layer.weight.data_ptr(), layer.weight.numel(), _address(layer.mask)
+
+
+def _address(tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _dtype(tensor: torch.Tensor) -> str:
+    """Its name in csrc/dtypes.h."""
+    return _DTYPE_NAMES[tensor.dtype]
 
 
 def _by_dtype(layers: Sequence[Layer]) -> dict[str, list[int]]:
-    """Positions of the layers of each dtype, by the dtype's name in csrc/dtypes.h."""
+    """Positions of the layers of each dtype."""
     positions: dict[str, list[int]] = defaultdict(list)
     for i, layer in enumerate(layers):
-        positions[str(layer.weight.dtype).removeprefix("torch.")].append(i)
+        positions[_dtype(layer.weight)].append(i)
     return positions
 
 
 class Cpu:
-    """Implementation of the three operations with one call per dtype, which nearly always means one call."""
+    """Implementation with one call per dtype at most, which nearly always means one call."""
 
     def select(
         self, layers: Sequence[Layer], num_prune: Sequence[int], hints: Sequence[Threshold | None]
@@ -71,6 +97,53 @@ class Cpu:
     def apply(self, layers: Sequence[Layer]) -> None:
         for dtype, positions in _by_dtype(layers).items():
             _C.apply(dtype, [_row(layers[i]) for i in positions], [], [], torch.get_num_threads())
+
+    def update(self, rule: str, tensors: Sequence[UpdateTensor], constants: Sequence[dict[str, float]]) -> None:
+        rows = []
+        for t in tensors:
+            state = [_address(s) for s in t.state] + [0] * (3 - len(t.state))
+            ranks = 0 if t.compaction is None else t.compaction.ranks.data_ptr()
+            rows.append(
+                (
+                    _dtype(t.weight),
+                    t.weight.numel(),
+                    t.weight.data_ptr(),
+                    t.grad.data_ptr(),
+                    _address(t.master),
+                    *(state[0], state[1], state[2]),
+                    _address(t.mask),
+                    ranks,
+                    t.constants,
+                )
+            )
+        _C.update(rule, rows, list(constants), torch.get_num_threads())
+
+    def sum_squares(self, gradients: Sequence[Layer]) -> float:
+        rows = [(_dtype(g.weight), g.weight.data_ptr(), g.weight.numel(), _address(g.mask)) for g in gradients]
+        return _C.sum_squares(rows, torch.get_num_threads())
+
+    def compaction(self, mask: torch.Tensor, numel: int) -> Compaction:
+        ranks = torch.tensor(_C.ranks(mask.data_ptr(), numel), dtype=torch.int64)
+        return Compaction(mask, ranks, int(ranks[-1]))
+
+    def move_state(self, moves: Sequence[StateMove]) -> None:
+        rows = []
+        for move in moves:
+            layouts = [
+                (0, 0) if layout is None else (layout.mask.data_ptr(), layout.ranks.data_ptr())
+                for layout in (move.source_layout, move.target_layout)
+            ]
+            rows.append(
+                (
+                    move.source.data_ptr(),
+                    *layouts[0],
+                    move.target.data_ptr(),
+                    *layouts[1],
+                    move.numel,
+                    move.source.element_size(),
+                )
+            )
+        _C.repack(rows, torch.get_num_threads())
 
 
 def _probe() -> str | None:

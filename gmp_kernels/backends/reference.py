@@ -8,17 +8,28 @@ temporary memory per weight.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 
-from gmp_kernels.backends import Backend, Layer, Selection, Threshold, Written, register
+from gmp_kernels.backends import (
+    Backend,
+    Compaction,
+    Layer,
+    Selection,
+    StateMove,
+    Threshold,
+    UpdateTensor,
+    Written,
+    register,
+)
 
 
 def _magnitude(weight: torch.Tensor) -> np.ndarray:
     """|w| in float64, exact for every dtype taken; all NaN are one value, after Inf."""
-    return np.abs(weight.reshape(-1).to(torch.float64).numpy())
+    magnitude: np.ndarray = np.abs(weight.reshape(-1).to(torch.float64).numpy())
+    return magnitude
 
 
 def _kept(layer: Layer) -> np.ndarray:
@@ -29,7 +40,7 @@ def _kept(layer: Layer) -> np.ndarray:
 
 
 class Reference:
-    """Implementation of the three operations with numpy."""
+    """Implementation with numpy, and torch's plain operators for the optimizer step."""
 
     def select(
         self, layers: Sequence[Layer], num_prune: Sequence[int], hints: Sequence[Threshold | None]
@@ -42,8 +53,7 @@ class Reference:
         kept = np.concatenate([_kept(layer) for layer in layers])
         starts = np.cumsum([0] + [layer.weight.numel() for layer in layers])
         nonfinite = tuple(
-            _first(kept[start:end] & ~np.isfinite(magnitude[start:end]))
-            for start, end in itertools.pairwise(starts)
+            _first(kept[start:end] & ~np.isfinite(magnitude[start:end])) for start, end in itertools.pairwise(starts)
         )
         already = int((~kept).sum())
         if num_prune <= already:
@@ -62,8 +72,7 @@ class Reference:
         threshold = Threshold(float(value), num_prune - (num_ties - num_ties_kept), num_ties, num_ties_kept)
         first_pruned_tie = int(np.flatnonzero(ties & pruned)[0])
         cuts = tuple(
-            int(np.clip(first_pruned_tie - start, 0, end - start))
-            for start, end in itertools.pairwise(starts)
+            int(np.clip(first_pruned_tie - start, 0, end - start)) for start, end in itertools.pairwise(starts)
         )
         return Selection(threshold, cuts, nonfinite)
 
@@ -92,6 +101,83 @@ class Reference:
         for layer in layers:
             _write(layer.weight, _kept(layer))
 
+    def update(self, rule: str, tensors: Sequence[UpdateTensor], constants: Sequence[dict[str, float]]) -> None:
+        for t in tensors:
+            c = constants[t.constants]
+            kept = torch.ones(t.weight.shape, dtype=torch.bool)
+            if t.mask is not None:
+                kept = torch.from_numpy(_kept(Layer(t.weight, t.mask))).view(t.weight.shape)
+            compute = torch.float64 if t.weight.dtype == torch.float64 else torch.float32
+            weight = (t.weight if t.master is None else t.master).to(compute)
+            grad = torch.where(kept, t.grad.to(compute), 0.0)
+            if t.compaction is None:
+                state = [s.clone() for s in t.state]
+            else:
+                state = [torch.zeros(t.weight.shape, dtype=s.dtype).masked_scatter_(kept, s) for s in t.state]
+            weight = _RULES[rule](weight, grad, state, c)
+            for target, source in zip(t.state, state, strict=True):
+                target.copy_(torch.where(kept, source, 0.0) if t.compaction is None else source[kept])
+            weight = torch.where(kept, weight, 0.0)
+            if t.master is not None:
+                t.master.copy_(weight)
+            t.weight.copy_(weight)
+
+    def sum_squares(self, gradients: Sequence[Layer]) -> float:
+        return float(sum((_magnitude(g.weight)[_kept(g)] ** 2).sum() for g in gradients))
+
+    def compaction(self, mask: torch.Tensor, numel: int) -> Compaction:
+        num_kept = int(np.unpackbits(mask.numpy(), count=numel, bitorder="little").sum())
+        return Compaction(mask, torch.zeros(0, dtype=torch.int64), num_kept)
+
+    def move_state(self, moves: Sequence[StateMove]) -> None:
+        for move in moves:
+            dense = torch.zeros(move.numel, dtype=move.source.dtype)
+            if move.source_layout is None:
+                dense.copy_(move.source.reshape(-1))
+            else:
+                dense[_kept_places(move.source_layout, move.numel)] = move.source
+            if move.target_layout is None:
+                move.target.view(-1).copy_(dense)
+            else:
+                move.target.copy_(dense[_kept_places(move.target_layout, move.numel)])
+
+
+def _kept_places(layout: Compaction, numel: int) -> torch.Tensor:
+    return torch.from_numpy(np.unpackbits(layout.mask.numpy(), count=numel, bitorder="little").astype(bool))
+
+
+def _scaled(weight: torch.Tensor, grad: torch.Tensor, c: Mapping[str, float]) -> tuple[torch.Tensor, torch.Tensor]:
+    grad = grad * c.get("grad_factor", 1.0)
+    weight = weight * c.get("decay", 1.0)
+    return weight, grad + c["weight_decay"] * weight if c.get("weight_decay") else grad
+
+
+def _sgd(weight: torch.Tensor, grad: torch.Tensor, state: list[torch.Tensor], c: Mapping[str, float]) -> torch.Tensor:
+    weight, grad = _scaled(weight, grad, c)
+    if state:
+        (momentum,) = state
+        momentum.copy_(grad if c["first_step"] else momentum * c["momentum"] + c["one_minus_dampening"] * grad)
+        grad = grad + c["momentum"] * momentum if c["nesterov"] else momentum
+    return weight - c["lr"] * grad
+
+
+def _adam(weight: torch.Tensor, grad: torch.Tensor, state: list[torch.Tensor], c: Mapping[str, float]) -> torch.Tensor:
+    weight, grad = _scaled(weight, grad, c)
+    exp_avg, exp_avg_sq = state[:2]
+    exp_avg.lerp_(grad, c["one_minus_beta1"])
+    exp_avg_sq.mul_(c["beta2"]).addcmul_(grad, grad, value=c["one_minus_beta2"])
+    second = torch.maximum(state[2], exp_avg_sq, out=state[2]) if len(state) == 3 else exp_avg_sq
+    return weight.addcdiv(exp_avg, second.sqrt() / c["bias_correction2_sqrt"] + c["eps"], value=-c["step_size"])
+
+
+def _average(
+    weight: torch.Tensor, grad: torch.Tensor, state: list[torch.Tensor], c: Mapping[str, float]
+) -> torch.Tensor:
+    return weight.lerp(grad, c["one_minus_beta1"])
+
+
+_RULES = {"sgd": _sgd, "adam": _adam, "average": _average}
+
 
 def _first(where: np.ndarray) -> int:
     found = np.flatnonzero(where)
@@ -99,7 +185,9 @@ def _first(where: np.ndarray) -> int:
 
 
 def _write(weight: torch.Tensor, kept: np.ndarray) -> None:
-    weight.view(-1)[torch.from_numpy(~kept)] = 0.0
+    # Outside this mode torch refuses to write to inference tensors, which kernels do not mind.
+    with torch.inference_mode():
+        weight.view(-1)[torch.from_numpy(~kept)] = 0.0
 
 
 def _supports(device: torch.device) -> str | None:

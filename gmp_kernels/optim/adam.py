@@ -1,0 +1,81 @@
+"""Adam and AdamW with the mask inside the update."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+
+from gmp_kernels.optim.masked import MaskedOptimizer
+
+__all__ = ["Adam", "AdamW"]
+
+
+class Adam(MaskedOptimizer, torch.optim.Adam):
+    """``torch.optim.Adam`` in one pass over weights, gradients and state, in which pruned weights cost nothing.
+
+    Parameters
+    ----------
+    *args, **kwargs
+        Those of ``torch.optim.Adam``. ``foreach``, ``fused`` and ``capturable`` are accepted and change nothing;
+        ``differentiable`` is refused.
+    compact_state : bool
+        Keep exp_avg, exp_avg_sq (and max_exp_avg_sq) for the kept weights only: 8 bytes per weight become
+        8 x density. ``state_dict`` still speaks torch's dense format.
+    master_weights : bool
+        For bfloat16 and float16 parameters, run the arithmetic on a float32 copy held in the state and write the
+        rounded weights in the same pass.
+    backend : str, optional
+        As in ``gmp_kernels.prune_``.
+
+    Notes
+    -----
+    State is float32 (float64 for float64 parameters), also for 16-bit parameters. The order of operations is that of
+    torch's single-tensor loop, without fused multiply-adds, so that every machine gives the same bits.
+    Source: D. P. Kingma and J. Ba, arXiv:1412.6980; amsgrad: S. J. Reddi et al., arXiv:1904.09237.
+    """
+
+    rule: ClassVar[str] = "adam"
+
+    def __init__(
+        self,
+        *args: Any,
+        compact_state: bool = False,
+        master_weights: bool = False,
+        backend: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self._init_masking(compact_state=compact_state, master_weights=master_weights, backend=backend)
+
+    def _state_keys(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if group["amsgrad"] else ("exp_avg", "exp_avg_sq")
+
+    def _constants(self, group: dict[str, Any], step: int) -> dict[str, float]:
+        lr, weight_decay = float(group["lr"]), float(group["weight_decay"])
+        beta1, beta2 = map(float, group["betas"])
+        decoupled = group["decoupled_weight_decay"]
+        return {
+            "decay": 1 - lr * weight_decay if decoupled else 1.0,
+            "weight_decay": 0.0 if decoupled else weight_decay,
+            "one_minus_beta1": 1 - beta1,
+            "beta2": beta2,
+            "one_minus_beta2": 1 - beta2,
+            "bias_correction2_sqrt": (1 - beta2**step) ** 0.5,
+            "eps": group["eps"],
+            "step_size": lr / (1 - beta1**step),
+        }
+
+
+class AdamW(Adam):
+    """``torch.optim.AdamW``: ``Adam`` with decoupled weight decay, 0.01 by default.
+
+    Takes the parameters of ``torch.optim.AdamW`` and those that ``Adam`` adds.
+    Source: I. Loshchilov and F. Hutter, arXiv:1711.05101.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # torch.optim.AdamW's signature is Adam's but for the default of the fifth argument.
+        if len(args) < 5:
+            kwargs.setdefault("weight_decay", 1e-2)
+        super().__init__(*args, decoupled_weight_decay=True, **kwargs)

@@ -1,0 +1,128 @@
+"""Two things around the step that pruning otherwise distorts: clipping the gradient, and averaging the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from gmp_kernels.backends import UpdateTensor, choose
+from gmp_kernels.errors import ShapeError, SparsityError
+from gmp_kernels.masks import BitMask
+from gmp_kernels.ops import check_tensors
+
+__all__ = ["clip_grad_norm_", "ema_update_"]
+
+
+@torch.no_grad()
+def clip_grad_norm_(
+    parameters: Iterable[torch.Tensor] | torch.Tensor,
+    max_norm: float,
+    *,
+    masks: Sequence[BitMask | None] | None = None,
+    error_if_nonfinite: bool = False,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Scale the gradients so that the 2-norm over the *kept* weights is at most ``max_norm``.
+
+    ``torch.nn.utils.clip_grad_norm_`` counts the gradients of pruned weights too, and so clips a sparse model harder
+    than its own gradient asks for; a NaN at a pruned weight would spoil the whole step.
+
+    Parameters
+    ----------
+    parameters : iterable of torch.Tensor, or one
+        Those without a gradient are passed over.
+    max_norm : float
+        >= 0.
+    masks : sequence of BitMask or None, optional
+        One entry per parameter; None: all of it is kept.
+    error_if_nonfinite : bool
+        Raise when the norm is NaN or Inf, before anything is scaled.
+    backend : str, optional
+
+    Returns
+    -------
+    torch.Tensor
+        The norm before clipping, 0-d float32. Summed in float64 in a fixed order: the same on every number of threads.
+
+    Raises
+    ------
+    ShapeError, DTypeError, LayoutError
+        Bad input.
+    RuntimeError
+        As torch, with ``error_if_nonfinite``.
+    """
+    owners = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
+    given: Sequence[BitMask | None] = [None] * len(owners) if masks is None else list(masks)
+    if len(given) != len(owners):
+        raise ShapeError(f"clip_grad_norm_: expected one mask per parameter, got {len(given)} for {len(owners)}")
+    pairs = [(p.grad, mask) for p, mask in zip(owners, given, strict=True) if p.grad is not None]
+    if not pairs:
+        return torch.tensor(0.0)
+    layers = check_tensors(
+        "clip_grad_norm_",
+        [grad.contiguous() for grad, _ in pairs],
+        [mask for _, mask in pairs],
+        optional_masks=True,
+    )
+    squares = choose(backend, layers[0].weight.device).sum_squares(layers)
+    norm = torch.tensor(squares, dtype=torch.float64).sqrt().to(torch.float32)
+    if error_if_nonfinite and not torch.isfinite(norm):
+        raise RuntimeError(f"clip_grad_norm_: the norm of the kept gradients is {float(norm)}; nothing was scaled")
+    torch._foreach_mul_([grad for grad, _ in pairs], torch.clamp(max_norm / (norm + 1e-6), max=1.0))
+    return norm
+
+
+@torch.no_grad()
+def ema_update_(
+    averages: Sequence[torch.Tensor],
+    weights: Sequence[torch.Tensor],
+    decay: float,
+    *,
+    masks: Sequence[BitMask | None] | None = None,
+    backend: str | None = None,
+) -> None:
+    """Move running averages of the weights towards them: ``average = decay * average + (1 - decay) * weight``.
+
+    Pruned positions become zero in the average: an ordinary average keeps the values of weights that are gone, and so
+    is not sparse.
+
+    Parameters
+    ----------
+    averages, weights : sequences of torch.Tensor
+        Pairwise of one shape and dtype; ``averages`` are written.
+    decay : float
+        In [0, 1].
+    masks : sequence of BitMask or None, optional
+        One entry per pair; None: all of it is kept.
+    backend : str, optional
+
+    Raises
+    ------
+    ShapeError, DTypeError, LayoutError, SparsityError
+        Bad input. Nothing has been written when one is raised.
+
+    Notes
+    -----
+    One read of both, one write of the averages; blocks that are all pruned are not touched, so masks should reach the
+    averages through ``apply_masks_`` once when they change.
+    """
+    if not 0.0 <= decay <= 1.0:
+        raise SparsityError(f"ema_update_: expected a decay in [0, 1], got {decay!r}")
+    if len(averages) != len(weights):
+        raise ShapeError(f"ema_update_: expected one weight per average, got {len(weights)} for {len(averages)}")
+    if not averages:
+        return
+    targets = check_tensors("ema_update_", averages, masks, optional_masks=True)
+    sources = check_tensors("ema_update_", weights, None)
+    for i, (target, source) in enumerate(zip(targets, sources, strict=True)):
+        if target.weight.shape != source.weight.shape or target.weight.dtype != source.weight.dtype:
+            raise ShapeError(
+                f"ema_update_: expected weights[{i}] of shape {tuple(target.weight.shape)} and {target.weight.dtype}, "
+                f"got {tuple(source.weight.shape)} and {source.weight.dtype}"
+            )
+    tensors = [
+        UpdateTensor(t.weight, s.weight, None, (), t.mask, None, 0) for t, s in zip(targets, sources, strict=True)
+    ]
+    choose(backend, targets[0].weight.device).update("average", tensors, [{"one_minus_beta1": 1.0 - decay}])
+    torch.autograd.graph.increment_version([target.weight for target in targets])
