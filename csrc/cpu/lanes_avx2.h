@@ -201,15 +201,17 @@ inline Vec<double> square_root(Vec<double> v) {
   return by_halves<__m256d>(v, [](__m256d h, int) { return _mm256_sqrt_pd(h); });
 }
 
-inline Vec<float> fused(Vec<float> a, float b, Vec<float> c) {
-  __m256 sum[2];
+inline Vec<float> fused(Vec<float> a, Vec<float> b, Vec<float> c) {
+  __m256 factor[2], sum[2];
+  __builtin_memcpy(factor, &b, sizeof(b));
   __builtin_memcpy(sum, &c, sizeof(c));
-  return by_halves<__m256>(a, [&](__m256 h, int j) { return _mm256_fmadd_ps(h, _mm256_set1_ps(b), sum[j]); });
+  return by_halves<__m256>(a, [&](__m256 h, int j) { return _mm256_fmadd_ps(h, factor[j], sum[j]); });
 }
-inline Vec<double> fused(Vec<double> a, double b, Vec<double> c) {
-  __m256d sum[2];
+inline Vec<double> fused(Vec<double> a, Vec<double> b, Vec<double> c) {
+  __m256d factor[2], sum[2];
+  __builtin_memcpy(factor, &b, sizeof(b));
   __builtin_memcpy(sum, &c, sizeof(c));
-  return by_halves<__m256d>(a, [&](__m256d h, int j) { return _mm256_fmadd_pd(h, _mm256_set1_pd(b), sum[j]); });
+  return by_halves<__m256d>(a, [&](__m256d h, int j) { return _mm256_fmadd_pd(h, factor[j], sum[j]); });
 }
 
 inline Vec<float> float_from_half(const uint16_t* p) {

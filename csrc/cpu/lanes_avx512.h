@@ -78,11 +78,11 @@ struct Lanes<uint64_t> {
 inline Vec<float> square_root(Vec<float> v) { return (Vec<float>)_mm512_sqrt_ps((__m512)v); }
 inline Vec<double> square_root(Vec<double> v) { return (Vec<double>)_mm512_sqrt_pd((__m512d)v); }
 
-inline Vec<float> fused(Vec<float> a, float b, Vec<float> c) {
-  return (Vec<float>)_mm512_fmadd_ps((__m512)a, _mm512_set1_ps(b), (__m512)c);
+inline Vec<float> fused(Vec<float> a, Vec<float> b, Vec<float> c) {
+  return (Vec<float>)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 }
-inline Vec<double> fused(Vec<double> a, double b, Vec<double> c) {
-  return (Vec<double>)_mm512_fmadd_pd((__m512d)a, _mm512_set1_pd(b), (__m512d)c);
+inline Vec<double> fused(Vec<double> a, Vec<double> b, Vec<double> c) {
+  return (Vec<double>)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
 }
 
 inline Vec<float> float_from_half(const uint16_t* p) {

@@ -65,12 +65,12 @@ inline Vec<double> square_root(Vec<double> v) {
   return v;
 }
 
-inline Vec<float> fused(Vec<float> a, float b, Vec<float> c) {
-  for (int j = 0; j < kLanesOf<float>; ++j) c[j] = __builtin_fmaf(a[j], b, c[j]);
+inline Vec<float> fused(Vec<float> a, Vec<float> b, Vec<float> c) {
+  for (int j = 0; j < kLanesOf<float>; ++j) c[j] = __builtin_fmaf(a[j], b[j], c[j]);
   return c;
 }
-inline Vec<double> fused(Vec<double> a, double b, Vec<double> c) {
-  for (int j = 0; j < kLanesOf<double>; ++j) c[j] = __builtin_fma(a[j], b, c[j]);
+inline Vec<double> fused(Vec<double> a, Vec<double> b, Vec<double> c) {
+  for (int j = 0; j < kLanesOf<double>; ++j) c[j] = __builtin_fma(a[j], b[j], c[j]);
   return c;
 }
 

@@ -85,10 +85,15 @@ inline Vec<T> zero_unless(uint64_t bits, Vec<T> v) {
   return (Vec<T>)((typename VectorOf<T>::Mask)v & lanes_of_bits<T>(bits));
 }
 
+template <typename T>
+inline Vec<T> fused(Vec<T> a, T b, Vec<T> c) {
+  return fused(a, b + Vec<T>{}, c);
+}
+
 // torch's lerp: from the nearer end, so that weight 1 gives `to` exactly.
 template <typename T>
 inline Vec<T> lerp(Vec<T> from, Vec<T> to, T weight) {
-  return weight < T(0.5) ? fused(to - from, weight, from) : fused(to - from, weight - T(1), to);
+  return weight < T(0.5) ? fused<T>(to - from, weight, from) : fused<T>(to - from, weight - T(1), to);
 }
 
 // The rule itself, on one vector of weights.
@@ -101,16 +106,16 @@ inline void update_vector(Vec<T>& w, Vec<T> g, Vec<T>& s0, Vec<T>& s1, Vec<T>& s
   }
   if (c.grad_factor != T(1)) g = g * c.grad_factor;
   if (c.decay != T(1)) w = w * c.decay;
-  if (c.weight_decay != T(0)) g = fused(w, c.weight_decay, g);
+  if (c.weight_decay != T(0)) g = fused<T>(w, c.weight_decay, g);
   if constexpr (kRule == Rule::sgd) {
     if (run.state[0] != nullptr) {
-      s0 = c.first_step ? g : fused(g, c.one_minus_dampening, s0 * c.momentum);
-      g = c.nesterov ? fused(s0, c.momentum, g) : s0;
+      s0 = c.first_step ? g : fused<T>(g, c.one_minus_dampening, s0 * c.momentum);
+      g = c.nesterov ? fused<T>(s0, c.momentum, g) : s0;
     }
-    w = fused(g, -c.lr, w);
+    w = fused<T>(g, -c.lr, w);
   } else {
     s0 = lerp<T>(s0, g, c.one_minus_beta1);
-    s1 = s1 * c.beta2 + c.one_minus_beta2 * g * g;
+    s1 = fused(c.one_minus_beta2 * g, g, s1 * c.beta2);
     Vec<T> second = s1;
     if (run.state[2] != nullptr) {
       // torch.maximum hands a NaN on, from either side.
