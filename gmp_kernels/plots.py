@@ -7,6 +7,7 @@ nothing of a program's own matplotlib state.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -207,37 +208,31 @@ def plot_ratios(path: Path, rows: Mapping[str, tuple[float, float, float | None]
     """
     if not rows:
         raise ShapeError("plot_ratios: expected at least one row, got none; there is nothing to draw")
-    figure = Figure(figsize=(10.0, 1.6 + 0.3 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(10.0, 1.8 + 0.3 * len(rows)), layout="constrained")
     axes = figure.subplots()
-    ratios, musts, aims = zip(*rows.values(), strict=True)
     positions = range(len(rows))
+    ratios, musts, aims = zip(*rows.values(), strict=True)
     colors = [COLORS[0] if ratio <= must else COLORS[4] for ratio, must in zip(ratios, musts, strict=True)]
-    # From 1, the baseline: what is better points left, however much better it is.
-    axes.barh(positions, [ratio - 1 for ratio in ratios], left=1, height=0.55, color=colors)
-    axes.plot(musts, positions, "|", color=INK, markersize=13, markeredgewidth=2, label="must")
-    aimed = [(aim, position) for aim, position in zip(aims, positions, strict=True) if aim is not None]
-    axes.plot(*zip(*aimed, strict=True), "|", color=COLORS[1], markersize=13, markeredgewidth=2, label="aim")
-    for position, ratio in zip(positions, ratios, strict=True):
-        text = f"{ratio:.2f}" if ratio > 0.25 else f"1/{1 / ratio:.3g}"
-        axes.annotate(
-            text,
-            (ratio, position),
-            xytext=(4, 0) if ratio > 1 else (-4, 0),
-            textcoords="offset points",
-            ha="left" if ratio > 1 else "right",
-            va="center",
-            fontsize="small",
-        )
+    # Bars start at 1, the baseline; the dot shows where one ends that is too short to see.
+    axes.barh(positions, [ratio - 1 for ratio in ratios], left=1, height=0.45, color=colors)
+    axes.scatter(ratios, positions, s=35, color=colors, zorder=3)
+    for bounds, color, label in ((musts, INK, "must"), (aims, COLORS[1], "aim")):
+        marks = [math.nan if bound is None else bound for bound in bounds]
+        axes.plot(marks, positions, "|", color=color, markersize=14, markeredgewidth=2.5, label=label, zorder=4)
+    for position, ratio in enumerate(ratios):
+        axes.text(1.01, position, f"{ratio:.3g}", transform=axes.get_yaxis_transform(), va="center", color=INK)
     axes.axvline(1, color=INK, linewidth=1)
     axes.set_xscale("log")
-    axes.margins(x=0.12)
+    axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}" if x >= 1 else f"1/{1 / x:g}")
+    axes.grid(axis="x", color="#dddddd", linewidth=0.6)
+    axes.set_axisbelow(True)
     axes.set_yticks(positions, rows.keys())
     axes.set_ylim(len(rows) - 0.5, -0.5)
-    axes.set_xlabel("ours / baseline, medians (lower is better)")
+    axes.set_xlabel("ours / baseline, medians; lower is better")
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
     figure.suptitle(title, color=INK)
-    axes.legend(loc="lower left", frameon=False)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     _save(figure, path)
 
 

@@ -36,6 +36,33 @@ Key order_statistic(const Key* keys, int64_t n, int64_t rank, Key lo, Key hi, Ke
   return small[rank];
 }
 
+// Keys of which `below` smaller ones have been left out; all lie in [lo, hi].
+template <typename Key>
+struct Narrowed {
+  const Key* keys;
+  int64_t n, below;
+  Key lo, hi;
+};
+
+// Those keys around the ranks [low, high] (clamped to what there is) that a small sample of the keys themselves points
+// to, copied to `spare`; all of them where the small sample misses, or is not worth taking.
+template <typename Key>
+Narrowed<Key> narrow(const Key* keys, int64_t n, int64_t low, int64_t high, Key infinity, Key* spare) {
+  constexpr int64_t kSmall = 1024, kMargin = 96;  // six standard deviations of a rank among 1024
+  const Key largest = static_cast<Key>(infinity + 1);
+  const Narrowed<Key> all{keys, n, 0, 0, largest};
+  if (n < 16 * kSmall) return all;
+  Key small[kSmall];
+  for (int64_t i = 0; i < kSmall; ++i) small[i] = keys[i * n / kSmall];
+  std::sort(small, small + kSmall);
+  const int64_t first = low * kSmall / n - kMargin, last = high * kSmall / n + kMargin;
+  const Key lo = first < 0 ? Key{0} : small[first];
+  const Key hi = last >= kSmall ? largest : small[last];
+  const ScanCounts<Key> counts = kernels_for<Key>().scan(keys, n, nullptr, infinity, lo, hi, spare);
+  const bool holds = counts.below <= std::max<int64_t>(low, 0) && std::min(high, n - 1) < counts.below + counts.inside;
+  return holds ? Narrowed<Key>{spare, counts.inside, counts.below, lo, hi} : all;
+}
+
 // Flat index of the match number `rank` (0-based) among the unpruned keys in [lo, hi] of a run of weights that starts
 // on a byte of its mask; -1 if there are not that many. Counts blocks, then halves.
 template <typename Key>

@@ -25,8 +25,8 @@
 
 #include "chunks.h"
 #include "kernels.h"
-#include "magnitude_key.h"
 #include "order_statistic.h"
+#include "sample.h"
 
 namespace gmp::cpu {
 namespace {
@@ -36,7 +36,6 @@ constexpr double kSigmas = 4.0;            // half width of the sampled bracket:
 constexpr int64_t kSampleBytes = 1 << 18;  // a larger sample costs more than the candidates it saves
 constexpr int64_t kWaveBytes = 1 << 21;    // candidates of one wave: this plus 3 % of the largest layer
 constexpr int kMaxSolvers = 4;             // threads with a sample buffer of their own
-constexpr int64_t kLineBytes = 64;
 
 enum class Mode { kGather, kHistogram };
 
@@ -111,7 +110,6 @@ class Selector {
   }
 
  private:
-  static constexpr int64_t kLine = kLineBytes / static_cast<int64_t>(sizeof(Key));
   static constexpr int64_t kSlack = kGatherSlackBytes / static_cast<int64_t>(sizeof(Key));
   static constexpr int64_t kMaxSample = kSampleBytes / static_cast<int64_t>(sizeof(Key));
 
@@ -213,44 +211,12 @@ class Selector {
     }
   }
 
-  // Keys at pseudo-random cache lines, one per stride: evenly spread, and in
-  // step with no period of the data. Rank 0 stands for a pruned weight, 1 + key
-  // for the others.
   void bracket_from_sample(Group<Key>& group, Key* scratch) {
     Key* const sample = scratch;
     Key* const spare = sample + kMaxSample + kSlack;
     Key* const other = spare + kMaxSample + kSlack;
-    const int64_t wanted = sample_size(group.n);
-    int64_t size = 0;
-    uint64_t random = 0x9e3779b97f4a7c15ull;
-    for (size_t l = group.first_layer; l < group.first_layer + group.num_layers; ++l) {
-      const LayerView& layer = layers_[l];
-      const int64_t share =
-          group.num_layers == 1 ? wanted : static_cast<int64_t>(static_cast<double>(wanted) * layer.n / group.n);
-      const int64_t lines = std::min(layer.n, share) / kLine;
-      const Key* const weights = static_cast<const Key*>(layer.weights);
-      const auto take = [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) {
-          Key bits;
-          __builtin_memcpy(&bits, weights + i, sizeof(Key));
-          const bool kept = layer.mask == nullptr || (layer.mask[i / 8] >> (i % 8) & 1);
-          sample[size++] = kept ? static_cast<Key>(magnitude_key(bits, infinity_) + 1) : Key{0};
-        }
-      };
-      if (layer.n <= share) {
-        take(0, layer.n);
-        continue;
-      }
-      const double stride = static_cast<double>(layer.n) / static_cast<double>(std::max<int64_t>(lines, 1));
-      for (int64_t line = 0; line < lines; ++line) {
-        random ^= random << 13;
-        random ^= random >> 7;
-        random ^= random << 17;
-        const double jitter = static_cast<double>(random >> 11) * 0x1p-53 * (stride - static_cast<double>(kLine));
-        const int64_t begin = static_cast<int64_t>(static_cast<double>(line) * stride + jitter) / kLine * kLine;
-        take(begin, begin + kLine);
-      }
-    }
+    const LayerView* const layers = layers_.data() + group.first_layer;
+    const int64_t size = draw_sample(layers, group.num_layers, group.n, sample_size(group.n), infinity_, sample);
     if (size == 0) {  // many tiny layers, none with a whole line to its share
       group.lo = 0;
       group.hi = largest_key();
@@ -261,19 +227,21 @@ class Selector {
     const double half = size == group.n ? 1.0 : 2.0 + kSigmas * std::sqrt(rank * (1.0 - share));
     const int64_t low = static_cast<int64_t>(std::floor(rank - half)),
                   high = static_cast<int64_t>(std::ceil(rank + half));
+    // Ranks reach one past the keys, hence the infinity raised by one.
+    const Key infinity = static_cast<Key>(infinity_ + 1);
+    const Narrowed<Key> near = narrow<Key>(sample, size, low, high, infinity, spare);
     const auto at_rank = [&](int64_t r) {
-      // Ranks reach one past the keys, hence the infinity raised by one.
-      return order_statistic<Key>(sample, size, r, 0, static_cast<Key>(largest_key() + 1),
-                                  static_cast<Key>(infinity_ + 1), spare, other);
+      return order_statistic<Key>(near.keys, near.n, r - near.below, near.lo, near.hi, infinity, other,
+                                  near.keys == sample ? spare : sample);
     };
     const Key low_rank = low <= 0 ? Key{0} : at_rank(low);
-    const Key high_rank = high >= size ? static_cast<Key>(largest_key() + 1) : at_rank(high);
+    const Key high_rank = high >= size ? near.hi : at_rank(high);
     group.lo = low_rank == 0 ? Key{0} : static_cast<Key>(low_rank - 1);
     group.hi = high_rank == 0 ? Key{0} : static_cast<Key>(high_rank - 1);
     const int64_t sampled =
-        kernels_.scan(sample, size, nullptr, infinity_, std::max<Key>(low_rank, 1), high_rank, nullptr).inside;
+        kernels_.scan(near.keys, near.n, nullptr, infinity, std::max<Key>(low_rank, 1), high_rank, nullptr).inside;
     const double inside = static_cast<double>(sampled) + kSigmas * std::sqrt(static_cast<double>(sampled));
-    expect(group, static_cast<int64_t>(inside / static_cast<double>(size) * static_cast<double>(group.n)) + kLine);
+    expect(group, static_cast<int64_t>(inside / static_cast<double>(size) * static_cast<double>(group.n)) + kSlack);
   }
 
   // What one thread carries from chunk to chunk.
