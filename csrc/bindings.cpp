@@ -1,6 +1,5 @@
-// The only file that knows Python: integers in, integers out. Pointers come as
-// addresses whose owners the caller keeps alive; the GIL is released while
-// weights are read or written.
+// The only file that knows Python: integers in, integers out. Pointers come as addresses whose owners the caller keeps
+// alive; the GIL is released while weights are read or written.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -29,8 +28,7 @@ DType dtype_of(const std::string& name) {
   throw std::invalid_argument("unknown dtype '" + name + "'");
 }
 
-// Only what could corrupt memory is checked again here; ops.py has explained
-// everything else.
+// Only what could corrupt memory is checked again here; ops.py has explained everything else.
 std::vector<LayerView> views_of(const std::vector<LayerTuple>& layers) {
   std::vector<LayerView> views;
   for (const auto& [weights, n, mask] : layers) {
@@ -106,8 +104,7 @@ T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-// dtype, n, weights, grads, master, state x 3, mask, ranks (0: state is dense),
-// index into the constants
+// dtype, n, weights, grads, master, state x 3, mask, ranks (0: state is dense), index into the constants
 using UpdateTuple = std::tuple<std::string, int64_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t,
                                uintptr_t, uintptr_t, size_t>;
 using ConstantsDict = std::map<std::string, double>;

@@ -5,9 +5,8 @@
 namespace gmp::cpu {
 namespace {
 
-// One chunk in which the layer's cut may fall: before it ties stay, from it on
-// they go. A cut inside a byte of the mask sends the eight weights around it
-// through a copy of their own.
+// One chunk in which the layer's cut may fall: before it ties stay, from it on they go. A cut inside a byte of the mask
+// sends the eight weights around it through a copy of their own.
 template <typename Key>
 ApplyCounts apply_chunk(const LayerView& layer, int64_t begin, int64_t end, Key infinity, Key limit, int64_t cut,
                         uint8_t* kept) {

@@ -1,9 +1,7 @@
-// The concatenation of all tensors, cut into chunks: the unit that threads take
-// work in.
+// The concatenation of all tensors, cut into chunks: the unit that threads take work in.
 //
-// Splitting by chunk and not by tensor keeps every thread busy whatever the mix
-// of sizes, and a chunk stays in L2 while what follows from it is settled.
-// Chunks begin on a byte of the mask.
+// Splitting by chunk and not by tensor keeps every thread busy whatever the mix of sizes, and a chunk stays in L2 while
+// what follows from it is settled. Chunks begin on a byte of the mask.
 #pragma once
 
 #include <algorithm>

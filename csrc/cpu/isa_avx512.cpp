@@ -1,5 +1,4 @@
-// AVX-512 (F, BW, VL, DQ, VBMI2: Ice Lake and Zen 4 onwards). Compiled with its
-// own flags; see kernels_impl.h.
+// AVX-512 (F, BW, VL, DQ, VBMI2: Ice Lake and Zen 4 onwards). Compiled with its own flags; see kernels_impl.h.
 #if defined(__x86_64__)
 #include <immintrin.h>
 

@@ -1,5 +1,4 @@
-// Plain C++, for every CPU: compilers turn the small inner loops into whatever
-// vectors there are.
+// Plain C++, for every CPU: compilers turn the small inner loops into whatever vectors there are.
 #include "kernels.h"
 #include "magnitude_key.h"
 

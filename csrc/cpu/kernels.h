@@ -1,5 +1,4 @@
-// The two loops that touch every weight, one implementation per instruction
-// set, picked at run time.
+// The two loops that touch every weight, one implementation per instruction set, picked at run time.
 #pragma once
 
 #include <cstdint>
@@ -27,31 +26,26 @@ inline constexpr int64_t kGatherSlackBytes = 64;
 
 template <typename Key>
 struct Kernels {
-  // One read of n weights. `mask` (nullptr: nothing pruned) starts at the bit
-  // of weights[0], on a byte boundary. `gathered` (nullptr: count only)
-  // receives the keys inside [lo, hi] in order and needs room for n of them
-  // plus the slack; it may be `weights` itself. Alignment of `weights` does not
-  // matter.
+  // One read of n weights. `mask` (nullptr: nothing pruned) starts at the bit of weights[0], on a byte boundary.
+  // `gathered` (nullptr: count only) receives the keys inside [lo, hi] in order and needs room for n of them plus the
+  // slack; it may be `weights` itself. Alignment of `weights` does not matter.
   ScanCounts<Key> (*scan)(const Key* weights, int64_t n, const uint8_t* mask, Key infinity, Key lo, Key hi,
                           Key* gathered);
-  // Zeroes (+0) every weight whose mask bit is 0 or whose key is < limit, and
-  // writes the new bits to `kept` (nullptr: not wanted; may be `mask`). Cache
-  // lines in which nothing changes are not written.
+  // Zeroes (+0) every weight whose mask bit is 0 or whose key is < limit, and writes the new bits to `kept` (nullptr:
+  // not wanted; may be `mask`). Cache lines in which nothing changes are not written.
   ApplyCounts (*apply)(Key* weights, int64_t n, const uint8_t* mask, uint8_t* kept, Key infinity, Key limit);
 };
 
-// The optimizer's loops for one storage format of weights; state and arithmetic
-// are of type T.
+// The optimizer's loops for one storage format of weights; state and arithmetic are of type T.
 template <typename T>
 struct UpdateKernels {
   UpdateFunction<T> update[3];  // by Rule
   double (*sum_squares)(const void* grads, const uint8_t* mask, int64_t n);
   struct {
-    // Moves the kept elements of n to the front of dst, which has room for
-    // kGatherSlackBytes more; returns how many.
+    // Moves the kept elements of n to the front of dst, which has room for kGatherSlackBytes more; returns how many.
     int64_t (*pack)(const typename BitsOf<T>::Type* src, const uint8_t* mask, int64_t n, typename BitsOf<T>::Type* dst);
-    // Spreads them out again; pruned places get zero, blocks without a kept one
-    // are left as they are. src must be readable for kGatherSlackBytes more.
+    // Spreads them out again; pruned places get zero, blocks without a kept one are left as they are. src must be
+    // readable for kGatherSlackBytes more.
     void (*unpack)(const typename BitsOf<T>::Type* src, const uint8_t* mask, int64_t n, typename BitsOf<T>::Type* dst);
   } state;
 };
@@ -74,9 +68,8 @@ extern const KernelSet kAvx2Kernels;
 extern const KernelSet kAvx512Kernels;
 #endif
 
-// The set in use: the widest this CPU runs, or the one GMP_KERNELS_ISA
-// (portable, avx2, avx512) asks for. Throws std::invalid_argument when that one
-// is unknown or cannot run here.
+// The set in use: the widest this CPU runs, or the one GMP_KERNELS_ISA (portable, avx2, avx512) asks for. Throws
+// std::invalid_argument when that one is unknown or cannot run here.
 const KernelSet& active_kernels();
 
 template <typename Key>

@@ -20,9 +20,8 @@ constexpr CompressTable<uint8_t, 8, 2> kCompress16;   // bytes of eight 16-bit l
 constexpr CompressTable<uint32_t, 8, 1> kCompress32;  // eight 32-bit lanes
 constexpr CompressTable<uint32_t, 4, 2> kCompress64;  // 32-bit halves of four 64-bit lanes
 
-// The inverse: lane j of a pattern takes the element whose rank among the
-// chosen is j's; bytes of unchosen 16-bit lanes get 0x80, which the byte
-// shuffle turns into zeros.
+// The inverse: lane j of a pattern takes the element whose rank among the chosen is j's; bytes of unchosen 16-bit lanes
+// get 0x80, which the byte shuffle turns into zeros.
 template <typename Index, int kLanes, int kIndicesPerLane>
 struct ExpandTable {
   static constexpr int kIndices = kLanes * kIndicesPerLane;

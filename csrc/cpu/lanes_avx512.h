@@ -1,5 +1,4 @@
-// Compressing goes through a register: the form of vpcompress that writes
-// memory is microcoded on Zen 4.
+// Compressing goes through a register: the form of vpcompress that writes memory is microcoded on Zen 4.
 template <typename Key>
 struct Lanes;
 

@@ -1,5 +1,4 @@
-// The masked optimizer step: one pass over all tensors, in which pruned weights
-// cost nothing.
+// The masked optimizer step: one pass over all tensors, in which pruned weights cost nothing.
 #pragma once
 
 #include <cstdint>
@@ -18,8 +17,7 @@ struct UpdateTensor {
   size_t constants;      // which of the constants
 };
 
-// Same for all tensors: the rule. Threads take chunks; no bit depends on how
-// many there are.
+// Same for all tensors: the rule. Threads take chunks; no bit depends on how many there are.
 void update(Rule rule, const std::vector<UpdateTensor>& tensors, const std::vector<UpdateConstants<double>>& constants,
             int num_threads);
 
@@ -30,14 +28,12 @@ struct GradView {
   const uint8_t* mask;
 };
 
-// Sum of the squares of the kept gradients of all tensors; the order of the
-// additions is fixed.
+// Sum of the squares of the kept gradients of all tensors; the order of the additions is fixed.
 double sum_squares(const std::vector<GradView>& grads, int num_threads);
 
-// One tensor of optimizer state on its way from one layout to another. A layout
-// is dense (mask is nullptr: n values) or compact (the kept values only, in
-// order); a value that is kept before but not after is dropped, one kept after
-// but not before becomes zero.
+// One tensor of optimizer state on its way from one layout to another. A layout is dense (mask is nullptr: n values) or
+// compact (the kept values only, in order); a value that is kept before but not after is dropped, one kept after but
+// not before becomes zero.
 struct RepackTask {
   const void* from;
   const uint8_t* from_mask;
@@ -50,8 +46,7 @@ struct RepackTask {
 };
 void repack(const std::vector<RepackTask>& tasks, int num_threads);
 
-// Kept weights before each chunk of kChunk, and their number: (n + kChunk - 1)
-// / kChunk + 1 entries.
+// Kept weights before each chunk of kChunk, and their number: (n + kChunk - 1) / kChunk + 1 entries.
 std::vector<int64_t> ranks_of(const uint8_t* mask, int64_t n);
 
 }  // namespace gmp::cpu

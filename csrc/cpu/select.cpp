@@ -1,21 +1,16 @@
 // Exact selection by a sampled bracket that is counted, never believed.
 //
-//   bracket  a few thousand sampled keys (or the last threshold) give [lo, hi]
-//   around the wanted rank count    ONE read of the weights counts the keys
-//   below lo and gathers those inside, 1-2 % of them refine   below < wanted <=
-//   below + inside proves the bracket; the threshold is an order statistic of
-//   the gathered ties     the gathered keys, kept per chunk, tell in which
-//   chunk the last tie that stays lies
+//   bracket  a few thousand sampled keys, or the last threshold, give [lo, hi] around the wanted rank
+//   count    ONE read of the weights counts the keys below lo and gathers those inside, 1-2 % of them
+//   refine   below < wanted <= below + inside proves the bracket; the threshold is an order statistic of the gathered
+//   ties     the gathered keys, kept per chunk, tell in which chunk the last tie that stays lies
 //
-// What the counts do not prove falls back to a bracket that must hold: [0, lo)
-// or (hi, max], cut into 2048 bins that are counted, so every further read
-// narrows the keys by 11 bits. The same bins serve a group whose candidates
-// would not fit the memory allowed. Nothing depends on the number of threads
-// but the order in which candidates are stored.
+// What the counts do not prove falls back to a bracket that must hold: [0, lo) or (hi, max], cut into 2048 bins that
+// are counted, so every further read narrows the keys by 11 bits. The same bins serve a group whose candidates would
+// not fit the memory allowed. Nothing depends on the number of threads but the order in which candidates are stored.
 //
-// Source: Floyd and Rivest, "Expected time bounds for selection", CACM 18(3),
-// 1975; the count as proof and the streaming gather follow the practice of GPU
-// top-k.
+// Source: Floyd and Rivest, "Expected time bounds for selection", CACM 18(3), 1975; the count as proof and the
+// streaming gather follow the practice of GPU top-k.
 #include "select.h"
 
 #include <omp.h>
@@ -51,8 +46,7 @@ struct Group {
   // What the last count found:
   int64_t below = 0, inside = 0, pruned = 0;
   std::vector<int64_t> bins;
-  Key* candidates = nullptr;  // this group's part of the wave's memory, room for
-                              // `capacity` keys
+  Key* candidates = nullptr;  // this group's part of the wave's memory, room for `capacity` keys
   int64_t capacity = 0, used = 0;
   // The answer:
   bool done = false;
@@ -61,8 +55,7 @@ struct Group {
   bool counts_only() const { return lo == hi; }
 };
 
-// The keys gathered from one chunk: how many, and where among the candidates of
-// its group (if they were stored).
+// The keys gathered from one chunk: how many, and where among the candidates of its group (if they were stored).
 struct Gathered {
   int64_t offset, count;
 };
@@ -113,11 +106,14 @@ class Selector {
   static constexpr int64_t kSlack = kGatherSlackBytes / static_cast<int64_t>(sizeof(Key));
   static constexpr int64_t kMaxSample = kSampleBytes / static_cast<int64_t>(sizeof(Key));
 
-  // A sample, or the candidates that are left, and two copies for the
-  // quickselect.
+  // A sample, or the candidates that are left, and two copies for the quickselect.
   static constexpr int64_t kScratch = 3 * (kMaxSample + kSlack);
 
-  static int64_t sample_size(int64_t n) { return std::min(n, std::clamp<int64_t>(n / 16, 1024, kMaxSample)); }
+  // n^(2/3) balances the two costs: the sample grows with it, the candidates shrink with its square root.
+  static int64_t sample_size(int64_t n) {
+    const double root = std::cbrt(static_cast<double>(n));
+    return std::min(n, std::clamp<int64_t>(static_cast<int64_t>(root * root), 1024, kMaxSample));
+  }
 
   Key largest_key() const { return static_cast<Key>(infinity_ + 1); }
 
@@ -129,9 +125,8 @@ class Selector {
     return pending;
   }
 
-  // Weights drift little between two steps: 1/64 of the threshold to each side
-  // holds about 1 % of them. A count that has moved by more than 0.1 % of n
-  // would often miss, and a miss costs a read.
+  // Weights drift little between two steps: 1/64 of the threshold to each side holds about 1 % of them. A count that
+  // has moved by more than 0.1 % of n would often miss, and a miss costs a read.
   bool bracket_from_hint(Group<Key>& group, const Threshold& hint) const {
     const int64_t hinted = hint.num_below + hint.num_ties - hint.num_ties_kept;
     if (hint.num_ties == 0 || std::isnan(hint.value) || std::abs(hinted - group.num_prune) > group.n / 1024) {
@@ -207,7 +202,9 @@ class Selector {
 #pragma omp parallel for schedule(dynamic, 1) num_threads(solvers)
     for (int64_t i = 0; i < num_groups; ++i) {
       const Counted counted{chunks, wave_layers, gathered, first_chunk[i], first_chunk[i + 1]};
-      resolve(groups_[wave[i]], counted, scratch.get() + omp_get_thread_num() * kScratch);
+      Group<Key>& group = groups_[wave[i]];
+      resolve(group, counted, scratch.get() + omp_get_thread_num() * kScratch);
+      std::vector<int64_t>().swap(group.bins);  // the next wave needs the memory
     }
   }
 
@@ -292,8 +289,7 @@ class Selector {
       offset = group.used;
       group.used += counts.inside;
     }
-    // Past the room given, nothing is stored: `used` beyond `capacity` tells
-    // resolve.
+    // Past the room given, nothing is stored: `used` beyond `capacity` tells resolve.
     if (offset + counts.inside <= group.capacity) {
       std::copy_n(worker.keys.get(), counts.inside, group.candidates + offset);
     }
@@ -357,8 +353,7 @@ class Selector {
     expect(group, group.bins[bin]);
   }
 
-  // The exact threshold from the gathered keys: count halves of the bracket
-  // until the rest fits the scratch.
+  // The exact threshold from the gathered keys: count halves of the bracket until the rest fits the scratch.
   void refine(Group<Key>& group, int64_t wanted, const Counted& counted, Key* scratch) {
     Key lo = group.lo, hi = group.hi;
     int64_t below = group.below, inside = group.inside;

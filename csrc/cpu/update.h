@@ -1,5 +1,4 @@
-// One optimizer step over the weights of one chunk: the rules, their constants,
-// and what an instruction set provides.
+// One optimizer step over the weights of one chunk: the rules, their constants, and what an instruction set provides.
 #pragma once
 
 #include <cstdint>
@@ -23,8 +22,7 @@ struct UpdateConstants {
   T one_minus_beta1, beta2, one_minus_beta2, bias_correction2_sqrt, eps, step_size;
 };
 
-// A run of n weights. Every pointer is at the run's first element; `mask` is on
-// a byte boundary.
+// A run of n weights. Every pointer is at the run's first element; `mask` is on a byte boundary.
 struct UpdateRun {
   void* weights;
   const void* grads;

@@ -1,17 +1,13 @@
-// The optimizer step, written once over vectors of 64 bytes that the compiler
-// splits to what the machine has.
+// The optimizer step, written once over vectors of 64 bytes that the compiler splits to what the machine has.
 //
-// Included by each instruction set's translation unit inside its anonymous
-// namespace, after Lanes, square_root and the float16 conversions. Products and
-// sums are never contracted (-ffp-contract=off) and every operation is exactly
-// rounded, so all instruction sets and all numbers of threads give the same
-// bits. The order of operations is that of torch.optim's single-tensor loops.
+// Included by each instruction set's translation unit inside its anonymous namespace, after Lanes, square_root and the
+// float16 conversions. Products and sums are never contracted (-ffp-contract=off) and every operation is exactly
+// rounded, so all instruction sets and all numbers of threads give the same bits. The order of operations is that of
+// torch.optim's single-tensor loops.
 //
-// A pruned weight costs nothing: blocks whose mask bits are all zero are
-// neither read nor written (what they hold is zero already), and with compact
-// state the kept weights and gradients of a tile are first packed together, so
-// that the arithmetic runs on kept weights only and the state is read in one
-// piece.
+// A pruned weight costs nothing: blocks whose mask bits are all zero are neither read nor written (what they hold is
+// zero already), and with compact state the kept weights and gradients of a tile are first packed together, so that the
+// arithmetic runs on kept weights only and the state is read in one piece.
 
 // Storage formats of a weight: how it is kept, and the type it is computed in.
 struct F32 {
@@ -132,8 +128,7 @@ inline T* offset(void* p, int64_t i) {
   return p == nullptr ? nullptr : static_cast<T*>(p) + i;
 }
 
-// One vector of weights, gradients and state in memory; `bits`: lanes that are
-// kept.
+// One vector of weights, gradients and state in memory; `bits`: lanes that are kept.
 template <Rule kRule, typename Format, bool kMasked>
 inline void update_block(typename Format::Bits* weights, const typename Format::Bits* grads,
                          typename Format::Compute* master, typename Format::Compute* const state[3], uint64_t bits,
@@ -355,8 +350,7 @@ void update_dense(const UpdateRun& run, const UpdateConstants<typename Format::C
   }
 }
 
-// Sum of the squares of the kept gradients, in double and in an order that
-// depends on n alone.
+// Sum of the squares of the kept gradients, in double and in an order that depends on n alone.
 template <typename Format>
 double sum_squares(const void* grads, const uint8_t* mask, int64_t n) {
   using T = typename Format::Compute;

@@ -1,5 +1,4 @@
-// Vectors of 64 bytes in the compiler's own extension: types only, so that no
-// code is shared between instruction sets.
+// Vectors of 64 bytes in the compiler's own extension: types only, so that no code is shared between instruction sets.
 #pragma once
 
 #include <cstdint>

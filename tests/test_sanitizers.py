@@ -1,0 +1,43 @@
+"""The C++ under AddressSanitizer and UndefinedBehaviorSanitizer, through the tests of selection and of masks."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+
+import pytest
+from building import build_wheel, library
+from subprocesses import run_python
+from test_determinism import ISA_NEEDS, cpu_flags
+
+TESTS = ["tests/test_select.py", "tests/test_apply.py", "tests/test_prune.py"]
+# Every loop and every way through a selection, without the sizes that only add time.
+CHOSEN = (
+    "(small_sizes or large_sizes) and (random or any_bits) or any_request or never_change or more_candidates"
+    " or too_small_to_sample or unaligned or every_size or many_layers_of_any"
+)
+
+
+@pytest.fixture(scope="module")
+def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder to import the package from, its extension built with both sanitizers."""
+    scratch = tmp_path_factory.mktemp("sanitized")
+    wheel = build_wheel(scratch, GMP_KERNELS_SANITIZE="address,undefined")
+    zipfile.ZipFile(wheel).extractall(scratch / "package")
+    return scratch / "package"
+
+
+@pytest.mark.parametrize("isa", [isa for isa, needs in ISA_NEEDS.items() if cpu_flags() >= needs])
+def test_no_error_in_memory_and_no_undefined_behaviour(sanitized: Path, isa: str) -> None:
+    done = run_python(
+        "-P",  # or else the package beside the tests would be imported
+        *("-m", "pytest", "-v", "-x", "-p", "no:cacheprovider", *TESTS, "-k", f"({CHOSEN}) and not reference"),
+        PYTHONPATH=str(sanitized),
+        GMP_KERNELS_ISA=isa,
+        # The interpreter is not built with them, so they must be there before it; libstdc++ for its exceptions.
+        LD_PRELOAD=":".join(map(library, ["libasan.so", "libubsan.so", "libstdc++.so"])),
+        ASAN_OPTIONS="detect_leaks=0",
+        UBSAN_OPTIONS="print_stacktrace=1",
+    )
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
+    assert f"extension: {sanitized}/gmp_kernels/_C" in done.stdout
