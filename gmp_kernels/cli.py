@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import asdict, replace
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 
 from gmp_kernels import __version__, backends
-from gmp_kernels.bench import Machine, Result, all_cases, measure
+from gmp_kernels.bench import all_cases
 from gmp_kernels.errors import GMPError
+from gmp_kernels.measurement import Machine, Result, measure
 from gmp_kernels.plan import PRESETS, Plan, Preset, Row, plan_rows
 
 try:
@@ -36,6 +38,31 @@ def main() -> None:
         app()
     except GMPError as error:
         sys.exit(f"gmp-kernels: {error}")
+
+
+class Optimizer(StrEnum):
+    """Whose SGD the demo trains with."""
+
+    GMP = "gmp"
+    TORCH = "torch"
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the report, pictures, metrics and model.")] = Path("gmp_demo"),
+    sparsity: Annotated[float, typer.Option(help="Of every layer at the end, in [0.05, 1].")] = 0.90,
+    seeds: Annotated[int, typer.Option(min=1, help="Repetitions; the report then gives mean and spread.")] = 1,
+    seed: Annotated[int, typer.Option(help="The first of them.")] = 0,
+    optimizer: Annotated[
+        Optimizer, typer.Option(help="SGD with the mask inside the step, or torch's own.")
+    ] = Optimizer.GMP,
+) -> None:
+    """Run the main job: train on real data, prune gradually, compare with pruning at once."""
+    try:
+        from gmp_kernels.demo import run
+    except ModuleNotFoundError as error:
+        sys.exit(f"gmp-kernels: {error}")
+    run(out, sparsity=sparsity, seeds=seeds, seed=seed, optimizer=optimizer.value)
 
 
 @app.command()
@@ -116,7 +143,7 @@ def bench(
         json_file, plot = output / f"{machine.slug}.json", output / f"{machine.slug}.png"
     console = Console()
     setting = f"{machine.device}, {machine.cores} cores, {machine.threads} threads, torch {machine.torch}"
-    console.print(f"{setting}, numpy {machine.numpy}", soft_wrap=True)
+    console.print(f"{setting}, numpy {machine.numpy}, load {machine.load:.2f}", soft_wrap=True)
     shrink, seconds = (16, 0.3) if quick else (1, 3.0)
     results = [
         measure(case, shrink=shrink, seconds=seconds)

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from gmp_kernels.demo import checkpoint, data, metrics, report
-from gmp_kernels.demo.trial import METHODS, Trial, compare, num_epochs, stages_of
+from gmp_kernels.demo.trial import METHODS, OPTIMIZERS, Trial, compare, num_epochs, stages_of
 from gmp_kernels.errors import ScheduleError
 from gmp_kernels.plots import plot_accuracy, plot_learning_rate, plot_sparsity
 from gmp_kernels.schedules import Ramp
@@ -32,6 +32,7 @@ def run(
     epochs: int = 60,
     seeds: int = 1,
     seed: int = 0,
+    optimizer: str = "gmp",
     threads: int = 1,
     console: Console | None = None,
 ) -> dict[str, Any]:
@@ -54,6 +55,8 @@ def run(
         Repetitions, each with the next seed, split, initial weights and order of images.
     seed : int
         The first of them; its network is saved.
+    optimizer : {"gmp", "torch"}
+        ``gmp_kernels.optim.SGD`` with compact state, or ``torch.optim.SGD``.
     threads : int
         Of torch while the job runs, >= 1. Batches this small gain next to nothing from a second one and lose much
         where other work competes for the cores. Another number of threads sums in another order, so that the networks
@@ -73,15 +76,17 @@ def run(
     """
     if seeds < 1:
         raise ScheduleError(f"demo: expected at least 1 seed, got {seeds}; each one is a comparison")
+    if optimizer not in OPTIMIZERS:
+        raise ValueError(f"demo: expected optimizer to be one of {tuple(OPTIMIZERS)}, got {optimizer!r}")
     stages = stages_of(epochs, data.steps_per_epoch(data.load(seed)))
     schedule = stages.schedule(final_sparsity=sparsity)
     console = console or Console()
 
     with _torch_threads(threads):
         out_dir.mkdir(parents=True, exist_ok=True)
-        trials = _compare(stages, schedule, range(seed, seed + seeds), console)
-        numbers = metrics.collect(trials, stages, sparsity)
-    options = {"--out": out_dir, "--sparsity": sparsity, "--seeds": seeds, "--seed": seed}
+        trials = _compare(stages, schedule, range(seed, seed + seeds), optimizer, console)
+        numbers = metrics.collect(trials, stages, sparsity, optimizer)
+    options = {"--out": out_dir, "--sparsity": sparsity, "--seeds": seeds, "--seed": seed, "--optimizer": optimizer}
     command = shlex.join(["gmp-kernels", "demo", *(str(part) for option in options.items() for part in option)])
 
     _draw(out_dir, trials, stages, sparsity)
@@ -105,7 +110,7 @@ def _torch_threads(threads: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _compare(stages: Stages, schedule: Ramp, seeds: Sequence[int], console: Console) -> list[Trial]:
+def _compare(stages: Stages, schedule: Ramp, seeds: Sequence[int], optimizer: str, console: Console) -> list[Trial]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("epochs"))
     with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
         task = progress.add_task("", total=len(seeds) * num_epochs(stages))
@@ -113,7 +118,7 @@ def _compare(stages: Stages, schedule: Ramp, seeds: Sequence[int], console: Cons
         def after_epoch(seed: int, method: str) -> None:
             progress.update(task, advance=1, description=f"seed {seed}: {METHODS[method]}")
 
-        return [compare(stages, schedule, seed, partial(after_epoch, seed)) for seed in seeds]
+        return [compare(stages, schedule, seed, optimizer, partial(after_epoch, seed)) for seed in seeds]
 
 
 def _draw(out_dir: Path, trials: Sequence[Trial], stages: Stages, sparsity: float) -> None:

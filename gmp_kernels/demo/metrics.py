@@ -18,7 +18,7 @@ from gmp_kernels.demo.trial import DENSE_LR, METHODS, MOMENTUM, PRUNING_LR, WEIG
 __all__ = ["collect"]
 
 
-def collect(trials: Sequence[Trial], stages: Stages, sparsity: float) -> dict[str, Any]:
+def collect(trials: Sequence[Trial], stages: Stages, sparsity: float, optimizer: str) -> dict[str, Any]:
     """Return the metrics of ``trials``, which differ in their seed alone.
 
     Accuracies and sparsities are fractions. Seconds are means over the seeds. Layers and learning rates are those of
@@ -41,6 +41,7 @@ def collect(trials: Sequence[Trial], stages: Stages, sparsity: float) -> dict[st
         "seconds": {
             method: {
                 "training": statistics.fmean(trial.results[method].training_seconds for trial in trials),
+                "updates": statistics.fmean(trial.results[method].update_seconds for trial in trials),
                 "pruning": statistics.fmean(trial.results[method].pruning_seconds for trial in trials),
             }
             for method in METHODS
@@ -48,6 +49,7 @@ def collect(trials: Sequence[Trial], stages: Stages, sparsity: float) -> dict[st
         "curves": {method: [trial.results[method].curve for trial in trials] for method in METHODS},
         "config": {
             "sparsity": sparsity,
+            "optimizer": optimizer,
             "epochs": round(stages.epochs),
             "seeds": [trial.seed for trial in trials],
             "stages": {

@@ -103,7 +103,9 @@ def _findings(metrics: Metrics) -> list[str]:
         _paragraph(
             f"The {updates} updates of gradual pruning took {gmp['pruning'] * 1e3:.1f} ms together,",
             f"{gmp['pruning'] / updates * 1e3:.2f} ms each: {_percent(gmp['pruning'] / gmp['training'])} of its",
-            f"{gmp['training']:.1f} s of training. Retraining after one-shot took {retrained['training']:.1f} s.",
+            f"{gmp['training']:.1f} s of training, {gmp['updates']:.1f} s of which followed the backward pass",
+            f"(optimizer `{config['optimizer']}` and pruning).",
+            f"Retraining after one-shot took {retrained['training']:.1f} s.",
         ),
         f"Every layer has exactly round(sparsity x weights) zeros at a sparsity of {config['sparsity']:g}."
         if _counts_are_exact(metrics)

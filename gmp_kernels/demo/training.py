@@ -36,11 +36,14 @@ class Training(NamedTuple):
         Of each optimizer step.
     seconds : float
         In the training steps, pruning included, evaluation not.
+    update_seconds : float
+        In what follows the backward pass: the optimizer, pruning included.
     """
 
     accuracies: list[float]
     learning_rates: list[float]
     seconds: float
+    update_seconds: float
 
 
 def train(
@@ -58,7 +61,7 @@ def train(
     order = torch.Generator().manual_seed(seed)
     accuracies: list[float] = []
     learning_rates: list[float] = []
-    seconds = 0.0
+    seconds = update_seconds = 0.0
     for _ in range(epochs):
         started = time.perf_counter()
         for images, labels in batches(digits, order):
@@ -67,14 +70,16 @@ def train(
             learning_rates.append(optimizer.param_groups[0]["lr"])
             optimizer.zero_grad()
             cross_entropy(model(images), labels).backward()  # type: ignore[no-untyped-call]
+            update_started = time.perf_counter()
             optimizer.step()
             if pruning is not None:
                 pruning.scheduler.step()
+            update_seconds += time.perf_counter() - update_started
             lr_scheduler.step()
         seconds += time.perf_counter() - started
         accuracies.append(evaluate(model, digits))
         after_epoch()
-    return Training(accuracies, learning_rates, seconds)
+    return Training(accuracies, learning_rates, seconds, update_seconds)
 
 
 @torch.no_grad()

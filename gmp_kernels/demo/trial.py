@@ -10,10 +10,10 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch.optim import SGD
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from gmp_kernels import BitMask, GMPScheduler, Stages, StepReport, prune_, schedules
+from gmp_kernels import BitMask, GMPScheduler, Stages, StepReport, optim, prune_, schedules
 from gmp_kernels.demo.data import Digits, load, steps_per_epoch
 from gmp_kernels.demo.model import ResidualCNN
 from gmp_kernels.demo.training import Pruning, Training, evaluate, train
@@ -22,6 +22,7 @@ __all__ = [
     "DENSE_LR",
     "METHODS",
     "MOMENTUM",
+    "OPTIMIZERS",
     "PRUNING_LR",
     "WEIGHT_DECAY",
     "Result",
@@ -36,6 +37,12 @@ METHODS = {
     "gmp": "gradual (GMP)",
     "oneshot": "one-shot",
     "oneshot_retrained": "one-shot, retrained",
+}
+# "gmp" has the mask inside the step and keeps momentum for the kept weights only; "torch" is the plain path, in which
+# the scheduler sets pruned weights and their momentum back to zero after each step.
+OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
+    "gmp": partial(optim.SGD, compact_state=True),
+    "torch": torch.optim.SGD,
 }
 DENSE_LR = 0.1
 PRUNING_LR = 0.05
@@ -56,6 +63,8 @@ class Result(NamedTuple):
         Over all prunable weights.
     training_seconds : float
         In the training steps, pruning included.
+    update_seconds : float
+        Of these, after the backward pass: in the optimizer and in pruning.
     pruning_seconds : float
         In the pruning steps.
     """
@@ -64,6 +73,7 @@ class Result(NamedTuple):
     curve: list[float]
     sparsity: float
     training_seconds: float
+    update_seconds: float
     pruning_seconds: float
 
 
@@ -105,7 +115,9 @@ def num_epochs(stages: Stages) -> int:
     return _dense_epochs(stages) + 2 * round(stages.epochs)
 
 
-def compare(stages: Stages, gradual: schedules.Ramp, seed: int, after_epoch: Callable[[str], None]) -> Trial:
+def compare(
+    stages: Stages, gradual: schedules.Ramp, seed: int, optimizer: str, after_epoch: Callable[[str], None]
+) -> Trial:
     """Train a dense network and prune it gradually, in one shot, and in one shot with retraining.
 
     Parameters
@@ -116,6 +128,8 @@ def compare(stages: Stages, gradual: schedules.Ramp, seed: int, after_epoch: Cal
         Sparsity of the gradual run; the others start at its final sparsity.
     seed : int
         Decides the test images, the initial weights and the order of the training images.
+    optimizer : str
+        A key of ``OPTIMIZERS``, for all training.
     after_epoch : callable
         Called with the method, a key of ``METHODS``, after each epoch.
     """
@@ -123,17 +137,22 @@ def compare(stages: Stages, gradual: schedules.Ramp, seed: int, after_epoch: Cal
     # The scheduler prunes after the optimizer's first step, so the retrained network differs from the other one-shot
     # network by a single step.
     at_once = schedules.OneShot(gradual.final_sparsity)
-    dense, dense_training = _train_dense(digits, _dense_epochs(stages), seed, partial(after_epoch, "dense"))
-    gmp, gmp_pruner, gmp_training = _prune_and_train(dense, gradual, stages, digits, seed, partial(after_epoch, "gmp"))
+    make_optimizer = OPTIMIZERS[optimizer]
+    dense, dense_training = _train_dense(
+        digits, _dense_epochs(stages), seed, make_optimizer, partial(after_epoch, "dense")
+    )
+    gmp, gmp_pruner, gmp_training = _prune_and_train(
+        dense, gradual, stages, digits, seed, make_optimizer, partial(after_epoch, "gmp")
+    )
     oneshot = _prune_at_once(dense, gradual.final_sparsity, digits)
     _, retrained_pruner, retraining = _prune_and_train(
-        dense, at_once, stages, digits, seed, partial(after_epoch, "oneshot_retrained")
+        dense, at_once, stages, digits, seed, make_optimizer, partial(after_epoch, "oneshot_retrained")
     )
     before = dense_training.accuracies[-1]
     return Trial(
         seed=seed,
         results={
-            "dense": Result(before, [before], 0.0, dense_training.seconds, 0.0),
+            "dense": Result(before, [before], 0.0, dense_training.seconds, dense_training.update_seconds, 0.0),
             "gmp": _result(before, gmp_training, gmp_pruner),
             "oneshot": oneshot,
             "oneshot_retrained": _result(oneshot.accuracy, retraining, retrained_pruner),
@@ -151,11 +170,15 @@ def _dense_epochs(stages: Stages) -> int:
 
 
 def _train_dense(
-    digits: Digits, epochs: int, seed: int, after_epoch: Callable[[], None]
+    digits: Digits,
+    epochs: int,
+    seed: int,
+    make_optimizer: Callable[..., Optimizer],
+    after_epoch: Callable[[], None],
 ) -> tuple[ResidualCNN, Training]:
     torch.manual_seed(seed)
     model = ResidualCNN()
-    optimizer = _optimizer(model, DENSE_LR)
+    optimizer = make_optimizer(model.parameters(), lr=DENSE_LR, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
     lr_scheduler = CosineAnnealingLR(optimizer, T_max=epochs * steps_per_epoch(digits))
     training = train(model, digits, optimizer, lr_scheduler, epochs=epochs, seed=seed, after_epoch=after_epoch)
     return model, training
@@ -167,10 +190,11 @@ def _prune_and_train(
     stages: Stages,
     digits: Digits,
     seed: int,
+    make_optimizer: Callable[..., Optimizer],
     after_epoch: Callable[[], None],
 ) -> tuple[ResidualCNN, GMPScheduler, Training]:
     model = deepcopy(dense)
-    optimizer = _optimizer(model, PRUNING_LR)
+    optimizer = make_optimizer(model.parameters(), lr=PRUNING_LR, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
     pruner = GMPScheduler(model, optimizer, schedule)
     training = train(
         model,
@@ -193,11 +217,7 @@ def _prune_at_once(dense: ResidualCNN, sparsity: float, digits: Digits) -> Resul
     seconds = time.perf_counter() - started
     accuracy = evaluate(model, digits)
     reached = sum(pruned.num_pruned) / sum(weight.numel() for weight in weights)
-    return Result(accuracy, [accuracy], reached, 0.0, seconds)
-
-
-def _optimizer(model: ResidualCNN, learning_rate: float) -> SGD:
-    return SGD(model.parameters(), lr=learning_rate, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
+    return Result(accuracy, [accuracy], reached, 0.0, 0.0, seconds)
 
 
 def _result(before: float, training: Training, pruner: GMPScheduler) -> Result:
@@ -206,5 +226,6 @@ def _result(before: float, training: Training, pruner: GMPScheduler) -> Result:
         curve=[before, *training.accuracies],
         sparsity=pruner.sparsity,
         training_seconds=training.seconds,
+        update_seconds=training.update_seconds,
         pruning_seconds=sum(report.seconds for report in pruner.history),
     )

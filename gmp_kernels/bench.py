@@ -1,0 +1,237 @@
+"""What the speed table measures: every operation beside what one would use instead, in one run.
+
+A row of the table is a ``Case``; a new one goes into the function of its kind, or a new kind into ``all_cases``.
+
+The baselines get their best form: |w| computed before the clock starts, buffers and outputs allocated, topk on the
+smaller side and unsorted. ``tensor.sum()`` is no rival but the floor: one read of the weights at the speed of memory.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.utils import prune as torch_prune
+
+from gmp_kernels.masks import BitMask
+from gmp_kernels.measurement import Case, Pair, Timed
+from gmp_kernels.ops import Threshold, magnitude_threshold, prune_
+from gmp_kernels.plan import resnet50_layers
+from gmp_kernels.scheduler import GMPScheduler
+from gmp_kernels.schedules import Polynomial
+
+__all__ = ["all_cases", "memory_cases", "prune_cases", "scheduler_cases", "select_cases"]
+
+# One layer of 4096 x 4096. In fp32 its 64 MB do not fit the last-level cache of the CPUs this is read for.
+NUM_WEIGHTS = 1 << 24
+SPARSITIES = (0.5, 0.9, 0.99)
+SPARSITY = 0.9
+# Of the weights as of a trained layer; and how far one optimizer step moves them.
+STD = 0.02
+STEP = 1e-3 * STD
+NUM_LAYERS = 160
+
+
+def select_cases() -> list[Case]:
+    """The exact threshold: cold and warm, against one read of the weights and against other selections."""
+    cases = []
+    for sparsity in SPARSITIES:
+        cold = f"threshold fp32, {sparsity}, cold"
+        warm = f"threshold fp32, {sparsity}, warm"
+        cases += [
+            Case(cold, "tensor.sum()", 1.8, 1.3, partial(_cold_and_sum, sparsity)),
+            Case(warm, "tensor.sum()", 1.4, 1.1, partial(_warm_and_sum, sparsity)),
+            Case(cold, "np.partition", 1 / 8, 1 / 15, partial(_cold_and_partition, sparsity)),
+            Case(cold, "torch.kthvalue", 1 / 40, 1 / 100, partial(_cold_and_kthvalue, sparsity)),
+            Case(cold, "torch.topk", 1 / 40, 1 / 100, partial(_cold_and_topk, sparsity)),
+        ]
+    return [
+        *cases,
+        Case(f"threshold bf16, {SPARSITY}, cold", "threshold fp32", 0.8, 0.6, _bf16_and_fp32),
+        Case(f"threshold fp32, {SPARSITY}, 10x the weights", "1x the weights", 11.0, None, _tenfold),
+    ]
+
+
+def prune_cases() -> list[Case]:
+    """The full prune step, i.e. threshold, zeros and bitmask, from dense weights."""
+    return [
+        Case(f"prune step fp32, {SPARSITY}", "sum() + mul_()", 1.5, 1.1, _prune_and_sum_mul),
+        Case(f"prune step fp32, {SPARSITY}", "l1_unstructured", 1 / 100, 1 / 300, _prune_and_l1_unstructured),
+        Case(f"prune step, ResNet-50, {SPARSITY}", "the same in one tensor", 1.3, 1.1, _layers_and_one_tensor),
+    ]
+
+
+def scheduler_cases() -> list[Case]:
+    """The host's part of ``GMPScheduler.step()`` where nothing is due."""
+    return [Case(f"scheduler.step() between updates, {NUM_LAYERS} layers", "50 us", 1.0, 0.2, _idle_step)]
+
+
+def memory_cases() -> list[Case]:
+    """Peak memory of a prune step beyond weights and masks."""
+    limit = "5% of largest + 4 MB"
+    return [
+        Case("peak extra memory, one layer", limit, 1.0, None, lambda shrink: _memory([NUM_WEIGHTS // shrink]), "B"),
+        Case("peak extra memory, ResNet-50", limit, 1.0, None, lambda shrink: _memory(_resnet50_sizes(shrink)), "B"),
+    ]
+
+
+def all_cases() -> list[Case]:
+    """Every row of the table."""
+    return [*select_cases(), *prune_cases(), *scheduler_cases(), *memory_cases()]
+
+
+def _weights(num_weights: int) -> torch.Tensor:
+    return torch.randn(num_weights, generator=torch.Generator().manual_seed(0)).mul_(STD)
+
+
+def _threshold(weight: torch.Tensor, num_prune: int, previous: Threshold | None = None) -> Timed:
+    return Timed(lambda: magnitude_threshold(weight, num_prune, previous=previous))
+
+
+def _cold(sparsity: float, shrink: int) -> tuple[torch.Tensor, int, Timed]:
+    """The weights, how many to prune, and ours."""
+    weight = _weights(NUM_WEIGHTS // shrink)
+    num_prune = round(sparsity * weight.numel())
+    return weight, num_prune, _threshold(weight, num_prune)
+
+
+def _cold_and_sum(sparsity: float, shrink: int) -> Pair:
+    weight, _, ours = _cold(sparsity, shrink)
+    return Pair(ours, Timed(weight.sum))
+
+
+def _warm_and_sum(sparsity: float, shrink: int) -> Pair:
+    weight, num_prune, _ = _cold(sparsity, shrink)
+    previous = magnitude_threshold(weight, num_prune)
+    weight += STEP * torch.randn(weight.numel(), generator=torch.Generator().manual_seed(1))
+    return Pair(_threshold(weight, num_prune, previous), Timed(weight.sum))
+
+
+def _cold_and_partition(sparsity: float, shrink: int) -> Pair:
+    weight, num_prune, ours = _cold(sparsity, shrink)
+    magnitude = weight.abs().numpy()
+    partitioned = np.empty_like(magnitude)
+
+    def run() -> float:
+        # In place: np.partition itself would add a copy.
+        partitioned.partition(num_prune - 1)
+        return float(partitioned[num_prune - 1])
+
+    return Pair(ours, Timed(run, lambda: np.copyto(partitioned, magnitude)))
+
+
+def _cold_and_kthvalue(sparsity: float, shrink: int) -> Pair:
+    weight, num_prune, ours = _cold(sparsity, shrink)
+    magnitude = weight.abs()
+    out = (torch.empty(()), torch.empty((), dtype=torch.int64))
+    return Pair(ours, Timed(lambda: torch.kthvalue(magnitude, num_prune, out=out)[0]))
+
+
+def _cold_and_topk(sparsity: float, shrink: int) -> Pair:
+    weight, num_prune, ours = _cold(sparsity, shrink)
+    magnitude = weight.abs()
+    # From above, the threshold is the smallest of the kept weights and itself: at 0.5 and more, the smaller side.
+    k = weight.numel() - num_prune + 1
+    out = (torch.empty(k), torch.empty(k, dtype=torch.int64))
+    return Pair(ours, Timed(lambda: torch.topk(magnitude, k, sorted=False, out=out)[0]))
+
+
+def _bf16_and_fp32(shrink: int) -> Pair:
+    weight, num_prune, fp32 = _cold(SPARSITY, shrink)
+    bf16 = weight.bfloat16()
+    return Pair(_threshold(bf16, num_prune), fp32)
+
+
+def _tenfold(shrink: int) -> Pair:
+    many = _weights(4 * NUM_WEIGHTS // shrink)
+    # Small enough for some caches, but the long read that comes before every one of its own leaves nothing of it there.
+    few = many[: many.numel() // 10].clone()
+    return Pair(*(_threshold(weight, round(SPARSITY * weight.numel())) for weight in (many, few)))
+
+
+def _prune_and_sum_mul(shrink: int) -> Pair:
+    dense = _weights(NUM_WEIGHTS // shrink)
+    weight = dense.clone()
+
+    def sum_mul() -> None:
+        # By a scalar, because a mask to multiply with would be one more read: this is the floor.
+        weight.sum()
+        weight.mul_(1.0)
+
+    restore = partial(weight.copy_, dense)
+    return Pair(Timed(lambda: prune_(weight, sparsity=SPARSITY), restore), Timed(sum_mul, restore))
+
+
+def _prune_and_l1_unstructured(shrink: int) -> Pair:
+    dense = _weights(NUM_WEIGHTS // shrink)
+    weight = dense.clone()
+    module = nn.Module()
+
+    def fresh() -> None:
+        nonlocal module
+        module = nn.Module()
+        module.weight = nn.Parameter(dense.clone())
+
+    return Pair(
+        Timed(lambda: prune_(weight, sparsity=SPARSITY), partial(weight.copy_, dense)),
+        Timed(lambda: torch_prune.l1_unstructured(module, "weight", amount=SPARSITY), fresh),  # type: ignore[no-untyped-call]
+    )
+
+
+def _resnet50_sizes(shrink: int) -> list[int]:
+    return [max(1, math.prod(shape) // shrink) for shape in resnet50_layers().values()]
+
+
+def _layers_and_one_tensor(shrink: int) -> Pair:
+    sizes = _resnet50_sizes(shrink)
+    dense = _weights(sum(sizes))
+    whole = dense.clone()
+    layers = torch.split(whole, sizes)
+    restore = partial(whole.copy_, dense)
+    return Pair(
+        Timed(lambda: prune_(layers, sparsity=SPARSITY), restore),
+        Timed(lambda: prune_(whole, sparsity=SPARSITY), restore),
+    )
+
+
+def _idle_step(_shrink: int) -> Pair:
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(NUM_LAYERS)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    # Updates at the first step and, for all that is timed here, never again.
+    schedule = Polynomial(0.5, SPARSITY, begin_step=0, end_step=1 << 40, frequency=1 << 40)
+    pruner = GMPScheduler(model, optimizer, schedule)
+    pruner.step()
+    return Pair(Timed(pruner.step), 50e-6)
+
+
+def _memory(sizes: Sequence[int]) -> Pair:
+    # In a process of its own: here, memory that was freed but not given back would hide what a step takes.
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        peak = pool.submit(_peak_extra_bytes, sizes, torch.get_num_threads()).result()
+    return Pair(float(peak), 0.05 * 4 * max(sizes) + 4e6)
+
+
+def _peak_extra_bytes(sizes: Sequence[int], num_threads: int) -> int:
+    torch.set_num_threads(num_threads)
+    layers = [_weights(n) for n in sizes]
+    masks = [BitMask.ones(weight.shape) for weight in layers]
+    # Starts the threads and loads what is loaded on first use, which is not the step's own memory.
+    _weights(1 << 20).sum()
+    prune_(_weights(8), sparsity=SPARSITY)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _peak_bytes()
+    prune_(layers, sparsity=SPARSITY, masks=masks)
+    return _peak_bytes() - before
+
+
+def _peak_bytes() -> int:
+    """Most memory this process has held since ``5`` was written to its ``clear_refs``."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.partition("VmHWM:")[2].split()[0])
