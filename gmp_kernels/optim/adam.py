@@ -79,3 +79,9 @@ class AdamW(Adam):
         if len(args) < 5:
             kwargs.setdefault("weight_decay", 1e-2)
         super().__init__(*args, decoupled_weight_decay=True, **kwargs)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        # As in torch.optim.AdamW: state dicts of older versions, and of Adam, do not say so.
+        for group in self.param_groups:
+            group["decoupled_weight_decay"] = True

@@ -56,7 +56,7 @@ def clip_grad_norm_(
     given: Sequence[BitMask | None] = [None] * len(owners) if masks is None else list(masks)
     if len(given) != len(owners):
         raise ShapeError(f"clip_grad_norm_: expected one mask per parameter, got {len(given)} for {len(owners)}")
-    pairs = [(p.grad, mask) for p, mask in zip(owners, given, strict=True) if p.grad is not None]
+    pairs = [(p.grad, mask) for p, mask in zip(owners, given, strict=True) if p.grad is not None and p.grad.numel()]
     if not pairs:
         return torch.tensor(0.0)
     layers = check_tensors(

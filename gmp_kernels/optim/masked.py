@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from itertools import chain
 from typing import Any, ClassVar
 
 import torch
@@ -35,6 +36,11 @@ class MaskedOptimizer(torch.optim.Optimizer):
         self._compactions: dict[torch.Tensor, Compaction] = {}  # of the parameters whose state is compact now
         if any(group.get("differentiable") for group in self.param_groups):
             raise ValueError(f"{self._name}: differentiable=True is not supported; use torch.optim")
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What copies and pickles carry: torch names three attributes and would drop these.
+        ours = ("_compact_state", "_master_weights", "_backend", "_masks", "_compactions")
+        return super().__getstate__() | {name: getattr(self, name) for name in ours}
 
     @property
     def _name(self) -> str:
@@ -87,14 +93,15 @@ class MaskedOptimizer(torch.optim.Optimizer):
         bits: list[BitMask] = []
         for p, mask in masks.items():
             # Compact state has another shape: what is pruned in it goes when it is repacked.
-            found = [p.detach(), *(v for v in self.state.get(p, {}).values() if _is_per_weight(p, v))]
+            state = self.state.get(p, {})
+            found = [p.detach(), *(v for key, v in state.items() if _is_per_weight(key, v) and v.shape == p.shape)]
             tensors += found
             bits += [mask] * len(found)
         apply_masks_(tensors, bits, backend=self._backend)
         for p, mask in masks.items():
             self._masks[p] = mask.clone()
         if self._compact_state:
-            self._repack([p for p in masks if self.state.get(p)])
+            self._repack(masks)
 
     def master_weight(self, parameter: torch.Tensor) -> torch.Tensor | None:
         """Return the float32 copy that the arithmetic of ``parameter`` runs on; None if there is none (yet)."""
@@ -108,8 +115,8 @@ class MaskedOptimizer(torch.optim.Optimizer):
         for p in parameters:
             implementation = choose(self._backend, p.device)
             layouts[p] = implementation.compaction(self._masks[p].packed, p.numel())
-            for key, value in self.state[p].items():
-                if key == MASTER or not isinstance(value, torch.Tensor) or value.ndim == 0:
+            for key, value in self.state.get(p, {}).items():
+                if key == MASTER or not _is_per_weight(key, value):
                     continue
                 packed = torch.empty(layouts[p].num_kept, dtype=value.dtype, device=value.device)
                 moves.append(StateMove(value, self._compactions.get(p), packed, layouts[p], p.numel()))
@@ -137,8 +144,9 @@ class MaskedOptimizer(torch.optim.Optimizer):
         ------
         RuntimeError
             Sparse gradients, as in torch.
-        DTypeError, LayoutError
-            A parameter or gradient the kernels do not take. Nothing has been updated when one is raised.
+        DTypeError, LayoutError, ShapeError, StateError
+            A parameter or gradient the kernels do not take, or a parameter that was converted or reshaped since its
+            mask or state was made. Nothing has been updated when one is raised.
 
         Notes
         -----
@@ -159,12 +167,22 @@ class MaskedOptimizer(torch.optim.Optimizer):
                   if p.grad is not None]  # fmt: skip
         if not active:
             return loss
+        for group, p, _ in active:
+            self._check_state(group, p)
+        devices = {p.device for _, p, _ in active}
+        if len(devices) > 1:
+            raise LayoutError(
+                f"{self._name}: expected all parameters on one device, got {sorted(map(str, devices))}; use one "
+                "optimizer per device"
+            )
         implementation = choose(self._backend, active[0][1].device)
         constants: list[dict[str, float]] = []
         index_of: dict[tuple[int, int], int] = {}
         tensors = []
         for group, p, grad in active:
             is_first = self._init_state(group, p)
+            if p.numel() == 0:
+                continue
             state = self.state[p]
             step = int(state["step"]) + 1 if self.counts_steps else 1 if is_first else 2
             key = (id(group), step)
@@ -198,13 +216,37 @@ class MaskedOptimizer(torch.optim.Optimizer):
             raise RuntimeError(f"{self._name} does not support sparse gradients; use torch.optim.SparseAdam")
         if p.dtype not in DTYPES:
             raise DTypeError(f"{self._name}: expected float32, float64, bfloat16 or float16 parameters, got {p.dtype}")
-        if not _is_dense(p):
+        if grad.dtype != p.dtype:
+            raise DTypeError(f"{self._name}: expected gradients of their parameter's {p.dtype}, got {grad.dtype}; cast")
+        mask = self._masks.get(p)
+        if mask is not None and mask.shape != p.shape:
+            raise ShapeError(
+                f"{self._name}: expected the shape {tuple(mask.shape)} that the mask was made for, got a parameter of "
+                f"{tuple(p.shape)}; set another mask"
+            )
+        # A mask counts in the order of the dimensions; without one any order will do.
+        if not (_is_dense(p) if mask is None else p.is_contiguous()):
+            wanted = "parameters without gaps in memory" if mask is None else "contiguous parameters under a mask"
             raise LayoutError(
-                f"{self._name}: expected parameters without gaps in memory, got strides {p.stride()} for shape "
-                f"{tuple(p.shape)}; use .contiguous()"
+                f"{self._name}: expected {wanted}, got strides {p.stride()} for shape {tuple(p.shape)}; "
+                "use .contiguous()"
             )
         # The kernel walks memory: a gradient laid out differently is brought into the parameter's order.
         return grad if grad.stride() == p.stride() else torch.empty_like(p).copy_(grad)
+
+    def _check_state(self, group: dict[str, Any], p: torch.Tensor) -> None:
+        """Refuse state that does not belong to the parameter as it is now: the kernel would walk past its end."""
+        layout = self._compactions.get(p)
+        for key in (*self._state_keys(group), MASTER):
+            value = self.state.get(p, {}).get(key)
+            shape = p.shape if layout is None or key == MASTER else (layout.num_kept,)
+            dtype = torch.float32 if key == MASTER else _state_dtype(p)
+            if value is not None and (value.shape != shape or value.dtype != dtype):
+                raise StateError(
+                    f"{self._name}: expected '{key}' as {dtype} of shape {tuple(shape)} for a parameter that is now "
+                    f"{p.dtype} of shape {tuple(p.shape)}, got {value.dtype} of shape {tuple(value.shape)}; load the "
+                    "state again after converting a model"
+                )
 
     def _init_state(self, group: dict[str, Any], p: torch.Tensor) -> bool:
         """Create what the state lacks; return whether this is the first step of the parameter."""
@@ -213,17 +255,18 @@ class MaskedOptimizer(torch.optim.Optimizer):
             state["step"] = torch.tensor(0.0)
         if self._master_weights and p.dtype in (torch.bfloat16, torch.float16) and MASTER not in state:
             state[MASTER] = p.detach().to(torch.float32, memory_format=torch.preserve_format)
-        missing = [name for name in self._state_keys(group) if name not in state]
-        if missing and self._compact_state and p in self._masks and p not in self._compactions:
-            self._compactions[p] = choose(self._backend, p.device).compaction(self._masks[p].packed, p.numel())
-        dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
+        missing = [name for name in self._state_keys(group) if state.get(name) is None]
         layout = self._compactions.get(p)
         for name in missing:
             state[name] = (
-                torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
+                torch.zeros_like(p, dtype=_state_dtype(p), memory_format=torch.preserve_format)
                 if layout is None
-                else torch.zeros(layout.num_kept, dtype=dtype, device=p.device)
+                else torch.zeros(layout.num_kept, dtype=_state_dtype(p), device=p.device)
             )
+        for key, value in state.items():
+            # The model went to another memory format: the state follows it.
+            if _is_per_weight(key, value) and value.shape == p.shape and value.stride() != p.stride():
+                state[key] = torch.empty_like(p, dtype=value.dtype).copy_(value)
         return bool(missing)
 
     # -- checkpoints -------------------------------------------------------------------------------------------------
@@ -244,7 +287,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
         dense = dict(self.state[p])
         moves = []
         for key, value in self.state[p].items():
-            if key == MASTER or not isinstance(value, torch.Tensor) or value.ndim == 0:
+            if key == MASTER or not _is_per_weight(key, value):
                 continue
             dense[key] = torch.empty(p.shape, dtype=value.dtype, device=value.device)
             moves.append(StateMove(value, layout, dense[key], None, p.numel()))
@@ -263,32 +306,41 @@ class MaskedOptimizer(torch.optim.Optimizer):
         StateError
             State of another shape. Nothing has changed when one is raised.
         """
-        parameters = self._indexed()
-        for index, state in state_dict["state"].items():
-            p = parameters.get(index)
-            for key, value in state.items():
-                if p is not None and isinstance(value, torch.Tensor) and value.ndim and value.shape != p.shape:
-                    raise StateError(
-                        f"{self._name}.load_state_dict: expected '{key}' of shape {tuple(p.shape)} for parameter "
-                        f"{index}, got {tuple(value.shape)}; is it the state of another model?"
-                    )
+        # The numbers in the state_dict are its own; parameters correspond by position, as in torch.
+        saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        owner = dict(zip(saved, self._indexed().values(), strict=False))
+        found = [
+            (index, owner[index], key, value)
+            for index, state in state_dict["state"].items()
+            if index in owner
+            for key, value in state.items()
+            if _is_per_weight(key, value)
+        ]
+        for index, p, key, value in found:
+            if value.shape != p.shape:
+                raise StateError(
+                    f"{self._name}.load_state_dict: expected '{key}' of shape {tuple(p.shape)} for parameter "
+                    f"{index}, got {tuple(value.shape)}; is it the state of another model?"
+                )
         super().load_state_dict(state_dict)
         self._compactions.clear()
         # torch casts state to the parameter's dtype, which would round what is kept in float32 on purpose.
-        for index, p in parameters.items():
-            for key, value in state_dict["state"].get(index, {}).items():
-                if isinstance(value, torch.Tensor) and value.ndim:
-                    dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
-                    self.state[p][key] = torch.empty_like(p, dtype=dtype).copy_(value)
-        self.set_masks({p: mask for p, mask in self._masks.items() if p in self.state})
+        for _, p, key, value in found:
+            self.state[p][key] = torch.empty_like(p, dtype=_state_dtype(p)).copy_(value)
+        self.set_masks(self._masks)
 
     def _indexed(self) -> dict[int, torch.Tensor]:
         """Parameters by the number ``state_dict`` gives them."""
         return dict(enumerate(p for group in self.param_groups for p in group["params"]))
 
 
-def _is_per_weight(p: torch.Tensor, value: object) -> bool:
-    return isinstance(value, torch.Tensor) and value.ndim > 0 and value.shape == p.shape
+def _is_per_weight(key: str, value: object) -> bool:
+    """Whether this entry of the state has a value for each weight, which a parameter without dimensions has too."""
+    return isinstance(value, torch.Tensor) and key != "step"
+
+
+def _state_dtype(p: torch.Tensor) -> torch.dtype:
+    return torch.float64 if p.dtype == torch.float64 else torch.float32
 
 
 def _is_dense(p: torch.Tensor) -> bool:
