@@ -24,6 +24,7 @@ import torch
 __all__ = ["Case", "Machine", "Pair", "Result", "Spread", "Timed", "measure", "time_once"]
 
 MIN_ROUNDS = 5
+SETTLE_BYTES = 1 << 26  # more than the caches of the CPUs this is read for
 
 Clock = Callable[[], float]
 
@@ -175,9 +176,10 @@ class Machine:
         return asdict(self)
 
 
-def time_once(side: Timed, clock: Clock = time.perf_counter) -> float:
-    """Prepare and run ``side`` once; return the seconds of the run alone."""
+def time_once(side: Timed, clock: Clock = time.perf_counter, settle: Callable[[], object] = _nothing) -> float:
+    """Prepare and settle, then run ``side`` once; return the seconds of the run alone."""
     side.prepare()
+    settle()
     start = clock()
     side.run()
     return clock() - start
@@ -201,11 +203,14 @@ def measure(case: Case, *, shrink: int = 1, seconds: float = 3.0, clock: Clock =
     for side in timed:
         # Touches the pages and wakes the threads.
         time_once(side, clock)
+    # Before every run the machine is brought into the same state: no lines of the other side in the caches, least of
+    # all modified ones still to be written back, and every thread awake.
+    settle = torch.ones(SETTLE_BYTES // 4).sum
     samples: list[list[float]] = [[] for _ in timed]
     end = clock() + seconds
     while timed and (len(samples[0]) < MIN_ROUNDS or clock() < end):
         for side, taken in zip(timed, samples, strict=True):
-            taken.append(time_once(side, clock))
+            taken.append(time_once(side, clock, settle))
     measured = iter(samples)
     return Result(case, *(_spread(next(measured)) if isinstance(s, Timed) else Spread(s, s, s, 0) for s in pair))
 
