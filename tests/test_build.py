@@ -42,7 +42,8 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
 def test_the_wheel_works_in_an_empty_environment(wheel: Path, tmp_path: Path) -> None:
     venv.create(tmp_path / "inner", with_pip=False)
     python = tmp_path / "inner/bin/python"
-    done = run_python("-m", "pip", "--python", python, "install", "--no-deps", "--no-index", wheel)
+    # Without the path to the sources: pip would find the package there and call it installed.
+    done = run_python("-m", "pip", "--python", python, "install", "--no-deps", "--no-index", wheel, PYTHONPATH="")
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "inner/bin/gmp-kernels").exists()
     # torch is hundreds of megabytes, so the one installed here is lent; only this line makes it visible.
