@@ -23,11 +23,12 @@ from torch.nn.utils import prune as torch_prune
 from gmp_kernels.masks import BitMask
 from gmp_kernels.measurement import Case, Pair, Timed
 from gmp_kernels.ops import Threshold, magnitude_threshold, prune_
+from gmp_kernels.optim import SGD, AdamW
 from gmp_kernels.plan import resnet50_layers
 from gmp_kernels.scheduler import GMPScheduler
 from gmp_kernels.schedules import Polynomial
 
-__all__ = ["all_cases", "memory_cases", "prune_cases", "scheduler_cases", "select_cases"]
+__all__ = ["all_cases", "memory_cases", "optimizer_cases", "prune_cases", "scheduler_cases", "select_cases"]
 
 # One layer of 4096 x 4096. In fp32 its 64 MB do not fit the last-level cache of the CPUs this is read for.
 NUM_WEIGHTS = 1 << 24
@@ -81,6 +82,23 @@ def scheduler_cases() -> list[Case]:
     return [Case(f"scheduler.step() between updates, {NUM_LAYERS} layers", "50 us", 1.0, 0.2, _idle_step)]
 
 
+def optimizer_cases() -> list[Case]:
+    """One optimizer step with masks, against torch's fused one without any, or with masks multiplied in by hand."""
+    fused = "torch fused, no mask"
+    compact = {0.9: (0.75, 0.6), 0.95: (0.65, 0.5), 0.99: (0.25, 0.15)}
+    return [
+        Case("AdamW, dense state, 0", fused, 1.05, 0.95, partial(_adamw_and_fused, 0.0, False)),
+        Case("AdamW, dense state, 0.9", fused, 1.0, 0.9, partial(_adamw_and_fused, 0.9, False)),
+        *(
+            Case(f"AdamW, compact state, {sparsity}", fused, must, aim, partial(_adamw_and_fused, sparsity, True))
+            for sparsity, (must, aim) in compact.items()
+        ),
+        Case("SGD momentum, compact state, 0.9", fused, 0.9, 0.7, _sgd_and_fused),
+        Case("AdamW, dense state, 0.9", "torch fused + _foreach_mul_", 0.5, 0.35, _adamw_and_masks_by_hand),
+        Case("AdamW state, compact, 0.9", "0.105 dense + 1 bit/weight", 1.0, None, _state_bytes, "B"),
+    ]
+
+
 def memory_cases() -> list[Case]:
     """Peak memory of a prune step beyond weights and masks."""
     limit = "5% of largest + 4 MB"
@@ -92,7 +110,7 @@ def memory_cases() -> list[Case]:
 
 def all_cases() -> list[Case]:
     """Every row of the table."""
-    return [*select_cases(), *prune_cases(), *scheduler_cases(), *memory_cases()]
+    return [*select_cases(), *prune_cases(), *optimizer_cases(), *scheduler_cases(), *memory_cases()]
 
 
 def _weights(num_weights: int) -> torch.Tensor:
@@ -212,6 +230,62 @@ def _layers_and_one_tensor(shrink: int) -> Pair:
         Timed(lambda: prune_(layers, sparsity=SPARSITY), restore),
         Timed(lambda: prune_(whole, sparsity=SPARSITY), restore),
     )
+
+
+def _parameter(shrink: int) -> nn.Parameter:
+    parameter = nn.Parameter(_weights(NUM_WEIGHTS // shrink))
+    parameter.grad = _weights(NUM_WEIGHTS // shrink)
+    return parameter
+
+
+def _mask(num_weights: int, sparsity: float) -> BitMask:
+    """Return a mask of independent bits, which leaves the fewest dead blocks."""
+    return BitMask.from_bool(torch.rand(num_weights, generator=torch.Generator().manual_seed(2)) >= sparsity)
+
+
+def _masked(optimizer: SGD | AdamW, parameter: nn.Parameter, sparsity: float) -> SGD | AdamW:
+    optimizer.set_masks({parameter: _mask(parameter.numel(), sparsity)})
+    optimizer.step()  # makes the state
+    return optimizer
+
+
+def _adamw_and_fused(sparsity: float, compact_state: bool, shrink: int) -> Pair:
+    ours, theirs = _parameter(shrink), _parameter(shrink)
+    masked = _masked(AdamW([ours], compact_state=compact_state), ours, sparsity)
+    return Pair(Timed(masked.step), Timed(torch.optim.AdamW([theirs], fused=True).step))
+
+
+def _sgd_and_fused(shrink: int) -> Pair:
+    ours, theirs = _parameter(shrink), _parameter(shrink)
+    masked = _masked(SGD([ours], lr=1e-3, momentum=0.9, compact_state=True), ours, SPARSITY)
+    return Pair(Timed(masked.step), Timed(torch.optim.SGD([theirs], lr=1e-3, momentum=0.9, fused=True).step))
+
+
+def _adamw_and_masks_by_hand(shrink: int) -> Pair:
+    ours, theirs = _parameter(shrink), _parameter(shrink)
+    masked = _masked(AdamW([ours]), ours, SPARSITY)
+    fused = torch.optim.AdamW([theirs], fused=True)
+    fused.step()
+    state = fused.state[theirs]
+    held = [theirs.detach(), state["exp_avg"], state["exp_avg_sq"]]
+    # In float32, as _foreach_mul_ is slower where it has to convert.
+    masks = [_mask(theirs.numel(), SPARSITY).to_bool().float()] * len(held)
+
+    def step() -> None:
+        fused.step()
+        torch._foreach_mul_(held, masks)
+
+    return Pair(Timed(masked.step), Timed(step))
+
+
+def _state_bytes(shrink: int) -> Pair:
+    parameter = _parameter(shrink)
+    optimizer = _masked(AdamW([parameter], compact_state=True), parameter, SPARSITY)
+    n = parameter.numel()
+    state = [optimizer.state[parameter][key] for key in ("exp_avg", "exp_avg_sq")]
+    # The mask itself is counted too; the ranks that address the state come on top of it.
+    ranks = optimizer._compactions[parameter].ranks.nbytes
+    return Pair(float(sum(tensor.nbytes for tensor in state) + ranks + n / 8), 0.105 * 8 * n + n / 8)
 
 
 def _idle_step(_shrink: int) -> Pair:

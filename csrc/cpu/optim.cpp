@@ -49,7 +49,7 @@ void* advance(void* p, int64_t bytes) { return p == nullptr ? nullptr : static_c
 
 template <typename Task, typename Work>
 void for_each_chunk(const std::vector<Task>& tasks, const ChunkTable& chunks, int num_threads, Work work) {
-#pragma omp parallel for schedule(monotonic : dynamic, 2) num_threads(num_threads)
+#pragma omp parallel for schedule(guided, 8) num_threads(num_threads)
   for (int64_t i = 0; i < chunks.size(); ++i) {
     const Chunk chunk = chunks[i];
     work(tasks[chunk.tensor], chunk, i);

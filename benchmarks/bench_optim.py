@@ -1,0 +1,15 @@
+"""One optimizer step with masks, beside torch's fused ones."""
+
+import pytest
+from conftest import RunSide
+
+from gmp_kernels.bench import optimizer_cases
+from gmp_kernels.measurement import Case
+
+TIMED = [case for case in optimizer_cases() if case.unit == "s"]
+
+
+@pytest.mark.parametrize("side", ["ours", "baseline"])
+@pytest.mark.parametrize("case", TIMED, ids=lambda case: f"{case.name} / {case.baseline}")
+def bench_optim(run_side: RunSide, case: Case, side: str) -> None:
+    run_side(case, side)
