@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -23,9 +21,9 @@ from optim_cases import (
     set_gradients,
 )
 from optim_cases import one_thread as one_thread
+from subprocesses import run_python
 from torch import nn
 
-import gmp_kernels
 from gmp_kernels import BitMask, optim
 from gmp_kernels.errors import DTypeError, LayoutError, ShapeError, StateError, TargetError
 from gmp_kernels.optim import clip_grad_norm_, ema_update_
@@ -120,11 +118,8 @@ def test_resuming_in_a_new_process_is_the_uninterrupted_run(case, compact, dtype
     file = tmp_path / "checkpoint.pt"
     torch.save({"weights": [p.detach() for p in params], "optimizer": optimizer.state_dict()}, file)
     run(params, optimizer, range(3, 8))
-    subprocess.run(
-        [sys.executable, "-c", RESUME, str(Path(__file__).parent), str(file), case, str(compact), dtype],
-        check=True,
-        env={"PYTHONPATH": str(Path(gmp_kernels.__file__).parents[1])},
-    )
+    done = run_python("-c", RESUME, Path(__file__).parent, file, case, str(compact), dtype)
+    assert done.returncode == 0, done.stderr
     resumed = torch.load(file)
     for saved, p in zip(resumed["weights"], params, strict=True):
         assert_bitwise_equal(saved, p.detach(), "weights")

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -29,6 +26,8 @@ from optim_cases import (
     set_gradients,
 )
 from optim_cases import one_thread as one_thread
+from subprocesses import run_python
+from test_determinism import ISA_NEEDS, cpu_flags
 from torch import nn
 
 import gmp_kernels
@@ -112,10 +111,7 @@ def test_16_bit_weights_are_the_float32_step_rounded(case, compact, dtype):
 def test_16_bit_sgd_and_adamw_with_master_weights_follow_the_float32_run(case, dtype):
     params = parameters(SHAPES, dtype)
     wide = [nn.Parameter(p.detach().float()) for p in params]
-    both = [
-        masked(case, params, master_weights=True, compact_state=compact) for params, compact in ((params, True),)
-    ] + [masked(case, wide)]
-    optimizer, reference = both
+    optimizer, reference = masked(case, params, master_weights=True, compact_state=True), masked(case, wide)
     masks, wide_masks = {}, {}
     for step in range(150):
         gradients = random_gradients(params, step)
@@ -288,20 +284,16 @@ def test_dense_equals_compact_and_nearly_the_reference_backend(shapes, case, dty
 DIGEST = Path(__file__).with_name("optim_digest.py")
 
 
-def digests(isa, *threads):
-    done = subprocess.run(
-        [sys.executable, DIGEST, *map(str, threads)],
-        check=True,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "GMP_KERNELS_ISA": isa, "PYTHONPATH": str(Path(gmp_kernels.__file__).parents[1])},
-    )
+@pytest.fixture(scope="module")
+def digests_of_plain_loops():
+    done = run_python(DIGEST, "1", "2", "3", GMP_KERNELS_ISA="portable")
+    assert done.returncode == 0, done.stderr
     return done.stdout.split()
 
 
-def test_threads_and_instruction_sets_do_not_change_a_bit():
-    flags = Path("/proc/cpuinfo").read_text()
-    isas = ["portable", *(["avx2"] if "avx2" in flags else []), *(["avx512"] if "avx512vbmi2" in flags else [])]
-    found = {isa: digests(isa, 1, 2, 3) for isa in isas}
-    assert len(found["portable"][0]) == 64
-    assert {digest for per_isa in found.values() for digest in per_isa} == {found["portable"][0]}
+@pytest.mark.parametrize("isa", [isa for isa, needs in ISA_NEEDS.items() if cpu_flags() >= needs])
+def test_threads_and_instruction_sets_do_not_change_a_bit(isa, digests_of_plain_loops):
+    done = run_python(DIGEST, "1", "2", "3", GMP_KERNELS_ISA=isa)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == digests_of_plain_loops
+    assert len(set(digests_of_plain_loops)) == 1 and len(digests_of_plain_loops[0]) == 64
