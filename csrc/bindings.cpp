@@ -41,25 +41,40 @@ std::vector<LayerView> views_of(const std::vector<LayerTuple>& layers) {
 using ThresholdTuple = std::tuple<double, int64_t, int64_t, int64_t>;
 using SelectionTuple = std::tuple<ThresholdTuple, std::vector<int64_t>, std::vector<int64_t>>;
 
+void check_counts(const std::vector<LayerView>& layers, const std::vector<int64_t>& num_prune) {
+  const bool global = num_prune.size() == 1;
+  if (!global && num_prune.size() != layers.size()) {
+    throw std::invalid_argument("num_prune needs one entry per layer, or one for all");
+  }
+  int64_t total = 0;
+  for (const LayerView& layer : layers) total += layer.n;
+  for (size_t i = 0; i < num_prune.size(); ++i) {
+    if (num_prune[i] < 0 || num_prune[i] > (global ? total : layers[i].n)) {
+      throw std::invalid_argument("num_prune exceeds the number of weights");
+    }
+  }
+}
+
+SelectionTuple tuple_of(gmp::cpu::Selection selection) {
+  const auto& t = selection.threshold;
+  return {
+      {t.value, t.num_below, t.num_ties, t.num_ties_kept}, std::move(selection.cuts), std::move(selection.nonfinite)};
+}
+
 std::vector<SelectionTuple> select_thresholds(const std::string& dtype, const std::vector<LayerTuple>& layers,
                                               const std::vector<int64_t>& num_prune,
                                               const std::vector<std::optional<ThresholdTuple>>& hints,
                                               int num_threads) {
   const std::vector<LayerView> views = views_of(layers);
-  const bool global = num_prune.size() == 1;
-  if ((!global && num_prune.size() != views.size()) || hints.size() != num_prune.size() || num_threads < 1) {
-    throw std::invalid_argument("num_prune and hints need one entry per layer, or one for all");
+  check_counts(views, num_prune);
+  if (hints.size() != num_prune.size() || num_threads < 1) {
+    throw std::invalid_argument("hints need one entry per count");
   }
-  int64_t total = 0;
-  for (const LayerView& view : views) total += view.n;
   std::vector<std::optional<gmp::cpu::Threshold>> typed_hints;
-  for (size_t i = 0; i < num_prune.size(); ++i) {
-    if (num_prune[i] < 0 || num_prune[i] > (global ? total : views[i].n)) {
-      throw std::invalid_argument("num_prune exceeds the number of weights");
-    }
+  for (const auto& hint : hints) {
     typed_hints.push_back(std::nullopt);
-    if (hints[i]) {
-      const auto& [value, num_below, num_ties, num_ties_kept] = *hints[i];
+    if (hint) {
+      const auto& [value, num_below, num_ties, num_ties_kept] = *hint;
       typed_hints.back() = gmp::cpu::Threshold{value, num_below, num_ties, num_ties_kept};
     }
   }
@@ -69,11 +84,7 @@ std::vector<SelectionTuple> select_thresholds(const std::string& dtype, const st
     selections = gmp::cpu::select(dtype_of(dtype), views, num_prune, typed_hints, num_threads);
   }
   std::vector<SelectionTuple> result;
-  for (auto& s : selections) {
-    const auto& t = s.threshold;
-    result.emplace_back(ThresholdTuple{t.value, t.num_below, t.num_ties, t.num_ties_kept}, std::move(s.cuts),
-                        std::move(s.nonfinite));
-  }
+  for (auto& selection : selections) result.push_back(tuple_of(std::move(selection)));
   return result;
 }
 
@@ -109,8 +120,15 @@ using UpdateTuple = std::tuple<std::string, int64_t, uintptr_t, uintptr_t, uintp
                                uintptr_t, uintptr_t, size_t>;
 using ConstantsDict = std::map<std::string, double>;
 
-void update(const std::string& rule, const std::vector<UpdateTuple>& tensors,
-            const std::vector<ConstantsDict>& constants, int num_threads) {
+// What is ranked once it has been written: dtype, layers, which tensor of the update each is, num_prune as for select
+using TallyTuple = std::tuple<std::string, std::vector<LayerTuple>, std::vector<size_t>, std::vector<int64_t>>;
+
+// Returns the selections of each tally.
+std::vector<std::vector<std::optional<SelectionTuple>>> update(const std::string& rule,
+                                                               const std::vector<UpdateTuple>& tensors,
+                                                               const std::vector<ConstantsDict>& constants,
+                                                               const std::vector<TallyTuple>& tallies,
+                                                               int num_threads) {
   gmp::cpu::Rule which;
   if (rule == "sgd") {
     which = gmp::cpu::Rule::sgd;
@@ -147,10 +165,40 @@ void update(const std::string& rule, const std::vector<UpdateTuple>& tensors,
                       ranks != 0,
                       n},
                      pointer<const int64_t>(ranks),
-                     index});
+                     index,
+                     nullptr,
+                     0});
   }
-  py::gil_scoped_release release;
-  gmp::cpu::update(which, typed, typed_constants, num_threads);
+  std::vector<std::unique_ptr<gmp::cpu::Tally>> counting;
+  for (const auto& [dtype, layers, positions, num_prune] : tallies) {
+    const std::vector<LayerView> views = views_of(layers);
+    check_counts(views, num_prune);
+    if (positions.size() != views.size()) throw std::invalid_argument("a tally needs one tensor per layer");
+    counting.push_back(gmp::cpu::begin_tally(dtype_of(dtype), views, num_prune, num_threads));
+    for (size_t l = 0; l < positions.size(); ++l) {
+      auto& tensor = typed.at(positions[l]);
+      if (views[l].n != tensor.run.n) throw std::invalid_argument("a tally needs the tensors that are written");
+      tensor.tally = counting.back().get();
+      tensor.layer = l;
+    }
+  }
+  {
+    py::gil_scoped_release release;
+    gmp::cpu::update(which, typed, typed_constants, num_threads);
+  }
+  std::vector<std::vector<std::optional<SelectionTuple>>> result;
+  for (const auto& tally : counting) {
+    result.emplace_back();
+    for (auto& selection : tally->take_selections()) {
+      result.back().push_back(std::nullopt);
+      if (selection) result.back().back() = tuple_of(std::move(*selection));
+    }
+  }
+  return result;
+}
+
+std::vector<uint64_t> fingerprints(const std::string& dtype, const std::vector<LayerTuple>& layers) {
+  return gmp::cpu::fingerprints(dtype_of(dtype), views_of(layers));
 }
 
 // dtype, address of the gradients, n, address of the mask or 0
@@ -184,6 +232,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("select", &select_thresholds);
   m.def("apply", &apply_cuts);
   m.def("update", &update);
+  m.def("fingerprints", &fingerprints);
   m.def("sum_squares", &sum_squares);
   m.def("repack", &repack);
   m.def("ranks", [](uintptr_t mask, int64_t n) { return gmp::cpu::ranks_of(pointer<const uint8_t>(mask), n); });

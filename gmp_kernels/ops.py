@@ -8,14 +8,14 @@ from __future__ import annotations
 import itertools
 import numbers
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 
-from gmp_kernels.backends import Layer, Selection, Threshold, choose
-from gmp_kernels.errors import DTypeError, LayoutError, NonFiniteError, ShapeError, SparsityError
+from gmp_kernels.backends import Implementation, Layer, Selection, Threshold, Written, choose
+from gmp_kernels.errors import DTypeError, LayoutError, NonFiniteError, ShapeError, SparsityError, StateError
 from gmp_kernels.masks import BitMask
 
 __all__ = ["PruneResult", "Threshold", "apply_masks_", "magnitude_threshold", "prune_"]
@@ -119,6 +119,7 @@ def prune_(
     scope: Scope = "layer",
     nonfinite: NonFinite = "error",
     previous: Sequence[Threshold | None] | None = None,
+    selections: Sequence[Selection | None] | None = None,
     names: Sequence[str] | None = None,
     backend: str | None = None,
 ) -> PruneResult:
@@ -145,6 +146,9 @@ def prune_(
         As in ``magnitude_threshold``.
     previous : sequence of Threshold or None, optional
         Thresholds of an earlier call on the same weights; they may save a pass, and never change the result.
+    selections : sequence of Selection or None, optional
+        What ``optimizer.expected_selections()`` returned for these weights, masks and counts: the thresholds that the
+        optimizer step before found. Saves one read of the weights.
     names : sequence of str, optional
         What error messages call the weights; default "weights[i]".
     backend : str, optional
@@ -157,6 +161,9 @@ def prune_(
     ------
     DTypeError, ShapeError, LayoutError, SparsityError, NonFiniteError, BackendUnavailableError
         Nothing has been written when one is raised.
+    StateError
+        More was pruned than asked for, because ``selections`` are not of these weights: they were changed through
+        ``.data`` in a few places only, which neither the version counters nor the optimizer's sample tell.
 
     Notes
     -----
@@ -184,15 +191,18 @@ def prune_(
         return PruneResult([], [], [], [])
 
     implementation = choose(backend, layers[0].weight.device)
-    selections = implementation.select(layers, counts, hints)
-    _check_finite(op, selections, nonfinite, names)
+    chosen = _select(implementation, layers, counts, hints, selections)
+    _check_finite(op, chosen, nonfinite, names)
     if masks_ is None:
         masks_ = [BitMask.empty(layer.weight.shape, layer.weight.device) for layer in layers]
-    written = implementation.prune(layers, selections, [mask.packed for mask in masks_])
-    _bump_versions(layers)
+    out = [mask.packed for mask in masks_]
+    written = implementation.prune(layers, chosen, out)
+    if selections is not None:
+        chosen, written = _completed(op, implementation, layers, counts, chosen, written, out)
+    _bump_versions([*(layer.weight for layer in layers), *out])
     return PruneResult(
         masks=masks_,
-        thresholds=[selection.threshold for selection in selections for _ in selection.cuts],
+        thresholds=[selection.threshold for selection in chosen for _ in selection.cuts],
         num_pruned=[count.num_pruned for count in written],
         num_newly_pruned=[count.num_newly_pruned for count in written],
     )
@@ -227,7 +237,7 @@ def apply_masks_(
     _check_writable(op, weights_, layers, None)
     if layers:
         choose(backend, layers[0].weight.device).apply(layers)
-        _bump_versions(layers)
+        _bump_versions(layer.weight for layer in layers)
 
 
 def _as_lists(
@@ -401,6 +411,57 @@ def _hints(op: str, previous: Sequence[Threshold | None] | None, num_layers: int
     return hints[:1] if scope == "global" else hints
 
 
+def _select(
+    implementation: Implementation,
+    layers: list[Layer],
+    counts: list[int],
+    hints: list[Threshold | None],
+    known: Sequence[Selection | None] | None,
+) -> list[Selection]:
+    """Select what is not known yet."""
+    found = dict(enumerate(known)) if known is not None else {}
+    missing = [g for g in range(len(counts)) if found.get(g) is None]
+    if missing:
+        chosen = layers if len(counts) != len(layers) else [layers[g] for g in missing]
+        selected = implementation.select(chosen, [counts[g] for g in missing], [hints[g] for g in missing])
+        found.update(zip(missing, selected, strict=True))
+    return [selection for _, selection in sorted(found.items()) if selection is not None]
+
+
+def _completed(
+    op: str,
+    implementation: Implementation,
+    layers: list[Layer],
+    counts: list[int],
+    found: list[Selection],
+    written: list[Written],
+    out: list[torch.Tensor],
+) -> tuple[list[Selection], list[Written]]:
+    """Prune what given selections left standing.
+
+    What a selection prunes comes first in the order whatever became of the weights since, so that too few can be made
+    up for exactly.
+    """
+    sizes = [layer.weight.numel() for layer in layers]
+    pruned = [w.num_pruned for w in written]
+    totals = pruned if len(counts) == len(layers) else [sum(pruned)]
+    expected = [selection.threshold.num_pruned for selection in found]
+    if totals == expected:
+        return found, written
+    if any(total > count for total, count in zip(totals, expected, strict=True)):
+        raise StateError(
+            f"{op}: expected the weights that the selections were made of, got others: {totals} were pruned instead of "
+            f"{expected} of {sizes}; change weights before optimizer.step(), not through .data after it"
+        )
+    layers = [Layer(layer.weight, packed) for layer, packed in zip(layers, out, strict=True)]
+    found = implementation.select(layers, counts, [None] * len(counts))
+    again = implementation.prune(layers, found, out)
+    return found, [
+        Written(second.num_pruned, first.num_newly_pruned + second.num_newly_pruned)
+        for first, second in zip(written, again, strict=True)
+    ]
+
+
 def _check_finite(op: str, selections: Sequence[Selection], nonfinite: str, names: Sequence[str] | None) -> None:
     if nonfinite == "keep":
         return
@@ -414,6 +475,6 @@ def _check_finite(op: str, selections: Sequence[Selection], nonfinite: str, name
             )
 
 
-def _bump_versions(layers: Sequence[Layer]) -> None:
+def _bump_versions(tensors: Iterable[torch.Tensor]) -> None:
     """Tell autograd about writes it cannot see: a stale saved tensor then raises instead of giving wrong gradients."""
-    torch.autograd.graph.increment_version([layer.weight for layer in layers])
+    torch.autograd.graph.increment_version(tensors)

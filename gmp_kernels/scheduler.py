@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import nn
 
+from gmp_kernels.backends import Selection
 from gmp_kernels.distributions import DISTRIBUTIONS, Distribution, uniform
 from gmp_kernels.errors import StateError, TargetError
 from gmp_kernels.masks import BitMask
@@ -37,6 +38,12 @@ class _MaskedOptimizer(Protocol):
     def set_masks(self, masks: Mapping[torch.Tensor, BitMask]) -> None: ...
 
     def master_weight(self, parameter: torch.Tensor) -> torch.Tensor | None: ...
+
+    def expect_prune(
+        self, parameters: Sequence[torch.Tensor], masks: Sequence[BitMask], num_prune: Sequence[int]
+    ) -> None: ...
+
+    def expected_selections(self, num_prune: Sequence[int]) -> list[Selection | None] | None: ...
 
 
 class GMPScheduler:
@@ -134,6 +141,7 @@ class GMPScheduler:
         self.model = model
         self.optimizer = optimizer
         self.schedule = schedule
+        self._masked_optimizer = optimizer if isinstance(optimizer, _MaskedOptimizer) else None
         self._scope: Scope = scope
         self._distribution = distribution
         self._nonfinite: NonFinite = nonfinite
@@ -153,8 +161,9 @@ class GMPScheduler:
         # Pruning nothing finds every tensor prune_ would refuse now rather than epochs later.
         for names in self._batches(self._parameters):
             self._prune(names, 0)
-        if not isinstance(optimizer, _MaskedOptimizer):
+        if self._masked_optimizer is None:
             optimizer.register_step_post_hook(self._after_optimizer_step)
+        self._announce()
 
     def step(self) -> StepReport | None:
         """Count one optimizer step and, at the schedule's update steps, prune; call it after ``optimizer.step()``.
@@ -177,10 +186,10 @@ class GMPScheduler:
         -----
         When it raises nothing has changed and the step is not counted: repair the weights and call it again.
         """
-        step = self.step_count
-        due = [group for group in self._groups if group.schedule.is_update_step(step)]
-        report = self._update(step, due) if due else None
-        self.step_count = step + 1
+        num_prune = self._due()
+        report = self._update(num_prune) if num_prune else None
+        self.step_count += 1
+        self._announce()
         return report
 
     @property
@@ -246,6 +255,7 @@ class GMPScheduler:
         self._thresholds, self.step_count = thresholds, step_count
         self.history[:] = history
         self._apply_masks(self._parameters, with_weights=True)
+        self._announce()
 
     def _check_optimizer(self) -> None:
         held = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
@@ -279,7 +289,38 @@ class GMPScheduler:
             batches.setdefault(device, []).append(name)
         return list(batches.values())
 
-    def _prune(self, names: Sequence[str], num_prune: int | list[int]) -> PruneResult:
+    def _due(self) -> dict[str, int]:
+        """How many weights of which layers are to be pruned after the step that ``step_count`` numbers."""
+        step = self.step_count
+        num_prune: dict[str, int] = {}
+        for group in self._groups:
+            if group.schedule.is_update_step(step):
+                shapes = [self.masks[name].shape for name in group.names]
+                counts = group.distribute(group.schedule.sparsity_at(step), shapes)
+                num_prune.update(zip(group.names, counts, strict=True))
+        return {name: num_prune[name] for name in self._parameters if name in num_prune} if num_prune else {}
+
+    def _counts(self, num_prune: Mapping[str, int], names: Sequence[str]) -> list[int]:
+        """What ``prune_`` is told for these layers, which are due now."""
+        if self._scope == "layer":
+            return [num_prune[name] for name in names]
+        return [round(self.schedule.sparsity_at(self.step_count) * sum(self.masks[name].numel for name in names))]
+
+    def _announce(self) -> None:
+        """Let the optimizer look for the thresholds of the next update in the step before it, one device at a time."""
+        if self._masked_optimizer is None:
+            return
+        num_prune = self._due()
+        names = list(num_prune) if len(self._batches(num_prune)) == 1 else []
+        self._masked_optimizer.expect_prune(
+            [self._parameters[name] for name in names],
+            [self.masks[name] for name in names],
+            self._counts(num_prune, names) if names else [],
+        )
+
+    def _prune(
+        self, names: Sequence[str], num_prune: int | list[int], selections: list[Selection | None] | None = None
+    ) -> PruneResult:
         return prune_(
             [self._ranked(name) for name in names],
             num_prune=num_prune,
@@ -287,6 +328,7 @@ class GMPScheduler:
             scope=self._scope,
             nonfinite=self._nonfinite,
             previous=[self._thresholds.get(name) for name in names],
+            selections=selections,
             names=names,
             backend=self._backend,
         )
@@ -294,18 +336,13 @@ class GMPScheduler:
     def _ranked(self, name: str) -> torch.Tensor:
         """The tensor whose magnitudes decide: the master copy where the optimizer keeps one."""
         parameter = self._parameters[name]
-        master = self.optimizer.master_weight(parameter) if isinstance(self.optimizer, _MaskedOptimizer) else None
+        master = None if self._masked_optimizer is None else self._masked_optimizer.master_weight(parameter)
         return parameter if master is None else master
 
-    def _update(self, step: int, due: Sequence[_Group]) -> StepReport:
+    def _update(self, num_prune: Mapping[str, int]) -> StepReport:
         start = time.perf_counter()
         self._check_present()
-        num_prune: dict[str, int] = {}
-        for group in due:
-            shapes = [self.masks[name].shape for name in group.names]
-            counts = group.distribute(group.schedule.sparsity_at(step), shapes)
-            num_prune.update(zip(group.names, counts, strict=True))
-        names = [name for name in self._parameters if name in num_prune]
+        names = list(num_prune)
         num_weights = sum(self.masks[name].numel for name in names)
         batches = self._batches(names)
         if len(batches) > 1:
@@ -314,10 +351,9 @@ class GMPScheduler:
                 self._prune(batch, 0)
         layers: dict[str, LayerReport] = {}
         for batch in batches:
-            if self._scope == "global":
-                result = self._prune(batch, round(self.schedule.sparsity_at(step) * num_weights))
-            else:
-                result = self._prune(batch, [num_prune[name] for name in batch])
+            counts = self._counts(num_prune, batch)
+            found = None if self._masked_optimizer is None else self._masked_optimizer.expected_selections(counts)
+            result = self._prune(batch, counts, found)
             self._thresholds.update(zip(batch, result.thresholds, strict=True))
             layers.update(
                 (name, LayerReport(name, threshold.value, mask.numel, num_pruned, num_newly_pruned, threshold.num_ties))
@@ -325,8 +361,8 @@ class GMPScheduler:
             )
         self._apply_masks(names, with_weights=False)
         report = StepReport(
-            step=step,
-            target_sparsity=self.schedule.sparsity_at(step),
+            step=self.step_count,
+            target_sparsity=self.schedule.sparsity_at(self.step_count),
             sparsity=sum(layer.num_pruned for layer in layers.values()) / num_weights,
             seconds=time.perf_counter() - start,
             layers=tuple(layers[name] for name in names),
@@ -351,8 +387,8 @@ class GMPScheduler:
         """Zero what is pruned in the optimizer's state, and in the weights: one call per device."""
         # Nothing pruned yet, or never: nothing to hold at zero.
         names = [name for name in names if name in self._thresholds and self._thresholds[name].num_pruned]
-        if isinstance(self.optimizer, _MaskedOptimizer):
-            self.optimizer.set_masks({self._parameters[name]: self.masks[name] for name in names})
+        if self._masked_optimizer is not None:
+            self._masked_optimizer.set_masks({self._parameters[name]: self.masks[name] for name in names})
             return
         calls: dict[torch.device, tuple[list[torch.Tensor], list[BitMask]]] = {}
         for name in names:

@@ -5,9 +5,9 @@
 // rounded, so all instruction sets and all numbers of threads give the same bits. The order of operations is that of
 // torch.optim's single-tensor loops.
 //
-// A pruned weight costs nothing: blocks whose mask bits are all zero are neither read nor written (what they hold is
-// zero already), and with compact state the kept weights and gradients of a tile are first packed together, so that the
-// arithmetic runs on kept weights only and the state is read in one piece.
+// A pruned weight costs nothing: blocks whose mask bits are all zero are skipped (what they hold is zero already), and
+// with compact state the kept weights and gradients of a tile are first packed together, so that the arithmetic runs on
+// kept weights only and the state is read in one piece.
 
 // Storage formats of a weight: how it is kept, and the type it is computed in.
 struct F32 {
@@ -229,6 +229,16 @@ int64_t live_blocks(const uint8_t* mask, int64_t num_blocks, uint16_t* blocks) {
 // How many live blocks ahead memory is asked for: the fewer, the more streams a block has.
 inline constexpr int64_t kDenseAhead = 8, kCompactAhead = 24;
 
+// Up to three dead blocks in four, reading past the dead ones is faster than leaping over them: uneven strides lose the
+// hardware's prefetcher, and with it more than the lines that are saved. Measured on Zen 5: the dense step over 20 % of
+// dead blocks takes 0.95 of torch's time with the touch and 1.3 without; at 85 % leaping wins, 0.7 to 0.87. Compact
+// state gains nothing by it.
+inline bool touches_dead_blocks(int64_t num_live, int64_t num_blocks) { return num_live * 4 > num_blocks; }
+
+inline void touch(const void* p) {
+  if (p != nullptr) asm volatile("" ::"r"(*static_cast<const volatile char*>(p)));
+}
+
 template <Rule kRule, typename Format>
 void update_compact(const UpdateRun& run, const UpdateConstants<typename Format::Compute>& c) {
   using T = typename Format::Compute;
@@ -332,9 +342,19 @@ void update_dense(const UpdateRun& run, const UpdateConstants<typename Format::C
   if constexpr (kMasked) {
     uint16_t blocks[kMostBlocks + 1];
     const int64_t num_live = live_blocks<static_cast<int>(kLanes)>(run.mask, num_blocks, blocks);
-    for (int64_t b = 0; b < num_live; ++b) {
-      fetch(blocks[b + kDenseAhead < num_live ? b + kDenseAhead : b] * kLanes);
+    const bool touching = touches_dead_blocks(num_live, num_blocks);
+    for (int64_t b = 0, next = 0; b < num_live; ++b) {
       const int64_t i = blocks[b] * kLanes;
+      if (touching) {
+        for (; next < blocks[b]; ++next) {
+          touch(grads + next * kLanes);
+          touch(weights + next * kLanes);
+          touch(offset<T>(master, next * kLanes));
+          for (T* s : state) touch(offset<T>(s, next * kLanes));
+        }
+        ++next;
+      }
+      fetch(blocks[b + kDenseAhead < num_live ? b + kDenseAhead : b] * kLanes);
       block(i, kLanes, load_mask_bits<static_cast<int>(kLanes)>(run.mask, i));
     }
   } else {

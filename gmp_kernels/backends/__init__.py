@@ -26,6 +26,7 @@ __all__ = [
     "Layer",
     "Selection",
     "StateMove",
+    "Tally",
     "Threshold",
     "UpdateTensor",
     "Written",
@@ -156,6 +157,24 @@ class UpdateTensor(NamedTuple):
     constants: int
 
 
+class Tally(NamedTuple):
+    """A selection to be made along with an optimizer step, of the weights as the step leaves them.
+
+    Attributes
+    ----------
+    layers : tuple of Layer
+        What is ranked: weights that the step writes, or their master copies.
+    tensors : tuple of int
+        Which of the step's tensors each layer belongs to.
+    num_prune : tuple of int
+        As for ``Implementation.select``.
+    """
+
+    layers: tuple[Layer, ...]
+    tensors: tuple[int, ...]
+    num_prune: tuple[int, ...]
+
+
 class Implementation(Protocol):
     """The operations of a backend. None of them validates; none of them may fail halfway through a write."""
 
@@ -183,11 +202,22 @@ class Implementation(Protocol):
         """Zero (+0.0) every weight whose mask bit is 0."""
         ...
 
-    def update(self, rule: str, tensors: Sequence[UpdateTensor], constants: Sequence[dict[str, float]]) -> None:
+    def update(
+        self,
+        rule: str,
+        tensors: Sequence[UpdateTensor],
+        constants: Sequence[dict[str, float]],
+        tally: Tally | None = None,
+    ) -> list[Selection | None]:
         """Take one optimizer step. ``rule`` is "sgd", "adam" or "average"; absent constants change nothing.
 
         Pruned weights and their state stay zero whatever their gradient; the arithmetic is that of torch.optim.
+        Returns what ``select`` would say of the tally afterwards, None where it did not come out along the way.
         """
+        ...
+
+    def fingerprints(self, layers: Sequence[Layer]) -> list[int]:
+        """Hash a small sample of each layer: equal for equal weights, different after most changes to a whole one."""
         ...
 
     def sum_squares(self, gradients: Sequence[Layer]) -> float:

@@ -14,6 +14,7 @@ from gmp_kernels.backends import (
     Layer,
     Selection,
     StateMove,
+    Tally,
     Threshold,
     UpdateTensor,
     Written,
@@ -48,6 +49,11 @@ def _dtype(tensor: torch.Tensor) -> str:
     return _DTYPE_NAMES[tensor.dtype]
 
 
+def _selection(found: tuple[tuple[float, int, int, int], list[int], list[int]]) -> Selection:
+    threshold, cuts, nonfinite = found
+    return Selection(Threshold(*threshold), tuple(cuts), tuple(nonfinite))
+
+
 def _by_dtype(layers: Sequence[Layer]) -> dict[str, list[int]]:
     """Positions of the layers of each dtype."""
     positions: dict[str, list[int]] = defaultdict(list)
@@ -56,16 +62,20 @@ def _by_dtype(layers: Sequence[Layer]) -> dict[str, list[int]]:
     return positions
 
 
+def _parts(layers: Sequence[Layer], num_prune: Sequence[int]) -> list[tuple[str, list[int], list[int]]]:
+    """Split a selection by dtype: its name, the positions of its layers and of their entries in ``num_prune``."""
+    is_global = len(num_prune) != len(layers)
+    return [(dtype, positions, [0] if is_global else positions) for dtype, positions in _by_dtype(layers).items()]
+
+
 class Cpu:
     """Implementation with one call per dtype at most, which nearly always means one call."""
 
     def select(
         self, layers: Sequence[Layer], num_prune: Sequence[int], hints: Sequence[Threshold | None]
     ) -> list[Selection]:
-        is_global = len(num_prune) != len(layers)
         found: dict[int, Selection] = {}
-        for dtype, positions in _by_dtype(layers).items():
-            groups = [0] if is_global else positions
+        for dtype, positions, groups in _parts(layers, num_prune):
             selections = _C.select(
                 dtype,
                 [_row(layers[i]) for i in positions],
@@ -73,8 +83,7 @@ class Cpu:
                 [hints[g] for g in groups],
                 torch.get_num_threads(),
             )
-            for g, (threshold, cuts, nonfinite) in zip(groups, selections, strict=True):
-                found[g] = Selection(Threshold(*threshold), tuple(cuts), tuple(nonfinite))
+            found.update(zip(groups, map(_selection, selections), strict=True))
         return [found[g] for g in range(len(num_prune))]
 
     def prune(
@@ -98,7 +107,13 @@ class Cpu:
         for dtype, positions in _by_dtype(layers).items():
             _C.apply(dtype, [_row(layers[i]) for i in positions], [], [], torch.get_num_threads())
 
-    def update(self, rule: str, tensors: Sequence[UpdateTensor], constants: Sequence[dict[str, float]]) -> None:
+    def update(
+        self,
+        rule: str,
+        tensors: Sequence[UpdateTensor],
+        constants: Sequence[dict[str, float]],
+        tally: Tally | None = None,
+    ) -> list[Selection | None]:
         rows = []
         for t in tensors:
             state = [_address(s) for s in t.state] + [0] * (3 - len(t.state))
@@ -116,7 +131,28 @@ class Cpu:
                     t.constants,
                 )
             )
-        _C.update(rule, rows, list(constants), torch.get_num_threads())
+        parts = [] if tally is None else _parts(tally.layers, tally.num_prune)
+        tallies = [
+            (
+                dtype,
+                [_row(tally.layers[i]) for i in positions],
+                [tally.tensors[i] for i in positions],
+                [tally.num_prune[g] for g in groups],
+            )
+            for dtype, positions, groups in parts
+            if tally is not None
+        ]
+        counted = _C.update(rule, rows, list(constants), tallies, torch.get_num_threads())
+        found: dict[int, Selection | None] = {}
+        for (_, _, groups), selections in zip(parts, counted, strict=True):
+            found.update(zip(groups, (s and _selection(s) for s in selections), strict=True))
+        return [found[g] for g in range(len(found))]
+
+    def fingerprints(self, layers: Sequence[Layer]) -> list[int]:
+        found: dict[int, int] = {}
+        for dtype, positions in _by_dtype(layers).items():
+            found.update(zip(positions, _C.fingerprints(dtype, [_row(layers[i]) for i in positions]), strict=True))
+        return [found[i] for i in range(len(layers))]
 
     def sum_squares(self, gradients: Sequence[Layer]) -> float:
         rows = [(_dtype(g.weight), g.weight.data_ptr(), g.weight.numel(), _address(g.mask)) for g in gradients]

@@ -8,6 +8,7 @@ temporary memory per weight.
 from __future__ import annotations
 
 import itertools
+import zlib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -19,6 +20,7 @@ from gmp_kernels.backends import (
     Layer,
     Selection,
     StateMove,
+    Tally,
     Threshold,
     UpdateTensor,
     Written,
@@ -101,7 +103,13 @@ class Reference:
         for layer in layers:
             _write(layer.weight, _kept(layer))
 
-    def update(self, rule: str, tensors: Sequence[UpdateTensor], constants: Sequence[dict[str, float]]) -> None:
+    def update(
+        self,
+        rule: str,
+        tensors: Sequence[UpdateTensor],
+        constants: Sequence[dict[str, float]],
+        tally: Tally | None = None,
+    ) -> list[Selection | None]:
         for t in tensors:
             c = constants[t.constants]
             kept = torch.ones(t.weight.shape, dtype=torch.bool)
@@ -121,6 +129,12 @@ class Reference:
             if t.master is not None:
                 t.master.copy_(weight)
             t.weight.copy_(weight)
+        if tally is None:
+            return []
+        return list(self.select(tally.layers, tally.num_prune, [None] * len(tally.num_prune)))
+
+    def fingerprints(self, layers: Sequence[Layer]) -> list[int]:
+        return [zlib.crc32(_magnitude(layer.weight).tobytes()) for layer in layers]
 
     def sum_squares(self, gradients: Sequence[Layer]) -> float:
         return float(sum((_magnitude(g.weight)[_kept(g)] ** 2).sum() for g in gradients))

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any, ClassVar
 
 import torch
 
-from gmp_kernels.backends import Compaction, StateMove, UpdateTensor, choose
+from gmp_kernels.backends import Compaction, Selection, StateMove, UpdateTensor, choose
 from gmp_kernels.errors import DTypeError, LayoutError, ShapeError, StateError, TargetError
 from gmp_kernels.masks import BitMask
 from gmp_kernels.ops import DTYPES, apply_masks_
+from gmp_kernels.optim.expected import ExpectedPrune
 
 __all__ = ["MaskedOptimizer"]
 
@@ -25,6 +26,8 @@ class MaskedOptimizer(torch.optim.Optimizer):
     """
 
     rule: ClassVar[str]
+    # Of this process alone: copies and checkpoints do without.
+    _expected: ExpectedPrune | None = None
     # torch's GradScaler then hands over the scale and the overflow flag instead of unscaling in passes of its own.
     _step_supports_amp_scaling = True
 
@@ -107,6 +110,23 @@ class MaskedOptimizer(torch.optim.Optimizer):
         """Return the float32 copy that the arithmetic of ``parameter`` runs on; None if there is none (yet)."""
         master: torch.Tensor | None = self.state.get(parameter, {}).get(MASTER)
         return master
+
+    def expect_prune(
+        self, parameters: Sequence[torch.Tensor], masks: Sequence[BitMask], num_prune: Sequence[int]
+    ) -> None:
+        """Announce the prune update after the next step, so that the step finds its thresholds while it writes.
+
+        ``GMPScheduler`` calls this. Arguments as those of ``prune_`` will be: one count per parameter, or a single one
+        for all together. No parameters: nothing is expected.
+        """
+        self._expected = ExpectedPrune(parameters, masks, num_prune) if parameters else None
+
+    def expected_selections(self, num_prune: Sequence[int]) -> list[Selection | None] | None:
+        """Return what the last step found for the update announced, if it was for these counts and still holds."""
+        if self._expected is None:
+            return None
+        devices = [p.device for group in self.param_groups for p in group["params"]]
+        return self._expected.selections(num_prune, choose(self._backend, devices[0]))
 
     def _repack(self, parameters: Iterable[torch.Tensor]) -> None:
         """Store the state of these parameters for the weights their masks keep, whatever its layout was."""
@@ -203,8 +223,16 @@ class MaskedOptimizer(torch.optim.Optimizer):
                     constants=index_of[key],
                 )
             )
-        implementation.update(self.rule, tensors, constants)
-        torch.autograd.graph.increment_version([tensor.weight for tensor in tensors])
+        tally = None
+        if self._expected is not None:
+            written = [p for _, p, _ in active if p.numel()]
+            tally = self._expected.tally(dict(zip(written, tensors, strict=True)))
+        selections = implementation.update(self.rule, tensors, constants, tally)
+        torch.autograd.graph.increment_version(
+            [t for tensor in tensors for t in (tensor.weight, tensor.master) if t is not None]
+        )
+        if self._expected is not None and tally is not None:
+            self._expected.keep(selections, implementation)
         if self.counts_steps:
             torch._foreach_add_([self.state[p]["step"] for _, p, _ in active], 1)
         return loss
