@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <stdexcept>
 
 #include "cpu/apply.h"
@@ -115,20 +116,39 @@ T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-// dtype, n, weights, grads, master, state x 3, mask, ranks (0: state is dense), index into the constants
-using UpdateTuple = std::tuple<std::string, int64_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t,
-                               uintptr_t, uintptr_t, size_t>;
+// One tensor of an update less its gradient, checked and converted once.
+struct UpdateRow {
+  gmp::cpu::UpdateTensor tensor;
+
+  UpdateRow(const std::string& dtype, int64_t n, uintptr_t weights, uintptr_t master,
+            const std::array<uintptr_t, 3>& state, uintptr_t mask, uintptr_t ranks) {
+    if (weights == 0 || n <= 0) throw std::invalid_argument("a tensor needs an address and at least one weight");
+    tensor = {dtype_of(dtype),
+              {pointer(weights),
+               nullptr,
+               pointer(master),
+               {pointer(state[0]), pointer(state[1]), pointer(state[2])},
+               pointer<const uint8_t>(mask),
+               ranks != 0,
+               n},
+              pointer<const int64_t>(ranks),
+              0,
+              nullptr,
+              0};
+  }
+};
+
+// address of the gradients, index into the constants
+using StepTuple = std::pair<uintptr_t, size_t>;
 using ConstantsDict = std::map<std::string, double>;
 
 // What is ranked once it has been written: dtype, layers, which tensor of the update each is, num_prune as for select
 using TallyTuple = std::tuple<std::string, std::vector<LayerTuple>, std::vector<size_t>, std::vector<int64_t>>;
 
 // Returns the selections of each tally.
-std::vector<std::vector<std::optional<SelectionTuple>>> update(const std::string& rule,
-                                                               const std::vector<UpdateTuple>& tensors,
-                                                               const std::vector<ConstantsDict>& constants,
-                                                               const std::vector<TallyTuple>& tallies,
-                                                               int num_threads) {
+std::vector<std::vector<std::optional<SelectionTuple>>> update(
+    const std::string& rule, const std::vector<UpdateRow*>& rows, const std::vector<StepTuple>& steps,
+    const std::vector<ConstantsDict>& constants, const std::vector<TallyTuple>& tallies, int num_threads) {
   gmp::cpu::Rule which;
   if (rule == "sgd") {
     which = gmp::cpu::Rule::sgd;
@@ -152,22 +172,13 @@ std::vector<std::vector<std::optional<SelectionTuple>>> update(const std::string
                                get("step_size", 0.0)});
   }
   std::vector<gmp::cpu::UpdateTensor> typed;
-  for (const auto& [dtype, n, weights, grads, master, state0, state1, state2, mask, ranks, index] : tensors) {
-    if (weights == 0 || grads == 0 || n <= 0 || index >= constants.size()) {
-      throw std::invalid_argument("a tensor needs addresses, at least one weight and its constants");
-    }
-    typed.push_back({dtype_of(dtype),
-                     {pointer(weights),
-                      pointer(grads),
-                      pointer(master),
-                      {pointer(state0), pointer(state1), pointer(state2)},
-                      pointer<const uint8_t>(mask),
-                      ranks != 0,
-                      n},
-                     pointer<const int64_t>(ranks),
-                     index,
-                     nullptr,
-                     0});
+  if (steps.size() != rows.size()) throw std::invalid_argument("an update needs one gradient per tensor");
+  for (size_t i = 0; i < rows.size(); ++i) {
+    const auto& [gradients, index] = steps[i];
+    if (gradients == 0 || index >= constants.size()) throw std::invalid_argument("a tensor needs its constants");
+    typed.push_back(rows[i]->tensor);
+    typed.back().run.grads = pointer(gradients);
+    typed.back().constants = index;
   }
   std::vector<std::unique_ptr<gmp::cpu::Tally>> counting;
   for (const auto& [dtype, layers, positions, num_prune] : tallies) {
@@ -229,6 +240,9 @@ void repack(const std::vector<RepackTuple>& tasks, int num_threads) {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
+  py::class_<UpdateRow>(m, "UpdateRow")
+      .def(py::init<const std::string&, int64_t, uintptr_t, uintptr_t, const std::array<uintptr_t, 3>&, uintptr_t,
+                    uintptr_t>());
   m.def("select", &select_thresholds);
   m.def("apply", &apply_cuts);
   m.def("update", &update);

@@ -4,8 +4,6 @@ from typing import TypeAlias
 _Layer: TypeAlias = tuple[int, int, int]
 _Threshold: TypeAlias = tuple[float, int, int, int]
 _Selection: TypeAlias = tuple[_Threshold, list[int], list[int]]
-# dtype, n, then addresses (0: not there): weights, gradients, master, state x 3, mask, ranks; index of the constants
-_Update: TypeAlias = tuple[str, int, int, int, int, int, int, int, int, int, int]
 # from, its mask and ranks (0: dense), to, its mask and ranks, n, bytes per value
 _Move: TypeAlias = tuple[int, int, int, int, int, int, int, int]
 
@@ -15,9 +13,17 @@ def select(
 def apply(
     dtype: str, layers: list[_Layer], cuts: list[tuple[float, int]], kept: list[int], num_threads: int
 ) -> list[tuple[int, int]]: ...
+
+class UpdateRow:
+    # Addresses, 0: not there.
+    def __init__(
+        self, dtype: str, n: int, weights: int, master: int, state: list[int], mask: int, ranks: int
+    ) -> None: ...
+
 def update(
     rule: str,
-    tensors: list[_Update],
+    rows: list[UpdateRow],
+    steps: list[tuple[int, int]],
     constants: list[dict[str, float]],
     tallies: list[tuple[str, list[_Layer], list[int], list[int]]],
     num_threads: int,

@@ -9,6 +9,7 @@ smaller side and unsorted. ``tensor.sum()`` is no rival but the floor: one read 
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -97,6 +98,7 @@ def optimizer_cases() -> list[Case]:
         Case("AdamW, dense state, 0.9", "torch fused + _foreach_mul_", 0.5, 0.35, _adamw_and_masks_by_hand),
         Case("prune step after a step that expected it", "unexpected", 1.0, None, _expected_and_unexpected),
         Case("AdamW step that expects a prune step, 0", "AdamW step", 1.2, None, _expecting_and_plain),
+        Case("demo's GMP run, after the backward pass", "torch fused, no pruning", 1.0, None, _demo_run),
         Case("AdamW state, compact, 0.9", "0.105 dense + 1 bit/weight", 1.0, None, _state_bytes, "B"),
     ]
 
@@ -311,6 +313,15 @@ def _expecting_and_plain(shrink: int) -> Pair:
         Timed(optimizer.step, lambda: optimizer.expect_prune([parameter], [mask], [num_prune])),
         Timed(optimizer.step, lambda: optimizer.expect_prune([], [], [])),
     )
+
+
+def _demo_run(shrink: int) -> Pair:
+    # Here, because scikit-learn is needed for nothing else.
+    from gmp_kernels.demo.trial import seconds_after_backward
+
+    epochs = max(3, 60 // shrink)
+    runs = [(seconds_after_backward("gmp", epochs), seconds_after_backward(None, epochs)) for _ in range(3)]
+    return Pair(*(statistics.median(seconds) for seconds in zip(*runs, strict=True)))
 
 
 def _state_bytes(shrink: int) -> Pair:

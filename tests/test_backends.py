@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 
 
 def forget_what_was_probed() -> None:
-    for cached in (backends.available, backends._probe, backends._load, backends._say_once):
+    for cached in (backends.available, backends._choose, backends._probe, backends._load, backends._say_once):
         cached.cache_clear()
 
 

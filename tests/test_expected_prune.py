@@ -9,7 +9,7 @@ from optim_cases import masked, random_masks
 from torch import nn
 
 from gmp_kernels import GMPScheduler, schedules
-from gmp_kernels.backends import Layer, Tally, UpdateTensor, choose
+from gmp_kernels.backends import Gradient, Layer, Tally, UpdateTensor, choose
 from gmp_kernels.errors import NonFiniteError, StateError
 from gmp_kernels.masks import BitMask
 from gmp_kernels.testing import DTYPES, adversarial_cases, assert_bitwise_equal
@@ -18,10 +18,10 @@ CPU = torch.device("cpu")
 SCHEDULE = schedules.Linear(0.5, 0.9, begin_step=3, end_step=12, frequency=3)
 
 
-def still(rule: str, layers: list[Layer]) -> tuple[str, list[UpdateTensor], list[dict[str, float]]]:
+def still(layers):
     """A step that leaves every weight as it is."""
-    tensors = [UpdateTensor(w, torch.zeros_like(w), None, (), mask, None, 0) for w, mask in layers]
-    return rule, tensors, [{"lr": 0.0}]
+    tensors = [UpdateTensor(weight, mask=mask) for weight, mask in layers]
+    return "sgd", tensors, [Gradient(torch.zeros_like(layer.weight), 0) for layer in layers], [{"lr": 0.0}]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -39,7 +39,7 @@ def test_what_a_step_finds_is_what_a_selection_would(kernels, dtype, is_global, 
         sizes = [w.numel() for w in weights]
         num_prune = [round(0.6 * n) for n in ([sum(sizes)] if is_global else sizes)]
         tally = Tally(tuple(layers), tuple(range(len(layers))), tuple(num_prune))
-        found = implementation.update(*still("sgd", layers), tally)
+        found = implementation.update(*still(layers), tally)
         expected, truth = (b.select(layers, num_prune, [None] * len(num_prune)) for b in (implementation, oracle))
         for selection, wanted, true in zip(found, expected, truth, strict=True):
             if selection is not None:

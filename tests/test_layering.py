@@ -25,7 +25,8 @@ FLOORS = [
     {"optim", "scheduler", "stages", "testing"},
     {FACADE},
     {"plan", "plots"},
-    {"bench", "demo"},
+    {"demo"},
+    {"bench"},
     {"cli"},
     {"__main__"},
 ]

@@ -130,13 +130,14 @@ class StateMove(NamedTuple):
     numel: int
 
 
-class UpdateTensor(NamedTuple):
-    """One parameter in an optimizer step. All tensors fill their memory in the same order.
+@dataclass(eq=False, slots=True)
+class UpdateTensor:
+    """One parameter as optimizer steps see it, for as long as its tensors stay. All fill memory in the same order.
 
     Attributes
     ----------
-    weight, grad : torch.Tensor
-        Of one dtype; the weight is written.
+    weight : torch.Tensor
+        Written.
     master : torch.Tensor or None
         float32 copy that the arithmetic runs on, written too.
     state : tuple of torch.Tensor
@@ -144,16 +145,22 @@ class UpdateTensor(NamedTuple):
     mask : torch.Tensor or None
         Packed bits. Weight and state are zero already wherever a bit is 0.
     compaction : Compaction or None
-    constants : int
-        Index into the step's constants.
+    row : object
+        What a backend makes of the others and would rather not make again.
     """
 
     weight: torch.Tensor
-    grad: torch.Tensor
-    master: torch.Tensor | None
-    state: tuple[torch.Tensor, ...]
-    mask: torch.Tensor | None
-    compaction: Compaction | None
+    master: torch.Tensor | None = None
+    state: tuple[torch.Tensor, ...] = ()
+    mask: torch.Tensor | None = None
+    compaction: Compaction | None = None
+    row: object = None
+
+
+class Gradient(NamedTuple):
+    """What a step does to one of its tensors: the gradient, of the weight's dtype, and which of the constants apply."""
+
+    tensor: torch.Tensor
     constants: int
 
 
@@ -206,6 +213,7 @@ class Implementation(Protocol):
         self,
         rule: str,
         tensors: Sequence[UpdateTensor],
+        gradients: Sequence[Gradient],
         constants: Sequence[dict[str, float]],
         tally: Tally | None = None,
     ) -> list[Selection | None]:
@@ -263,6 +271,7 @@ _REGISTRY: dict[str, Backend] = {}
 def register(backend: Backend) -> None:
     """Add a backend to the registry."""
     _REGISTRY[backend.name] = backend
+    _choose.cache_clear()
 
 
 @cache
@@ -300,7 +309,11 @@ def choose(name: str | None, device: torch.device) -> Implementation:
     BackendUnavailableError
         The backend named (by argument or environment) is unknown or cannot run here, or none can.
     """
-    name = name or os.environ.get("GMP_KERNELS_BACKEND") or None
+    return _choose(name or os.environ.get("GMP_KERNELS_BACKEND") or None, device)
+
+
+@cache
+def _choose(name: str | None, device: torch.device) -> Implementation:
     if name is not None:
         available()
         if name not in _REGISTRY:

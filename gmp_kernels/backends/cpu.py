@@ -11,6 +11,7 @@ import torch
 from gmp_kernels.backends import (
     Backend,
     Compaction,
+    Gradient,
     Layer,
     Selection,
     StateMove,
@@ -68,6 +69,23 @@ def _parts(layers: Sequence[Layer], num_prune: Sequence[int]) -> list[tuple[str,
     return [(dtype, positions, [0] if is_global else positions) for dtype, positions in _by_dtype(layers).items()]
 
 
+def _prepared(t: UpdateTensor) -> _C.UpdateRow:
+    """Make the tensor's row, once."""
+    state = [_address(s) for s in t.state] + [0] * (3 - len(t.state))
+    ranks = None if t.compaction is None else t.compaction.ranks
+    row = _C.UpdateRow(
+        _dtype(t.weight),
+        t.weight.numel(),
+        t.weight.data_ptr(),
+        _address(t.master),
+        state,
+        _address(t.mask),
+        _address(ranks),
+    )
+    t.row = row
+    return row
+
+
 class Cpu:
     """Implementation with one call per dtype at most, which nearly always means one call."""
 
@@ -111,26 +129,12 @@ class Cpu:
         self,
         rule: str,
         tensors: Sequence[UpdateTensor],
+        gradients: Sequence[Gradient],
         constants: Sequence[dict[str, float]],
         tally: Tally | None = None,
     ) -> list[Selection | None]:
-        rows = []
-        for t in tensors:
-            state = [_address(s) for s in t.state] + [0] * (3 - len(t.state))
-            ranks = 0 if t.compaction is None else t.compaction.ranks.data_ptr()
-            rows.append(
-                (
-                    _dtype(t.weight),
-                    t.weight.numel(),
-                    t.weight.data_ptr(),
-                    t.grad.data_ptr(),
-                    _address(t.master),
-                    *(state[0], state[1], state[2]),
-                    _address(t.mask),
-                    ranks,
-                    t.constants,
-                )
-            )
+        rows = [t.row if isinstance(t.row, _C.UpdateRow) else _prepared(t) for t in tensors]
+        steps = [(g.tensor.data_ptr(), g.constants) for g in gradients]
         parts = [] if tally is None else _parts(tally.layers, tally.num_prune)
         tallies = [
             (
@@ -142,7 +146,7 @@ class Cpu:
             for dtype, positions, groups in parts
             if tally is not None
         ]
-        counted = _C.update(rule, rows, list(constants), tallies, torch.get_num_threads())
+        counted = _C.update(rule, rows, steps, list(constants), tallies, torch.get_num_threads())
         found: dict[int, Selection | None] = {}
         for (_, _, groups), selections in zip(parts, counted, strict=True):
             found.update(zip(groups, (s and _selection(s) for s in selections), strict=True))

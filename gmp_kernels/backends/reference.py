@@ -17,6 +17,7 @@ import torch
 from gmp_kernels.backends import (
     Backend,
     Compaction,
+    Gradient,
     Layer,
     Selection,
     StateMove,
@@ -107,17 +108,18 @@ class Reference:
         self,
         rule: str,
         tensors: Sequence[UpdateTensor],
+        gradients: Sequence[Gradient],
         constants: Sequence[dict[str, float]],
         tally: Tally | None = None,
     ) -> list[Selection | None]:
-        for t in tensors:
-            c = constants[t.constants]
+        for t, (gradient, index) in zip(tensors, gradients, strict=True):
+            c = constants[index]
             kept = torch.ones(t.weight.shape, dtype=torch.bool)
             if t.mask is not None:
                 kept = torch.from_numpy(_kept(Layer(t.weight, t.mask))).view(t.weight.shape)
             compute = torch.float64 if t.weight.dtype == torch.float64 else torch.float32
             weight = (t.weight if t.master is None else t.master).to(compute)
-            grad = torch.where(kept, t.grad.to(compute), 0.0)
+            grad = torch.where(kept, gradient.to(compute), 0.0)
             if t.compaction is None:
                 state = [s.clone() for s in t.state]
             else:

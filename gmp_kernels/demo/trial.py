@@ -29,6 +29,7 @@ __all__ = [
     "Trial",
     "compare",
     "num_epochs",
+    "seconds_after_backward",
     "stages_of",
 ]
 
@@ -163,6 +164,26 @@ def compare(
         model=gmp,
         masks=dict(gmp_pruner.masks),
     )
+
+
+def seconds_after_backward(optimizer: str | None, epochs: int) -> float:
+    """Time what follows the backward passes of one run: optimizer and pruning.
+
+    Parameters
+    ----------
+    optimizer : str or None
+        A key of ``OPTIMIZERS``, for a run with gradual pruning to 90 %; None for torch's fused SGD without any.
+    epochs : int
+        At least 3.
+    """
+    digits = load(0)
+    if optimizer is None:
+        return _train_dense(digits, epochs, 0, partial(torch.optim.SGD, fused=True), lambda: None)[1].update_seconds
+    torch.manual_seed(0)
+    stages = stages_of(epochs, steps_per_epoch(digits))
+    schedule = stages.schedule(final_sparsity=0.9)
+    network = ResidualCNN()
+    return _prune_and_train(network, schedule, stages, digits, 0, OPTIMIZERS[optimizer], lambda: None)[2].update_seconds
 
 
 def _dense_epochs(stages: Stages) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from gmp_kernels.backends import UpdateTensor, choose
+from gmp_kernels.backends import Gradient, UpdateTensor, choose
 from gmp_kernels.errors import ShapeError, SparsityError
 from gmp_kernels.masks import BitMask
 from gmp_kernels.ops import check_tensors
@@ -121,8 +121,10 @@ def ema_update_(
                 f"ema_update_: expected weights[{i}] of shape {tuple(target.weight.shape)} and {target.weight.dtype}, "
                 f"got {tuple(source.weight.shape)} and {source.weight.dtype}"
             )
-    tensors = [
-        UpdateTensor(t.weight, s.weight, None, (), t.mask, None, 0) for t, s in zip(targets, sources, strict=True)
-    ]
-    choose(backend, targets[0].weight.device).update("average", tensors, [{"one_minus_beta1": 1.0 - decay}])
+    choose(backend, targets[0].weight.device).update(
+        "average",
+        [UpdateTensor(t.weight, mask=t.mask) for t in targets],
+        [Gradient(s.weight, 0) for s in sources],
+        [{"one_minus_beta1": 1.0 - decay}],
+    )
     torch.autograd.graph.increment_version([target.weight for target in targets])

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
-from gmp_kernels.backends import Compaction, Selection, StateMove, UpdateTensor, choose
+from gmp_kernels.backends import Compaction, Gradient, Selection, StateMove, UpdateTensor, choose
 from gmp_kernels.errors import DTypeError, LayoutError, ShapeError, StateError, TargetError
 from gmp_kernels.masks import BitMask
 from gmp_kernels.ops import DTYPES, apply_masks_
@@ -17,6 +18,32 @@ from gmp_kernels.optim.expected import ExpectedPrune
 __all__ = ["MaskedOptimizer"]
 
 MASTER = "master_weight"
+
+
+class _Ready(NamedTuple):
+    """A parameter that has passed every check, and what a step needs of it: most of a small step would be checks."""
+
+    pointer: int
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    state: dict[str, Any]
+    keys: tuple[str, ...]
+    tensor: UpdateTensor
+
+    def holds(self, p: torch.Tensor, grad: torch.Tensor, state: dict[str, Any] | None, keys: tuple[str, ...]) -> bool:
+        """Whether parameter and state are still those that were checked, and the gradient is like them."""
+        return (
+            state is self.state
+            and keys == self.keys
+            and p.data_ptr() == self.pointer
+            and not grad.is_sparse
+            and grad.stride() == self.stride
+            and grad.dtype is self.dtype
+            and p.shape == self.shape  # its strides and dtype are the gradient's
+            and state.get(MASTER) is self.tensor.master
+            and all(map(operator.is_, map(state.get, keys), self.tensor.state))
+        )
 
 
 class MaskedOptimizer(torch.optim.Optimizer):
@@ -37,13 +64,14 @@ class MaskedOptimizer(torch.optim.Optimizer):
         self._backend = backend
         self._masks: dict[torch.Tensor, BitMask] = {}
         self._compactions: dict[torch.Tensor, Compaction] = {}  # of the parameters whose state is compact now
+        self._ready: dict[torch.Tensor, _Ready] = {}
         if any(group.get("differentiable") for group in self.param_groups):
             raise ValueError(f"{self._name}: differentiable=True is not supported; use torch.optim")
 
     def __getstate__(self) -> dict[str, Any]:
         # What copies and pickles carry: torch names three attributes and would drop these.
         ours = ("_compact_state", "_master_weights", "_backend", "_masks", "_compactions")
-        return super().__getstate__() | {name: getattr(self, name) for name in ours}
+        return super().__getstate__() | {name: getattr(self, name) for name in ours} | {"_ready": {}}
 
     @property
     def _name(self) -> str:
@@ -103,6 +131,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
         apply_masks_(tensors, bits, backend=self._backend)
         for p, mask in masks.items():
             self._masks[p] = mask.clone()
+            self._ready.pop(p, None)
         if self._compact_state:
             self._repack(masks)
 
@@ -171,7 +200,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
         Notes
         -----
         One pass: weights, gradients and state are read and written once; blocks of 64 bytes of weights that are all
-        pruned are not touched at all.
+        pruned are not written, and where most blocks are, not read.
         """
         loss = None
         if closure is not None:
@@ -183,59 +212,87 @@ class MaskedOptimizer(torch.optim.Optimizer):
         grad_scale = getattr(self, "grad_scale", None)
         factor = 1.0 if grad_scale is None else 1.0 / float(grad_scale)
 
-        active = [(group, p, self._checked_grad(p)) for group in self.param_groups for p in group["params"]
-                  if p.grad is not None]  # fmt: skip
-        if not active:
+        found = []
+        unready = []
+        for group in self.param_groups:
+            keys = self._state_keys(group)
+            for p in group["params"]:
+                grad = p.grad
+                if grad is None:
+                    continue
+                ready = self._ready.get(p)
+                if ready is None or not ready.holds(p, grad, self.state.get(p), keys):
+                    ready, grad = None, self._checked_grad(p)
+                    unready.append((group, p))
+                found.append((group, p, grad, ready))
+        if not found:
             return loss
-        for group, p, _ in active:
-            self._check_state(group, p)
-        devices = {p.device for _, p, _ in active}
-        if len(devices) > 1:
-            raise LayoutError(
-                f"{self._name}: expected all parameters on one device, got {sorted(map(str, devices))}; use one "
-                "optimizer per device"
-            )
-        implementation = choose(self._backend, active[0][1].device)
+        if unready:
+            for group, p in unready:
+                self._check_state(group, p)
+            self._check_device([p for _, p, _, _ in found])
+        implementation = choose(self._backend, found[0][1].device)
         constants: list[dict[str, float]] = []
         index_of: dict[tuple[int, int], int] = {}
-        tensors = []
-        for group, p, grad in active:
-            is_first = self._init_state(group, p)
+        written: list[torch.Tensor] = []
+        tensors: list[UpdateTensor] = []
+        gradients: list[Gradient] = []
+        for group, p, grad, ready in found:
+            is_first = ready is None and self._init_state(group, p)
             if p.numel() == 0:
                 continue
-            state = self.state[p]
-            step = int(state["step"]) + 1 if self.counts_steps else 1 if is_first else 2
+            if ready is None:
+                ready = self._ready[p] = self._prepare(group, p)
+            step = int(ready.state["step"]) + 1 if self.counts_steps else 1 if is_first else 2
             key = (id(group), step)
             if key not in index_of:
                 index_of[key] = len(constants)
                 constants.append(
                     {**self._constants(group, step), "grad_factor": -factor if group["maximize"] else factor}
                 )
-            mask = self._masks.get(p)
-            tensors.append(
-                UpdateTensor(
-                    weight=p.detach(),
-                    grad=grad,
-                    master=state.get(MASTER),
-                    state=tuple(state[name] for name in self._state_keys(group)),
-                    mask=None if mask is None else mask.packed,
-                    compaction=self._compactions.get(p),
-                    constants=index_of[key],
-                )
-            )
+            written.append(p)
+            tensors.append(ready.tensor)
+            gradients.append(Gradient(grad, index_of[key]))
         tally = None
         if self._expected is not None:
-            written = [p for _, p, _ in active if p.numel()]
             tally = self._expected.tally(dict(zip(written, tensors, strict=True)))
-        selections = implementation.update(self.rule, tensors, constants, tally)
+        selections = implementation.update(self.rule, tensors, gradients, constants, tally)
         torch.autograd.graph.increment_version(
             [t for tensor in tensors for t in (tensor.weight, tensor.master) if t is not None]
         )
         if self._expected is not None and tally is not None:
             self._expected.keep(selections, implementation)
         if self.counts_steps:
-            torch._foreach_add_([self.state[p]["step"] for _, p, _ in active], 1)
+            torch._foreach_add_([self.state[p]["step"] for _, p, _, _ in found], 1)
         return loss
+
+    def _check_device(self, parameters: Sequence[torch.Tensor]) -> None:
+        """Refuse several devices; parameters that are ready are on the one of the latest step."""
+        devices = {p.device for p in parameters}
+        if len(devices) > 1:
+            raise LayoutError(
+                f"{self._name}: expected all parameters on one device, got {sorted(map(str, devices))}; use one "
+                "optimizer per device"
+            )
+        self._ready = {p: ready for p, ready in self._ready.items() if ready.tensor.weight.device in devices}
+
+    def _prepare(self, group: dict[str, Any], p: torch.Tensor) -> _Ready:
+        state, mask, keys = self.state[p], self._masks.get(p), self._state_keys(group)
+        return _Ready(
+            pointer=p.data_ptr(),
+            shape=p.shape,
+            stride=p.stride(),
+            dtype=p.dtype,
+            state=state,
+            keys=keys,
+            tensor=UpdateTensor(
+                weight=p.detach(),
+                master=state.get(MASTER),
+                state=tuple(state[key] for key in keys),
+                mask=None if mask is None else mask.packed,
+                compaction=self._compactions.get(p),
+            ),
+        )
 
     def _checked_grad(self, p: torch.Tensor) -> torch.Tensor:
         grad = p.grad
@@ -352,6 +409,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
                 )
         super().load_state_dict(state_dict)
         self._compactions.clear()
+        self._ready.clear()
         # torch casts state to the parameter's dtype, which would round what is kept in float32 on purpose.
         for _, p, key, value in found:
             self.state[p][key] = torch.empty_like(p, dtype=_state_dtype(p)).copy_(value)
