@@ -108,6 +108,12 @@ def test_the_timed_scheduler_step_is_not_an_update() -> None:
     assert [ran(ours) for _ in range(3)] == [None] * 3
 
 
+def test_the_demo_is_timed_from_the_backward_pass_on() -> None:
+    (case,) = bench.demo_cases()
+    ours, baseline = case.build(SHRINK)
+    assert 0 < ours < 60 and 0 < baseline < 60
+
+
 def test_every_row_is_there_once() -> None:
     cases = bench.all_cases()
     assert len({named(case) for case in cases}) == len(cases)
