@@ -8,8 +8,8 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet
-SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h') setup.py pyproject.toml
-CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h')
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh') setup.py pyproject.toml
+CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint bench format clean
@@ -61,5 +61,5 @@ $(VENV)/.demo: $(VENV)/.torch $(SOURCES)
 
 $(VENV)/.test: $(VENV)/.demo
 	@echo '== installing the test tools'
-	@$(PIP) --editable '.[test]'
+	@GMP_KERNELS_BUILD_CUDA=0 GMP_KERNELS_BUILD_SIMT=1 $(PIP) --editable '.[test]'
 	@touch $@

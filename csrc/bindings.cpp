@@ -10,24 +10,17 @@
 #include "cpu/kernels.h"
 #include "cpu/optim.h"
 #include "cpu/select.h"
+#include "names.h"
 
 namespace py = pybind11;
 
 namespace {
 
-using gmp::DType;
+using gmp::dtype_of;
 using gmp::cpu::LayerView;
 
 // address of the weights, number of weights, address of the packed mask or 0
 using LayerTuple = std::tuple<uintptr_t, int64_t, uintptr_t>;
-
-DType dtype_of(const std::string& name) {
-#define GMP_DTYPE(dtype, key, infinity) \
-  if (name == #dtype) return DType::dtype;
-  GMP_DTYPES(GMP_DTYPE)
-#undef GMP_DTYPE
-  throw std::invalid_argument("unknown dtype '" + name + "'");
-}
 
 // Only what could corrupt memory is checked again here; ops.py has explained everything else.
 std::vector<LayerView> views_of(const std::vector<LayerTuple>& layers) {
@@ -149,28 +142,8 @@ using TallyTuple = std::tuple<std::string, std::vector<LayerTuple>, std::vector<
 std::vector<std::vector<std::optional<SelectionTuple>>> update(
     const std::string& rule, const std::vector<UpdateRow*>& rows, const std::vector<StepTuple>& steps,
     const std::vector<ConstantsDict>& constants, const std::vector<TallyTuple>& tallies, int num_threads) {
-  gmp::cpu::Rule which;
-  if (rule == "sgd") {
-    which = gmp::cpu::Rule::sgd;
-  } else if (rule == "adam") {
-    which = gmp::cpu::Rule::adam;
-  } else if (rule == "average") {
-    which = gmp::cpu::Rule::average;
-  } else {
-    throw std::invalid_argument("unknown rule '" + rule + "'");
-  }
-  std::vector<gmp::cpu::UpdateConstants<double>> typed_constants;
-  for (const ConstantsDict& given : constants) {
-    const auto get = [&](const char* name, double otherwise) {
-      const auto found = given.find(name);
-      return found == given.end() ? otherwise : found->second;
-    };
-    typed_constants.push_back({get("grad_factor", 1.0), get("weight_decay", 0.0), get("decay", 1.0), get("lr", 0.0),
-                               get("momentum", 0.0), get("one_minus_dampening", 1.0), get("nesterov", 0.0) != 0.0,
-                               get("first_step", 0.0) != 0.0, get("one_minus_beta1", 0.0), get("beta2", 0.0),
-                               get("one_minus_beta2", 0.0), get("bias_correction2_sqrt", 1.0), get("eps", 0.0),
-                               get("step_size", 0.0)});
-  }
+  std::vector<gmp::UpdateConstants<double>> typed_constants;
+  for (const ConstantsDict& given : constants) typed_constants.push_back(gmp::constants_of(given));
   std::vector<gmp::cpu::UpdateTensor> typed;
   if (steps.size() != rows.size()) throw std::invalid_argument("an update needs one gradient per tensor");
   for (size_t i = 0; i < rows.size(); ++i) {
@@ -195,7 +168,7 @@ std::vector<std::vector<std::optional<SelectionTuple>>> update(
   }
   {
     py::gil_scoped_release release;
-    gmp::cpu::update(which, typed, typed_constants, num_threads);
+    gmp::cpu::update(gmp::rule_of(rule), typed, typed_constants, num_threads);
   }
   std::vector<std::vector<std::optional<SelectionTuple>>> result;
   for (const auto& tally : counting) {

@@ -6,6 +6,7 @@ A call that raises one of these has changed no weight, no mask and no state.
 __all__ = [
     "BackendUnavailableError",
     "DTypeError",
+    "DeviceError",
     "GMPError",
     "LayoutError",
     "NonFiniteError",
@@ -68,3 +69,7 @@ class NonFiniteError(GMPError, ValueError):
         super().__init__(message)
         self.layer = layer
         self.index = index
+
+
+class DeviceError(GMPError, RuntimeError):
+    """The GPU reports an error, or has no memory left."""

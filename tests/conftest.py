@@ -12,7 +12,7 @@ from hypothesis import settings
 from gmp_kernels.backends import choose, cpu
 
 ORACLE = "reference"
-BACKENDS = os.environ.get("GMP_KERNELS_TEST_BACKENDS", "reference,cpu").split(",")
+BACKENDS = os.environ.get("GMP_KERNELS_TEST_BACKENDS", "reference,cpu,simt").split(",")
 KERNELS = [name for name in BACKENDS if name != ORACLE]
 
 settings.register_profile("gmp_kernels", deadline=None, max_examples=60, derandomize=os.environ.get("CI") == "true")

@@ -22,18 +22,22 @@ CHOSEN = (
 def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder to import the package from, its extension built with both sanitizers."""
     scratch = tmp_path_factory.mktemp("sanitized")
-    wheel = build_wheel(scratch, GMP_KERNELS_SANITIZE="address,undefined")
+    wheel = build_wheel(scratch, GMP_KERNELS_SANITIZE="address,undefined", GMP_KERNELS_BUILD_SIMT="1")
     zipfile.ZipFile(wheel).extractall(scratch / "package")
     return scratch / "package"
 
 
-@pytest.mark.parametrize("isa", [isa for isa, needs in ISA_NEEDS.items() if cpu_flags() >= needs])
-def test_no_error_in_memory_and_no_undefined_behaviour(sanitized: Path, isa: str) -> None:
+RUNS = [("cpu", isa) for isa, needs in ISA_NEEDS.items() if cpu_flags() >= needs] + [("simt", "portable")]
+
+
+@pytest.mark.parametrize(("backend", "isa"), RUNS)
+def test_no_error_in_memory_and_no_undefined_behaviour(sanitized: Path, backend: str, isa: str) -> None:
     done = run_python(
         "-P",  # or else the package beside the tests would be imported
         *("-m", "pytest", "-v", "-x", "-p", "no:cacheprovider", *TESTS, "-k", f"({CHOSEN}) and not reference"),
         PYTHONPATH=str(sanitized),
         GMP_KERNELS_ISA=isa,
+        GMP_KERNELS_TEST_BACKENDS=f"reference,{backend}",
         # The interpreter is not built with them, so they must be there before it; libstdc++ for its exceptions.
         LD_PRELOAD=":".join(map(library, ["libasan.so", "libubsan.so", "libstdc++.so"])),
         ASAN_OPTIONS="detect_leaks=0",

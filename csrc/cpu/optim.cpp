@@ -10,24 +10,6 @@
 namespace gmp::cpu {
 namespace {
 
-template <typename T>
-UpdateConstants<T> cast(const UpdateConstants<double>& c) {
-  return {static_cast<T>(c.grad_factor),
-          static_cast<T>(c.weight_decay),
-          static_cast<T>(c.decay),
-          static_cast<T>(c.lr),
-          static_cast<T>(c.momentum),
-          static_cast<T>(c.one_minus_dampening),
-          c.nesterov,
-          c.first_step,
-          static_cast<T>(c.one_minus_beta1),
-          static_cast<T>(c.beta2),
-          static_cast<T>(c.one_minus_beta2),
-          static_cast<T>(c.bias_correction2_sqrt),
-          static_cast<T>(c.eps),
-          static_cast<T>(c.step_size)};
-}
-
 // Calls visit(kernels, bytes of a weight, zero of the type it is computed in).
 template <typename Visit>
 auto with_kernels(DType dtype, Visit visit) {
@@ -110,7 +92,7 @@ void update(Rule rule, const std::vector<UpdateTensor>& tensors, const std::vect
                      for (void*& state : run.state) state = advance(state, first_state * kStateBytes);
                      if (run.mask != nullptr) run.mask += c.begin / 8;
                      run.n = c.end - c.begin;
-                     kernels.update[static_cast<int>(rule)](run, cast<T>(constants[t.constants]));
+                     kernels.update[static_cast<int>(rule)](run, constants[t.constants].as<T>());
                    });
                    if (t.tally != nullptr) t.tally->count(t.layer, c.begin, c.end);
                  });

@@ -1,26 +1,11 @@
-// One optimizer step over the weights of one chunk: the rules, their constants, and what an instruction set provides.
+// One optimizer step over the weights of one chunk: what an instruction set provides.
 #pragma once
 
 #include <cstdint>
 
+#include "../update_constants.h"
+
 namespace gmp::cpu {
-
-enum class Rule : int { sgd, adam, average };
-
-// Constants of one tensor at one step, in the type the arithmetic runs in.
-// Names follow torch.optim.
-template <typename T>
-struct UpdateConstants {
-  T grad_factor;   // gradients are multiplied by it first; 1: not at all
-  T weight_decay;  // times the weight, is added to the gradient; 0: not at all
-  T decay;         // weights are multiplied by it first (decoupled weight decay); 1:
-                   // not at all
-  // sgd
-  T lr, momentum, one_minus_dampening;
-  bool nesterov, first_step;
-  // adam; `average` moves the weight towards the "gradient" by one_minus_beta1
-  T one_minus_beta1, beta2, one_minus_beta2, bias_correction2_sqrt, eps, step_size;
-};
 
 // A run of n weights. Every pointer is at the run's first element; `mask` is on a byte boundary.
 struct UpdateRun {

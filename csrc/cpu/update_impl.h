@@ -81,47 +81,9 @@ inline Vec<T> zero_unless(uint64_t bits, Vec<T> v) {
   return (Vec<T>)((typename VectorOf<T>::Mask)v & lanes_of_bits<T>(bits));
 }
 
-template <typename T>
-inline Vec<T> fused(Vec<T> a, T b, Vec<T> c) {
-  return fused(a, b + Vec<T>{}, c);
-}
-
-// torch's lerp: from the nearer end, so that weight 1 gives `to` exactly.
-template <typename T>
-inline Vec<T> lerp(Vec<T> from, Vec<T> to, T weight) {
-  return weight < T(0.5) ? fused<T>(to - from, weight, from) : fused<T>(to - from, weight - T(1), to);
-}
-
-// The rule itself, on one vector of weights.
-template <Rule kRule, typename T>
-inline void update_vector(Vec<T>& w, Vec<T> g, Vec<T>& s0, Vec<T>& s1, Vec<T>& s2, const UpdateRun& run,
-                          const UpdateConstants<T>& c) {
-  if constexpr (kRule == Rule::average) {
-    w = lerp<T>(w, g, c.one_minus_beta1);
-    return;
-  }
-  if (c.grad_factor != T(1)) g = g * c.grad_factor;
-  if (c.decay != T(1)) w = w * c.decay;
-  if (c.weight_decay != T(0)) g = fused<T>(w, c.weight_decay, g);
-  if constexpr (kRule == Rule::sgd) {
-    if (run.state[0] != nullptr) {
-      s0 = c.first_step ? g : fused<T>(g, c.one_minus_dampening, s0 * c.momentum);
-      g = c.nesterov ? fused<T>(s0, c.momentum, g) : s0;
-    }
-    w = fused<T>(g, -c.lr, w);
-  } else {
-    s0 = lerp<T>(s0, g, c.one_minus_beta1);
-    s1 = fused(c.one_minus_beta2 * g, g, s1 * c.beta2);
-    Vec<T> second = s1;
-    if (run.state[2] != nullptr) {
-      // torch.maximum hands a NaN on, from either side.
-      s2 = (s2 > s1) | (s2 != s2) ? s2 : s1;
-      second = s2;
-    }
-    const Vec<T> denominator = square_root(second) / c.bias_correction2_sqrt + c.eps;
-    w = w + (-c.step_size) * s0 / denominator;
-  }
-}
+#define GMP_RULE_INLINE inline
+#include "../update_rule.h"
+#undef GMP_RULE_INLINE
 
 template <typename T>
 inline T* offset(void* p, int64_t i) {
@@ -139,7 +101,7 @@ inline void update_block(typename Format::Bits* weights, const typename Format::
   for (int k = 0; k < 3; ++k) {
     if (state[k] != nullptr) s[k] = load_vector(state[k]);
   }
-  update_vector<kRule, T>(w, Format::load(grads), s[0], s[1], s[2], run, c);
+  update_one<kRule, T>(w, Format::load(grads), s[0], s[1], s[2], run.state[0] != nullptr, run.state[2] != nullptr, c);
   if constexpr (kMasked) {
     w = zero_unless<T>(bits, w);
     for (Vec<T>& v : s) v = zero_unless<T>(bits, v);

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 
 # Before _C: the process then has one OpenMP runtime, torch's, and our loops run on the threads torch keeps warm.
@@ -21,6 +20,7 @@ from gmp_kernels.backends import (
     Written,
     register,
 )
+from gmp_kernels.backends._rows import address, by_dtype, dtype_name, parts
 
 try:
     from gmp_kernels import _C
@@ -29,25 +29,8 @@ except ImportError as error:
     _import_error = str(error)
 
 
-_DTYPE_NAMES = {
-    torch.float32: "float32",
-    torch.float64: "float64",
-    torch.float16: "float16",
-    torch.bfloat16: "bfloat16",
-}
-
-
 def _row(layer: Layer) -> tuple[int, int, int]:
-    return layer.weight.data_ptr(), layer.weight.numel(), _address(layer.mask)
-
-
-def _address(tensor: torch.Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def _dtype(tensor: torch.Tensor) -> str:
-    """Its name in csrc/dtypes.h."""
-    return _DTYPE_NAMES[tensor.dtype]
+    return layer.weight.data_ptr(), layer.weight.numel(), address(layer.mask)
 
 
 def _selection(found: tuple[tuple[float, int, int, int], list[int], list[int]]) -> Selection:
@@ -55,32 +38,18 @@ def _selection(found: tuple[tuple[float, int, int, int], list[int], list[int]]) 
     return Selection(Threshold(*threshold), tuple(cuts), tuple(nonfinite))
 
 
-def _by_dtype(layers: Sequence[Layer]) -> dict[str, list[int]]:
-    """Positions of the layers of each dtype."""
-    positions: dict[str, list[int]] = defaultdict(list)
-    for i, layer in enumerate(layers):
-        positions[_dtype(layer.weight)].append(i)
-    return positions
-
-
-def _parts(layers: Sequence[Layer], num_prune: Sequence[int]) -> list[tuple[str, list[int], list[int]]]:
-    """Split a selection by dtype: its name, the positions of its layers and of their entries in ``num_prune``."""
-    is_global = len(num_prune) != len(layers)
-    return [(dtype, positions, [0] if is_global else positions) for dtype, positions in _by_dtype(layers).items()]
-
-
 def _prepared(t: UpdateTensor) -> _C.UpdateRow:
     """Make the tensor's row, once."""
-    state = [_address(s) for s in t.state] + [0] * (3 - len(t.state))
+    state = [address(s) for s in t.state] + [0] * (3 - len(t.state))
     ranks = None if t.compaction is None else t.compaction.ranks
     row = _C.UpdateRow(
-        _dtype(t.weight),
+        dtype_name(t.weight),
         t.weight.numel(),
         t.weight.data_ptr(),
-        _address(t.master),
+        address(t.master),
         state,
-        _address(t.mask),
-        _address(ranks),
+        address(t.mask),
+        address(ranks),
     )
     t.row = row
     return row
@@ -93,7 +62,7 @@ class Cpu:
         self, layers: Sequence[Layer], num_prune: Sequence[int], hints: Sequence[Threshold | None]
     ) -> list[Selection]:
         found: dict[int, Selection] = {}
-        for dtype, positions, groups in _parts(layers, num_prune):
+        for dtype, positions, groups in parts(layers, num_prune):
             selections = _C.select(
                 dtype,
                 [_row(layers[i]) for i in positions],
@@ -109,7 +78,7 @@ class Cpu:
     ) -> list[Written]:
         cuts = [(selection.threshold.value, cut) for selection in selections for cut in selection.cuts]
         written: dict[int, Written] = {}
-        for dtype, positions in _by_dtype(layers).items():
+        for dtype, positions in by_dtype(layers).items():
             counts = _C.apply(
                 dtype,
                 [_row(layers[i]) for i in positions],
@@ -122,7 +91,7 @@ class Cpu:
         return [written[i] for i in range(len(layers))]
 
     def apply(self, layers: Sequence[Layer]) -> None:
-        for dtype, positions in _by_dtype(layers).items():
+        for dtype, positions in by_dtype(layers).items():
             _C.apply(dtype, [_row(layers[i]) for i in positions], [], [], torch.get_num_threads())
 
     def update(
@@ -135,7 +104,7 @@ class Cpu:
     ) -> list[Selection | None]:
         rows = [t.row if isinstance(t.row, _C.UpdateRow) else _prepared(t) for t in tensors]
         steps = [(g.tensor.data_ptr(), g.constants) for g in gradients]
-        parts = [] if tally is None else _parts(tally.layers, tally.num_prune)
+        tallied = [] if tally is None else parts(tally.layers, tally.num_prune)
         tallies = [
             (
                 dtype,
@@ -143,23 +112,23 @@ class Cpu:
                 [tally.tensors[i] for i in positions],
                 [tally.num_prune[g] for g in groups],
             )
-            for dtype, positions, groups in parts
+            for dtype, positions, groups in tallied
             if tally is not None
         ]
         counted = _C.update(rule, rows, steps, list(constants), tallies, torch.get_num_threads())
         found: dict[int, Selection | None] = {}
-        for (_, _, groups), selections in zip(parts, counted, strict=True):
+        for (_, _, groups), selections in zip(tallied, counted, strict=True):
             found.update(zip(groups, (s and _selection(s) for s in selections), strict=True))
         return [found[g] for g in range(len(found))]
 
     def fingerprints(self, layers: Sequence[Layer]) -> list[int]:
         found: dict[int, int] = {}
-        for dtype, positions in _by_dtype(layers).items():
+        for dtype, positions in by_dtype(layers).items():
             found.update(zip(positions, _C.fingerprints(dtype, [_row(layers[i]) for i in positions]), strict=True))
         return [found[i] for i in range(len(layers))]
 
     def sum_squares(self, gradients: Sequence[Layer]) -> float:
-        rows = [(_dtype(g.weight), g.weight.data_ptr(), g.weight.numel(), _address(g.mask)) for g in gradients]
+        rows = [(dtype_name(g.weight), g.weight.data_ptr(), g.weight.numel(), address(g.mask)) for g in gradients]
         return _C.sum_squares(rows, torch.get_num_threads())
 
     def compaction(self, mask: torch.Tensor, numel: int) -> Compaction:

@@ -1,0 +1,208 @@
+// What the kernels are made of: memory in eights, sums and scans over a block, walks over chunks.
+//
+// A thread takes eight consecutive weights, whose mask bits are one byte. Everything that touches weights goes through
+// load8 and store8, which the host execution layer counts.
+#pragma once
+
+#include "../magnitude_key.h"
+#include "tables.h"
+
+#if !defined(__CUDACC__)
+#include "../simt/simt.h"
+#endif
+
+namespace gmp::cuda {
+
+inline constexpr unsigned kThreads = 256, kWarpSize = 32, kWarps = kThreads / kWarpSize;
+inline constexpr int kEach = 8;  // weights per thread and tile
+inline constexpr int64_t kTile = kThreads * kEach;
+
+template <typename T>
+__device__ T* pointer(uint64_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+template <typename T>
+__device__ bool is_aligned(const T* p) {
+  return (reinterpret_cast<uint64_t>(p) & 15) == 0;
+}
+
+// The first `count` of eight values; the others are zero. Views may be unaligned, tensors end anywhere.
+template <typename T>
+__device__ __forceinline__ void load8(const T* p, int count, T (&values)[kEach]) {
+#if defined(__CUDACC__)
+  if (count == kEach && is_aligned(p)) {
+    constexpr int kVectors = sizeof(values) / sizeof(uint4);
+    uint4 raw[kVectors];
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) raw[v] = reinterpret_cast<const uint4*>(p)[v];
+    memcpy(values, raw, sizeof(values));
+    return;
+  }
+#else
+  simt::count_load(count * static_cast<int64_t>(sizeof(T)));
+#endif
+#pragma unroll
+  for (int j = 0; j < kEach; ++j) {
+    values[j] = T{};
+    if (j < count) memcpy(&values[j], p + j, sizeof(T));
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ void store8(T* p, int count, const T (&values)[kEach]) {
+#if defined(__CUDACC__)
+  if (count == kEach && is_aligned(p)) {
+    constexpr int kVectors = sizeof(values) / sizeof(uint4);
+    uint4 raw[kVectors];
+    memcpy(raw, values, sizeof(values));
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) reinterpret_cast<uint4*>(p)[v] = raw[v];
+    return;
+  }
+#else
+  simt::count_store(count * static_cast<int64_t>(sizeof(T)));
+#endif
+#pragma unroll
+  for (int j = 0; j < kEach; ++j) {
+    if (j < count) memcpy(p + j, &values[j], sizeof(T));
+  }
+}
+
+template <typename T>
+__device__ T load1(const T* p) {
+#if !defined(__CUDACC__)
+  simt::count_load(sizeof(T));
+#endif
+  return *p;
+}
+template <typename T>
+__device__ void store1(T* p, T value) {
+#if !defined(__CUDACC__)
+  simt::count_store(sizeof(T));
+#endif
+  *p = value;
+}
+
+__device__ inline int count_bits(unsigned bits) {
+#if defined(__CUDACC__)
+  return __popc(bits);
+#else
+  return __builtin_popcount(bits);
+#endif
+}
+
+// The mask bits of eight weights of which `count` are there; a layer without a mask keeps all.
+__device__ inline unsigned load_bits(const uint8_t* mask, int64_t i, int count) {
+  if (count == 0) return 0;
+  unsigned bits = 0xff;
+  if (mask != nullptr) {
+    bits = mask[i / 8];
+#if !defined(__CUDACC__)
+    simt::count_load(1);
+#endif
+  }
+  return bits & ((1u << count) - 1);
+}
+
+__device__ inline void store_bits(uint8_t* mask, int64_t i, unsigned bits) {
+  mask[i / 8] = static_cast<uint8_t>(bits);
+#if !defined(__CUDACC__)
+  simt::count_store(1);
+#endif
+}
+
+// How many of the eight weights from `i` on are there.
+__device__ inline int count_from(int64_t i, int64_t n) {
+  const int64_t left = n - i;
+  return left >= kEach ? kEach : left > 0 ? static_cast<int>(left) : 0;
+}
+
+// All threads of the block take part in what follows, and all get the answer.
+template <typename T>
+__device__ __forceinline__ T block_sum(T value) {
+  __shared__ T partial[kWarps];
+  for (int step = kWarpSize / 2; step > 0; step /= 2) value += __shfl_xor_sync(~0u, value, step);
+  if (threadIdx.x % kWarpSize == 0) partial[threadIdx.x / kWarpSize] = value;
+  __syncthreads();
+  T total{};
+  for (unsigned w = 0; w < kWarps; ++w) total += partial[w];
+  __syncthreads();  // `partial` is used again
+  return total;
+}
+
+// Sum of the values of the threads before this one.
+template <typename T>
+__device__ __forceinline__ T block_scan(T value, T& total) {
+  __shared__ T sums[kWarps];
+  const unsigned lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  T inclusive = value;
+  for (unsigned step = 1; step < kWarpSize; step *= 2) {
+    const T lower = __shfl_up_sync(~0u, inclusive, step);
+    if (lane >= step) inclusive += lower;
+  }
+  if (lane == kWarpSize - 1) sums[warp] = inclusive;
+  __syncthreads();
+  T before{};
+  total = T{};
+  for (unsigned w = 0; w < kWarps; ++w) {
+    if (w < warp) before += sums[w];
+    total += sums[w];
+  }
+  __syncthreads();
+  return before + inclusive - value;
+}
+
+// Blocks take contiguous runs of chunks, so that most of them meet one layer only. Block b begins at b * chunks /
+// blocks.
+__device__ inline int64_t first_chunk_of(int64_t block, int64_t num_chunks) { return block * num_chunks / gridDim.x; }
+__device__ inline int64_t block_of(int64_t chunk, int64_t num_chunks) {
+  return ((chunk + 1) * gridDim.x - 1) / num_chunks;
+}
+
+// The row that a chunk belongs to: the last one that begins at or before it. Rows are never empty.
+template <typename Row>
+__device__ int64_t row_of(const Row* rows, int64_t num_rows, int64_t chunk) {
+  int64_t low = 0, high = num_rows - 1;
+  while (low < high) {
+    const int64_t middle = low + (high - low + 1) / 2;
+    if (rows[middle].first_chunk <= chunk) {
+      low = middle;
+    } else {
+      high = middle - 1;
+    }
+  }
+  return low;
+}
+
+// Calls visit(row number, begin, end) for each chunk of this block.
+template <typename Row, typename Visit>
+__device__ __forceinline__ void for_each_chunk(const Row* rows, int64_t num_rows, int64_t num_chunks, Visit visit) {
+  const int64_t first = first_chunk_of(blockIdx.x, num_chunks), last = first_chunk_of(blockIdx.x + 1, num_chunks);
+  if (first == last) return;
+  int64_t row = row_of(rows, num_rows, first);
+  for (int64_t chunk = first; chunk < last; ++chunk) {
+    while (row + 1 < num_rows && rows[row + 1].first_chunk <= chunk) ++row;
+    const int64_t begin = (chunk - rows[row].first_chunk) * kChunk;
+    const int64_t end = begin + kChunk < rows[row].n ? begin + kChunk : rows[row].n;
+    visit(row, chunk, begin, end);
+  }
+}
+
+// Whether this block is the last of `expected` to get here; then it sees what the others wrote.
+__device__ __forceinline__ bool is_last_block(int64_t* arrived, int64_t expected) {
+  __shared__ bool last;
+  __threadfence();
+  __syncthreads();  // every thread's writes come before the ticket
+  if (threadIdx.x == 0) {
+    const auto ticket = atomicAdd(reinterpret_cast<unsigned long long*>(arrived), 1ull);
+    last = static_cast<int64_t>(ticket) == expected - 1;
+  }
+  __syncthreads();
+  const bool result = last;
+  if (result) __threadfence();
+  __syncthreads();  // `last` is used again
+  return result;
+}
+
+}  // namespace gmp::cuda

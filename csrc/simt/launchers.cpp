@@ -1,0 +1,2 @@
+// The CUDA sources as they are, compiled for the host.
+#include "../cuda/launchers.cu"

@@ -1,0 +1,261 @@
+#include "simt.h"
+
+#include <omp.h>
+
+#include <algorithm>
+#include <atomic>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <numeric>
+#include <random>
+#include <stdexcept>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+// Saves what a call must preserve on the running stack and goes on where another one was left.
+extern "C" void simt_switch(void** from, void* to);
+asm(R"(
+.text
+.globl simt_switch
+.type simt_switch, @function
+simt_switch:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+.size simt_switch, .-simt_switch
+)");
+
+namespace simt {
+
+thread_local Position position;
+
+namespace {
+
+constexpr size_t kStackBytes = 256 << 10;
+
+std::atomic<uint64_t> global_seed{0};
+std::mutex traffic_mutex;
+std::map<std::string, Traffic> traffic;
+thread_local int64_t bytes_loaded = 0, bytes_stored = 0;
+
+struct Fiber {
+  std::unique_ptr<char[]> stack{new char[kStackBytes]};
+  void* sp = nullptr;
+  bool done = true;
+  const uint64_t* awaited = nullptr;  // runs again once this is no longer `seen`
+  uint64_t seen = 0;
+};
+
+struct Warp {
+  uint64_t values[2][kWarp];
+  int arrived = 0;
+  uint64_t generation = 0;
+};
+
+// One block at a time, on one host thread.
+class Block {
+ public:
+  void run(unsigned index, unsigned grid, unsigned size, const std::function<void()>& body, uint64_t seed) {
+    random_.seed(seed + index * 0x9e3779b97f4a7c15ull);
+    shuffled_ = seed != 0;
+    body_ = &body;
+    fibers_.resize(std::max<size_t>(fibers_.size(), size));
+    warps_.assign(size / kWarp, Warp{});
+    order_.resize(size);
+    std::iota(order_.begin(), order_.end(), 0u);
+    arrived_ = 0;
+    running_ = size;
+    position.block = {index};
+    position.grid_dim = {grid};
+    position.block_dim = {size};
+    for (unsigned t = 0; t < size; ++t) start(fibers_[t]);
+    while (running_ > 0) {
+      if (shuffled_) std::shuffle(order_.begin(), order_.end(), random_);
+      bool progress = false;
+      for (unsigned t : order_) {
+        Fiber& fiber = fibers_[t];
+        if (fiber.done || (fiber.awaited != nullptr && *fiber.awaited == fiber.seen)) continue;
+        fiber.awaited = nullptr;
+        progress = true;
+        resume(t);
+      }
+      if (!progress) {
+        throw std::runtime_error("a block cannot go on: some of its threads wait where the others never come");
+      }
+    }
+  }
+
+  void barrier() {
+    const uint64_t generation = generation_;
+    if (++arrived_ == running_) {
+      arrived_ = 0;
+      ++generation_;
+      return;
+    }
+    wait(generation_, generation);
+  }
+
+  const uint64_t* exchange(uint64_t value) {
+    Warp& warp = warps_[position.thread.x / kWarp];
+    const uint64_t generation = warp.generation;
+    // Two sets of values: lanes may bring the next ones while others still read these.
+    warp.values[generation & 1][position.thread.x % kWarp] = value;
+    if (++warp.arrived == kWarp) {
+      warp.arrived = 0;
+      ++warp.generation;
+    } else {
+      wait(warp.generation, generation);
+    }
+    return warp.values[generation & 1];
+  }
+
+  void interruption() {
+    if (shuffled_ && random_() % 16 == 0) yield();
+  }
+
+ private:
+  static void enter();
+
+  void start(Fiber& fiber) {
+    fiber.done = false;
+    fiber.awaited = nullptr;
+    // Six registers and the address to return to; a function expects its stack 8 bytes off a multiple of 16.
+    void** top = reinterpret_cast<void**>((reinterpret_cast<uintptr_t>(fiber.stack.get()) + kStackBytes) & ~15ull);
+    *--top = nullptr;
+    *--top = reinterpret_cast<void*>(&Block::enter);
+    for (int i = 0; i < 6; ++i) *--top = nullptr;
+    fiber.sp = top;
+  }
+
+  void resume(unsigned t) {
+    running_fiber_ = t;
+    position.thread = {t};
+    switch_stacks(&host_sp_, fibers_[t].sp, fibers_[t].stack.get(), kStackBytes, &host_fake_stack_);
+  }
+
+  void yield() {
+    const unsigned t = position.thread.x;
+    Fiber& fiber = fibers_[t];
+    void* fake_stack = nullptr;
+    switch_stacks(&fiber.sp, host_sp_, host_stack_, host_stack_bytes_, fiber.done ? nullptr : &fake_stack);
+    position.thread = {t};
+  }
+
+  void wait(const uint64_t& generation, uint64_t seen) {
+    Fiber& fiber = fibers_[position.thread.x];
+    fiber.awaited = &generation;
+    fiber.seen = seen;
+    yield();
+  }
+
+  // The address sanitizer has to be told which stack is in use.
+  void switch_stacks(void** from, void* to, [[maybe_unused]] const void* stack, [[maybe_unused]] size_t bytes,
+                     [[maybe_unused]] void** fake_stack) {
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_start_switch_fiber(fake_stack, stack, bytes);
+    simt_switch(from, to);
+    __sanitizer_finish_switch_fiber(fake_stack == nullptr ? nullptr : *fake_stack, nullptr, nullptr);
+#else
+    simt_switch(from, to);
+#endif
+  }
+
+  std::vector<Fiber> fibers_;
+  std::vector<Warp> warps_;
+  std::vector<unsigned> order_;
+  const std::function<void()>* body_ = nullptr;
+  std::mt19937_64 random_;
+  bool shuffled_ = false;
+  unsigned arrived_ = 0, running_ = 0, running_fiber_ = 0;
+  uint64_t generation_ = 0;
+  void* host_sp_ = nullptr;
+  void* host_fake_stack_ = nullptr;
+  const void* host_stack_ = nullptr;
+  size_t host_stack_bytes_ = 0;
+};
+
+thread_local Block block;
+
+void Block::enter() {
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(nullptr, &block.host_stack_, &block.host_stack_bytes_);
+#endif
+  Block& self = block;
+  (*self.body_)();
+  Fiber& fiber = self.fibers_[position.thread.x];
+  fiber.done = true;
+  --self.running_;
+  // Those who wait at a barrier wait for the living only.
+  if (self.running_ > 0 && self.arrived_ == self.running_) {
+    self.arrived_ = 0;
+    ++self.generation_;
+  }
+  self.yield();
+}
+
+}  // namespace
+
+void set_seed(uint64_t seed) { global_seed = seed; }
+
+void barrier() { block.barrier(); }
+const uint64_t* exchange(uint64_t value) { return block.exchange(value); }
+void interruption() { block.interruption(); }
+void count_load(int64_t bytes) { bytes_loaded += bytes; }
+void count_store(int64_t bytes) { bytes_stored += bytes; }
+
+void launch(const char* kernel, unsigned grid, unsigned size, const std::function<void()>& body) {
+  if (size == 0 || size % kWarp != 0) throw std::invalid_argument("a block needs whole warps");
+  const uint64_t seed = global_seed;
+  std::vector<unsigned> blocks(grid);
+  std::iota(blocks.begin(), blocks.end(), 0u);
+  if (seed != 0) {
+    std::mt19937_64 random(seed);
+    std::shuffle(blocks.begin(), blocks.end(), random);
+  }
+  std::string error;
+  int64_t loaded = 0, stored = 0;
+#pragma omp parallel for schedule(dynamic, 1) reduction(+ : loaded, stored) if (grid > 1)
+  for (unsigned i = 0; i < grid; ++i) {
+    bytes_loaded = bytes_stored = 0;
+    try {
+      block.run(blocks[i], grid, size, body, seed);
+    } catch (const std::exception& caught) {
+#pragma omp critical(gmp_kernels_simt)
+      error = caught.what();
+    }
+    loaded += bytes_loaded;
+    stored += bytes_stored;
+  }
+  if (!error.empty()) throw std::runtime_error(std::string(kernel) + ": " + error);
+  const std::lock_guard<std::mutex> lock(traffic_mutex);
+  Traffic& entry = traffic[kernel];
+  entry.kernel = kernel;
+  ++entry.launches;
+  entry.bytes_loaded += loaded;
+  entry.bytes_stored += stored;
+}
+
+std::vector<Traffic> take_traffic() {
+  const std::lock_guard<std::mutex> lock(traffic_mutex);
+  std::vector<Traffic> result;
+  for (auto& [name, entry] : traffic) result.push_back(entry);
+  traffic.clear();
+  return result;
+}
+
+}  // namespace simt
