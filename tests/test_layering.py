@@ -23,6 +23,7 @@ FLOORS = [
     {"backends"},
     {"ops"},
     {"optim", "scheduler", "stages", "testing"},
+    {"library"},
     {FACADE},
     {"plan", "plots"},
     {"demo"},

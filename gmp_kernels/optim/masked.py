@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import chain
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain, count
+from typing import Any, ClassVar, NamedTuple, Self
+from weakref import WeakValueDictionary
 
 import torch
 
@@ -53,10 +54,21 @@ class MaskedOptimizer(torch.optim.Optimizer):
     """
 
     rule: ClassVar[str]
+    # What a compiled graph knows an optimizer by, since it can hold numbers and tensors alone.
+    handle: int
+    _handles: ClassVar[Iterator[int]] = count()
+    _by_handle: ClassVar[WeakValueDictionary[int, MaskedOptimizer]] = WeakValueDictionary()
     # Of this process alone: copies and checkpoints do without.
     _expected: ExpectedPrune | None = None
     # torch's GradScaler then hands over the scale and the overflow flag instead of unscaling in passes of its own.
     _step_supports_amp_scaling = True
+
+    def __new__(cls, *args: object, **kwargs: object) -> Self:
+        # Here and not in __init__, so that copies and unpickled optimizers get handles of their own.
+        self = super().__new__(cls)
+        self.handle = next(cls._handles)
+        cls._by_handle[self.handle] = self
+        return self
 
     def _init_masking(self, *, compact_state: bool, master_weights: bool, backend: str | None) -> None:
         self._compact_state = compact_state
@@ -201,48 +213,72 @@ class MaskedOptimizer(torch.optim.Optimizer):
         -----
         One pass: weights, gradients and state are read and written once; blocks of 64 bytes of weights that are all
         pruned are not written, and where most blocks are, not read.
+
+        In a ``torch.compile``d region the step is one operation of the graph, which looks up masks, state and
+        hyperparameters when it runs: neither pruning nor a new learning rate makes torch compile again.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if torch.compiler.is_compiling():
+            owned = [p for group in self.param_groups for p in group["params"]]
+            positions = [i for i, p in enumerate(owned) if p.grad is not None]
+            weights = [owned[i] for i in positions]
+            if weights:
+                torch.ops.gmp_kernels.optimizer_step_(self.handle, positions, weights, [p.grad for p in weights])
+        else:
+            self._update([(g, p, p, p.grad) for g in self.param_groups for p in g["params"] if p.grad is not None])
+        return loss
+
+    @classmethod
+    @torch.no_grad()
+    def step_by_handle_(
+        cls, handle: int, positions: Sequence[int], weights: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor]
+    ) -> None:
+        """Take the step of the optimizer with this handle, on the tensors that a compiled graph hands over.
+
+        ``positions`` says which of the optimizer's parameters each of the weights is. It need not be the parameter
+        itself: a graph may keep its value in a buffer of its own and write it back at the end.
+        """
+        self = cls._by_handle[handle]
+        owned = [(group, p) for group in self.param_groups for p in group["params"]]
+        self._update([(*owned[i], w, g) for i, w, g in zip(positions, weights, gradients, strict=True)])
+
+    def _update(self, given: Sequence[tuple[dict[str, Any], torch.Tensor, torch.Tensor, torch.Tensor]]) -> None:
+        """Take a step; ``given`` has a group, a parameter of it, the tensor with its value, and its gradient."""
         found_inf = getattr(self, "found_inf", None)
         if found_inf is not None and found_inf.item():
-            return loss
+            return
         grad_scale = getattr(self, "grad_scale", None)
         factor = 1.0 if grad_scale is None else 1.0 / float(grad_scale)
 
         found = []
         unready = []
-        for group in self.param_groups:
-            keys = self._state_keys(group)
-            for p in group["params"]:
-                grad = p.grad
-                if grad is None:
-                    continue
-                ready = self._ready.get(p)
-                if ready is None or not ready.holds(p, grad, self.state.get(p), keys):
-                    ready, grad = None, self._checked_grad(p)
-                    unready.append((group, p))
-                found.append((group, p, grad, ready))
+        for group, p, weight, grad in given:
+            ready = self._ready.get(p)
+            if ready is None or not ready.holds(weight, grad, self.state.get(p), self._state_keys(group)):
+                ready, grad = None, self._checked_grad(p, grad)
+                unready.append((group, p))
+            found.append((group, p, weight, grad, ready))
         if not found:
-            return loss
+            return
         if unready:
             for group, p in unready:
                 self._check_state(group, p)
-            self._check_device([p for _, p, _, _ in found])
+            self._check_device([p for _, p, _, _, _ in found])
         implementation = choose(self._backend, found[0][1].device)
         constants: list[dict[str, float]] = []
         index_of: dict[tuple[int, int], int] = {}
         written: list[torch.Tensor] = []
         tensors: list[UpdateTensor] = []
         gradients: list[Gradient] = []
-        for group, p, grad, ready in found:
+        for group, p, weight, grad, ready in found:
             is_first = ready is None and self._init_state(group, p)
             if p.numel() == 0:
                 continue
             if ready is None:
-                ready = self._ready[p] = self._prepare(group, p)
+                ready = self._ready[p] = self._prepare(group, p, weight)
             step = int(ready.state["step"]) + 1 if self.counts_steps else 1 if is_first else 2
             key = (id(group), step)
             if key not in index_of:
@@ -263,8 +299,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
         if self._expected is not None and tally is not None:
             self._expected.keep(selections, implementation)
         if self.counts_steps:
-            torch._foreach_add_([self.state[p]["step"] for _, p, _, _ in found], 1)
-        return loss
+            torch._foreach_add_([self.state[p]["step"] for _, p, _, _, _ in found], 1)
 
     def _check_device(self, parameters: Sequence[torch.Tensor]) -> None:
         """Refuse several devices; parameters that are ready are on the one of the latest step."""
@@ -276,17 +311,17 @@ class MaskedOptimizer(torch.optim.Optimizer):
             )
         self._ready = {p: ready for p, ready in self._ready.items() if ready.tensor.weight.device in devices}
 
-    def _prepare(self, group: dict[str, Any], p: torch.Tensor) -> _Ready:
+    def _prepare(self, group: dict[str, Any], p: torch.Tensor, weight: torch.Tensor) -> _Ready:
         state, mask, keys = self.state[p], self._masks.get(p), self._state_keys(group)
         return _Ready(
-            pointer=p.data_ptr(),
+            pointer=weight.data_ptr(),
             shape=p.shape,
             stride=p.stride(),
             dtype=p.dtype,
             state=state,
             keys=keys,
             tensor=UpdateTensor(
-                weight=p.detach(),
+                weight=weight.detach(),
                 master=state.get(MASTER),
                 state=tuple(state[key] for key in keys),
                 mask=None if mask is None else mask.packed,
@@ -294,9 +329,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
             ),
         )
 
-    def _checked_grad(self, p: torch.Tensor) -> torch.Tensor:
-        grad = p.grad
-        assert grad is not None
+    def _checked_grad(self, p: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
         if grad.is_sparse:
             raise RuntimeError(f"{self._name} does not support sparse gradients; use torch.optim.SparseAdam")
         if p.dtype not in DTYPES:
