@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from gmp_kernels.errors import ShapeError, TargetError
 from gmp_kernels.masks import BitMask
 from gmp_kernels.ops import NonFinite, Scope, apply_masks_, magnitude_threshold, prune_
 from gmp_kernels.optim.gradients import clip_gradients_, ema_update_
@@ -81,6 +82,32 @@ def _apply_masks(weights: Sequence[torch.Tensor], masks: Sequence[torch.Tensor],
     apply_masks_(weights, _bit_masks(masks, weights), backend=backend)
 
 
+@torch.no_grad()
+def _optimizer_step(
+    handle: int, positions: Sequence[int], weights: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor]
+) -> None:
+    """``positions`` says which of the optimizer's parameters the weights are.
+
+    They need not be the parameters themselves: a graph may hold the value of one in a buffer and write it back later.
+    """
+    optimizer = MaskedOptimizer.by_handle.get(handle)
+    if optimizer is None:
+        raise TargetError(
+            f"optimizer_step_: expected the handle of a living optimizer, got {handle}; call optimizer.step(), or "
+            "compile again what was compiled with an optimizer that is gone"
+        )
+    owned = [p for group in optimizer.param_groups for p in group["params"]]
+    given = dict(zip([owned[i] for i in positions], zip(weights, gradients, strict=True), strict=True))
+    for i, (p, (weight, gradient)) in zip(positions, given.items(), strict=True):
+        expected, found = ((t.shape, t.stride(), t.dtype, t.device, g.shape) for t, g in ((p, p), (weight, gradient)))
+        if expected != found:
+            raise ShapeError(
+                f"optimizer_step_: expected shape, strides, dtype, device and gradient's shape of parameter {i}, "
+                f"{expected}, got {found}; compile again after converting a model"
+            )
+    optimizer.update_(given)
+
+
 def _ema_update(
     averages: Sequence[torch.Tensor],
     weights: Sequence[torch.Tensor],
@@ -128,7 +155,7 @@ _define(
 )
 _define(
     "optimizer_step_(int handle, int[] positions, Tensor(a!)[] weights, Tensor[] gradients) -> ()",
-    MaskedOptimizer.step_by_handle_,
+    _optimizer_step,
     _returns_nothing,
 )
 _define(

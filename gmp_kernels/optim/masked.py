@@ -54,10 +54,10 @@ class MaskedOptimizer(torch.optim.Optimizer):
     """
 
     rule: ClassVar[str]
-    # What a compiled graph knows an optimizer by, since it can hold numbers and tensors alone.
+    # What a compiled graph knows an optimizer by: it can hold numbers and tensors, no objects.
     handle: int
-    _handles: ClassVar[Iterator[int]] = count()
-    _by_handle: ClassVar[WeakValueDictionary[int, MaskedOptimizer]] = WeakValueDictionary()
+    handles: ClassVar[Iterator[int]] = count()
+    by_handle: ClassVar[WeakValueDictionary[int, MaskedOptimizer]] = WeakValueDictionary()
     # Of this process alone: copies and checkpoints do without.
     _expected: ExpectedPrune | None = None
     # torch's GradScaler then hands over the scale and the overflow flag instead of unscaling in passes of its own.
@@ -66,8 +66,8 @@ class MaskedOptimizer(torch.optim.Optimizer):
     def __new__(cls, *args: object, **kwargs: object) -> Self:
         # Here and not in __init__, so that copies and unpickled optimizers get handles of their own.
         self = super().__new__(cls)
-        self.handle = next(cls._handles)
-        cls._by_handle[self.handle] = self
+        self.handle = next(cls.handles)
+        cls.by_handle[self.handle] = self
         return self
 
     def _init_masking(self, *, compact_state: bool, master_weights: bool, backend: str | None) -> None:
@@ -215,7 +215,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
         pruned are not written, and where most blocks are, not read.
 
         In a ``torch.compile``d region the step is one operation of the graph, which looks up masks, state and
-        hyperparameters when it runs: neither pruning nor a new learning rate makes torch compile again.
+        hyperparameters when it runs: pruning does not make torch compile again, learning rates that change do once.
         """
         loss = None
         if closure is not None:
@@ -228,25 +228,14 @@ class MaskedOptimizer(torch.optim.Optimizer):
             if weights:
                 torch.ops.gmp_kernels.optimizer_step_(self.handle, positions, weights, [p.grad for p in weights])
         else:
-            self._update([(g, p, p, p.grad) for g in self.param_groups for p in g["params"] if p.grad is not None])
+            self.update_()
         return loss
 
-    @classmethod
-    @torch.no_grad()
-    def step_by_handle_(
-        cls, handle: int, positions: Sequence[int], weights: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor]
-    ) -> None:
-        """Take the step of the optimizer with this handle, on the tensors that a compiled graph hands over.
+    def update_(self, given: Mapping[torch.Tensor, tuple[torch.Tensor, torch.Tensor]] | None = None) -> None:
+        """Take a step: ``given`` has, by parameter, the tensor that holds its value, and its gradient.
 
-        ``positions`` says which of the optimizer's parameters each of the weights is. It need not be the parameter
-        itself: a graph may keep its value in a buffer of its own and write it back at the end.
+        By default the parameter itself and its ``grad``.
         """
-        self = cls._by_handle[handle]
-        owned = [(group, p) for group in self.param_groups for p in group["params"]]
-        self._update([(*owned[i], w, g) for i, w, g in zip(positions, weights, gradients, strict=True)])
-
-    def _update(self, given: Sequence[tuple[dict[str, Any], torch.Tensor, torch.Tensor, torch.Tensor]]) -> None:
-        """Take a step; ``given`` has a group, a parameter of it, the tensor with its value, and its gradient."""
         found_inf = getattr(self, "found_inf", None)
         if found_inf is not None and found_inf.item():
             return
@@ -255,12 +244,17 @@ class MaskedOptimizer(torch.optim.Optimizer):
 
         found = []
         unready = []
-        for group, p, weight, grad in given:
-            ready = self._ready.get(p)
-            if ready is None or not ready.holds(weight, grad, self.state.get(p), self._state_keys(group)):
-                ready, grad = None, self._checked_grad(p, grad)
-                unready.append((group, p))
-            found.append((group, p, weight, grad, ready))
+        for group in self.param_groups:
+            keys = self._state_keys(group)
+            for p in group["params"]:
+                weight, grad = (p, p.grad) if given is None else given.get(p, (p, None))
+                if grad is None:
+                    continue
+                ready = self._ready.get(p)
+                if ready is None or not ready.holds(weight, grad, self.state.get(p), keys):
+                    ready, grad = None, self._checked_grad(p, grad)
+                    unready.append((group, p))
+                found.append((group, p, weight, grad, ready))
         if not found:
             return
         if unready:
@@ -274,7 +268,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
         tensors: list[UpdateTensor] = []
         gradients: list[Gradient] = []
         for group, p, weight, grad, ready in found:
-            is_first = ready is None and self._init_state(group, p)
+            is_first = ready is None and self._init_state(group, p, weight)
             if p.numel() == 0:
                 continue
             if ready is None:
@@ -294,7 +288,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
             tally = self._expected.tally(dict(zip(written, tensors, strict=True)))
         selections = implementation.update(self.rule, tensors, gradients, constants, tally)
         torch.autograd.graph.increment_version(
-            [t for tensor in tensors for t in (tensor.weight, tensor.master) if t is not None]
+            [t for tensor in tensors for t in (tensor.weight, tensor.master, *tensor.state) if t is not None]
         )
         if self._expected is not None and tally is not None:
             self._expected.keep(selections, implementation)
@@ -366,13 +360,13 @@ class MaskedOptimizer(torch.optim.Optimizer):
                     "state again after converting a model"
                 )
 
-    def _init_state(self, group: dict[str, Any], p: torch.Tensor) -> bool:
+    def _init_state(self, group: dict[str, Any], p: torch.Tensor, weight: torch.Tensor) -> bool:
         """Create what the state lacks; return whether this is the first step of the parameter."""
         state = self.state[p]
         if self.counts_steps and "step" not in state:
             state["step"] = torch.tensor(0.0)
         if self._master_weights and p.dtype in (torch.bfloat16, torch.float16) and MASTER not in state:
-            state[MASTER] = p.detach().to(torch.float32, memory_format=torch.preserve_format)
+            state[MASTER] = weight.detach().to(torch.float32, memory_format=torch.preserve_format)
         missing = [name for name in self._state_keys(group) if state.get(name) is None]
         layout = self._compactions.get(p)
         for name in missing:
