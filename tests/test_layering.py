@@ -24,6 +24,7 @@ FLOORS = [
     {"backends"},
     {"ops", "selection"},
     {"optim", "scheduler", "stages", "testing"},
+    {"library"},
     {FACADE},
     {"plan", "plots"},
     {"demo"},
