@@ -66,7 +66,7 @@ def clip_grad_norm_(
         optional_masks=True,
     )
     squares = choose(backend, layers[0].weight.device).sum_squares(layers)
-    norm = torch.tensor(squares, dtype=torch.float64).sqrt().to(torch.float32)
+    norm = torch.as_tensor(squares, dtype=torch.float64).sqrt().to(torch.float32)
     if error_if_nonfinite and not torch.isfinite(norm):
         raise RuntimeError(f"clip_grad_norm_: the norm of the kept gradients is {float(norm)}; nothing was scaled")
     torch._foreach_mul_([grad for grad, _ in pairs], torch.clamp(max_norm / (norm + 1e-6), max=1.0))
