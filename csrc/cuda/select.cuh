@@ -18,7 +18,7 @@ namespace gmp::cuda::kernels {
 inline constexpr int64_t kSampleEights = 8192;  // at most: 65536 keys
 inline constexpr int64_t kSampleShare = 16;     // of smaller groups one key in so many
 
-// Keys in 2048 bins that saturate: 64 to the octave from 2^-24 on for wide keys, one per key for bfloat16.
+// Keys in 2048 bins that saturate: 64 to the octave from 2^-24 on for wide keys, one per key from 2^-13 on for bfloat16.
 template <typename Key>
 struct SampleBins {
   Key base;
@@ -28,7 +28,7 @@ struct SampleBins {
     const int mantissa = sizeof(Key) == 8 ? 52 : sizeof(Key) == 4 ? 23 : infinity == Key(0x7c00) ? 10 : 7;
     const int64_t bias = (static_cast<int64_t>(infinity) >> mantissa) / 2;
     const int resolution = mantissa == 7 ? 7 : 6;  // bits of the mantissa that a bin tells apart
-    const int64_t below_one = mantissa == 7 ? 15 : 24;
+    const int64_t below_one = mantissa == 7 ? 13 : 24;
     base = bias > below_one ? static_cast<Key>((bias - below_one) << mantissa) : Key(0);
     shift = mantissa - resolution;
   }
