@@ -43,7 +43,7 @@ class _MaskedOptimizer(Protocol):
         self, parameters: Sequence[torch.Tensor], masks: Sequence[BitMask], num_prune: Sequence[int]
     ) -> None: ...
 
-    def expected_selections(self, num_prune: Sequence[int]) -> list[Selection | None] | None: ...
+    def expected_selections(self, num_prune: Sequence[int]) -> Sequence[Selection | None] | None: ...
 
 
 class GMPScheduler:
@@ -320,7 +320,7 @@ class GMPScheduler:
         )
 
     def _prune(
-        self, names: Sequence[str], num_prune: int | list[int], selections: list[Selection | None] | None = None
+        self, names: Sequence[str], num_prune: int | list[int], selections: Sequence[Selection | None] | None = None
     ) -> PruneResult:
         return prune_(
             [self._ranked(name) for name in names],

@@ -80,7 +80,7 @@ def clip_gradients_(
     """``clip_grad_norm_`` on the gradients themselves, at least one, none of them empty."""
     layers = check_tensors("clip_grad_norm_", [g.contiguous() for g in gradients], masks, optional_masks=True)
     squares = choose(backend, layers[0].weight.device).sum_squares(layers)
-    norm = torch.tensor(squares, dtype=torch.float64).sqrt().to(torch.float32)
+    norm = torch.as_tensor(squares, dtype=torch.float64).sqrt().to(torch.float32)
     if error_if_nonfinite and not torch.isfinite(norm):
         raise RuntimeError(f"clip_grad_norm_: the norm of the kept gradients is {float(norm)}; nothing was scaled")
     torch._foreach_mul_(list(gradients), torch.clamp(max_norm / (norm + 1e-6), max=1.0))

@@ -162,7 +162,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
         """
         self._expected = ExpectedPrune(parameters, masks, num_prune) if parameters else None
 
-    def expected_selections(self, num_prune: Sequence[int]) -> list[Selection | None] | None:
+    def expected_selections(self, num_prune: Sequence[int]) -> Sequence[Selection | None] | None:
         """Return what the last step found for the update announced, if it was for these counts and still holds."""
         if self._expected is None:
             return None
