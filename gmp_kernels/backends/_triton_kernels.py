@@ -62,39 +62,33 @@ def _places(begin, BLOCK: tl.constexpr):
 
 
 @_inline
-def _bytes(address, begin, n, BLOCK: tl.constexpr):
-    """Mask bits of a chunk, a row to the byte; all ones where there is no mask."""
+def _bytes(address, begin, n, BLOCK: tl.constexpr, FULL: tl.constexpr):
+    """Mask bits of a chunk, a row to the byte; all ones where there is no mask. FULL: the tensor does not end here."""
     place = begin // 8 + tl.arange(0, BLOCK // 8)
-    exists = place * 8 < n
     if address != 0:
-        bits = tl.load(address.to(tl.pointer_type(tl.uint8)) + place, mask=exists, other=0).to(tl.int32)
+        pointer = address.to(tl.pointer_type(tl.uint8)) + place
+        bits = (tl.load(pointer) if FULL else tl.load(pointer, mask=place * 8 < n, other=0)).to(tl.int32)
     else:
-        bits = tl.where(exists, 255, 0)
+        bits = tl.full([BLOCK // 8], 255, tl.int32)
     return bits
 
 
 @_inline
-def _spread(bits, index, n):
+def _spread(bits, index, n, FULL: tl.constexpr):
     """Bytes to booleans, one per weight."""
-    return ((bits[:, None] >> tl.arange(0, 8)[None, :]) & 1 != 0) & (index < n)
+    flags = (bits[:, None] >> tl.arange(0, 8)[None, :]) & 1 != 0
+    return flags if FULL else flags & (index < n)
 
 
 @_inline
-def _load(pointer, index, n, rows, is_full):
-    """The weights of the rows that are asked for, zeros for the others; in vectors unless the tensor ends here."""
-    if is_full:
-        values = tl.load(pointer + index, mask=rows[:, None], other=0)
-    else:
-        values = tl.load(pointer + index, mask=rows[:, None] & (index < n), other=0)
-    return values
+def _load(pointer, index, n, rows, FULL: tl.constexpr):
+    """The weights of the rows that are asked for, zeros for the others; in vectors if FULL."""
+    return tl.load(pointer + index, mask=rows[:, None] if FULL else rows[:, None] & (index < n), other=0)
 
 
 @_inline
-def _store(pointer, index, n, rows, is_full, values):
-    if is_full:
-        tl.store(pointer + index, values, mask=rows[:, None])
-    else:
-        tl.store(pointer + index, values, mask=rows[:, None] & (index < n))
+def _store(pointer, index, n, rows, values, FULL: tl.constexpr):
+    tl.store(pointer + index, values, mask=rows[:, None] if FULL else rows[:, None] & (index < n))
 
 
 @_inline
@@ -135,6 +129,39 @@ def sample(
     tl.store(keys + eight[:, None] * 8 + tl.arange(0, 8)[None, :], found, mask=exists[:, None])
 
 
+@_inline
+def _count(
+    table, owners, state, num_groups, bins, counters, nonfinite, lists, sizes, matches,
+    BITS: tl.constexpr, INFINITY: tl.constexpr, BLOCK: tl.constexpr, CAPACITY: tl.constexpr, BINS: tl.constexpr,
+    ALIGNED: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    row, begin = _chunk(table, owners, BLOCK)
+    chunk, group, n = tl.program_id(0).to(tl.int64), tl.load(row + GROUP), tl.load(row + N)
+    index = _places(begin, BLOCK)
+    bits = _bytes(tl.load(row + MASK), begin, n, BLOCK, FULL)
+    kept = _spread(bits, index, n, FULL)
+    keys = _keys(_load(_pointer(tl.load(row + WEIGHTS), BITS, ALIGNED), index, n, bits != 0, FULL), INFINITY)
+    lo = tl.load(state + group).to(keys.dtype)
+    hi = tl.load(state + num_groups + group).to(keys.dtype)
+    inside = kept & (keys >= lo) & (keys <= hi)
+    num_inside = tl.sum(inside.to(tl.int32))
+    tl.atomic_add(counters + 3 * group, tl.sum((kept & (keys < lo)).to(tl.int32)).to(tl.int64))
+    tl.atomic_add(counters + 3 * group + 1, tl.sum(kept.to(tl.int32)).to(tl.int64))
+    if tl.max(tl.where(kept, keys, 0)) >= INFINITY:
+        first = tl.min(tl.where(kept & (keys >= INFINITY), index, NO_INDEX))
+        tl.atomic_min(nonfinite + tl.load(owners + chunk), first)
+    if lo == hi:  # all in one bin: no need to go there one by one
+        tl.atomic_add(bins + group * BINS, num_inside.to(tl.int64))
+    elif num_inside > 0:
+        bin = (keys - lo) >> tl.load(state + 2 * num_groups + group).to(keys.dtype)
+        tl.atomic_add(bins + group * BINS + bin, tl.full(bin.shape, 1, tl.int64), mask=inside)
+        tl.atomic_max(counters + 3 * group + 2, num_inside.to(tl.int64))
+        place = _before(inside, BLOCK)
+        tl.store(lists + chunk * CAPACITY + place, keys, mask=inside & (place < CAPACITY))
+    tl.store(sizes + chunk, num_inside)
+    tl.store(matches + chunk, num_inside)
+
+
 @triton.jit
 def count(
     table, owners, state, num_groups, bins, counters, nonfinite, lists, sizes, matches,
@@ -146,34 +173,17 @@ def count(
     ``state`` has the bracket of each group, ``counters`` its sums: below, kept, and the longest list.
     """
     row, begin = _chunk(table, owners, BLOCK)
-    group = tl.load(row + GROUP)
-    if tl.load(state + 3 * num_groups + group) == READ_WEIGHTS:
-        chunk = tl.program_id(0).to(tl.int64)
-        n = tl.load(row + N)
-        index = _places(begin, BLOCK)
-        bits = _bytes(tl.load(row + MASK), begin, n, BLOCK)
-        kept = _spread(bits, index, n)
-        raw = _load(_pointer(tl.load(row + WEIGHTS), BITS, ALIGNED), index, n, bits != 0, begin + BLOCK <= n)
-        keys = _keys(raw, INFINITY)
-        lo = tl.load(state + group).to(keys.dtype)
-        hi = tl.load(state + num_groups + group).to(keys.dtype)
-        inside = kept & (keys >= lo) & (keys <= hi)
-        num_inside = tl.sum(inside.to(tl.int32))
-        tl.atomic_add(counters + 3 * group, tl.sum((kept & (keys < lo)).to(tl.int32)).to(tl.int64))
-        tl.atomic_add(counters + 3 * group + 1, tl.sum(kept.to(tl.int32)).to(tl.int64))
-        tl.store(matches + chunk, num_inside)
-        if tl.max(tl.where(kept, keys, 0)) >= INFINITY:
-            first = tl.min(tl.where(kept & (keys >= INFINITY), index, NO_INDEX))
-            tl.atomic_min(nonfinite + tl.load(owners + chunk), first)
-        if lo == hi:  # all in one bin: no need to go there one by one
-            tl.atomic_add(bins + group * BINS, num_inside.to(tl.int64))
-        elif num_inside > 0:
-            bin = (keys - lo) >> tl.load(state + 2 * num_groups + group).to(keys.dtype)
-            tl.atomic_add(bins + group * BINS + bin, tl.full(bin.shape, 1, tl.int64), mask=inside)
-            tl.atomic_max(counters + 3 * group + 2, num_inside.to(tl.int64))
-            place = _before(inside, BLOCK)
-            tl.store(lists + chunk * CAPACITY + place, keys, mask=inside & (place < CAPACITY))
-        tl.store(sizes + chunk, num_inside)
+    if tl.load(state + 3 * num_groups + tl.load(row + GROUP)) == READ_WEIGHTS:
+        if begin + BLOCK <= tl.load(row + N):
+            _count(
+                table, owners, state, num_groups, bins, counters, nonfinite, lists, sizes, matches,
+                BITS, INFINITY, BLOCK, CAPACITY, BINS, ALIGNED, True,
+            )  # fmt: skip
+        else:
+            _count(
+                table, owners, state, num_groups, bins, counters, nonfinite, lists, sizes, matches,
+                BITS, INFINITY, BLOCK, CAPACITY, BINS, ALIGNED, False,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -198,8 +208,7 @@ def recount(
 
 @triton.jit
 def place_cut(
-    table, owners, chunks, ranks, keys, cuts,
-    BITS: tl.constexpr, INFINITY: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
+    table, owners, chunks, ranks, keys, cuts, BITS: tl.constexpr, INFINITY: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """The flat index of the tie that ``ranks`` others come before in its chunk."""
     group = tl.program_id(0)
@@ -210,10 +219,36 @@ def place_cut(
         begin = (chunk - tl.load(row + FIRST)) * BLOCK
         n = tl.load(row + N)
         index = _places(begin, BLOCK)
-        bits = _bytes(tl.load(row + MASK), begin, n, BLOCK)
-        raw = _load(_pointer(tl.load(row + WEIGHTS), BITS, ALIGNED), index, n, bits != 0, begin + BLOCK <= n)
-        tie = _spread(bits, index, n) & (_keys(raw, INFINITY) == tl.load(keys + group))
+        bits = _bytes(tl.load(row + MASK), begin, n, BLOCK, False)
+        raw = _load(_pointer(tl.load(row + WEIGHTS), BITS, False), index, n, bits != 0, False)
+        tie = _spread(bits, index, n, False) & (_keys(raw, INFINITY) == tl.load(keys + group))
         tl.store(cuts + group, tl.sum(tl.where(tie & (_before(tie, BLOCK) == rank), index, 0)))
+
+
+@_inline
+def _apply(
+    table, owners, counts,
+    BITS: tl.constexpr, INFINITY: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    row, begin = _chunk(table, owners, BLOCK)
+    n = tl.load(row + N)
+    index = _places(begin, BLOCK)
+    kept = _spread(_bytes(tl.load(row + MASK), begin, n, BLOCK, FULL), index, n, FULL)
+    weights = _pointer(tl.load(row + WEIGHTS), BITS, ALIGNED)
+    raw = _load(weights, index, n, tl.full([BLOCK // 8], 1, tl.int1), FULL)
+    keys = _keys(raw, INFINITY)
+    threshold = tl.load(row + KEY).to(keys.dtype)
+    stays = kept & ((keys > threshold) | ((keys == threshold) & (index < tl.load(row + CUT))))
+    changes = tl.max(tl.where(stays, 0, raw != 0).to(tl.int32), axis=1) != 0
+    _store(weights, index, n, changes, tl.where(stays, raw, 0), FULL)
+    out = tl.load(row + OUT)
+    if out != 0:
+        packed = tl.sum(stays.to(tl.int32) << tl.arange(0, 8)[None, :], axis=1)
+        place = begin // 8 + tl.arange(0, BLOCK // 8)
+        tl.store(out.to(tl.pointer_type(tl.uint8)) + place, packed.to(tl.uint8), mask=place * 8 < n)
+        layer = tl.load(owners + tl.program_id(0))
+        tl.atomic_add(counts + 2 * layer, tl.sum(kept.to(tl.int32)).to(tl.int64))
+        tl.atomic_add(counts + 2 * layer + 1, tl.sum(stays.to(tl.int32)).to(tl.int64))
 
 
 @triton.jit
@@ -223,26 +258,10 @@ def apply(
 ):  # fmt: skip
     """Zero what lies below the cut, in the rows where that changes something, and write the new bits."""
     row, begin = _chunk(table, owners, BLOCK)
-    n = tl.load(row + N)
-    index = _places(begin, BLOCK)
-    bits = _bytes(tl.load(row + MASK), begin, n, BLOCK)
-    kept = _spread(bits, index, n)
-    is_full = begin + BLOCK <= n
-    weights = _pointer(tl.load(row + WEIGHTS), BITS, ALIGNED)
-    raw = _load(weights, index, n, begin + tl.arange(0, BLOCK // 8) * 8 < n, is_full)
-    keys = _keys(raw, INFINITY)
-    threshold = tl.load(row + KEY).to(keys.dtype)
-    stays = kept & ((keys > threshold) | ((keys == threshold) & (index < tl.load(row + CUT))))
-    lost = tl.where(stays, 0, raw)
-    _store(weights, index, n, tl.max((lost != 0).to(tl.int32), axis=1) != 0, is_full, tl.where(stays, raw, 0))
-    out = tl.load(row + OUT)
-    if out != 0:
-        packed = tl.sum(stays.to(tl.int32) << tl.arange(0, 8)[None, :], axis=1)
-        place = begin // 8 + tl.arange(0, BLOCK // 8)
-        tl.store(out.to(tl.pointer_type(tl.uint8)) + place, packed.to(tl.uint8), mask=place * 8 < n)
-        layer = tl.load(owners + tl.program_id(0))
-        tl.atomic_add(counts + 2 * layer, tl.sum(kept.to(tl.int32)).to(tl.int64))
-        tl.atomic_add(counts + 2 * layer + 1, tl.sum(stays.to(tl.int32)).to(tl.int64))
+    if begin + BLOCK <= tl.load(row + N):
+        _apply(table, owners, counts, BITS, INFINITY, BLOCK, ALIGNED, True)
+    else:
+        _apply(table, owners, counts, BITS, INFINITY, BLOCK, ALIGNED, False)
 
 
 @_inline
@@ -289,26 +308,29 @@ def _quotient(a, b):
 @_inline
 def _lerp(start, end, weight):
     """torch's: from the nearer end, so that weight 1 gives ``end`` exactly."""
-    return tl.fma(end - start, weight, start) if weight < 0.5 else tl.fma(end - start, weight - 1.0, end)
+    from_start = weight < 0.5
+    return tl.fma(end - start, tl.where(from_start, weight, weight - 1.0), tl.where(from_start, start, end))
 
 
 @_inline
 def _step(w, g, s0, s1, s2, c, RULE: tl.constexpr, STATES: tl.constexpr, T: tl.constexpr):
-    """csrc/update_rule.h in the same order, fused where it fuses; compiled without contraction."""
+    """csrc/update_rule.h in the same order, fused where it fuses; compiled without contraction.
+
+    What depends on a constant is selected: branches in between would keep layouts from being simplified.
+    """
     if RULE == "average":
         w = _lerp(w, g, tl.load(c + ONE_MINUS_BETA1).to(T))
     else:
         g = g * tl.load(c + GRAD_FACTOR).to(T)
         w = w * tl.load(c + DECAY).to(T)
         weight_decay = tl.load(c + WEIGHT_DECAY).to(T)
-        if weight_decay != 0:
-            g = tl.fma(w, weight_decay, g)
+        g = tl.where(weight_decay != 0, tl.fma(w, weight_decay, g), g)
     if RULE == "sgd":
         if STATES > 0:
             momentum = tl.load(c + MOMENTUM).to(T)
             weight = tl.load(c + ONE_MINUS_DAMPENING).to(T)
-            s0 = g if tl.load(c + FIRST_STEP) != 0 else tl.fma(g, weight, s0 * momentum)
-            g = tl.fma(s0, momentum, g) if tl.load(c + NESTEROV) != 0 else s0
+            s0 = tl.where(tl.load(c + FIRST_STEP) != 0, g, tl.fma(g, weight, s0 * momentum))
+            g = tl.where(tl.load(c + NESTEROV) != 0, tl.fma(s0, momentum, g), s0)
         w = tl.fma(g, -tl.load(c + LR).to(T), w)
     if RULE == "adam":
         s0 = _lerp(s0, g, tl.load(c + ONE_MINUS_BETA1).to(T))
@@ -324,24 +346,56 @@ def _step(w, g, s0, s1, s2, c, RULE: tl.constexpr, STATES: tl.constexpr, T: tl.c
 
 
 @_inline
-def _load_state(row, K: tl.constexpr, T: tl.constexpr, COMPACT: tl.constexpr, ALIGNED: tl.constexpr, at):
-    index, place, n, kept, live, is_full = at
-    address = tl.load(row + STATE + K)
-    if COMPACT:
-        values = tl.load(_pointer(address, T, False) + place, mask=kept, other=0)
+def _update(
+    table, owners, constants,
+    RULE: tl.constexpr, STATES: tl.constexpr, COMPACT: tl.constexpr, HAS_MASTER: tl.constexpr,
+    dtype: tl.constexpr, BITS: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
+    FULL: tl.constexpr,
+):  # fmt: skip
+    row, begin = _chunk(table, owners, BLOCK)
+    n = tl.load(row + N)
+    index = _places(begin, BLOCK)
+    bits = _bytes(tl.load(row + MASK), begin, n, BLOCK, FULL)
+    kept = _spread(bits, index, n, FULL)
+    live = bits != 0
+    g = _widen(_load(_pointer(tl.load(row + GRADS), BITS, ALIGNED), index, n, live, FULL), dtype)
+    weights = _pointer(tl.load(row + WEIGHTS), BITS, ALIGNED)
+    if HAS_MASTER:
+        master = _pointer(tl.load(row + MASTER), T, ALIGNED)
+        w = _load(master, index, n, live, FULL)
     else:
-        values = _load(_pointer(address, T, ALIGNED), index, n, live, is_full)
-    return values
+        w = _widen(_load(weights, index, n, live, FULL), dtype)
 
-
-@_inline
-def _store_state(row, K: tl.constexpr, T: tl.constexpr, COMPACT: tl.constexpr, ALIGNED: tl.constexpr, at, values):
-    index, place, n, kept, live, is_full = at
-    address = tl.load(row + STATE + K)
     if COMPACT:
-        tl.store(_pointer(address, T, False) + place, values, mask=kept)
+        ranks = tl.load(row + RANKS).to(tl.pointer_type(tl.int64))
+        place = tl.load(ranks + begin // BLOCK) + _before(kept, BLOCK)
+        held = kept
     else:
-        _store(_pointer(address, T, ALIGNED), index, n, live, is_full, tl.where(kept, values, 0.0))
+        place = index
+        held = live[:, None] if FULL else live[:, None] & (index < n)
+    s0, s1, s2 = g, g, g
+    if STATES > 0:
+        p0 = _pointer(tl.load(row + STATE), T, ALIGNED) + place
+        s0 = tl.load(p0, mask=held, other=0)
+    if STATES > 1:
+        p1 = _pointer(tl.load(row + STATE + 1), T, ALIGNED) + place
+        s1 = tl.load(p1, mask=held, other=0)
+    if STATES > 2:
+        p2 = _pointer(tl.load(row + STATE + 2), T, ALIGNED) + place
+        s2 = tl.load(p2, mask=held, other=0)
+
+    c = constants + tl.load(row + CONSTANTS) * NUM_CONSTANTS
+    w, s0, s1, s2 = _step(w, g, s0, s1, s2, c, RULE, STATES, T)
+
+    if STATES > 0:
+        tl.store(p0, tl.where(kept, s0, 0), mask=held)
+    if STATES > 1:
+        tl.store(p1, tl.where(kept, s1, 0), mask=held)
+    if STATES > 2:
+        tl.store(p2, tl.where(kept, s2, 0), mask=held)
+    if HAS_MASTER:
+        _store(master, index, n, live, tl.where(kept, w, 0), FULL)
+    _store(weights, index, n, live, tl.where(kept, _narrow(w, dtype), 0), FULL)
 
 
 @triton.jit
@@ -355,41 +409,10 @@ def update(
     Compact state holds the values of the kept weights, ``ranks`` how many come before each chunk.
     """
     row, begin = _chunk(table, owners, BLOCK)
-    n = tl.load(row + N)
-    index = _places(begin, BLOCK)
-    bits = _bytes(tl.load(row + MASK), begin, n, BLOCK)
-    kept = _spread(bits, index, n)
-    live = bits != 0
-    is_full = begin + BLOCK <= n
-    place = index
-    if COMPACT:
-        ranks = tl.load(row + RANKS).to(tl.pointer_type(tl.int64))
-        place = tl.load(ranks + begin // BLOCK) + _before(kept, BLOCK)
-    at = (index, place, n, kept, live, is_full)
-    weights = _pointer(tl.load(row + WEIGHTS), BITS, ALIGNED)
-    g = _widen(_load(_pointer(tl.load(row + GRADS), BITS, ALIGNED), index, n, live, is_full), dtype)
-    if HAS_MASTER:
-        w = _load(_pointer(tl.load(row + MASTER), T, ALIGNED), index, n, live, is_full)
+    if begin + BLOCK <= tl.load(row + N):
+        _update(table, owners, constants, RULE, STATES, COMPACT, HAS_MASTER, dtype, BITS, T, BLOCK, ALIGNED, True)
     else:
-        w = _widen(_load(weights, index, n, live, is_full), dtype)
-    s0, s1, s2 = g, g, g
-    if STATES > 0:
-        s0 = _load_state(row, 0, T, COMPACT, ALIGNED, at)
-    if STATES > 1:
-        s1 = _load_state(row, 1, T, COMPACT, ALIGNED, at)
-    if STATES > 2:
-        s2 = _load_state(row, 2, T, COMPACT, ALIGNED, at)
-    c = constants + tl.load(row + CONSTANTS) * NUM_CONSTANTS
-    w, s0, s1, s2 = _step(w, g, s0, s1, s2, c, RULE, STATES, T)
-    if STATES > 0:
-        _store_state(row, 0, T, COMPACT, ALIGNED, at, s0)
-    if STATES > 1:
-        _store_state(row, 1, T, COMPACT, ALIGNED, at, s1)
-    if STATES > 2:
-        _store_state(row, 2, T, COMPACT, ALIGNED, at, s2)
-    if HAS_MASTER:
-        _store(_pointer(tl.load(row + MASTER), T, ALIGNED), index, n, live, is_full, tl.where(kept, w, 0.0))
-    _store(weights, index, n, live, is_full, tl.where(kept, _narrow(w, dtype), 0))
+        _update(table, owners, constants, RULE, STATES, COMPACT, HAS_MASTER, dtype, BITS, T, BLOCK, ALIGNED, False)
 
 
 @triton.jit
@@ -398,15 +421,15 @@ def count_kept(mask, n, counts, BLOCK: tl.constexpr):
     begin = tl.program_id(0).to(tl.int64) * BLOCK
     place = begin // 8 + tl.arange(0, BLOCK // 8)
     bits = tl.load(mask + place, mask=place * 8 < n, other=0).to(tl.int32)
-    kept = _spread(bits, _places(begin, BLOCK), n)
-    tl.store(counts + tl.program_id(0), tl.sum(kept.to(tl.int64)))
+    kept = _spread(bits, _places(begin, BLOCK), n, False)
+    tl.store(counts + tl.program_id(0), tl.sum(kept.to(tl.int32)).to(tl.int64))
 
 
 @_inline
 def _layout(mask, ranks, index, begin, n, BLOCK: tl.constexpr):
     """Which weights a layout holds, and where."""
     if mask != 0:
-        held = _spread(_bytes(mask, begin, n, BLOCK), index, n)
+        held = _spread(_bytes(mask, begin, n, BLOCK, False), index, n, False)
         place = tl.load(ranks.to(tl.pointer_type(tl.int64)) + begin // BLOCK) + _before(held, BLOCK)
     else:
         held = index < n
@@ -426,15 +449,25 @@ def repack(table, owners, BITS: tl.constexpr, BLOCK: tl.constexpr):
     tl.store(tl.load(row + TARGET).to(tl.pointer_type(BITS)) + place, values, mask=held)
 
 
+@_inline
+def _squares(row, begin, dtype: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
+             FULL: tl.constexpr):  # fmt: skip
+    n = tl.load(row + N)
+    index = _places(begin, BLOCK)
+    bits = _bytes(tl.load(row + MASK), begin, n, BLOCK, FULL)
+    raw = _load(_pointer(tl.load(row + WEIGHTS), BITS, ALIGNED), index, n, bits != 0, FULL)
+    values = tl.where(_spread(bits, index, n, FULL), _widen(raw, dtype).to(tl.float64), 0.0)
+    return tl.sum(values * values)
+
+
 @triton.jit
 def sum_squares(
     table, owners, sums, dtype: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr
-):
+):  # fmt: skip
     """Of the kept gradients of each chunk."""
     row, begin = _chunk(table, owners, BLOCK)
-    n = tl.load(row + N)
-    index = _places(begin, BLOCK)
-    bits = _bytes(tl.load(row + MASK), begin, n, BLOCK)
-    raw = _load(_pointer(tl.load(row + WEIGHTS), BITS, ALIGNED), index, n, bits != 0, begin + BLOCK <= n)
-    values = tl.where(_spread(bits, index, n), _widen(raw, dtype).to(tl.float64), 0.0)
-    tl.store(sums + tl.program_id(0), tl.sum(values * values))
+    if begin + BLOCK <= tl.load(row + N):
+        total = _squares(row, begin, dtype, BITS, BLOCK, ALIGNED, True)
+    else:
+        total = _squares(row, begin, dtype, BITS, BLOCK, ALIGNED, False)
+    tl.store(sums + tl.program_id(0), total)

@@ -280,7 +280,8 @@ class Triton:
         chunks = torch.searchsorted(ends, target, right=True).clamp(max=table.num_chunks - 1)
         ranks = torch.where(kept > 0, target - (ends - matches)[chunks], -1)
         cuts = torch.full_like(ranks, -1)
-        self._launch("place_cut", len(cuts), table.rows, table.owners, chunks, ranks, key, cuts, **weights)
+        constants = {name: weights[name] for name in ("BITS", "INFINITY", "BLOCK")}
+        self._launch("place_cut", len(cuts), table.rows, table.owners, chunks, ranks, key, cuts, **constants)
         return list(zip(table.owners[chunks].tolist(), cuts.tolist(), strict=True))
 
     def _apply(
