@@ -9,11 +9,6 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from triton import knobs
-
-INTERPRETED = knobs.runtime.interpret
-# What kernels call among themselves. The interpreter would patch the language anew at every call of a jitted function.
-_inline = (lambda function: function) if INTERPRETED else triton.jit
 
 INTEGERS = {2: tl.int16, 4: tl.int32, 8: tl.int64}
 FLOATS = {
@@ -39,7 +34,7 @@ READ_WEIGHTS, READ_LISTS = map(tl.constexpr, range(2))
 NO_INDEX = tl.constexpr((1 << 63) - 1)
 
 
-@_inline
+@triton.jit
 def _chunk(table, owners, BLOCK: tl.constexpr):
     """The row that this program's chunk belongs to, and its first weight's flat index."""
     chunk = tl.program_id(0).to(tl.int64)
@@ -47,7 +42,7 @@ def _chunk(table, owners, BLOCK: tl.constexpr):
     return row, (chunk - tl.load(row + FIRST)) * BLOCK
 
 
-@_inline
+@triton.jit
 def _pointer(address, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
     pointer = address.to(tl.pointer_type(TYPE))
     if ALIGNED:
@@ -55,13 +50,13 @@ def _pointer(address, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
     return pointer
 
 
-@_inline
+@triton.jit
 def _places(begin, BLOCK: tl.constexpr):
     """Flat indices in rows of eight."""
     return begin + (tl.arange(0, BLOCK // 8)[:, None] * 8 + tl.arange(0, 8)[None, :])
 
 
-@_inline
+@triton.jit
 def _bytes(address, begin, n, BLOCK: tl.constexpr, FULL: tl.constexpr):
     """Mask bits of a chunk, a row to the byte; all ones where there is no mask. FULL: the tensor does not end here."""
     place = begin // 8 + tl.arange(0, BLOCK // 8)
@@ -73,25 +68,25 @@ def _bytes(address, begin, n, BLOCK: tl.constexpr, FULL: tl.constexpr):
     return bits
 
 
-@_inline
+@triton.jit
 def _spread(bits, index, n, FULL: tl.constexpr):
     """Bytes to booleans, one per weight."""
     flags = (bits[:, None] >> tl.arange(0, 8)[None, :]) & 1 != 0
     return flags if FULL else flags & (index < n)
 
 
-@_inline
+@triton.jit
 def _load(pointer, index, n, rows, FULL: tl.constexpr):
     """The weights of the rows that are asked for, zeros for the others; in vectors if FULL."""
     return tl.load(pointer + index, mask=rows[:, None] if FULL else rows[:, None] & (index < n), other=0)
 
 
-@_inline
+@triton.jit
 def _store(pointer, index, n, rows, values, FULL: tl.constexpr):
     tl.store(pointer + index, values, mask=rows[:, None] if FULL else rows[:, None] & (index < n))
 
 
-@_inline
+@triton.jit
 def _keys(raw, INFINITY: tl.constexpr):
     """csrc/magnitude_key.h: bits without the sign, all NaN being one key; in 32 bits where they fit."""
     if raw.dtype == tl.int64:
@@ -103,7 +98,7 @@ def _keys(raw, INFINITY: tl.constexpr):
     return tl.minimum(keys, INFINITY + 1)
 
 
-@_inline
+@triton.jit
 def _before(flags, BLOCK: tl.constexpr):
     """How many flags are set before each, in the order of the weights."""
     flat = tl.reshape(flags.to(tl.int32), [BLOCK])
@@ -129,7 +124,7 @@ def sample(
     tl.store(keys + eight[:, None] * 8 + tl.arange(0, 8)[None, :], found, mask=exists[:, None])
 
 
-@_inline
+@triton.jit
 def _count(
     table, owners, state, num_groups, bins, counters, nonfinite, lists, sizes, matches,
     BITS: tl.constexpr, INFINITY: tl.constexpr, BLOCK: tl.constexpr, CAPACITY: tl.constexpr, BINS: tl.constexpr,
@@ -225,7 +220,7 @@ def place_cut(
         tl.store(cuts + group, tl.sum(tl.where(tie & (_before(tie, BLOCK) == rank), index, 0)))
 
 
-@_inline
+@triton.jit
 def _apply(
     table, owners, counts,
     BITS: tl.constexpr, INFINITY: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr, FULL: tl.constexpr,
@@ -264,7 +259,7 @@ def apply(
         _apply(table, owners, counts, BITS, INFINITY, BLOCK, ALIGNED, False)
 
 
-@_inline
+@triton.jit
 def _widen(raw, dtype: tl.constexpr):
     """Bits of a weight to what is computed with."""
     if dtype == tl.bfloat16:
@@ -276,7 +271,7 @@ def _widen(raw, dtype: tl.constexpr):
     return values
 
 
-@_inline
+@triton.jit
 def _narrow(values, dtype: tl.constexpr):
     """The way back, rounded to nearest even; of NaN the bits that the CPU's conversions give."""
     if dtype == tl.bfloat16:
@@ -295,24 +290,24 @@ def _narrow(values, dtype: tl.constexpr):
     return bits
 
 
-@_inline
+@triton.jit
 def _square_root(values):
     return tl.sqrt_rn(values) if values.dtype == tl.float32 else tl.sqrt(values)
 
 
-@_inline
+@triton.jit
 def _quotient(a, b):
     return tl.div_rn(a, b) if a.dtype == tl.float32 else a / b
 
 
-@_inline
+@triton.jit
 def _lerp(start, end, weight):
     """torch's: from the nearer end, so that weight 1 gives ``end`` exactly."""
     from_start = weight < 0.5
     return tl.fma(end - start, tl.where(from_start, weight, weight - 1.0), tl.where(from_start, start, end))
 
 
-@_inline
+@triton.jit
 def _step(w, g, s0, s1, s2, c, RULE: tl.constexpr, STATES: tl.constexpr, T: tl.constexpr):
     """csrc/update_rule.h in the same order, fused where it fuses; compiled without contraction.
 
@@ -345,7 +340,7 @@ def _step(w, g, s0, s1, s2, c, RULE: tl.constexpr, STATES: tl.constexpr, T: tl.c
     return w, s0, s1, s2
 
 
-@_inline
+@triton.jit
 def _update(
     table, owners, constants,
     RULE: tl.constexpr, STATES: tl.constexpr, COMPACT: tl.constexpr, HAS_MASTER: tl.constexpr,
@@ -425,7 +420,7 @@ def count_kept(mask, n, counts, BLOCK: tl.constexpr):
     tl.store(counts + tl.program_id(0), tl.sum(kept.to(tl.int32)).to(tl.int64))
 
 
-@_inline
+@triton.jit
 def _layout(mask, ranks, index, begin, n, BLOCK: tl.constexpr):
     """Which weights a layout holds, and where."""
     if mask != 0:
@@ -449,7 +444,7 @@ def repack(table, owners, BITS: tl.constexpr, BLOCK: tl.constexpr):
     tl.store(tl.load(row + TARGET).to(tl.pointer_type(BITS)) + place, values, mask=held)
 
 
-@_inline
+@triton.jit
 def _squares(row, begin, dtype: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
              FULL: tl.constexpr):  # fmt: skip
     n = tl.load(row + N)

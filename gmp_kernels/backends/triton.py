@@ -147,6 +147,10 @@ class Triton:
         # Not before somebody wants it: importing triton takes longer than importing all of this package.
         from gmp_kernels.backends import _triton_kernels
 
+        if INTERPRETED:
+            from gmp_kernels.backends import _interpreter
+
+            _interpreter.put_right()
         self._kernels: Any = _triton_kernels
 
     def _launch(self, name: str, num_programs: int, *args: Any, **constants: Any) -> None:
