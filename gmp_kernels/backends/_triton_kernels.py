@@ -126,8 +126,8 @@ def sample(
 
 @triton.jit
 def _count(
-    table, owners, state, num_groups, bins, counters, nonfinite, lists, sizes, matches,
-    BITS: tl.constexpr, INFINITY: tl.constexpr, BLOCK: tl.constexpr, CAPACITY: tl.constexpr, BINS: tl.constexpr,
+    table, owners, state, num_groups, bins, num_bins, counters, nonfinite, lists, sizes, matches,
+    BITS: tl.constexpr, INFINITY: tl.constexpr, BLOCK: tl.constexpr, CAPACITY: tl.constexpr,
     ALIGNED: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     row, begin = _chunk(table, owners, BLOCK)
@@ -146,21 +146,22 @@ def _count(
         first = tl.min(tl.where(kept & (keys >= INFINITY), index, NO_INDEX))
         tl.atomic_min(nonfinite + tl.load(owners + chunk), first)
     if lo == hi:  # all in one bin: no need to go there one by one
-        tl.atomic_add(bins + group * BINS, num_inside.to(tl.int64))
+        tl.atomic_add(bins + group * num_bins, num_inside.to(tl.int64))
     elif num_inside > 0:
         bin = (keys - lo) >> tl.load(state + 2 * num_groups + group).to(keys.dtype)
-        tl.atomic_add(bins + group * BINS + bin, tl.full(bin.shape, 1, tl.int64), mask=inside)
-        tl.atomic_max(counters + 3 * group + 2, num_inside.to(tl.int64))
-        place = _before(inside, BLOCK)
-        tl.store(lists + chunk * CAPACITY + place, keys, mask=inside & (place < CAPACITY))
+        tl.atomic_add(bins + group * num_bins + bin, tl.full(bin.shape, 1, tl.int64), mask=inside)
+        if CAPACITY > 0:
+            tl.atomic_max(counters + 3 * group + 2, num_inside.to(tl.int64))
+            place = _before(inside, BLOCK)
+            tl.store(lists + chunk * CAPACITY + place, keys, mask=inside & (place < CAPACITY))
     tl.store(sizes + chunk, num_inside)
     tl.store(matches + chunk, num_inside)
 
 
 @triton.jit
 def count(
-    table, owners, state, num_groups, bins, counters, nonfinite, lists, sizes, matches,
-    BITS: tl.constexpr, INFINITY: tl.constexpr, BLOCK: tl.constexpr, CAPACITY: tl.constexpr, BINS: tl.constexpr,
+    table, owners, state, num_groups, bins, num_bins, counters, nonfinite, lists, sizes, matches,
+    BITS: tl.constexpr, INFINITY: tl.constexpr, BLOCK: tl.constexpr, CAPACITY: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """One read of the weights: how many lie below the bracket, which bins those inside fall into, and a list of them.
@@ -171,20 +172,20 @@ def count(
     if tl.load(state + 3 * num_groups + tl.load(row + GROUP)) == READ_WEIGHTS:
         if begin + BLOCK <= tl.load(row + N):
             _count(
-                table, owners, state, num_groups, bins, counters, nonfinite, lists, sizes, matches,
-                BITS, INFINITY, BLOCK, CAPACITY, BINS, ALIGNED, True,
+                table, owners, state, num_groups, bins, num_bins, counters, nonfinite, lists, sizes, matches,
+                BITS, INFINITY, BLOCK, CAPACITY, ALIGNED, True,
             )  # fmt: skip
         else:
             _count(
-                table, owners, state, num_groups, bins, counters, nonfinite, lists, sizes, matches,
-                BITS, INFINITY, BLOCK, CAPACITY, BINS, ALIGNED, False,
+                table, owners, state, num_groups, bins, num_bins, counters, nonfinite, lists, sizes, matches,
+                BITS, INFINITY, BLOCK, CAPACITY, ALIGNED, False,
             )  # fmt: skip
 
 
 @triton.jit
 def recount(
-    table, owners, num_chunks, state, num_groups, bins, lists, sizes, matches,
-    CAPACITY: tl.constexpr, BINS: tl.constexpr, ROWS: tl.constexpr,
+    table, owners, num_chunks, state, num_groups, bins, num_bins, lists, sizes, matches,
+    CAPACITY: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """The same from the lists, of groups whose lists hold every key inside the bracket."""
     chunk = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -197,8 +198,28 @@ def recount(
     lo = tl.load(state + group)[:, None]
     inside = listed & (keys >= lo) & (keys <= tl.load(state + num_groups + group)[:, None])
     bin = (keys - lo) >> tl.load(state + 2 * num_groups + group)[:, None]
-    tl.atomic_add(bins + group[:, None] * BINS + bin, tl.full(bin.shape, 1, tl.int64), mask=inside)
+    tl.atomic_add(bins + group[:, None] * num_bins + bin, tl.full(bin.shape, 1, tl.int64), mask=inside)
     tl.store(matches + chunk, tl.sum(inside.to(tl.int32), axis=1), mask=exists)
+
+
+@triton.jit
+def collect(
+    table, owners, state, num_groups, cursors, BITS: tl.constexpr, INFINITY: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """The keys inside the brackets, in any order; ``cursors`` say how many there are already."""
+    row, begin = _chunk(table, owners, BLOCK)
+    room = tl.load(row + OUT)
+    if room != 0:
+        group, n = tl.load(row + GROUP), tl.load(row + N)
+        index = _places(begin, BLOCK)
+        bits = _bytes(tl.load(row + MASK), begin, n, BLOCK, False)
+        raw = _load(_pointer(tl.load(row + WEIGHTS), BITS, False), index, n, bits != 0, False)
+        keys = _keys(raw, INFINITY)
+        lo = tl.load(state + group).to(keys.dtype)
+        hi = tl.load(state + num_groups + group).to(keys.dtype)
+        inside = _spread(bits, index, n, False) & (keys >= lo) & (keys <= hi)
+        first = tl.atomic_add(cursors + group, tl.sum(inside.to(tl.int32)).to(tl.int64))
+        tl.store(room.to(tl.pointer_type(BITS)) + first + _before(inside, BLOCK), keys, mask=inside)
 
 
 @triton.jit

@@ -17,6 +17,8 @@ import torch
 
 from gmp_kernels.backends import (
     Backend,
+    Bracket,
+    Census,
     Compaction,
     Gradient,
     Layer,
@@ -29,6 +31,16 @@ from gmp_kernels.backends import (
     register,
 )
 from gmp_kernels.backends._rows import INTEGERS, address, by_dtype, fingerprint, on_device, parts
+from gmp_kernels.backends._triton_search import (
+    BIN_BITS,
+    DONE,
+    READ_LISTS,
+    READ_WEIGHTS,
+    Search,
+    bracket,
+    sample_places,
+)
+from gmp_kernels.keys import key_of, largest_key, magnitude_of
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 # Weights per program: as many as registers hold; under the interpreter a program takes milliseconds of whatever size,
@@ -36,11 +48,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 BLOCK = 16384 if INTERPRETED else 4096
 CAPACITY = BLOCK // 32  # candidates kept per chunk: 3 % of the bytes of the weights
 LISTS_PER_PROGRAM = 16
-BIN_BITS = 11
-SAMPLED_EIGHTS = 2048  # per group, at most: 16384 keys
 NO_INDEX = (1 << 63) - 1
-# What a group's next pass reads; as in _triton_kernels.py.
-READ_WEIGHTS, READ_LISTS, DONE = range(3)
 # Constants of an optimizer step in the order of _triton_kernels.py, and the values that change nothing.
 CONSTANTS = {
     "grad_factor": 1.0,
@@ -60,21 +68,6 @@ CONSTANTS = {
 }
 
 
-def _infinity(dtype: torch.dtype) -> int:
-    """Key of +Inf; that of NaN is the next."""
-    return int(torch.tensor(float("inf"), dtype=dtype).view(INTEGERS[dtype.itemsize]))
-
-
-def _magnitudes(keys: torch.Tensor, dtype: torch.dtype) -> list[float]:
-    return keys.to(INTEGERS[dtype.itemsize]).view(dtype).tolist()
-
-
-def _keys(magnitudes: Sequence[float], dtype: torch.dtype) -> list[int]:
-    """Their inverse, for magnitudes that are values of ``dtype``."""
-    bits = torch.tensor(magnitudes, dtype=torch.float64).to(dtype).view(INTEGERS[dtype.itemsize])
-    return bits.clamp(max=_infinity(dtype) + 1).tolist()
-
-
 class _Table(NamedTuple):
     """Rows in device memory, and whose row each chunk is; chunks of all rows are numbered through."""
 
@@ -83,61 +76,20 @@ class _Table(NamedTuple):
     num_chunks: int
 
 
-class _Search:
-    """The brackets of all groups, on the device: a group is the layers that share a threshold.
+class _Batch(NamedTuple):
+    """Layers of one dtype that are ranked, and what kernels that read their weights are compiled for."""
 
-    Keys are int64 here, ranks run through a group's unpruned keys from 0.
-    """
+    table: _Table
+    numels: list[int]
+    sizes: list[int]  # of the groups
+    dtype: torch.dtype
+    device: torch.device
+    kernel: dict[str, Any]
 
-    def __init__(self, lo: torch.Tensor, hi: torch.Tensor, wanted: torch.Tensor, sizes: torch.Tensor, largest: int):
-        self._wanted, self._sizes, self._largest = wanted, sizes, largest
-        # frexp gives the length of the span in bits, or one more where float64 rounds it up.
-        shift = (torch.frexp((hi - lo).clamp(min=0).double()).exponent - BIN_BITS).clamp(min=0)
-        self.state = torch.stack([lo, hi, shift.to(torch.int64), torch.full_like(lo, READ_WEIGHTS)])
-        self._below = torch.zeros_like(lo)
-        self._pruned = torch.zeros_like(lo)
-        self.answers = torch.zeros(4, lo.numel(), dtype=torch.int64, device=lo.device)  # key, below, ties, ties kept
 
-    def narrow(self, bins: torch.Tensor, counters: torch.Tensor) -> set[int]:
-        """Prove the brackets by what was counted, and shrink them to the bin with the wanted key; return all modes."""
-        lo, hi, shift, mode = self.state
-        reads = mode == READ_WEIGHTS
-        below = torch.where(reads, counters[:, 0], self._below)
-        self._pruned = torch.where(reads, self._sizes - counters[:, 1], self._pruned)
-        rank = self._wanted - self._pruned - 1 - below
-        running = bins.cumsum(1)
-        inside = running[:, -1]
-        bin = torch.searchsorted(running, rank[:, None], right=True).clamp(max=bins.shape[1] - 1)
-        ties = bins.gather(1, bin)[:, 0]
-        lower = below + running.gather(1, bin)[:, 0] - ties
-        first = lo + (bin[:, 0] << shift)
-
-        proven = (rank >= 0) & (rank < inside)
-        exact = proven & (shift == 0)
-        ties_kept = self._pruned + lower + ties - self._wanted
-        nothing = self._wanted <= self._pruned
-        # Of ties that stay one has to know in which chunks they lie: the bracket must hold nothing else.
-        done = nothing | (exact & ((ties_kept == 0) | (lo == hi)))
-        answers = torch.stack([first, self._pruned + lower, ties, ties_kept])
-        nothing_more = torch.stack([torch.zeros_like(lo), self._pruned, torch.zeros_like(lo), torch.zeros_like(lo)])
-        was_done = mode == DONE
-        self.answers = torch.where(was_done, self.answers, torch.where(nothing, nothing_more, answers))
-
-        listed = (mode == READ_LISTS) | (reads & (lo < hi) & (counters[:, 2] <= CAPACITY))
-        too_high = rank < 0
-        narrowed = torch.stack(
-            [
-                torch.where(proven, first, torch.where(too_high, 0, hi + 1)),
-                torch.where(
-                    proven, torch.minimum(first + (1 << shift) - 1, hi), torch.where(too_high, lo - 1, self._largest)
-                ),
-                torch.where(proven, (shift - BIN_BITS).clamp(min=0), self._largest.bit_length() - BIN_BITS),
-                torch.where(done, DONE, torch.where(proven & listed, READ_LISTS, READ_WEIGHTS)),
-            ]
-        )
-        self.state = torch.where(was_done, self.state, narrowed)
-        self._below = lower
-        return set(self.state[3].tolist())
+def _aligned(layers: Sequence[Layer]) -> bool:
+    """Whether all weights can be read in vectors."""
+    return all(layer.weight.data_ptr() % 16 == 0 for layer in layers)
 
 
 class Triton:
@@ -171,15 +123,31 @@ class Triton:
         counts = torch.tensor(chunks, dtype=torch.int64).to(device, non_blocking=True)
         return _Table(table, torch.repeat_interleave(counts, output_size=total), total)
 
-    def _weights(self, layers: Sequence[Layer]) -> dict[str, Any]:
-        """What kernels that read the weights are compiled for."""
-        dtype = layers[0].weight.dtype
-        return {
-            "BITS": self._kernels.INTEGERS[dtype.itemsize],
-            "INFINITY": _infinity(dtype),
-            "BLOCK": BLOCK,
-            "ALIGNED": all(layer.weight.data_ptr() % 16 == 0 for layer in layers),
-        }
+    def _tiles(self, dtype: torch.dtype) -> dict[str, Any]:
+        return {"BITS": self._kernels.INTEGERS[dtype.itemsize], "BLOCK": BLOCK}
+
+    def _batch(self, layers: Sequence[Layer], *, is_global: bool = False, out: Sequence[int] = ()) -> _Batch:
+        """Layers of one dtype, in groups of one or all together, that are read to be ranked."""
+        device, dtype = layers[0].weight.device, layers[0].weight.dtype
+        numels = [layer.weight.numel() for layer in layers]
+        rows = [
+            [layer.weight.data_ptr(), address(layer.mask), out[i] if out else 0, numels[i], 0, 0 if is_global else i]
+            for i, layer in enumerate(layers)
+        ]
+        kernel = {"INFINITY": largest_key(dtype) - 1, **self._tiles(dtype)}
+        return _Batch(self._table(rows, device), numels, [sum(numels)] if is_global else numels, dtype, device, kernel)
+
+    def _sample(self, batch: _Batch, wanted: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Brackets of the keys at these ranks."""
+        ends = torch.tensor(batch.numels, device=batch.device).cumsum(0)
+        sizes = torch.tensor(batch.sizes, device=batch.device)
+        owners, places = sample_places(ends, sizes, max(batch.sizes))
+        integer = torch.int64 if batch.dtype.itemsize == 8 else torch.int32
+        keys = torch.empty(*places.shape, 8, dtype=integer, device=batch.device)
+        arguments = (batch.table.rows, owners, places, places.numel(), keys)
+        self._launch("sample", -(-places.numel() * 8 // BLOCK), *arguments, **batch.kernel)
+        largest = largest_key(batch.dtype)
+        return bracket(keys.flatten(1), torch.tensor(wanted, device=batch.device), sizes, largest)
 
     def select(
         self, layers: Sequence[Layer], num_prune: Sequence[int], hints: Sequence[Threshold | None]
@@ -188,105 +156,128 @@ class Triton:
         for _, positions, groups in parts(layers, num_prune):
             members = [layers[i] for i in positions]
             with on_device(members[0].weight.device, "select"):
-                selections = self._select(members, [num_prune[g] for g in groups])
+                batch = self._batch(members, is_global=len(num_prune) != len(layers))
+                selections = self._select(batch, [num_prune[g] for g in groups], _aligned(members))
             found.update(zip(groups, selections, strict=True))
         return [found[g] for g in range(len(num_prune))]
 
-    def _select(self, layers: Sequence[Layer], num_prune: Sequence[int]) -> list[Selection]:
+    def _select(self, batch: _Batch, num_prune: Sequence[int], aligned: bool) -> list[Selection]:
         """Bracket each group's threshold by a sample, and count until the bracket has shrunk to one key."""
-        k = self._kernels
-        device, dtype = layers[0].weight.device, layers[0].weight.dtype
-        is_global = len(num_prune) != len(layers)
-        group_of = [0] * len(layers) if is_global else list(range(len(layers)))
-        numels = [layer.weight.numel() for layer in layers]
-        rows = [
-            [layer.weight.data_ptr(), address(layer.mask), 0, n, 0, group]
-            for layer, n, group in zip(layers, numels, group_of, strict=True)
-        ]
-        table = self._table(rows, device)
-        weights = self._weights(layers)
-        ends = torch.tensor(numels, device=device).cumsum(0)
-        sizes = ends[-1:] if is_global else torch.tensor(numels, device=device)
-        wanted = torch.tensor(num_prune, device=device)
-        sampled = self._sample(table, ends, sizes, sum(numels) if is_global else max(numels), weights)
-        largest = weights["INFINITY"] + 1
-        search = _Search(*_bracket(sampled, wanted, sizes, largest), wanted, sizes, largest)
-
-        nonfinite = torch.full((len(layers),), NO_INDEX, device=device)
-        lists = torch.empty(table.num_chunks, CAPACITY, dtype=INTEGERS[dtype.itemsize], device=device)
+        table, device, num_groups = batch.table, batch.device, len(num_prune)
+        wanted, sizes = (torch.tensor(values, device=device) for values in (num_prune, batch.sizes))
+        search = Search(*self._sample(batch, num_prune), wanted, sizes, largest_key(batch.dtype))
+        nonfinite = torch.full((len(batch.numels),), NO_INDEX, device=device)
+        lists = torch.empty(table.num_chunks, CAPACITY, dtype=INTEGERS[batch.dtype.itemsize], device=device)
         list_sizes, matches = (torch.empty(table.num_chunks, dtype=torch.int32, device=device) for _ in range(2))
         modes = {READ_WEIGHTS}
         while modes != {DONE}:
-            bins = torch.zeros(len(num_prune), 1 << BIN_BITS, dtype=torch.int64, device=device)
-            counters = torch.zeros(len(num_prune), 3, dtype=torch.int64, device=device)
-            counted = (search.state, len(num_prune), bins)
+            bins = torch.zeros(num_groups, 1 << BIN_BITS, dtype=torch.int64, device=device)
+            counters = torch.zeros(num_groups, 3, dtype=torch.int64, device=device)
+            state = (search.state, num_groups, bins, 1 << BIN_BITS)
             listed = (lists, list_sizes, matches)
-            shape = {"CAPACITY": CAPACITY, "BINS": 1 << BIN_BITS}
             if READ_WEIGHTS in modes:
-                arguments = (table.rows, table.owners, *counted, counters, nonfinite, *listed)
-                self._launch("count", table.num_chunks, *arguments, **weights, **shape)
+                arguments = (table.rows, table.owners, *state, counters, nonfinite, *listed)
+                constants = {"CAPACITY": CAPACITY, "ALIGNED": aligned}
+                self._launch("count", table.num_chunks, *arguments, **batch.kernel, **constants)
             if READ_LISTS in modes:
-                arguments = (table.rows, table.owners, table.num_chunks, *counted, *listed)
-                shape["ROWS"] = LISTS_PER_PROGRAM
-                self._launch("recount", -(-table.num_chunks // LISTS_PER_PROGRAM), *arguments, **shape)
-            modes = search.narrow(bins, counters)
+                arguments = (table.rows, table.owners, table.num_chunks, *state, *listed)
+                constants = {"CAPACITY": CAPACITY, "ROWS": LISTS_PER_PROGRAM}
+                self._launch("recount", -(-table.num_chunks // LISTS_PER_PROGRAM), *arguments, **constants)
+            modes = search.narrow(bins, counters, CAPACITY)
 
-        _, num_below, num_ties, num_ties_kept = search.answers.tolist()
-        cuts = [0] * len(layers)
-        for layer, group in enumerate(group_of):
-            if num_ties[group] == 0:
-                cuts[layer] = numels[layer]
-        if any(num_ties_kept):
-            firsts = table.rows[:1, k.FIRST.value] if is_global else table.rows[:, k.FIRST.value]
-            for last, cut in self._cuts(table, matches, firsts, search.answers, weights):
-                if cut >= 0:
-                    cuts[last] = cut
-                    first = 0 if is_global else last
-                    cuts[first:last] = numels[first:last]
-        values = _magnitudes(search.answers[0], dtype)
-        first_nonfinite = [-1 if index == NO_INDEX else index for index in nonfinite.tolist()]
+        answers = list(zip(*search.answers.tolist(), strict=True))
+        ends = self._ends_of_ties(batch, matches, search.answers) if any(kept for *_, kept in answers) else []
+        indices = [-1 if index == NO_INDEX else index for index in nonfinite.tolist()]
         selections = []
-        for group in range(len(num_prune)):
-            members = slice(None) if is_global else slice(group, group + 1)
-            value = values[group] if num_ties[group] else 0.0
-            threshold = Threshold(value, num_below[group], num_ties[group], num_ties_kept[group])
-            selections.append(Selection(threshold, tuple(cuts[members]), tuple(first_nonfinite[members])))
+        for group, (key, num_below, num_ties, num_ties_kept) in enumerate(answers):
+            members = range(len(batch.numels)) if num_groups == 1 else range(group, group + 1)
+            layer, cut = ends[group] if num_ties_kept else (-1, 0)
+            cuts = [batch.numels[i] if i < layer or num_ties == 0 else cut if i == layer else 0 for i in members]
+            value = magnitude_of(key, batch.dtype) if num_ties else 0.0
+            threshold = Threshold(value, num_below, num_ties, num_ties_kept)
+            selections.append(Selection(threshold, tuple(cuts), tuple(indices[i] for i in members)))
         return selections
 
-    def _sample(
-        self, table: _Table, ends: torch.Tensor, sizes: torch.Tensor, largest_size: int, weights: dict[str, Any]
-    ) -> torch.Tensor:
-        """Keys of eights all over each group, a row to the group; of a group of one small layer, all of them."""
-        eights = min(SAMPLED_EIGHTS, -(-largest_size // 8))
-        number = torch.arange(eights, dtype=torch.float64, device=ends.device)
-        stride = (sizes.double()[:, None] / eights).clamp(min=8)
-        jitter = number * 0.6180339887498949 % 1  # in step with no period of the weights
-        place = (number * stride + jitter * (stride - 8)).long()
-        exists = place < sizes[:, None]
-        starts = ends - torch.diff(ends, prepend=ends.new_zeros(1))
-        place = place + (ends[-len(sizes) :] - sizes)[:, None]
-        owners = (torch.searchsorted(starts, place, right=True) - 1).clamp(max=len(starts) - 1)
-        place = torch.where(exists, (place - starts[owners]) & ~7, NO_INDEX - 8)
-        dtype = torch.int64 if weights["INFINITY"] >> 32 else torch.int32
-        keys = torch.empty(len(sizes), eights * 8, dtype=dtype, device=ends.device)
-        constants = {name: weights[name] for name in ("BITS", "INFINITY", "BLOCK")}
-        programs = -(-place.numel() * 8 // BLOCK)
-        self._launch("sample", programs, table.rows, owners, place, place.numel(), keys, **constants)
-        return keys
-
-    def _cuts(
-        self, table: _Table, matches: torch.Tensor, firsts: torch.Tensor, answers: torch.Tensor, weights: dict[str, Any]
-    ) -> list[tuple[int, int]]:
-        """For each group the layer in which the ties that stay end, and the index there; -1 where none stay."""
+    def _ends_of_ties(self, batch: _Batch, matches: torch.Tensor, answers: torch.Tensor) -> list[tuple[int, int]]:
+        """For each group the layer with the first tie that does not stay, and its index there."""
+        table = batch.table
         key, _, _, kept = answers
-        ends = matches.cumsum(0, dtype=torch.int64)
-        target = (ends - matches)[firsts] + kept
-        chunks = torch.searchsorted(ends, target, right=True).clamp(max=table.num_chunks - 1)
-        ranks = torch.where(kept > 0, target - (ends - matches)[chunks], -1)
-        cuts = torch.full_like(ranks, -1)
-        constants = {name: weights[name] for name in ("BITS", "INFINITY", "BLOCK")}
-        self._launch("place_cut", len(cuts), table.rows, table.owners, chunks, ranks, key, cuts, **constants)
+        after = matches.cumsum(0, dtype=torch.int64)
+        before = after - matches
+        target = before[table.rows[: len(batch.sizes), self._kernels.FIRST.value]] + kept
+        chunks = torch.searchsorted(after, target, right=True).clamp(max=table.num_chunks - 1)
+        ranks = torch.where(kept > 0, target - before[chunks], -1)
+        cuts = torch.zeros_like(ranks)
+        arguments = (table.rows, table.owners, chunks, ranks, key, cuts)
+        self._launch("place_cut", len(cuts), *arguments, **batch.kernel)
         return list(zip(table.owners[chunks].tolist(), cuts.tolist(), strict=True))
+
+    def sample(self, layers: Sequence[Layer], shares: Sequence[float]) -> list[Bracket]:
+        found: dict[int, Bracket] = {}
+        for _, positions, groups in parts(layers, shares):
+            members = [layers[i] for i in positions]
+            with on_device(members[0].weight.device, "sample"):
+                batch = self._batch(members, is_global=len(shares) != len(layers))
+                wanted = [round(shares[g] * n) for g, n in zip(groups, batch.sizes, strict=True)]
+                lo, hi = self._sample(batch, wanted)
+                found.update(zip(groups, map(Bracket, lo.tolist(), hi.tolist()), strict=True))
+        return [found[g] for g in range(len(shares))]
+
+    def count(
+        self,
+        layers: Sequence[Layer],
+        brackets: Sequence[Bracket],
+        num_bins: int,
+        rooms: Sequence[torch.Tensor | None] | None = None,
+    ) -> list[Census]:
+        found: dict[int, Census] = {}
+        for positions in by_dtype(layers).values():
+            members, given = [layers[i] for i in positions], [brackets[i] for i in positions]
+            with on_device(members[0].weight.device, "count"):
+                counted = self._count(members, given, num_bins)
+                if rooms is not None:
+                    fits = [rooms[i] for i in positions]
+                    self._collect(
+                        members,
+                        given,
+                        [
+                            room if room is not None and census.inside <= room.numel() else None
+                            for room, census in zip(fits, counted, strict=True)
+                        ],
+                    )
+            found.update(zip(positions, counted, strict=True))
+        return [found[i] for i in range(len(layers))]
+
+    def _count(self, layers: Sequence[Layer], brackets: Sequence[Bracket], num_bins: int) -> list[Census]:
+        batch = self._batch(layers)
+        table, device = batch.table, batch.device
+        shifts = [b.shift(num_bins) for b in brackets]
+        columns = zip(*brackets, strict=True)
+        state = torch.tensor([*columns, shifts, [READ_WEIGHTS] * len(layers)], device=device)
+        bins = torch.zeros(len(layers), num_bins, dtype=torch.int64, device=device)
+        counters = torch.zeros(len(layers), 3, dtype=torch.int64, device=device)
+        nonfinite = torch.full((len(layers),), NO_INDEX, device=device)
+        sizes = torch.empty(table.num_chunks, dtype=torch.int32, device=device)
+        arguments = (table.rows, table.owners, state, len(layers), bins, num_bins, counters, nonfinite)
+        constants = {"CAPACITY": 0, "ALIGNED": _aligned(layers)}  # no lists
+        self._launch("count", table.num_chunks, *arguments, sizes, sizes, sizes, **batch.kernel, **constants)
+        rows = zip(batch.numels, counters.tolist(), nonfinite.tolist(), bins.cpu(), strict=True)
+        return [
+            Census(below, int(row.sum()), n - kept, -1 if index == NO_INDEX else index, row)
+            for n, (below, kept, _), index, row in rows
+        ]
+
+    def _collect(
+        self, layers: Sequence[Layer], brackets: Sequence[Bracket], rooms: Sequence[torch.Tensor | None]
+    ) -> None:
+        """Write the magnitudes inside the brackets to the rooms."""
+        if not any(room is not None and room.numel() for room in rooms):
+            return
+        batch = self._batch(layers, out=[address(room) for room in rooms])
+        state = torch.tensor(list(zip(*brackets, strict=True)), device=batch.device)
+        cursors = torch.zeros(len(layers), dtype=torch.int64, device=batch.device)
+        arguments = (batch.table.rows, batch.table.owners, state, len(layers), cursors)
+        self._launch("collect", batch.table.num_chunks, *arguments, **batch.kernel)
 
     def _apply(
         self, layers: Sequence[Layer], cuts: Sequence[tuple[float, int]], out: Sequence[torch.Tensor | None]
@@ -295,19 +286,19 @@ class Triton:
         counts = []
         for positions in by_dtype(layers).values():
             members = [layers[i] for i in positions]
-            keys = _keys([cuts[i][0] for i in positions], members[0].weight.dtype)
+            device, dtype = members[0].weight.device, members[0].weight.dtype
             rows = [
                 [
                     *(layers[i].weight.data_ptr(), address(layers[i].mask), address(out[i])),
-                    *(layers[i].weight.numel(), 0, 0, key, cuts[i][1]),
+                    *(layers[i].weight.numel(), 0, 0, key_of(cuts[i][0], dtype), cuts[i][1]),
                 ]
-                for key, i in zip(keys, positions, strict=True)
+                for i in positions
             ]
-            device = members[0].weight.device
             with on_device(device, "prune"):
                 table = self._table(rows, device)
                 kept = torch.zeros(len(rows), 2, dtype=torch.int64, device=device)
-                self._launch("apply", table.num_chunks, table.rows, table.owners, kept, **self._weights(members))
+                constants = {"INFINITY": largest_key(dtype) - 1, **self._tiles(dtype), "ALIGNED": _aligned(members)}
+                self._launch("apply", table.num_chunks, table.rows, table.owners, kept, **constants)
             counts.append((positions, kept))
         return counts
 
@@ -377,10 +368,9 @@ class Triton:
                 rows = [[g.weight.data_ptr(), address(g.mask), 0, g.weight.numel()] for g in members]
                 table = self._table(rows, device)
                 sums = torch.empty(table.num_chunks, dtype=torch.float64, device=device)
-                weights = self._weights(members)
-                del weights["INFINITY"]
-                dtype = self._kernels.FLOATS[members[0].weight.dtype]
-                self._launch("sum_squares", table.num_chunks, table.rows, table.owners, sums, dtype=dtype, **weights)
+                dtype = members[0].weight.dtype
+                constants = {"dtype": self._kernels.FLOATS[dtype], **self._tiles(dtype), "ALIGNED": _aligned(members)}
+                self._launch("sum_squares", table.num_chunks, table.rows, table.owners, sums, **constants)
                 total += sums.sum()
             return float(total)
 
@@ -406,26 +396,6 @@ class Triton:
                 table = self._table(size_rows, device)
                 constants = {"BITS": self._kernels.INTEGERS[size], "BLOCK": BLOCK}
                 self._launch("repack", table.num_chunks, table.rows, table.owners, **constants)
-
-
-def _bracket(
-    keys: torch.Tensor, wanted: torch.Tensor, sizes: torch.Tensor, largest: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys that the wanted one very probably lies between; itself, where the sample is the group.
-
-    Source: Floyd and Rivest, CACM 18(3), 1975.
-    """
-    ordered = keys.sort(1).values.long()
-    valid = (ordered <= largest).sum(1)
-    share = wanted.double() / sizes
-    rank = share * valid
-    half = torch.where(valid == sizes, 0.0, 2 + 4 * (rank * (1 - share)).sqrt())  # fails once in 10^4 selections
-    rank = torch.where(valid == sizes, wanted, rank) - 1
-    low, high = (rank - half).floor().long(), (rank + half).ceil().long()
-    at = torch.stack([low, high], 1).clamp(0, keys.shape[1] - 1)
-    lo, hi = ordered.gather(1, at).unbind(1)
-    # Below the sample and above it anything may lie; pruned weights have keys below 0.
-    return torch.where(low < 0, 0, lo.clamp(min=0)), torch.where(high >= valid, largest, hi)
 
 
 class _Kind(NamedTuple):
