@@ -11,8 +11,12 @@ from hypothesis import settings
 
 from gmp_kernels.backends import choose, cpu
 
+if not torch.cuda.is_available():
+    # Before anything imports triton, here and in the processes that tests start: its kernels then run on the host.
+    os.environ["TRITON_INTERPRET"] = "1"
+
 ORACLE = "reference"
-BACKENDS = os.environ.get("GMP_KERNELS_TEST_BACKENDS", "reference,cpu,simt").split(",")
+BACKENDS = os.environ.get("GMP_KERNELS_TEST_BACKENDS", "reference,cpu,simt,triton").split(",")
 KERNELS = [name for name in BACKENDS if name != ORACLE]
 
 settings.register_profile("gmp_kernels", deadline=None, max_examples=60, derandomize=os.environ.get("CI") == "true")
