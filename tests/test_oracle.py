@@ -62,9 +62,7 @@ def weights_and_masks(draw: st.DrawFn, max_layers: int) -> tuple[list[torch.Tens
 
 
 @given(drawn=weights_and_masks(max_layers=1), data=st.data())
-def test_one_layer_is_the_definition(
-    backend: str, device: torch.device, drawn: tuple, data: st.DataObject
-) -> None:
+def test_one_layer_is_the_definition(backend: str, device: torch.device, drawn: tuple, data: st.DataObject) -> None:
     (weight,), (kept,) = drawn
     num_prune = data.draw(st.integers(0, len(weight)))
     new_kept, threshold = brute_force(weight.tolist(), kept.tolist(), num_prune)
