@@ -26,7 +26,7 @@ FLOORS = [
     {FACADE},
     {"plan", "plots"},
     {"demo"},
-    {"bench"},
+    {"bench", "bench_gpu"},
     {"cli"},
     {"__main__"},
 ]
