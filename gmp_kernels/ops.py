@@ -233,6 +233,9 @@ def apply_masks_(
     """
     op = "apply_masks_"
     weights_, masks_ = _as_lists(weights, masks)
+    if weights_ and torch.compiler.is_compiling():
+        torch.ops.gmp_kernels.apply_masks_(weights_, [mask.packed for mask in masks_ or []], backend=backend)
+        return
     layers = check_tensors(op, weights_, masks_, None)
     _check_writable(op, weights_, layers, None)
     if layers:

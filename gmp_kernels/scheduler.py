@@ -162,7 +162,8 @@ class GMPScheduler:
         for names in self._batches(self._parameters):
             self._prune(names, 0)
         if self._masked_optimizer is None:
-            optimizer.register_step_post_hook(self._after_optimizer_step)
+            # What it does depends on the masks: compiled into the step, it would be compiled again at every update.
+            optimizer.register_step_post_hook(torch.compiler.disable(self._after_optimizer_step))  # type: ignore[no-untyped-call]
         self._announce()
 
     def step(self) -> StepReport | None:

@@ -59,17 +59,31 @@ def clip_grad_norm_(
     pairs = [(p.grad, mask) for p, mask in zip(owners, given, strict=True) if p.grad is not None and p.grad.numel()]
     if not pairs:
         return torch.tensor(0.0)
-    layers = check_tensors(
-        "clip_grad_norm_",
-        [grad.contiguous() for grad, _ in pairs],
-        [mask for _, mask in pairs],
-        optional_masks=True,
-    )
+    gradients, bits = [grad for grad, _ in pairs], [mask for _, mask in pairs]
+    if torch.compiler.is_compiling():
+        norm: torch.Tensor = torch.ops.gmp_kernels.clip_gradients_(
+            gradients, max_norm, _packed(bits), error_if_nonfinite=error_if_nonfinite, backend=backend
+        )
+        return norm
+    return clip_gradients_(gradients, max_norm, bits, error_if_nonfinite=error_if_nonfinite, backend=backend)
+
+
+@torch.no_grad()
+def clip_gradients_(
+    gradients: Sequence[torch.Tensor],
+    max_norm: float,
+    masks: Sequence[BitMask | None],
+    *,
+    error_if_nonfinite: bool = False,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """``clip_grad_norm_`` on the gradients themselves, at least one, none of them empty."""
+    layers = check_tensors("clip_grad_norm_", [g.contiguous() for g in gradients], masks, optional_masks=True)
     squares = choose(backend, layers[0].weight.device).sum_squares(layers)
     norm = torch.tensor(squares, dtype=torch.float64).sqrt().to(torch.float32)
     if error_if_nonfinite and not torch.isfinite(norm):
         raise RuntimeError(f"clip_grad_norm_: the norm of the kept gradients is {float(norm)}; nothing was scaled")
-    torch._foreach_mul_([grad for grad, _ in pairs], torch.clamp(max_norm / (norm + 1e-6), max=1.0))
+    torch._foreach_mul_(list(gradients), torch.clamp(max_norm / (norm + 1e-6), max=1.0))
     return norm
 
 
@@ -113,6 +127,10 @@ def ema_update_(
         raise ShapeError(f"ema_update_: expected one weight per average, got {len(weights)} for {len(averages)}")
     if not averages:
         return
+    if torch.compiler.is_compiling():
+        bits = _packed([None] * len(averages) if masks is None else masks)
+        torch.ops.gmp_kernels.ema_update_(averages, weights, decay, bits, backend=backend)
+        return
     targets = check_tensors("ema_update_", averages, masks, optional_masks=True)
     sources = check_tensors("ema_update_", weights, None)
     for i, (target, source) in enumerate(zip(targets, sources, strict=True)):
@@ -128,3 +146,7 @@ def ema_update_(
         [{"one_minus_beta1": 1.0 - decay}],
     )
     torch.autograd.graph.increment_version([target.weight for target in targets])
+
+
+def _packed(masks: Sequence[BitMask | None]) -> list[torch.Tensor | None]:
+    return [None if mask is None else mask.packed for mask in masks]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import chain
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain, count
+from typing import Any, ClassVar, NamedTuple, Self
+from weakref import WeakValueDictionary
 
 import torch
 
@@ -53,10 +54,21 @@ class MaskedOptimizer(torch.optim.Optimizer):
     """
 
     rule: ClassVar[str]
+    # What a compiled graph knows an optimizer by: it can hold numbers and tensors, no objects.
+    handle: int
+    handles: ClassVar[Iterator[int]] = count()
+    by_handle: ClassVar[WeakValueDictionary[int, MaskedOptimizer]] = WeakValueDictionary()
     # Of this process alone: copies and checkpoints do without.
     _expected: ExpectedPrune | None = None
     # torch's GradScaler then hands over the scale and the overflow flag instead of unscaling in passes of its own.
     _step_supports_amp_scaling = True
+
+    def __new__(cls, *args: object, **kwargs: object) -> Self:
+        # Here and not in __init__, so that copies and unpickled optimizers get handles of their own.
+        self = super().__new__(cls)
+        self.handle = next(cls.handles)
+        cls.by_handle[self.handle] = self
+        return self
 
     def _init_masking(self, *, compact_state: bool, master_weights: bool, backend: str | None) -> None:
         self._compact_state = compact_state
@@ -201,14 +213,32 @@ class MaskedOptimizer(torch.optim.Optimizer):
         -----
         One pass: weights, gradients and state are read and written once; blocks of 64 bytes of weights that are all
         pruned are not written, and where most blocks are, not read.
+
+        In a ``torch.compile``d region the step is one operation of the graph, which looks up masks, state and
+        hyperparameters when it runs: pruning does not make torch compile again, learning rates that change do once.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if torch.compiler.is_compiling():
+            owned = [p for group in self.param_groups for p in group["params"]]
+            positions = [i for i, p in enumerate(owned) if p.grad is not None]
+            weights = [owned[i] for i in positions]
+            if weights:
+                torch.ops.gmp_kernels.optimizer_step_(self.handle, positions, weights, [p.grad for p in weights])
+        else:
+            self.update_()
+        return loss
+
+    def update_(self, given: Mapping[torch.Tensor, tuple[torch.Tensor, torch.Tensor]] | None = None) -> None:
+        """Take a step: ``given`` has, by parameter, the tensor that holds its value, and its gradient.
+
+        By default the parameter itself and its ``grad``.
+        """
         found_inf = getattr(self, "found_inf", None)
         if found_inf is not None and found_inf.item():
-            return loss
+            return
         grad_scale = getattr(self, "grad_scale", None)
         factor = 1.0 if grad_scale is None else 1.0 / float(grad_scale)
 
@@ -217,32 +247,32 @@ class MaskedOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             keys = self._state_keys(group)
             for p in group["params"]:
-                grad = p.grad
+                weight, grad = (p, p.grad) if given is None else given.get(p, (p, None))
                 if grad is None:
                     continue
                 ready = self._ready.get(p)
-                if ready is None or not ready.holds(p, grad, self.state.get(p), keys):
-                    ready, grad = None, self._checked_grad(p)
+                if ready is None or not ready.holds(weight, grad, self.state.get(p), keys):
+                    ready, grad = None, self._checked_grad(p, grad)
                     unready.append((group, p))
-                found.append((group, p, grad, ready))
+                found.append((group, p, weight, grad, ready))
         if not found:
-            return loss
+            return
         if unready:
             for group, p in unready:
                 self._check_state(group, p)
-            self._check_device([p for _, p, _, _ in found])
+            self._check_device([p for _, p, _, _, _ in found])
         implementation = choose(self._backend, found[0][1].device)
         constants: list[dict[str, float]] = []
         index_of: dict[tuple[int, int], int] = {}
         written: list[torch.Tensor] = []
         tensors: list[UpdateTensor] = []
         gradients: list[Gradient] = []
-        for group, p, grad, ready in found:
-            is_first = ready is None and self._init_state(group, p)
+        for group, p, weight, grad, ready in found:
+            is_first = ready is None and self._init_state(group, p, weight)
             if p.numel() == 0:
                 continue
             if ready is None:
-                ready = self._ready[p] = self._prepare(group, p)
+                ready = self._ready[p] = self._prepare(group, p, weight)
             step = int(ready.state["step"]) + 1 if self.counts_steps else 1 if is_first else 2
             key = (id(group), step)
             if key not in index_of:
@@ -258,13 +288,12 @@ class MaskedOptimizer(torch.optim.Optimizer):
             tally = self._expected.tally(dict(zip(written, tensors, strict=True)))
         selections = implementation.update(self.rule, tensors, gradients, constants, tally)
         torch.autograd.graph.increment_version(
-            [t for tensor in tensors for t in (tensor.weight, tensor.master) if t is not None]
+            [t for tensor in tensors for t in (tensor.weight, tensor.master, *tensor.state) if t is not None]
         )
         if self._expected is not None and tally is not None:
             self._expected.keep(selections, implementation)
         if self.counts_steps:
-            torch._foreach_add_([self.state[p]["step"] for _, p, _, _ in found], 1)
-        return loss
+            torch._foreach_add_([self.state[p]["step"] for _, p, _, _, _ in found], 1)
 
     def _check_device(self, parameters: Sequence[torch.Tensor]) -> None:
         """Refuse several devices; parameters that are ready are on the one of the latest step."""
@@ -276,17 +305,17 @@ class MaskedOptimizer(torch.optim.Optimizer):
             )
         self._ready = {p: ready for p, ready in self._ready.items() if ready.tensor.weight.device in devices}
 
-    def _prepare(self, group: dict[str, Any], p: torch.Tensor) -> _Ready:
+    def _prepare(self, group: dict[str, Any], p: torch.Tensor, weight: torch.Tensor) -> _Ready:
         state, mask, keys = self.state[p], self._masks.get(p), self._state_keys(group)
         return _Ready(
-            pointer=p.data_ptr(),
+            pointer=weight.data_ptr(),
             shape=p.shape,
             stride=p.stride(),
             dtype=p.dtype,
             state=state,
             keys=keys,
             tensor=UpdateTensor(
-                weight=p.detach(),
+                weight=weight.detach(),
                 master=state.get(MASTER),
                 state=tuple(state[key] for key in keys),
                 mask=None if mask is None else mask.packed,
@@ -294,9 +323,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
             ),
         )
 
-    def _checked_grad(self, p: torch.Tensor) -> torch.Tensor:
-        grad = p.grad
-        assert grad is not None
+    def _checked_grad(self, p: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
         if grad.is_sparse:
             raise RuntimeError(f"{self._name} does not support sparse gradients; use torch.optim.SparseAdam")
         if p.dtype not in DTYPES:
@@ -333,13 +360,13 @@ class MaskedOptimizer(torch.optim.Optimizer):
                     "state again after converting a model"
                 )
 
-    def _init_state(self, group: dict[str, Any], p: torch.Tensor) -> bool:
+    def _init_state(self, group: dict[str, Any], p: torch.Tensor, weight: torch.Tensor) -> bool:
         """Create what the state lacks; return whether this is the first step of the parameter."""
         state = self.state[p]
         if self.counts_steps and "step" not in state:
             state["step"] = torch.tensor(0.0)
         if self._master_weights and p.dtype in (torch.bfloat16, torch.float16) and MASTER not in state:
-            state[MASTER] = p.detach().to(torch.float32, memory_format=torch.preserve_format)
+            state[MASTER] = weight.detach().to(torch.float32, memory_format=torch.preserve_format)
         missing = [name for name in self._state_keys(group) if state.get(name) is None]
         layout = self._compactions.get(p)
         for name in missing:
