@@ -28,7 +28,7 @@ FLOORS = [
     {FACADE},
     {"plan", "plots"},
     {"demo"},
-    {"bench"},
+    {"bench", "bench_gpu"},
     {"cli"},
     {"__main__"},
 ]
