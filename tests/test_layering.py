@@ -19,7 +19,7 @@ FACADE = "gmp_kernels"  # the package's own __init__
 FLOORS = [
     {"errors"},
     {"distributions", "masks", "measurement", "reports", "schedules", "targets"},
-    {"_C"},
+    {"_C", "sharding"},
     {"backends"},
     {"ops"},
     {"optim", "scheduler", "stages", "testing"},

@@ -1,0 +1,137 @@
+"""The part of a sharded parameter that this process holds, and where it lies in the whole."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from gmp_kernels.errors import LayoutError
+
+__all__ = ["Region", "is_sharded", "local", "local_grad", "region_of", "sharded_like"]
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+class Region(NamedTuple):
+    """A box of a tensor, as ``DTensor`` cuts them: whatever the mesh, each dimension gives one range.
+
+    The row-major order of the box's elements is their order in the whole tensor, so that an order by flat index means
+    the same in both, and a cut through the one is a cut through the other.
+
+    Attributes
+    ----------
+    shape : tuple of int
+        Of the whole tensor.
+    offsets, sizes : tuple of int
+        Where the box begins and what it spans, by dimension.
+    """
+
+    shape: tuple[int, ...]
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        """Number of elements of the box."""
+        return math.prod(self.sizes)
+
+    @property
+    def flat_range(self) -> tuple[int, int] | None:
+        """First flat index in the whole tensor and the one after the last, if nothing of others lies between."""
+        if self.numel == 0:
+            return 0, 0
+        start = int(self.to_global(torch.tensor(0)))
+        end = int(self.to_global(torch.tensor(self.numel - 1))) + 1
+        return (start, end) if end - start == self.numel else None
+
+    def to_global(self, index: torch.Tensor) -> torch.Tensor:
+        """Turn flat indices of the box (int64, any shape) into flat indices of the whole tensor."""
+        result = torch.zeros_like(index)
+        inner, stride = 1, 1
+        for whole, offset, size in zip(
+            reversed(self.shape), reversed(self.offsets), reversed(self.sizes), strict=True
+        ):
+            result += (index // inner % size + offset) * stride
+            inner, stride = inner * size, stride * whole
+        return result
+
+    def to_local(self, index: int) -> int:
+        """Return how many elements of the box come before a flat index of the whole tensor."""
+        before, inner, stride = 0, self.numel, math.prod(self.shape)
+        if index >= stride:
+            return inner
+        for whole, offset, size in zip(self.shape, self.offsets, self.sizes, strict=True):
+            if inner == 0:
+                return 0
+            inner, stride = inner // size, stride // whole
+            place = index // stride % whole - offset
+            before += min(max(place, 0), size) * inner
+            if not 0 <= place < size:
+                break
+        return before
+
+
+def is_sharded(tensor: torch.Tensor) -> bool:
+    """Whether this is a ``DTensor``, of which a process holds a part only."""
+    return type(tensor) not in _PLAIN and hasattr(tensor, "to_local")
+
+
+@torch.no_grad()
+def _held(tensor: torch.Tensor) -> torch.Tensor:
+    held: torch.Tensor = tensor.to_local()  # type: ignore[attr-defined]
+    return held
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """Return what this process holds of a ``DTensor``, in its own memory; any other tensor as it is."""
+    return _held(tensor) if is_sharded(tensor) else tensor
+
+
+def local_grad(parameter: torch.Tensor) -> torch.Tensor:
+    """Return ``local`` of the gradient, brought to where the parameter's elements are if it is laid out otherwise."""
+    grad = parameter.grad
+    assert grad is not None
+    if is_sharded(grad) and grad.placements != parameter.placements:  # type: ignore[attr-defined]
+        # Autograd leaves the sum over processes that share a replicated parameter to whoever needs it.
+        grad = grad.redistribute(placements=parameter.placements)  # type: ignore[attr-defined]
+    return local(grad)
+
+
+def region_of(name: str, tensor: torch.Tensor) -> Region:
+    """Return where ``local(tensor)`` lies in ``tensor``.
+
+    Raises
+    ------
+    LayoutError
+        Sums that are still to be added up over processes (``Partial``) are no weights.
+    """
+    shape = tuple(tensor.shape)
+    if not is_sharded(tensor):
+        return Region(shape, (0,) * len(shape), shape)
+    if any(placement.is_partial() for placement in tensor.placements):  # type: ignore[attr-defined]
+        raise LayoutError(
+            f"GMPScheduler: expected '{name}' sharded or replicated, got placements "
+            f"{tensor.placements}; redistribute it"  # type: ignore[attr-defined]
+        )
+    # What torch.distributed.checkpoint saves by: it knows every kind of placement.
+    (chunk,) = tensor.__create_chunk_list__()  # type: ignore[attr-defined]
+    return Region(shape, tuple(chunk.offsets), tuple(chunk.sizes))
+
+
+def sharded_like(values: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """Return ``values``, which are for what this process holds of ``parameter``, as a tensor of all of it."""
+    if not is_sharded(parameter):
+        return values
+    from torch.distributed.tensor import DTensor
+
+    whole: torch.Tensor = DTensor.from_local(
+        values.view(local(parameter).shape),
+        parameter.device_mesh,  # type: ignore[attr-defined]
+        parameter.placements,  # type: ignore[attr-defined]
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
+    return whole
