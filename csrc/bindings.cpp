@@ -7,6 +7,7 @@
 #include <stdexcept>
 
 #include "cpu/apply.h"
+#include "cpu/census.h"
 #include "cpu/kernels.h"
 #include "cpu/optim.h"
 #include "cpu/select.h"
@@ -79,6 +80,45 @@ std::vector<SelectionTuple> select_thresholds(const std::string& dtype, const st
   }
   std::vector<SelectionTuple> result;
   for (auto& selection : selections) result.push_back(tuple_of(std::move(selection)));
+  return result;
+}
+
+using BracketTuple = std::pair<uint64_t, uint64_t>;
+
+std::vector<BracketTuple> sample(const std::string& dtype, const std::vector<LayerTuple>& layers,
+                                 const std::vector<int64_t>& num_prune, int num_threads) {
+  const std::vector<LayerView> views = views_of(layers);
+  check_counts(views, num_prune);
+  std::vector<BracketTuple> result;
+  py::gil_scoped_release release;
+  for (const auto& [lo, hi] : gmp::cpu::sample(dtype_of(dtype), views, num_prune, num_threads)) {
+    result.emplace_back(lo, hi);
+  }
+  return result;
+}
+
+// below, inside, pruned, nonfinite
+using CensusTuple = std::tuple<int64_t, int64_t, int64_t, int64_t>;
+
+// rooms: address and capacity, one per layer; bins: address of one row of num_bins zeros per layer.
+std::vector<CensusTuple> count(const std::string& dtype, const std::vector<LayerTuple>& layers,
+                               const std::vector<BracketTuple>& brackets,
+                               const std::vector<std::pair<uintptr_t, int64_t>>& rooms, uintptr_t bins,
+                               int64_t num_bins, int num_threads) {
+  const std::vector<LayerView> views = views_of(layers);
+  if (brackets.size() != views.size() || rooms.size() != views.size() || bins == 0 || num_bins < 1) {
+    throw std::invalid_argument("a count needs one bracket and one room per layer, and bins");
+  }
+  std::vector<gmp::cpu::Bracket> typed_brackets;
+  for (const auto& [lo, hi] : brackets) typed_brackets.push_back({lo, hi});
+  std::vector<gmp::cpu::Room> typed_rooms;
+  for (const auto& [address, capacity] : rooms) typed_rooms.push_back({reinterpret_cast<void*>(address), capacity});
+  std::vector<CensusTuple> result;
+  py::gil_scoped_release release;
+  for (const auto& c : gmp::cpu::count(dtype_of(dtype), views, typed_brackets, typed_rooms,
+                                       reinterpret_cast<int64_t*>(bins), num_bins, num_threads)) {
+    result.emplace_back(c.below, c.inside, c.pruned, c.nonfinite);
+  }
   return result;
 }
 
@@ -217,6 +257,8 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init<const std::string&, int64_t, uintptr_t, uintptr_t, const std::array<uintptr_t, 3>&, uintptr_t,
                     uintptr_t>());
   m.def("select", &select_thresholds);
+  m.def("sample", &sample);
+  m.def("count", &count);
   m.def("apply", &apply_cuts);
   m.def("update", &update);
   m.def("fingerprints", &fingerprints);

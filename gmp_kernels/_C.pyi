@@ -10,6 +10,16 @@ _Move: TypeAlias = tuple[int, int, int, int, int, int, int, int]
 def select(
     dtype: str, layers: list[_Layer], num_prune: list[int], hints: list[_Threshold | None], num_threads: int
 ) -> list[_Selection]: ...
+def sample(dtype: str, layers: list[_Layer], num_prune: list[int], num_threads: int) -> list[tuple[int, int]]: ...
+def count(
+    dtype: str,
+    layers: list[_Layer],
+    brackets: list[tuple[int, int]],
+    rooms: list[tuple[int, int]],
+    bins: int,
+    num_bins: int,
+    num_threads: int,
+) -> list[tuple[int, int, int, int]]: ...
 def apply(
     dtype: str, layers: list[_Layer], cuts: list[tuple[float, int]], kept: list[int], num_threads: int
 ) -> list[tuple[int, int]]: ...

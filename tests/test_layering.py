@@ -12,16 +12,18 @@ from subprocesses import ROOT
 
 PACKAGE = ROOT / "gmp_kernels"
 CSRC = ROOT / "csrc"
+EXTENSIONS = {"_C", "_cuda", "_simt"}
 FACADE = "gmp_kernels"  # the package's own __init__
 
 # From the ground up: a file imports from floors below its own, never from its own or above. A new file gets its place
 # here.
 FLOORS = [
     {"errors"},
-    {"distributions", "masks", "measurement", "reports", "schedules", "targets"},
-    {"_C", "sharding"},
+    {"distributions", "keys", "masks", "measurement", "reports", "schedules", "targets"},
+    EXTENSIONS | {"sharding"},
     {"backends"},
-    {"ops"},
+    {"ops", "selection"},
+    {"distributed"},
     {"optim", "scheduler", "stages", "testing"},
     {FACADE},
     {"plan", "plots"},
@@ -65,7 +67,7 @@ def parts_imported(path: Path) -> set[str]:
 
 
 def test_every_part_has_its_place() -> None:
-    assert {name_of(path) for path in PYTHON_FILES} | {"_C"} == set(FLOOR)
+    assert {name_of(path) for path in PYTHON_FILES} | EXTENSIONS == set(FLOOR)
 
 
 @pytest.mark.parametrize("path", PYTHON_FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
@@ -77,7 +79,7 @@ def test_imports_go_down(path: Path) -> None:
 
 @pytest.mark.parametrize("path", PYTHON_FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_only_backends_know_the_extension(path: Path) -> None:
-    assert "_C" not in parts_imported(path) or name_of(path) == "backends"
+    assert not EXTENSIONS & parts_imported(path) or name_of(path) == "backends"
 
 
 @pytest.mark.parametrize("path", sorted((PACKAGE / "backends").glob("[!_]*.py")), ids=lambda path: path.name)

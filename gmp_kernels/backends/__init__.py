@@ -21,6 +21,8 @@ from gmp_kernels.errors import BackendUnavailableError
 
 __all__ = [
     "Backend",
+    "Bracket",
+    "Census",
     "Compaction",
     "Implementation",
     "Layer",
@@ -91,6 +93,41 @@ class Selection(NamedTuple):
     threshold: Threshold
     cuts: tuple[int, ...]
     nonfinite: tuple[int, ...]
+
+
+class Bracket(NamedTuple):
+    """An interval of magnitude keys (see ``gmp_kernels.keys``), both ends included; empty if lo > hi."""
+
+    lo: int
+    hi: int
+
+    def shift(self, num_bins: int) -> int:
+        """Return the smallest shift that maps the interval into so many bins."""
+        return max(0, (self.hi - self.lo).bit_length() - (num_bins.bit_length() - 1)) if self.lo <= self.hi else 0
+
+
+class Census(NamedTuple):
+    """What counting one layer, or a piece of one, against a bracket found. Those of all pieces add up.
+
+    Attributes
+    ----------
+    below : int
+        Unpruned keys below the bracket.
+    inside : int
+        Unpruned keys in it.
+    pruned : int
+        Mask bits that are 0.
+    nonfinite : int
+        Flat index of the first unpruned NaN or Inf, -1 if there is none.
+    bins : torch.Tensor
+        int64, on the CPU: of the keys inside, how many have which ``(key - lo) >> shift``.
+    """
+
+    below: int
+    inside: int
+    pruned: int
+    nonfinite: int
+    bins: torch.Tensor
 
 
 class Written(NamedTuple):
@@ -193,6 +230,27 @@ class Implementation(Protocol):
         ``num_prune`` has one entry per layer (layer scope) or exactly one for all layers together, ranked with the
         flat index running through them in order (global scope). ``hints``, one per entry, are earlier thresholds of
         the same weights: they may save work and never change the answer.
+        """
+        ...
+
+    def sample(self, layers: Sequence[Layer], shares: Sequence[float]) -> list[Bracket]:
+        """Guess where the key at rank ``share * n`` lies, pruned weights ranking below every key. Reads only.
+
+        ``shares``, in [0, 1], has one entry per layer, or exactly one for all layers together.
+        """
+        ...
+
+    def count(
+        self,
+        layers: Sequence[Layer],
+        brackets: Sequence[Bracket],
+        num_bins: int,
+        rooms: Sequence[torch.Tensor | None] | None = None,
+    ) -> list[Census]:
+        """Count each layer against its bracket. Reads only.
+
+        ``num_bins`` is a power of two. Where ``rooms``, 1-d and of the layer's dtype and device, have place for all of
+        them, they receive the magnitudes inside, in any order.
         """
         ...
 

@@ -38,7 +38,7 @@ def by_dtype(layers: Sequence[Layer]) -> dict[str, list[int]]:
     return positions
 
 
-def parts(layers: Sequence[Layer], num_prune: Sequence[int]) -> list[tuple[str, list[int], list[int]]]:
+def parts(layers: Sequence[Layer], num_prune: Sequence[float]) -> list[tuple[str, list[int], list[int]]]:
     """Split a selection by dtype: its name, the positions of its layers and of their entries in ``num_prune``."""
     is_global = len(num_prune) != len(layers)
     return [(dtype, positions, [0] if is_global else positions) for dtype, positions in by_dtype(layers).items()]

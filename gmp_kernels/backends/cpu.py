@@ -9,6 +9,8 @@ import torch
 
 from gmp_kernels.backends import (
     Backend,
+    Bracket,
+    Census,
     Compaction,
     Gradient,
     Layer,
@@ -72,6 +74,39 @@ class Cpu:
             )
             found.update(zip(groups, map(_selection, selections), strict=True))
         return [found[g] for g in range(len(num_prune))]
+
+    def sample(self, layers: Sequence[Layer], shares: Sequence[float]) -> list[Bracket]:
+        found: dict[int, Bracket] = {}
+        for dtype, positions, groups in parts(layers, shares):
+            sizes = [layers[i].weight.numel() for i in positions]
+            sizes = sizes if len(groups) == len(sizes) else [sum(sizes)]
+            num_prune = [round(shares[g] * n) for g, n in zip(groups, sizes, strict=True)]
+            brackets = _C.sample(dtype, [_row(layers[i]) for i in positions], num_prune, torch.get_num_threads())
+            found.update(zip(groups, (Bracket(*bracket) for bracket in brackets), strict=True))
+        return [found[g] for g in range(len(shares))]
+
+    def count(
+        self,
+        layers: Sequence[Layer],
+        brackets: Sequence[Bracket],
+        num_bins: int,
+        rooms: Sequence[torch.Tensor | None] | None = None,
+    ) -> list[Census]:
+        found: dict[int, Census] = {}
+        for dtype, positions in by_dtype(layers).items():
+            bins = torch.zeros(len(positions), num_bins, dtype=torch.int64)
+            given = [None if rooms is None else rooms[i] for i in positions]
+            counts = _C.count(
+                dtype,
+                [_row(layers[i]) for i in positions],
+                [brackets[i] for i in positions],
+                [(0, 0) if room is None else (room.data_ptr(), room.numel()) for room in given],
+                bins.data_ptr(),
+                num_bins,
+                torch.get_num_threads(),
+            )
+            found.update((i, Census(*c, row)) for i, c, row in zip(positions, counts, bins, strict=True))
+        return [found[i] for i in range(len(layers))]
 
     def prune(
         self, layers: Sequence[Layer], selections: Sequence[Selection], out: Sequence[torch.Tensor]

@@ -16,6 +16,8 @@ import torch
 
 from gmp_kernels.backends import (
     Backend,
+    Bracket,
+    Census,
     Compaction,
     Gradient,
     Layer,
@@ -27,6 +29,7 @@ from gmp_kernels.backends import (
     Written,
     register,
 )
+from gmp_kernels.keys import largest_key, magnitude_of
 
 
 def _magnitude(weight: torch.Tensor) -> np.ndarray:
@@ -78,6 +81,20 @@ class Reference:
             int(np.clip(first_pruned_tie - start, 0, end - start)) for start, end in itertools.pairwise(starts)
         )
         return Selection(threshold, cuts, nonfinite)
+
+    def sample(self, layers: Sequence[Layer], shares: Sequence[float]) -> list[Bracket]:
+        # The one guess that needs no look at the weights.
+        return [Bracket(0, largest_key(layers[i].weight.dtype)) for i in range(len(shares))]
+
+    def count(
+        self,
+        layers: Sequence[Layer],
+        brackets: Sequence[Bracket],
+        num_bins: int,
+        rooms: Sequence[torch.Tensor | None] | None = None,
+    ) -> list[Census]:
+        given = [None] * len(layers) if rooms is None else rooms
+        return [_count(*row, num_bins) for row in zip(layers, brackets, given, strict=True)]
 
     def prune(
         self, layers: Sequence[Layer], selections: Sequence[Selection], out: Sequence[torch.Tensor]
@@ -156,6 +173,27 @@ class Reference:
                 move.target.view(-1).copy_(dense)
             else:
                 move.target.copy_(dense[_kept_places(move.target_layout, move.numel)])
+
+
+def _count(layer: Layer, bracket: Bracket, room: torch.Tensor | None, num_bins: int) -> Census:
+    magnitude, kept, dtype = _magnitude(layer.weight), _kept(layer), layer.weight.dtype
+    nonfinite = _first(kept & ~np.isfinite(magnitude))
+    # Of sorted magnitudes, NaN at the end, those below any key are the first ones.
+    ranked = np.sort(magnitude[kept])
+    step = 1 << bracket.shift(num_bins)
+    ends = [min(bracket.lo + (b + 1) * step, bracket.hi + 1) for b in range(num_bins)]
+    below, *until = (_num_below(ranked, key, dtype) for key in (bracket.lo, *ends))
+    bins = torch.from_numpy(np.diff([below, *(max(below, u) for u in until)]))
+    inside = int(bins.sum())
+    if room is not None and inside <= room.numel():
+        room[:inside] = torch.from_numpy(ranked[below : below + inside]).to(dtype)
+    return Census(below, inside, int((~kept).sum()), nonfinite, bins)
+
+
+def _num_below(ranked: np.ndarray, key: int, dtype: torch.dtype) -> int:
+    if key > largest_key(dtype):
+        return ranked.size
+    return int(np.searchsorted(ranked, magnitude_of(key, dtype), side="left"))
 
 
 def _kept_places(layout: Compaction, numel: int) -> torch.Tensor:

@@ -1,0 +1,150 @@
+"""Counts against brackets add up: whatever the pieces and whatever the guesses, the cut is that of the whole."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gmp_kernels.backends import Bracket, Census, Implementation, Layer, Selection, Threshold, choose
+from gmp_kernels.keys import key_of, keys_of, largest_key, magnitude_of
+from gmp_kernels.masks import BitMask
+from gmp_kernels.selection import Cut, cut_index, divide_ties, find_cuts, near, piece
+from gmp_kernels.testing import DTYPES, adversarial_cases
+
+CPU = torch.device("cpu")
+N = 40_003
+
+
+def random_mask(n: int, sparsity: float) -> torch.Tensor:
+    return BitMask.from_bool(torch.rand(n, generator=torch.Generator().manual_seed(n)) >= sparsity).packed
+
+
+def added(parts: list[Census]) -> Census:
+    sums = [sum(part[field] for part in parts) for field in range(3)]
+    nonfinite = max(part.nonfinite for part in parts)
+    return Census(*sums, nonfinite, torch.stack([part.bins for part in parts]).sum(0))
+
+
+def cut_by_counts(
+    implementation: Implementation, parts: list[Layer], num_prune: int, guess: Bracket, num_bins: int
+) -> tuple[Cut, list[int]]:
+    """The threshold of layers that are pieces of one, and where the ties of each piece end."""
+
+    def count(brackets: Mapping[int, Bracket]) -> dict[int, Census]:
+        return {g: added(implementation.count(parts, [b] * len(parts), num_bins)) for g, b in brackets.items()}
+
+    (cut,) = find_cuts([num_prune], [parts[0].weight.dtype], [guess], count)
+    exact = Bracket(cut.key, cut.key)
+    ties = [c.inside for c in implementation.count(parts, [exact] * len(parts), 1)]
+    if not cut.threshold.num_ties:
+        return cut, [part.weight.numel() for part in parts]
+    kept = divide_ties(ties, cut.threshold.num_ties_kept)
+    return cut, [cut_index(implementation, part, cut.key, k) for part, k in zip(parts, kept, strict=True)]
+
+
+def kept_of(parts: list[Layer], threshold: Threshold, cuts: Sequence[int]) -> torch.Tensor:
+    """What stays, over all pieces, when each is pruned at its index."""
+    kept = []
+    for part, cut in zip(parts, cuts, strict=True):
+        copy, bits = Layer(part.weight.clone(), part.mask), torch.empty(-(-part.weight.numel() // 8), dtype=torch.uint8)
+        choose("reference", CPU).prune([copy], [Selection(threshold, (cut,), (-1,))], [bits])
+        kept.append(BitMask(bits, part.weight.shape).to_bool())
+    return torch.cat(kept)
+
+
+def split(layer: Layer, places: list[int]) -> list[Layer]:
+    ends = sorted({0, *(place // 8 * 8 for place in places), layer.weight.numel()})
+    return [piece(layer, begin, end) for begin, end in itertools.pairwise(ends)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", adversarial_cases(8, torch.float32))
+def test_pieces_are_cut_as_the_whole(backend: str, case: str, dtype: torch.dtype) -> None:
+    implementation = choose(backend, CPU)
+    weight = adversarial_cases(N, dtype)[case]
+    layer = Layer(weight, random_mask(N, 0.3))
+    parts = split(layer, [8, 12_000, 12_008, 30_000])
+    for num_prune in (1, N // 2, N - 1, N):
+        (expected,) = choose("reference", CPU).select([layer], [num_prune], [None])
+        (guess,) = implementation.sample([layer], [num_prune / N])
+        cut, ends = cut_by_counts(implementation, parts, num_prune, guess, 2048)
+        assert repr(cut.threshold) == repr(expected.threshold)
+        assert torch.equal(kept_of(parts, cut.threshold, ends), kept_of([layer], expected.threshold, expected.cuts))
+
+
+@given(data=st.data())
+def test_any_guess_and_any_pieces_give_the_same_cut(data: st.DataObject) -> None:
+    implementation = choose("cpu", CPU)
+    dtype = data.draw(st.sampled_from(DTYPES))
+    n = data.draw(st.integers(1, 300))
+    values = st.integers(-(2 ** (dtype.itemsize * 8 - 1)), 2 ** (dtype.itemsize * 8 - 1) - 1)
+    integers = {2: np.int16, 4: np.int32, 8: np.int64}[dtype.itemsize]
+    few = data.draw(st.lists(values, min_size=1, max_size=4))
+    bits = data.draw(st.lists(st.sampled_from(few) | values, min_size=n, max_size=n))
+    weight = torch.from_numpy(np.array(bits, integers)).view(dtype)
+    kept = torch.tensor(data.draw(st.lists(st.booleans(), min_size=n, max_size=n)))
+    layer = Layer(weight, BitMask.from_bool(kept).packed)
+    num_prune = data.draw(st.integers(0, n))
+    lo, hi = sorted(data.draw(st.tuples(*[st.integers(0, largest_key(dtype))] * 2)))
+    parts = split(layer, data.draw(st.lists(st.integers(0, n), max_size=3)))
+    cut, ends = cut_by_counts(implementation, parts, num_prune, Bracket(lo, hi), data.draw(st.sampled_from([2, 64])))
+    (expected,) = choose("reference", CPU).select([layer], [num_prune], [None])
+    assert repr(cut.threshold) == repr(expected.threshold)
+    assert cut.nonfinite >= 0 or expected.nonfinite[0] < 0
+    assert torch.equal(kept_of(parts, cut.threshold, ends), kept_of([layer], expected.threshold, expected.cuts))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_count_is_the_oracles(kernels: str, dtype: torch.dtype) -> None:
+    weights = [adversarial_cases(n, dtype)["any_bits"] for n in (1, 7, 16_384, 50_001)]
+    layers = [Layer(weight, random_mask(weight.numel(), 0.5)) for weight in weights]
+    layers[1] = Layer(weights[1], None)
+    middle = key_of(1.0, dtype)
+    for bracket in (Bracket(0, largest_key(dtype)), Bracket(middle, middle + 300), Bracket(middle, middle - 1)):
+        rooms = [torch.zeros(n, dtype=dtype) for n in (0, 7, 20_000, 1)]
+        found = choose(kernels, CPU).count(layers, [bracket] * 4, 64, rooms)
+        expected = choose("reference", CPU).count(layers, [bracket] * 4, 64)
+        for layer, one, other, room in zip(layers, found, expected, rooms, strict=True):
+            assert one[:4] == other[:4]
+            assert torch.equal(one.bins, other.bins)
+            if one.inside > room.numel():
+                continue
+            keys = keys_of(layer.weight)
+            inside = (keys >= bracket.lo) & (keys <= bracket.hi)
+            if layer.mask is not None:
+                inside &= BitMask(layer.mask, layer.weight.shape).to_bool()
+            assert torch.equal(keys_of(room[: one.inside]).sort().values, keys[inside].sort().values)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_sample_brackets_most_thresholds(kernels: str, dtype: torch.dtype) -> None:
+    weight = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)).to(dtype)
+    layer = Layer(weight, None)
+    implementation = choose(kernels, CPU)
+    for share in (0.1, 0.5, 0.99):
+        (bracket,) = implementation.sample([layer], [share])
+        (census,) = implementation.count([layer], [bracket], 1)
+        assert census.below < share * weight.numel() <= census.below + census.inside
+        assert census.inside < weight.numel() / 8
+
+
+def test_an_earlier_threshold_gives_a_bracket_around_it() -> None:
+    weight = torch.randn(100_000, generator=torch.Generator().manual_seed(0))
+    (selection,) = choose("reference", CPU).select([Layer(weight, None)], [50_000], [None])
+    lo, hi = near(selection.threshold, torch.float32)
+    value = selection.threshold.value
+    assert 0.97 * value < magnitude_of(lo, torch.float32) < value < magnitude_of(hi, torch.float32) < 1.03 * value
+
+
+def test_keys_and_magnitudes_are_inverse() -> None:
+    for dtype in DTYPES:
+        for magnitude in (0.0, float(torch.finfo(dtype).smallest_normal) / 4, 1.5, float("inf")):
+            assert magnitude_of(key_of(magnitude, dtype), dtype) == magnitude
+        assert key_of(float("nan"), dtype) == largest_key(dtype) == key_of(float("inf"), dtype) + 1
+        assert key_of(-0.0, dtype) == 0
