@@ -3,6 +3,7 @@
 from gmp_kernels import optim, schedules
 from gmp_kernels.errors import (
     BackendUnavailableError,
+    DistributedError,
     DTypeError,
     GMPError,
     LayoutError,
@@ -24,6 +25,7 @@ __all__ = [
     "BackendUnavailableError",
     "BitMask",
     "DTypeError",
+    "DistributedError",
     "GMPError",
     "GMPScheduler",
     "LayoutError",

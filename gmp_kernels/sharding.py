@@ -7,9 +7,19 @@ from typing import NamedTuple
 
 import torch
 
-from gmp_kernels.errors import LayoutError
+from gmp_kernels.errors import LayoutError, StateError
+from gmp_kernels.masks import BitMask
 
-__all__ = ["Region", "is_sharded", "local", "local_grad", "region_of", "sharded_like"]
+__all__ = [
+    "Region",
+    "is_sharded",
+    "local",
+    "local_grad",
+    "local_mask",
+    "region_of",
+    "sharded_like",
+    "whole_mask",
+]
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
@@ -50,9 +60,7 @@ class Region(NamedTuple):
         """Turn flat indices of the box (int64, any shape) into flat indices of the whole tensor."""
         result = torch.zeros_like(index)
         inner, stride = 1, 1
-        for whole, offset, size in zip(
-            reversed(self.shape), reversed(self.offsets), reversed(self.sizes), strict=True
-        ):
+        for whole, offset, size in zip(reversed(self.shape), reversed(self.offsets), reversed(self.sizes), strict=True):
             result += (index // inner % size + offset) * stride
             inner, stride = inner * size, stride * whole
         return result
@@ -135,3 +143,35 @@ def sharded_like(values: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
         stride=parameter.stride(),
     )
     return whole
+
+
+def whole_mask(mask: BitMask, parameter: torch.Tensor) -> torch.Tensor:
+    """Return a copy of what this process holds of a mask, as a checkpoint has it.
+
+    Packed bits for a plain parameter; for a ``DTensor`` bool in its shape, sharded like it, which can be resharded.
+    """
+    return sharded_like(mask.to_bool(), parameter) if is_sharded(parameter) else mask.packed.clone()
+
+
+def local_mask(stored: torch.Tensor, parameter: torch.Tensor) -> BitMask:
+    """Return this process's part of a mask that ``whole_mask`` has returned, for a parameter sharded in any way.
+
+    Raises
+    ------
+    StateError
+        It is sharded in another way than the parameter is now.
+    """
+    held = local(parameter)
+    if not is_sharded(stored):
+        whole = BitMask(stored, parameter.shape) if stored.dtype == torch.uint8 else BitMask.from_bool(stored)
+        if not is_sharded(parameter) and whole.shape == held.shape:
+            return whole
+        region = region_of("mask", parameter)
+        box = tuple(slice(at, at + size) for at, size in zip(region.offsets, region.sizes, strict=True))
+        return BitMask.from_bool(whole.to_bool()[box])
+    if local(stored).shape != held.shape:
+        raise StateError(
+            f"load_state_dict: expected masks sharded like the parameters, {tuple(held.shape)} here, got "
+            f"{tuple(local(stored).shape)}; load them with torch.distributed.checkpoint into state_dict()"
+        )
+    return BitMask.from_bool(local(stored))

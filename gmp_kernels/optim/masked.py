@@ -334,8 +334,8 @@ class MaskedOptimizer(torch.optim.Optimizer):
             if value is not None and (local(value).shape != shape or value.dtype != dtype):
                 raise StateError(
                     f"{self._name}: expected '{key}' as {dtype} of shape {tuple(shape)} for a parameter that is now "
-                    f"{p.dtype} of shape {tuple(p.shape)}, got {value.dtype} of shape {tuple(local(value).shape)}; load the "
-                    "state again after converting a model"
+                    f"{p.dtype} of shape {tuple(p.shape)}, got {value.dtype} of shape {tuple(local(value).shape)}; "
+                    "load the state again after converting a model"
                 )
 
     def _init_state(self, group: dict[str, Any], p: torch.Tensor) -> bool:
