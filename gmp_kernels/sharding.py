@@ -6,6 +6,7 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 
 from gmp_kernels.errors import LayoutError, StateError
 from gmp_kernels.masks import BitMask
@@ -18,6 +19,8 @@ __all__ = [
     "local_mask",
     "region_of",
     "sharded_like",
+    "sharding_of",
+    "sum_over_shards",
     "whole_mask",
 ]
 
@@ -126,6 +129,22 @@ def region_of(name: str, tensor: torch.Tensor) -> Region:
     # What torch.distributed.checkpoint saves by: it knows every kind of placement.
     (chunk,) = tensor.__create_chunk_list__()  # type: ignore[attr-defined]
     return Region(shape, tuple(chunk.offsets), tuple(chunk.sizes))
+
+
+def sharding_of(tensor: torch.Tensor) -> object:
+    """Return what tells how a tensor is sharded: equal for those sharded alike; None for plain ones."""
+    return (tensor.device_mesh, tensor.placements) if is_sharded(tensor) else None  # type: ignore[attr-defined]
+
+
+def sum_over_shards(value: float, tensor: torch.Tensor) -> float:
+    """Add up a number that each process has found for its part of ``tensor``; copies count once."""
+    if not is_sharded(tensor):
+        return value
+    total = torch.tensor(value, dtype=torch.float64, device=local(tensor).device)
+    for dimension, placement in enumerate(tensor.placements):  # type: ignore[attr-defined]
+        if not placement.is_replicate():
+            dist.all_reduce(total, group=tensor.device_mesh.get_group(dimension))  # type: ignore[attr-defined]
+    return float(total)
 
 
 def sharded_like(values: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:

@@ -137,8 +137,8 @@ class Shards:
         implementation = choose(backend, weights[0].device)
         rank = self.ranks.rank
         pieces = [
-            Piece(layer, self._dtypes[name], self._own[name], self._regions[name], rank)
-            for name, layer in zip(names, layers, strict=True)
+            Piece(layer, weight.dtype, self._own[name], self._regions[name], rank)
+            for name, layer, weight in zip(names, layers, weights, strict=True)
         ]
         facts: dict[str, object] = {"step": step, "num_prune": list(num_prune)}
         if self.are_copies:
@@ -264,6 +264,7 @@ def _group(model: nn.Module, parameters: Sequence[torch.Tensor]) -> dist.Process
                 "GMPScheduler: expected parameters that keep their shape when sharded, got FullyShardedDataParallel, "
                 "which flattens them; use torch.distributed.fsdp.fully_shard"
             )
+    group: dist.ProcessGroup | None
     meshes = {parameter.device_mesh for parameter in parameters if is_sharded(parameter)}  # type: ignore[attr-defined]
     members = {tuple(sorted(mesh.mesh.flatten().tolist())): mesh for mesh in meshes}
     if members:
@@ -271,7 +272,7 @@ def _group(model: nn.Module, parameters: Sequence[torch.Tensor]) -> dist.Process
         if len(everyone) == dist.get_world_size() or everyone not in members:
             return dist.group.WORLD
         mesh = members[everyone]
-        return mesh.get_group() if mesh.ndim == 1 else dist.new_group(list(everyone), use_local_synchronization=True)
-    replicated = [module for module in model.modules() if isinstance(module, DistributedDataParallel)]
-    group: dist.ProcessGroup | None = replicated[0].process_group if replicated else None
+        group = mesh.get_group() if mesh.ndim == 1 else dist.new_group(list(everyone), use_local_synchronization=True)
+    else:
+        group = next((m.process_group for m in model.modules() if isinstance(m, DistributedDataParallel)), None)
     return group

@@ -10,6 +10,7 @@ from gmp_kernels.backends import Gradient, UpdateTensor, choose
 from gmp_kernels.errors import ShapeError, SparsityError
 from gmp_kernels.masks import BitMask
 from gmp_kernels.ops import check_tensors
+from gmp_kernels.sharding import local_grad, sharding_of, sum_over_shards
 
 __all__ = ["clip_grad_norm_", "ema_update_"]
 
@@ -31,11 +32,12 @@ def clip_grad_norm_(
     Parameters
     ----------
     parameters : iterable of torch.Tensor, or one
-        Those without a gradient are passed over.
+        Those without a gradient are passed over. The norm of sharded ones (``DTensor``) is that over all their shards,
+        so that every rank has to call.
     max_norm : float
         >= 0.
     masks : sequence of BitMask or None, optional
-        One entry per parameter; None: all of it is kept.
+        One entry per parameter, for what this process holds of it; None: all of it is kept.
     error_if_nonfinite : bool
         Raise when the norm is NaN or Inf, before anything is scaled.
     backend : str, optional
@@ -56,20 +58,28 @@ def clip_grad_norm_(
     given: Sequence[BitMask | None] = [None] * len(owners) if masks is None else list(masks)
     if len(given) != len(owners):
         raise ShapeError(f"clip_grad_norm_: expected one mask per parameter, got {len(given)} for {len(owners)}")
-    pairs = [(p.grad, mask) for p, mask in zip(owners, given, strict=True) if p.grad is not None and p.grad.numel()]
-    if not pairs:
-        return torch.tensor(0.0)
-    layers = check_tensors(
-        "clip_grad_norm_",
-        [grad.contiguous() for grad, _ in pairs],
-        [mask for _, mask in pairs],
-        optional_masks=True,
-    )
-    squares = choose(backend, layers[0].weight.device).sum_squares(layers)
+    # Sums over shards come first: those of parameters that are sharded alike travel together.
+    alike: dict[object, list[tuple[torch.Tensor, torch.Tensor, BitMask | None]]] = {}
+    for p, mask in zip(owners, given, strict=True):
+        if p.grad is not None:
+            alike.setdefault(sharding_of(p), []).append((p, local_grad(p), mask))
+    squares = 0.0
+    for members in alike.values():
+        present = [(grad, mask) for _, grad, mask in members if grad.numel()]
+        layers = check_tensors(
+            "clip_grad_norm_",
+            [grad.contiguous() for grad, _ in present],
+            [mask for _, mask in present],
+            optional_masks=True,
+        )
+        here = choose(backend, layers[0].weight.device).sum_squares(layers) if layers else 0.0
+        squares += sum_over_shards(here, members[0][0])
     norm = torch.tensor(squares, dtype=torch.float64).sqrt().to(torch.float32)
     if error_if_nonfinite and not torch.isfinite(norm):
         raise RuntimeError(f"clip_grad_norm_: the norm of the kept gradients is {float(norm)}; nothing was scaled")
-    torch._foreach_mul_([grad for grad, _ in pairs], torch.clamp(max_norm / (norm + 1e-6), max=1.0))
+    grads = [grad for members in alike.values() for _, grad, _ in members]
+    if grads:
+        torch._foreach_mul_(grads, torch.clamp(max_norm / (norm + 1e-6), max=1.0))
     return norm
 
 

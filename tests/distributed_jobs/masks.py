@@ -1,4 +1,4 @@
-"""On 4 ranks: schedulers of sharded layers against the oracle on whole ones. Arguments: what to shard, names of LAYOUTS."""
+"""On 4 ranks: schedulers of sharded layers against the oracle on whole ones. Arguments: names of LAYOUTS."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ def scheduler(model: nn.Module, scope: str, backend: str) -> GMPScheduler:
 
 
 def assert_same(sharded: GMPScheduler, whole: GMPScheduler, what: str) -> None:
-    parameters = dict(sharded.model.named_parameters())
-    for name, expected in whole.model.named_parameters():
-        like = parameters[name]
+    parameters, whole_parameters = (dict(pruner.model.named_parameters()) for pruner in (sharded, whole))
+    for name in whole.masks:
+        like, expected = parameters[name], whole_parameters[name]
         for kind, here, there in (
             ("mask", sharded.masks[name].to_bool(), whole.masks[name].to_bool()),
             ("weight", like.to_local(), expected.detach()),
