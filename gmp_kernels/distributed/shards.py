@@ -140,6 +140,7 @@ class Shards:
             Piece(layer, weight.dtype, self._own[name], self._regions[name], rank)
             for name, layer, weight in zip(names, layers, weights, strict=True)
         ]
+        search = None
         facts: dict[str, object] = {"step": step, "num_prune": list(num_prune)}
         if self.are_copies:
             hints = previous if scope == "layer" else previous[:1]
@@ -148,7 +149,6 @@ class Shards:
             found = [index for selection in chosen for index in selection.nonfinite]
             self._begin(facts, failure, names, found if nonfinite == "error" else [], [])
             thresholds = [selection.threshold for selection in chosen for _ in selection.cuts]
-            num_pruned = [0] * len(thresholds)
             request: dict[str, Any] = {"num_prune": num_prune, "scope": scope, "selections": chosen}
         else:
             groups = [[p] for p in pieces] if scope == "layer" else [pieces]
@@ -164,7 +164,6 @@ class Shards:
                 if p.layer is not None
             ]
             request = {"num_prune": [s.threshold.num_pruned for s in local], "selections": local}
-            num_pruned = search.num_pruned
         written = prune_(
             [weights[i] for i in present],
             masks=[masks[i] for i in present],
@@ -173,9 +172,9 @@ class Shards:
             backend=backend,
             **request,
         )
-        if scope == "layer" and not self._has_copies(names):
+        if search is not None and scope == "layer" and not self._has_copies(names):
             totals = [threshold.num_pruned for threshold in thresholds]
-            new = [after - before for after, before in zip(totals, num_pruned, strict=True)]
+            new = [after - before for after, before in zip(totals, search.num_pruned, strict=True)]
         else:
             counts = {i: row for i, *row in zip(present, written.num_pruned, written.num_newly_pruned, strict=True)}
             totals, new = self._confirm(pieces, masks, names, [counts.get(i, [0, 0]) for i in range(len(pieces))])

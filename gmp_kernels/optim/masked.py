@@ -368,8 +368,9 @@ class MaskedOptimizer(torch.optim.Optimizer):
         """
         result = super().state_dict()
         for index, p in self._indexed().items():
-            if p in self._compactions and index in result["state"]:
-                result["state"][index] = self._dense_state(p)
+            if index in result["state"]:
+                # torch hands out the dictionaries it goes on with: one that is being loaded must not turn compact.
+                result["state"][index] = self._dense_state(p) if p in self._compactions else dict(self.state[p])
         return result
 
     def _dense_state(self, p: torch.Tensor) -> dict[str, Any]:
