@@ -28,6 +28,7 @@ from gmp_kernels.backends import (
     Threshold,
     UpdateTensor,
     Written,
+    has_nonfinite,
     register,
 )
 from gmp_kernels.backends._rows import INTEGERS, address, by_dtype, fingerprint, on_device, parts
@@ -304,8 +305,15 @@ class Triton:
         return counts
 
     def prune(
-        self, layers: Sequence[Layer], selections: Sequence[Selection], out: Sequence[torch.Tensor]
+        self,
+        layers: Sequence[Layer],
+        selections: Sequence[Selection],
+        out: Sequence[torch.Tensor],
+        *,
+        finite: bool = False,
     ) -> list[Written]:
+        if finite and has_nonfinite(selections):
+            return []
         cuts = [(selection.threshold.value, cut) for selection in selections for cut in selection.cuts]
         written: dict[int, Written] = {}
         for positions, counts in self._apply(layers, cuts, out):
