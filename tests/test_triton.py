@@ -12,10 +12,9 @@ from typing import Any
 import pytest
 import torch
 from optim_cases import masked, parameters, random_gradients, random_masks, set_gradients
-from subprocesses import run_python
 
 import gmp_kernels
-from gmp_kernels import BitMask, prune_
+from gmp_kernels import prune_
 from gmp_kernels.backends import Bracket, Layer, choose
 from gmp_kernels.backends.triton import Triton
 from gmp_kernels.keys import largest_key
