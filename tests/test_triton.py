@@ -102,4 +102,4 @@ def test_every_launch_compiles_for_real_gpus_without_spilling(launches: list[Any
     assert {name for name, *_ in compiled} >= {"sample", "count", "recount", "place_cut", "apply", "update", "repack"}
     assert len(compiled) == len(launches)
     for name, constants, resources in compiled:
-        assert resources["spilled"] == 0 and resources["registers"] <= 128, (name, constants, resources)
+        assert resources["spilled"] == 0, (name, constants, resources)
