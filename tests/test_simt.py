@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -116,7 +117,7 @@ N = 1 << 18
 def test_a_selection_reads_the_weights_once(dtype: torch.dtype, launches: int) -> None:
     weight = torch.randn(N, generator=torch.Generator().manual_seed(0)).to(dtype)
     for share in (0.1, 0.5, 0.9, 0.99):
-        found, moved = traffic_of(lambda k=round(share * N): magnitude_threshold(weight, k, backend="simt"))
+        found, moved = traffic_of(partial(magnitude_threshold, weight, round(share * N), backend="simt"))
         assert found == launches
         # The weights, a sample of them, and lists of candidates that are written once and read twice or thrice.
         assert weight.nbytes <= moved < 1.25 * weight.nbytes

@@ -19,7 +19,9 @@ inline constexpr int64_t kTile = kThreads * kEach;
 static_assert(kChunk % (4 * kTile) == 0, "whole chunks are read several tiles at a time");
 
 // Blocks that a multiprocessor holds at once, which bounds the registers of a thread, and so the size of the grids.
-inline constexpr unsigned kReaders = 3;  // kernels that read weights: 80 registers
+// Kernels that read weights need 80 of them, those for keys of 64 bits some more.
+template <typename Key>
+inline constexpr unsigned kReaders = sizeof(Key) == 8 ? 2 : 3;
 
 #if defined(__CUDACC__)
 inline constexpr bool kOnDevice = true;

@@ -244,7 +244,7 @@ __device__ __forceinline__ void end_chunk(Counter<Key>& counter, LayerRow& layer
 }
 
 template <typename Key>
-__global__ void __launch_bounds__(kThreads, kReaders)
+__global__ void __launch_bounds__(kThreads, kReaders<Key>)
     count(LayerRow* layers, int64_t num_layers, GroupRow* groups, int64_t num_chunks, Workspace space, Key infinity) {
   __shared__ Counts<Key> shared;
   Counter<Key> counter(shared, space.capacity, infinity);
@@ -347,7 +347,7 @@ __device__ void place_cut(LayerRow* layers, const GroupRow& group, const unsigne
 }
 
 template <typename Key>
-__global__ void __launch_bounds__(kThreads, kReaders)
+__global__ void __launch_bounds__(kThreads, kReaders<Key>)
     ties(LayerRow* layers, int64_t num_layers, GroupRow* groups, int64_t num_chunks, Workspace space, Key infinity) {
   unsigned* const tie_counts = pointer<unsigned>(space.tie_counts);
   int64_t current = -1, num_kept = 0;

@@ -241,8 +241,8 @@ class Launches:
         if len(set(sources)) < len(sources) or any(len(dtypes) > 1 for dtypes in written.values()):
             return None
         tables = self._tables(tally.layers, tally.num_prune, [None] * len(tally.num_prune), bins_per_group=True)
-        part_of = {}
-        layer_of = {}
+        part_of: dict[str, Any] = {}
+        layer_of: dict[int, int] = {}
         for part in tables.parts:
             self._module.begin(launch, part.dtype, part.tables)
             (source,) = written[part.dtype]
