@@ -1,8 +1,10 @@
 """Gradual magnitude pruning for PyTorch: exact thresholds, bit-packed masks, a scheduler for any training loop."""
 
+import gmp_kernels.library  # noqa: F401  its import defines torch.ops.gmp_kernels
 from gmp_kernels import optim, schedules
 from gmp_kernels.errors import (
     BackendUnavailableError,
+    DistributedError,
     DTypeError,
     GMPError,
     LayoutError,
@@ -24,6 +26,7 @@ __all__ = [
     "BackendUnavailableError",
     "BitMask",
     "DTypeError",
+    "DistributedError",
     "GMPError",
     "GMPScheduler",
     "LayoutError",

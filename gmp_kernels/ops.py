@@ -106,7 +106,8 @@ def magnitude_threshold(
     counts = _num_prune(op, layers, None, num_prune, "layer")
     implementation = choose(backend, layers[0].weight.device)
     selections = implementation.select(layers, counts, [previous])
-    _check_finite(op, selections, nonfinite, None)
+    if nonfinite == "error":
+        check_finite(op, selections[0].nonfinite, None)
     return selections[0].threshold
 
 
@@ -194,9 +195,10 @@ def prune_(
     if masks_ is None:
         masks_ = [BitMask.empty(layer.weight.shape, layer.weight.device) for layer in layers]
     out = [mask.packed for mask in masks_]
-    chosen = _select(implementation, layers, counts, hints, selections)
+    chosen = select_missing(implementation, layers, counts, hints, selections)
     written = implementation.prune(layers, chosen, out, finite=nonfinite == "error")
-    _check_finite(op, chosen, nonfinite, names)
+    if nonfinite == "error":
+        check_finite(op, [index for selection in chosen for index in selection.nonfinite], names)
     if selections is not None:
         chosen, written = _completed(op, implementation, layers, counts, chosen, written, out)
     _bump_versions([*(layer.weight for layer in layers), *out])
@@ -233,6 +235,9 @@ def apply_masks_(
     """
     op = "apply_masks_"
     weights_, masks_ = _as_lists(weights, masks)
+    if weights_ and torch.compiler.is_compiling():
+        torch.ops.gmp_kernels.apply_masks_(weights_, [mask.packed for mask in masks_ or []], backend=backend)
+        return
     layers = check_tensors(op, weights_, masks_, None)
     _check_writable(op, weights_, layers, None)
     if layers:
@@ -411,11 +416,11 @@ def _hints(op: str, previous: Sequence[Threshold | None] | None, num_layers: int
     return hints[:1] if scope == "global" else hints
 
 
-def _select(
+def select_missing(
     implementation: Implementation,
-    layers: list[Layer],
-    counts: list[int],
-    hints: list[Threshold | None],
+    layers: Sequence[Layer],
+    counts: Sequence[int],
+    hints: Sequence[Threshold | None],
     known: Sequence[Selection | None] | None,
 ) -> Sequence[Selection]:
     """Select what is not known yet. What a GPU finds is not looked at: that would wait for it."""
@@ -464,10 +469,9 @@ def _completed(
     ]
 
 
-def _check_finite(op: str, selections: Sequence[Selection], nonfinite: str, names: Sequence[str] | None) -> None:
-    if nonfinite == "keep":
-        return
-    for layer, index in enumerate(index for selection in selections for index in selection.nonfinite):
+def check_finite(op: str, nonfinite: Iterable[int], names: Sequence[str] | None) -> None:
+    """Refuse NaN and Inf, given the flat index of the first unpruned one in each weight, or -1."""
+    for layer, index in enumerate(nonfinite):
         if index >= 0:
             raise NonFiniteError(
                 f"{op}: expected finite weights, got NaN or Inf in {_label(names, layer)} at flat index {index}; "

@@ -20,14 +20,16 @@ FACADE = "gmp_kernels"  # the package's own __init__
 FLOORS = [
     {"errors"},
     {"distributions", "keys", "masks", "measurement", "reports", "schedules", "targets"},
-    EXTENSIONS,
+    EXTENSIONS | {"sharding"},
     {"backends"},
     {"ops", "selection"},
+    {"distributed"},
     {"optim", "scheduler", "stages", "testing"},
+    {"library"},
     {FACADE},
     {"plan", "plots"},
     {"demo"},
-    {"bench"},
+    {"bench", "bench_gpu"},
     {"cli"},
     {"__main__"},
 ]

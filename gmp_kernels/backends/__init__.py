@@ -349,9 +349,10 @@ def register(backend: Backend) -> None:
 
 @cache
 def available() -> tuple[Backend, ...]:
-    """Every registered backend, highest priority first. Imports the files of this folder on first use."""
+    """Every registered backend, highest priority first. Imports this folder's files but for _*.py on first use."""
     for module in pkgutil.iter_modules(__path__):
-        importlib.import_module(f"{__name__}.{module.name}")
+        if not module.name.startswith("_"):
+            importlib.import_module(f"{__name__}.{module.name}")
     return tuple(sorted(_REGISTRY.values(), key=lambda backend: -backend.priority))
 
 

@@ -262,20 +262,22 @@ class Launches:
     ) -> torch.Tensor:
         """The constants as the kernels read them; those that are on the device do not leave it."""
         names: Mapping[str, float] = self._module.CONSTANTS
-        values = table.at(
-            [
-                [0.0 if isinstance(v := c.get(name, absent), torch.Tensor) else v for name, absent in names.items()]
-                for c in constants
-            ],
-            device,
-        )
-        for column, name in enumerate(names):
-            on_device = [(i, v) for i, c in enumerate(constants) if isinstance(v := c.get(name), torch.Tensor)]
+        rows = []
+        on_device: dict[int, list[tuple[int, torch.Tensor]]] = defaultdict(list)  # by column
+        for i, given in enumerate(constants):
+            values = [given.get(name, absent) for name, absent in names.items()]
+            rows.append([0.0 if isinstance(value, torch.Tensor) else value for value in values])
+            for column, value in enumerate(values):
+                if isinstance(value, torch.Tensor):
+                    on_device[column].append((i, value))
+        filled = {column: [i for i, _ in found] for column, found in on_device.items()}
+        result = table.at(rows, device, filled)
+        for column, found in on_device.items():
             # Runs of rows, each in one copy.
-            for _, run in itertools.groupby(enumerate(on_device), lambda pair: pair[1][0] - pair[0]):
-                rows, columns = zip(*(pair for _, pair in run), strict=True)
-                values[rows[0] : rows[-1] + 1, column].copy_(torch.stack(columns))
-        return values
+            for _, run in itertools.groupby(enumerate(found), lambda pair: pair[1][0] - pair[0]):
+                where, values_there = zip(*(pair for _, pair in run), strict=True)
+                result[where[0] : where[-1] + 1, column].copy_(torch.stack(values_there))
+        return result
 
     def fingerprints(self, layers: Sequence[Layer]) -> _Fingerprints:
         hashes = torch.empty(len(layers), dtype=torch.int64, device=layers[0].weight.device)

@@ -112,13 +112,12 @@ class Reference:
         for layer, (threshold, cut), packed in zip(layers, per_layer, out, strict=True):
             kept = _kept(layer)
             already = int((~kept).sum())
-            if threshold.num_ties:
-                magnitude = _magnitude(layer.weight)
-                tie = (magnitude == threshold.value) | (np.isnan(magnitude) & np.isnan(threshold.value))
-                above = magnitude > threshold.value
-                if not np.isnan(threshold.value):
-                    above |= np.isnan(magnitude)
-                kept &= above | (tie & (np.arange(kept.size) < cut))
+            magnitude = _magnitude(layer.weight)
+            tie = (magnitude == threshold.value) | (np.isnan(magnitude) & np.isnan(threshold.value))
+            above = magnitude > threshold.value
+            if not np.isnan(threshold.value):
+                above |= np.isnan(magnitude)
+            kept &= above | (tie & (np.arange(kept.size) < cut))
             _write(layer.weight, kept)
             packed.copy_(torch.from_numpy(np.packbits(kept, bitorder="little")))
             num_pruned = int((~kept).sum())

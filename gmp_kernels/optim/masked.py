@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import chain
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain, count
+from typing import Any, ClassVar, NamedTuple, Self
+from weakref import WeakValueDictionary
 
 import torch
 
@@ -15,6 +16,7 @@ from gmp_kernels.masks import BitMask
 from gmp_kernels.ops import DTYPES, apply_masks_
 from gmp_kernels.optim.constants import Group, constants_of, is_on_gpu
 from gmp_kernels.optim.expected import ExpectedPrune
+from gmp_kernels.sharding import is_sharded, local, local_grad, sharded_like
 
 __all__ = ["MaskedOptimizer"]
 
@@ -30,6 +32,7 @@ class _Ready(NamedTuple):
     dtype: torch.dtype
     state: dict[str, Any]
     keys: tuple[str, ...]
+    held: tuple[torch.Tensor | None, ...]
     tensor: UpdateTensor
 
     def holds(self, p: torch.Tensor, grad: torch.Tensor, state: dict[str, Any] | None, keys: tuple[str, ...]) -> bool:
@@ -42,8 +45,7 @@ class _Ready(NamedTuple):
             and grad.stride() == self.stride
             and grad.dtype is self.dtype
             and p.shape == self.shape  # its strides and dtype are the gradient's
-            and state.get(MASTER) is self.tensor.master
-            and all(map(operator.is_, map(state.get, keys), self.tensor.state))
+            and all(map(operator.is_, map(state.get, (MASTER, *keys)), self.held))
         )
 
 
@@ -54,10 +56,21 @@ class MaskedOptimizer(torch.optim.Optimizer):
     """
 
     rule: ClassVar[str]
+    # What a compiled graph knows an optimizer by: it can hold numbers and tensors, no objects.
+    handle: int
+    handles: ClassVar[Iterator[int]] = count()
+    by_handle: ClassVar[WeakValueDictionary[int, MaskedOptimizer]] = WeakValueDictionary()
     # Of this process alone: copies and checkpoints do without.
     _expected: ExpectedPrune | None = None
     # torch's GradScaler then hands over the scale and the overflow flag instead of unscaling in passes of its own.
     _step_supports_amp_scaling = True
+
+    def __new__(cls, *args: object, **kwargs: object) -> Self:
+        # Here and not in __init__, so that copies and unpickled optimizers get handles of their own.
+        self = super().__new__(cls)
+        self.handle = next(cls.handles)
+        cls.by_handle[self.handle] = self
+        return self
 
     def _init_masking(self, *, compact_state: bool, master_weights: bool, backend: str | None) -> None:
         self._compact_state = compact_state
@@ -106,7 +119,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
         Parameters
         ----------
         masks : mapping of parameter to BitMask
-            Each of the parameter's shape, on its device.
+            Each of the parameter's shape (of a sharded one: of what this process holds of it), on its device.
 
         Raises
         ------
@@ -122,14 +135,17 @@ class MaskedOptimizer(torch.optim.Optimizer):
                     f"{self._name}.set_masks: expected masks of this optimizer's parameters, got one for a tensor of "
                     f"shape {tuple(p.shape)} that is not among them; add it with add_param_group"
                 )
-            if mask.shape != p.shape:
-                raise ShapeError(f"{self._name}.set_masks: expected shape {tuple(p.shape)}, got {tuple(mask.shape)}")
+            if mask.shape != local(p).shape:
+                raise ShapeError(
+                    f"{self._name}.set_masks: expected shape {tuple(local(p).shape)}, got {tuple(mask.shape)}"
+                )
         tensors: list[torch.Tensor] = []
         bits: list[BitMask] = []
         for p, mask in masks.items():
             # Compact state has another shape: what is pruned in it goes when it is repacked.
             state = self.state.get(p, {})
             found = [p.detach(), *(v for key, v in state.items() if _is_per_weight(key, v) and v.shape == p.shape)]
+            found = [local(tensor) for tensor in found if local(tensor).numel()]
             tensors += found
             bits += [mask] * len(found)
         apply_masks_(tensors, bits, backend=self._backend)
@@ -142,7 +158,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
     def master_weight(self, parameter: torch.Tensor) -> torch.Tensor | None:
         """Return the float32 copy that the arithmetic of ``parameter`` runs on; None if there is none (yet)."""
         master: torch.Tensor | None = self.state.get(parameter, {}).get(MASTER)
-        return master
+        return None if master is None else local(master)
 
     def expect_prune(
         self, parameters: Sequence[torch.Tensor], masks: Sequence[BitMask], num_prune: Sequence[int]
@@ -167,12 +183,13 @@ class MaskedOptimizer(torch.optim.Optimizer):
         layouts: dict[torch.Tensor, Compaction] = {}
         for p in parameters:
             implementation = choose(self._backend, p.device)
-            layouts[p] = implementation.compaction(self._masks[p].packed, p.numel())
+            numel = local(p).numel()
+            layouts[p] = implementation.compaction(self._masks[p].packed, numel)
             for key, value in self.state.get(p, {}).items():
                 if key == MASTER or not _is_per_weight(key, value):
                     continue
                 packed = torch.empty(layouts[p].num_kept, dtype=value.dtype, device=value.device)
-                moves.append(StateMove(value, self._compactions.get(p), packed, layouts[p], p.numel()))
+                moves.append(StateMove(local(value), self._compactions.get(p), packed, layouts[p], numel))
                 self.state[p][key] = packed
         if moves:
             choose(self._backend, moves[0].source.device).move_state(moves)
@@ -205,51 +222,72 @@ class MaskedOptimizer(torch.optim.Optimizer):
         -----
         One pass: weights, gradients and state are read and written once; blocks of 64 bytes of weights that are all
         pruned are not written, and where most blocks are, not read.
+
+        In a ``torch.compile``d region the step is one operation of the graph, which looks up masks, state and
+        hyperparameters when it runs: pruning does not make torch compile again, learning rates that change do once.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if torch.compiler.is_compiling():
+            owned = [p for group in self.param_groups for p in group["params"]]
+            positions = [i for i, p in enumerate(owned) if p.grad is not None]
+            weights = [owned[i] for i in positions]
+            if weights:
+                torch.ops.gmp_kernels.optimizer_step_(self.handle, positions, weights, [p.grad for p in weights])
+        else:
+            self.update_()
+        return loss
+
+    def update_(self, given: Mapping[torch.Tensor, tuple[torch.Tensor, torch.Tensor]] | None = None) -> None:
+        """Take a step: ``given`` has, by parameter, the tensor that holds its value, and its gradient.
+
+        By default the parameter itself and its ``grad``.
+        """
         found_inf: torch.Tensor | None = getattr(self, "found_inf", None)
         grad_scale: torch.Tensor | None = getattr(self, "grad_scale", None)
         # What is on the GPU stays there: looking at it would make the step wait.
         waits = found_inf is not None and found_inf.device.type != "cpu"
         on_device = [waits or bool(group.get("capturable")) or is_on_gpu(group["lr"]) for group in self.param_groups]
         if found_inf is not None and not all(on_device) and found_inf.item():
-            return loss
+            return
 
         found = []
         unready = []
         for group, stays in zip(self.param_groups, on_device, strict=True):
             keys = self._state_keys(group)
             for p in group["params"]:
-                grad = p.grad
+                if given is not None:
+                    weight, grad = given.get(p, (p, None))
+                else:
+                    weight, grad = local(p), None if p.grad is None else local_grad(p)
                 if grad is None:
                     continue
                 ready = self._ready.get(p)
-                if ready is None or not ready.holds(p, grad, self.state.get(p), keys):
-                    ready, grad = None, self._checked_grad(p)
+                if ready is None or not ready.holds(weight, grad, self.state.get(p), keys):
+                    ready, grad = None, self._checked_grad(p, weight, grad)
                     unready.append((group, p))
-                found.append((group, stays, p, grad, ready))
+                found.append((group, stays, p, weight, grad, ready))
         if not found:
-            return loss
+            return
         if unready:
             for group, p in unready:
                 self._check_state(group, p)
-            self._check_device([p for _, _, p, _, _ in found])
+            self._check_device([p for _, _, p, _, _, _ in found])
         implementation = choose(self._backend, found[0][2].device)
         written: list[torch.Tensor] = []
         tensors: list[UpdateTensor] = []
         ages: list[tuple[Group, int | torch.Tensor]] = []
         steps: list[torch.Tensor] = []
-        for group, stays, p, _, ready in found:
-            is_first = ready is None and self._init_state(group, p)
+        for group, stays, p, weight, grad, ready in found:
+            is_first = ready is None and self._init_state(group, p, weight)
             if self.counts_steps:
                 steps.append(self._step_count(p, stays))
-            if p.numel() == 0:
+            if grad.numel() == 0:
                 continue
             if ready is None:
-                ready = self._ready[p] = self._prepare(group, p)
+                ready = self._ready[p] = self._prepare(group, p, weight)
             written.append(p)
             tensors.append(ready.tensor)
             if not self.counts_steps:
@@ -259,14 +297,14 @@ class MaskedOptimizer(torch.optim.Optimizer):
         constants, indices = constants_of(self._constants, ages, grad_scale, found_inf if any(on_device) else None)
         gradients = [
             Gradient(grad, index)
-            for grad, index in zip((grad for _, _, p, grad, _ in found if p.numel()), indices, strict=True)
+            for grad, index in zip((grad for *_, grad, _ in found if grad.numel()), indices, strict=True)
         ]
         tally = None
         if self._expected is not None:
             tally = self._expected.tally(dict(zip(written, tensors, strict=True)))
         selections = implementation.update(self.rule, tensors, gradients, constants, tally)
         torch.autograd.graph.increment_version(
-            [t for tensor in tensors for t in (tensor.weight, tensor.master) if t is not None]
+            [*written, *(t for x in tensors for t in (x.weight, x.master, *x.state) if t is not None)]
         )
         if self._expected is not None and tally is not None:
             self._expected.keep(selections, implementation)
@@ -274,7 +312,6 @@ class MaskedOptimizer(torch.optim.Optimizer):
             torch._foreach_add_(steps, (found_inf == 0).to(steps[0]).reshape(()))
         elif steps:
             torch._foreach_add_(steps, 1)
-        return loss
 
     def _step_count(self, p: torch.Tensor, stays: bool) -> torch.Tensor:
         """Return the count of the steps before this one, on the parameter's device if it is to stay there."""
@@ -293,27 +330,27 @@ class MaskedOptimizer(torch.optim.Optimizer):
             )
         self._ready = {p: ready for p, ready in self._ready.items() if ready.tensor.weight.device in devices}
 
-    def _prepare(self, group: dict[str, Any], p: torch.Tensor) -> _Ready:
+    def _prepare(self, group: dict[str, Any], p: torch.Tensor, weight: torch.Tensor) -> _Ready:
         state, mask, keys = self.state[p], self._masks.get(p), self._state_keys(group)
         return _Ready(
-            pointer=p.data_ptr(),
-            shape=p.shape,
-            stride=p.stride(),
-            dtype=p.dtype,
+            pointer=weight.data_ptr(),
+            shape=weight.shape,
+            stride=weight.stride(),
+            dtype=weight.dtype,
             state=state,
             keys=keys,
+            held=tuple(state.get(key) for key in (MASTER, *keys)),
             tensor=UpdateTensor(
-                weight=p.detach(),
-                master=state.get(MASTER),
-                state=tuple(state[key] for key in keys),
+                weight=weight.detach(),
+                master=self.master_weight(p),
+                state=tuple(local(state[key]) for key in keys),
                 mask=None if mask is None else mask.packed,
                 compaction=self._compactions.get(p),
             ),
         )
 
-    def _checked_grad(self, p: torch.Tensor) -> torch.Tensor:
-        grad = p.grad
-        assert grad is not None
+    def _checked_grad(self, p: torch.Tensor, weight: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+        """Return the gradient in the layout of ``weight``, which is what this process holds of ``p``."""
         if grad.is_sparse:
             raise RuntimeError(f"{self._name} does not support sparse gradients; use torch.optim.SparseAdam")
         if p.dtype not in DTYPES:
@@ -321,10 +358,10 @@ class MaskedOptimizer(torch.optim.Optimizer):
         if grad.dtype != p.dtype:
             raise DTypeError(f"{self._name}: expected gradients of their parameter's {p.dtype}, got {grad.dtype}; cast")
         mask = self._masks.get(p)
-        if mask is not None and mask.shape != p.shape:
+        if mask is not None and mask.shape != weight.shape:
             raise ShapeError(
                 f"{self._name}: expected the shape {tuple(mask.shape)} that the mask was made for, got a parameter of "
-                f"{tuple(p.shape)}; set another mask"
+                f"{tuple(weight.shape)}; set another mask"
             )
         if mask is not None and mask.packed.device != p.device:
             raise LayoutError(
@@ -332,21 +369,21 @@ class MaskedOptimizer(torch.optim.Optimizer):
                 "set masks again after moving a model"
             )
         # A mask counts in the order of the dimensions; without one any order will do.
-        if not (_is_dense(p) if mask is None else p.is_contiguous()):
+        if not (_is_dense(weight) if mask is None else weight.is_contiguous()):
             wanted = "parameters without gaps in memory" if mask is None else "contiguous parameters under a mask"
             raise LayoutError(
-                f"{self._name}: expected {wanted}, got strides {p.stride()} for shape {tuple(p.shape)}; "
+                f"{self._name}: expected {wanted}, got strides {weight.stride()} for shape {tuple(weight.shape)}; "
                 "use .contiguous()"
             )
         # The kernel walks memory: a gradient laid out differently is brought into the parameter's order.
-        return grad if grad.stride() == p.stride() else torch.empty_like(p).copy_(grad)
+        return grad if grad.stride() == weight.stride() else torch.empty_like(weight).copy_(grad)
 
     def _check_state(self, group: dict[str, Any], p: torch.Tensor) -> None:
         """Refuse state that does not belong to the parameter as it is now: the kernel would walk past its end."""
         layout = self._compactions.get(p)
         for key in (*self._state_keys(group), MASTER):
             value = self.state.get(p, {}).get(key)
-            shape = p.shape if layout is None or key == MASTER else (layout.num_kept,)
+            shape = local(p).shape if layout is None or key == MASTER else (layout.num_kept,)
             dtype = torch.float32 if key == MASTER else _state_dtype(p)
             if value is not None and (value.shape != shape or value.dtype != dtype or value.device != p.device):
                 raise StateError(
@@ -355,13 +392,14 @@ class MaskedOptimizer(torch.optim.Optimizer):
                     f"on {value.device}; load the state again after converting or moving a model"
                 )
 
-    def _init_state(self, group: dict[str, Any], p: torch.Tensor) -> bool:
+    def _init_state(self, group: dict[str, Any], p: torch.Tensor, weight: torch.Tensor) -> bool:
         """Create what the state lacks; return whether this is the first step of the parameter."""
         state = self.state[p]
         if self.counts_steps and "step" not in state:
             state["step"] = torch.tensor(0.0)
         if self._master_weights and p.dtype in (torch.bfloat16, torch.float16) and MASTER not in state:
-            state[MASTER] = p.detach().to(torch.float32, memory_format=torch.preserve_format)
+            value = p if is_sharded(p) else weight
+            state[MASTER] = value.detach().to(torch.float32, memory_format=torch.preserve_format)
         missing = [name for name in self._state_keys(group) if state.get(name) is None]
         layout = self._compactions.get(p)
         for name in missing:
@@ -385,8 +423,9 @@ class MaskedOptimizer(torch.optim.Optimizer):
         """
         result = super().state_dict()
         for index, p in self._indexed().items():
-            if p in self._compactions and index in result["state"]:
-                result["state"][index] = self._dense_state(p)
+            if index in result["state"]:
+                # torch hands out the dictionaries it goes on with: one that is being loaded must not turn compact.
+                result["state"][index] = self._dense_state(p) if p in self._compactions else dict(self.state[p])
         return result
 
     def _dense_state(self, p: torch.Tensor) -> dict[str, Any]:
@@ -396,8 +435,9 @@ class MaskedOptimizer(torch.optim.Optimizer):
         for key, value in self.state[p].items():
             if key == MASTER or not _is_per_weight(key, value):
                 continue
-            dense[key] = torch.empty(p.shape, dtype=value.dtype, device=value.device)
-            moves.append(StateMove(value, layout, dense[key], None, p.numel()))
+            values = torch.empty(local(p).shape, dtype=value.dtype, device=value.device)
+            moves.append(StateMove(value, layout, values, None, values.numel()))
+            dense[key] = sharded_like(values, p)
         choose(self._backend, p.device).move_state(moves)
         return dense
 
@@ -424,7 +464,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
             if _is_per_weight(key, value)
         ]
         for index, p, key, value in found:
-            if value.shape != p.shape:
+            if value.shape != p.shape or local(value).shape != local(p).shape:
                 raise StateError(
                     f"{self._name}.load_state_dict: expected '{key}' of shape {tuple(p.shape)} for parameter "
                     f"{index}, got {tuple(value.shape)}; is it the state of another model?"
