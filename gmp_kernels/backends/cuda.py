@@ -292,7 +292,9 @@ class Launches:
                 done += len(part.positions)
         return _Fingerprints(hashes)
 
-    def sum_squares(self, gradients: Sequence[Layer]) -> torch.Tensor:
+    def sum_squares(self, gradients: Sequence[Layer]) -> float | torch.Tensor:
+        if not gradients:
+            return 0.0
         device = gradients[0].weight.device
         rows, first_chunk = [], 0
         for g in gradients:
