@@ -70,10 +70,11 @@ class Launches:
         """Make ``device`` current, and give what launches need of it. Errors get a name."""
         try:
             if device.type == "cpu":
-                yield self._module.Launch(0, self._size(device))
+                yield self._module.Launch(0, 0, self._size(device))
             else:
                 with torch.cuda.device(device):
-                    yield self._module.Launch(torch.cuda.current_stream().cuda_stream, self._size(device))
+                    stream = torch.cuda.current_stream().cuda_stream
+                    yield self._module.Launch(stream, torch.cuda.current_device(), self._size(device))
         except torch.OutOfMemoryError as error:
             raise DeviceError(
                 f"{what}: no memory left on {device} for the workspace, nothing was changed ({error}); free some, or "
@@ -87,10 +88,8 @@ class Launches:
 
     def _size(self, device: torch.device) -> int:
         if device not in self._multiprocessors:
-            reason, multiprocessors, _, _ = self._module.device_info()
-            if reason:
-                raise RuntimeError(reason)
-            self._multiprocessors[device] = multiprocessors
+            index = torch.cuda.current_device() if device.type == "cuda" else 0
+            self._multiprocessors[device] = self._module.multiprocessors_of(index)
         return self._multiprocessors[device]
 
     def _tables(self, layers: Sequence[Layer], num_prune: Sequence[int], *args: Any, **kwargs: Any) -> SelectionTables:
