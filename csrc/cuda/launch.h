@@ -9,14 +9,14 @@
 
 #if defined(__CUDACC__)
 #define GMP_LAUNCH(kernel, grid, on, ...)                                                      \
-  do {                                                                                             \
+  do {                                                                                         \
     kernel<<<(grid), kThreads, 0, reinterpret_cast<cudaStream_t>((on).stream)>>>(__VA_ARGS__); \
-    check(#kernel);                                                                                \
+    check(#kernel);                                                                            \
   } while (0)
 #else
-#define GMP_LAUNCH(kernel, grid, on, ...)                              \
+#define GMP_LAUNCH(kernel, grid, on, ...)                                  \
   do {                                                                     \
-    static_cast<void>(on);                                             \
+    static_cast<void>(on);                                                 \
     simt::launch(#kernel, (grid), kThreads, [&] { kernel(__VA_ARGS__); }); \
   } while (0)
 #endif

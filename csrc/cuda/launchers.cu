@@ -86,7 +86,8 @@ void ranks(const Launch& launch, const uint8_t* mask, int64_t n, int64_t* ranks_
 
 void sum_squares(const Launch& launch, const GradRow* rows, int64_t num_rows, int64_t num_chunks, double* sums) {
   prepare(launch);
-  GMP_LAUNCH(kernels::sum_squares, grid_of(launch, kReaders<uint32_t>, num_chunks), launch, rows, num_rows, num_chunks, sums);
+  GMP_LAUNCH(kernels::sum_squares, grid_of(launch, kReaders<uint32_t>, num_chunks), launch, rows, num_rows, num_chunks,
+             sums);
   GMP_LAUNCH(kernels::total, 1u, launch, sums, num_chunks);
 }
 
