@@ -33,7 +33,7 @@ NVCC_FLAGS = [
     *("-std=c++17", "-O3", "--fmad=false", "--expt-relaxed-constexpr", "--threads=0", "-Xptxas=-v"),
     "-gencode=arch=compute_80,code=sm_80",
     "-gencode=arch=compute_90,code=[sm_90,compute_90]",
-    *("-Xcompiler=-fPIC,-fvisibility=hidden,-ffp-contract=off", "-diag-suppress=177"),
+    *("-Xcompiler=-fPIC,-fvisibility=hidden,-ffp-contract=off", "-diag-suppress=128,177"),
 ]
 SANITIZE = os.environ.get("GMP_KERNELS_SANITIZE")  # e.g. "address,undefined": used by the test suite
 if SANITIZE:

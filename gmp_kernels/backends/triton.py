@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +28,7 @@ from gmp_kernels.backends import (
     Threshold,
     UpdateTensor,
     Written,
+    has_nonfinite,
     register,
 )
 from gmp_kernels.backends._rows import INTEGERS, address, by_dtype, fingerprint, on_device, parts
@@ -303,8 +304,15 @@ class Triton:
         return counts
 
     def prune(
-        self, layers: Sequence[Layer], selections: Sequence[Selection], out: Sequence[torch.Tensor]
+        self,
+        layers: Sequence[Layer],
+        selections: Sequence[Selection],
+        out: Sequence[torch.Tensor],
+        *,
+        finite: bool = False,
     ) -> list[Written]:
+        if finite and has_nonfinite(selections):
+            return []
         cuts = [(selection.threshold.value, cut) for selection in selections for cut in selection.cuts]
         written: dict[int, Written] = {}
         for positions, counts in self._apply(layers, cuts, out):
@@ -320,12 +328,14 @@ class Triton:
         rule: str,
         tensors: Sequence[UpdateTensor],
         gradients: Sequence[Gradient],
-        constants: Sequence[dict[str, float]],
+        constants: Sequence[Mapping[str, float | torch.Tensor]],
         tally: Tally | None = None,
     ) -> list[Selection | None]:
         k = self._kernels
         rows: dict[_Kind, list[list[int]]] = defaultdict(list)
         for t, gradient in zip(tensors, gradients, strict=True):
+            if constants[gradient.constants].get("skip"):
+                continue
             row = t.row if isinstance(t.row, _Row) else _prepared(t)
             grad = gradient.tensor.data_ptr()
             kind = row.kind._replace(aligned=row.kind.aligned and grad % 16 == 0)
@@ -333,7 +343,7 @@ class Triton:
         if rows:
             device = tensors[0].weight.device
             with on_device(device, "update"):
-                given = [[c.get(name, otherwise) for name, otherwise in CONSTANTS.items()] for c in constants]
+                given = [[float(c.get(name, otherwise)) for name, otherwise in CONSTANTS.items()] for c in constants]
                 values = torch.tensor(given, dtype=torch.float64).to(device, non_blocking=True)
                 for kind, kind_rows in rows.items():
                     table = self._table(kind_rows, device)
