@@ -4,6 +4,7 @@ import gmp_kernels.library  # noqa: F401  its import defines torch.ops.gmp_kerne
 from gmp_kernels import optim, schedules
 from gmp_kernels.errors import (
     BackendUnavailableError,
+    DistributedError,
     DTypeError,
     GMPError,
     LayoutError,
@@ -25,6 +26,7 @@ __all__ = [
     "BackendUnavailableError",
     "BitMask",
     "DTypeError",
+    "DistributedError",
     "GMPError",
     "GMPScheduler",
     "LayoutError",

@@ -7,6 +7,7 @@ __all__ = [
     "BackendUnavailableError",
     "DTypeError",
     "DeviceError",
+    "DistributedError",
     "GMPError",
     "LayoutError",
     "NonFiniteError",
@@ -73,3 +74,7 @@ class NonFiniteError(GMPError, ValueError):
 
 class DeviceError(GMPError, RuntimeError):
     """The GPU reports an error, or has no memory left."""
+
+
+class DistributedError(GMPError, RuntimeError):
+    """Another process of the run has died, has failed, or does something else."""

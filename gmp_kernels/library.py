@@ -128,7 +128,7 @@ def _clip_gradients(
     backend: str | None = None,
 ) -> torch.Tensor:
     bits = _optional_bit_masks(masks, gradients)
-    return clip_gradients_(gradients, max_norm, bits, error_if_nonfinite=error_if_nonfinite, backend=backend)
+    return clip_gradients_(gradients, max_norm, bits, gradients, error_if_nonfinite=error_if_nonfinite, backend=backend)
 
 
 def _fake_clip_gradients(*_: object, **__: object) -> torch.Tensor:

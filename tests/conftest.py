@@ -12,8 +12,12 @@ from hypothesis import settings
 from gmp_kernels.backends import choose, cpu
 from gmp_kernels.testing import device_of
 
+if not torch.cuda.is_available():
+    # Before anything imports triton, here and in the processes that tests start: its kernels then run on the host.
+    os.environ["TRITON_INTERPRET"] = "1"
+
 ORACLE = "reference"
-BACKENDS = os.environ.get("GMP_KERNELS_TEST_BACKENDS", "reference,cpu,simt").split(",")
+BACKENDS = os.environ.get("GMP_KERNELS_TEST_BACKENDS", "reference,cpu,simt,triton").split(",")
 KERNELS = [name for name in BACKENDS if name != ORACLE]
 HOST_BACKENDS = [name for name in BACKENDS if device_of(name).type == "cpu"]
 

@@ -20,9 +20,10 @@ FACADE = "gmp_kernels"  # the package's own __init__
 FLOORS = [
     {"errors"},
     {"distributions", "keys", "masks", "measurement", "reports", "schedules", "targets"},
-    EXTENSIONS,
+    EXTENSIONS | {"sharding"},
     {"backends"},
     {"ops", "selection"},
+    {"distributed"},
     {"optim", "scheduler", "stages", "testing"},
     {"library"},
     {FACADE},

@@ -15,6 +15,7 @@ from gmp_kernels.errors import DTypeError, LayoutError, ShapeError, StateError, 
 from gmp_kernels.masks import BitMask
 from gmp_kernels.ops import DTYPES, apply_masks_
 from gmp_kernels.optim.expected import ExpectedPrune
+from gmp_kernels.sharding import is_sharded, local, local_grad, sharded_like
 
 __all__ = ["MaskedOptimizer"]
 
@@ -30,6 +31,7 @@ class _Ready(NamedTuple):
     dtype: torch.dtype
     state: dict[str, Any]
     keys: tuple[str, ...]
+    held: tuple[torch.Tensor | None, ...]
     tensor: UpdateTensor
 
     def holds(self, p: torch.Tensor, grad: torch.Tensor, state: dict[str, Any] | None, keys: tuple[str, ...]) -> bool:
@@ -42,8 +44,7 @@ class _Ready(NamedTuple):
             and grad.stride() == self.stride
             and grad.dtype is self.dtype
             and p.shape == self.shape  # its strides and dtype are the gradient's
-            and state.get(MASTER) is self.tensor.master
-            and all(map(operator.is_, map(state.get, keys), self.tensor.state))
+            and all(map(operator.is_, map(state.get, (MASTER, *keys)), self.held))
         )
 
 
@@ -114,7 +115,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
         Parameters
         ----------
         masks : mapping of parameter to BitMask
-            Each of the parameter's shape, on its device.
+            Each of the parameter's shape (of a sharded one: of what this process holds of it), on its device.
 
         Raises
         ------
@@ -130,14 +131,17 @@ class MaskedOptimizer(torch.optim.Optimizer):
                     f"{self._name}.set_masks: expected masks of this optimizer's parameters, got one for a tensor of "
                     f"shape {tuple(p.shape)} that is not among them; add it with add_param_group"
                 )
-            if mask.shape != p.shape:
-                raise ShapeError(f"{self._name}.set_masks: expected shape {tuple(p.shape)}, got {tuple(mask.shape)}")
+            if mask.shape != local(p).shape:
+                raise ShapeError(
+                    f"{self._name}.set_masks: expected shape {tuple(local(p).shape)}, got {tuple(mask.shape)}"
+                )
         tensors: list[torch.Tensor] = []
         bits: list[BitMask] = []
         for p, mask in masks.items():
             # Compact state has another shape: what is pruned in it goes when it is repacked.
             state = self.state.get(p, {})
             found = [p.detach(), *(v for key, v in state.items() if _is_per_weight(key, v) and v.shape == p.shape)]
+            found = [local(tensor) for tensor in found if local(tensor).numel()]
             tensors += found
             bits += [mask] * len(found)
         apply_masks_(tensors, bits, backend=self._backend)
@@ -150,7 +154,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
     def master_weight(self, parameter: torch.Tensor) -> torch.Tensor | None:
         """Return the float32 copy that the arithmetic of ``parameter`` runs on; None if there is none (yet)."""
         master: torch.Tensor | None = self.state.get(parameter, {}).get(MASTER)
-        return master
+        return None if master is None else local(master)
 
     def expect_prune(
         self, parameters: Sequence[torch.Tensor], masks: Sequence[BitMask], num_prune: Sequence[int]
@@ -162,7 +166,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
         """
         self._expected = ExpectedPrune(parameters, masks, num_prune) if parameters else None
 
-    def expected_selections(self, num_prune: Sequence[int]) -> list[Selection | None] | None:
+    def expected_selections(self, num_prune: Sequence[int]) -> Sequence[Selection | None] | None:
         """Return what the last step found for the update announced, if it was for these counts and still holds."""
         if self._expected is None:
             return None
@@ -175,12 +179,13 @@ class MaskedOptimizer(torch.optim.Optimizer):
         layouts: dict[torch.Tensor, Compaction] = {}
         for p in parameters:
             implementation = choose(self._backend, p.device)
-            layouts[p] = implementation.compaction(self._masks[p].packed, p.numel())
+            numel = local(p).numel()
+            layouts[p] = implementation.compaction(self._masks[p].packed, numel)
             for key, value in self.state.get(p, {}).items():
                 if key == MASTER or not _is_per_weight(key, value):
                     continue
                 packed = torch.empty(layouts[p].num_kept, dtype=value.dtype, device=value.device)
-                moves.append(StateMove(value, self._compactions.get(p), packed, layouts[p], p.numel()))
+                moves.append(StateMove(local(value), self._compactions.get(p), packed, layouts[p], numel))
                 self.state[p][key] = packed
         if moves:
             choose(self._backend, moves[0].source.device).move_state(moves)
@@ -247,12 +252,15 @@ class MaskedOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             keys = self._state_keys(group)
             for p in group["params"]:
-                weight, grad = (p, p.grad) if given is None else given.get(p, (p, None))
+                if given is not None:
+                    weight, grad = given.get(p, (p, None))
+                else:
+                    weight, grad = local(p), None if p.grad is None else local_grad(p)
                 if grad is None:
                     continue
                 ready = self._ready.get(p)
                 if ready is None or not ready.holds(weight, grad, self.state.get(p), keys):
-                    ready, grad = None, self._checked_grad(p, grad)
+                    ready, grad = None, self._checked_grad(p, weight, grad)
                     unready.append((group, p))
                 found.append((group, p, weight, grad, ready))
         if not found:
@@ -269,7 +277,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
         gradients: list[Gradient] = []
         for group, p, weight, grad, ready in found:
             is_first = ready is None and self._init_state(group, p, weight)
-            if p.numel() == 0:
+            if grad.numel() == 0:
                 continue
             if ready is None:
                 ready = self._ready[p] = self._prepare(group, p, weight)
@@ -288,7 +296,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
             tally = self._expected.tally(dict(zip(written, tensors, strict=True)))
         selections = implementation.update(self.rule, tensors, gradients, constants, tally)
         torch.autograd.graph.increment_version(
-            [t for tensor in tensors for t in (tensor.weight, tensor.master, *tensor.state) if t is not None]
+            [*written, *(t for x in tensors for t in (x.weight, x.master, *x.state) if t is not None)]
         )
         if self._expected is not None and tally is not None:
             self._expected.keep(selections, implementation)
@@ -309,21 +317,23 @@ class MaskedOptimizer(torch.optim.Optimizer):
         state, mask, keys = self.state[p], self._masks.get(p), self._state_keys(group)
         return _Ready(
             pointer=weight.data_ptr(),
-            shape=p.shape,
-            stride=p.stride(),
-            dtype=p.dtype,
+            shape=weight.shape,
+            stride=weight.stride(),
+            dtype=weight.dtype,
             state=state,
             keys=keys,
+            held=tuple(state.get(key) for key in (MASTER, *keys)),
             tensor=UpdateTensor(
                 weight=weight.detach(),
-                master=state.get(MASTER),
-                state=tuple(state[key] for key in keys),
+                master=self.master_weight(p),
+                state=tuple(local(state[key]) for key in keys),
                 mask=None if mask is None else mask.packed,
                 compaction=self._compactions.get(p),
             ),
         )
 
-    def _checked_grad(self, p: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+    def _checked_grad(self, p: torch.Tensor, weight: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+        """Return the gradient in the layout of ``weight``, which is what this process holds of ``p``."""
         if grad.is_sparse:
             raise RuntimeError(f"{self._name} does not support sparse gradients; use torch.optim.SparseAdam")
         if p.dtype not in DTYPES:
@@ -331,33 +341,33 @@ class MaskedOptimizer(torch.optim.Optimizer):
         if grad.dtype != p.dtype:
             raise DTypeError(f"{self._name}: expected gradients of their parameter's {p.dtype}, got {grad.dtype}; cast")
         mask = self._masks.get(p)
-        if mask is not None and mask.shape != p.shape:
+        if mask is not None and mask.shape != weight.shape:
             raise ShapeError(
                 f"{self._name}: expected the shape {tuple(mask.shape)} that the mask was made for, got a parameter of "
-                f"{tuple(p.shape)}; set another mask"
+                f"{tuple(weight.shape)}; set another mask"
             )
         # A mask counts in the order of the dimensions; without one any order will do.
-        if not (_is_dense(p) if mask is None else p.is_contiguous()):
+        if not (_is_dense(weight) if mask is None else weight.is_contiguous()):
             wanted = "parameters without gaps in memory" if mask is None else "contiguous parameters under a mask"
             raise LayoutError(
-                f"{self._name}: expected {wanted}, got strides {p.stride()} for shape {tuple(p.shape)}; "
+                f"{self._name}: expected {wanted}, got strides {weight.stride()} for shape {tuple(weight.shape)}; "
                 "use .contiguous()"
             )
         # The kernel walks memory: a gradient laid out differently is brought into the parameter's order.
-        return grad if grad.stride() == p.stride() else torch.empty_like(p).copy_(grad)
+        return grad if grad.stride() == weight.stride() else torch.empty_like(weight).copy_(grad)
 
     def _check_state(self, group: dict[str, Any], p: torch.Tensor) -> None:
         """Refuse state that does not belong to the parameter as it is now: the kernel would walk past its end."""
         layout = self._compactions.get(p)
         for key in (*self._state_keys(group), MASTER):
             value = self.state.get(p, {}).get(key)
-            shape = p.shape if layout is None or key == MASTER else (layout.num_kept,)
+            shape = local(p).shape if layout is None or key == MASTER else (layout.num_kept,)
             dtype = torch.float32 if key == MASTER else _state_dtype(p)
-            if value is not None and (value.shape != shape or value.dtype != dtype):
+            if value is not None and (local(value).shape != shape or value.dtype != dtype):
                 raise StateError(
                     f"{self._name}: expected '{key}' as {dtype} of shape {tuple(shape)} for a parameter that is now "
-                    f"{p.dtype} of shape {tuple(p.shape)}, got {value.dtype} of shape {tuple(value.shape)}; load the "
-                    "state again after converting a model"
+                    f"{p.dtype} of shape {tuple(p.shape)}, got {value.dtype} of shape {tuple(local(value).shape)}; "
+                    "load the state again after converting a model"
                 )
 
     def _init_state(self, group: dict[str, Any], p: torch.Tensor, weight: torch.Tensor) -> bool:
@@ -366,7 +376,8 @@ class MaskedOptimizer(torch.optim.Optimizer):
         if self.counts_steps and "step" not in state:
             state["step"] = torch.tensor(0.0)
         if self._master_weights and p.dtype in (torch.bfloat16, torch.float16) and MASTER not in state:
-            state[MASTER] = weight.detach().to(torch.float32, memory_format=torch.preserve_format)
+            value = p if is_sharded(p) else weight
+            state[MASTER] = value.detach().to(torch.float32, memory_format=torch.preserve_format)
         missing = [name for name in self._state_keys(group) if state.get(name) is None]
         layout = self._compactions.get(p)
         for name in missing:
@@ -390,8 +401,9 @@ class MaskedOptimizer(torch.optim.Optimizer):
         """
         result = super().state_dict()
         for index, p in self._indexed().items():
-            if p in self._compactions and index in result["state"]:
-                result["state"][index] = self._dense_state(p)
+            if index in result["state"]:
+                # torch hands out the dictionaries it goes on with: one that is being loaded must not turn compact.
+                result["state"][index] = self._dense_state(p) if p in self._compactions else dict(self.state[p])
         return result
 
     def _dense_state(self, p: torch.Tensor) -> dict[str, Any]:
@@ -401,8 +413,9 @@ class MaskedOptimizer(torch.optim.Optimizer):
         for key, value in self.state[p].items():
             if key == MASTER or not _is_per_weight(key, value):
                 continue
-            dense[key] = torch.empty(p.shape, dtype=value.dtype, device=value.device)
-            moves.append(StateMove(value, layout, dense[key], None, p.numel()))
+            values = torch.empty(local(p).shape, dtype=value.dtype, device=value.device)
+            moves.append(StateMove(value, layout, values, None, values.numel()))
+            dense[key] = sharded_like(values, p)
         choose(self._backend, p.device).move_state(moves)
         return dense
 
@@ -429,7 +442,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
             if _is_per_weight(key, value)
         ]
         for index, p, key, value in found:
-            if value.shape != p.shape:
+            if value.shape != p.shape or local(value).shape != local(p).shape:
                 raise StateError(
                     f"{self._name}.load_state_dict: expected '{key}' of shape {tuple(p.shape)} for parameter "
                     f"{index}, got {tuple(value.shape)}; is it the state of another model?"
