@@ -18,7 +18,7 @@ ISA_FLAGS = {
     "isa_avx2.cpp": ["-mavx2", "-mfma", "-mpopcnt", "-mf16c"],
     "isa_avx512.cpp": [
         *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vbmi2"),
-        *("-mavx2", "-mfma", "-mpopcnt", "-mprefer-vector-width=512"),
+        *("-mavx2", "-mfma", "-mpopcnt", "-mf16c", "-mprefer-vector-width=512"),
         *("-Wno-maybe-uninitialized", "-Wno-uninitialized"),  # GCC 12 warns about its own headers
     ],
 }

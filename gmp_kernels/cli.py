@@ -13,16 +13,19 @@ import torch
 
 from gmp_kernels import __version__, backends
 from gmp_kernels.bench import all_cases
+from gmp_kernels.bench_gpu import gpu_cases
 from gmp_kernels.errors import GMPError
 from gmp_kernels.measurement import Machine, Result, measure
 from gmp_kernels.plan import PRESETS, Plan, Preset, Row, plan_rows
 
 try:
     import typer
-    from rich import box
     from rich.console import Console
     from rich.progress import track
     from rich.table import Table
+
+    from gmp_kernels.cli_checkpoints import register
+    from gmp_kernels.tables import new_table
 except ModuleNotFoundError as error:
     # The library works without them; a traceback would hide the one thing there is to do.
     raise SystemExit(f"gmp-kernels: the command line needs {error.name}; run: pip install 'gmp-kernels[cli]'") from None
@@ -30,6 +33,7 @@ except ModuleNotFoundError as error:
 __all__ = ["app", "main"]
 
 app = typer.Typer(help="Gradual magnitude pruning for PyTorch.", no_args_is_help=True, add_completion=False)
+register(app)
 
 
 def main() -> None:
@@ -68,7 +72,7 @@ def demo(
 @app.command()
 def info() -> None:
     """Show the versions, and every backend: usable, or why not."""
-    table = _table("backend", "priority", "on this machine")
+    table = new_table("backend", "priority", "on this machine")
     for backend in backends.available():
         table.add_row(backend.name, str(backend.priority), backend.probe() or "usable")
     console = Console()
@@ -122,8 +126,16 @@ def plan(
         console.print(f"wrote {json_file}", soft_wrap=True)
 
 
+class Device(StrEnum):
+    """What the benchmarks run on."""
+
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
 @app.command()
 def bench(
+    device: Annotated[Device, typer.Option(help="The CPU, or the GPU that torch uses.")] = Device.CPU,
     quick: Annotated[
         bool, typer.Option("--quick", help="A sixteenth of the weights and a tenth of the time, to try it out.")
     ] = False,
@@ -137,17 +149,21 @@ def bench(
     """Measure this machine: every operation beside what one would use instead."""
     if threads is not None:
         torch.set_num_threads(threads)
-    machine = Machine.here()
+    torch_device = torch.device(device)
+    machine = Machine.here(torch_device)
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
         json_file, plot = output / f"{machine.slug}.json", output / f"{machine.slug}.png"
     console = Console()
     setting = f"{machine.device}, {machine.cores} cores, {machine.threads} threads, torch {machine.torch}"
+    if machine.gpu is not None:
+        setting = f"{machine.gpu}, {setting}"
     console.print(f"{setting}, numpy {machine.numpy}, load {machine.load:.2f}", soft_wrap=True)
-    shrink, seconds = (16, 0.3) if quick else (1, 3.0)
+    cases, seconds = (all_cases(), 3.0) if device is Device.CPU else (gpu_cases(torch_device), 1.5)
+    shrink, seconds = (16, seconds / 10) if quick else (1, seconds)
     results = [
-        measure(case, shrink=shrink, seconds=seconds)
-        for case in track(all_cases(), "measuring", console=console, transient=True)
+        measure(case, shrink=shrink, seconds=seconds, device=torch_device)
+        for case in track(cases, "measuring", console=console, transient=True)
     ]
     console.print(_ratios(results))
     if quick:
@@ -183,12 +199,8 @@ def _shape(text: str) -> tuple[int, ...]:
     return tuple(int(size) for size in sizes)
 
 
-def _table(*columns: str) -> Table:
-    return Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False)
-
-
 def _epochs(rows: list[Row]) -> Table:
-    table = _table("epoch", "step", "stage", "sparsity", "num_prune", "LR", "weight decay")
+    table = new_table("epoch", "step", "stage", "sparsity", "num_prune", "LR", "weight decay")
     for row in rows:
         table.add_row(
             f"{row.epoch:g}",
@@ -205,7 +217,7 @@ def _epochs(rows: list[Row]) -> Table:
 def _layers(plan: Plan, rows: list[Row]) -> Table:
     pruning = [row for row in rows if row.step >= plan.stages.pruning_begin_step]
     first, last = pruning[0], pruning[-1]
-    table = _table("layer", "shape", f"num_prune at epoch {first.epoch:g}", f"at epoch {last.epoch:g}")
+    table = new_table("layer", "shape", f"num_prune at epoch {first.epoch:g}", f"at epoch {last.epoch:g}")
     for name, shape in plan.layers.items():
         table.add_row(name, "x".join(map(str, shape)), str(first.num_prune[name]), str(last.num_prune[name]))
     return table
@@ -224,9 +236,9 @@ def _draw(plan: Plan, folder: Path) -> None:
 
 
 def _ratios(results: list[Result]) -> Table:
-    table = _table("ours", "median", "baseline", "median", "ratio", "must", "aim", "verdict")
-    for column in (1, 3, 4, 5, 6):
-        table.columns[column].justify = "right"
+    rates = any(result.bytes_per_second for result in results)
+    columns = ["ours", "median", "baseline", "median", "ratio", "must", "aim", "verdict", *["GB/s"] * rates]
+    table = new_table(*columns, right=(1, 3, 4, 5, 6, *[8] * rates))
     for result in results:
         case = result.case
         table.add_row(
@@ -238,11 +250,14 @@ def _ratios(results: list[Result]) -> Table:
             _ratio(case.must),
             "" if case.aim is None else _ratio(case.aim),
             {"aim": "[green]aim[/]", "must": "must", "missed": "[red]missed[/]"}[result.verdict],
+            *([f"{(result.bytes_per_second or 0) / 1e9:.0f}"] if result.bytes_per_second else []),
         )
     return table
 
 
 def _quantity(value: float, unit: str) -> str:
+    if unit == "launches":
+        return f"{value:g}"
     if unit == "B":
         return f"{value / 1e6:.2f} MB"
     return f"{value * 1e3:.2f} ms" if value >= 1e-4 else f"{value * 1e6:.2f} us"

@@ -192,13 +192,13 @@ def prune_(
         return PruneResult([], [], [], [])
 
     implementation = choose(backend, layers[0].weight.device)
-    chosen = select_missing(implementation, layers, counts, hints, selections)
-    if nonfinite == "error":
-        check_finite(op, [index for selection in chosen for index in selection.nonfinite], names)
     if masks_ is None:
         masks_ = [BitMask.empty(layer.weight.shape, layer.weight.device) for layer in layers]
     out = [mask.packed for mask in masks_]
-    written = implementation.prune(layers, chosen, out)
+    chosen = select_missing(implementation, layers, counts, hints, selections)
+    written = implementation.prune(layers, chosen, out, finite=nonfinite == "error")
+    if nonfinite == "error":
+        check_finite(op, [index for selection in chosen for index in selection.nonfinite], names)
     if selections is not None:
         chosen, written = _completed(op, implementation, layers, counts, chosen, written, out)
     _bump_versions([*(layer.weight for layer in layers), *out])
@@ -235,6 +235,9 @@ def apply_masks_(
     """
     op = "apply_masks_"
     weights_, masks_ = _as_lists(weights, masks)
+    if weights_ and torch.compiler.is_compiling():
+        torch.ops.gmp_kernels.apply_masks_(weights_, [mask.packed for mask in masks_ or []], backend=backend)
+        return
     layers = check_tensors(op, weights_, masks_, None)
     _check_writable(op, weights_, layers, None)
     if layers:
@@ -419,9 +422,11 @@ def select_missing(
     counts: Sequence[int],
     hints: Sequence[Threshold | None],
     known: Sequence[Selection | None] | None,
-) -> list[Selection]:
-    """Select what is not known yet."""
-    found = dict(enumerate(known)) if known is not None else {}
+) -> Sequence[Selection]:
+    """Select what is not known yet. What a GPU finds is not looked at: that would wait for it."""
+    if known is None:
+        return implementation.select(layers, counts, hints)
+    found = dict(enumerate(known))
     missing = [g for g in range(len(counts)) if found.get(g) is None]
     if missing:
         chosen = layers if len(counts) != len(layers) else [layers[g] for g in missing]
@@ -435,10 +440,10 @@ def _completed(
     implementation: Implementation,
     layers: list[Layer],
     counts: list[int],
-    found: list[Selection],
+    found: Sequence[Selection],
     written: list[Written],
     out: list[torch.Tensor],
-) -> tuple[list[Selection], list[Written]]:
+) -> tuple[Sequence[Selection], list[Written]]:
     """Prune what given selections left standing.
 
     What a selection prunes comes first in the order whatever became of the weights since, so that too few can be made
@@ -457,7 +462,7 @@ def _completed(
         )
     layers = [Layer(layer.weight, packed) for layer, packed in zip(layers, out, strict=True)]
     found = implementation.select(layers, counts, [None] * len(counts))
-    again = implementation.prune(layers, found, out)
+    again = implementation.prune(layers, found, out, finite=False)
     return found, [
         Written(second.num_pruned, first.num_newly_pruned + second.num_newly_pruned)
         for first, second in zip(written, again, strict=True)

@@ -46,7 +46,7 @@ class _MaskedOptimizer(Protocol):
         self, parameters: Sequence[torch.Tensor], masks: Sequence[BitMask], num_prune: Sequence[int]
     ) -> None: ...
 
-    def expected_selections(self, num_prune: Sequence[int]) -> list[Selection | None] | None: ...
+    def expected_selections(self, num_prune: Sequence[int]) -> Sequence[Selection | None] | None: ...
 
 
 class GMPScheduler:
@@ -170,7 +170,8 @@ class GMPScheduler:
         for names in self._batches(self._parameters):
             self._prune_nothing(names)
         if self._masked_optimizer is None:
-            optimizer.register_step_post_hook(self._after_optimizer_step)
+            # What it does depends on the masks: compiled into the step, it would be compiled again at every update.
+            optimizer.register_step_post_hook(torch.compiler.disable(self._after_optimizer_step))  # type: ignore[no-untyped-call]
         self._announce()
 
     def step(self) -> StepReport | None:
@@ -353,7 +354,7 @@ class GMPScheduler:
         )
 
     def _prune(
-        self, names: Sequence[str], num_prune: list[int], selections: list[Selection | None] | None
+        self, names: Sequence[str], num_prune: list[int], selections: Sequence[Selection | None] | None
     ) -> PruneResult:
         request: dict[str, Any] = {
             "names": names,

@@ -136,15 +136,15 @@ def sharding_of(tensor: torch.Tensor) -> object:
     return (tensor.device_mesh, tensor.placements) if is_sharded(tensor) else None  # type: ignore[attr-defined]
 
 
-def sum_over_shards(value: float, tensor: torch.Tensor) -> float:
+def sum_over_shards(value: float | torch.Tensor, tensor: torch.Tensor) -> float | torch.Tensor:
     """Add up a number that each process has found for its part of ``tensor``; copies count once."""
     if not is_sharded(tensor):
         return value
-    total = torch.tensor(value, dtype=torch.float64, device=local(tensor).device)
+    total = torch.as_tensor(value, dtype=torch.float64).to(local(tensor).device, copy=True)
     for dimension, placement in enumerate(tensor.placements):  # type: ignore[attr-defined]
         if not placement.is_replicate():
             dist.all_reduce(total, group=tensor.device_mesh.get_group(dimension))  # type: ignore[attr-defined]
-    return float(total)
+    return total
 
 
 def sharded_like(values: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:

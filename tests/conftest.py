@@ -10,10 +10,16 @@ import torch
 from hypothesis import settings
 
 from gmp_kernels.backends import choose, cpu
+from gmp_kernels.testing import device_of
+
+if not torch.cuda.is_available():
+    # Before anything imports triton, here and in the processes that tests start: its kernels then run on the host.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 ORACLE = "reference"
-BACKENDS = os.environ.get("GMP_KERNELS_TEST_BACKENDS", "reference,cpu,simt").split(",")
+BACKENDS = os.environ.get("GMP_KERNELS_TEST_BACKENDS", "reference,cpu,simt,triton").split(",")
 KERNELS = [name for name in BACKENDS if name != ORACLE]
+HOST_BACKENDS = [name for name in BACKENDS if device_of(name).type == "cpu"]
 
 settings.register_profile("gmp_kernels", deadline=None, max_examples=60, derandomize=os.environ.get("CI") == "true")
 settings.load_profile("gmp_kernels")
@@ -25,7 +31,7 @@ def pytest_report_header() -> str:
 
 def usable(name: str) -> str:
     """A backend that was named but cannot run fails the suite; skipping it would hide that nothing was tested."""
-    choose(name, torch.device("cpu"))
+    choose(name, device_of(name))
     return name
 
 
@@ -39,6 +45,18 @@ def backend(request: pytest.FixtureRequest) -> str:
 def kernels(request: pytest.FixtureRequest) -> str:
     """Name of every backend but the oracle, which it is compared with."""
     return usable(request.param)
+
+
+@pytest.fixture(scope="session", params=HOST_BACKENDS)
+def host_backend(request: pytest.FixtureRequest) -> str:
+    """Name of every backend that takes numpy arrays, which are never on a GPU."""
+    return usable(request.param)
+
+
+@pytest.fixture(scope="session")
+def device(backend: str) -> torch.device:
+    """Where the tensors of ``backend`` live."""
+    return device_of(backend)
 
 
 @pytest.fixture(params=[1, 2, 3])

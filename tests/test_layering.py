@@ -25,10 +25,12 @@ FLOORS = [
     {"ops", "selection"},
     {"distributed"},
     {"optim", "scheduler", "stages", "testing"},
+    {"library"},
     {FACADE},
     {"plan", "plots"},
+    {"checkpoints", "tables"},
     {"demo"},
-    {"bench"},
+    {"bench", "bench_gpu", "cli_checkpoints"},
     {"cli"},
     {"__main__"},
 ]

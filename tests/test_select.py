@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gmp_kernels import BitMask, Threshold, magnitude_threshold
-from gmp_kernels.testing import DTYPES, adversarial_cases, assert_same_pruning
+from gmp_kernels.testing import DTYPES, adversarial_cases, assert_same_pruning, device_of
 
 CASE_NAMES = list(adversarial_cases(1, torch.float32))
 # One below, at and one above: a byte of the mask, 8/16/32 lanes, the smallest sample (1024), a chunk (16384).
@@ -124,7 +124,7 @@ def test_hints_never_change_the_result(kernels: str, drawn: tuple, data: st.Data
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_hints_from_exact_to_absurd(kernels: str, dtype: torch.dtype, value: float) -> None:
     n = 100_003
-    weight = cases(n, dtype)["random"]
+    weight = cases(n, dtype)["random"].to(device_of(kernels))
     right = magnitude_threshold(weight, n // 2, backend=kernels)
     hint = right if value == 0.6744 else Threshold(value, n // 2 - 1, 1, 0)
     assert magnitude_threshold(weight, n // 2, previous=hint, backend=kernels) == right
@@ -176,5 +176,5 @@ def test_ties_keep_the_lowest_index_across_chunks_and_layers(kernels: str, scope
         counts = [layers[0].numel() - num_kept] * 3 if scope == "layer" else total - num_kept
         result = assert_same_pruning(layers, backend=kernels, num_prune=counts, scope=scope)
         firsts = torch.arange(layers[0].numel()) < num_kept
-        assert torch.equal(result.masks[0].to_bool(), firsts)
+        assert torch.equal(result.masks[0].to_bool().cpu(), firsts)
         assert result.masks[2].num_kept == (num_kept if scope == "layer" else 0)

@@ -10,6 +10,7 @@ namespace {
 
 #include "lanes_avx2.h"
 // Order matters.
+#include "arithmetic_avx.h"
 #include "kernels_impl.h"
 #include "update_impl.h"
 

@@ -73,21 +73,3 @@ struct Lanes<uint64_t> {
     return _mm512_maskz_expand_epi64(static_cast<__mmask8>(bits), load(src));
   }
 };
-
-inline Vec<float> square_root(Vec<float> v) { return (Vec<float>)_mm512_sqrt_ps((__m512)v); }
-inline Vec<double> square_root(Vec<double> v) { return (Vec<double>)_mm512_sqrt_pd((__m512d)v); }
-
-inline Vec<float> fused(Vec<float> a, Vec<float> b, Vec<float> c) {
-  return (Vec<float>)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-}
-inline Vec<double> fused(Vec<double> a, Vec<double> b, Vec<double> c) {
-  return (Vec<double>)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
-}
-
-inline Vec<float> float_from_half(const uint16_t* p) {
-  return (Vec<float>)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-}
-inline void half_from_float(uint16_t* p, Vec<float> v) {
-  const __m256i half = _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), half);
-}

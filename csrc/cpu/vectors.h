@@ -1,4 +1,5 @@
-// Vectors of 64 bytes in the compiler's own extension: types only, so that no code is shared between instruction sets.
+// Vectors of 32 bytes in the compiler's own extension: types only, so that no code is shared between instruction sets.
+// A block is 64 bytes of values, a cache line.
 #pragma once
 
 #include <cstdint>
@@ -9,18 +10,20 @@ template <typename T>
 struct VectorOf;
 template <>
 struct VectorOf<float> {
-  typedef float Type __attribute__((vector_size(64)));
-  typedef int32_t Mask __attribute__((vector_size(64)));
+  typedef float Type __attribute__((vector_size(32)));
+  typedef int32_t Mask __attribute__((vector_size(32)));
 };
 template <>
 struct VectorOf<double> {
-  typedef double Type __attribute__((vector_size(64)));
-  typedef int64_t Mask __attribute__((vector_size(64)));
+  typedef double Type __attribute__((vector_size(32)));
+  typedef int64_t Mask __attribute__((vector_size(32)));
 };
 template <typename T>
 using Vec = typename VectorOf<T>::Type;
 template <typename T>
-inline constexpr int kLanesOf = 64 / sizeof(T);
+inline constexpr int kWidthOf = 32 / sizeof(T);  // of a vector
+template <typename T>
+inline constexpr int kLanesOf = 64 / sizeof(T);  // of a block
 
 // The unsigned integer of a float's size.
 template <typename T>
@@ -34,7 +37,7 @@ struct BitsOf<double> {
   using Type = uint64_t;
 };
 
-typedef uint16_t HalfBits __attribute__((vector_size(32)));
-typedef uint32_t FloatBits __attribute__((vector_size(64)));
+typedef uint16_t HalfBits __attribute__((vector_size(16)));
+typedef uint32_t FloatBits __attribute__((vector_size(32)));
 
 }  // namespace gmp::cpu

@@ -27,6 +27,7 @@ from gmp_kernels.backends import (
     Threshold,
     UpdateTensor,
     Written,
+    has_nonfinite,
     register,
 )
 from gmp_kernels.keys import largest_key, magnitude_of
@@ -97,8 +98,15 @@ class Reference:
         return [_count(*row, num_bins) for row in zip(layers, brackets, given, strict=True)]
 
     def prune(
-        self, layers: Sequence[Layer], selections: Sequence[Selection], out: Sequence[torch.Tensor]
+        self,
+        layers: Sequence[Layer],
+        selections: Sequence[Selection],
+        out: Sequence[torch.Tensor],
+        *,
+        finite: bool = False,
     ) -> list[Written]:
+        if finite and has_nonfinite(selections):
+            return []
         per_layer = [(s.threshold, cut) for s in selections for cut in s.cuts]
         written = []
         for layer, (threshold, cut), packed in zip(layers, per_layer, out, strict=True):
@@ -125,11 +133,13 @@ class Reference:
         rule: str,
         tensors: Sequence[UpdateTensor],
         gradients: Sequence[Gradient],
-        constants: Sequence[dict[str, float]],
+        constants: Sequence[Mapping[str, float | torch.Tensor]],
         tally: Tally | None = None,
     ) -> list[Selection | None]:
         for t, (gradient, index) in zip(tensors, gradients, strict=True):
-            c = constants[index]
+            c = {name: float(value) for name, value in constants[index].items()}
+            if c.get("skip"):
+                continue
             kept = torch.ones(t.weight.shape, dtype=torch.bool)
             if t.mask is not None:
                 kept = torch.from_numpy(_kept(Layer(t.weight, t.mask))).view(t.weight.shape)

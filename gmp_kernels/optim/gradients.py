@@ -58,28 +58,48 @@ def clip_grad_norm_(
     given: Sequence[BitMask | None] = [None] * len(owners) if masks is None else list(masks)
     if len(given) != len(owners):
         raise ShapeError(f"clip_grad_norm_: expected one mask per parameter, got {len(given)} for {len(owners)}")
-    # Sums over shards come first: those of parameters that are sharded alike travel together.
-    alike: dict[object, list[tuple[torch.Tensor, torch.Tensor, BitMask | None]]] = {}
-    for p, mask in zip(owners, given, strict=True):
-        if p.grad is not None:
-            alike.setdefault(sharding_of(p), []).append((p, local_grad(p), mask))
-    squares = 0.0
+    pairs = [(p, mask) for p, mask in zip(owners, given, strict=True) if p.grad is not None]
+    owners, bits = [p for p, _ in pairs], [mask for _, mask in pairs]
+    gradients = [local_grad(p) for p in owners]
+    if gradients and torch.compiler.is_compiling():
+        norm: torch.Tensor = torch.ops.gmp_kernels.clip_gradients_(
+            gradients, max_norm, _packed(bits), error_if_nonfinite=error_if_nonfinite, backend=backend
+        )
+        return norm
+    return clip_gradients_(gradients, max_norm, bits, owners, error_if_nonfinite=error_if_nonfinite, backend=backend)
+
+
+@torch.no_grad()
+def clip_gradients_(
+    gradients: Sequence[torch.Tensor],
+    max_norm: float,
+    masks: Sequence[BitMask | None],
+    owners: Sequence[torch.Tensor],
+    *,
+    error_if_nonfinite: bool = False,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """``clip_grad_norm_`` on the gradients themselves; ``owners`` tell how each is sharded."""
+    # Those that are sharded alike are summed over the shards together.
+    alike: dict[object, list[int]] = {}
+    for i, owner in enumerate(owners):
+        alike.setdefault(sharding_of(owner), []).append(i)
+    squares: float | torch.Tensor = 0.0
     for members in alike.values():
-        present = [(grad, mask) for _, grad, mask in members if grad.numel()]
+        present = [i for i in members if gradients[i].numel()]
         layers = check_tensors(
             "clip_grad_norm_",
-            [grad.contiguous() for grad, _ in present],
-            [mask for _, mask in present],
+            [gradients[i].contiguous() for i in present],
+            [masks[i] for i in present],
             optional_masks=True,
         )
         here = choose(backend, layers[0].weight.device).sum_squares(layers) if layers else 0.0
-        squares += sum_over_shards(here, members[0][0])
-    norm = torch.tensor(squares, dtype=torch.float64).sqrt().to(torch.float32)
+        squares = squares + sum_over_shards(here, owners[members[0]])
+    norm = torch.as_tensor(squares, dtype=torch.float64).sqrt().to(torch.float32)
     if error_if_nonfinite and not torch.isfinite(norm):
         raise RuntimeError(f"clip_grad_norm_: the norm of the kept gradients is {float(norm)}; nothing was scaled")
-    grads = [grad for members in alike.values() for _, grad, _ in members]
-    if grads:
-        torch._foreach_mul_(grads, torch.clamp(max_norm / (norm + 1e-6), max=1.0))
+    if gradients:
+        torch._foreach_mul_(list(gradients), torch.clamp(max_norm / (norm + 1e-6), max=1.0))
     return norm
 
 
@@ -123,6 +143,10 @@ def ema_update_(
         raise ShapeError(f"ema_update_: expected one weight per average, got {len(weights)} for {len(averages)}")
     if not averages:
         return
+    if torch.compiler.is_compiling():
+        bits = _packed([None] * len(averages) if masks is None else masks)
+        torch.ops.gmp_kernels.ema_update_(averages, weights, decay, bits, backend=backend)
+        return
     targets = check_tensors("ema_update_", averages, masks, optional_masks=True)
     sources = check_tensors("ema_update_", weights, None)
     for i, (target, source) in enumerate(zip(targets, sources, strict=True)):
@@ -138,3 +162,7 @@ def ema_update_(
         [{"one_minus_beta1": 1.0 - decay}],
     )
     torch.autograd.graph.increment_version([target.weight for target in targets])
+
+
+def _packed(masks: Sequence[BitMask | None]) -> list[torch.Tensor | None]:
+    return [None if mask is None else mask.packed for mask in masks]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import chain
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain, count
+from typing import Any, ClassVar, NamedTuple, Self
+from weakref import WeakValueDictionary
 
 import torch
 
@@ -14,7 +15,7 @@ from gmp_kernels.errors import DTypeError, LayoutError, ShapeError, StateError, 
 from gmp_kernels.masks import BitMask
 from gmp_kernels.ops import DTYPES, apply_masks_
 from gmp_kernels.optim.expected import ExpectedPrune
-from gmp_kernels.sharding import local, local_grad, sharded_like
+from gmp_kernels.sharding import is_sharded, local, local_grad, sharded_like
 
 __all__ = ["MaskedOptimizer"]
 
@@ -54,10 +55,21 @@ class MaskedOptimizer(torch.optim.Optimizer):
     """
 
     rule: ClassVar[str]
+    # What a compiled graph knows an optimizer by: it can hold numbers and tensors, no objects.
+    handle: int
+    handles: ClassVar[Iterator[int]] = count()
+    by_handle: ClassVar[WeakValueDictionary[int, MaskedOptimizer]] = WeakValueDictionary()
     # Of this process alone: copies and checkpoints do without.
     _expected: ExpectedPrune | None = None
     # torch's GradScaler then hands over the scale and the overflow flag instead of unscaling in passes of its own.
     _step_supports_amp_scaling = True
+
+    def __new__(cls, *args: object, **kwargs: object) -> Self:
+        # Here and not in __init__, so that copies and unpickled optimizers get handles of their own.
+        self = super().__new__(cls)
+        self.handle = next(cls.handles)
+        cls.by_handle[self.handle] = self
+        return self
 
     def _init_masking(self, *, compact_state: bool, master_weights: bool, backend: str | None) -> None:
         self._compact_state = compact_state
@@ -154,7 +166,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
         """
         self._expected = ExpectedPrune(parameters, masks, num_prune) if parameters else None
 
-    def expected_selections(self, num_prune: Sequence[int]) -> list[Selection | None] | None:
+    def expected_selections(self, num_prune: Sequence[int]) -> Sequence[Selection | None] | None:
         """Return what the last step found for the update announced, if it was for these counts and still holds."""
         if self._expected is None:
             return None
@@ -206,14 +218,32 @@ class MaskedOptimizer(torch.optim.Optimizer):
         -----
         One pass: weights, gradients and state are read and written once; blocks of 64 bytes of weights that are all
         pruned are not written, and where most blocks are, not read.
+
+        In a ``torch.compile``d region the step is one operation of the graph, which looks up masks, state and
+        hyperparameters when it runs: pruning does not make torch compile again, learning rates that change do once.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if torch.compiler.is_compiling():
+            owned = [p for group in self.param_groups for p in group["params"]]
+            positions = [i for i, p in enumerate(owned) if p.grad is not None]
+            weights = [owned[i] for i in positions]
+            if weights:
+                torch.ops.gmp_kernels.optimizer_step_(self.handle, positions, weights, [p.grad for p in weights])
+        else:
+            self.update_()
+        return loss
+
+    def update_(self, given: Mapping[torch.Tensor, tuple[torch.Tensor, torch.Tensor]] | None = None) -> None:
+        """Take a step: ``given`` has, by parameter, the tensor that holds its value, and its gradient.
+
+        By default the parameter itself and its ``grad``.
+        """
         found_inf = getattr(self, "found_inf", None)
         if found_inf is not None and found_inf.item():
-            return loss
+            return
         grad_scale = getattr(self, "grad_scale", None)
         factor = 1.0 if grad_scale is None else 1.0 / float(grad_scale)
 
@@ -222,32 +252,35 @@ class MaskedOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             keys = self._state_keys(group)
             for p in group["params"]:
-                if p.grad is None:
+                if given is not None:
+                    weight, grad = given.get(p, (p, None))
+                else:
+                    weight, grad = local(p), None if p.grad is None else local_grad(p)
+                if grad is None:
                     continue
-                weight, grad = local(p), local_grad(p)
                 ready = self._ready.get(p)
                 if ready is None or not ready.holds(weight, grad, self.state.get(p), keys):
                     ready, grad = None, self._checked_grad(p, weight, grad)
                     unready.append((group, p))
-                found.append((group, p, grad, ready))
+                found.append((group, p, weight, grad, ready))
         if not found:
-            return loss
+            return
         if unready:
             for group, p in unready:
                 self._check_state(group, p)
-            self._check_device([p for _, p, _, _ in found])
+            self._check_device([p for _, p, _, _, _ in found])
         implementation = choose(self._backend, found[0][1].device)
         constants: list[dict[str, float]] = []
         index_of: dict[tuple[int, int], int] = {}
         written: list[torch.Tensor] = []
         tensors: list[UpdateTensor] = []
         gradients: list[Gradient] = []
-        for group, p, grad, ready in found:
-            is_first = ready is None and self._init_state(group, p)
+        for group, p, weight, grad, ready in found:
+            is_first = ready is None and self._init_state(group, p, weight)
             if grad.numel() == 0:
                 continue
             if ready is None:
-                ready = self._ready[p] = self._prepare(group, p)
+                ready = self._ready[p] = self._prepare(group, p, weight)
             step = int(ready.state["step"]) + 1 if self.counts_steps else 1 if is_first else 2
             key = (id(group), step)
             if key not in index_of:
@@ -263,13 +296,12 @@ class MaskedOptimizer(torch.optim.Optimizer):
             tally = self._expected.tally(dict(zip(written, tensors, strict=True)))
         selections = implementation.update(self.rule, tensors, gradients, constants, tally)
         torch.autograd.graph.increment_version(
-            [*written, *(t for tensor in tensors for t in (tensor.weight, tensor.master) if t is not None)]
+            [*written, *(t for x in tensors for t in (x.weight, x.master, *x.state) if t is not None)]
         )
         if self._expected is not None and tally is not None:
             self._expected.keep(selections, implementation)
         if self.counts_steps:
-            torch._foreach_add_([self.state[p]["step"] for _, p, _, _ in found], 1)
-        return loss
+            torch._foreach_add_([self.state[p]["step"] for _, p, _, _, _ in found], 1)
 
     def _check_device(self, parameters: Sequence[torch.Tensor]) -> None:
         """Refuse several devices; parameters that are ready are on the one of the latest step."""
@@ -281,8 +313,8 @@ class MaskedOptimizer(torch.optim.Optimizer):
             )
         self._ready = {p: ready for p, ready in self._ready.items() if ready.tensor.weight.device in devices}
 
-    def _prepare(self, group: dict[str, Any], p: torch.Tensor) -> _Ready:
-        state, mask, keys, weight = self.state[p], self._masks.get(p), self._state_keys(group), local(p)
+    def _prepare(self, group: dict[str, Any], p: torch.Tensor, weight: torch.Tensor) -> _Ready:
+        state, mask, keys = self.state[p], self._masks.get(p), self._state_keys(group)
         return _Ready(
             pointer=weight.data_ptr(),
             shape=weight.shape,
@@ -338,13 +370,14 @@ class MaskedOptimizer(torch.optim.Optimizer):
                     "load the state again after converting a model"
                 )
 
-    def _init_state(self, group: dict[str, Any], p: torch.Tensor) -> bool:
+    def _init_state(self, group: dict[str, Any], p: torch.Tensor, weight: torch.Tensor) -> bool:
         """Create what the state lacks; return whether this is the first step of the parameter."""
         state = self.state[p]
         if self.counts_steps and "step" not in state:
             state["step"] = torch.tensor(0.0)
         if self._master_weights and p.dtype in (torch.bfloat16, torch.float16) and MASTER not in state:
-            state[MASTER] = p.detach().to(torch.float32, memory_format=torch.preserve_format)
+            value = p if is_sharded(p) else weight
+            state[MASTER] = value.detach().to(torch.float32, memory_format=torch.preserve_format)
         missing = [name for name in self._state_keys(group) if state.get(name) is None]
         layout = self._compactions.get(p)
         for name in missing:
