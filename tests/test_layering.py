@@ -27,8 +27,9 @@ FLOORS = [
     {"library"},
     {FACADE},
     {"plan", "plots"},
+    {"checkpoints", "tables"},
     {"demo"},
-    {"bench"},
+    {"bench", "cli_checkpoints"},
     {"cli"},
     {"__main__"},
 ]
