@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -178,9 +178,9 @@ class Triton:
             state = (search.state, num_groups, bins, 1 << BIN_BITS)
             listed = (lists, list_sizes, matches)
             if READ_WEIGHTS in modes:
-                arguments = (table.rows, table.owners, *state, counters, nonfinite, *listed)
+                counted = (table.rows, table.owners, *state, counters, nonfinite, *listed)
                 constants = {"CAPACITY": CAPACITY, "ALIGNED": aligned}
-                self._launch("count", table.num_chunks, *arguments, **batch.kernel, **constants)
+                self._launch("count", table.num_chunks, *counted, **batch.kernel, **constants)
             if READ_LISTS in modes:
                 arguments = (table.rows, table.owners, table.num_chunks, *state, *listed)
                 constants = {"CAPACITY": CAPACITY, "ROWS": LISTS_PER_PROGRAM}
@@ -329,12 +329,14 @@ class Triton:
         rule: str,
         tensors: Sequence[UpdateTensor],
         gradients: Sequence[Gradient],
-        constants: Sequence[dict[str, float]],
+        constants: Sequence[Mapping[str, float | torch.Tensor]],
         tally: Tally | None = None,
     ) -> list[Selection | None]:
         k = self._kernels
         rows: dict[_Kind, list[list[int]]] = defaultdict(list)
         for t, gradient in zip(tensors, gradients, strict=True):
+            if constants[gradient.constants].get("skip"):
+                continue
             row = t.row if isinstance(t.row, _Row) else _prepared(t)
             grad = gradient.tensor.data_ptr()
             kind = row.kind._replace(aligned=row.kind.aligned and grad % 16 == 0)
@@ -342,7 +344,7 @@ class Triton:
         if rows:
             device = tensors[0].weight.device
             with on_device(device, "update"):
-                given = [[c.get(name, otherwise) for name, otherwise in CONSTANTS.items()] for c in constants]
+                given = [[float(c.get(name, otherwise)) for name, otherwise in CONSTANTS.items()] for c in constants]
                 values = torch.tensor(given, dtype=torch.float64).to(device, non_blocking=True)
                 for kind, kind_rows in rows.items():
                     table = self._table(kind_rows, device)
