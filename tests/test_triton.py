@@ -6,16 +6,20 @@ import json
 import os
 import subprocess
 import sys
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from optim_cases import masked, parameters, random_gradients, random_masks, set_gradients
+from subprocesses import run_python
 
 import gmp_kernels
 from gmp_kernels import prune_
 from gmp_kernels.backends import Bracket, Layer, choose
+from gmp_kernels.backends._interpreter import _fma
 from gmp_kernels.backends.triton import Triton
 from gmp_kernels.keys import largest_key
 from gmp_kernels.optim import clip_grad_norm_, ema_update_
@@ -104,3 +108,21 @@ def test_every_launch_compiles_for_real_gpus_and_fits_their_registers(launches: 
     for name, constants, resources in compiled:
         # A word or two the compiler may give away for one more block at a time.
         assert resources["spilled"] <= 16, (name, constants, resources)
+
+
+def test_the_interpreter_rounds_a_fused_multiply_add_once() -> None:
+    """Or the optimizers' bits would be those of no GPU."""
+    random = np.random.default_rng(0)
+    a, b, c = (random.standard_normal(2000) * 10.0 ** random.uniform(-9, 9, 2000) for _ in range(3))
+    c[::2] = -(a * b)[::2] * (1 + random.integers(-3, 4, 1000) * 2.0**-53)  # nearly all of it cancels
+    exact = [
+        float(Fraction(x) * Fraction(y) + Fraction(z))
+        for x, y, z in zip(*map(np.ndarray.tolist, (a, b, c)), strict=True)
+    ]
+    assert _fma(a, b, c).tolist() == exact
+
+
+def test_nobody_pays_for_triton_who_does_not_use_it() -> None:
+    program = "import sys, gmp_kernels.backends as b; b.available(); print('triton' in sys.modules)"
+    done = run_python("-c", program, TRITON_INTERPRET="0")
+    assert done.stdout.strip() == "False", done.stderr
