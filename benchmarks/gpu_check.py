@@ -121,7 +121,7 @@ def run(step: Step, write: Callable[[str], None]) -> Outcome:
         process = subprocess.Popen(
             step.command,
             cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": str(ROOT), **step.environment},
+            env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "160", **step.environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
