@@ -20,10 +20,12 @@ from gmp_kernels.plan import PRESETS, Plan, Preset, Row, plan_rows
 
 try:
     import typer
-    from rich import box
     from rich.console import Console
     from rich.progress import track
     from rich.table import Table
+
+    from gmp_kernels.cli_checkpoints import register
+    from gmp_kernels.tables import new_table
 except ModuleNotFoundError as error:
     # The library works without them; a traceback would hide the one thing there is to do.
     raise SystemExit(f"gmp-kernels: the command line needs {error.name}; run: pip install 'gmp-kernels[cli]'") from None
@@ -31,6 +33,7 @@ except ModuleNotFoundError as error:
 __all__ = ["app", "main"]
 
 app = typer.Typer(help="Gradual magnitude pruning for PyTorch.", no_args_is_help=True, add_completion=False)
+register(app)
 
 
 def main() -> None:
@@ -69,7 +72,7 @@ def demo(
 @app.command()
 def info() -> None:
     """Show the versions, and every backend: usable, or why not."""
-    table = _table("backend", "priority", "on this machine")
+    table = new_table("backend", "priority", "on this machine")
     for backend in backends.available():
         table.add_row(backend.name, str(backend.priority), backend.probe() or "usable")
     console = Console()
@@ -196,12 +199,8 @@ def _shape(text: str) -> tuple[int, ...]:
     return tuple(int(size) for size in sizes)
 
 
-def _table(*columns: str) -> Table:
-    return Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False)
-
-
 def _epochs(rows: list[Row]) -> Table:
-    table = _table("epoch", "step", "stage", "sparsity", "num_prune", "LR", "weight decay")
+    table = new_table("epoch", "step", "stage", "sparsity", "num_prune", "LR", "weight decay")
     for row in rows:
         table.add_row(
             f"{row.epoch:g}",
@@ -218,7 +217,7 @@ def _epochs(rows: list[Row]) -> Table:
 def _layers(plan: Plan, rows: list[Row]) -> Table:
     pruning = [row for row in rows if row.step >= plan.stages.pruning_begin_step]
     first, last = pruning[0], pruning[-1]
-    table = _table("layer", "shape", f"num_prune at epoch {first.epoch:g}", f"at epoch {last.epoch:g}")
+    table = new_table("layer", "shape", f"num_prune at epoch {first.epoch:g}", f"at epoch {last.epoch:g}")
     for name, shape in plan.layers.items():
         table.add_row(name, "x".join(map(str, shape)), str(first.num_prune[name]), str(last.num_prune[name]))
     return table
@@ -238,9 +237,8 @@ def _draw(plan: Plan, folder: Path) -> None:
 
 def _ratios(results: list[Result]) -> Table:
     rates = any(result.bytes_per_second for result in results)
-    table = _table("ours", "median", "baseline", "median", "ratio", "must", "aim", "verdict", *["GB/s"] * rates)
-    for column in (1, 3, 4, 5, 6, *[8] * rates):
-        table.columns[column].justify = "right"
+    columns = ["ours", "median", "baseline", "median", "ratio", "must", "aim", "verdict", *["GB/s"] * rates]
+    table = new_table(*columns, right=(1, 3, 4, 5, 6, *[8] * rates))
     for result in results:
         case = result.case
         table.add_row(

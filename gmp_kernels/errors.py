@@ -3,14 +3,21 @@
 A call that raises one of these has changed no weight, no mask and no state.
 """
 
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
 __all__ = [
     "BackendUnavailableError",
+    "CheckpointError",
     "DTypeError",
     "DeviceError",
     "DistributedError",
     "GMPError",
     "LayoutError",
     "NonFiniteError",
+    "OutputError",
     "ScheduleError",
     "ShapeError",
     "SparsityError",
@@ -71,6 +78,10 @@ class NonFiniteError(GMPError, ValueError):
         self.layer = layer
         self.index = index
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Exceptions are pickled by their positional arguments alone.
+        return partial(NonFiniteError, layer=self.layer, index=self.index), self.args
+
 
 class DeviceError(GMPError, RuntimeError):
     """The GPU reports an error, or has no memory left."""
@@ -78,3 +89,11 @@ class DeviceError(GMPError, RuntimeError):
 
 class DistributedError(GMPError, RuntimeError):
     """Another process of the run has died, has failed, or does something else."""
+
+
+class CheckpointError(GMPError, ValueError):
+    """A checkpoint that is corrupt, incomplete, contradicts its index, or changed while it was read."""
+
+
+class OutputError(GMPError, OSError):
+    """An output that is there already, lies where it must not, or cannot be written; the input is as it was."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from matplotlib.ticker import PercentFormatter
 from gmp_kernels.errors import ShapeError
 from gmp_kernels.stages import Stages
 
-__all__ = ["plot_accuracy", "plot_learning_rate", "plot_ratios", "plot_sparsity"]
+__all__ = ["plot_accuracy", "plot_histogram", "plot_learning_rate", "plot_ratios", "plot_sparsity"]
 
 DPI = 130
 INK = "#444444"
@@ -187,6 +188,54 @@ def plot_accuracy(
     for axes in (whole, enlarged):
         _shade(axes, stages, 1 if stages is None else stages.steps_per_epoch)
     figure.legend(*whole.get_legend_handles_labels(), loc="outside lower center", ncols=FEW, frameon=False)
+    _save(figure, path)
+
+
+def plot_histogram(
+    path: Path, series: Mapping[str, Mapping[int, int]], title: str, *, bins_per_octave: int = 1
+) -> None:
+    """Draw how magnitudes are distributed, on a logarithmic axis, into a PNG file.
+
+    Parameters
+    ----------
+    path : Path
+        File to write.
+    series : mapping of str to mapping of int to int
+        {tensor: {b: how many magnitudes lie in [2^(b/bins_per_octave), 2^((b+1)/bins_per_octave))}}. Each is drawn as
+        its share of the tensor's own magnitudes, and all together in a line of their own.
+    title : str
+    bins_per_octave : int
+
+    Raises
+    ------
+    ShapeError
+        There are no magnitudes. No file is written.
+    """
+    drawn = {name: counts for name, counts in series.items() if counts}
+    if not drawn:
+        raise ShapeError("plot_histogram: expected at least one magnitude, got none; there is nothing to draw")
+    total: Counter[int] = Counter()
+    for counts in drawn.values():
+        total.update(counts)
+    many = len(drawn) > FEW
+    figure, axes = _figure(title)
+    low, high = min(total), max(total)
+    edges = [2 ** (b / bins_per_octave) for b in range(low, high + 2)]
+
+    def shares(counts: Mapping[int, int]) -> list[float]:
+        num = sum(counts.values())
+        return [counts.get(b, 0) / num for b in range(low, high + 1)]
+
+    for i, (name, counts) in enumerate(drawn.items()):
+        color = colormaps["viridis"](i / len(drawn)) if many else COLORS[i]
+        label = None if many else name
+        axes.stairs(shares(counts), edges, color=color, linewidth=0.8 if many else 1.6, label=label)
+    if len(drawn) > 1:
+        axes.stairs(shares(total), edges, color=INK, linewidth=2.0, label=f"all {len(drawn)} tensors")
+    axes.set_xscale("log", base=2)
+    axes.set(xlabel="magnitude", ylabel="share of the weights that are not zero", ylim=(0, None))
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.legend(loc="upper left", frameon=False, fontsize="small")
     _save(figure, path)
 
 

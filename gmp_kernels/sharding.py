@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -12,6 +14,7 @@ from gmp_kernels.errors import LayoutError, StateError
 from gmp_kernels.masks import BitMask
 
 __all__ = [
+    "Holding",
     "Region",
     "is_sharded",
     "local",
@@ -55,33 +58,74 @@ class Region(NamedTuple):
         """First flat index in the whole tensor and the one after the last, if nothing of others lies between."""
         if self.numel == 0:
             return 0, 0
-        start = int(self.to_global(torch.tensor(0)))
-        end = int(self.to_global(torch.tensor(self.numel - 1))) + 1
+        start, end = self.to_global(0), self.to_global(self.numel - 1) + 1
         return (start, end) if end - start == self.numel else None
 
-    def to_global(self, index: torch.Tensor) -> torch.Tensor:
-        """Turn flat indices of the box (int64, any shape) into flat indices of the whole tensor."""
-        result = torch.zeros_like(index)
-        inner, stride = 1, 1
-        for whole, offset, size in zip(reversed(self.shape), reversed(self.offsets), reversed(self.sizes), strict=True):
-            result += (index // inner % size + offset) * stride
-            inner, stride = inner * size, stride * whole
+    def to_global(self, index: int) -> int:
+        """Turn a flat index of the box into the one of the whole tensor."""
+        result, stride = 0, 1
+        for whole, offset, size in zip(*map(reversed, (self.shape, self.offsets, self.sizes)), strict=True):
+            index, place = divmod(index, size)
+            result += (place + offset) * stride
+            stride *= whole
         return result
 
-    def to_local(self, index: int) -> int:
-        """Return how many elements of the box come before a flat index of the whole tensor."""
-        before, inner, stride = 0, self.numel, math.prod(self.shape)
-        if index >= stride:
-            return inner
+    def to_local(self, indices: np.ndarray) -> np.ndarray:
+        """Count, for each of some flat indices of the whole tensor, the elements of the box that come before it."""
+        rest, outer = indices, math.prod(self.shape)
+        inner = self.numel
+        before = np.where(rest >= outer, inner, 0)
+        is_open = (rest < outer) & (inner > 0)
         for whole, offset, size in zip(self.shape, self.offsets, self.sizes, strict=True):
-            if inner == 0:
-                return 0
-            inner, stride = inner // size, stride // whole
-            place = index // stride % whole - offset
-            before += min(max(place, 0), size) * inner
-            if not 0 <= place < size:
-                break
+            inner, outer = inner // max(size, 1), outer // whole
+            place, rest = rest // outer - offset, rest % outer
+            before += np.where(is_open, np.clip(place, 0, size) * inner, 0)
+            # Only inside the range of this dimension do the next ones decide.
+            is_open &= (place >= 0) & (place < size)
         return before
+
+
+class Holding:
+    """Who holds what of one layer, and which of it this process does.
+
+    Attributes
+    ----------
+    region : Region
+        What is here.
+    size : int
+        Number of weights of the whole layer.
+    num_others : int
+        Processes that hold the same.
+    speaks : bool
+        Whether this one speaks for them: the lowest rank does.
+    has_copies : bool
+        Whether anything of the layer is held more than once.
+    starts : list of int or None
+        Flat indices of the layer at which what is held begins, if it is a run of them everywhere.
+    slot : int
+        Which of ``starts`` is the one here.
+
+    Raises
+    ------
+    LayoutError
+        The processes do not hold the layer between them, or hold parts that overlap.
+    """
+
+    def __init__(self, name: str, regions: Sequence[Region], rank: int) -> None:
+        self.region, self.size = regions[rank], math.prod(regions[rank].shape)
+        held = {region for region in regions if region.numel}
+        if sum(region.numel for region in held) != self.size:
+            raise LayoutError(
+                f"GMPScheduler.step: expected the ranks to hold the {self.size} weights of '{name}' between them, got "
+                f"{sum(region.numel for region in held)}; shard it over the ranks of one mesh"
+            )
+        self.num_others = regions.count(self.region) - 1
+        self.speaks = regions.index(self.region) == rank
+        self.has_copies = sum(region.numel for region in regions) > self.size
+        runs = [region.flat_range for region in held]
+        self.starts = sorted(run[0] for run in runs if run is not None) if None not in runs else None
+        here = self.region.flat_range
+        self.slot = self.starts.index(here[0]) if self.starts and here and self.region.numel else 0
 
 
 def is_sharded(tensor: torch.Tensor) -> bool:

@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 
 from gmp_kernels.errors import TargetError
 
-__all__ = ["Entry", "ParameterIndex", "named_parameters"]
+__all__ = ["Entry", "ParameterIndex", "compile_pattern", "is_pattern", "matches", "named_parameters"]
 
 Entry: TypeAlias = str | type[nn.Module]
 
@@ -91,7 +91,7 @@ class ParameterIndex:
 
     def _find_target(self, entry: Entry) -> list[str]:
         reached = self.find("targets", entry)
-        if isinstance(entry, str) and not _is_pattern(entry):
+        if isinstance(entry, str) and not is_pattern(entry):
             return reached
         wide = [name for name in reached if is_lazy(self._parameters[name]) or self._parameters[name].ndim >= 2]
         if not wide:
@@ -109,9 +109,9 @@ class ParameterIndex:
                 f"{what}: expected a name, a pattern or a module type, got {entry!r} of type {type(entry).__name__}; "
                 "pass the name of a module or parameter, not the object"
             )
-        elif _is_pattern(entry):
-            pattern = _compile(what, entry)
-            reached = [name for name in self._parameters if self._matches(name, pattern)]
+        elif is_pattern(entry):
+            pattern = compile_pattern(what, entry)
+            reached = [name for name in self._parameters if matches(name, pattern)]
         else:
             reached = [name for name in self._parameters if name == entry or self._lies_in(name, entry)]
         return list(dict.fromkeys(self._first_names[self._parameters[name]] for name in reached))
@@ -130,11 +130,6 @@ class ParameterIndex:
         if attribute != "weight":
             return False
         return path == module or (isinstance(self._modules[path], PRUNABLE) and path.startswith(f"{module}."))
-
-    def _matches(self, name: str, pattern: re.Pattern[str]) -> bool:
-        path, _, attribute = name.rpartition(".")
-        # The root module has no name to match.
-        return bool(pattern.match(name) or (attribute == "weight" and path and pattern.match(path)))
 
     def _near(self, entry: Entry) -> str:
         if isinstance(entry, type):
@@ -158,14 +153,23 @@ def _as_list(entries: Entry | Iterable[Entry] | None) -> Sequence[Entry]:
     return [entries] if isinstance(entries, (str, type)) else list(entries)
 
 
-def _is_pattern(entry: str) -> bool:
+def is_pattern(entry: str) -> bool:
+    """Tell a glob or ``re:`` pattern from a name."""
     return entry.startswith("re:") or any(character in entry for character in "*?[")
 
 
-def _compile(what: str, entry: str) -> re.Pattern[str]:
+def compile_pattern(what: str, entry: str) -> re.Pattern[str]:
+    """Return what a glob or ``re:`` pattern stands for; raise TargetError calling it an entry of ``what``."""
     if not entry.startswith("re:"):
         return re.compile(fnmatch.translate(entry))
     try:
         return re.compile(entry.removeprefix("re:"))
     except re.error as error:
         raise TargetError(f"{what}: expected a regular expression after 're:', got {entry!r}; {error}") from None
+
+
+def matches(name: str, pattern: re.Pattern[str]) -> bool:
+    """Whether the pattern means this parameter, by its own name or by that of the module whose ``weight`` it is."""
+    path, _, attribute = name.rpartition(".")
+    # The root module has no name to match.
+    return bool(pattern.match(name) or (attribute == "weight" and path and pattern.match(path)))

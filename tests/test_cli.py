@@ -105,10 +105,12 @@ def test_an_error_of_the_package_is_one_line(monkeypatch: pytest.MonkeyPatch) ->
         cli.main()
 
 
-@pytest.mark.parametrize("missing", ["typer", "rich"])
+@pytest.mark.parametrize("missing", ["typer", "rich", "safetensors"])
 def test_without_its_extra_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
+    for name in list(sys.modules):
+        if name.startswith((f"{missing}.", "gmp_kernels.cli", "gmp_kernels.checkpoints")):
+            monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, missing, None)
-    monkeypatch.delitem(sys.modules, "gmp_kernels.cli")
     with pytest.raises(SystemExit, match=rf"needs {missing}; run: pip install 'gmp-kernels\[cli\]'"):
         importlib.import_module("gmp_kernels.cli")
 

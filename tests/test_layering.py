@@ -28,8 +28,9 @@ FLOORS = [
     {"library"},
     {FACADE},
     {"plan", "plots"},
+    {"checkpoints", "tables"},
     {"demo"},
-    {"bench", "bench_gpu"},
+    {"bench", "bench_gpu", "cli_checkpoints"},
     {"cli"},
     {"__main__"},
 ]

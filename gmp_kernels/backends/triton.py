@@ -47,6 +47,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 # Weights per program: as many as registers hold; under the interpreter a program takes milliseconds of whatever size,
 # and the tests' sizes lie around this one.
 BLOCK = 16384 if INTERPRETED else 4096
+# Contraction would round once what csrc/update_rule.h rounds twice.
+OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
 CAPACITY = BLOCK // 32  # candidates kept per chunk: 3 % of the bytes of the weights
 LISTS_PER_PROGRAM = 16
 NO_INDEX = (1 << 63) - 1
@@ -109,8 +111,7 @@ class Triton:
     def _launch(self, name: str, num_programs: int, *args: Any, **constants: Any) -> None:
         if num_programs == 0:
             return
-        # Contraction would round once what csrc/update_rule.h rounds twice.
-        getattr(self._kernels, name)[(num_programs,)](*args, **constants, num_warps=8, enable_fp_fusion=False)
+        getattr(self._kernels, name)[(num_programs,)](*args, **constants, **OPTIONS)
 
     def _table(self, rows: list[list[int]], device: torch.device) -> _Table:
         k = self._kernels

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,10 +9,9 @@ from safetensors import torch as safetensors
 from torch import nn
 
 from gmp_kernels import BitMask
+from gmp_kernels.checkpoints import MASK_SUFFIX, mask_metadata
 
-__all__ = ["MASK_SUFFIX", "save"]
-
-MASK_SUFFIX = ".mask"
+__all__ = ["save"]
 
 
 def save(path: Path, model: nn.Module, masks: Mapping[str, BitMask]) -> None:
@@ -24,10 +22,5 @@ def save(path: Path, model: nn.Module, masks: Mapping[str, BitMask]) -> None:
     """
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     tensors |= {name + MASK_SUFFIX: mask.packed for name, mask in masks.items()}
-    description = {
-        "suffix": MASK_SUFFIX,
-        "packing": "1 bit per weight, little bit order, 1 = kept",
-        "shapes": {name: list(mask.shape) for name, mask in masks.items()},
-    }
-    # A single entry: safetensors writes several in an order that changes from run to run.
-    path.write_bytes(safetensors.save(tensors, {"masks": json.dumps(description)}))
+    shapes = {name: mask.shape for name, mask in masks.items()}
+    path.write_bytes(safetensors.save(tensors, mask_metadata(shapes)))

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import math
-from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from gmp_kernels.backends import Bracket, Census, Implementation, Layer, Selection, Threshold
 from gmp_kernels.distributed.ranks import Ranks
 from gmp_kernels.keys import keys_of, largest_key
-from gmp_kernels.selection import Cut, cut_index, divide_ties, find_cuts, piece
-from gmp_kernels.sharding import Region
+from gmp_kernels.selection import Cut, cut_index, find_cuts, piece
+from gmp_kernels.sharding import Holding
 
 __all__ = ["Piece", "Search"]
 
@@ -35,11 +34,7 @@ class Piece:
     layer : Layer or None
         None where this rank holds nothing: a layer may have fewer rows than there are ranks.
     dtype : torch.dtype
-    region : Region
-        Where the piece lies in the layer.
-    regions : list of Region
-        Of all ranks.
-    rank : int
+    holding : Holding
     num_pruned, num_below, num_ties, num_kept : int
         Pruned already; unpruned and below the bracket, or the threshold; tied at it; those of the ties that stay.
     cut : int
@@ -50,113 +45,97 @@ class Piece:
 
     layer: Layer | None
     dtype: torch.dtype
-    region: Region
-    regions: list[Region]
-    rank: int
+    holding: Holding
     num_pruned: int = 0
     num_below: int = 0
     num_ties: int = 0
     num_kept: int = 0
     cut: int = 0
     nonfinite: int = -1
+    # Magnitudes inside the first bracket.
     room: torch.Tensor | None = None
+    # The last bracket, and how many keys lie up to the end of each of its bins.
     bracket: Bracket = NO_BRACKET
-    census: Census | None = None
-
-    @property
-    def counts(self) -> bool:
-        """Whether this rank speaks for its region: the lowest of those that have it does."""
-        return self.regions.index(self.region) == self.rank
-
-    @property
-    def starts(self) -> list[int] | None:
-        """Flat indices of the layer at which the ranks' pieces begin, if each of them is one run."""
-        runs = {region.flat_range for region in self.regions if region.numel}
-        return sorted(run[0] for run in runs if run is not None) if None not in runs else None
+    until: np.ndarray | None = None
 
     def narrow(self, bracket: Bracket) -> Layer | None:
         """Go over to a bracket inside or beside the last one; return what is to be counted against it."""
-        if self.census is not None:
-            last, bins = self.bracket, self.census.bins
-            if bracket.lo < last.lo:
-                self.num_below = 0
-            elif bracket.lo > last.hi:
-                self.num_below += self.census.inside
-            else:
-                self.num_below += int(bins[: (bracket.lo - last.lo) >> last.shift(len(bins))].sum())
-            if bracket.lo < last.lo or bracket.hi > last.hi:
-                self.room = None
+        if self.until is None:
+            self.bracket = bracket
+            return self.layer
+        last = self.bracket
+        if bracket.lo < last.lo:
+            self.num_below = 0
+        elif bracket.lo > last.hi:
+            self.num_below += int(self.until[-1])
+        else:
+            self.num_below += _before(self.until, (bracket.lo - last.lo) >> last.shift(len(self.until)))
+        if bracket.lo < last.lo or bracket.hi > last.hi:
+            self.room = None
         self.bracket = bracket
-        if self.layer is None or (self.census is not None and self.room is not None and not len(self.room)):
-            return None
-        return self.layer if self.census is None or self.room is None else Layer(self.room, None)
+        if self.layer is None or self.room is None:
+            return self.layer
+        return Layer(self.room, None) if self.room.numel() else None
 
-    def take(self, census: Census) -> None:
+    def take(self, census: Census, until: np.ndarray) -> None:
         """Note what was counted against the bracket."""
-        if self.census is None:
+        if self.until is None:
             self.num_pruned, self.num_below, self.nonfinite = census.pruned, census.below, census.nonfinite
-            self.room = None if self.room is None or census.inside > len(self.room) else self.room[: census.inside]
-        self.census = census
+            if self.room is not None:
+                self.room = self.room[: census.inside] if census.inside <= self.room.numel() else None
+        self.until = until
 
     def settle(self, cut: Cut) -> None:
         """Note what lies below the threshold here and what ties with it; the last round had a bin for its key."""
-        assert self.census is not None
+        assert self.until is not None
         if cut.threshold.num_ties:
-            self.num_ties = int(self.census.bins[cut.key - self.bracket.lo])
+            slot = cut.key - self.bracket.lo
+            self.num_ties = int(self.until[slot]) - _before(self.until, slot)
             self.narrow(Bracket(cut.key, cut.key))
         else:
-            self.num_below, self.cut = 0, self.region.numel
+            self.num_below, self.cut = 0, self.holding.region.numel
 
     def selection(self, value: float) -> Selection:
         """Return what ``Implementation.prune`` is told."""
         threshold = Threshold(value, self.num_pruned + self.num_below, self.num_ties, self.num_kept)
         return Selection(threshold, (self.cut,), (-1,))
 
-    def ties(self, key: int, begin: int, end: int) -> Iterator[torch.Tensor]:
-        """Yield, chunk by chunk, where in the layer ties of flat indices [begin, end) lie."""
+    def count_ties(self, key: int, bounds: np.ndarray) -> np.ndarray:
+        """Count the ties between each two of these flat indices of the layer."""
+        counts = np.zeros(len(bounds) - 1, dtype=np.int64)
         if self.layer is None:
-            return
-        first, last = self.region.to_local(begin), self.region.to_local(end)
-        for start in range(first // 8 * 8, last, CHUNK):
-            chunk = piece(self.layer, start, min(start + CHUNK, self.region.numel))
+            return counts
+        places = self.holding.region.to_local(bounds)
+        for start in range(int(places[0]) // 8 * 8, int(places[-1]), CHUNK):
+            chunk = piece(self.layer, start, min(start + CHUNK, self.holding.region.numel))
             tied = keys_of(chunk.weight) == key
             if chunk.mask is not None:
                 bits = chunk.mask.unsqueeze(1) >> torch.arange(8, dtype=torch.uint8, device=chunk.mask.device)
                 tied &= bits.bitwise_and_(1).view(-1)[: len(tied)].bool()
-            found = tied.nonzero().view(-1).cpu() + start
-            yield self.region.to_global(found[(first <= found) & (found < last)])
+            counts += np.diff(np.searchsorted(tied.nonzero().view(-1).cpu().numpy() + start, places))
+        return counts
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _TieCount:
     """One layer in one round of dividing ties: how many lie between which flat indices.
 
-    Where every rank's piece is a run of flat indices, the bounds are theirs and the first round is the last.
+    Where every rank holds a run of flat indices, the bounds are those of the runs and the first round is the last.
     """
 
     piece: Piece
     key: int
     quota: int  # which of the quotas it takes from; the layers of a group take from one, in their order
-    bounds: list[int]
+    bounds: np.ndarray
     are_runs: bool
 
-    def here(self) -> torch.Tensor:
+    def here(self) -> np.ndarray:
         """Ties between these bounds in this rank's piece."""
-        counts = torch.zeros(len(self.bounds) - 1, dtype=torch.int64)
-        if self.are_runs:
-            if self.piece.region.numel:
-                counts[self.slot] = self.piece.num_ties
-            return counts
-        bounds = torch.tensor(self.bounds)
-        for ties in self.piece.ties(self.key, self.bounds[0], self.bounds[-1]):
-            counts += torch.bincount(torch.searchsorted(bounds, ties, right=True) - 1, minlength=len(counts))
+        if not self.are_runs:
+            return self.piece.count_ties(self.key, self.bounds)
+        counts = np.zeros(len(self.bounds) - 1, dtype=np.int64)
+        counts[self.piece.holding.slot] = self.piece.num_ties
         return counts
-
-    @property
-    def slot(self) -> int:
-        """Which of the runs is this rank's."""
-        run = self.piece.region.flat_range
-        return bisect_left(self.bounds, 0 if run is None else run[0])
 
 
 class Search:
@@ -184,8 +163,9 @@ class Search:
         self._implementation = implementation
         self._groups = groups
         self._num_prune = num_prune
-        self._sizes = [sum(math.prod(p.region.shape) for p in group) for group in groups]
-        self._counted: dict[int, tuple[Bracket, Census]] = {}
+        self._sizes = [sum(p.holding.size for p in group) for group in groups]
+        # By group: the last bracket, and how many keys lie up to the end of each of its bins.
+        self._counted: dict[int, tuple[Bracket, np.ndarray]] = {}
         self.num_pruned = [0] * len(groups)
 
     def guess(self) -> list[Bracket]:
@@ -209,8 +189,8 @@ class Search:
                 p.settle(cut)
                 # Without one that stays, all of them are pruned, from flat index 0 on.
                 if cut.threshold.num_ties_kept:
-                    size, starts = math.prod(p.region.shape), p.starts
-                    bounds = _even(0, size) if starts is None else [*starts, size]
+                    size, starts = p.holding.size, p.holding.starts
+                    bounds = _even(0, size) if starts is None else np.array([*starts, size])
                     counts.append(_TieCount(p, cut.key, g, bounds, starts is not None))
         quotas = {g: cut.threshold.num_ties_kept for g, cut in enumerate(cuts)}
         while counts:
@@ -221,7 +201,7 @@ class Search:
         """Per layer, the flat index of the first unpruned NaN or Inf in it, -1 if there is none."""
         pieces = [p for group in self._groups for p in group]
         none = torch.iinfo(torch.int64).max
-        found = [none if p.nonfinite < 0 else int(p.region.to_global(torch.tensor(p.nonfinite))) for p in pieces]
+        found = [none if p.nonfinite < 0 else p.holding.region.to_global(p.nonfinite) for p in pieces]
         first = (-self._ranks.largest(-torch.tensor(found))).tolist()
         return [-1 if index == none else index for index in first]
 
@@ -231,85 +211,83 @@ class Search:
         num_bins = 1 << max(map(_bits, brackets.values()))
         pieces = [p for g in brackets for p in self._groups[g]]
         targets = [p.narrow(brackets[g]) for g in brackets for p in self._groups[g]]
-        present = [(p, target) for p, target in zip(pieces, targets, strict=True) if target is not None]
+        present = [(i, target) for i, target in enumerate(targets) if target is not None]
         if is_first:
-            _make_rooms([p for p, _ in present])
+            _make_rooms([pieces[i] for i, _ in present])
         found = self._implementation.count(
             [target for _, target in present],
-            [p.bracket for p, _ in present],
+            [pieces[i].bracket for i, _ in present],
             num_bins,
-            [p.room for p, _ in present] if is_first else None,
+            [pieces[i].room for i, _ in present] if is_first else None,
         )
-        censuses = dict(zip((p for p, _ in present), found, strict=True))
         nothing = Census(0, 0, 0, -1, torch.zeros(num_bins, dtype=torch.int64))
-        rows = []
-        for g in brackets:
-            row = torch.zeros(3 + num_bins, dtype=torch.int64)
-            for p in self._groups[g]:
-                census = censuses.get(p, nothing)
-                p.take(census)
-                if p.counts:
-                    row[0] += census.below
-                    row[1] += census.pruned
-                    row[3:] += census.bins
-                row[2] += census.nonfinite >= 0
-            rows.append(row)
-        first, bound = (
-            (0, max(self._sizes) + len(pieces) * self._ranks.size) if is_first else (3, self._inside(brackets))
-        )
-        sums = self._ranks.total(torch.stack(rows)[:, first:].reshape(-1), bound).view(len(rows), -1)
+        censuses = [nothing] * len(pieces)
+        for (i, _), census in zip(present, found, strict=True):
+            censuses[i] = census
+        rows = np.array([census.bins.numpy() for census in censuses])
+        for p, census, until in zip(pieces, censuses, rows.cumsum(axis=1), strict=True):
+            p.take(census, until)
+        speaks = np.array([p.holding.speaks for p in pieces])
+        bound = self._inside(brackets)
+        if is_first:
+            heads = np.array([(census.below, census.pruned, census.nonfinite >= 0) for census in censuses])
+            rows = np.hstack([heads, rows])
+            bound = max(self._sizes) + len(pieces) * self._ranks.size
+        # All that hold a NaN say so, also copies.
+        rows *= np.where([column == 2 and is_first for column in range(rows.shape[1])], 1, speaks[:, None])
+        firsts = np.cumsum([0, *(len(self._groups[g]) for g in brackets)])[:-1]
+        sums = self._ranks.total(torch.from_numpy(np.add.reduceat(rows, firsts)), bound)
+        bins = sums[:, -num_bins:]
+        until = bins.numpy().cumsum(axis=1)
         merged = {}
-        for g, row in zip(brackets, sums, strict=True):
-            below, pruned, nonfinite = row[:3].tolist() if is_first else (0, 0, 0)
-            bins = row[3 - first :]
-            merged[g] = Census(below, int(bins.sum()), pruned, nonfinite or -1, bins)
+        for row, g in enumerate(brackets):
+            below, pruned, nonfinite = sums[row, :3].tolist() if is_first else (0, 0, 0)
+            merged[g] = Census(below, int(until[row, -1]), pruned, nonfinite or -1, bins[row])
             if is_first:
                 self.num_pruned[g] = pruned
-            self._counted[g] = brackets[g], merged[g]
+            self._counted[g] = brackets[g], until[row]
         return merged
 
     def _inside(self, brackets: Mapping[int, Bracket]) -> int:
         """What no count of this round can exceed, by the sums of the last one."""
         bound = 0
         for g, bracket in brackets.items():
-            last, census = self._counted[g]
-            if bracket.lo < last.lo or bracket.hi > last.hi:
+            last, until = self._counted.get(g, (NO_BRACKET, None))
+            if until is None or bracket.lo < last.lo or bracket.hi > last.hi:
                 return max(self._sizes)
-            bound = max(bound, int(census.bins[(bracket.lo - last.lo) >> last.shift(len(census.bins))]))
+            slot = (bracket.lo - last.lo) >> last.shift(len(until))
+            bound = max(bound, int(until[slot]) - _before(until, slot))
         return bound
 
-    def _divide(self, counts: list[_TieCount], quotas: Mapping[int, int]) -> tuple[list[_TieCount], dict[int, int]]:
+    def _divide(self, counts: Sequence[_TieCount], quotas: Mapping[int, int]) -> tuple[list[_TieCount], dict[int, int]]:
         """Divide the ties that stay among the slots of the counts; return what has to be looked at more closely."""
         here = [count.here() for count in counts]
-        spoken = [ties * count.piece.counts for count, ties in zip(counts, here, strict=True)]
-        sums = self._ranks.total(torch.cat(spoken), max(self._sizes))
-        totals = [row.tolist() for row in torch.split(sums, [len(ties) for ties in here])]
-        kept: dict[int, list[int]] = {}
-        for quota, number in quotas.items():
-            taking = [i for i, count in enumerate(counts) if count.quota == quota]
-            shares = iter(divide_ties([n for i in taking for n in totals[i]], number))
-            kept |= {i: [next(shares) for _ in totals[i]] for i in taking}
+        spoken = [ties * count.piece.holding.speaks for count, ties in zip(counts, here, strict=True)]
+        sums = self._ranks.total(torch.from_numpy(np.concatenate(spoken)), max(self._sizes)).numpy()
+        totals = np.split(sums, np.cumsum([len(ties) for ties in here])[:-1])
+        left = dict(quotas)
         closer: list[_TieCount] = []
-        left: dict[int, int] = {}
-        for i, count in enumerate(counts):
+        more: dict[int, int] = {}
+        for i, (count, total) in enumerate(zip(counts, totals, strict=True)):
+            kept = np.clip(left[count.quota] - (total.cumsum() - total), 0, total)
+            left[count.quota] -= int(kept.sum())
             p = count.piece
             if count.are_runs:
-                p.num_kept = kept[i][count.slot] if p.region.numel else 0
-                p.cut = p.region.numel if p.num_kept == p.num_ties else 0
+                p.num_kept = int(kept[p.holding.slot]) if p.layer is not None else 0
+                p.cut = p.holding.region.numel if p.num_kept == p.num_ties else 0
                 if 0 < p.num_kept < p.num_ties and p.layer is not None:
                     p.cut = cut_index(self._implementation, p.layer, count.key, p.num_kept)
                 continue
-            loses = [j for j, (k, n) in enumerate(zip(kept[i], totals[i], strict=True)) if k < n]
-            slot = loses[0] if loses else len(totals[i])
+            loses = np.flatnonzero(kept < total)
+            slot = int(loses[0]) if len(loses) else len(total)
             p.num_kept += int(here[i][:slot].sum())
-            if loses and kept[i][slot]:
-                closer.append(
-                    _TieCount(p, count.key, i, _even(count.bounds[slot], count.bounds[slot + 1]), are_runs=False)
-                )
-                left[i] = kept[i][slot]
+            if len(loses) and kept[slot]:
+                bounds = _even(int(count.bounds[slot]), int(count.bounds[slot + 1]))
+                closer.append(_TieCount(p, count.key, i, bounds, are_runs=False))
+                more[i] = int(kept[slot])
             else:
-                p.cut = p.region.to_local(count.bounds[slot])
-        return closer, left
+                p.cut = int(p.holding.region.to_local(count.bounds[slot : slot + 1])[0])
+        return closer, more
 
 
 def _bits(bracket: Bracket) -> int:
@@ -318,9 +296,14 @@ def _bits(bracket: Bracket) -> int:
     return (bits - 1) % BITS_PER_ROUND + 1 if bits else 0
 
 
-def _even(begin: int, end: int) -> list[int]:
+def _before(until: np.ndarray, slot: int) -> int:
+    """Sum of the bins before one of them, given the sums up to the end of each."""
+    return int(until[slot - 1]) if slot else 0
+
+
+def _even(begin: int, end: int) -> np.ndarray:
     slots = min(SLOTS, end - begin)
-    return [begin + (end - begin) * slot // slots for slot in range(slots + 1)]
+    return begin + (end - begin) * np.arange(slots + 1) // slots
 
 
 def _make_rooms(pieces: Sequence[Piece]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,7 +17,7 @@ from gmp_kernels.distributed.search import Piece, Search
 from gmp_kernels.errors import DistributedError, GMPError, LayoutError, StateError
 from gmp_kernels.masks import BitMask
 from gmp_kernels.ops import NonFinite, PruneResult, Scope, check_finite, check_tensors, prune_, select_missing
-from gmp_kernels.sharding import Region, is_sharded, region_of
+from gmp_kernels.sharding import Holding, is_sharded, region_of
 
 __all__ = ["Shards"]
 
@@ -39,7 +38,7 @@ class Shards:
         self.ranks = ranks
         self._dtypes = {name: parameter.dtype for name, parameter in parameters.items()}
         self._own = {name: region_of(name, parameter) for name, parameter in parameters.items()}
-        self._regions: dict[str, list[Region]] = {}
+        self._holdings: dict[str, Holding] = {}
 
     @classmethod
     def of(cls, model: nn.Module, parameters: Mapping[str, torch.Tensor]) -> Shards | None:
@@ -52,8 +51,8 @@ class Shards:
     @property
     def are_copies(self) -> bool:
         """Whether the ranks have agreed, and each of them holds every layer as a whole."""
-        regions = [region for of_layer in self._regions.values() for region in of_layer]
-        return bool(regions) and all(region.sizes == region.shape for region in regions)
+        holdings = self._holdings.values()
+        return bool(holdings) and all(holding.num_others == self.ranks.size - 1 for holding in holdings)
 
     def agree(self, facts: Mapping[str, object]) -> None:
         """Make sure that all ranks mean the same run, and learn who holds what.
@@ -68,15 +67,7 @@ class Shards:
         layers = {f"layer '{name}'": (self._dtypes[name], own.shape) for name, own in self._own.items()}
         self._compare({**facts, "layers": list(self._own), **layers})
         gathered = self.ranks.gather(self._own)
-        regions = {name: [own[name] for own in gathered] for name in self._own}
-        for name, of_layer in regions.items():
-            held, size = sum(region.numel for region in set(of_layer)), math.prod(of_layer[0].shape)
-            if held != size:
-                raise LayoutError(
-                    f"{STEP}: expected the ranks to hold the {size} weights of '{name}' between them, got {held}; "
-                    "shard it over ranks of one mesh"
-                )
-        self._regions = regions
+        self._holdings = {name: Holding(name, [own[name] for own in gathered], self.ranks.rank) for name in self._own}
 
     def prune_(
         self,
@@ -135,9 +126,8 @@ class Shards:
         except GMPError as error:
             failure = error
         implementation = choose(backend, weights[0].device)
-        rank = self.ranks.rank
         pieces = [
-            Piece(layer, weight.dtype, self._own[name], self._regions[name], rank)
+            Piece(layer, weight.dtype, self._holdings[name])
             for name, layer, weight in zip(names, layers, weights, strict=True)
         ]
         search = None
@@ -172,7 +162,7 @@ class Shards:
             backend=backend,
             **request,
         )
-        if search is not None and scope == "layer" and not self._has_copies(names):
+        if search is not None and scope == "layer" and not any(p.holding.has_copies for p in pieces):
             totals = [threshold.num_pruned for threshold in thresholds]
             new = [after - before for after, before in zip(totals, search.num_pruned, strict=True)]
         else:
@@ -231,9 +221,6 @@ class Shards:
                 "same arguments everywhere, load one checkpoint, and call step() equally often"
             )
 
-    def _has_copies(self, names: Sequence[str]) -> bool:
-        return any(region.numel and self._regions[n].count(region) > 1 for n in names for region in self._regions[n])
-
     def _confirm(
         self, pieces: Sequence[Piece], masks: Sequence[BitMask], names: Sequence[str], counts: Sequence[Sequence[int]]
     ) -> tuple[list[int], list[int]]:
@@ -241,12 +228,12 @@ class Shards:
         digests = [zlib.crc32(mask.packed.cpu().numpy().tobytes()) for mask in masks]
         rows = []
         for p, digest, (num_pruned, num_new) in zip(pieces, digests, counts, strict=True):
-            others = p.regions.count(p.region) - 1
             # The one that speaks for a region sets its digest against those of all others: equal ones cancel.
-            rows.append([num_pruned, num_new, -others * digest] if p.counts else [0, 0, digest])
+            speaks, others = p.holding.speaks, p.holding.num_others
+            rows.append([num_pruned, num_new, -others * digest] if speaks else [0, 0, digest])
         sums = self.ranks.total(torch.tensor(rows), torch.iinfo(torch.int64).max)
         if sums[:, 2].any():
-            places = [f"mask of '{name}' at {p.region.offsets}" for name, p in zip(names, pieces, strict=True)]
+            places = [f"mask of '{name}' at {p.holding.region.offsets}" for name, p in zip(names, pieces, strict=True)]
             self._compare(dict(zip(places, digests, strict=True)))
         return sums[:, 0].tolist(), sums[:, 1].tolist()
 

@@ -1,0 +1,312 @@
+"""Prune a checkpoint on its way from disk to disk, in memory that does not depend on its size."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gmp_kernels.backends import Threshold, choose
+from gmp_kernels.checkpoints.counting import Counter, Decision, Located, Workspace
+from gmp_kernels.checkpoints.files import Shard, open_checkpoint
+from gmp_kernels.checkpoints.ranks import Ranks
+from gmp_kernels.checkpoints.staging import Staging, check_target, output_errors
+from gmp_kernels.checkpoints.stream import PIECE_UNIT, Source, Stream, created
+from gmp_kernels.checkpoints.targets import select_tensors
+from gmp_kernels.checkpoints.writing import ShardWriter, Target, size_of
+from gmp_kernels.errors import DTypeError
+from gmp_kernels.ops import Scope, check_sparsity
+from gmp_kernels.reports import LayerReport
+
+__all__ = ["DEFAULT_MEMORY", "PruneJob", "PruneReport"]
+
+DEFAULT_MEMORY = 128 << 20
+MASKS = "masks"
+
+
+@dataclass(frozen=True)
+class PruneReport:
+    """What a run did.
+
+    Attributes
+    ----------
+    layers : tuple of LayerReport
+        One per pruned tensor, in the order of the checkpoint.
+    num_bytes : int
+        Of the input's shards.
+    seconds : float
+        Wall time of this run.
+    """
+
+    layers: tuple[LayerReport, ...]
+    num_bytes: int
+    seconds: float
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of pruned weights, of those of ``layers``."""
+        return sum(layer.num_pruned for layer in self.layers) / sum(layer.num_weights for layer in self.layers)
+
+
+class PruneJob:
+    """One run, checked in full before anything is written.
+
+    Parameters
+    ----------
+    source : Path
+        A safetensors file, or a folder of them, with or without an index.
+    target : Path
+        The output: a file or folder like ``source``, apart from it.
+    sparsity : float
+        Fraction of each target (scope "layer") or of all of them together ("global") to prune, in [0, 1].
+    scope : {"layer", "global"}
+        In global scope all targets have one dtype; of those that tie the ones of lowest flat index stay, which runs
+        through the shards in the order of their names and through each in the order of its bytes.
+    targets, ignore : sequence of str, optional
+        See ``select_tensors``.
+    dtype : torch.dtype, optional
+        Floating-point tensors of the output get this dtype, after pruning. Default: every tensor keeps its own, and
+        the header is copied as it is.
+    masks : bool
+        Also write the packed masks: ``<target>.masks.safetensors`` beside a file (without the file's own suffix),
+        ``masks/<shard>`` in a folder.
+    force : bool
+        An output that is there is replaced, once the new one is whole.
+
+    Attributes
+    ----------
+    checkpoint : Checkpoint
+    tensors : list of TensorInfo
+        The targets.
+
+    Raises
+    ------
+    CheckpointError
+        The input is corrupt or contradicts itself.
+    OutputError
+        The output is there, or lies where it must not.
+    SparsityError, TargetError, DTypeError, ShapeError
+    """
+
+    def __init__(
+        self,
+        source: Path,
+        target: Path,
+        *,
+        sparsity: float,
+        scope: Scope = "layer",
+        targets: Sequence[str] | None = None,
+        ignore: Sequence[str] | None = None,
+        dtype: torch.dtype | None = None,
+        masks: bool = False,
+        force: bool = False,
+    ) -> None:
+        self._sparsity = check_sparsity("prune", sparsity)
+        self.checkpoint = open_checkpoint(source)
+        self.tensors = select_tensors(self.checkpoint.tensors, targets, ignore)
+        found = {tensor.dtype for tensor in self.tensors}
+        if scope == "global" and len(found) > 1:
+            raise DTypeError(
+                f"prune: expected one dtype for scope='global', got {', '.join(sorted(found))}; "
+                "use scope='layer', or leave the others out"
+            )
+        self._target = target
+        self._scope = scope
+        self._dtype = dtype
+        self._masks = masks
+        inputs = [shard.path for shard in self.checkpoint.shards] + list(self.checkpoint.others.values())
+        for path in self._renames().values():
+            check_target(path, inputs, root=source, force=force)
+
+    def num_prune(self) -> list[int]:
+        """Return how many weights go: one count per target in layer scope, one for all in global scope."""
+        sizes = [tensor.numel for tensor in self.tensors]
+        return [round(self._sparsity * n) for n in (sizes if self._scope == "layer" else [sum(sizes)])]
+
+    def is_begun(self) -> bool:
+        """Whether there is an interrupted run of this output to resume."""
+        return Staging(self._target).folder.exists()
+
+    def run(
+        self,
+        *,
+        resume: bool = False,
+        max_memory: int = DEFAULT_MEMORY,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> PruneReport:
+        """Write the output.
+
+        Under ``torchrun`` the shards are divided among the ranks, all of which call this; the result is the same.
+
+        Parameters
+        ----------
+        resume : bool
+            Go on after the last shard that an interrupted run with the same input and settings has finished.
+        max_memory : int
+            Bytes for weights, candidates and masks at a time, beside what Python and torch take themselves.
+        progress : callable
+            Called with the bytes done by this process, and all it has to do.
+
+        Raises
+        ------
+        CheckpointError
+            The input cannot be read, or changed meanwhile.
+        OutputError
+            The output cannot be written.
+        NonFiniteError
+            A target holds NaN or Inf.
+        StateError
+            The run to resume had another input or other settings.
+        DTypeError
+            A value of the checkpoint is beyond the range of the dtype asked for.
+
+        Notes
+        -----
+        Each tensor that fits into a quarter of ``max_memory`` is read once, larger ones twice; in global scope all
+        are. Finished shards and the output have reached the disk before they are called finished.
+        """
+        start = time.perf_counter()
+        with Ranks.joined() as ranks, Staging(self._target) as staging:
+            ranks.together(lambda: staging.begin(self._settings(), resume=resume) if ranks.rank == 0 else None)
+            owned = _divide(self.checkpoint.shards, ranks, staging.finished())
+            with Stream(self._piece_bytes(max_memory)) as stream:
+                workspace = self._workspace(stream, owned, staging, progress)
+                decisions = self._decisions(workspace, owned, staging, ranks)
+                ranks.together(lambda: self._write(workspace, owned, decisions, staging, is_first=ranks.rank == 0))
+            records = staging.finished()
+            ranks.together(lambda: self._conclude(staging) if ranks.rank == 0 else None)
+        layers = tuple(LayerReport(**row) for shard in sorted(records) for row in records[shard])
+        num_bytes = sum(shard.identity["size"] for shard in self.checkpoint.shards)
+        return PruneReport(layers, num_bytes, time.perf_counter() - start)
+
+    def _renames(self) -> dict[str, Path]:
+        """Return {path in the staging folder: the name it gets}, in the order in which they get them."""
+        if self.checkpoint.root.is_dir():
+            return {"files": self._target}
+        name = self.checkpoint.root.name
+        masks = {f"files/{MASKS}/{name}": self._target.with_name(f"{self._target.stem}.{MASKS}.safetensors")}
+        # The masks come first, so that an output that is there has its masks.
+        return (masks if self._masks else {}) | {f"files/{name}": self._target}
+
+    def _settings(self) -> dict[str, Any]:
+        """Return all that the output depends on."""
+        return {
+            "sparsity": self._sparsity,
+            "scope": self._scope,
+            "dtype": str(self._dtype),
+            "masks": self._masks,
+            "targets": [tensor.name for tensor in self.tensors],
+            "input": self.checkpoint.identity(),
+        }
+
+    def _piece_bytes(self, max_memory: int) -> int:
+        # Two pieces, candidates the size of one, and as much for masks and what a selection takes; converted pieces
+        # are up to twice as large, and there may be two of them.
+        num_parts = 4 if self._dtype is None else 8
+        return max(PIECE_UNIT, max_memory // num_parts // PIECE_UNIT * PIECE_UNIT)
+
+    def _workspace(
+        self, stream: Stream, owned: Mapping[int, Shard], staging: Staging, progress: Callable[[int, int], None]
+    ) -> Workspace:
+        targets = {tensor.name for tensor in self.tensors}
+        done = total = 0
+        for shard in owned.values():
+            total += sum(tensor.nbytes for tensor in shard.tensors)
+            read = [tensor.nbytes for tensor in shard.tensors if tensor.name in targets]
+            if self._scope == "layer":
+                total += sum(nbytes for nbytes in read if nbytes > stream.piece_bytes)
+            elif staging.noted("decisions") is None:
+                total += sum(read)
+
+        def advance(nbytes: int) -> None:
+            nonlocal done
+            done += nbytes
+            progress(done, total)
+
+        room = torch.empty(stream.piece_bytes, dtype=torch.uint8)
+        return Workspace(stream, choose(None, room.device), room, advance)
+
+    def _decisions(
+        self, workspace: Workspace, owned: Mapping[int, Shard], staging: Staging, ranks: Ranks
+    ) -> dict[int, Decision]:
+        """Return what global scope prunes of each target, counted or as the run that is resumed has noted it."""
+        if self._scope == "layer":
+            return {}
+        noted = staging.noted("decisions")
+        if noted is not None:
+            return {i: Decision(key, Threshold(*threshold), *ties) for i, (key, threshold, *ties) in enumerate(noted)}
+        mine = {shard.name for shard in owned.values()}
+        shard_of = {tensor.name: shard for shard in self.checkpoint.shards for tensor in shard.tensors}
+        group = {i: Located(shard_of[tensor.name], tensor) for i, tensor in enumerate(self.tensors)}
+        decisions = Counter(group, workspace).decide(self.num_prune()[0], lambda shard: shard.name in mine, ranks)
+        if ranks.rank == 0:
+            staging.note("decisions", list(decisions.values()))
+        return decisions
+
+    def _write(
+        self,
+        workspace: Workspace,
+        owned: Mapping[int, Shard],
+        decisions: Mapping[int, Decision],
+        staging: Staging,
+        *,
+        is_first: bool,
+    ) -> None:
+        """Write this rank's shards, and on the first rank what else belongs to the output."""
+        counts = dict(enumerate(self.num_prune() if self._scope == "layer" else []))
+        targets = {tensor.name: Target(i, counts.get(i, 0), decisions.get(i)) for i, tensor in enumerate(self.tensors)}
+        writer = ShardWriter(workspace, self._dtype)
+        with output_errors(self._target):
+            for i, shard in owned.items():
+                masks = staging.files / MASKS / shard.name if self._masks else None
+                own = {tensor.name: targets[tensor.name] for tensor in shard.tensors if tensor.name in targets}
+                reports = writer.write(shard, own, staging.files / shard.name, masks)
+                staging.finish(i, [asdict(report) for report in reports])
+            if is_first:
+                self._copy_others(workspace.stream, staging.files)
+
+    def _copy_others(self, stream: Stream, folder: Path) -> None:
+        own = {f"{MASKS}/{shard.name}" for shard in self.checkpoint.shards} if self._masks else set()
+        for name, path in self.checkpoint.others.items():
+            if name in own:
+                continue  # of an earlier run; this one has written its own
+            with created(folder / name) as descriptor:
+                if name == self.checkpoint.index and self._dtype is not None:
+                    os.pwrite(descriptor, self._index_with_sizes(path), 0)
+                else:
+                    with Source(path) as source:
+                        stream.copy(source, 0, path.stat().st_size, descriptor, 0)
+                stream.flush()
+                os.fchmod(descriptor, path.stat().st_mode & 0o777)
+                os.fsync(descriptor)
+
+    def _index_with_sizes(self, path: Path) -> bytes:
+        """Return the index with the size that the tensors have in the output."""
+        document = json.loads(path.read_bytes())
+        if "total_size" in document.get("metadata", {}):
+            sizes = [size_of(tensor, self._dtype) for tensor in self.checkpoint.tensors]
+            document["metadata"]["total_size"] = sum(sizes)
+        return json.dumps(document, indent=2).encode()
+
+    def _conclude(self, staging: Staging) -> None:
+        self.checkpoint.check_unchanged()
+        staging.commit(self._renames())
+
+
+def _divide(shards: Sequence[Shard], ranks: Ranks, finished: Container[int]) -> dict[int, Shard]:
+    """Return {position: shard} of what is left to this rank: the largest first, each to the rank with the least."""
+    loads = [0] * ranks.size
+    owned = {}
+    for i in sorted(range(len(shards)), key=lambda i: -shards[i].identity["size"]):
+        if i not in finished:
+            rank = loads.index(min(loads))
+            loads[rank] += shards[i].identity["size"]
+            if rank == ranks.rank:
+                owned[i] = shards[i]
+    return dict(sorted(owned.items()))

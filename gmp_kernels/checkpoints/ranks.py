@@ -1,0 +1,59 @@
+"""The processes that share one job under torchrun; alone, a single one."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, TypeVar, cast
+
+import torch.distributed as dist
+
+from gmp_kernels.errors import GMPError
+
+T = TypeVar("T")
+
+__all__ = ["Ranks"]
+
+
+class Ranks(NamedTuple):
+    """Which of how many processes this is."""
+
+    rank: int
+    size: int
+
+    @classmethod
+    @contextlib.contextmanager
+    def joined(cls) -> Iterator[Ranks]:
+        """Join the processes that torchrun started beside this one, if it did."""
+        size = int(os.environ.get("WORLD_SIZE", "1"))
+        if size == 1:
+            yield cls(0, 1)
+            return
+        dist.init_process_group("gloo")
+        try:
+            yield cls(dist.get_rank(), size)
+        finally:
+            dist.destroy_process_group()
+
+    def gather(self, value: T) -> list[T]:
+        """Return the values of all ranks, in order, on every rank; waits for all."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def together(self, work: Callable[[], T]) -> T:
+        """Do the work of this rank; if it fails on any, raise on every rank what it raised on the first of them."""
+        if self.size == 1:
+            return work()
+        result, error = None, None
+        try:
+            result = work()
+        except GMPError as raised:
+            error = raised
+        found = next((other for other in self.gather(error) if other is not None), None)
+        if found is not None:
+            raise found
+        return cast(T, result)

@@ -1,0 +1,190 @@
+"""Write one shard of a pruned checkpoint: its targets pruned, all else copied."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from gmp_kernels.backends import Bracket, Implementation, Layer, Selection, Threshold
+from gmp_kernels.checkpoints.counting import Counter, Decision, Located, Workspace, check_finite
+from gmp_kernels.checkpoints.files import DTYPES, MASK_SUFFIX, Shard, TensorInfo, header_of, mask_metadata
+from gmp_kernels.checkpoints.ranks import Ranks
+from gmp_kernels.checkpoints.stream import Source, created
+from gmp_kernels.errors import DTypeError
+from gmp_kernels.reports import LayerReport
+from gmp_kernels.selection import cut_index
+
+__all__ = ["ShardWriter", "Target", "size_of"]
+
+ALONE = Ranks(0, 1)
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class Target(NamedTuple):
+    """What is asked of one tensor: its position among all targets, how many weights go, and if known already, which."""
+
+    position: int
+    num_prune: int
+    decision: Decision | None
+
+
+class _Output(NamedTuple):
+    """Where the bytes of a tensor go."""
+
+    descriptor: int
+    begin: int
+
+
+class ShardWriter:
+    """Writes shards.
+
+    Parameters
+    ----------
+    workspace : Workspace
+    dtype : torch.dtype or None
+        Of floating-point tensors in the output; None: each keeps its own.
+    """
+
+    def __init__(self, workspace: Workspace, dtype: torch.dtype | None) -> None:
+        self._workspace = workspace
+        self._stream, self._implementation, _, self._progress = workspace
+        self._dtype = dtype
+
+    def write(self, shard: Shard, targets: Mapping[str, Target], path: Path, masks: Path | None) -> list[LayerReport]:
+        """Write a shard to ``path`` and its packed masks to ``masks``, through to the disk; report on its targets.
+
+        Raises
+        ------
+        CheckpointError, NonFiniteError, DTypeError, OSError
+        """
+        reports = []
+        with contextlib.ExitStack() as stack:
+            source = stack.enter_context(Source(shard.path))
+            output = stack.enter_context(created(path))
+            begins = self._begin(shard, source, output)
+            bits = stack.enter_context(created(masks)) if masks is not None else None
+            bit_begins = self._begin_masks(shard, targets, bits) if bits is not None else {}
+            for tensor in shard.tensors:
+                place = _Output(output, begins[tensor.name])
+                if tensor.name in targets:
+                    bits_place = _Output(bits, bit_begins[tensor.name]) if bits is not None else None
+                    reports.append(self._prune(source, shard, tensor, targets[tensor.name], place, bits_place))
+                elif dtype_of(tensor, self._dtype) != tensor.dtype:
+                    for begin, piece in self._stream.weights(source, tensor, DTYPES[tensor.dtype]):
+                        self._store(tensor, piece, begin, place)
+                else:
+                    self._stream.copy(source, tensor.begin, tensor.nbytes, *place)
+                self._progress(tensor.nbytes)
+            self._stream.flush()
+            for descriptor in (output, bits):
+                if descriptor is not None:
+                    os.fsync(descriptor)
+        return reports
+
+    def _begin(self, shard: Shard, source: Source, output: int) -> dict[str, int]:
+        """Write the header; return where each tensor begins."""
+        if self._dtype is None:
+            self._stream.copy(source, 0, shard.data_begin, output, 0)
+            return {tensor.name: tensor.begin for tensor in shard.tensors}
+        rows = [(t.name, dtype_of(t, self._dtype), t.shape, size_of(t, self._dtype)) for t in shard.tensors]
+        return _write_header(output, rows, shard.metadata)
+
+    def _begin_masks(self, shard: Shard, targets: Mapping[str, Target], output: int) -> dict[str, int]:
+        masked = [tensor for tensor in shard.tensors if tensor.name in targets]
+        rows = [(t.name + MASK_SUFFIX, "U8", (-(-t.numel // 8),), -(-t.numel // 8)) for t in masked]
+        begins = _write_header(output, rows, mask_metadata({t.name: t.shape for t in masked}))
+        return {name.removesuffix(MASK_SUFFIX): begin for name, begin in begins.items()}
+
+    def _prune(
+        self, source: Source, shard: Shard, tensor: TensorInfo, target: Target, place: _Output, bits: _Output | None
+    ) -> LayerReport:
+        select = self._selector(shard, tensor, target)
+        num_pruned = 0
+        threshold = Threshold(0.0, 0, 0, 0)
+        for begin, piece in self._stream.weights(source, tensor, DTYPES[tensor.dtype]):
+            layer, packed = Layer(piece, None), torch.empty(-(-len(piece) // 8), dtype=torch.uint8)
+            selection = select(layer)
+            threshold = selection.threshold
+            num_pruned += self._implementation.prune([layer], [selection], [packed])[0].num_pruned
+            self._store(tensor, piece, begin, place)
+            if bits is not None:
+                self._stream.write(bits.descriptor, packed, bits.begin + begin // 8)
+        return LayerReport(tensor.name, threshold.value, tensor.numel, num_pruned, num_pruned, threshold.num_ties)
+
+    def _selector(self, shard: Shard, tensor: TensorInfo, target: Target) -> Callable[[Layer], Selection]:
+        """Return what says of each piece, in order, what to prune."""
+        if target.decision is not None:
+            return _Cuts(self._implementation, target.decision).select
+        if tensor.nbytes > self._stream.piece_bytes:
+            group = {target.position: Located(shard, tensor)}
+            counter = Counter(group, self._workspace)
+            decision = counter.decide(target.num_prune, lambda _: True, ALONE)[target.position]
+            return _Cuts(self._implementation, decision).select
+
+        def select(layer: Layer) -> Selection:
+            (selection,) = self._implementation.select([layer], [target.num_prune], [None])
+            check_finite(tensor.name, target.position, selection.nonfinite[0])
+            return selection
+
+        return select
+
+    def _store(self, tensor: TensorInfo, piece: torch.Tensor, begin: int, place: _Output) -> None:
+        """Write a piece, converted if need be, that begins at flat index ``begin``."""
+        if self._dtype is not None:
+            converted = piece.to(self._dtype)
+            if torch.isinf(converted).sum() > torch.isinf(piece).sum():
+                raise DTypeError(
+                    f"prune: expected values in the range of {self._dtype} in '{tensor.name}', got one beyond it near "
+                    f"flat index {begin}; choose another --dtype"
+                )
+            piece = converted
+        self._stream.write(place.descriptor, piece, place.begin + begin * piece.itemsize)
+
+
+class _Cuts:
+    """Where each piece of a tensor is cut, in the order of the pieces."""
+
+    def __init__(self, implementation: Implementation, decision: Decision) -> None:
+        self._implementation = implementation
+        self._decision = decision
+        self._ties_left = decision.num_ties
+        self._kept_left = decision.num_ties_kept
+
+    def select(self, layer: Layer) -> Selection:
+        threshold, n = self._decision.threshold, layer.weight.numel()
+        if not threshold.num_ties or self._kept_left == self._ties_left:
+            cut = n
+        elif not self._kept_left:
+            cut = 0
+        else:
+            key = self._decision.key
+            ties = self._implementation.count([layer], [Bracket(key, key)], 1)[0].inside
+            cut = n if ties <= self._kept_left else cut_index(self._implementation, layer, key, self._kept_left)
+            self._kept_left -= min(ties, self._kept_left)
+            self._ties_left -= ties
+        return Selection(threshold, (cut,), (-1,))
+
+
+def dtype_of(tensor: TensorInfo, dtype: torch.dtype | None) -> str:
+    """Return the name of the dtype that a tensor has in the output."""
+    return tensor.dtype if dtype is None or tensor.dtype not in DTYPES else NAMES[dtype]
+
+
+def size_of(tensor: TensorInfo, dtype: torch.dtype | None) -> int:
+    """Return how many bytes a tensor takes in the output."""
+    return tensor.nbytes if dtype is None or tensor.dtype not in DTYPES else tensor.numel * dtype.itemsize
+
+
+def _write_header(
+    descriptor: int, rows: Sequence[tuple[str, str, Sequence[int], int]], metadata: Mapping[str, str] | None
+) -> dict[str, int]:
+    header = header_of(rows, metadata)
+    os.pwrite(descriptor, header, 0)
+    ends = accumulate((nbytes for *_, nbytes in rows), initial=len(header))
+    return {name: begin for (name, *_), begin in zip(rows, ends, strict=False)}
