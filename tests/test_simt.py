@@ -23,7 +23,7 @@ from gmp_kernels import (
     prune_,
     schedules,
 )
-from gmp_kernels.backends import Bracket, Gradient, Layer, StateMove, Tally, UpdateTensor, _tables, choose
+from gmp_kernels.backends import Bracket, Gradient, Layer, StateMove, Tally, UpdateTensor, _tables, choose, cuda
 from gmp_kernels.backends._tables import SelectionTables, upload
 from gmp_kernels.keys import key_of, largest_key
 from gmp_kernels.optim import AdamW
@@ -388,3 +388,11 @@ def test_nothing_to_do_is_done() -> None:
     empty = torch.empty(0)
     simt.move_state([StateMove(empty, None, empty.clone(), None, 0)])
     assert float(simt.sum_squares([])) == 0.0
+
+
+def test_a_gpu_too_old_is_refused_whatever_the_first_one_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    capabilities = {0: (9, 0), 1: (7, 5)}
+    monkeypatch.setattr(cuda, "_probe", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capabilities[device.index])
+    assert cuda._supports(torch.device("cuda", 0)) is None
+    assert "compute capability (8, 0) or newer, got (7, 5)" in cuda._supports(torch.device("cuda", 1))
