@@ -237,10 +237,8 @@ __device__ __forceinline__ bool is_last_block(int64_t* arrived, int64_t expected
     last = static_cast<int64_t>(ticket) == expected - 1;
   }
   __syncthreads();
-  const bool result = last;
-  if (result) __threadfence();
-  __syncthreads();  // `last` is used again
-  return result;
+  if (last) __threadfence();
+  return last;  // written again only after the next barrier
 }
 
 }  // namespace gmp::cuda
