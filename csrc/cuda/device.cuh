@@ -107,6 +107,12 @@ __device__ void store1(T* p, T value) {
   *p = value;
 }
 
+// A key whose NaNs still differ.
+template <typename Key>
+__device__ __forceinline__ Key magnitude_bits(Key raw) {
+  return raw & static_cast<Key>(~kSignBit<Key>);
+}
+
 __device__ inline int count_bits(unsigned bits) {
 #if defined(__CUDACC__)
   return __popc(bits);
