@@ -178,9 +178,9 @@ class Triton:
             state = (search.state, num_groups, bins, 1 << BIN_BITS)
             listed = (lists, list_sizes, matches)
             if READ_WEIGHTS in modes:
-                arguments = (table.rows, table.owners, *state, counters, nonfinite, *listed)
+                counted = (table.rows, table.owners, *state, counters, nonfinite, *listed)
                 constants = {"CAPACITY": CAPACITY, "ALIGNED": aligned}
-                self._launch("count", table.num_chunks, *arguments, **batch.kernel, **constants)
+                self._launch("count", table.num_chunks, *counted, **batch.kernel, **constants)
             if READ_LISTS in modes:
                 arguments = (table.rows, table.owners, table.num_chunks, *state, *listed)
                 constants = {"CAPACITY": CAPACITY, "ROWS": LISTS_PER_PROGRAM}
