@@ -16,11 +16,12 @@ from gmp_kernels.sharding import Holding
 
 __all__ = ["Piece", "Search"]
 
-FEW_BITS = 8
-BITS_PER_ROUND = 10  # 4 KB for each layer, as long as its weights are fewer than 2^31
+# Bits of the key by which a round narrows an interval. Counts are sent as int32 at first, 8 KB for each layer at most,
+# and soon as uint8, when few weights are left inside.
+FEW_BITS, BITS_PER_ROUND, MOST_BITS = 8, 10, 11
 SLOTS = 512  # that a range of flat indices is divided into to count ties in
-NO_BRACKET = Bracket(0, -1)
 CHUNK = 1 << 18  # weights that are searched for ties at a time
+NO_BRACKET = Bracket(0, -1)
 # The weights inside the first interval are remembered, if they are no more than one in ROOM_SHARE, up to ROOM_BYTES and
 # another 1 / ROOM_PART of the largest piece: within the memory that a prune step may take.
 ROOM_SHARE, ROOM_BYTES, ROOM_PART = 24, 3 << 20, 40
@@ -296,9 +297,9 @@ class Search:
 
 
 def _bits(bracket: Bracket) -> int:
-    """By how many bits of the key to narrow an interval: the odd ones first, then as many as a round can."""
+    """By how many bits of the key to narrow an interval: first by those that no number of full rounds would take."""
     bits = (bracket.hi - bracket.lo).bit_length()
-    return (bits - 1) % BITS_PER_ROUND + 1 if bits else 0
+    return bits if bits <= MOST_BITS else (bits - 2) % BITS_PER_ROUND + 2
 
 
 def _nearer(bracket: Bracket, previous: Threshold | None, dtype: torch.dtype) -> Bracket:
@@ -310,8 +311,8 @@ def _nearer(bracket: Bracket, previous: Threshold | None, dtype: torch.dtype) ->
     if not bracket.lo < lo <= bracket.hi:
         return bracket
     bits = max(FEW_BITS, (bracket.hi - lo).bit_length())
-    if bits > BITS_PER_ROUND:
-        bits = -(-bits // BITS_PER_ROUND) * BITS_PER_ROUND
+    if bits > MOST_BITS:
+        bits += (MOST_BITS - bits) % BITS_PER_ROUND
     return Bracket(max(bracket.lo, bracket.hi - (1 << bits) + 1), bracket.hi)
 
 
