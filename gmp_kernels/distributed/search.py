@@ -79,13 +79,11 @@ class Piece:
             return self.layer
         return Layer(self.room, None) if self.room.numel() else None
 
-    def take(self, census: Census, until: np.ndarray) -> None:
-        """Note what was counted against the bracket."""
-        if self.until is None:
-            self.num_pruned, self.num_below, self.nonfinite = census.pruned, census.below, census.nonfinite
-            if self.room is not None:
-                self.room = self.room[: census.inside] if census.inside <= self.room.numel() else None
-        self.until = until
+    def start(self, census: Census) -> None:
+        """Note what the first round has found."""
+        self.num_pruned, self.num_below, self.nonfinite = census.pruned, census.below, census.nonfinite
+        if self.room is not None:
+            self.room = self.room[: census.inside] if census.inside <= self.room.numel() else None
 
     def settle(self, cut: Cut) -> None:
         """Note what lies below the threshold here and what ties with it; the last round had a bin for its key."""
@@ -226,23 +224,22 @@ class Search:
             num_bins,
             [pieces[i].room for i, _ in present] if is_first else None,
         )
-        nothing = Census(0, 0, 0, -1, torch.zeros(num_bins, dtype=torch.int64))
-        censuses = [nothing] * len(pieces)
+        largest = max(self._sizes) + len(pieces) * self._ranks.size
+        rows = np.zeros((len(pieces), 3 + num_bins), np.int32 if largest < 2**31 else np.int64)
         for (i, _), census in zip(present, found, strict=True):
-            censuses[i] = census
-        rows = np.array([census.bins.numpy() for census in censuses])
-        for p, census, until in zip(pieces, censuses, rows.cumsum(axis=1), strict=True):
-            p.take(census, until)
-        speaks = np.array([p.holding.speaks for p in pieces])
-        bound = self._inside(brackets)
-        if is_first:
-            heads = np.array([(census.below, census.pruned, census.nonfinite >= 0) for census in censuses])
-            rows = np.hstack([heads, rows])
-            bound = max(self._sizes) + len(pieces) * self._ranks.size
+            rows[i, 3:] = census.bins
+            if is_first:
+                rows[i, :3] = census.below, census.pruned, census.nonfinite >= 0
+                pieces[i].start(census)
+        for p, until in zip(pieces, rows[:, 3:].cumsum(axis=1, dtype=rows.dtype), strict=True):
+            p.until = until
         # All that hold a NaN say so, also copies.
-        rows *= np.where([column == 2 and is_first for column in range(rows.shape[1])], 1, speaks[:, None])
+        silent = [i for i, p in enumerate(pieces) if not p.holding.speaks]
+        rows[silent, :2] = rows[silent, 3:] = 0
+        # Later rounds count what is left of the first one.
+        sent, bound = (rows, largest) if is_first else (rows[:, 3:], self._inside(brackets))
         firsts = np.cumsum([0, *(len(self._groups[g]) for g in brackets)])[:-1]
-        sums = self._ranks.total(torch.from_numpy(np.add.reduceat(rows, firsts)), bound)
+        sums = self._ranks.total(torch.from_numpy(np.add.reduceat(sent, firsts)), bound)
         bins = sums[:, -num_bins:]
         until = bins.numpy().cumsum(axis=1)
         merged = {}
