@@ -63,7 +63,8 @@ $(VENV)/.demo: $(VENV)/.torch $(SOURCES)
 	@$(PIP) --editable '.[demo]'
 	@touch $@
 
-$(VENV)/.test: $(VENV)/.demo
-	@echo '== installing the test tools'
+# Tests run the CUDA kernels on the host, whether there is a GPU or not; gpu-check builds them for it.
+$(VENV)/.test: $(VENV)/.torch $(SOURCES)
+	@echo '== building and installing gmp_kernels and the test tools'
 	@GMP_KERNELS_BUILD_CUDA=0 GMP_KERNELS_BUILD_SIMT=1 $(PIP) --editable '.[test]'
-	@touch $@
+	@touch $(VENV)/.demo $@

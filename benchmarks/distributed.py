@@ -114,9 +114,9 @@ def main() -> None:
                 row = json.loads(Path(options.scratch).read_text())
             results.append(row)
             print(
-                f"{dtype:<10}{placement:<10}{row['one_process_seconds'] * 1e3:>9.1f} ms"
-                f"{row['ranks_seconds'] * 1e3:>7.1f} ms{row['ratio']:>7.2f}x"
-                f"{row['collectives']:>13}{row['bytes_per_layer']:>13.0f}"
+                f"{dtype:<10}{placement:<10}"
+                f"{row['one_process_seconds'] * 1e3:>9.1f} ms{row['ranks_seconds'] * 1e3:>7.1f} ms"
+                f"{row['ratio']:>7.2f}x{row['collectives']:>13}{row['bytes_per_layer']:>13.0f}"
             )
     if options.output:
         sizes = {name: getattr(options, name) for name in ("ranks", "layers", "rows", "columns")}

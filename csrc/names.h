@@ -30,21 +30,11 @@ inline Rule rule_of(const std::string& name) {
 
 // The fields of UpdateConstants in order, and what they are where absent: without effect.
 inline constexpr std::pair<const char*, double> kConstants[] = {
-    {"grad_factor", 1.0},
-    {"weight_decay", 0.0},
-    {"decay", 1.0},
-    {"lr", 0.0},
-    {"momentum", 0.0},
-    {"one_minus_dampening", 1.0},
-    {"nesterov", 0.0},
-    {"first_step", 0.0},
-    {"one_minus_beta1", 0.0},
-    {"beta2", 0.0},
-    {"one_minus_beta2", 0.0},
-    {"bias_correction2_sqrt", 1.0},
-    {"eps", 0.0},
-    {"step_size", 0.0},
-    {"skip", 0.0},
+    {"grad_factor", 1.0}, {"weight_decay", 0.0},    {"decay", 1.0},
+    {"lr", 0.0},          {"momentum", 0.0},        {"one_minus_dampening", 1.0},
+    {"nesterov", 0.0},    {"first_step", 0.0},      {"one_minus_beta1", 0.0},
+    {"beta2", 0.0},       {"one_minus_beta2", 0.0}, {"bias_correction2_sqrt", 1.0},
+    {"eps", 0.0},         {"step_size", 0.0},       {"skip", 0.0},
 };
 
 inline UpdateConstants<double> constants_of(const std::map<std::string, double>& given) {

@@ -22,21 +22,11 @@ struct UpdateConstants {
 
   template <typename U>
   constexpr UpdateConstants<U> as() const {
-    return {static_cast<U>(grad_factor),
-            static_cast<U>(weight_decay),
-            static_cast<U>(decay),
-            static_cast<U>(lr),
-            static_cast<U>(momentum),
-            static_cast<U>(one_minus_dampening),
-            static_cast<U>(nesterov),
-            static_cast<U>(first_step),
-            static_cast<U>(one_minus_beta1),
-            static_cast<U>(beta2),
-            static_cast<U>(one_minus_beta2),
-            static_cast<U>(bias_correction2_sqrt),
-            static_cast<U>(eps),
-            static_cast<U>(step_size),
-            static_cast<U>(skip)};
+    return {static_cast<U>(grad_factor), static_cast<U>(weight_decay),    static_cast<U>(decay),
+            static_cast<U>(lr),          static_cast<U>(momentum),        static_cast<U>(one_minus_dampening),
+            static_cast<U>(nesterov),    static_cast<U>(first_step),      static_cast<U>(one_minus_beta1),
+            static_cast<U>(beta2),       static_cast<U>(one_minus_beta2), static_cast<U>(bias_correction2_sqrt),
+            static_cast<U>(eps),         static_cast<U>(step_size),       static_cast<U>(skip)};
   }
 };
 

@@ -4,6 +4,7 @@ import gmp_kernels.library  # noqa: F401  its import defines torch.ops.gmp_kerne
 from gmp_kernels import optim, schedules
 from gmp_kernels.errors import (
     BackendUnavailableError,
+    DeviceError,
     DistributedError,
     DTypeError,
     GMPError,
@@ -26,6 +27,7 @@ __all__ = [
     "BackendUnavailableError",
     "BitMask",
     "DTypeError",
+    "DeviceError",
     "DistributedError",
     "GMPError",
     "GMPScheduler",

@@ -57,7 +57,7 @@ def gpu_cases(device: torch.device, cuda: str = "cuda", triton: str = "triton") 
     """Every row of the table; ``cuda`` and ``triton`` name the backends compared."""
     run = _Builder(device, cuda, triton)
     step = _step_bytes(torch.float32)
-    event = _step_bytes(torch.float32, 1 - (1 - EVENT) ** (SECTOR / 4)) + 1 / 8
+    event = _step_bytes(torch.float32, 1 - (1 - EVENT) ** (SECTOR / 4))
     read, moved = "a read at a copy's rate", "a copy of as many bytes"
     fused, limit = "torch fused, no mask", "5% of largest + 4 MB"
     return [

@@ -108,10 +108,9 @@ def test_an_error_of_the_package_is_one_line(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize("missing", ["typer", "rich", "safetensors"])
 def test_without_its_extra_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
     for name in list(sys.modules):
-        if name.partition(".")[0] == missing:
-            monkeypatch.setitem(sys.modules, name, None)
-        if name.startswith(("gmp_kernels.cli", "gmp_kernels.checkpoints")):
+        if name.startswith((f"{missing}.", "gmp_kernels.cli", "gmp_kernels.checkpoints")):
             monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(SystemExit, match=rf"needs {missing}; run: pip install 'gmp-kernels\[cli\]'"):
         importlib.import_module("gmp_kernels.cli")
 

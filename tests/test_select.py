@@ -8,6 +8,7 @@ import math
 
 import pytest
 import torch
+from conftest import thinned
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -36,12 +37,12 @@ def counts_of(n: int) -> list[int]:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_small_sizes(kernels: str, dtype: torch.dtype, name: str) -> None:
     offsets, masked = itertools.cycle(OFFSETS), itertools.cycle([False, True, True])
-    for n in SMALL_SIZES:
+    requests = [(n, num_prune, next(offsets), next(masked)) for n in SMALL_SIZES for num_prune in counts_of(n)]
+    for n, num_prune, offset, is_masked in thinned(kernels, requests, CASE_NAMES.index(name) + DTYPES.index(dtype)):
         weight = cases(n, dtype)[name]
-        for num_prune in counts_of(n):
-            masks = [random_mask(weight.shape, 0.5, seed=num_prune)] if next(masked) else None
-            request = {"num_prune": num_prune, "masks": masks, "nonfinite": "keep"}
-            assert_same_pruning([weight], backend=kernels, offset=next(offsets), **request)
+        masks = [random_mask(weight.shape, 0.5, seed=num_prune)] if is_masked else None
+        request = {"num_prune": num_prune, "masks": masks, "nonfinite": "keep"}
+        assert_same_pruning([weight], backend=kernels, offset=offset, **request)
 
 
 @pytest.mark.parametrize("name", CASE_NAMES)

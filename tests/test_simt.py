@@ -4,15 +4,27 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from optim_cases import assert_same_run, masked, parameters, random_gradients, set_gradients
 from subprocesses import ROOT
 
-from gmp_kernels import BitMask, GMPScheduler, NonFiniteError, _simt, magnitude_threshold, prune_, schedules
-from gmp_kernels.backends import Layer
-from gmp_kernels.backends._tables import SelectionTables
+from gmp_kernels import (
+    BitMask,
+    DeviceError,
+    GMPScheduler,
+    NonFiniteError,
+    StateError,
+    _simt,
+    magnitude_threshold,
+    prune_,
+    schedules,
+)
+from gmp_kernels.backends import Gradient, Layer, StateMove, Tally, UpdateTensor, _tables, choose
+from gmp_kernels.backends._tables import SelectionTables, upload
 from gmp_kernels.optim import AdamW
 from gmp_kernels.testing import adversarial_cases, assert_bitwise_equal, assert_same_pruning
 
@@ -116,7 +128,7 @@ N = 1 << 18
 def test_a_selection_reads_the_weights_once(dtype: torch.dtype, launches: int) -> None:
     weight = torch.randn(N, generator=torch.Generator().manual_seed(0)).to(dtype)
     for share in (0.1, 0.5, 0.9, 0.99):
-        found, moved = traffic_of(lambda k=round(share * N): magnitude_threshold(weight, k, backend="simt"))
+        found, moved = traffic_of(partial(magnitude_threshold, weight, round(share * N), backend="simt"))
         assert found == launches
         # The weights, a sample of them, and lists of candidates that are written once and read twice or thrice.
         assert weight.nbytes <= moved < 1.25 * weight.nbytes
@@ -218,3 +230,141 @@ def test_the_step_before_a_prune_update_finds_its_threshold() -> None:
         assert sum(loaded + stored for _, loaded, stored in traffic.values()) < 0.1 * 4 * N
         expected = prune_(pristine, sparsity=schedule.sparsity_at(step), backend="reference")
         assert pruner.masks["weight"] == expected.masks[0]
+
+
+@pytest.mark.parametrize("case", ["nesterov", "adam_short_betas", "adamw_amsgrad"])
+def test_numbers_kept_on_the_device_give_the_same_steps(case: str) -> None:
+    """With capturable, step counts, scale and overflow flag are tensors that nobody on the host looks at."""
+    runs = []
+    for capturable in (False, True):
+        params = parameters([(300,), (20_000,), (7,)])
+        optimizer = masked(case, params, backend="simt")
+        for group in optimizer.param_groups:
+            group["capturable"] = capturable
+        for step in range(6):
+            set_gradients(params, random_gradients(params, step), {})
+            optimizer.grad_scale, optimizer.found_inf = torch.tensor(8.0), torch.tensor(float(step == 3))
+            optimizer.step()
+        optimizer.grad_scale = optimizer.found_inf = None
+        optimizer.step()
+        runs.append((params, optimizer))
+    (params, optimizer), (expected_params, expected) = runs
+    assert_same_run(params, optimizer, expected_params, expected)
+
+
+def test_tables_are_uploaded_only_when_they_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    uploads = []
+    monkeypatch.setattr(_tables, "upload", lambda *args: uploads.append(args) or upload(*args))
+    params = parameters([(300,), (20_000,)])
+    optimizer = AdamW(params, backend="simt", capturable=True)
+    set_gradients(params, random_gradients(params, 0), {})
+    optimizer.step()
+    assert len(uploads) == 2  # rows and constants
+    optimizer.step()
+    assert len(uploads) == 2
+    set_gradients(params, random_gradients(params, 1), {})
+    optimizer.step()
+    assert len(uploads) == 3  # other gradients
+    optimizer.param_groups[0]["lr"] *= 0.5
+    optimizer.step()
+    assert len(uploads) == 4
+
+
+def test_a_step_that_is_skipped_is_ranked_all_the_same() -> None:
+    weight = torch.randn(40_000)
+    simt = choose("simt", torch.device("cpu"))
+    layers = (Layer(weight.clone(), None),)
+    tensors = [UpdateTensor(layers[0].weight)]
+    constants = [{"lr": torch.tensor(0.1, dtype=torch.float64), "skip": torch.tensor(1.0, dtype=torch.float64)}]
+    gradients = [Gradient(torch.ones_like(weight), 0)]
+    (found,) = simt.update("sgd", tensors, gradients, constants, Tally(layers, (0,), (30_000,)))
+    assert_bitwise_equal(layers[0].weight, weight)
+    (expected,) = choose("reference", torch.device("cpu")).select(layers, [30_000], [None])
+    assert found.threshold == expected.threshold
+
+
+class Failing:
+    """The module, but for one function, which fails as a device does."""
+
+    def __init__(self, function: str, error: RuntimeError) -> None:
+        self._function, self._error = function, error
+
+    def __getattr__(self, name: str) -> object:
+        if name == self._function:
+
+            def fail(*_: object) -> None:
+                raise self._error
+
+            return fail
+        return getattr(_simt, name)
+
+
+FAULT = RuntimeError("count: an illegal memory access was encountered")
+NO_MEMORY = torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.parametrize(("function", "error"), [("begin", FAULT), ("select", FAULT), ("apply", FAULT)])
+def test_a_fault_of_the_device_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch, function: str, error: RuntimeError
+) -> None:
+    simt = choose("simt", torch.device("cpu"))
+    monkeypatch.setattr(simt, "_module", Failing(function, error))
+    weight, mask = torch.randn(1000), BitMask.ones((1000,))
+    before = weight.clone()
+    with pytest.raises(DeviceError, match="illegal memory access") as caught:
+        prune_(weight, sparsity=0.5, masks=mask, backend="simt")
+    assert caught.value.__cause__ is error
+    assert_bitwise_equal(weight, before)
+    assert mask.num_kept == 1000
+
+
+def test_a_workspace_that_does_not_fit_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise NO_MEMORY
+
+    weight, mask = torch.randn(1000), BitMask.ones((1000,))
+    params = parameters([(300,)])
+    set_gradients(params, random_gradients(params, 0), {})
+    before, step_before = weight.clone(), params[0].detach().clone()
+    monkeypatch.setattr(_tables, "upload", fail)
+    with pytest.raises(DeviceError, match="no memory left on cpu"):
+        prune_(weight, sparsity=0.5, masks=mask, backend="simt")
+    with pytest.raises(DeviceError, match="no memory left on cpu"):
+        AdamW(params, backend="simt").step()
+    assert_bitwise_equal(weight, before)
+    assert_bitwise_equal(params[0].detach(), step_before)
+    assert mask.num_kept == 1000
+
+
+def test_a_fault_in_a_step_leaves_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    simt = choose("simt", torch.device("cpu"))
+    monkeypatch.setattr(simt, "_module", Failing("update", FAULT))
+    params = parameters([(300,)])
+    before = params[0].detach().clone()
+    optimizer = AdamW(params, backend="simt")
+    set_gradients(params, random_gradients(params, 0), {})
+    with pytest.raises(DeviceError, match="illegal memory access"):
+        optimizer.step()
+    assert_bitwise_equal(params[0].detach(), before)
+    assert optimizer.state[params[0]]["step"] == 0
+
+
+def test_state_on_another_device_than_its_parameter_is_refused() -> None:
+    params = parameters([(300,)])
+    optimizer = AdamW(params, backend="simt")
+    set_gradients(params, random_gradients(params, 0), {})
+    optimizer.step()
+    before = params[0].detach().clone()
+    optimizer.state[params[0]]["exp_avg"] = torch.zeros(300, device="meta")
+    with pytest.raises(StateError, match="on meta"):
+        optimizer.step()
+    assert_bitwise_equal(params[0].detach(), before)
+
+
+def test_nothing_to_do_is_done() -> None:
+    simt = choose("simt", torch.device("cpu"))
+    simt.move_state([])
+    assert simt.compaction(torch.empty(0, dtype=torch.uint8), 0).num_kept == 0
+    empty = torch.empty(0)
+    simt.move_state([StateMove(empty, None, empty.clone(), None, 0)])
+    assert float(simt.sum_squares([])) == 0.0

@@ -62,7 +62,7 @@ __device__ __forceinline__ void apply_chunk(Key* weights, const uint8_t* mask, u
 
 // `out` says where the new bits of each layer go, if they go anywhere. Nothing is written if *stop is set.
 template <typename Key>
-__global__ void __launch_bounds__(kThreads, kReaders)
+__global__ void __launch_bounds__(kThreads, kReaders<Key>)
     apply(LayerRow* layers, int64_t num_layers, int64_t num_chunks, const GroupRow* groups, const uint64_t* out,
           const int64_t* stop, Key infinity) {
   if (stop != nullptr && *stop != 0) return;

@@ -84,7 +84,7 @@ PYBIND11_MODULE(GMP_MODULE, m) {
   py::dict constants;
   for (const auto& [name, value] : gmp::kConstants) constants[name] = value;
   m.attr("CONSTANTS") = constants;
-  py::class_<Launch>(m, "Launch").def(py::init<uint64_t, unsigned>());
+  py::class_<Launch>(m, "Launch").def(py::init<uint64_t, int, unsigned>());
   py::class_<Tables>(m, "Tables").def(py::init(&tables_of));
   m.def("num_counting_blocks", &gmp::cuda::num_counting_blocks);
   m.def("begin", &begin);
@@ -96,10 +96,7 @@ PYBIND11_MODULE(GMP_MODULE, m) {
   m.def("repack", &repack);
   m.def("ranks", &ranks);
   m.def("sum_squares", &sum_squares);
-  m.def("device_info", [] {
-    const gmp::cuda::DeviceInfo info = gmp::cuda::device_info();
-    return py::make_tuple(info.reason, info.multiprocessors, info.major, info.minor);
-  });
+  m.def("multiprocessors_of", &gmp::cuda::multiprocessors_of);
 #if defined(GMP_SIMT)
   m.def("set_seed", &simt::set_seed);
   m.def("take_traffic", [] {

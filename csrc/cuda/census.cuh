@@ -6,7 +6,7 @@
 namespace gmp::cuda::kernels {
 
 template <typename Key>
-__global__ void __launch_bounds__(kThreads, kReaders)
+__global__ void __launch_bounds__(kThreads, kReaders<Key>)
     census(CensusRow* rows, int64_t num_rows, int64_t num_chunks, Key infinity) {
   __shared__ Counts<Key> shared;
   Counter<Key> counter(shared, kListCapacity, infinity);

@@ -59,26 +59,31 @@ class Counter {
     below = pruned = 0;
   }
 
-  // Keys of eights that are a tile apart, the first of them beginning at index i. Those inside for which there is no
-  // room are counted at once, and go to spill(key).
-  template <int kCount, typename Spill>
-  __device__ __forceinline__ void take(const Word<Key> (&keys)[kCount], int64_t i, Spill spill) {
-    unsigned mine = 0;
+  // Keys of eights that are a tile apart, the first of them beginning at index i; bit k of `present` says whether the
+  // k-th is one. The few that are needed again come from load(k): indices that vary would take the keys out of their
+  // registers. Those inside for which there is no room are counted at once, and go to spill(key).
+  template <int kCount, typename Load, typename Spill>
+  __device__ __forceinline__ void take(const Word<Key> (&keys)[kCount], unsigned present, int64_t i, Load load,
+                                       Spill spill) {
+    constexpr int kTopBit = sizeof(Word<Key>) * 8 - 1;
+    unsigned inside = 0;
     Signed top = -1;
+    below += count_bits(present) - kCount;  // kNone looks like a key below
 #pragma unroll
     for (int k = 0; k < kCount; ++k) {
-      below += keys[k] < lo_;
-      mine += is_inside(keys[k]);
+      const Word<Key> above_lo = keys[k] - lo_;
+      below += static_cast<unsigned>(above_lo >> kTopBit);
+      inside |= above_lo < size_ ? 1u << k : 0u;
       top = static_cast<Signed>(keys[k]) > top ? static_cast<Signed>(keys[k]) : top;
     }
     if (top >= static_cast<Signed>(infinity_)) {
-#pragma unroll
-      for (int k = kCount - 1; k >= 0; --k) {
+      for (unsigned left = present; left != 0; left &= left - 1) {
+        const int k = lowest_bit(left);
         const int64_t index = i + k / kEach * kTile + k % kEach;
-        if (static_cast<Signed>(keys[k]) >= static_cast<Signed>(infinity_) && index < nonfinite_) nonfinite_ = index;
+        if (magnitude_key(load(k), infinity_) >= infinity_ && index < nonfinite_) nonfinite_ = index;
       }
     }
-    const unsigned lane = threadIdx.x % kWarpSize;
+    const unsigned lane = threadIdx.x % kWarpSize, mine = count_bits(inside);
     unsigned until = mine;
 #pragma unroll
     for (unsigned step = 1; step < kWarpSize; step *= 2) {
@@ -92,16 +97,13 @@ class Counter {
     base = __shfl_sync(~0u, base, 0);
     if (base + total <= capacity_) {
       unsigned place = base + until - mine;
-#pragma unroll
-      for (int k = 0; k < kCount; ++k) {
-        if (is_inside(keys[k])) shared_.staged[place++] = static_cast<Key>(keys[k]);
+      for (; inside != 0; inside &= inside - 1) {
+        shared_.staged[place++] = magnitude_key(load(lowest_bit(inside)), infinity_);
       }
     } else {
       if (lane == 0 && base <= capacity_) shared_.num_staged = base;
-#pragma unroll
-      for (int k = 0; k < kCount; ++k) {
-        if (!is_inside(keys[k])) continue;
-        const Key key = magnitude_key(static_cast<Key>(keys[k]), infinity_);
+      for (; inside != 0; inside &= inside - 1) {
+        const Key key = magnitude_key(load(lowest_bit(inside)), infinity_);
         add(key);
         spill(key);
       }
@@ -113,7 +115,8 @@ class Counter {
     if (is_inside(key)) add(key);
   }
 
-  // Puts the first NaN or Inf that this thread has seen where the smallest index is kept; returns whether there was one.
+  // Puts the first NaN or Inf that this thread has seen where the smallest index is kept; returns whether there was
+  // one.
   __device__ bool report_nonfinite(int64_t* first) {
     if (nonfinite_ == kNoIndex) return false;
     atomicMin(counter_at(first), static_cast<unsigned long long>(nonfinite_));
@@ -128,7 +131,7 @@ class Counter {
     const unsigned appended = shared_.appended[turn_];
     const unsigned size = appended <= capacity_ ? appended : shared_.num_staged;
     for (unsigned k = threadIdx.x; k < size; k += kThreads) {
-      const Key key = magnitude_key(shared_.staged[k], infinity_);
+      const Key key = shared_.staged[k];
       add(key);
       store(k, key);
     }
@@ -178,19 +181,21 @@ __device__ __forceinline__ void count_chunk(const Key* weights, const uint8_t* m
   for (int64_t tile = begin; tile < end; tile += kEights * kTile) {
     const int64_t first = tile + threadIdx.x * kEach;
     Key raw[kEights][kEach];
-    unsigned bits[kEights];
+    unsigned present = 0;
 #pragma unroll
     for (int e = 0; e < kEights; ++e) {
       const int64_t i = first + e * kTile;
       const int size = kWhole ? kEach : count_from(i, n);
-      bits[e] = kMasked ? load_bits(mask, i, size) : (1u << size) - 1;
-      if (kMasked) counter.pruned += size - count_bits(bits[e]);
-      load8<kWhole>(weights + i, bits[e] != 0 ? size : 0, raw[e]);
+      const unsigned bits = kMasked ? load_bits(mask, i, size) : (1u << size) - 1;
+      if (kMasked) counter.pruned += size - count_bits(bits);
+      load8<kWhole>(weights + i, bits != 0 ? size : 0, raw[e]);
+      present |= bits << e * kEach;
     }
     Word<Key> keys[kEights * kEach];
 #pragma unroll
-    for (int e = 0; e < kEights; ++e) keys_of(raw[e], bits[e], keys + e * kEach);
-    counter.take(keys, first, spill);
+    for (int e = 0; e < kEights; ++e) keys_of(raw[e], present >> e * kEach, keys + e * kEach);
+    const Key* const again = weights + first;
+    counter.take(keys, present, first, [&](int k) { return again[k / kEach * kTile + k % kEach]; }, spill);
   }
 }
 

@@ -19,7 +19,9 @@ inline constexpr int64_t kTile = kThreads * kEach;
 static_assert(kChunk % (4 * kTile) == 0, "whole chunks are read several tiles at a time");
 
 // Blocks that a multiprocessor holds at once, which bounds the registers of a thread, and so the size of the grids.
-inline constexpr unsigned kReaders = 3;  // kernels that read weights: 80 registers
+// Kernels that read weights need 80 of them, those for keys of 64 bits some more.
+template <typename Key>
+inline constexpr unsigned kReaders = sizeof(Key) == 8 ? 2 : 3;
 
 #if defined(__CUDACC__)
 inline constexpr bool kOnDevice = true;
@@ -27,9 +29,14 @@ inline constexpr bool kOnDevice = true;
 inline constexpr bool kOnDevice = false;
 #endif
 
+// Addresses from tables are those of global memory, which the compiler has to be told.
 template <typename T>
-__device__ T* pointer(uint64_t address) {
+__device__ __forceinline__ T* pointer(uint64_t address) {
+#if defined(__CUDACC__)
+  return static_cast<T*>(__cvta_global_to_generic(address));
+#else
   return reinterpret_cast<T*>(address);
+#endif
 }
 
 // A field of a row as what atomic operations take.
@@ -42,8 +49,8 @@ __device__ bool is_aligned(const T* p) {
   return (reinterpret_cast<uint64_t>(p) & 15) == 0;
 }
 
-// The first `count` of eight values; the others are zero. Views may be unaligned, tensors end anywhere; kWhole says that
-// here neither is the case, unless count is 0.
+// The first `count` of eight values; the others are zero. Views may be unaligned, tensors end anywhere; kWhole says
+// that here neither is the case, unless count is 0.
 template <bool kWhole = false, typename T>
 __device__ __forceinline__ void load8(const T* p, int count, T (&values)[kEach]) {
 #if defined(__CUDACC__)
@@ -105,6 +112,15 @@ __device__ inline int count_bits(unsigned bits) {
   return __popc(bits);
 #else
   return __builtin_popcount(bits);
+#endif
+}
+
+// Position of the lowest bit that is set.
+__device__ inline int lowest_bit(unsigned bits) {
+#if defined(__CUDACC__)
+  return __ffs(static_cast<int>(bits)) - 1;
+#else
+  return __builtin_ctz(bits);
 #endif
 }
 

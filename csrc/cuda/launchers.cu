@@ -13,7 +13,7 @@ void select_typed(const Launch& launch, Key infinity, const Tables& t, bool afte
   // A bracket that fails leaves all bits of a key to be told apart, 9 in each read.
   constexpr int kBits = 9, kPasses = 1 + (static_cast<int>(sizeof(Key)) * 8 - 1 + kBits - 1) / kBits;
   static_assert(int64_t{1} << kBits == kBins);
-  const unsigned grid = grid_of(launch, kReaders, t.num_chunks);
+  const unsigned grid = grid_of(launch, kReaders<Key>, t.num_chunks);
   if (after_update) {
     GMP_LAUNCH(kernels::prove<Key>, static_cast<unsigned>(t.num_groups), launch, t.layers, t.groups, t.space, infinity);
   }
@@ -25,8 +25,8 @@ void select_typed(const Launch& launch, Key infinity, const Tables& t, bool afte
 
 // Calls visit(+Inf as a key of the dtype).
 template <typename Visit>
-void with_dtype(DType dtype, Visit visit) {
-  check_earlier();
+void with_dtype(const Launch& launch, DType dtype, Visit visit) {
+  prepare(launch);
   switch (dtype) {
 #define GMP_DTYPE(name, Key, infinity) \
   case DType::name:                    \
@@ -38,68 +38,66 @@ void with_dtype(DType dtype, Visit visit) {
 
 }  // namespace
 
-unsigned num_counting_blocks(unsigned multiprocessors) { return multiprocessors * kReaders; }
+unsigned num_counting_blocks(unsigned multiprocessors) { return multiprocessors * kReaders<uint32_t>; }
 
 void begin(const Launch& launch, DType dtype, const Tables& t) {
-  with_dtype(dtype, [&](auto infinity) {
+  with_dtype(launch, dtype, [&](auto infinity) {
     using Key = decltype(infinity);
     GMP_LAUNCH(kernels::begin<Key>, static_cast<unsigned>(t.num_groups), launch, t.layers, t.groups, infinity);
   });
 }
 
 void select(const Launch& launch, DType dtype, const Tables& tables, bool after_update) {
-  with_dtype(dtype, [&](auto infinity) { select_typed(launch, infinity, tables, after_update); });
+  with_dtype(launch, dtype, [&](auto infinity) { select_typed(launch, infinity, tables, after_update); });
 }
 
 void apply(const Launch& launch, DType dtype, const Tables& t, const uint64_t* out, const int64_t* stop) {
-  with_dtype(dtype, [&](auto infinity) {
+  with_dtype(launch, dtype, [&](auto infinity) {
     using Key = decltype(infinity);
-    GMP_LAUNCH(kernels::apply<Key>, grid_of(launch, kReaders, t.num_chunks), launch, t.layers, t.num_layers,
+    GMP_LAUNCH(kernels::apply<Key>, grid_of(launch, kReaders<Key>, t.num_chunks), launch, t.layers, t.num_layers,
                t.num_chunks, t.groups, out, stop, infinity);
   });
 }
 
 void census(const Launch& launch, DType dtype, CensusRow* rows, int64_t num_rows, int64_t num_chunks) {
-  with_dtype(dtype, [&](auto infinity) {
+  with_dtype(launch, dtype, [&](auto infinity) {
     using Key = decltype(infinity);
-    GMP_LAUNCH(kernels::census<Key>, grid_of(launch, kReaders, num_chunks), launch, rows, num_rows, num_chunks,
+    GMP_LAUNCH(kernels::census<Key>, grid_of(launch, kReaders<Key>, num_chunks), launch, rows, num_rows, num_chunks,
                infinity);
   });
 }
 
 void fingerprints(const Launch& launch, DType dtype, const LayerRow* layers, int64_t num_layers, uint64_t* hashes) {
-  with_dtype(dtype, [&](auto infinity) {
+  with_dtype(launch, dtype, [&](auto infinity) {
     using Key = decltype(infinity);
     GMP_LAUNCH(kernels::fingerprints<Key>, static_cast<unsigned>(num_layers), launch, layers, hashes);
   });
 }
 
 void repack(const Launch& launch, const RepackRow* rows, int64_t num_rows, int64_t num_chunks) {
-  check_earlier();
-  GMP_LAUNCH(kernels::repack, grid_of(launch, kReaders, num_chunks), launch, rows, num_rows, num_chunks);
+  prepare(launch);
+  GMP_LAUNCH(kernels::repack, grid_of(launch, kReaders<uint32_t>, num_chunks), launch, rows, num_rows, num_chunks);
 }
 
 void ranks(const Launch& launch, const uint8_t* mask, int64_t n, int64_t* ranks_out) {
-  check_earlier();
+  prepare(launch);
   GMP_LAUNCH(kernels::ranks, 1u, launch, mask, n, ranks_out);
 }
 
 void sum_squares(const Launch& launch, const GradRow* rows, int64_t num_rows, int64_t num_chunks, double* sums) {
-  check_earlier();
-  GMP_LAUNCH(kernels::sum_squares, grid_of(launch, kReaders, num_chunks), launch, rows, num_rows, num_chunks, sums);
+  prepare(launch);
+  GMP_LAUNCH(kernels::sum_squares, grid_of(launch, kReaders<uint32_t>, num_chunks), launch, rows, num_rows, num_chunks,
+             sums);
   GMP_LAUNCH(kernels::total, 1u, launch, sums, num_chunks);
 }
 
-DeviceInfo device_info() {
+unsigned multiprocessors_of([[maybe_unused]] int device) {
 #if defined(__CUDACC__)
-  int device = 0;
-  cudaDeviceProp properties;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) error = cudaGetDeviceProperties(&properties, device);
-  if (error != cudaSuccess) return {cudaGetErrorString(error), 0, 0, 0};
-  return {"", properties.multiProcessorCount, properties.major, properties.minor};
+  int count = 0;
+  check("cudaDeviceGetAttribute", cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+  return static_cast<unsigned>(count);
 #else
-  return {"", 4, 0, 0};
+  return 4;
 #endif
 }
 

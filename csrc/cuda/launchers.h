@@ -13,6 +13,7 @@ namespace gmp::cuda {
 // `stream` is a cudaStream_t; on the host it is ignored. Tables and buffers are in the device's memory.
 struct Launch {
   uint64_t stream;
+  int device;
   unsigned multiprocessors;  // of the device, for the sizes of persistent grids
 };
 
@@ -49,11 +50,7 @@ void ranks(const Launch& launch, const uint8_t* mask, int64_t n, int64_t* ranks)
 // sums: one per chunk, and one more, which receives the total.
 void sum_squares(const Launch& launch, const GradRow* rows, int64_t num_rows, int64_t num_chunks, double* sums);
 
-// Of the current device, or a reason why there is none.
-struct DeviceInfo {
-  std::string reason;
-  int multiprocessors, major, minor;
-};
-DeviceInfo device_info();
+// Throws std::runtime_error if there is no such device.
+unsigned multiprocessors_of(int device);
 
 }  // namespace gmp::cuda

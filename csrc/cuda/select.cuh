@@ -18,7 +18,8 @@ namespace gmp::cuda::kernels {
 inline constexpr int64_t kSampleEights = 8192;  // at most: 65536 keys
 inline constexpr int64_t kSampleShare = 16;     // of smaller groups one key in so many
 
-// Keys in 2048 bins that saturate: 64 to the octave from 2^-24 on for wide keys, one per key from 2^-13 on for bfloat16.
+// Keys in 2048 bins that saturate: 64 to the octave from 2^-24 on for wide keys, one per key from 2^-13 on for
+// bfloat16.
 template <typename Key>
 struct SampleBins {
   Key base;
@@ -123,7 +124,8 @@ __global__ void __launch_bounds__(kThreads) begin(LayerRow* layers, GroupRow* gr
 
     const float wanted = static_cast<float>(static_cast<double>(group.num_prune) / static_cast<double>(group.n));
     const float rank = wanted * static_cast<float>(sampled);
-    const float half = 2.0f + 3.0f * sqrtf(rank * (1.0f - wanted));  // fails in 3 selections of 1000, for random weights
+    const float half =
+        2.0f + 3.0f * sqrtf(rank * (1.0f - wanted));  // fails in 3 selections of 1000, for random weights
     unsigned counts[kPerThread], sum = 0, total;
 #pragma unroll
     for (int b = 0; b < kPerThread; ++b) sum += counts[b] = hist[threadIdx.x * kPerThread + b];
@@ -244,7 +246,7 @@ __device__ __forceinline__ void end_chunk(Counter<Key>& counter, LayerRow& layer
 }
 
 template <typename Key>
-__global__ void __launch_bounds__(kThreads, kReaders)
+__global__ void __launch_bounds__(kThreads, kReaders<Key>)
     count(LayerRow* layers, int64_t num_layers, GroupRow* groups, int64_t num_chunks, Workspace space, Key infinity) {
   __shared__ Counts<Key> shared;
   Counter<Key> counter(shared, space.capacity, infinity);
@@ -347,7 +349,7 @@ __device__ void place_cut(LayerRow* layers, const GroupRow& group, const unsigne
 }
 
 template <typename Key>
-__global__ void __launch_bounds__(kThreads, kReaders)
+__global__ void __launch_bounds__(kThreads, kReaders<Key>)
     ties(LayerRow* layers, int64_t num_layers, GroupRow* groups, int64_t num_chunks, Workspace space, Key infinity) {
   unsigned* const tie_counts = pointer<unsigned>(space.tie_counts);
   int64_t current = -1, num_kept = 0;

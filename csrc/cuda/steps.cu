@@ -53,7 +53,7 @@ void update_by(const Step& step, DType dtype, bool wide) {
 
 void update(const Launch& launch, DType dtype, Rule rule, const UpdateRow* rows, int64_t num_rows, int64_t num_chunks,
             const UpdateConstants<double>* constants, const Tables* tally, DType ranked) {
-  check_earlier();
+  prepare(launch);
   const Step step{launch, rows, num_rows, num_chunks, constants, tally};
   const bool wide = ranked != dtype;
   switch (rule) {

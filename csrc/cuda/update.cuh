@@ -65,7 +65,8 @@ class Ranking {
     memcpy(raw, written, sizeof(raw));
     Word<Key> keys[kEach];
     keys_of(raw, bits, keys);
-    counter_.take(keys, i, [](Key) {});
+    const Key* const again = pointer<const Key>(layer_->weights) + i;
+    counter_.take(keys, bits, i, [&](int k) { return again[k]; }, [](Key) {});
   }
 
   // Instead of all take(), where the chunk stays as it is.

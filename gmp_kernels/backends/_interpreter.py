@@ -56,7 +56,8 @@ def _fma(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
         total, error = _two_sum(product, upper)
         result = total + _sum_to_odd(lowest, error)
         # Infinities, NaN and the sign of zero come out of plain arithmetic.
-        return np.where(np.isfinite(result) & (result != 0), result, a * b + c)
+        rounded: np.ndarray = np.where(np.isfinite(result) & (result != 0), result, a * b + c)
+        return rounded
 
 
 def put_right() -> None:

@@ -56,14 +56,16 @@ class Table:
 
     def __init__(self, dtype: torch.dtype) -> None:
         self._dtype = dtype
-        self._rows: list[Any] = []
+        self._contents: object = None
         self._table: torch.Tensor | None = None
         self._spare: torch.Tensor | None = None
 
-    def at(self, rows: list[Any], device: torch.device) -> torch.Tensor:
-        """Return the table with these rows."""
+    def at(self, rows: list[Any], device: torch.device, filled: object = None) -> torch.Tensor:
+        """Return the table with these rows; ``filled`` says where the caller is going to write to it."""
         capturing = _is_capturing(device)
-        if self._table is None or self._table.device != device or self._rows != rows:
+        # Another stream gets another table: freed memory is used again in the order of its own stream.
+        contents = (rows, filled, device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0)
+        if self._table is None or self._contents != contents:
             if capturing and self._spare is not None and self._spare.shape == (len(rows), len(rows[0])):
                 self._spare.copy_(torch.tensor(rows, dtype=self._dtype))
                 self._table = self._spare.to(device, non_blocking=True)
@@ -71,7 +73,7 @@ class Table:
                 self._spare = None
             else:
                 self._table = upload(rows, self._dtype, device)
-            self._rows = rows
+            self._contents = contents
         if capturing:
             _captured.append(self._table)
         elif device.type == "cuda" and (self._spare is None or self._spare.shape != self._table.shape):

@@ -114,10 +114,10 @@ def sample(
     exists = eight < count
     row = table + tl.load(owners + eight, mask=exists, other=0) * FIELDS
     place = tl.load(places + eight, mask=exists, other=NO_INDEX - 8)
-    mask = tl.load(row + MASK)
+    n, mask = tl.load(row + N), tl.load(row + MASK)
     index = place[:, None] + tl.arange(0, 8)[None, :]
-    there = index < tl.load(row + N)[:, None]
-    bits = tl.load(mask.to(tl.pointer_type(tl.uint8)) + place // 8, mask=exists & (mask != 0), other=255)
+    there = index < n[:, None]
+    bits = tl.load(mask.to(tl.pointer_type(tl.uint8)) + place // 8, mask=(place < n) & (mask != 0), other=255)
     raw = tl.load(tl.load(row + WEIGHTS).to(tl.pointer_type(BITS))[:, None] + index, mask=there, other=0)
     kept = (bits.to(tl.int32)[:, None] >> tl.arange(0, 8)[None, :]) & 1 != 0
     found = tl.where(there, tl.where(kept, _keys(raw, INFINITY), -1), INFINITY + 2)

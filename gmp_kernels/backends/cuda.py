@@ -70,10 +70,11 @@ class Launches:
         """Make ``device`` current, and give what launches need of it. Errors get a name."""
         try:
             if device.type == "cpu":
-                yield self._module.Launch(0, self._size(device))
+                yield self._module.Launch(0, 0, self._size(device))
             else:
                 with torch.cuda.device(device):
-                    yield self._module.Launch(torch.cuda.current_stream().cuda_stream, self._size(device))
+                    stream = torch.cuda.current_stream().cuda_stream
+                    yield self._module.Launch(stream, torch.cuda.current_device(), self._size(device))
         except torch.OutOfMemoryError as error:
             raise DeviceError(
                 f"{what}: no memory left on {device} for the workspace, nothing was changed ({error}); free some, or "
@@ -87,10 +88,8 @@ class Launches:
 
     def _size(self, device: torch.device) -> int:
         if device not in self._multiprocessors:
-            reason, multiprocessors, _, _ = self._module.device_info()
-            if reason:
-                raise RuntimeError(reason)
-            self._multiprocessors[device] = multiprocessors
+            index = torch.cuda.current_device() if device.type == "cuda" else 0
+            self._multiprocessors[device] = self._module.multiprocessors_of(index)
         return self._multiprocessors[device]
 
     def _tables(self, layers: Sequence[Layer], num_prune: Sequence[int], *args: Any, **kwargs: Any) -> SelectionTables:
@@ -241,8 +240,8 @@ class Launches:
         if len(set(sources)) < len(sources) or any(len(dtypes) > 1 for dtypes in written.values()):
             return None
         tables = self._tables(tally.layers, tally.num_prune, [None] * len(tally.num_prune), bins_per_group=True)
-        part_of = {}
-        layer_of = {}
+        part_of: dict[str, Any] = {}
+        layer_of: dict[int, int] = {}
         for part in tables.parts:
             self._module.begin(launch, part.dtype, part.tables)
             (source,) = written[part.dtype]
@@ -262,20 +261,22 @@ class Launches:
     ) -> torch.Tensor:
         """The constants as the kernels read them; those that are on the device do not leave it."""
         names: Mapping[str, float] = self._module.CONSTANTS
-        values = table.at(
-            [
-                [0.0 if isinstance(v := c.get(name, absent), torch.Tensor) else v for name, absent in names.items()]
-                for c in constants
-            ],
-            device,
-        )
-        for column, name in enumerate(names):
-            on_device = [(i, v) for i, c in enumerate(constants) if isinstance(v := c.get(name), torch.Tensor)]
+        rows = []
+        on_device: dict[int, list[tuple[int, torch.Tensor]]] = defaultdict(list)  # by column
+        for i, given in enumerate(constants):
+            values = [given.get(name, absent) for name, absent in names.items()]
+            rows.append([0.0 if isinstance(value, torch.Tensor) else value for value in values])
+            for column, value in enumerate(values):
+                if isinstance(value, torch.Tensor):
+                    on_device[column].append((i, value))
+        filled = {column: [i for i, _ in found] for column, found in on_device.items()}
+        result = table.at(rows, device, filled)
+        for column, found in on_device.items():
             # Runs of rows, each in one copy.
-            for _, run in itertools.groupby(enumerate(on_device), lambda pair: pair[1][0] - pair[0]):
-                rows, columns = zip(*(pair for _, pair in run), strict=True)
-                values[rows[0] : rows[-1] + 1, column].copy_(torch.stack(columns))
-        return values
+            for _, run in itertools.groupby(enumerate(found), lambda pair: pair[1][0] - pair[0]):
+                where, values_there = zip(*(pair for _, pair in run), strict=True)
+                result[where[0] : where[-1] + 1, column].copy_(torch.stack(values_there))
+        return result
 
     def fingerprints(self, layers: Sequence[Layer]) -> _Fingerprints:
         hashes = torch.empty(len(layers), dtype=torch.int64, device=layers[0].weight.device)
@@ -290,7 +291,9 @@ class Launches:
                 done += len(part.positions)
         return _Fingerprints(hashes)
 
-    def sum_squares(self, gradients: Sequence[Layer]) -> torch.Tensor:
+    def sum_squares(self, gradients: Sequence[Layer]) -> float | torch.Tensor:
+        if not gradients:
+            return 0.0
         device = gradients[0].weight.device
         rows, first_chunk = [], 0
         for g in gradients:

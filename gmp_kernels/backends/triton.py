@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +28,7 @@ from gmp_kernels.backends import (
     Threshold,
     UpdateTensor,
     Written,
+    has_nonfinite,
     register,
 )
 from gmp_kernels.backends._rows import INTEGERS, address, by_dtype, fingerprint, on_device, parts
@@ -46,6 +47,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 # Weights per program: as many as registers hold; under the interpreter a program takes milliseconds of whatever size,
 # and the tests' sizes lie around this one.
 BLOCK = 16384 if INTERPRETED else 4096
+# Contraction would round once what csrc/update_rule.h rounds twice.
+OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
 CAPACITY = BLOCK // 32  # candidates kept per chunk: 3 % of the bytes of the weights
 LISTS_PER_PROGRAM = 16
 NO_INDEX = (1 << 63) - 1
@@ -108,8 +111,7 @@ class Triton:
     def _launch(self, name: str, num_programs: int, *args: Any, **constants: Any) -> None:
         if num_programs == 0:
             return
-        # Contraction would round once what csrc/update_rule.h rounds twice.
-        getattr(self._kernels, name)[(num_programs,)](*args, **constants, num_warps=8, enable_fp_fusion=False)
+        getattr(self._kernels, name)[(num_programs,)](*args, **constants, **OPTIONS)
 
     def _table(self, rows: list[list[int]], device: torch.device) -> _Table:
         k = self._kernels
@@ -176,9 +178,9 @@ class Triton:
             state = (search.state, num_groups, bins, 1 << BIN_BITS)
             listed = (lists, list_sizes, matches)
             if READ_WEIGHTS in modes:
-                arguments = (table.rows, table.owners, *state, counters, nonfinite, *listed)
+                counted = (table.rows, table.owners, *state, counters, nonfinite, *listed)
                 constants = {"CAPACITY": CAPACITY, "ALIGNED": aligned}
-                self._launch("count", table.num_chunks, *arguments, **batch.kernel, **constants)
+                self._launch("count", table.num_chunks, *counted, **batch.kernel, **constants)
             if READ_LISTS in modes:
                 arguments = (table.rows, table.owners, table.num_chunks, *state, *listed)
                 constants = {"CAPACITY": CAPACITY, "ROWS": LISTS_PER_PROGRAM}
@@ -303,8 +305,15 @@ class Triton:
         return counts
 
     def prune(
-        self, layers: Sequence[Layer], selections: Sequence[Selection], out: Sequence[torch.Tensor]
+        self,
+        layers: Sequence[Layer],
+        selections: Sequence[Selection],
+        out: Sequence[torch.Tensor],
+        *,
+        finite: bool = False,
     ) -> list[Written]:
+        if finite and has_nonfinite(selections):
+            return []
         cuts = [(selection.threshold.value, cut) for selection in selections for cut in selection.cuts]
         written: dict[int, Written] = {}
         for positions, counts in self._apply(layers, cuts, out):
@@ -320,12 +329,14 @@ class Triton:
         rule: str,
         tensors: Sequence[UpdateTensor],
         gradients: Sequence[Gradient],
-        constants: Sequence[dict[str, float]],
+        constants: Sequence[Mapping[str, float | torch.Tensor]],
         tally: Tally | None = None,
     ) -> list[Selection | None]:
         k = self._kernels
         rows: dict[_Kind, list[list[int]]] = defaultdict(list)
         for t, gradient in zip(tensors, gradients, strict=True):
+            if constants[gradient.constants].get("skip"):
+                continue
             row = t.row if isinstance(t.row, _Row) else _prepared(t)
             grad = gradient.tensor.data_ptr()
             kind = row.kind._replace(aligned=row.kind.aligned and grad % 16 == 0)
@@ -333,7 +344,7 @@ class Triton:
         if rows:
             device = tensors[0].weight.device
             with on_device(device, "update"):
-                given = [[c.get(name, otherwise) for name, otherwise in CONSTANTS.items()] for c in constants]
+                given = [[float(c.get(name, otherwise)) for name, otherwise in CONSTANTS.items()] for c in constants]
                 values = torch.tensor(given, dtype=torch.float64).to(device, non_blocking=True)
                 for kind, kind_rows in rows.items():
                     table = self._table(kind_rows, device)

@@ -14,6 +14,7 @@ from gmp_kernels.backends import Compaction, Gradient, Selection, StateMove, Upd
 from gmp_kernels.errors import DTypeError, LayoutError, ShapeError, StateError, TargetError
 from gmp_kernels.masks import BitMask
 from gmp_kernels.ops import DTYPES, apply_masks_
+from gmp_kernels.optim.constants import Group, constants_of, is_on_gpu
 from gmp_kernels.optim.expected import ExpectedPrune
 from gmp_kernels.sharding import is_sharded, local, local_grad, sharded_like
 
@@ -96,8 +97,11 @@ class MaskedOptimizer(torch.optim.Optimizer):
         """Names, in torch's state, of the tensors this rule keeps per weight (at most three)."""
         raise AssertionError("a subclass says which")
 
-    def _constants(self, group: dict[str, Any], step: int) -> dict[str, float]:
-        """The kernel's constants for the ``step``-th update (1 is the first) of a parameter of this group."""
+    def _constants(self, group: dict[str, Any], step: Any) -> dict[str, Any]:
+        """The kernel's constants for the ``step``-th update (1 is the first) of a parameter of this group.
+
+        ``step`` may be a float64 tensor of several; then so is what depends on it.
+        """
         raise AssertionError("a subclass says which")
 
     # Whether torch's state of this rule holds a step count; where not, only the first step is told from the others.
@@ -241,15 +245,17 @@ class MaskedOptimizer(torch.optim.Optimizer):
 
         By default the parameter itself and its ``grad``.
         """
-        found_inf = getattr(self, "found_inf", None)
-        if found_inf is not None and found_inf.item():
+        found_inf: torch.Tensor | None = getattr(self, "found_inf", None)
+        grad_scale: torch.Tensor | None = getattr(self, "grad_scale", None)
+        # What is on the GPU stays there: looking at it would make the step wait.
+        waits = found_inf is not None and found_inf.device.type != "cpu"
+        on_device = [waits or bool(group.get("capturable")) or is_on_gpu(group["lr"]) for group in self.param_groups]
+        if found_inf is not None and not all(on_device) and found_inf.item():
             return
-        grad_scale = getattr(self, "grad_scale", None)
-        factor = 1.0 if grad_scale is None else 1.0 / float(grad_scale)
 
         found = []
         unready = []
-        for group in self.param_groups:
+        for group, stays in zip(self.param_groups, on_device, strict=True):
             keys = self._state_keys(group)
             for p in group["params"]:
                 if given is not None:
@@ -262,35 +268,37 @@ class MaskedOptimizer(torch.optim.Optimizer):
                 if ready is None or not ready.holds(weight, grad, self.state.get(p), keys):
                     ready, grad = None, self._checked_grad(p, weight, grad)
                     unready.append((group, p))
-                found.append((group, p, weight, grad, ready))
+                found.append((group, stays, p, weight, grad, ready))
         if not found:
             return
         if unready:
             for group, p in unready:
                 self._check_state(group, p)
-            self._check_device([p for _, p, _, _, _ in found])
-        implementation = choose(self._backend, found[0][1].device)
-        constants: list[dict[str, float]] = []
-        index_of: dict[tuple[int, int], int] = {}
+            self._check_device([p for _, _, p, _, _, _ in found])
+        implementation = choose(self._backend, found[0][2].device)
         written: list[torch.Tensor] = []
         tensors: list[UpdateTensor] = []
-        gradients: list[Gradient] = []
-        for group, p, weight, grad, ready in found:
+        ages: list[tuple[Group, int | torch.Tensor]] = []
+        steps: list[torch.Tensor] = []
+        for group, stays, p, weight, grad, ready in found:
             is_first = ready is None and self._init_state(group, p, weight)
+            if self.counts_steps:
+                steps.append(self._step_count(p, stays))
             if grad.numel() == 0:
                 continue
             if ready is None:
                 ready = self._ready[p] = self._prepare(group, p, weight)
-            step = int(ready.state["step"]) + 1 if self.counts_steps else 1 if is_first else 2
-            key = (id(group), step)
-            if key not in index_of:
-                index_of[key] = len(constants)
-                constants.append(
-                    {**self._constants(group, step), "grad_factor": -factor if group["maximize"] else factor}
-                )
             written.append(p)
             tensors.append(ready.tensor)
-            gradients.append(Gradient(grad, index_of[key]))
+            if not self.counts_steps:
+                ages.append((group, 1 if is_first else 2))
+            else:
+                ages.append((group, steps[-1] if stays or steps[-1].device.type != "cpu" else int(steps[-1]) + 1))
+        constants, indices = constants_of(self._constants, ages, grad_scale, found_inf if any(on_device) else None)
+        gradients = [
+            Gradient(grad, index)
+            for grad, index in zip((grad for *_, grad, _ in found if grad.numel()), indices, strict=True)
+        ]
         tally = None
         if self._expected is not None:
             tally = self._expected.tally(dict(zip(written, tensors, strict=True)))
@@ -300,8 +308,17 @@ class MaskedOptimizer(torch.optim.Optimizer):
         )
         if self._expected is not None and tally is not None:
             self._expected.keep(selections, implementation)
-        if self.counts_steps:
-            torch._foreach_add_([self.state[p]["step"] for _, p, _, _, _ in found], 1)
+        if steps and found_inf is not None and any(on_device):
+            torch._foreach_add_(steps, (found_inf == 0).to(steps[0]).reshape(()))
+        elif steps:
+            torch._foreach_add_(steps, 1)
+
+    def _step_count(self, p: torch.Tensor, stays: bool) -> torch.Tensor:
+        """Return the count of the steps before this one, on the parameter's device if it is to stay there."""
+        count: torch.Tensor = self.state[p]["step"]
+        if stays and count.device != p.device:
+            count = self.state[p]["step"] = count.to(p.device)
+        return count
 
     def _check_device(self, parameters: Sequence[torch.Tensor]) -> None:
         """Refuse several devices; parameters that are ready are on the one of the latest step."""
@@ -346,6 +363,11 @@ class MaskedOptimizer(torch.optim.Optimizer):
                 f"{self._name}: expected the shape {tuple(mask.shape)} that the mask was made for, got a parameter of "
                 f"{tuple(weight.shape)}; set another mask"
             )
+        if mask is not None and mask.packed.device != p.device:
+            raise LayoutError(
+                f"{self._name}: expected the mask of a parameter on {p.device} there, got it on {mask.packed.device}; "
+                "set masks again after moving a model"
+            )
         # A mask counts in the order of the dimensions; without one any order will do.
         if not (_is_dense(weight) if mask is None else weight.is_contiguous()):
             wanted = "parameters without gaps in memory" if mask is None else "contiguous parameters under a mask"
@@ -363,11 +385,11 @@ class MaskedOptimizer(torch.optim.Optimizer):
             value = self.state.get(p, {}).get(key)
             shape = local(p).shape if layout is None or key == MASTER else (layout.num_kept,)
             dtype = torch.float32 if key == MASTER else _state_dtype(p)
-            if value is not None and (local(value).shape != shape or value.dtype != dtype):
+            if value is not None and (value.shape != shape or value.dtype != dtype or value.device != p.device):
                 raise StateError(
-                    f"{self._name}: expected '{key}' as {dtype} of shape {tuple(shape)} for a parameter that is now "
-                    f"{p.dtype} of shape {tuple(p.shape)}, got {value.dtype} of shape {tuple(local(value).shape)}; "
-                    "load the state again after converting a model"
+                    f"{self._name}: expected '{key}' as {dtype} of shape {tuple(shape)} on {p.device} for a parameter "
+                    f"that is now {p.dtype} of shape {tuple(p.shape)}, got {value.dtype} of shape {tuple(value.shape)} "
+                    f"on {value.device}; load the state again after converting or moving a model"
                 )
 
     def _init_state(self, group: dict[str, Any], p: torch.Tensor, weight: torch.Tensor) -> bool:
