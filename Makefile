@@ -1,8 +1,9 @@
 # make demo   set up everything and run the main job: train, prune gradually, compare with one-shot (3 minutes)
 # make test   set up everything and run all checks and tests (what CI runs)
 # make bench  measure this machine against torch and numpy; writes benchmarks/results/
+# make gpu-check [STAGE=build|test|sanitize|bench]  all of that on the GPU of a machine that has torch (10 minutes)
 #
-# The environment lives in .venv and is rebuilt only when what it is made from changes.
+# The environment lives in .venv and is rebuilt only when what it is made from changes; gpu-check needs none.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
@@ -12,7 +13,7 @@ SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -na
 CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench format clean
+.PHONY: help demo test lint bench gpu-check format clean
 
 help:
 	@sed -n 's/^# \?//; 1,/^$$/p' Makefile
@@ -37,6 +38,9 @@ bench: $(VENV)/.demo
 	@mkdir -p benchmarks/results
 	$(BIN)/gmp-kernels bench --output benchmarks/results
 
+gpu-check:
+	@$(PYTHON) benchmarks/gpu_check.py $(STAGE)
+
 format: $(VENV)/.test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -59,7 +63,8 @@ $(VENV)/.demo: $(VENV)/.torch $(SOURCES)
 	@$(PIP) --editable '.[demo]'
 	@touch $@
 
-$(VENV)/.test: $(VENV)/.demo
-	@echo '== installing the test tools'
+# Tests run the CUDA kernels on the host, whether there is a GPU or not; gpu-check builds them for it.
+$(VENV)/.test: $(VENV)/.torch $(SOURCES)
+	@echo '== building and installing gmp_kernels and the test tools'
 	@GMP_KERNELS_BUILD_CUDA=0 GMP_KERNELS_BUILD_SIMT=1 $(PIP) --editable '.[test]'
-	@touch $@
+	@touch $(VENV)/.demo $@

@@ -10,7 +10,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from pybind11.setup_helpers import Pybind11Extension, build_ext
+from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 from setuptools import setup
 
 X86_64 = platform.machine().lower() in ("x86_64", "amd64")
@@ -33,7 +33,7 @@ NVCC_FLAGS = [
     *("-std=c++17", "-O3", "--fmad=false", "--expt-relaxed-constexpr", "--threads=0", "-Xptxas=-v"),
     "-gencode=arch=compute_80,code=sm_80",
     "-gencode=arch=compute_90,code=[sm_90,compute_90]",
-    *("-Xcompiler=-fPIC,-fvisibility=hidden,-ffp-contract=off", "-diag-suppress=177"),
+    *("-Xcompiler=-fPIC,-fvisibility=hidden,-ffp-contract=off", "-diag-suppress=128,177"),
 ]
 SANITIZE = os.environ.get("GMP_KERNELS_SANITIZE")  # e.g. "address,undefined": used by the test suite
 if SANITIZE:
@@ -108,4 +108,5 @@ if os.environ.get("GMP_KERNELS_BUILD_SIMT") == "1" and X86_64:
         )
     )
 
+ParallelCompile().install()  # as many files at a time as there are cores
 setup(ext_modules=extensions, cmdclass={"build_ext": BuildExtension})

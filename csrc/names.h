@@ -1,9 +1,12 @@
 // What Python calls dtypes, rules and constants.
 #pragma once
 
+#include <cstring>
+#include <iterator>
 #include <map>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "dtypes.h"
 #include "update_constants.h"
@@ -25,26 +28,25 @@ inline Rule rule_of(const std::string& name) {
   throw std::invalid_argument("unknown rule '" + name + "'");
 }
 
-// Absent constants change nothing.
+// The fields of UpdateConstants in order, and what they are where absent: without effect.
+inline constexpr std::pair<const char*, double> kConstants[] = {
+    {"grad_factor", 1.0}, {"weight_decay", 0.0},    {"decay", 1.0},
+    {"lr", 0.0},          {"momentum", 0.0},        {"one_minus_dampening", 1.0},
+    {"nesterov", 0.0},    {"first_step", 0.0},      {"one_minus_beta1", 0.0},
+    {"beta2", 0.0},       {"one_minus_beta2", 0.0}, {"bias_correction2_sqrt", 1.0},
+    {"eps", 0.0},         {"step_size", 0.0},       {"skip", 0.0},
+};
+
 inline UpdateConstants<double> constants_of(const std::map<std::string, double>& given) {
-  const auto get = [&](const char* name, double otherwise) {
-    const auto found = given.find(name);
-    return found == given.end() ? otherwise : found->second;
-  };
-  return {get("grad_factor", 1.0),
-          get("weight_decay", 0.0),
-          get("decay", 1.0),
-          get("lr", 0.0),
-          get("momentum", 0.0),
-          get("one_minus_dampening", 1.0),
-          get("nesterov", 0.0) != 0.0,
-          get("first_step", 0.0) != 0.0,
-          get("one_minus_beta1", 0.0),
-          get("beta2", 0.0),
-          get("one_minus_beta2", 0.0),
-          get("bias_correction2_sqrt", 1.0),
-          get("eps", 0.0),
-          get("step_size", 0.0)};
+  double values[std::size(kConstants)];
+  for (size_t i = 0; i < std::size(kConstants); ++i) {
+    const auto found = given.find(kConstants[i].first);
+    values[i] = found == given.end() ? kConstants[i].second : found->second;
+  }
+  UpdateConstants<double> constants;
+  static_assert(sizeof(constants) == sizeof(values));
+  std::memcpy(&constants, values, sizeof(values));
+  return constants;
 }
 
 }  // namespace gmp

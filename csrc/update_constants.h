@@ -15,26 +15,18 @@ struct UpdateConstants {
                    // not at all
   // sgd
   T lr, momentum, one_minus_dampening;
-  bool nesterov, first_step;
+  T nesterov, first_step;  // 0 or 1
   // adam; `average` moves the weight towards the "gradient" by one_minus_beta1
   T one_minus_beta1, beta2, one_minus_beta2, bias_correction2_sqrt, eps, step_size;
+  T skip;  // not 0: nothing is written
 
   template <typename U>
   constexpr UpdateConstants<U> as() const {
-    return {static_cast<U>(grad_factor),
-            static_cast<U>(weight_decay),
-            static_cast<U>(decay),
-            static_cast<U>(lr),
-            static_cast<U>(momentum),
-            static_cast<U>(one_minus_dampening),
-            nesterov,
-            first_step,
-            static_cast<U>(one_minus_beta1),
-            static_cast<U>(beta2),
-            static_cast<U>(one_minus_beta2),
-            static_cast<U>(bias_correction2_sqrt),
-            static_cast<U>(eps),
-            static_cast<U>(step_size)};
+    return {static_cast<U>(grad_factor), static_cast<U>(weight_decay),    static_cast<U>(decay),
+            static_cast<U>(lr),          static_cast<U>(momentum),        static_cast<U>(one_minus_dampening),
+            static_cast<U>(nesterov),    static_cast<U>(first_step),      static_cast<U>(one_minus_beta1),
+            static_cast<U>(beta2),       static_cast<U>(one_minus_beta2), static_cast<U>(bias_correction2_sqrt),
+            static_cast<U>(eps),         static_cast<U>(step_size),       static_cast<U>(skip)};
   }
 };
 

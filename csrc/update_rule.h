@@ -22,8 +22,8 @@ GMP_RULE_INLINE void update_one(V& w, V g, V& s0, V& s1, V& s2, bool has_momentu
   if (c.weight_decay != T(0)) g = fused(w, c.weight_decay + V{}, g);
   if constexpr (kRule == Rule::sgd) {
     if (has_momentum) {
-      s0 = c.first_step ? g : fused(g, c.one_minus_dampening + V{}, s0 * c.momentum);
-      g = c.nesterov ? fused(s0, c.momentum + V{}, g) : s0;
+      s0 = c.first_step != T(0) ? g : fused(g, c.one_minus_dampening + V{}, s0 * c.momentum);
+      g = c.nesterov != T(0) ? fused(s0, c.momentum + V{}, g) : s0;
     }
     w = fused(g, -c.lr + V{}, w);
   } else {

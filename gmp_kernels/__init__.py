@@ -4,6 +4,8 @@ import gmp_kernels.library  # noqa: F401  its import defines torch.ops.gmp_kerne
 from gmp_kernels import optim, schedules
 from gmp_kernels.errors import (
     BackendUnavailableError,
+    DeviceError,
+    DistributedError,
     DTypeError,
     GMPError,
     LayoutError,
@@ -25,6 +27,8 @@ __all__ = [
     "BackendUnavailableError",
     "BitMask",
     "DTypeError",
+    "DeviceError",
+    "DistributedError",
     "GMPError",
     "GMPScheduler",
     "LayoutError",

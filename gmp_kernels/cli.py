@@ -13,6 +13,7 @@ import torch
 
 from gmp_kernels import __version__, backends
 from gmp_kernels.bench import all_cases
+from gmp_kernels.bench_gpu import gpu_cases
 from gmp_kernels.errors import GMPError
 from gmp_kernels.measurement import Machine, Result, measure
 from gmp_kernels.plan import PRESETS, Plan, Preset, Row, plan_rows
@@ -27,9 +28,7 @@ try:
     from gmp_kernels.tables import new_table
 except ModuleNotFoundError as error:
     # The library works without them; a traceback would hide the one thing there is to do.
-    missing = str(error.name).partition(".")[0]
-    raise SystemExit(f"gmp-kernels: the command line needs {missing}; run: pip install 'gmp-kernels[cli]'") from None
-
+    raise SystemExit(f"gmp-kernels: the command line needs {error.name}; run: pip install 'gmp-kernels[cli]'") from None
 
 __all__ = ["app", "main"]
 
@@ -127,8 +126,16 @@ def plan(
         console.print(f"wrote {json_file}", soft_wrap=True)
 
 
+class Device(StrEnum):
+    """What the benchmarks run on."""
+
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
 @app.command()
 def bench(
+    device: Annotated[Device, typer.Option(help="The CPU, or the GPU that torch uses.")] = Device.CPU,
     quick: Annotated[
         bool, typer.Option("--quick", help="A sixteenth of the weights and a tenth of the time, to try it out.")
     ] = False,
@@ -142,17 +149,21 @@ def bench(
     """Measure this machine: every operation beside what one would use instead."""
     if threads is not None:
         torch.set_num_threads(threads)
-    machine = Machine.here()
+    torch_device = torch.device(device)
+    machine = Machine.here(torch_device)
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
         json_file, plot = output / f"{machine.slug}.json", output / f"{machine.slug}.png"
     console = Console()
     setting = f"{machine.device}, {machine.cores} cores, {machine.threads} threads, torch {machine.torch}"
+    if machine.gpu is not None:
+        setting = f"{machine.gpu}, {setting}"
     console.print(f"{setting}, numpy {machine.numpy}, load {machine.load:.2f}", soft_wrap=True)
-    shrink, seconds = (16, 0.3) if quick else (1, 3.0)
+    cases, seconds = (all_cases(), 3.0) if device is Device.CPU else (gpu_cases(torch_device), 1.5)
+    shrink, seconds = (16, seconds / 10) if quick else (1, seconds)
     results = [
-        measure(case, shrink=shrink, seconds=seconds)
-        for case in track(all_cases(), "measuring", console=console, transient=True)
+        measure(case, shrink=shrink, seconds=seconds, device=torch_device)
+        for case in track(cases, "measuring", console=console, transient=True)
     ]
     console.print(_ratios(results))
     if quick:
@@ -225,7 +236,9 @@ def _draw(plan: Plan, folder: Path) -> None:
 
 
 def _ratios(results: list[Result]) -> Table:
-    table = new_table("ours", "median", "baseline", "median", "ratio", "must", "aim", "verdict", right=(1, 3, 4, 5, 6))
+    rates = any(result.bytes_per_second for result in results)
+    columns = ["ours", "median", "baseline", "median", "ratio", "must", "aim", "verdict", *["GB/s"] * rates]
+    table = new_table(*columns, right=(1, 3, 4, 5, 6, *[8] * rates))
     for result in results:
         case = result.case
         table.add_row(
@@ -237,11 +250,14 @@ def _ratios(results: list[Result]) -> Table:
             _ratio(case.must),
             "" if case.aim is None else _ratio(case.aim),
             {"aim": "[green]aim[/]", "must": "must", "missed": "[red]missed[/]"}[result.verdict],
+            *([f"{(result.bytes_per_second or 0) / 1e9:.0f}"] if result.bytes_per_second else []),
         )
     return table
 
 
 def _quantity(value: float, unit: str) -> str:
+    if unit == "launches":
+        return f"{value:g}"
     if unit == "B":
         return f"{value / 1e6:.2f} MB"
     return f"{value * 1e3:.2f} ms" if value >= 1e-4 else f"{value * 1e6:.2f} us"

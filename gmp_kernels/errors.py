@@ -13,6 +13,7 @@ __all__ = [
     "CheckpointError",
     "DTypeError",
     "DeviceError",
+    "DistributedError",
     "GMPError",
     "LayoutError",
     "NonFiniteError",
@@ -84,6 +85,10 @@ class NonFiniteError(GMPError, ValueError):
 
 class DeviceError(GMPError, RuntimeError):
     """The GPU reports an error, or has no memory left."""
+
+
+class DistributedError(GMPError, RuntimeError):
+    """Another process of the run has died, has failed, or does something else."""
 
 
 class CheckpointError(GMPError, ValueError):

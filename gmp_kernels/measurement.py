@@ -2,7 +2,7 @@
 
 The two sides of a ``Case`` are run in turn (ours, baseline, ours, baseline, ...), so that whatever else happens on the
 machine happens to both, and compared by their medians. Ratios are always ours / baseline: below 1 ours is the faster or
-smaller one.
+smaller one. On a GPU the time is that between two of its events, from when the device begins to when it is done.
 """
 
 from __future__ import annotations
@@ -16,21 +16,37 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 
+from gmp_kernels.errors import DeviceError
+
 __all__ = ["Case", "Machine", "Pair", "Result", "Spread", "Timed", "measure", "time_once"]
 
 MIN_ROUNDS = 5
-SETTLE_BYTES = 1 << 26  # more than the caches of the CPUs this is read for
+SETTLE_BYTES = {"cpu": 1 << 26, "cuda": 1 << 28}  # more than the caches of the devices this is read for
+CPU = torch.device("cpu")
 
-Clock = Callable[[], float]
+Device: TypeAlias = torch.device
+Clock = Callable[[], Any]  # moments, whose difference is in seconds
 
 
 def _nothing() -> None:
     pass
+
+
+class _Event:
+    """A moment on the current stream of a GPU, reached once everything before it is done."""
+
+    def __init__(self) -> None:
+        self._event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        self._event.record()
+
+    def __sub__(self, earlier: _Event) -> float:
+        self._event.synchronize()
+        return float(earlier._event.elapsed_time(self._event)) / 1e3
 
 
 class Timed(NamedTuple):
@@ -62,8 +78,10 @@ class Case:
     build : callable
         Allocates everything and returns the two sides. Its argument divides the number of weights: 1 for the table,
         more to try it out.
-    unit : {"s", "B"}
-        Seconds or bytes.
+    unit : {"s", "B", "launches"}
+        Seconds, bytes, or kernels launched.
+    min_bytes : float, optional
+        The fewest that ours could read and write at full size, where that is known.
     """
 
     name: str
@@ -71,7 +89,8 @@ class Case:
     must: float
     aim: float | None
     build: Callable[[int], Pair]
-    unit: Literal["s", "B"] = "s"
+    unit: Literal["s", "B", "launches"] = "s"
+    min_bytes: float | None = None
 
     def verdict(self, ratio: float) -> Literal["aim", "must", "missed"]:
         """Return the strictest bound that ``ratio`` (ours / baseline) meets."""
@@ -91,11 +110,12 @@ class Spread(NamedTuple):
 
 @dataclass(frozen=True)
 class Result:
-    """A case as measured."""
+    """A case as measured, with the weights divided by ``shrink``."""
 
     case: Case
     ours: Spread
     baseline: Spread
+    shrink: int = 1
 
     @property
     def ratio(self) -> float:
@@ -106,6 +126,11 @@ class Result:
     def verdict(self) -> Literal["aim", "must", "missed"]:
         """The strictest bound met."""
         return self.case.verdict(self.ratio)
+
+    @property
+    def bytes_per_second(self) -> float | None:
+        """What ours would move if it moved no more than it must; None where that is not known."""
+        return None if self.case.min_bytes is None else self.case.min_bytes / self.shrink / self.ours.median
 
     def to_dict(self) -> dict[str, Any]:
         """Return the result as plain data, ready for JSON."""
@@ -119,6 +144,8 @@ class Result:
             "must": self.case.must,
             "aim": self.case.aim,
             "verdict": self.verdict,
+            "min_bytes": self.case.min_bytes,
+            "bytes_per_second": self.bytes_per_second,
         }
 
 
@@ -139,6 +166,8 @@ class Machine:
         Versions.
     date : str
         ISO 8601, UTC.
+    gpu : str, optional
+        Name of the GPU, where that is what was measured.
     """
 
     device: str
@@ -149,10 +178,22 @@ class Machine:
     torch: str
     numpy: str
     date: str
+    gpu: str | None = None
 
     @classmethod
-    def here(cls) -> Machine:
-        """Describe this machine and process."""
+    def here(cls, device: Device = CPU) -> Machine:
+        """Describe this machine and process, and the GPU if ``device`` is one.
+
+        Raises
+        ------
+        DeviceError
+            It is, and torch can use none.
+        """
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise DeviceError(
+                f"expected a GPU that torch can use, got none (torch {torch.__version__}); measure the CPU instead, or "
+                "check nvidia-smi and that torch is a CUDA build"
+            )
         cpuinfo = Path("/proc/cpuinfo")
         found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else None
         return cls(
@@ -164,12 +205,13 @@ class Machine:
             torch=torch.__version__,
             numpy=np.__version__,
             date=datetime.now(UTC).isoformat(timespec="seconds"),
+            gpu=torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         )
 
     @property
     def slug(self) -> str:
-        """Device and cores as a file name, such as ``amd-epyc-2-cores``."""
-        return re.sub(r"[^a-z0-9]+", "-", f"{self.device} {self.cores} cores".lower()).strip("-")
+        """Device and cores as a file name, such as ``amd-epyc-2-cores``; of a GPU its name alone."""
+        return re.sub(r"[^a-z0-9]+", "-", (self.gpu or f"{self.device} {self.cores} cores").lower()).strip("-")
 
     def to_dict(self) -> dict[str, Any]:
         """Return the description as plain data, ready for JSON."""
@@ -182,10 +224,17 @@ def time_once(side: Timed, clock: Clock = time.perf_counter, settle: Callable[[]
     settle()
     start = clock()
     side.run()
-    return clock() - start
+    return float(clock() - start)
 
 
-def measure(case: Case, *, shrink: int = 1, seconds: float = 3.0, clock: Clock = time.perf_counter) -> Result:
+def measure(
+    case: Case,
+    *,
+    shrink: int = 1,
+    seconds: float = 3.0,
+    clock: Clock = time.perf_counter,
+    device: torch.device = CPU,
+) -> Result:
     """Build ``case`` and run its sides in turn.
 
     Parameters
@@ -197,22 +246,26 @@ def measure(case: Case, *, shrink: int = 1, seconds: float = 3.0, clock: Clock =
         How long the two sides take turns, preparation included; at least 5 rounds, however slow they are.
     clock : callable
         Seconds from any fixed moment.
+    device : torch.device
+        What the sides run on. A GPU times them by its own events.
     """
+    stopwatch = _Event if device.type == "cuda" else clock
     pair = case.build(shrink)
     timed = [side for side in pair if isinstance(side, Timed)]
     for side in timed:
         # Touches the pages and wakes the threads.
-        time_once(side, clock)
+        time_once(side, stopwatch)
     # Before every run the machine is brought into the same state: no lines of the other side in the caches, least of
     # all modified ones still to be written back, and every thread awake.
-    settle = torch.ones(SETTLE_BYTES // 4).sum
+    settle = torch.ones(SETTLE_BYTES[device.type] // 4, device=device).sum
     samples: list[list[float]] = [[] for _ in timed]
     end = clock() + seconds
     while timed and (len(samples[0]) < MIN_ROUNDS or clock() < end):
         for side, taken in zip(timed, samples, strict=True):
-            taken.append(time_once(side, clock, settle))
+            taken.append(time_once(side, stopwatch, settle))
     measured = iter(samples)
-    return Result(case, *(_spread(next(measured)) if isinstance(s, Timed) else Spread(s, s, s, 0) for s in pair))
+    ours, baseline = (_spread(next(measured)) if isinstance(s, Timed) else Spread(s, s, s, 0) for s in pair)
+    return Result(case, ours, baseline, shrink)
 
 
 def _spread(samples: Sequence[float]) -> Spread:

@@ -106,7 +106,8 @@ def magnitude_threshold(
     counts = _num_prune(op, layers, None, num_prune, "layer")
     implementation = choose(backend, layers[0].weight.device)
     selections = implementation.select(layers, counts, [previous])
-    _check_finite(op, selections, nonfinite, None)
+    if nonfinite == "error":
+        check_finite(op, selections[0].nonfinite, None)
     return selections[0].threshold
 
 
@@ -191,12 +192,13 @@ def prune_(
         return PruneResult([], [], [], [])
 
     implementation = choose(backend, layers[0].weight.device)
-    chosen = _select(implementation, layers, counts, hints, selections)
-    _check_finite(op, chosen, nonfinite, names)
     if masks_ is None:
         masks_ = [BitMask.empty(layer.weight.shape, layer.weight.device) for layer in layers]
     out = [mask.packed for mask in masks_]
-    written = implementation.prune(layers, chosen, out)
+    chosen = select_missing(implementation, layers, counts, hints, selections)
+    written = implementation.prune(layers, chosen, out, finite=nonfinite == "error")
+    if nonfinite == "error":
+        check_finite(op, [index for selection in chosen for index in selection.nonfinite], names)
     if selections is not None:
         chosen, written = _completed(op, implementation, layers, counts, chosen, written, out)
     _bump_versions([*(layer.weight for layer in layers), *out])
@@ -414,15 +416,17 @@ def _hints(op: str, previous: Sequence[Threshold | None] | None, num_layers: int
     return hints[:1] if scope == "global" else hints
 
 
-def _select(
+def select_missing(
     implementation: Implementation,
-    layers: list[Layer],
-    counts: list[int],
-    hints: list[Threshold | None],
+    layers: Sequence[Layer],
+    counts: Sequence[int],
+    hints: Sequence[Threshold | None],
     known: Sequence[Selection | None] | None,
-) -> list[Selection]:
-    """Select what is not known yet."""
-    found = dict(enumerate(known)) if known is not None else {}
+) -> Sequence[Selection]:
+    """Select what is not known yet. What a GPU finds is not looked at: that would wait for it."""
+    if known is None:
+        return implementation.select(layers, counts, hints)
+    found = dict(enumerate(known))
     missing = [g for g in range(len(counts)) if found.get(g) is None]
     if missing:
         chosen = layers if len(counts) != len(layers) else [layers[g] for g in missing]
@@ -436,10 +440,10 @@ def _completed(
     implementation: Implementation,
     layers: list[Layer],
     counts: list[int],
-    found: list[Selection],
+    found: Sequence[Selection],
     written: list[Written],
     out: list[torch.Tensor],
-) -> tuple[list[Selection], list[Written]]:
+) -> tuple[Sequence[Selection], list[Written]]:
     """Prune what given selections left standing.
 
     What a selection prunes comes first in the order whatever became of the weights since, so that too few can be made
@@ -458,17 +462,16 @@ def _completed(
         )
     layers = [Layer(layer.weight, packed) for layer, packed in zip(layers, out, strict=True)]
     found = implementation.select(layers, counts, [None] * len(counts))
-    again = implementation.prune(layers, found, out)
+    again = implementation.prune(layers, found, out, finite=False)
     return found, [
         Written(second.num_pruned, first.num_newly_pruned + second.num_newly_pruned)
         for first, second in zip(written, again, strict=True)
     ]
 
 
-def _check_finite(op: str, selections: Sequence[Selection], nonfinite: str, names: Sequence[str] | None) -> None:
-    if nonfinite == "keep":
-        return
-    for layer, index in enumerate(index for selection in selections for index in selection.nonfinite):
+def check_finite(op: str, nonfinite: Iterable[int], names: Sequence[str] | None) -> None:
+    """Refuse NaN and Inf, given the flat index of the first unpruned one in each weight, or -1."""
+    for layer, index in enumerate(nonfinite):
         if index >= 0:
             raise NonFiniteError(
                 f"{op}: expected finite weights, got NaN or Inf in {_label(names, layer)} at flat index {index}; "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -10,17 +11,19 @@ import torch
 from torch import nn
 
 from gmp_kernels.backends import Selection
+from gmp_kernels.distributed import Shards
 from gmp_kernels.distributions import DISTRIBUTIONS, Distribution, uniform
 from gmp_kernels.errors import StateError, TargetError
 from gmp_kernels.masks import BitMask
 from gmp_kernels.ops import NonFinite, PruneResult, Scope, Threshold, apply_masks_, prune_
 from gmp_kernels.reports import LayerReport, StepReport
 from gmp_kernels.schedules import Schedule
+from gmp_kernels.sharding import local, local_mask, whole_mask
 from gmp_kernels.targets import Entry, ParameterIndex, named_parameters
 
 __all__ = ["GMPScheduler", "StepReport"]
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 
 
 class _Group(NamedTuple):
@@ -43,7 +46,7 @@ class _MaskedOptimizer(Protocol):
         self, parameters: Sequence[torch.Tensor], masks: Sequence[BitMask], num_prune: Sequence[int]
     ) -> None: ...
 
-    def expected_selections(self, num_prune: Sequence[int]) -> list[Selection | None] | None: ...
+    def expected_selections(self, num_prune: Sequence[int]) -> Sequence[Selection | None] | None: ...
 
 
 class GMPScheduler:
@@ -59,6 +62,8 @@ class GMPScheduler:
     ----------
     model : torch.nn.Module
         May be compiled or wrapped; names are those of ``model.named_parameters()``, less compile's ``_orig_mod``.
+        May be sharded (``fully_shard``, tensor parallel, all that makes parameters DTensors) or replicated
+        (``DistributedDataParallel``); its masks are those of one process. Every rank builds a scheduler and steps it.
     optimizer : torch.optim.Optimizer
         Any, over all parameters that are pruned.
     schedule : gmp_kernels.schedules.Schedule
@@ -87,9 +92,9 @@ class GMPScheduler:
     Attributes
     ----------
     masks : dict of str to BitMask
-        1 bit per weight, 1 = kept; all ones before the first update.
+        1 bit per weight, 1 = kept; all ones before the first update. Of a sharded parameter: for the shard held here.
     history : list of StepReport
-        One per update.
+        One per update; its figures are those of whole layers.
     step_count : int
         Calls of ``step()`` so far.
 
@@ -154,13 +159,16 @@ class GMPScheduler:
         rest = [name for name in self._parameters if name not in overridden]
         groups = [_Group(schedule, rest, DISTRIBUTIONS[distribution]), *self._overrides]
         self._groups = [group for group in groups if group.names]
-        self.masks = {name: BitMask.ones(p.shape, p.device) for name, p in self._parameters.items()}
+        self._shapes = {name: p.shape for name, p in self._parameters.items()}
+        self.masks = {name: BitMask.ones(local(p).shape, p.device) for name, p in self._parameters.items()}
         self.history: list[StepReport] = []
         self.step_count = 0
         self._thresholds: dict[str, Threshold] = {}
+        self._shards = Shards.of(model, self._parameters)
+        self._is_agreed = False
         # Pruning nothing finds every tensor prune_ would refuse now rather than epochs later.
         for names in self._batches(self._parameters):
-            self._prune(names, 0)
+            self._prune_nothing(names)
         if self._masked_optimizer is None:
             # What it does depends on the masks: compiled into the step, it would be compiled again at every update.
             optimizer.register_step_post_hook(torch.compiler.disable(self._after_optimizer_step))  # type: ignore[no-untyped-call]
@@ -177,16 +185,25 @@ class GMPScheduler:
         Raises
         ------
         NonFiniteError
-            NaN or Inf among the unpruned weights and ``nonfinite="error"``.
+            NaN or Inf among the unpruned weights and ``nonfinite="error"``; on every rank, if on one.
         TargetError
             A parameter was removed from the model, replaced or reshaped.
         DTypeError, LayoutError
             A parameter was changed into one that ``prune_`` does not take, or moved to another device.
+        StateError
+            The ranks differ in arguments, layers, step or masks; on every rank, at the first step or the next update.
+        DistributedError
+            A rank does not answer, within the time-out of the process group.
 
         Notes
         -----
-        When it raises nothing has changed and the step is not counted: repair the weights and call it again.
+        When it raises nothing has changed and the step is not counted: repair the weights and call it again. (Copies
+        whose weights had drifted apart are the exception: their masks are compared after they were made.)
         """
+        if self._shards is not None and not self._is_agreed:
+            thresholds = {f"threshold of '{name}'": threshold for name, threshold in self._thresholds.items()}
+            self._shards.agree({**self._settings(), "step": self.step_count, **thresholds})
+            self._is_agreed = True
         num_prune = self._due()
         report = self._update(num_prune) if num_prune else None
         self.step_count += 1
@@ -195,29 +212,30 @@ class GMPScheduler:
 
     @property
     def sparsity(self) -> float:
-        """Fraction of pruned weights over all targets, counted from the masks."""
-        kept = sum(mask.num_kept for mask in self.masks.values())
-        return 1.0 - kept / sum(mask.numel for mask in self.masks.values())
+        """Fraction of pruned weights over all targets."""
+        return sum(self._num_pruned().values()) / sum(map(math.prod, self._shapes.values()))
 
     def layer_sparsities(self) -> dict[str, float]:
-        """Return {name: fraction of pruned weights} of all targets, counted from the masks."""
-        return {name: mask.sparsity for name, mask in self.masks.items()}
+        """Return {name: fraction of pruned weights} of all targets."""
+        return {name: pruned / math.prod(self._shapes[name]) for name, pruned in self._num_pruned().items()}
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything a bit-exact resume needs beside the model's and the optimizer's own state.
 
         Copies of the packed masks as uint8 tensors, the rest plain data, which ``torch.load(..., weights_only=True)``
-        reads.
+        reads. Masks of sharded parameters are bool tensors sharded alike (1 byte per weight):
+        ``torch.distributed.checkpoint`` saves the scheduler and loads it on any number of ranks.
         """
+        # Tuples are what torch.distributed.checkpoint stores as they are, whatever they hold.
         return {
             "version": STATE_VERSION,
-            **self._settings(),
+            "settings": tuple(self._settings().items()),
             "step_count": self.step_count,
-            "history": [report.to_dict() for report in self.history],
+            "history": tuple(report.to_dict() for report in self.history),
             "layers": {
                 name: {
-                    "shape": list(mask.shape),
-                    "mask": mask.packed.clone(),
+                    "shape": tuple(self._shapes[name]),
+                    "mask": whole_mask(mask, self._parameters[name]),
                     "threshold": list(self._thresholds[name]) if name in self._thresholds else None,
                 }
                 for name, mask in self.masks.items()
@@ -242,18 +260,22 @@ class GMPScheduler:
             )
         try:
             layers = state_dict["layers"]
-            masks = {name: BitMask(layer["mask"], layer["shape"]) for name, layer in layers.items()}
+            shapes = {name: torch.Size(layer["shape"]) for name, layer in layers.items()}
+            settings = dict(state_dict["settings"])
+            self._check_same_run(settings, shapes)
+            masks = {name: local_mask(layers[name]["mask"], p) for name, p in self._parameters.items()}
             thresholds = {n: Threshold(*layer["threshold"]) for n, layer in layers.items() if layer["threshold"]}
             history = [StepReport.from_dict(report) for report in state_dict["history"]]
             step_count = int(state_dict["step_count"])
+        except StateError:
+            raise
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise StateError(
                 f"load_state_dict: expected what state_dict() returned, got damaged data ({error!r}); load another file"
             ) from error
-        self._check_same_run(state_dict, masks)
         for name, mask in masks.items():
             self.masks[name].packed.copy_(mask.packed)
-        self._thresholds, self.step_count = thresholds, step_count
+        self._thresholds, self.step_count, self._is_agreed = thresholds, step_count, False
         self.history[:] = history
         self._apply_masks(self._parameters, with_weights=True)
         self._announce()
@@ -296,7 +318,7 @@ class GMPScheduler:
         num_prune: dict[str, int] = {}
         for group in self._groups:
             if group.schedule.is_update_step(step):
-                shapes = [self.masks[name].shape for name in group.names]
+                shapes = [self._shapes[name] for name in group.names]
                 counts = group.distribute(group.schedule.sparsity_at(step), shapes)
                 num_prune.update(zip(group.names, counts, strict=True))
         return {name: num_prune[name] for name in self._parameters if name in num_prune} if num_prune else {}
@@ -305,14 +327,26 @@ class GMPScheduler:
         """What ``prune_`` is told for these layers, which are due now."""
         if self._scope == "layer":
             return [num_prune[name] for name in names]
-        return [round(self.schedule.sparsity_at(self.step_count) * sum(self.masks[name].numel for name in names))]
+        return [round(self.schedule.sparsity_at(self.step_count) * self._num_weights(names))]
+
+    def _num_weights(self, names: Iterable[str]) -> int:
+        return sum(math.prod(self._shapes[name]) for name in names)
+
+    def _num_pruned(self) -> dict[str, int]:
+        """By layer: counted from the masks, where they are all here, or else what the last update of each counted."""
+        if self._shards is None:
+            return {name: mask.numel - mask.num_kept for name, mask in self.masks.items()}
+        reported = {layer.name: layer.num_pruned for report in self.history for layer in report.layers}
+        return {name: reported.get(name, 0) for name in self._parameters}
 
     def _announce(self) -> None:
         """Let the optimizer look for the thresholds of the next update in the step before it, one device at a time."""
         if self._masked_optimizer is None:
             return
         num_prune = self._due()
-        names = list(num_prune) if len(self._batches(num_prune)) == 1 else []
+        # What an optimizer sees of a sharded layer is not enough to find its threshold.
+        is_whole = self._shards is None or self._shards.are_copies
+        names = list(num_prune) if is_whole and len(self._batches(num_prune)) == 1 else []
         self._masked_optimizer.expect_prune(
             [self._parameters[name] for name in names],
             [self.masks[name] for name in names],
@@ -320,16 +354,30 @@ class GMPScheduler:
         )
 
     def _prune(
-        self, names: Sequence[str], num_prune: int | list[int], selections: list[Selection | None] | None = None
+        self, names: Sequence[str], num_prune: list[int], selections: Sequence[Selection | None] | None
     ) -> PruneResult:
-        return prune_(
+        request: dict[str, Any] = {
+            "names": names,
+            "scope": self._scope,
+            "nonfinite": self._nonfinite,
+            "previous": [self._thresholds.get(name) for name in names],
+            "selections": selections,
+            "backend": self._backend,
+        }
+        weights, masks = [self._ranked(name) for name in names], [self.masks[name] for name in names]
+        if self._shards is not None:
+            return self._shards.prune_(weights, masks, num_prune, step=self.step_count, **request)
+        return prune_(weights, num_prune=num_prune, masks=masks, **request)
+
+    def _prune_nothing(self, names: Sequence[str]) -> None:
+        names = [name for name in names if self.masks[name].numel or self._shards is None]
+        prune_(
             [self._ranked(name) for name in names],
-            num_prune=num_prune,
+            num_prune=0,
             masks=[self.masks[name] for name in names],
             scope=self._scope,
-            nonfinite=self._nonfinite,
-            previous=[self._thresholds.get(name) for name in names],
-            selections=selections,
+            # One rank must not fail where the others go on: together they look at the first update.
+            nonfinite=self._nonfinite if self._shards is None else "keep",
             names=names,
             backend=self._backend,
         )
@@ -338,18 +386,17 @@ class GMPScheduler:
         """The tensor whose magnitudes decide: the master copy where the optimizer keeps one."""
         parameter = self._parameters[name]
         master = None if self._masked_optimizer is None else self._masked_optimizer.master_weight(parameter)
-        return parameter if master is None else master
+        return local(parameter) if master is None else master
 
     def _update(self, num_prune: Mapping[str, int]) -> StepReport:
         start = time.perf_counter()
         self._check_present()
         names = list(num_prune)
-        num_weights = sum(self.masks[name].numel for name in names)
         batches = self._batches(names)
         if len(batches) > 1:
             # One call per device: let each find its NaN before the first one writes.
             for batch in batches:
-                self._prune(batch, 0)
+                self._prune_nothing(batch)
         layers: dict[str, LayerReport] = {}
         for batch in batches:
             counts = self._counts(num_prune, batch)
@@ -357,14 +404,14 @@ class GMPScheduler:
             result = self._prune(batch, counts, found)
             self._thresholds.update(zip(batch, result.thresholds, strict=True))
             layers.update(
-                (name, LayerReport(name, threshold.value, mask.numel, num_pruned, num_newly_pruned, threshold.num_ties))
-                for name, mask, threshold, num_pruned, num_newly_pruned in zip(batch, *result, strict=True)
+                (name, LayerReport(name, cut.value, self._num_weights([name]), num_pruned, num_new, cut.num_ties))
+                for name, _, cut, num_pruned, num_new in zip(batch, *result, strict=True)
             )
         self._apply_masks(names, with_weights=False)
         report = StepReport(
             step=self.step_count,
             target_sparsity=self.schedule.sparsity_at(self.step_count),
-            sparsity=sum(layer.num_pruned for layer in layers.values()) / num_weights,
+            sparsity=sum(layer.num_pruned for layer in layers.values()) / self._num_weights(names),
             seconds=time.perf_counter() - start,
             layers=tuple(layers[name] for name in names),
         )
@@ -374,10 +421,10 @@ class GMPScheduler:
     def _check_present(self) -> None:
         live = named_parameters(self.model)
         for name, parameter in self._parameters.items():
-            if live.get(name) is not parameter or parameter.shape != self.masks[name].shape:
+            if live.get(name) is not parameter or parameter.shape != self._shapes[name]:
                 found = "nothing" if name not in live else f"one replaced or reshaped to {tuple(live[name].shape)}"
                 raise TargetError(
-                    f"GMPScheduler: expected the parameter '{name}' of shape {tuple(self.masks[name].shape)} that the "
+                    f"GMPScheduler: expected the parameter '{name}' of shape {tuple(self._shapes[name])} that the "
                     f"scheduler was built with, got {found}; build a new GMPScheduler when the model changes"
                 )
 
@@ -394,7 +441,9 @@ class GMPScheduler:
         calls: dict[torch.device, tuple[list[torch.Tensor], list[BitMask]]] = {}
         for name in names:
             mask = self.masks[name]
-            for tensor in self._tensors(name, with_weights):
+            for tensor in map(local, self._tensors(name, with_weights)):
+                if not tensor.numel():
+                    continue
                 if tensor.is_contiguous():
                     tensors, masks = calls.setdefault(tensor.device, ([], []))
                     tensors.append(tensor)
@@ -424,16 +473,16 @@ class GMPScheduler:
             "distribution": self._distribution,
         }
 
-    def _check_same_run(self, state_dict: Mapping[str, Any], masks: Mapping[str, BitMask]) -> None:
-        expected, found = ({f"{name} {tuple(m.shape)}" for name, m in ms.items()} for ms in (self.masks, masks))
+    def _check_same_run(self, settings: Mapping[str, Any], shapes: Mapping[str, torch.Size]) -> None:
+        expected, found = ({f"{name} {tuple(s)}" for name, s in ss.items()} for ss in (self._shapes, shapes))
         if expected != found:
             raise StateError(
                 f"load_state_dict: expected the layers of this scheduler, got missing: {sorted(expected - found)}, "
                 f"unexpected: {sorted(found - expected)}; load it into the same model with the same targets"
             )
         for setting, value in self._settings().items():
-            if state_dict.get(setting) != value:
+            if settings.get(setting) != value:
                 raise StateError(
-                    f"load_state_dict: expected {setting} {value!r}, got {state_dict.get(setting)!r}; build the "
+                    f"load_state_dict: expected {setting} {value!r}, got {settings.get(setting)!r}; build the "
                     "scheduler with the same arguments"
                 )

@@ -67,10 +67,10 @@ class _Search:
         if wanted > census.inside:
             self.bracket, self.below = Bracket(hi + 1, largest_key(self.dtype)), self.below + census.inside
             return None
-        until = torch.cumsum(census.bins, 0)
-        found = int(torch.searchsorted(until, wanted))
-        num_bins, ties = len(census.bins), int(census.bins[found])
-        shift = self.bracket.shift(num_bins)
+        bins = census.bins.numpy()
+        until = np.cumsum(bins)
+        found = int(np.searchsorted(until, wanted))
+        ties, shift = int(bins[found]), self.bracket.shift(len(bins))
         self.below += int(until[found]) - ties
         first = lo + (found << shift)
         if shift:

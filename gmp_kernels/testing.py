@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,11 +12,22 @@ import torch
 from gmp_kernels.masks import BitMask
 from gmp_kernels.ops import DTYPES, PruneResult, prune_
 
-__all__ = ["DTYPES", "GuardedCopy", "adversarial_cases", "assert_bitwise_equal", "assert_same_pruning"]
+__all__ = ["DTYPES", "GuardedCopy", "adversarial_cases", "assert_bitwise_equal", "assert_same_pruning", "device_of"]
 
 CACHE_LINE_BYTES = 64
 SAMPLE_STRIDE_LINES = 16  # of large tensors the CPU kernels sample one cache line in so many, or fewer
 GUARD = 7.0  # neither a weight that gets pruned to zero nor a byte of its bits that looks like a mask
+
+
+def device_of(backend: str) -> torch.device:
+    """Where tests keep the tensors that ``backend`` works on.
+
+    The first GPU for "cuda", and for "triton" unless its interpreter runs the kernels (``TRITON_INTERPRET``); the CPU
+    for everything else.
+    """
+    interpreted = os.environ.get("TRITON_INTERPRET", "0") != "0"
+    on_gpu = backend == "cuda" or (backend == "triton" and not interpreted)
+    return torch.device("cuda", 0) if on_gpu else torch.device("cpu")
 
 
 def adversarial_cases(n: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -69,7 +81,7 @@ def adversarial_cases(n: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
 
 def _bytes(tensor: torch.Tensor) -> np.ndarray:
     """One row of bytes per element."""
-    flat = tensor.detach().reshape(-1).contiguous()
+    flat = tensor.detach().cpu().reshape(-1).contiguous()
     return flat.view(torch.uint8).numpy().reshape(flat.numel(), flat.itemsize)
 
 
@@ -79,7 +91,7 @@ def assert_bitwise_equal(actual: torch.Tensor, expected: torch.Tensor, what: str
     Parameters
     ----------
     actual, expected : torch.Tensor
-        On the CPU.
+        On any device, also on two.
     what : str
         What the message calls them.
 
@@ -113,9 +125,11 @@ class GuardedCopy:
     Parameters
     ----------
     tensor : torch.Tensor
-        On the CPU; not modified.
+        Not modified.
     offset : int
         Elements in front of the copy. An odd one makes it as misaligned as its dtype allows.
+    device : torch.device, optional
+        Where the copy goes; default: where ``tensor`` is.
 
     Attributes
     ----------
@@ -123,10 +137,10 @@ class GuardedCopy:
         The copy: contiguous, of the same shape and dtype.
     """
 
-    def __init__(self, tensor: torch.Tensor, offset: int) -> None:
+    def __init__(self, tensor: torch.Tensor, offset: int, device: torch.device | None = None) -> None:
         n = tensor.numel()
         after = 2 * CACHE_LINE_BYTES // tensor.itemsize
-        self._buffer = torch.full((offset + n + after,), GUARD, dtype=torch.float64).to(tensor.dtype)
+        self._buffer = torch.full((offset + n + after,), GUARD, dtype=tensor.dtype, device=device or tensor.device)
         self._before = self._buffer[:offset]
         self._after = self._buffer[offset + n :]
         self.view = self._buffer[offset : offset + n].view(tensor.shape)
@@ -154,7 +168,7 @@ def assert_same_pruning(
     weights, masks
         As in ``prune_``; not modified.
     backend, against : str
-        The backend tested, and the one believed.
+        The backend tested, and the one believed. Each gets its copies on its own device.
     offset : int, optional
         The backend tested gets guarded copies so many elements into their buffers; None: plain copies.
     **request
@@ -170,15 +184,19 @@ def assert_same_pruning(
     AssertionError
         They differ, or a guard was overwritten.
     """
-    expected_weights = [weight.clone() for weight in weights]
-    expected_masks = None if masks is None else [mask.clone() for mask in masks]
+    trusted = device_of(against)
+    expected_weights = [weight.to(trusted, copy=True) for weight in weights]
+    expected_masks = None if masks is None else [mask.clone().to(trusted) for mask in masks]
     hintless = {name: value for name, value in request.items() if name != "previous"}
     expected = prune_(expected_weights, masks=expected_masks, backend=against, **hintless)
 
-    guarded = [] if offset is None else [GuardedCopy(weight, offset) for weight in weights]
-    guarded_bits = [] if offset is None or masks is None else [GuardedCopy(mask.packed, offset) for mask in masks]
-    actual_weights = [copy.view for copy in guarded] or [weight.clone() for weight in weights]
-    actual_masks = None if masks is None else [mask.clone() for mask in masks]
+    device = device_of(backend)
+    guarded = [] if offset is None else [GuardedCopy(weight, offset, device) for weight in weights]
+    guarded_bits = []
+    if offset is not None and masks is not None:
+        guarded_bits = [GuardedCopy(mask.packed, offset, device) for mask in masks]
+    actual_weights = [copy.view for copy in guarded] or [weight.to(device, copy=True) for weight in weights]
+    actual_masks = None if masks is None else [mask.clone().to(device) for mask in masks]
     if masks is not None and guarded_bits:
         actual_masks = [BitMask(copy.view, mask.shape) for copy, mask in zip(guarded_bits, masks, strict=True)]
     actual = prune_(actual_weights, masks=actual_masks, backend=backend, **request)

@@ -3,20 +3,64 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
 
 import pytest
 import torch
 from hypothesis import settings
 
 from gmp_kernels.backends import choose, cpu
+from gmp_kernels.testing import device_of
+
+if not torch.cuda.is_available():
+    # Before anything imports triton, here and in the processes that tests start: its kernels then run on the host.
+    os.environ["TRITON_INTERPRET"] = "1"
+
+T = TypeVar("T")
 
 ORACLE = "reference"
-BACKENDS = os.environ.get("GMP_KERNELS_TEST_BACKENDS", "reference,cpu,simt").split(",")
+BACKENDS = os.environ.get("GMP_KERNELS_TEST_BACKENDS", "reference,cpu,simt,triton").split(",")
 KERNELS = [name for name in BACKENDS if name != ORACLE]
+HOST_BACKENDS = [name for name in BACKENDS if device_of(name).type == "cpu"]
 
 settings.register_profile("gmp_kernels", deadline=None, max_examples=60, derandomize=os.environ.get("CI") == "true")
 settings.load_profile("gmp_kernels")
+
+
+# Triton's interpreter takes milliseconds for what a kernel does in microseconds, and on one thread only. So under it
+# loops over many cases run over every eighth, hypothesis tries fewer examples, and one number of threads is enough.
+SLOW = {"triton"}
+SLOW_EXAMPLES = 6
+SLOW_SHARE = 8
+
+
+def thinned(backend: str, cases: Iterable[T], start: int) -> list[T]:
+    """All cases; for a slow backend every eighth, beginning with another one for every ``start``."""
+    every = list(cases)
+    return every[start % SLOW_SHARE % len(every) :: SLOW_SHARE] if backend in SLOW else every
+
+
+def is_slow(item: pytest.Item) -> bool:
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    return not SLOW.isdisjoint((parameters.get("backend"), parameters.get("kernels")))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items[:] = [item for item in items if not (is_slow(item) and item.callspec.params.get("num_threads", 1) > 1)]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    function = getattr(item, "obj", None)
+    if not (is_slow(item) and getattr(function, "is_hypothesis_test", False)):
+        return (yield)
+    given = function._hypothesis_internal_use_settings
+    function._hypothesis_internal_use_settings = settings(given, max_examples=SLOW_EXAMPLES)
+    try:
+        return (yield)
+    finally:
+        function._hypothesis_internal_use_settings = given
 
 
 def pytest_report_header() -> str:
@@ -25,7 +69,7 @@ def pytest_report_header() -> str:
 
 def usable(name: str) -> str:
     """A backend that was named but cannot run fails the suite; skipping it would hide that nothing was tested."""
-    choose(name, torch.device("cpu"))
+    choose(name, device_of(name))
     return name
 
 
@@ -39,6 +83,18 @@ def backend(request: pytest.FixtureRequest) -> str:
 def kernels(request: pytest.FixtureRequest) -> str:
     """Name of every backend but the oracle, which it is compared with."""
     return usable(request.param)
+
+
+@pytest.fixture(scope="session", params=HOST_BACKENDS)
+def host_backend(request: pytest.FixtureRequest) -> str:
+    """Name of every backend that takes numpy arrays, which are never on a GPU."""
+    return usable(request.param)
+
+
+@pytest.fixture(scope="session")
+def device(backend: str) -> torch.device:
+    """Where the tensors of ``backend`` live."""
+    return device_of(backend)
 
 
 @pytest.fixture(params=[1, 2, 3])

@@ -53,9 +53,14 @@ def plain(case: str, params: Any, **options: Any) -> torch.optim.Optimizer:
     return getattr(torch.optim, name)(params, **{**arguments, "foreach": False, **options})
 
 
-def parameters(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype = torch.float32, seed: int = 0) -> list[Any]:
+def parameters(
+    shapes: Sequence[tuple[int, ...]],
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> list[Any]:
     generator = torch.Generator().manual_seed(seed)
-    return [torch.nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in shapes]
+    return [torch.nn.Parameter(torch.randn(shape, generator=generator).to(device, dtype)) for shape in shapes]
 
 
 def clones(tensors: Sequence[torch.Tensor]) -> list[Any]:
@@ -64,12 +69,13 @@ def clones(tensors: Sequence[torch.Tensor]) -> list[Any]:
 
 def random_gradients(params: Sequence[torch.Tensor], step: int) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(1000 + step)
-    return [torch.randn(p.shape, generator=generator).to(p.dtype) for p in params]
+    return [torch.randn(p.shape, generator=generator).to(p) for p in params]
 
 
 def random_masks(params: Sequence[torch.Tensor], sparsity: float, seed: int = 0) -> dict[torch.Tensor, BitMask]:
     generator = torch.Generator().manual_seed(seed)
-    return {p: BitMask.from_bool(torch.rand(p.shape, generator=generator) >= sparsity) for p in params}
+    kept = [torch.rand(p.shape, generator=generator) >= sparsity for p in params]
+    return {p: BitMask.from_bool(k.to(p.device)) for p, k in zip(params, kept, strict=True)}
 
 
 def set_gradients(

@@ -1,11 +1,13 @@
 """Prints one hash of every weight and state the optimizers write, for each number of threads.
 
-A program and not a test: the instruction set is chosen once per process. ``python optim_digest.py THREADS...``
+A program and not a test: the instruction set is chosen once per process. ``python optim_digest.py THREADS...``; the
+backend is that of ``GMP_KERNELS_BACKEND``.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
 import sys
 
 import torch
@@ -13,9 +15,10 @@ from optim_cases import CASES, masked, parameters, random_gradients, random_mask
 
 from gmp_kernels import apply_masks_
 from gmp_kernels.optim import clip_grad_norm_, ema_update_
-from gmp_kernels.testing import DTYPES
+from gmp_kernels.testing import DTYPES, device_of
 
 SHAPES = [(3 * 16384 + 5,), (129, 17), (1,), (0,)]
+DEVICE = device_of(os.environ.get("GMP_KERNELS_BACKEND", "cpu"))
 
 
 def digest() -> str:
@@ -24,7 +27,7 @@ def digest() -> str:
     for case in CASES:
         for dtype in DTYPES:
             for options in ({}, {"compact_state": True}, {"compact_state": True, "master_weights": True}):
-                params = parameters(SHAPES, dtype)
+                params = parameters(SHAPES, dtype, device=DEVICE)
                 averages = [p.detach().clone() for p in params[:3]]
                 optimizer = masked(case, params, **options)
                 for step in range(2):
@@ -38,10 +41,10 @@ def digest() -> str:
                     # Averages of weights that have just been pruned; the update itself may skip what is dead.
                     apply_masks_([averages[0], averages[2]], list(masks.values()))
                     ema_update_(averages, params[:3], 0.9, masks=given[:3])
-                    sha.update(norm.numpy().tobytes())
+                    sha.update(norm.cpu().numpy().tobytes())
                 state = optimizer.state_dict()["state"]
                 for tensor in (*params, *averages, *(t for i in sorted(state) for t in state[i].values())):
-                    sha.update(tensor.detach().reshape(-1).view(torch.uint8).numpy().tobytes())
+                    sha.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return sha.hexdigest()
 
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gmp_kernels import BitMask, apply_masks_
-from gmp_kernels.testing import DTYPES, GuardedCopy, adversarial_cases, assert_bitwise_equal
+from gmp_kernels.testing import DTYPES, GuardedCopy, adversarial_cases, assert_bitwise_equal, device_of
 
 
 def random_bools(n: int, density: float, seed: int) -> torch.Tensor:
@@ -17,9 +17,10 @@ def random_bools(n: int, density: float, seed: int) -> torch.Tensor:
 
 
 def check(backend: str, weights: list[torch.Tensor], kept: list[torch.Tensor], offset: int | None) -> None:
-    guarded = [] if offset is None else [GuardedCopy(weight, offset) for weight in weights]
-    applied = [copy.view for copy in guarded] or [weight.clone() for weight in weights]
-    masks = [BitMask.from_bool(k) for k in kept]
+    device = device_of(backend)
+    guarded = [] if offset is None else [GuardedCopy(weight, offset, device) for weight in weights]
+    applied = [copy.view for copy in guarded] or [weight.to(device, copy=True) for weight in weights]
+    masks = [BitMask.from_bool(k).to(device) for k in kept]
     bits = [mask.clone() for mask in masks]
     apply_masks_(applied, masks, backend=backend)
     for actual, weight, k in zip(applied, weights, kept, strict=True):
@@ -56,30 +57,32 @@ def test_on_any_number_of_threads(backend: str, num_threads: int) -> None:
     check(backend, weights, [random_bools(weight.numel(), 0.1, 0) for weight in weights], offset=1)
 
 
-def test_zeros_are_positive(backend: str) -> None:
-    weight = torch.tensor([-0.0, torch.nan, -torch.inf, -1.0, -0.0])
-    apply_masks_(weight, BitMask.from_bool(torch.tensor([False, False, False, False, True])), backend=backend)
+def test_zeros_are_positive(backend: str, device: torch.device) -> None:
+    weight = torch.tensor([-0.0, torch.nan, -torch.inf, -1.0, -0.0], device=device)
+    mask = BitMask.from_bool(torch.tensor([False, False, False, False, True])).to(device)
+    apply_masks_(weight, mask, backend=backend)
     assert [*map(str, weight.tolist())] == ["0.0"] * 4 + ["-0.0"]
 
 
-def test_one_mask_serves_a_weight_and_its_momentum(backend: str) -> None:
-    mask = BitMask.from_bool(torch.tensor([[True, False], [False, True]]))
-    weight, momentum = torch.ones(2, 2), torch.full((2, 2), 3.0, dtype=torch.float64)
+def test_one_mask_serves_a_weight_and_its_momentum(backend: str, device: torch.device) -> None:
+    mask = BitMask.from_bool(torch.tensor([[True, False], [False, True]])).to(device)
+    weight = torch.ones(2, 2, device=device)
+    momentum = torch.full((2, 2), 3.0, dtype=torch.float64, device=device)
     apply_masks_([weight, momentum], [mask, mask], backend=backend)
     assert weight.tolist() == [[1, 0], [0, 1]]
     assert momentum.tolist() == [[3, 0], [0, 3]]
 
 
-def test_writes_are_seen_by_autograd(backend: str) -> None:
-    weight = torch.nn.Parameter(torch.ones(9))
+def test_writes_are_seen_by_autograd(backend: str, device: torch.device) -> None:
+    weight = torch.nn.Parameter(torch.ones(9, device=device))
     loss = (weight * weight).sum()
-    apply_masks_(weight, BitMask.from_bool(torch.zeros(9, dtype=torch.bool)), backend=backend)
+    apply_masks_(weight, BitMask.from_bool(torch.zeros(9, dtype=torch.bool)).to(device), backend=backend)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
 
-def test_arrays_and_nothing_at_all(backend: str) -> None:
+def test_arrays_and_nothing_at_all(host_backend: str) -> None:
     array = np.ones((2, 2), dtype=np.float16)
-    apply_masks_(array, BitMask.from_bool(np.array([[True, False], [False, True]])), backend=backend)
+    apply_masks_(array, BitMask.from_bool(np.array([[True, False], [False, True]])), backend=host_backend)
     assert array.tolist() == [[1, 0], [0, 1]]
-    apply_masks_([], [], backend=backend)
+    apply_masks_([], [], backend=host_backend)

@@ -10,52 +10,53 @@ import torch
 from optim_cases import masked, parameters, random_gradients, random_masks
 
 from gmp_kernels import BitMask, GMPScheduler, apply_masks_, optim, prune_, schedules
+from gmp_kernels.testing import device_of
 
 OPS = torch.ops.gmp_kernels
 SHAPES = [(9, 5), (40,)]
 Call = tuple[Callable[[], object], list[torch.Tensor]]
 
 
-def tensors(seed: int = 0) -> list[torch.Tensor]:
-    return [p.detach() for p in parameters(SHAPES, seed=seed)]
+def tensors(backend: str, seed: int = 0) -> list[torch.Tensor]:
+    return [p.detach() for p in parameters(SHAPES, seed=seed, device=device_of(backend))]
 
 
-def masks() -> list[BitMask]:
-    return list(random_masks(tensors(), 0.5).values())
+def masks(backend: str) -> list[BitMask]:
+    return list(random_masks(tensors(backend), 0.5).values())
 
 
-def packed() -> list[torch.Tensor]:
-    return [mask.packed for mask in masks()]
+def packed(backend: str) -> list[torch.Tensor]:
+    return [mask.packed for mask in masks(backend)]
 
 
 def prune(backend: str) -> Call:
-    written = tensors()
+    written = tensors(backend)
     return lambda: prune_(written, sparsity=0.5, backend=backend), written
 
 
 def apply(backend: str) -> Call:
-    written = tensors()
-    return lambda: apply_masks_(written, masks(), backend=backend), written
+    written = tensors(backend)
+    return lambda: apply_masks_(written, masks(backend), backend=backend), written
 
 
 def average(backend: str) -> Call:
-    written = tensors()
-    return lambda: optim.ema_update_(written, tensors(1), 0.9, masks=masks(), backend=backend), written
+    written = tensors(backend)
+    return lambda: optim.ema_update_(written, tensors(backend, 1), 0.9, masks=masks(backend), backend=backend), written
 
 
 def clip(backend: str) -> Call:
-    params = parameters(SHAPES)
-    for p, gradient in zip(params, tensors(1), strict=True):
+    params = parameters(SHAPES, device=device_of(backend))
+    for p, gradient in zip(params, tensors(backend, 1), strict=True):
         p.grad = gradient
     written = [p.grad for p in params]
-    return lambda: optim.clip_grad_norm_(params, 0.1, masks=masks(), backend=backend), written
+    return lambda: optim.clip_grad_norm_(params, 0.1, masks=masks(backend), backend=backend), written
 
 
 def optimizer_and_all_it_writes(
     backend: str, case: str, *, compact_state: bool = False, dtype: torch.dtype = torch.float32
 ) -> tuple[optim.SGD | optim.Adam, list[torch.Tensor]]:
     """After one step, so that there is state; and about to take another."""
-    params = parameters(SHAPES, dtype)
+    params = parameters(SHAPES, dtype, device=device_of(backend))
     master_weights = dtype is not torch.float32
     optimizer = masked(case, params, compact_state=compact_state, master_weights=master_weights, backend=backend)
     optimizer.set_masks(random_masks(params, 0.5))
@@ -87,29 +88,29 @@ def new_masks(backend: str) -> Call:
 
 
 def scheduler(backend: str) -> Call:
-    model = torch.nn.Linear(8, 8)
+    model = torch.nn.Linear(8, 8, device=device_of(backend))
     pruner = GMPScheduler(model, torch.optim.SGD(model.parameters(), lr=0.1), schedules.OneShot(0.5), backend=backend)
     return pruner.step, [model.weight]
 
 
 def prune_operation(backend: str) -> Call:
-    written = tensors()
-    return lambda: OPS.prune_(written, packed(), [30, 30], backend=backend), written
+    written = tensors(backend)
+    return lambda: OPS.prune_(written, packed(backend), [30, 30], backend=backend), written
 
 
 def apply_operation(backend: str) -> Call:
-    written = tensors()
-    return lambda: OPS.apply_masks_(written, packed(), backend=backend), written
+    written = tensors(backend)
+    return lambda: OPS.apply_masks_(written, packed(backend), backend=backend), written
 
 
 def average_operation(backend: str) -> Call:
-    written = tensors()
-    return lambda: OPS.ema_update_(written, tensors(1), 0.9, packed(), backend=backend), written
+    written = tensors(backend)
+    return lambda: OPS.ema_update_(written, tensors(backend, 1), 0.9, packed(backend), backend=backend), written
 
 
 def clip_operation(backend: str) -> Call:
-    written = tensors()
-    return lambda: OPS.clip_gradients_(written, 0.1, packed(), backend=backend), written
+    written = tensors(backend)
+    return lambda: OPS.clip_gradients_(written, 0.1, packed(backend), backend=backend), written
 
 
 def step_operation(backend: str) -> Call:
@@ -152,21 +153,23 @@ def test_a_stale_saved_tensor_raises(
 
 @pytest.mark.parametrize("mode", [nullcontext, torch.no_grad, torch.inference_mode])
 def test_the_bits_of_masks_have_versions_too(backend: str, mode: Callable[[], AbstractContextManager[object]]) -> None:
-    ours, theirs = masks(), packed()
+    ours, theirs = masks(backend), packed(backend)
     versions = [bits._version for bits in (*(mask.packed for mask in ours), *theirs)]
     with mode():
-        prune_(tensors(), sparsity=0.9, masks=ours, backend=backend)
-        OPS.prune_(tensors(), theirs, [40, 36], backend=backend)
+        prune_(tensors(backend), sparsity=0.9, masks=ours, backend=backend)
+        OPS.prune_(tensors(backend), theirs, [40, 36], backend=backend)
     after = [bits._version for bits in (*(mask.packed for mask in ours), *theirs)]
     assert all(new > old for new, old in zip(after, versions, strict=True))
 
 
 def test_what_is_only_read_keeps_its_version(backend: str) -> None:
-    bits, weights = packed(), tensors(1)
-    OPS.apply_masks_(tensors(), bits, backend=backend)
-    OPS.ema_update_(tensors(), weights, 0.9, bits, backend=backend)
+    bits, weights = packed(backend), tensors(backend, 1)
+    OPS.apply_masks_(tensors(backend), bits, backend=backend)
+    OPS.ema_update_(tensors(backend), weights, 0.9, bits, backend=backend)
     OPS.magnitude_threshold(weights[0], 20, bits[0], backend=backend)
-    assert [tensor._version for tensor in (*bits, *weights)] == [m._version for m in (*packed(), *tensors(1))]
+    assert [tensor._version for tensor in (*bits, *weights)] == [
+        m._version for m in (*packed(backend), *tensors(backend, 1))
+    ]
 
 
 @pytest.mark.parametrize(
@@ -181,8 +184,8 @@ def test_inference_tensors_are_written(backend: str, make: Callable[[str], Call]
 
 
 def test_gradients_flow_on_through_pruned_weights(backend: str) -> None:
-    weight = torch.nn.Parameter(torch.arange(1.0, 9.0))
-    OPS.prune_([weight], [BitMask.ones(weight.shape).packed], [4], backend=backend)
+    weight = torch.nn.Parameter(torch.arange(1.0, 9.0, device=device_of(backend)))
+    OPS.prune_([weight], [BitMask.ones(weight.shape, weight.device).packed], [4], backend=backend)
     assert weight.requires_grad and weight.is_leaf
     (weight * weight).sum().backward()
     assert weight.grad is not None and weight.grad.tolist() == [0.0] * 4 + [10.0, 12.0, 14.0, 16.0]

@@ -31,10 +31,11 @@ from gmp_kernels import (
 class Desk:
     """Good inputs to go wrong with, and a record of the bytes of everything that must not change."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self._device = device
         self._kept: list[tuple[torch.Tensor | np.ndarray, bytes]] = []
-        self.w = self.keep(torch.linspace(-1, 1, 24).view(4, 6))
-        self.v = self.keep(torch.linspace(-2, 3, 5))
+        self.w = self.keep(torch.linspace(-1, 1, 24, device=device).view(4, 6))
+        self.v = self.keep(torch.linspace(-2, 3, 5, device=device))
         self.w_mask = self.mask(4, 6)
         self.v_mask = self.mask(5)
 
@@ -44,13 +45,13 @@ class Desk:
         return values
 
     def mask(self, *shape: int) -> BitMask:
-        mask = BitMask.from_bool(torch.arange(torch.Size(shape).numel()).view(shape) % 3 > 0)
+        mask = BitMask.from_bool(torch.arange(torch.Size(shape).numel(), device=self._device).view(shape) % 3 > 0)
         self.keep(mask.packed)
         return mask
 
     def with_value(self, value: float, index: int) -> torch.Tensor:
         """100 ones, the one at ``index`` replaced."""
-        weight = torch.ones(100)
+        weight = torch.ones(100, device=self._device)
         weight[index] = value
         return self.keep(weight)
 
@@ -68,7 +69,7 @@ class Desk:
 
 
 def _bytes(values: torch.Tensor | np.ndarray) -> bytes:
-    return values.tobytes() if isinstance(values, np.ndarray) else bytes(values.detach().untyped_storage())
+    return values.tobytes() if isinstance(values, np.ndarray) else bytes(values.detach().cpu().untyped_storage())
 
 
 class Bad(NamedTuple):
@@ -374,8 +375,10 @@ def test_unknown_words_are_refused(choice: str) -> None:
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_a_nonfinite_weight_is_named_and_nothing_is_written(backend: str, scope: str, value: float) -> None:
-    desk = Desk()
+def test_a_nonfinite_weight_is_named_and_nothing_is_written(
+    backend: str, device: torch.device, scope: str, value: float
+) -> None:
+    desk = Desk(device)
     weights = [desk.w, desk.with_value(value, 71), desk.v]
     masks = [desk.w_mask, desk.mask(100), desk.v_mask]
     with pytest.raises(NonFiniteError, match=r"got NaN or Inf in weights\[1\] at flat index 71; nothing") as caught:
@@ -390,13 +393,13 @@ def test_a_nonfinite_weight_is_named_and_nothing_is_written(backend: str, scope:
 
 
 @pytest.mark.parametrize("index", [0, 7, 8, 16383, 16384, 40_000, 100_002])
-def test_the_first_nonfinite_index_is_found_anywhere(backend: str, index: int) -> None:
-    weight = torch.ones(100_003)
+def test_the_first_nonfinite_index_is_found_anywhere(backend: str, device: torch.device, index: int) -> None:
+    weight = torch.ones(100_003, device=device)
     weight[index:] = torch.inf
     with pytest.raises(NonFiniteError) as caught:
         magnitude_threshold(weight, 5, backend=backend)
     assert (caught.value.layer, caught.value.index) == (0, index)
-    pruned = BitMask.from_bool(torch.arange(weight.numel()) != index)
+    pruned = BitMask.from_bool(torch.arange(weight.numel(), device=device) != index)
     if index + 1 < weight.numel():
         with pytest.raises(NonFiniteError, match=f"at flat index {index + 1};"):
             magnitude_threshold(weight, 5, mask=pruned, backend=backend)

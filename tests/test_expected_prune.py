@@ -12,7 +12,7 @@ from gmp_kernels import GMPScheduler, schedules
 from gmp_kernels.backends import Gradient, Layer, Tally, UpdateTensor, choose
 from gmp_kernels.errors import NonFiniteError, StateError
 from gmp_kernels.masks import BitMask
-from gmp_kernels.testing import DTYPES, adversarial_cases, assert_bitwise_equal
+from gmp_kernels.testing import DTYPES, adversarial_cases, assert_bitwise_equal, device_of
 
 CPU = torch.device("cpu")
 SCHEDULE = schedules.Linear(0.5, 0.9, begin_step=3, end_step=12, frequency=3)
@@ -27,10 +27,11 @@ def still(layers):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("is_global", [False, True], ids=["layer", "global"])
 def test_what_a_step_finds_is_what_a_selection_would(kernels, dtype, is_global, num_threads):
-    implementation, oracle = choose(kernels, CPU), choose("reference", CPU)
+    device = device_of(kernels)
+    implementation, oracle = choose(kernels, device), choose("reference", CPU)
     found_any = 0
     for name in adversarial_cases(1, dtype):
-        weights = [adversarial_cases(n, dtype)[name].clone() for n in (1, 1000, 16384, 3 * 16384 + 77)]
+        weights = [adversarial_cases(n, dtype)[name].to(device, copy=True) for n in (1, 1000, 16384, 3 * 16384 + 77)]
         bits = [random_masks([w], 0.3)[w] if i % 2 else None for i, w in enumerate(weights)]
         for w, mask in zip(weights, bits, strict=True):
             if mask is not None:
@@ -40,7 +41,9 @@ def test_what_a_step_finds_is_what_a_selection_would(kernels, dtype, is_global, 
         num_prune = [round(0.6 * n) for n in ([sum(sizes)] if is_global else sizes)]
         tally = Tally(tuple(layers), tuple(range(len(layers))), tuple(num_prune))
         found = implementation.update(*still(layers), tally)
-        expected, truth = (b.select(layers, num_prune, [None] * len(num_prune)) for b in (implementation, oracle))
+        on_host = [Layer(w.cpu(), None if m is None else m.packed.cpu()) for w, m in zip(weights, bits, strict=True)]
+        none = [None] * len(num_prune)
+        expected, truth = implementation.select(layers, num_prune, none), oracle.select(on_host, num_prune, none)
         for selection, wanted, true in zip(found, expected, truth, strict=True):
             if selection is not None:
                 found_any += 1

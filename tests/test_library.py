@@ -15,7 +15,7 @@ from torch._dynamo.utils import counters
 
 from gmp_kernels import BitMask, GMPScheduler, apply_masks_, magnitude_threshold, optim, prune_, schedules
 from gmp_kernels.errors import NonFiniteError, ShapeError, TargetError
-from gmp_kernels.testing import assert_bitwise_equal
+from gmp_kernels.testing import assert_bitwise_equal, device_of
 
 OPS = torch.ops.gmp_kernels
 SHAPES = [(9, 5), (40,), (3, 2, 2)]
@@ -36,36 +36,40 @@ def num_graphs() -> int:
     return counters["stats"]["unique_graphs"]
 
 
-def weights() -> list[torch.Tensor]:
-    return [p.detach() for p in parameters(SHAPES)]
+def parameters_of(backend: str, seed: int = 0) -> list[nn.Parameter]:
+    return parameters(SHAPES, seed=seed, device=device_of(backend))
 
 
-def bits(sparsity: float = 0.4) -> list[torch.Tensor]:
-    return [mask.packed for mask in random_masks(weights(), sparsity).values()]
+def weights(backend: str) -> list[torch.Tensor]:
+    return [p.detach() for p in parameters_of(backend)]
+
+
+def bits(backend: str) -> list[torch.Tensor]:
+    return [mask.packed for mask in random_masks(weights(backend), 0.4).values()]
 
 
 # Every operation, called on fresh arguments.
 CALLS: dict[str, Callable[[str], tuple[Any, tuple[Any, ...], dict[str, Any]]]] = {
     "magnitude_threshold": lambda backend: (
         OPS.magnitude_threshold,
-        (weights()[0], 20, bits()[0]),
+        (weights(backend)[0], 20, bits(backend)[0]),
         {"backend": backend},
     ),
-    "prune_": lambda backend: (OPS.prune_, (parameters(SHAPES), bits(), [20, 30, 5]), {"backend": backend}),
+    "prune_": lambda backend: (OPS.prune_, (parameters_of(backend), bits(backend), [20, 30, 5]), {"backend": backend}),
     "prune_global": lambda backend: (
         OPS.prune_,
-        (weights(), bits(), [60]),
+        (weights(backend), bits(backend), [60]),
         {"scope": "global", "nonfinite": "keep", "backend": backend},
     ),
-    "apply_masks_": lambda backend: (OPS.apply_masks_, (parameters(SHAPES), bits()), {"backend": backend}),
+    "apply_masks_": lambda backend: (OPS.apply_masks_, (parameters_of(backend), bits(backend)), {"backend": backend}),
     "ema_update_": lambda backend: (
         OPS.ema_update_,
-        (weights(), parameters(SHAPES, seed=1), 0.9, [None, *bits()[1:]]),
+        (weights(backend), parameters_of(backend, 1), 0.9, [None, *bits(backend)[1:]]),
         {"backend": backend},
     ),
     "clip_gradients_": lambda backend: (
         OPS.clip_gradients_,
-        (weights(), 0.5, [*bits()[:2], None]),
+        (weights(backend), 0.5, [*bits(backend)[:2], None]),
         {"backend": backend},
     ),
 }
@@ -78,7 +82,7 @@ def test_schemas_and_fake_kernels_hold(backend: str, call: str) -> None:
 
 @pytest.mark.parametrize("case", ["sgd", "nesterov", "amsgrad", "adamw"])
 def test_schema_and_fake_kernel_of_the_step_hold(backend: str, case: str) -> None:
-    params = parameters(SHAPES)
+    params = parameters_of(backend)
     optimizer = masked(case, params, backend=backend)
     torch.library.opcheck(
         OPS.optimizer_step_, (optimizer.handle, [2, 0], [params[2], params[0]], random_gradients(params, 0)[::-2])
@@ -87,11 +91,11 @@ def test_schema_and_fake_kernel_of_the_step_hold(backend: str, case: str) -> Non
 
 def test_every_operation_is_checked() -> None:
     defined = {name.partition("::")[2] for name in torch._C._dispatch_get_all_op_names() if "gmp_kernels::" in name}
-    assert defined == {call(None)[0].__name__ for call in CALLS.values()} | {"optimizer_step_"}
+    assert defined == {call("cpu")[0].__name__ for call in CALLS.values()} | {"optimizer_step_"}
 
 
 def test_operations_do_what_the_functions_do(backend: str) -> None:
-    (ours, mask), (theirs, packed) = [(weights()[0], BitMask(bits()[0], SHAPES[0])) for _ in range(2)]
+    (ours, mask), (theirs, packed) = [(weights(backend)[0], BitMask(bits(backend)[0], SHAPES[0])) for _ in range(2)]
     expected = magnitude_threshold(ours, 30, mask=mask, backend=backend)
     value, counts = OPS.magnitude_threshold(theirs, 30, packed.packed, backend=backend)
     assert (value.dtype, value.item(), *counts.tolist()) == (ours.dtype, *expected)
@@ -102,12 +106,12 @@ def test_operations_do_what_the_functions_do(backend: str) -> None:
 
 
 def test_operations_validate(backend: str) -> None:
-    weight = torch.tensor([1.0, float("nan"), 3.0])
-    mask = BitMask.ones(weight.shape)
+    weight = torch.tensor([1.0, float("nan"), 3.0], device=device_of(backend))
+    mask = BitMask.ones(weight.shape, weight.device)
     with pytest.raises(NonFiniteError, match="flat index 1"):
         OPS.prune_([weight], [mask.packed], [1], backend=backend)
     with pytest.raises(ShapeError, match="expected 1 contiguous bytes"):
-        OPS.apply_masks_([weight], [torch.ones(2, dtype=torch.uint8)], backend=backend)
+        OPS.apply_masks_([weight], [torch.ones(2, dtype=torch.uint8, device=weight.device)], backend=backend)
     assert mask.num_kept == 3 and weight[0] == 1.0
 
 

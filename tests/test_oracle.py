@@ -62,14 +62,14 @@ def weights_and_masks(draw: st.DrawFn, max_layers: int) -> tuple[list[torch.Tens
 
 
 @given(drawn=weights_and_masks(max_layers=1), data=st.data())
-def test_one_layer_is_the_definition(backend: str, drawn: tuple, data: st.DataObject) -> None:
+def test_one_layer_is_the_definition(backend: str, device: torch.device, drawn: tuple, data: st.DataObject) -> None:
     (weight,), (kept,) = drawn
     num_prune = data.draw(st.integers(0, len(weight)))
     new_kept, threshold = brute_force(weight.tolist(), kept.tolist(), num_prune)
     request = {"nonfinite": "keep", "backend": backend}
-    mask = BitMask.from_bool(kept)
-    assert repr(magnitude_threshold(weight, num_prune, mask=mask, **request)) == repr(threshold)
-    pruned = weight.clone()
+    mask = BitMask.from_bool(kept).to(device)
+    pruned = weight.to(device, copy=True)
+    assert repr(magnitude_threshold(pruned, num_prune, mask=mask, **request)) == repr(threshold)
     result = prune_(pruned, num_prune=num_prune, masks=mask, **request)
     assert mask.to_bool().tolist() == new_kept
     assert result.num_pruned == [new_kept.count(False)] == [threshold.num_pruned]
@@ -81,15 +81,17 @@ def test_one_layer_is_the_definition(backend: str, drawn: tuple, data: st.DataOb
 
 
 @given(drawn=weights_and_masks(max_layers=4), data=st.data())
-def test_global_scope_is_the_definition_on_all_layers_in_a_row(backend: str, drawn: tuple, data: st.DataObject) -> None:
+def test_global_scope_is_the_definition_on_all_layers_in_a_row(
+    backend: str, device: torch.device, drawn: tuple, data: st.DataObject
+) -> None:
     weights, kept = drawn
     ends = list(accumulate(map(len, weights), initial=0))
     num_prune = data.draw(st.integers(0, ends[-1]))
     new_kept, threshold = brute_force(torch.cat(weights).tolist(), torch.cat(kept).tolist(), num_prune)
     result = prune_(
-        [weight.clone() for weight in weights],
+        [weight.to(device, copy=True) for weight in weights],
         num_prune=num_prune,
-        masks=[BitMask.from_bool(k) for k in kept],
+        masks=[BitMask.from_bool(k).to(device) for k in kept],
         scope="global",
         nonfinite="keep",
         backend=backend,
@@ -100,10 +102,12 @@ def test_global_scope_is_the_definition_on_all_layers_in_a_row(backend: str, dra
 
 @pytest.mark.parametrize("name", CASE_NAMES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_adversarial_cases_are_the_definition(backend: str, dtype: torch.dtype, name: str) -> None:
+def test_adversarial_cases_are_the_definition(
+    backend: str, device: torch.device, dtype: torch.dtype, name: str
+) -> None:
     weight = adversarial_cases(77, dtype)[name]
     for num_prune in (0, 1, 38, 76, 77):
         new_kept, threshold = brute_force(weight.tolist(), [True] * 77, num_prune)
-        result = prune_(weight.clone(), num_prune=num_prune, nonfinite="keep", backend=backend)
+        result = prune_(weight.to(device, copy=True), num_prune=num_prune, nonfinite="keep", backend=backend)
         assert result.masks[0].to_bool().tolist() == new_kept
         assert repr(result.thresholds[0]) == repr(threshold)

@@ -8,11 +8,12 @@ import math
 
 import pytest
 import torch
+from conftest import thinned
 from hypothesis import given
 from hypothesis import strategies as st
 
 from gmp_kernels import BitMask, Threshold, magnitude_threshold
-from gmp_kernels.testing import DTYPES, adversarial_cases, assert_same_pruning
+from gmp_kernels.testing import DTYPES, adversarial_cases, assert_same_pruning, device_of
 
 CASE_NAMES = list(adversarial_cases(1, torch.float32))
 # One below, at and one above: a byte of the mask, 8/16/32 lanes, the smallest sample (1024), a chunk (16384).
@@ -36,12 +37,12 @@ def counts_of(n: int) -> list[int]:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_small_sizes(kernels: str, dtype: torch.dtype, name: str) -> None:
     offsets, masked = itertools.cycle(OFFSETS), itertools.cycle([False, True, True])
-    for n in SMALL_SIZES:
+    requests = [(n, num_prune, next(offsets), next(masked)) for n in SMALL_SIZES for num_prune in counts_of(n)]
+    for n, num_prune, offset, is_masked in thinned(kernels, requests, CASE_NAMES.index(name) + DTYPES.index(dtype)):
         weight = cases(n, dtype)[name]
-        for num_prune in counts_of(n):
-            masks = [random_mask(weight.shape, 0.5, seed=num_prune)] if next(masked) else None
-            request = {"num_prune": num_prune, "masks": masks, "nonfinite": "keep"}
-            assert_same_pruning([weight], backend=kernels, offset=next(offsets), **request)
+        masks = [random_mask(weight.shape, 0.5, seed=num_prune)] if is_masked else None
+        request = {"num_prune": num_prune, "masks": masks, "nonfinite": "keep"}
+        assert_same_pruning([weight], backend=kernels, offset=offset, **request)
 
 
 @pytest.mark.parametrize("name", CASE_NAMES)
@@ -124,7 +125,7 @@ def test_hints_never_change_the_result(kernels: str, drawn: tuple, data: st.Data
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_hints_from_exact_to_absurd(kernels: str, dtype: torch.dtype, value: float) -> None:
     n = 100_003
-    weight = cases(n, dtype)["random"]
+    weight = cases(n, dtype)["random"].to(device_of(kernels))
     right = magnitude_threshold(weight, n // 2, backend=kernels)
     hint = right if value == 0.6744 else Threshold(value, n // 2 - 1, 1, 0)
     assert magnitude_threshold(weight, n // 2, previous=hint, backend=kernels) == right
@@ -176,5 +177,5 @@ def test_ties_keep_the_lowest_index_across_chunks_and_layers(kernels: str, scope
         counts = [layers[0].numel() - num_kept] * 3 if scope == "layer" else total - num_kept
         result = assert_same_pruning(layers, backend=kernels, num_prune=counts, scope=scope)
         firsts = torch.arange(layers[0].numel()) < num_kept
-        assert torch.equal(result.masks[0].to_bool(), firsts)
+        assert torch.equal(result.masks[0].to_bool().cpu(), firsts)
         assert result.masks[2].num_kept == (num_kept if scope == "layer" else 0)

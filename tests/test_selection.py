@@ -15,7 +15,7 @@ from gmp_kernels.backends import Bracket, Census, Implementation, Layer, Selecti
 from gmp_kernels.keys import key_of, keys_of, largest_key, magnitude_of
 from gmp_kernels.masks import BitMask
 from gmp_kernels.selection import Cut, cut_index, divide_ties, find_cuts, near, piece
-from gmp_kernels.testing import DTYPES, adversarial_cases
+from gmp_kernels.testing import DTYPES, adversarial_cases, device_of
 
 CPU = torch.device("cpu")
 N = 40_003
@@ -23,6 +23,11 @@ N = 40_003
 
 def random_mask(n: int, sparsity: float) -> torch.Tensor:
     return BitMask.from_bool(torch.rand(n, generator=torch.Generator().manual_seed(n)) >= sparsity).packed
+
+
+def on(device: torch.device, layer: Layer) -> Layer:
+    """A copy of a layer elsewhere, or the layer itself."""
+    return Layer(layer.weight.to(device), None if layer.mask is None else layer.mask.to(device))
 
 
 def added(parts: list[Census]) -> Census:
@@ -52,7 +57,8 @@ def kept_of(parts: list[Layer], threshold: Threshold, cuts: Sequence[int]) -> to
     """What stays, over all pieces, when each is pruned at its index."""
     kept = []
     for part, cut in zip(parts, cuts, strict=True):
-        copy, bits = Layer(part.weight.clone(), part.mask), torch.empty(-(-part.weight.numel() // 8), dtype=torch.uint8)
+        copy = on(CPU, Layer(part.weight.clone(), part.mask))
+        bits = torch.empty(-(-part.weight.numel() // 8), dtype=torch.uint8)
         choose("reference", CPU).prune([copy], [Selection(threshold, (cut,), (-1,))], [bits])
         kept.append(BitMask(bits, part.weight.shape).to_bool())
     return torch.cat(kept)
@@ -66,12 +72,12 @@ def split(layer: Layer, places: list[int]) -> list[Layer]:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", adversarial_cases(8, torch.float32))
 def test_pieces_are_cut_as_the_whole(backend: str, case: str, dtype: torch.dtype) -> None:
-    implementation = choose(backend, CPU)
-    weight = adversarial_cases(N, dtype)[case]
-    layer = Layer(weight, random_mask(N, 0.3))
+    device = device_of(backend)
+    implementation = choose(backend, device)
+    layer = on(device, Layer(adversarial_cases(N, dtype)[case], random_mask(N, 0.3)))
     parts = split(layer, [8, 12_000, 12_008, 30_000])
     for num_prune in (1, N // 2, N - 1, N):
-        (expected,) = choose("reference", CPU).select([layer], [num_prune], [None])
+        (expected,) = choose("reference", CPU).select([on(CPU, layer)], [num_prune], [None])
         (guess,) = implementation.sample([layer], [num_prune / N])
         cut, ends = cut_by_counts(implementation, parts, num_prune, guess, 2048)
         assert repr(cut.threshold) == repr(expected.threshold)
@@ -105,10 +111,10 @@ def test_a_count_is_the_oracles(kernels: str, dtype: torch.dtype) -> None:
     weights = [adversarial_cases(n, dtype)["any_bits"] for n in (1, 7, 16_384, 50_001)]
     layers = [Layer(weight, random_mask(weight.numel(), 0.5)) for weight in weights]
     layers[1] = Layer(weights[1], None)
-    middle = key_of(1.0, dtype)
+    middle, device = key_of(1.0, dtype), device_of(kernels)
     for bracket in (Bracket(0, largest_key(dtype)), Bracket(middle, middle + 300), Bracket(middle, middle - 1)):
-        rooms = [torch.zeros(n, dtype=dtype) for n in (0, 7, 20_000, 1)]
-        found = choose(kernels, CPU).count(layers, [bracket] * 4, 64, rooms)
+        rooms = [torch.zeros(n, dtype=dtype, device=device) for n in (0, 7, 20_000, 1)]
+        found = choose(kernels, device).count([on(device, layer) for layer in layers], [bracket] * 4, 64, rooms)
         expected = choose("reference", CPU).count(layers, [bracket] * 4, 64)
         for layer, one, other, room in zip(layers, found, expected, rooms, strict=True):
             assert one[:4] == other[:4]
@@ -119,14 +125,14 @@ def test_a_count_is_the_oracles(kernels: str, dtype: torch.dtype) -> None:
             inside = (keys >= bracket.lo) & (keys <= bracket.hi)
             if layer.mask is not None:
                 inside &= BitMask(layer.mask, layer.weight.shape).to_bool()
-            assert torch.equal(keys_of(room[: one.inside]).sort().values, keys[inside].sort().values)
+            assert torch.equal(keys_of(room[: one.inside].cpu()).sort().values, keys[inside].sort().values)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_sample_brackets_most_thresholds(kernels: str, dtype: torch.dtype) -> None:
     weight = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)).to(dtype)
-    layer = Layer(weight, None)
-    implementation = choose(kernels, CPU)
+    device = device_of(kernels)
+    layer, implementation = on(device, Layer(weight, None)), choose(kernels, device)
     for share in (0.1, 0.5, 0.99):
         (bracket,) = implementation.sample([layer], [share])
         (census,) = implementation.count([layer], [bracket], 1)

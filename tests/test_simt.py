@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from optim_cases import assert_same_run, masked, parameters, random_gradients, set_gradients
 from subprocesses import ROOT
 
-from gmp_kernels import BitMask, _simt, magnitude_threshold, prune_
+from gmp_kernels import (
+    BitMask,
+    DeviceError,
+    GMPScheduler,
+    NonFiniteError,
+    StateError,
+    _simt,
+    magnitude_threshold,
+    prune_,
+    schedules,
+)
+from gmp_kernels.backends import Gradient, Layer, StateMove, Tally, UpdateTensor, _tables, choose
+from gmp_kernels.backends._tables import SelectionTables, upload
 from gmp_kernels.optim import AdamW
-from gmp_kernels.testing import adversarial_cases, assert_same_pruning
+from gmp_kernels.testing import adversarial_cases, assert_bitwise_equal, assert_same_pruning
 
 SIMT = ROOT / "csrc/simt"
 
@@ -99,7 +113,8 @@ def test_a_block_that_cannot_go_on_is_an_error(tmp_path: Path) -> None:
     assert output_of("if (threadIdx.x % 2) __syncwarp();", tmp_path).startswith("kernel: a block cannot go on")
 
 
-def traffic_of(run) -> tuple[int, float]:
+def traffic_of(run: Callable[[], object]) -> tuple[int, float]:
+    """Launches, and bytes loaded and stored by them."""
     _simt.take_traffic()
     run()
     rows = _simt.take_traffic()
@@ -109,25 +124,76 @@ def traffic_of(run) -> tuple[int, float]:
 N = 1 << 18
 
 
-def test_a_selection_reads_the_weights_once() -> None:
-    weight = torch.randn(N)
-    launches, moved = traffic_of(lambda: magnitude_threshold(weight, N // 2, backend="simt"))
-    assert launches == 6
-    assert 4 * N <= moved < 4.3 * N  # the weights and a sample of them
+@pytest.mark.parametrize(("dtype", "launches"), [(torch.float32, 7), (torch.bfloat16, 5), (torch.float64, 10)], ids=str)
+def test_a_selection_reads_the_weights_once(dtype: torch.dtype, launches: int) -> None:
+    weight = torch.randn(N, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for share in (0.1, 0.5, 0.9, 0.99):
+        found, moved = traffic_of(partial(magnitude_threshold, weight, round(share * N), backend="simt"))
+        assert found == launches
+        # The weights, a sample of them, and lists of candidates that are written once and read twice or thrice.
+        assert weight.nbytes <= moved < 1.25 * weight.nbytes
 
 
-def test_many_layers_take_no_more_launches_than_one() -> None:
-    layers = [torch.randn(n) for n in (3, 1000, 70_000, 16384, 5)] * 20
-    launches, _ = traffic_of(lambda: prune_(layers, sparsity=0.5, backend="simt"))
-    assert launches == 7
+def test_a_hint_that_holds_spares_the_sample() -> None:
+    weight = torch.randn(N, generator=torch.Generator().manual_seed(0))
+    hint = magnitude_threshold(weight, N // 2, backend="simt")
+    _, moved = traffic_of(lambda: magnitude_threshold(weight, N // 2 + N // 2000, previous=hint, backend="simt"))
+    _, sampled = traffic_of(lambda: magnitude_threshold(weight, N // 2 + N // 2000, backend="simt"))
+    assert weight.nbytes <= moved < sampled - weight.nbytes / 16
+
+
+@pytest.mark.parametrize(("dtype", "launches"), [(torch.float32, 8), (torch.bfloat16, 6), (torch.float64, 11)], ids=str)
+def test_many_layers_take_no_more_launches_than_one(dtype: torch.dtype, launches: int) -> None:
+    layers = [torch.randn(n).to(dtype) for n in (3, 1000, 70_000, 16384, 5) * 20]
+    assert traffic_of(lambda: prune_(layers, sparsity=0.5, backend="simt"))[0] == launches <= 12
+
+
+def test_a_prune_update_reads_back_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    reads = []
+    rows = SelectionTables.rows
+
+    def counting(tables: SelectionTables) -> list[int]:
+        if tables._rows is None:
+            reads.append(len(_simt.take_traffic()))
+        return rows(tables)
+
+    monkeypatch.setattr(SelectionTables, "rows", counting)
+    _simt.take_traffic()
+    prune_([torch.randn(1000), torch.randn(70)], sparsity=0.5, backend="simt")
+    assert reads == [4]  # begin, count, ties and apply have been launched by then
+
+
+def test_a_nan_in_any_layer_of_any_dtype_leaves_all_as_they_were() -> None:
+    layers = [torch.randn(40_000), torch.randn(500).bfloat16(), torch.randn(20_000)]
+    layers[1][77] = float("nan")
+    masks = [BitMask.ones(layer.shape) for layer in layers]
+    before = [layer.clone() for layer in layers]
+    for given in (masks, None):
+        with pytest.raises(NonFiniteError, match=r"weights\[1\] at flat index 77"):
+            prune_(layers, sparsity=0.5, masks=given, backend="simt")
+        for layer, was, mask in zip(layers, before, masks, strict=True):
+            assert_bitwise_equal(layer, was)
+            assert mask.num_kept == mask.numel
+
+
+def workspace_of(layers: list[torch.Tensor]) -> int:
+    tables = SelectionTables(_simt, 132, [Layer(w, None) for w in layers], [1] * len(layers), [None] * len(layers))
+    return sum(t.nbytes for t in (tables.buffer, *(t for part in tables.parts for t in part.workspace)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_workspace_keeps_to_the_memory_promised(dtype: torch.dtype) -> None:
+    for sizes in ([2**24], [2**20] * 40, [20_000] * 1000, [2**22, *[50] * 500]):
+        layers = [torch.empty(n, dtype=dtype) for n in sizes]
+        assert workspace_of(layers) <= 0.05 * max(layer.nbytes for layer in layers) + 4 * 2**20
 
 
 def test_apply_writes_only_what_changes() -> None:
     weight = torch.randn(N)
     masks = prune_(weight, sparsity=0.9, backend="simt").masks
-    _, first = traffic_of(lambda: prune_(weight, sparsity=0.9, masks=masks, backend="simt"))
+    _, again = traffic_of(lambda: prune_(weight, sparsity=0.9, masks=masks, backend="simt"))
     # Nothing is left to prune: selection reads masks and what they keep, apply reads all and writes the mask only.
-    assert first < 8 * N
+    assert again < 8 * N
 
 
 def test_a_step_over_dead_weights_reads_the_mask_only() -> None:
@@ -140,3 +206,165 @@ def test_a_step_over_dead_weights_reads_the_mask_only() -> None:
     optimizer.set_masks({parameter: BitMask.from_bool(torch.arange(N) < N // 4)})
     _, moved = traffic_of(optimizer.step)
     assert moved == 28 * N // 4 + N // 8
+
+
+def test_the_step_before_a_prune_update_finds_its_threshold() -> None:
+    model = torch.nn.Linear(1024, N // 1024, bias=False)
+    optimizer = AdamW(model.parameters(), backend="simt")
+    schedule = schedules.Linear(0.5, 0.9, begin_step=1, end_step=5)
+    pruner = GMPScheduler(model, optimizer, schedule, backend="simt")
+    for step in range(4):
+        model.weight.grad = torch.randn(model.weight.shape, generator=torch.Generator().manual_seed(step))
+        optimizer.step()
+        pristine = model.weight.detach().clone()
+        _simt.take_traffic()
+        pruner.step()
+        traffic = {row[0].split("::")[1].split("<")[0]: row[1:] for row in _simt.take_traffic()}
+        if step == 0:
+            continue
+        # Weights are read for apply alone, once here and once with the optimizer's state; the selection reads lists.
+        applied = traffic.pop("apply")
+        assert applied[0] == 2
+        assert applied[1] == (1 + 3) * 4 * N + 4 * N // 8
+        assert sum(launches for launches, _, _ in traffic.values()) == 1 + 1 + 4 + 1  # fingerprints, prove, count, ties
+        assert sum(loaded + stored for _, loaded, stored in traffic.values()) < 0.1 * 4 * N
+        expected = prune_(pristine, sparsity=schedule.sparsity_at(step), backend="reference")
+        assert pruner.masks["weight"] == expected.masks[0]
+
+
+@pytest.mark.parametrize("case", ["nesterov", "adam_short_betas", "adamw_amsgrad"])
+def test_numbers_kept_on_the_device_give_the_same_steps(case: str) -> None:
+    """With capturable, step counts, scale and overflow flag are tensors that nobody on the host looks at."""
+    runs = []
+    for capturable in (False, True):
+        params = parameters([(300,), (20_000,), (7,)])
+        optimizer = masked(case, params, backend="simt")
+        for group in optimizer.param_groups:
+            group["capturable"] = capturable
+        for step in range(6):
+            set_gradients(params, random_gradients(params, step), {})
+            optimizer.grad_scale, optimizer.found_inf = torch.tensor(8.0), torch.tensor(float(step == 3))
+            optimizer.step()
+        optimizer.grad_scale = optimizer.found_inf = None
+        optimizer.step()
+        runs.append((params, optimizer))
+    (params, optimizer), (expected_params, expected) = runs
+    assert_same_run(params, optimizer, expected_params, expected)
+
+
+def test_tables_are_uploaded_only_when_they_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    uploads = []
+    monkeypatch.setattr(_tables, "upload", lambda *args: uploads.append(args) or upload(*args))
+    params = parameters([(300,), (20_000,)])
+    optimizer = AdamW(params, backend="simt", capturable=True)
+    set_gradients(params, random_gradients(params, 0), {})
+    optimizer.step()
+    assert len(uploads) == 2  # rows and constants
+    optimizer.step()
+    assert len(uploads) == 2
+    set_gradients(params, random_gradients(params, 1), {})
+    optimizer.step()
+    assert len(uploads) == 3  # other gradients
+    optimizer.param_groups[0]["lr"] *= 0.5
+    optimizer.step()
+    assert len(uploads) == 4
+
+
+def test_a_step_that_is_skipped_is_ranked_all_the_same() -> None:
+    weight = torch.randn(40_000)
+    simt = choose("simt", torch.device("cpu"))
+    layers = (Layer(weight.clone(), None),)
+    tensors = [UpdateTensor(layers[0].weight)]
+    constants = [{"lr": torch.tensor(0.1, dtype=torch.float64), "skip": torch.tensor(1.0, dtype=torch.float64)}]
+    gradients = [Gradient(torch.ones_like(weight), 0)]
+    (found,) = simt.update("sgd", tensors, gradients, constants, Tally(layers, (0,), (30_000,)))
+    assert_bitwise_equal(layers[0].weight, weight)
+    (expected,) = choose("reference", torch.device("cpu")).select(layers, [30_000], [None])
+    assert found.threshold == expected.threshold
+
+
+class Failing:
+    """The module, but for one function, which fails as a device does."""
+
+    def __init__(self, function: str, error: RuntimeError) -> None:
+        self._function, self._error = function, error
+
+    def __getattr__(self, name: str) -> object:
+        if name == self._function:
+
+            def fail(*_: object) -> None:
+                raise self._error
+
+            return fail
+        return getattr(_simt, name)
+
+
+FAULT = RuntimeError("count: an illegal memory access was encountered")
+NO_MEMORY = torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.parametrize(("function", "error"), [("begin", FAULT), ("select", FAULT), ("apply", FAULT)])
+def test_a_fault_of_the_device_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch, function: str, error: RuntimeError
+) -> None:
+    simt = choose("simt", torch.device("cpu"))
+    monkeypatch.setattr(simt, "_module", Failing(function, error))
+    weight, mask = torch.randn(1000), BitMask.ones((1000,))
+    before = weight.clone()
+    with pytest.raises(DeviceError, match="illegal memory access") as caught:
+        prune_(weight, sparsity=0.5, masks=mask, backend="simt")
+    assert caught.value.__cause__ is error
+    assert_bitwise_equal(weight, before)
+    assert mask.num_kept == 1000
+
+
+def test_a_workspace_that_does_not_fit_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise NO_MEMORY
+
+    weight, mask = torch.randn(1000), BitMask.ones((1000,))
+    params = parameters([(300,)])
+    set_gradients(params, random_gradients(params, 0), {})
+    before, step_before = weight.clone(), params[0].detach().clone()
+    monkeypatch.setattr(_tables, "upload", fail)
+    with pytest.raises(DeviceError, match="no memory left on cpu"):
+        prune_(weight, sparsity=0.5, masks=mask, backend="simt")
+    with pytest.raises(DeviceError, match="no memory left on cpu"):
+        AdamW(params, backend="simt").step()
+    assert_bitwise_equal(weight, before)
+    assert_bitwise_equal(params[0].detach(), step_before)
+    assert mask.num_kept == 1000
+
+
+def test_a_fault_in_a_step_leaves_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    simt = choose("simt", torch.device("cpu"))
+    monkeypatch.setattr(simt, "_module", Failing("update", FAULT))
+    params = parameters([(300,)])
+    before = params[0].detach().clone()
+    optimizer = AdamW(params, backend="simt")
+    set_gradients(params, random_gradients(params, 0), {})
+    with pytest.raises(DeviceError, match="illegal memory access"):
+        optimizer.step()
+    assert_bitwise_equal(params[0].detach(), before)
+    assert optimizer.state[params[0]]["step"] == 0
+
+
+def test_state_on_another_device_than_its_parameter_is_refused() -> None:
+    params = parameters([(300,)])
+    optimizer = AdamW(params, backend="simt")
+    set_gradients(params, random_gradients(params, 0), {})
+    optimizer.step()
+    before = params[0].detach().clone()
+    optimizer.state[params[0]]["exp_avg"] = torch.zeros(300, device="meta")
+    with pytest.raises(StateError, match="on meta"):
+        optimizer.step()
+    assert_bitwise_equal(params[0].detach(), before)
+
+
+def test_nothing_to_do_is_done() -> None:
+    simt = choose("simt", torch.device("cpu"))
+    simt.move_state([])
+    assert simt.compaction(torch.empty(0, dtype=torch.uint8), 0).num_kept == 0
+    empty = torch.empty(0)
+    simt.move_state([StateMove(empty, None, empty.clone(), None, 0)])
+    assert float(simt.sum_squares([])) == 0.0

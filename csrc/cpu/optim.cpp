@@ -83,6 +83,8 @@ void update(Rule rule, const std::vector<UpdateTensor>& tensors, const std::vect
                  [&](const UpdateTensor& t, const Chunk& c, int64_t) {
                    with_kernels(t.dtype, [&](const auto& kernels, int weight_bytes, auto zero) {
                      using T = decltype(zero);
+                     const UpdateConstants<T> given = constants[t.constants].as<T>();
+                     if (given.skip != 0) return;
                      constexpr int64_t kStateBytes = sizeof(T);
                      UpdateRun run = t.run;
                      run.weights = advance(run.weights, c.begin * weight_bytes);
@@ -92,7 +94,7 @@ void update(Rule rule, const std::vector<UpdateTensor>& tensors, const std::vect
                      for (void*& state : run.state) state = advance(state, first_state * kStateBytes);
                      if (run.mask != nullptr) run.mask += c.begin / 8;
                      run.n = c.end - c.begin;
-                     kernels.update[static_cast<int>(rule)](run, constants[t.constants].as<T>());
+                     kernels.update[static_cast<int>(rule)](run, given);
                    });
                    if (t.tally != nullptr) t.tally->count(t.layer, c.begin, c.end);
                  });

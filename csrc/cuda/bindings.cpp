@@ -3,8 +3,6 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <map>
-
 #include "../names.h"
 #include "launchers.h"
 
@@ -16,50 +14,64 @@ namespace py = pybind11;
 
 namespace {
 
+using gmp::dtype_of;
 using gmp::cuda::Launch;
+using gmp::cuda::Tables;
 
 template <typename T>
 T* pointer(uint64_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-void select_thresholds(uint64_t stream, unsigned blocks, const std::string& dtype, uint64_t layers, int64_t num_layers,
-                       uint64_t groups, int64_t num_groups, int64_t num_chunks, uint64_t bins, uint64_t lists,
-                       uint64_t list_counts, uint64_t tie_counts) {
-  gmp::cuda::select({stream, blocks}, gmp::dtype_of(dtype), pointer<gmp::cuda::LayerRow>(layers), num_layers,
-                    pointer<gmp::cuda::GroupRow>(groups), num_groups, num_chunks, pointer<void>(bins),
-                    pointer<void>(lists), pointer<unsigned>(list_counts), pointer<unsigned>(tie_counts));
+Tables tables_of(uint64_t layers, int64_t num_layers, uint64_t groups, int64_t num_groups, int64_t num_chunks,
+                 uint64_t bins, uint64_t lists, uint64_t list_counts, uint64_t tie_counts, int64_t capacity,
+                 uint64_t nonfinite) {
+  return {pointer<gmp::cuda::LayerRow>(layers),
+          num_layers,
+          pointer<gmp::cuda::GroupRow>(groups),
+          num_groups,
+          num_chunks,
+          {bins, lists, list_counts, tie_counts, capacity, nonfinite}};
 }
 
-void apply(uint64_t stream, unsigned blocks, const std::string& dtype, uint64_t layers, int64_t num_layers,
-           int64_t num_chunks) {
-  gmp::cuda::apply({stream, blocks}, gmp::dtype_of(dtype), pointer<gmp::cuda::LayerRow>(layers), num_layers,
-                   num_chunks);
+void begin(const Launch& launch, const std::string& dtype, const Tables& tables) {
+  gmp::cuda::begin(launch, dtype_of(dtype), tables);
 }
 
-void update(uint64_t stream, unsigned blocks, const std::string& dtype, const std::string& rule, uint64_t rows,
-            int64_t num_rows, int64_t num_chunks, uint64_t constants) {
-  gmp::cuda::update({stream, blocks}, gmp::dtype_of(dtype), gmp::rule_of(rule), pointer<gmp::cuda::UpdateRow>(rows),
-                    num_rows, num_chunks, pointer<gmp::UpdateConstants<double>>(constants));
+void select_thresholds(const Launch& launch, const std::string& dtype, const Tables& tables, bool after_update) {
+  gmp::cuda::select(launch, dtype_of(dtype), tables, after_update);
 }
 
-void repack(uint64_t stream, unsigned blocks, uint64_t rows, int64_t num_rows, int64_t num_chunks) {
-  gmp::cuda::repack({stream, blocks}, pointer<gmp::cuda::RepackRow>(rows), num_rows, num_chunks);
+void apply(const Launch& launch, const std::string& dtype, const Tables& tables, uint64_t out, uint64_t stop) {
+  gmp::cuda::apply(launch, dtype_of(dtype), tables, pointer<uint64_t>(out), pointer<int64_t>(stop));
 }
 
-void ranks(uint64_t stream, uint64_t mask, int64_t n, uint64_t out) {
-  gmp::cuda::ranks({stream, 1}, pointer<uint8_t>(mask), n, pointer<int64_t>(out));
+void census(const Launch& launch, const std::string& dtype, uint64_t rows, int64_t num_rows, int64_t num_chunks) {
+  gmp::cuda::census(launch, dtype_of(dtype), pointer<gmp::cuda::CensusRow>(rows), num_rows, num_chunks);
 }
 
-void sum_squares(uint64_t stream, unsigned blocks, uint64_t rows, int64_t num_rows, int64_t num_chunks, uint64_t sums) {
-  gmp::cuda::sum_squares({stream, blocks}, pointer<gmp::cuda::GradRow>(rows), num_rows, num_chunks,
-                         pointer<double>(sums));
+void fingerprints(const Launch& launch, const std::string& dtype, uint64_t layers, int64_t num_layers,
+                  uint64_t hashes) {
+  gmp::cuda::fingerprints(launch, dtype_of(dtype), pointer<gmp::cuda::LayerRow>(layers), num_layers,
+                          pointer<uint64_t>(hashes));
 }
 
-// The constants of one step as the kernels read them.
-py::bytes pack_constants(const std::map<std::string, double>& given) {
-  const gmp::UpdateConstants<double> constants = gmp::constants_of(given);
-  return py::bytes(reinterpret_cast<const char*>(&constants), sizeof(constants));
+void update(const Launch& launch, const std::string& dtype, const std::string& rule, uint64_t rows, int64_t num_rows,
+            int64_t num_chunks, uint64_t constants, const Tables* tally, const std::string& ranked) {
+  gmp::cuda::update(launch, dtype_of(dtype), gmp::rule_of(rule), pointer<gmp::cuda::UpdateRow>(rows), num_rows,
+                    num_chunks, pointer<gmp::UpdateConstants<double>>(constants), tally, dtype_of(ranked));
+}
+
+void repack(const Launch& launch, uint64_t rows, int64_t num_rows, int64_t num_chunks) {
+  gmp::cuda::repack(launch, pointer<gmp::cuda::RepackRow>(rows), num_rows, num_chunks);
+}
+
+void ranks(const Launch& launch, uint64_t mask, int64_t n, uint64_t out) {
+  gmp::cuda::ranks(launch, pointer<uint8_t>(mask), n, pointer<int64_t>(out));
+}
+
+void sum_squares(const Launch& launch, uint64_t rows, int64_t num_rows, int64_t num_chunks, uint64_t sums) {
+  gmp::cuda::sum_squares(launch, pointer<gmp::cuda::GradRow>(rows), num_rows, num_chunks, pointer<double>(sums));
 }
 
 }  // namespace
@@ -68,17 +80,23 @@ PYBIND11_MODULE(GMP_MODULE, m) {
   m.attr("CHUNK") = gmp::cuda::kChunk;
   m.attr("LIST_CAPACITY") = gmp::cuda::kListCapacity;
   m.attr("BINS") = gmp::cuda::kBins;
+  // Names in order, and the values of those that are absent.
+  py::dict constants;
+  for (const auto& [name, value] : gmp::kConstants) constants[name] = value;
+  m.attr("CONSTANTS") = constants;
+  py::class_<Launch>(m, "Launch").def(py::init<uint64_t, int, unsigned>());
+  py::class_<Tables>(m, "Tables").def(py::init(&tables_of));
+  m.def("num_counting_blocks", &gmp::cuda::num_counting_blocks);
+  m.def("begin", &begin);
   m.def("select", &select_thresholds);
   m.def("apply", &apply);
+  m.def("census", &census);
+  m.def("fingerprints", &fingerprints);
   m.def("update", &update);
   m.def("repack", &repack);
   m.def("ranks", &ranks);
   m.def("sum_squares", &sum_squares);
-  m.def("pack_constants", &pack_constants);
-  m.def("device_info", [] {
-    const gmp::cuda::DeviceInfo info = gmp::cuda::device_info();
-    return py::make_tuple(info.reason, info.multiprocessors, info.major, info.minor);
-  });
+  m.def("multiprocessors_of", &gmp::cuda::multiprocessors_of);
 #if defined(GMP_SIMT)
   m.def("set_seed", &simt::set_seed);
   m.def("take_traffic", [] {

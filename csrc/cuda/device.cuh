@@ -16,10 +16,32 @@ namespace gmp::cuda {
 inline constexpr unsigned kThreads = 256, kWarpSize = 32, kWarps = kThreads / kWarpSize;
 inline constexpr int kEach = 8;  // weights per thread and tile
 inline constexpr int64_t kTile = kThreads * kEach;
+static_assert(kChunk % (4 * kTile) == 0, "whole chunks are read several tiles at a time");
 
+// Blocks that a multiprocessor holds at once, which bounds the registers of a thread, and so the size of the grids.
+// Kernels that read weights need 80 of them, those for keys of 64 bits some more.
+template <typename Key>
+inline constexpr unsigned kReaders = sizeof(Key) == 8 ? 2 : 3;
+
+#if defined(__CUDACC__)
+inline constexpr bool kOnDevice = true;
+#else
+inline constexpr bool kOnDevice = false;
+#endif
+
+// Addresses from tables are those of global memory, which the compiler has to be told.
 template <typename T>
-__device__ T* pointer(uint64_t address) {
+__device__ __forceinline__ T* pointer(uint64_t address) {
+#if defined(__CUDACC__)
+  return static_cast<T*>(__cvta_global_to_generic(address));
+#else
   return reinterpret_cast<T*>(address);
+#endif
+}
+
+// A field of a row as what atomic operations take.
+__device__ inline unsigned long long* counter_at(int64_t* field) {
+  return reinterpret_cast<unsigned long long*>(field);
 }
 
 template <typename T>
@@ -27,11 +49,12 @@ __device__ bool is_aligned(const T* p) {
   return (reinterpret_cast<uint64_t>(p) & 15) == 0;
 }
 
-// The first `count` of eight values; the others are zero. Views may be unaligned, tensors end anywhere.
-template <typename T>
+// The first `count` of eight values; the others are zero. Views may be unaligned, tensors end anywhere; kWhole says
+// that here neither is the case, unless count is 0.
+template <bool kWhole = false, typename T>
 __device__ __forceinline__ void load8(const T* p, int count, T (&values)[kEach]) {
 #if defined(__CUDACC__)
-  if (count == kEach && is_aligned(p)) {
+  if (kWhole ? count != 0 : count == kEach && is_aligned(p)) {
     constexpr int kVectors = sizeof(values) / sizeof(uint4);
     uint4 raw[kVectors];
 #pragma unroll
@@ -45,14 +68,14 @@ __device__ __forceinline__ void load8(const T* p, int count, T (&values)[kEach])
 #pragma unroll
   for (int j = 0; j < kEach; ++j) {
     values[j] = T{};
-    if (j < count) memcpy(&values[j], p + j, sizeof(T));
+    if (!(kWhole && kOnDevice) && j < count) memcpy(&values[j], p + j, sizeof(T));
   }
 }
 
-template <typename T>
+template <bool kWhole = false, typename T>
 __device__ __forceinline__ void store8(T* p, int count, const T (&values)[kEach]) {
 #if defined(__CUDACC__)
-  if (count == kEach && is_aligned(p)) {
+  if (kWhole || (count == kEach && is_aligned(p))) {
     constexpr int kVectors = sizeof(values) / sizeof(uint4);
     uint4 raw[kVectors];
     memcpy(raw, values, sizeof(values));
@@ -89,6 +112,15 @@ __device__ inline int count_bits(unsigned bits) {
   return __popc(bits);
 #else
   return __builtin_popcount(bits);
+#endif
+}
+
+// Position of the lowest bit that is set.
+__device__ inline int lowest_bit(unsigned bits) {
+#if defined(__CUDACC__)
+  return __ffs(static_cast<int>(bits)) - 1;
+#else
+  return __builtin_ctz(bits);
 #endif
 }
 
@@ -189,13 +221,19 @@ __device__ __forceinline__ void for_each_chunk(const Row* rows, int64_t num_rows
   }
 }
 
+// Whether eights of these chunks can be loaded as they are.
+template <typename T>
+__device__ __forceinline__ bool is_whole(const T* values, int64_t begin, int64_t end) {
+  return end - begin == kChunk && is_aligned(values);
+}
+
 // Whether this block is the last of `expected` to get here; then it sees what the others wrote.
 __device__ __forceinline__ bool is_last_block(int64_t* arrived, int64_t expected) {
   __shared__ bool last;
   __threadfence();
   __syncthreads();  // every thread's writes come before the ticket
   if (threadIdx.x == 0) {
-    const auto ticket = atomicAdd(reinterpret_cast<unsigned long long*>(arrived), 1ull);
+    const auto ticket = atomicAdd(counter_at(arrived), 1ull);
     last = static_cast<int64_t>(ticket) == expected - 1;
   }
   __syncthreads();

@@ -13,27 +13,44 @@ namespace gmp::cuda {
 // `stream` is a cudaStream_t; on the host it is ignored. Tables and buffers are in the device's memory.
 struct Launch {
   uint64_t stream;
-  unsigned num_blocks;  // of the persistent grids
+  int device;
+  unsigned multiprocessors;  // of the device, for the sizes of persistent grids
 };
 
-// Throws std::runtime_error if a launch fails. bins: kBins zeros per group, which they are again afterwards; lists:
-// kListCapacity keys per chunk; list_counts, tie_counts: one per chunk.
-void select(const Launch& launch, DType dtype, LayerRow* layers, int64_t num_layers, GroupRow* groups,
-            int64_t num_groups, int64_t num_chunks, void* bins, void* lists, unsigned* list_counts,
-            unsigned* tie_counts);
-void apply(const Launch& launch, DType dtype, LayerRow* layers, int64_t num_layers, int64_t num_chunks);
+// How many blocks of a selection need bins at most.
+unsigned num_counting_blocks(unsigned multiprocessors);
+
+// Layers and groups of a selection, and its workspace.
+struct Tables {
+  LayerRow* layers;
+  int64_t num_layers;
+  GroupRow* groups;
+  int64_t num_groups, num_chunks;
+  Workspace space;
+};
+
+// All of these throw std::runtime_error if a launch fails, or if an earlier one of anybody has: then nothing is
+// launched.
+
+// Brackets from samples. What begins a selection.
+void begin(const Launch& launch, DType dtype, const Tables& tables);
+// The rest of it. after_update: a step has counted the weights already, into bins per group.
+void select(const Launch& launch, DType dtype, const Tables& tables, bool after_update);
+// out: addresses; stop: nothing is written if that is not 0. Each may be null, and so may the groups.
+void apply(const Launch& launch, DType dtype, const Tables& tables, const uint64_t* out, const int64_t* stop);
+void census(const Launch& launch, DType dtype, CensusRow* rows, int64_t num_rows, int64_t num_chunks);
+// A hash of a thousand weights of each layer, wherever they are.
+void fingerprints(const Launch& launch, DType dtype, const LayerRow* layers, int64_t num_layers, uint64_t* hashes);
+
+// ranked: the dtype of the layers of the tally, which may be null.
 void update(const Launch& launch, DType dtype, Rule rule, const UpdateRow* rows, int64_t num_rows, int64_t num_chunks,
-            const UpdateConstants<double>* constants);
+            const UpdateConstants<double>* constants, const Tables* tally, DType ranked);
 void repack(const Launch& launch, const RepackRow* rows, int64_t num_rows, int64_t num_chunks);
 void ranks(const Launch& launch, const uint8_t* mask, int64_t n, int64_t* ranks);
 // sums: one per chunk, and one more, which receives the total.
 void sum_squares(const Launch& launch, const GradRow* rows, int64_t num_rows, int64_t num_chunks, double* sums);
 
-// Of the current device, or "" and a reason why there is none.
-struct DeviceInfo {
-  std::string reason;
-  int multiprocessors, major, minor;
-};
-DeviceInfo device_info();
+// Throws std::runtime_error if there is no such device.
+unsigned multiprocessors_of(int device);
 
 }  // namespace gmp::cuda

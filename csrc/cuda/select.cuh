@@ -1,24 +1,25 @@
 // Exact selection for all layers in a fixed number of launches: begin, count (some times), ties.
 //
-//   begin  a sample of each group's keys gives the bracket [lo, hi]
+//   begin  a sample of each group's keys gives the bracket [lo, hi], unless the caller did
 //   count  the first one reads every weight once: how many keys lie below the bracket, a histogram of those inside, and
 //          the keys themselves in a short list per chunk. The last block of a group checks the proof,
 //          below < wanted <= below + inside, and narrows the bracket to the bin with the wanted key. Further ones read
-//          the lists; where the proof failed or a list overflowed, all weights; where all is done, nothing.
+//          the lists; where the proof failed or a list overflowed, all weights again; where all is done, nothing.
 //   ties   finds the index at which the tied weights that stay end
 //
 // Nothing here depends on the order in which blocks run: all sums are of integers, lists are used as sets.
 // Source: Floyd and Rivest, CACM 18(3), 1975, as streamed by GPU top-k selections; histograms as in radix selection.
 #pragma once
 
-#include "device.cuh"
+#include "count.cuh"
 
 namespace gmp::cuda::kernels {
 
-inline constexpr int64_t kSampleEights = 2048;  // at most: 16384 keys
-inline constexpr int64_t kNoIndex = INT64_MAX;
+inline constexpr int64_t kSampleEights = 8192;  // at most: 65536 keys
+inline constexpr int64_t kSampleShare = 16;     // of smaller groups one key in so many
 
-// Keys in 2048 bins that saturate: 64 to the octave from 2^-24 on for wide keys, one per key for bfloat16.
+// Keys in 2048 bins that saturate: 64 to the octave from 2^-24 on for wide keys, one per key from 2^-13 on for
+// bfloat16.
 template <typename Key>
 struct SampleBins {
   Key base;
@@ -28,19 +29,19 @@ struct SampleBins {
     const int mantissa = sizeof(Key) == 8 ? 52 : sizeof(Key) == 4 ? 23 : infinity == Key(0x7c00) ? 10 : 7;
     const int64_t bias = (static_cast<int64_t>(infinity) >> mantissa) / 2;
     const int resolution = mantissa == 7 ? 7 : 6;  // bits of the mantissa that a bin tells apart
-    const int64_t below_one = mantissa == 7 ? 15 : 24;
+    const int64_t below_one = mantissa == 7 ? 13 : 24;
     base = bias > below_one ? static_cast<Key>((bias - below_one) << mantissa) : Key(0);
     shift = mantissa - resolution;
   }
   __device__ int64_t bin(Key key) const {
     const int64_t d = key < base ? 0 : static_cast<int64_t>(static_cast<Key>(key - base) >> shift);
-    return d < kBins ? d : kBins - 1;
+    return d < kMostBins ? d : kMostBins - 1;
   }
   __device__ Key lower(int64_t bin) const {
     return bin == 0 ? Key(0) : static_cast<Key>(base + (static_cast<Key>(bin) << shift));
   }
   __device__ Key upper(int64_t bin, Key largest) const {
-    return bin == kBins - 1 ? largest : static_cast<Key>(lower(bin + 1) - 1);
+    return bin == kMostBins - 1 ? largest : static_cast<Key>(lower(bin + 1) - 1);
   }
 };
 
@@ -51,17 +52,17 @@ __device__ inline int64_t shift_of(uint64_t lo, uint64_t hi) {
   return shift;
 }
 
-// The bin where the running sum of counts first exceeds `rank`; one thread's bins are kBins / kThreads in a row.
-template <typename Count>
+// The bin where the running sum of counts first exceeds `rank`; each thread has kCount of them in a row.
+template <typename Count, int kCount>
 struct Crossing {
   int64_t bin = -1;             // -1: it is another thread's
   Count before = 0, count = 0;  // of the bins before it, and its own
 
-  __device__ __forceinline__ Crossing(const Count (&counts)[kBins / kThreads], Count running, Count rank) {
+  __device__ __forceinline__ Crossing(const Count (&counts)[kCount], Count running, Count rank) {
 #pragma unroll
-    for (int b = 0; b < kBins / kThreads; ++b) {
+    for (int b = 0; b < kCount; ++b) {
       if (running <= rank && rank < running + counts[b]) {
-        bin = threadIdx.x * (kBins / kThreads) + b;
+        bin = threadIdx.x * kCount + b;
         before = running;
         count = counts[b];
       }
@@ -70,101 +71,106 @@ struct Crossing {
   }
 };
 
+__device__ inline int64_t num_blocks_of(const GroupRow& group, int64_t num_chunks) {
+  return block_of(group.first_chunk + group.num_chunks - 1, num_chunks) - block_of(group.first_chunk, num_chunks) + 1;
+}
+
 // One block per group.
 template <typename Key>
 __global__ void __launch_bounds__(kThreads) begin(LayerRow* layers, GroupRow* groups, Key infinity) {
-  __shared__ unsigned hist[kBins];
+  constexpr int kPerThread = kMostBins / kThreads;
+  __shared__ unsigned hist[kMostBins];
   __shared__ int64_t edges[2];
   GroupRow& group = groups[blockIdx.x];
   const LayerRow* const rows = layers + group.first_layer;
-  const SampleBins<Key> bins(infinity);
-  for (int64_t b = threadIdx.x; b < kBins; b += kThreads) hist[b] = 0;
-  if (threadIdx.x < 2) edges[threadIdx.x] = threadIdx.x == 0 ? 0 : kBins - 1;
   for (int64_t l = threadIdx.x; l < group.num_layers; l += kThreads) {
     layers[group.first_layer + l].nonfinite = kNoIndex;
     layers[group.first_layer + l].cut = rows[l].n;
   }
-  __syncthreads();
+  uint64_t lo = group.lo, hi = group.hi;
+  if (hi == 0) {
+    const SampleBins<Key> bins(infinity);
+    for (int64_t b = threadIdx.x; b < kMostBins; b += kThreads) hist[b] = 0;
+    if (threadIdx.x < 2) edges[threadIdx.x] = threadIdx.x == 0 ? 0 : kMostBins - 1;
+    __syncthreads();
 
-  // Eights at pseudo-random places of evenly spread chunks: in step with no period of the weights.
-  const int64_t eights = group.n / kEach < kSampleEights * 8 ? group.n / kEach / 8 + 1 : kSampleEights;
-  unsigned sampled = 0, pruned = 0;
-  for (int64_t e = threadIdx.x; e < eights; e += kThreads) {
-    const int64_t chunk = group.first_chunk + e * group.num_chunks / eights;
-    const LayerRow& row = rows[row_of(rows, group.num_layers, chunk)];
-    const int64_t begin = (chunk - row.first_chunk) * kChunk;
-    const int64_t size = row.n - begin < kChunk ? row.n - begin : kChunk;
-    uint64_t random = static_cast<uint64_t>(e + 1) * 0x9e3779b97f4a7c15ull;
-    random ^= random >> 29;
-    const int64_t i =
-        begin + static_cast<int64_t>(random * 0xbf58476d1ce4e5b9ull >> 33) % ((size + kEach - 1) / kEach) * kEach;
-    const int count = count_from(i, row.n);
-    const unsigned bits = load_bits(pointer<const uint8_t>(row.mask), i, count);
-    Key raw[kEach];
-    load8(pointer<const Key>(row.weights) + i, count, raw);
-    sampled += count;
-    pruned += count - count_bits(bits);
-    for (int j = 0; j < kEach; ++j) {
-      if (bits >> j & 1) atomicAdd(&hist[bins.bin(magnitude_key(raw[j], infinity))], 1u);
+    // Eights at pseudo-random places of evenly spread chunks: in step with no period of the weights.
+    const int64_t share = group.n / kEach / kSampleShare + 1;
+    const int64_t eights = share < kSampleEights ? share : kSampleEights;
+    unsigned sampled = 0, pruned = 0;
+#pragma unroll 4
+    for (int64_t e = threadIdx.x; e < eights; e += kThreads) {
+      const int64_t chunk = group.first_chunk + e * group.num_chunks / eights;
+      const LayerRow& row = rows[row_of(rows, group.num_layers, chunk)];
+      const int64_t start = (chunk - row.first_chunk) * kChunk;
+      const int64_t size = row.n - start < kChunk ? row.n - start : kChunk;
+      uint64_t random = static_cast<uint64_t>(e + 1) * 0x9e3779b97f4a7c15ull;
+      random ^= random >> 29;
+      const int64_t i =
+          start + static_cast<int64_t>(random * 0xbf58476d1ce4e5b9ull >> 33) % ((size + kEach - 1) / kEach) * kEach;
+      const int count = count_from(i, row.n);
+      const unsigned bits = load_bits(pointer<const uint8_t>(row.mask), i, count);
+      Key raw[kEach];
+      load8(pointer<const Key>(row.weights) + i, count, raw);
+      sampled += count;
+      pruned += count - count_bits(bits);
+#pragma unroll
+      for (int j = 0; j < kEach; ++j) {
+        if (bits >> j & 1) atomicAdd(&hist[bins.bin(magnitude_key(raw[j], infinity))], 1u);
+      }
     }
-  }
-  sampled = block_sum(sampled);
-  pruned = block_sum(pruned);
+    sampled = block_sum(sampled);
+    pruned = block_sum(pruned);  // and all of hist is there
 
-  const float share = static_cast<float>(static_cast<double>(group.num_prune) / static_cast<double>(group.n));
-  const float rank = share * static_cast<float>(sampled);
-  const float half = 2.0f + 4.0f * sqrtf(rank * (1.0f - share));  // fails once in 10^4 selections
-  unsigned counts[kBins / kThreads], sum = 0, total;
-  for (int b = 0; b < kBins / kThreads; ++b) sum += counts[b] = hist[threadIdx.x * (kBins / kThreads) + b];
-  const unsigned before = pruned + block_scan(sum, total);
-  for (int side = 0; side < 2; ++side) {
-    const float wanted = side == 0 ? rank - half : rank + half;
-    if (wanted < static_cast<float>(pruned) || wanted >= static_cast<float>(sampled)) continue;
-    const Crossing<unsigned> crossing(counts, before, static_cast<unsigned>(wanted));
-    if (crossing.bin >= 0) edges[side] = crossing.bin;
+    const float wanted = static_cast<float>(static_cast<double>(group.num_prune) / static_cast<double>(group.n));
+    const float rank = wanted * static_cast<float>(sampled);
+    const float half =
+        2.0f + 3.0f * sqrtf(rank * (1.0f - wanted));  // fails in 3 selections of 1000, for random weights
+    unsigned counts[kPerThread], sum = 0, total;
+#pragma unroll
+    for (int b = 0; b < kPerThread; ++b) sum += counts[b] = hist[threadIdx.x * kPerThread + b];
+    const unsigned before = pruned + block_scan(sum, total);
+    for (int side = 0; side < 2; ++side) {
+      const float edge = side == 0 ? rank - half : rank + half;
+      if (edge < static_cast<float>(pruned) || edge >= static_cast<float>(sampled)) continue;
+      const Crossing crossing(counts, before, static_cast<unsigned>(edge));
+      if (crossing.bin >= 0) edges[side] = crossing.bin;
+    }
+    __syncthreads();
+    const Key largest = static_cast<Key>(infinity + 1);
+    lo = bins.lower(edges[0]);
+    hi = bins.upper(edges[1], largest);
+    if (rank + half < static_cast<float>(pruned)) hi = bins.upper(0, largest);  // all that is wanted is pruned
   }
-  __syncthreads();
   if (threadIdx.x > 0) return;
-  const Key largest = static_cast<Key>(infinity + 1);
-  group.lo = bins.lower(edges[0]);
-  group.hi = bins.upper(edges[1], largest);
-  if (rank + half < static_cast<float>(pruned)) group.hi = bins.upper(0, largest);  // all that is wanted is pruned
-  group.shift = shift_of(group.lo, group.hi);
-  group.mode = kStream;
+  group.lo = lo;
+  group.hi = hi;
+  group.shift = shift_of(lo, hi);
+  group.mode = kRead;
   group.passes = group.below = group.pruned = group.overflow = group.listed = group.blocks_done = 0;
 }
 
-// What a block has found of its current group.
-struct Found {
-  int64_t below = 0, pruned = 0;
-};
+// Gives a bin that other blocks have added to, and empties it.
+__device__ inline unsigned long long take_bin(unsigned long long* bin) {
+  const unsigned long long count = __ldcg(bin);
+  *bin = 0;
+  return count;
+}
 
-template <typename Key>
-struct Workspace {
-  unsigned long long* bins;  // kBins per group
-  Key* lists;                // kListCapacity per chunk
-  unsigned* list_counts;     // per chunk
-  unsigned* tie_counts;      // per chunk
-};
-
-// The last block of a group: prove the bracket and narrow it.
-template <typename Key>
-__device__ void narrow(LayerRow* layers, GroupRow& group, unsigned long long* bins, Key infinity) {
+// Proves the bracket of a group by what was counted, and narrows it. take(bin) gives a count and sets it to zero.
+template <typename Key, typename Take>
+__device__ void narrow(LayerRow* layers, GroupRow& group, Key infinity, Take take) {
   constexpr int kPerThread = kBins / kThreads;
   __shared__ bool finished;
   const uint64_t lo = group.lo, hi = group.hi;
-  const int64_t shift = group.shift, mode = group.mode;
+  const int64_t shift = group.shift;
   const int64_t below = __ldcg(&group.below), pruned = __ldcg(&group.pruned);
-  const bool listed = mode == kList || (mode == kStream && __ldcg(&group.overflow) == 0);
+  const bool listed = group.mode == kList || __ldcg(&group.overflow) == 0;
   const int64_t wanted = group.num_prune - pruned;  // rank, from 1, among the unpruned
   unsigned long long counts[kPerThread], sum = 0, inside;
 #pragma unroll
-  for (int b = 0; b < kPerThread; ++b) {
-    unsigned long long* const bin = bins + threadIdx.x * kPerThread + b;
-    sum += counts[b] = __ldcg(bin);
-    *bin = 0;
-  }
-  const unsigned long long before = block_scan(sum, inside);
+  for (int b = 0; b < kPerThread; ++b) sum += counts[b] = take(threadIdx.x * kPerThread + b);
+  const unsigned long long before = block_scan(sum, inside);  // and all have read what is written from here on
   const bool proven = wanted > below && wanted <= below + static_cast<int64_t>(inside);
   if (threadIdx.x == 0) finished = wanted <= 0;
   __syncthreads();
@@ -181,10 +187,10 @@ __device__ void narrow(LayerRow* layers, GroupRow& group, unsigned long long* bi
       group.hi = too_high ? lo - 1 : static_cast<uint64_t>(infinity) + 1;
       group.below = too_high ? 0 : below + static_cast<int64_t>(inside);
       group.shift = shift_of(group.lo, group.hi);
-      group.mode = kFull;
+      group.mode = kRead;
     }
   } else {
-    const Crossing<unsigned long long> crossing(counts, before, static_cast<unsigned long long>(wanted - below - 1));
+    const Crossing crossing(counts, before, static_cast<unsigned long long>(wanted - below - 1));
     if (crossing.bin >= 0) {
       const int64_t lower = below + static_cast<int64_t>(crossing.before);
       const uint64_t first = lo + (static_cast<uint64_t>(crossing.bin) << shift);
@@ -201,7 +207,7 @@ __device__ void narrow(LayerRow* layers, GroupRow& group, unsigned long long* bi
         group.hi = last < hi ? last : hi;
         group.below = lower;
         group.shift = shift_of(group.lo, group.hi);
-        group.mode = listed ? kList : kFull;
+        group.mode = listed ? kList : kRead;
       }
     }
   }
@@ -212,114 +218,83 @@ __device__ void narrow(LayerRow* layers, GroupRow& group, unsigned long long* bi
   if (threadIdx.x == 0) {
     if (finished) group.mode = kDone;
     ++group.passes;
-    group.blocks_done = 0;
+    group.overflow = group.blocks_done = 0;
   }
   __syncthreads();  // `finished` is used again
 }
 
-__device__ inline int64_t num_blocks_of(const GroupRow& group, int64_t num_chunks) {
-  return block_of(group.first_chunk + group.num_chunks - 1, num_chunks) - block_of(group.first_chunk, num_chunks) + 1;
+// Adds what a block has found of a group in its first read to that of the others.
+template <typename Key>
+__device__ void add_sums(GroupRow& group, const Counter<Key>& counter) {
+  const auto below = block_sum(static_cast<unsigned long long>(counter.below));
+  const auto pruned = block_sum(static_cast<unsigned long long>(counter.pruned));
+  if (threadIdx.x > 0) return;
+  atomicAdd(counter_at(&group.below), below);
+  atomicAdd(counter_at(&group.pruned), pruned);
+}
+
+// Ends a chunk that has been read; `number` is the chunk's.
+template <typename Key>
+__device__ __forceinline__ void end_chunk(Counter<Key>& counter, LayerRow& layer, GroupRow& group,
+                                          const Workspace& space, int64_t number) {
+  Key* const list = pointer<Key>(space.lists) + number * space.capacity;
+  if (counter.report_nonfinite(&layer.nonfinite)) *pointer<int64_t>(space.nonfinite) = 1;
+  const unsigned inside = counter.end_chunk([&](unsigned k, Key key) { store1(list + k, key); });
+  if (threadIdx.x > 0) return;
+  pointer<unsigned>(space.list_counts)[number] = inside;
+  if (inside > space.capacity) atomicOr(counter_at(&group.overflow), 1ull);
 }
 
 template <typename Key>
-__global__ void __launch_bounds__(kThreads) count(LayerRow* layers, int64_t num_layers, GroupRow* groups,
-                                                  int64_t num_chunks, Workspace<Key> space, Key infinity) {
-  __shared__ unsigned hist[kBins];
-  __shared__ unsigned appended;
-  for (int64_t b = threadIdx.x; b < kBins; b += kThreads) hist[b] = 0;
-  if (threadIdx.x == 0) appended = 0;
-  __syncthreads();
-  int64_t current = -1;
-  Found found;
+__global__ void __launch_bounds__(kThreads, kReaders<Key>)
+    count(LayerRow* layers, int64_t num_layers, GroupRow* groups, int64_t num_chunks, Workspace space, Key infinity) {
+  __shared__ Counts<Key> shared;
+  Counter<Key> counter(shared, space.capacity, infinity);
+  int64_t current = -1, mode = kDone;
 
-  const auto flush = [&] {
-    if (current < 0) return;
+  const auto leave = [&] {
+    if (mode == kDone) return;
     GroupRow& group = groups[current];
-    if (group.mode == kDone) return;
+    if (group.passes == 0) add_sums(group, counter);
     __syncthreads();
-    unsigned long long* const bins = space.bins + current * kBins;
-    for (int64_t b = threadIdx.x; b < kBins; b += kThreads) {
-      if (hist[b] != 0) atomicAdd(&bins[b], static_cast<unsigned long long>(hist[b]));
-      hist[b] = 0;
+    if (num_blocks_of(group, num_chunks) == 1) {
+      narrow(layers, group, infinity, [&](int64_t b) { return counter.take_bin(b); });
+      return;
     }
-    if (group.passes == 0) {
-      const unsigned long long below = block_sum(static_cast<unsigned long long>(found.below));
-      const unsigned long long pruned = block_sum(static_cast<unsigned long long>(found.pruned));
-      if (threadIdx.x == 0) {
-        atomicAdd(reinterpret_cast<unsigned long long*>(&group.below), below);
-        atomicAdd(reinterpret_cast<unsigned long long*>(&group.pruned), pruned);
-      }
-    }
-    found = Found{};
+    // No two groups that go on in another block begin in the same one.
+    auto* const bins = pointer<unsigned long long>(space.bins) + block_of(group.first_chunk, num_chunks) * kBins;
+    counter.move_bins(bins, kBins);
     if (is_last_block(&group.blocks_done, num_blocks_of(group, num_chunks))) {
-      narrow<Key>(layers, group, bins, infinity);
+      narrow(layers, group, infinity, [&](int64_t b) { return take_bin(bins + b); });
     }
   };
 
   for_each_chunk(layers, num_layers, num_chunks, [&](int64_t l, int64_t chunk, int64_t begin, int64_t end) {
     LayerRow& layer = layers[l];
     if (layer.group != current) {
-      flush();
+      leave();
       current = layer.group;
+      const GroupRow& group = groups[current];
+      mode = group.mode;
+      counter.aim(group.lo, group.hi, group.shift);
     }
-    const GroupRow& group = groups[current];
-    const int64_t mode = group.mode;
-    if (mode == kDone) return;
-    const Key lo = static_cast<Key>(group.lo), hi = static_cast<Key>(group.hi);
-    const int shift = static_cast<int>(group.shift);
-    Key* const list = space.lists + chunk * kListCapacity;
     if (mode == kList) {
-      const unsigned size = space.list_counts[chunk];
-      for (unsigned k = threadIdx.x; k < size; k += kThreads) {
-        const Key key = list[k];
-        if (key >= lo && key <= hi) atomicAdd(&hist[static_cast<Key>(key - lo) >> shift], 1u);
-      }
-      return;
+      const unsigned size = pointer<unsigned>(space.list_counts)[chunk];
+      const Key* const list = pointer<const Key>(space.lists) + chunk * space.capacity;
+      for (unsigned k = threadIdx.x; k < size; k += kThreads) counter.take_listed(load1(list + k));
+    } else if (mode == kRead) {
+      count_chunk(layer.weights, layer.mask, layer.n, begin, end, counter, [](Key) {});
+      end_chunk(counter, layer, groups[current], space, chunk);
     }
-    const bool is_first = group.passes == 0;
-    int64_t nonfinite = kNoIndex;
-    for (int64_t i = begin + threadIdx.x * kEach; i < end; i += kTile) {
-      const int size = count_from(i, layer.n);
-      const unsigned bits = load_bits(pointer<const uint8_t>(layer.mask), i, size);
-      found.pruned += size - count_bits(bits);
-      if (bits == 0) continue;
-      Key keys[kEach];
-      load8(pointer<const Key>(layer.weights) + i, size, keys);
-      unsigned inside = 0;
-#pragma unroll
-      for (int j = 0; j < kEach; ++j) {
-        if (!(bits >> j & 1)) continue;
-        keys[j] = magnitude_key(keys[j], infinity);
-        if (keys[j] >= infinity && i + j < nonfinite) nonfinite = i + j;
-        if (keys[j] < lo) {
-          ++found.below;
-        } else if (keys[j] <= hi) {
-          inside |= 1u << j;
-          atomicAdd(&hist[static_cast<Key>(keys[j] - lo) >> shift], 1u);
-        }
-      }
-      if (mode != kStream || inside == 0) continue;
-      unsigned place = atomicAdd(&appended, static_cast<unsigned>(count_bits(inside)));
-#pragma unroll
-      for (int j = 0; j < kEach; ++j) {
-        if (!(inside >> j & 1)) continue;
-        if (place < kListCapacity) list[place] = keys[j];
-        ++place;
-      }
-    }
-    if (is_first && nonfinite != kNoIndex) {
-      atomicMin(reinterpret_cast<unsigned long long*>(&layer.nonfinite), static_cast<unsigned long long>(nonfinite));
-    }
-    if (mode != kStream) return;
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      space.list_counts[chunk] = appended;
-      if (appended > kListCapacity) atomicOr(reinterpret_cast<unsigned long long*>(&groups[current].overflow), 1ull);
-      appended = 0;
-    }
-    __syncthreads();
   });
-  flush();
+  leave();
+}
+
+// One block per group, after a first read in which others did the counting, into kBins bins per group.
+template <typename Key>
+__global__ void __launch_bounds__(kThreads) prove(LayerRow* layers, GroupRow* groups, Workspace space, Key infinity) {
+  auto* const bins = pointer<unsigned long long>(space.bins) + blockIdx.x * kBins;
+  narrow(layers, groups[blockIdx.x], infinity, [&](int64_t b) { return take_bin(bins + b); });
 }
 
 // The last block of a group: the chunk in which the ties that stay end, and where in it.
@@ -329,7 +304,7 @@ __device__ void place_cut(LayerRow* layers, const GroupRow& group, const unsigne
   int64_t kept = group.num_ties_kept;
   if (threadIdx.x == 0) crossing = -1;
   __syncthreads();
-  for (int64_t first = 0; crossing < 0; first += kThreads) {
+  for (int64_t first = 0; crossing < 0 && first < group.num_chunks; first += kThreads) {
     const int64_t c = first + threadIdx.x;
     const int64_t ties = c < group.num_chunks ? __ldcg(&tie_counts[group.first_chunk + c]) : 0;
     int64_t total;
@@ -341,6 +316,7 @@ __device__ void place_cut(LayerRow* layers, const GroupRow& group, const unsigne
     kept -= total;
     __syncthreads();
   }
+  if (crossing < 0) return;  // the weights have changed meanwhile
   const LayerRow* const rows = layers + group.first_layer;
   const int64_t l = row_of(rows, group.num_layers, crossing);
   const LayerRow& row = rows[l];
@@ -373,32 +349,31 @@ __device__ void place_cut(LayerRow* layers, const GroupRow& group, const unsigne
 }
 
 template <typename Key>
-__global__ void __launch_bounds__(kThreads) ties(LayerRow* layers, int64_t num_layers, GroupRow* groups,
-                                                 int64_t num_chunks, Workspace<Key> space, Key infinity) {
-  int64_t current = -1;
-  const auto flush = [&] {
-    if (current < 0) return;
+__global__ void __launch_bounds__(kThreads, kReaders<Key>)
+    ties(LayerRow* layers, int64_t num_layers, GroupRow* groups, int64_t num_chunks, Workspace space, Key infinity) {
+  unsigned* const tie_counts = pointer<unsigned>(space.tie_counts);
+  int64_t current = -1, num_kept = 0;
+  const auto leave = [&] {
+    if (num_kept == 0) return;
     GroupRow& group = groups[current];
-    if (group.num_ties_kept == 0) return;
     if (is_last_block(&group.blocks_done, num_blocks_of(group, num_chunks))) {
-      place_cut<Key>(layers, group, space.tie_counts, infinity);
+      place_cut<Key>(layers, group, tie_counts, infinity);
     }
   };
   for_each_chunk(layers, num_layers, num_chunks, [&](int64_t l, int64_t chunk, int64_t begin, int64_t end) {
     const LayerRow& layer = layers[l];
     if (layer.group != current) {
-      flush();
+      leave();
       current = layer.group;
+      num_kept = groups[current].num_ties_kept;
     }
-    const GroupRow& group = groups[current];
-    if (group.num_ties_kept == 0) return;
-    const Key threshold = static_cast<Key>(group.key);
+    if (num_kept == 0) return;
+    const Key threshold = static_cast<Key>(groups[current].key);
     unsigned matches = 0;
-    if (group.listed) {
-      const unsigned size = space.list_counts[chunk];
-      for (unsigned k = threadIdx.x; k < size; k += kThreads) {
-        matches += space.lists[chunk * kListCapacity + k] == threshold;
-      }
+    if (groups[current].listed) {
+      const unsigned size = pointer<unsigned>(space.list_counts)[chunk];
+      const Key* const list = pointer<const Key>(space.lists) + chunk * space.capacity;
+      for (unsigned k = threadIdx.x; k < size; k += kThreads) matches += load1(list + k) == threshold;
     } else {
       for (int64_t i = begin + threadIdx.x * kEach; i < end; i += kTile) {
         const int size = count_from(i, layer.n);
@@ -410,9 +385,9 @@ __global__ void __launch_bounds__(kThreads) ties(LayerRow* layers, int64_t num_l
       }
     }
     matches = block_sum(matches);
-    if (threadIdx.x == 0) space.tie_counts[chunk] = matches;
+    if (threadIdx.x == 0) tie_counts[chunk] = matches;
   });
-  flush();
+  leave();
 }
 
 }  // namespace gmp::cuda::kernels

@@ -7,31 +7,29 @@
 namespace gmp::cuda {
 
 inline constexpr int64_t kChunk = 16384;       // weights that a block takes at a time; a multiple of 8 * kThreads
-inline constexpr int64_t kListCapacity = 512;  // candidates kept per chunk: 1/32 of it
-inline constexpr int64_t kBins = 2048;
+inline constexpr int64_t kListCapacity = 768;  // candidates kept per chunk, at most: 4.7 % of it
+inline constexpr int64_t kBins = 512;
 
 // A layer in a selection or an application. Chunks of all layers are numbered through.
 struct LayerRow {
-  uint64_t weights, mask, out;  // addresses; mask: 0 if nothing is pruned yet; out: where the new bits go, 0: nowhere
+  uint64_t weights, mask;  // addresses; mask: 0 if nothing is pruned yet
   int64_t n, first_chunk, group;
-  uint64_t key;               // apply: the threshold; weights of smaller keys go,
-  int64_t cut;                // and of those that tie the ones from this index on. Selection's answer.
+  int64_t cut;                // selection's answer: of the weights that tie, those from this index on go
   int64_t nonfinite;          // selection's answer: first unpruned NaN or Inf, INT64_MAX if there is none
   int64_t kept_before, kept;  // what apply counted
 };
 
 enum Mode : int64_t {
-  kStream,  // first read: count against the bracket, keep the keys inside it in lists
-  kList,    // the bracket holds: only the lists are read
-  kFull,    // it does not, or the lists overflowed: all weights are read again
+  kRead,  // all weights are read: counted against the bracket, the keys inside it kept in lists where they fit
+  kList,  // only the lists are read
   kDone,
 };
 
 // Layers that share one threshold.
 struct GroupRow {
   int64_t first_layer, num_layers, n, num_prune, first_chunk, num_chunks;
-  uint64_t lo, hi;
-  int64_t shift;  // of a key less lo, which gives its bin
+  uint64_t lo, hi;  // the bracket; given with hi > 0, it replaces the one from a sample
+  int64_t shift;    // of a key less lo, which gives its bin
   int64_t mode, passes;
   int64_t below, pruned;  // unpruned keys below lo; mask bits that are 0
   int64_t overflow;       // a chunk had more keys in the bracket than its list holds
@@ -41,10 +39,33 @@ struct GroupRow {
   int64_t num_below, num_ties, num_ties_kept;
 };
 
+// Where the kernels of a selection leave what the next one needs.
+struct Workspace {
+  uint64_t bins;                     // uint64_t, kBins per block that counts, or per group
+  uint64_t lists;                    // keys, `capacity` per chunk
+  uint64_t list_counts, tie_counts;  // uint32_t, one per chunk
+  int64_t capacity;
+  uint64_t nonfinite;  // int64_t, set once there is an unpruned NaN or Inf in any layer
+};
+
+// A layer that is counted against a bracket of the caller's (see Census in backends/__init__.py).
+struct CensusRow {
+  uint64_t weights, mask;
+  int64_t n, first_chunk;
+  uint64_t lo, hi;
+  int64_t shift;
+  uint64_t room;  // address; receives the magnitudes inside
+  int64_t room_size;
+  uint64_t bins;  // int64_t
+  int64_t num_bins;
+  int64_t below, inside, pruned, nonfinite;  // the answer
+};
+
 // A parameter in an optimizer step.
 struct UpdateRow {
   uint64_t weights, grads, master, state[3], mask, ranks;
   int64_t n, first_chunk, constants;
+  int64_t layer;  // in the selection that goes along; -1: none
 };
 
 // Optimizer state on its way from one layout to another (see cpu/optim.h).

@@ -1,16 +1,13 @@
-// The masked optimizer step for all tensors in one launch, and what else walks over optimizer state.
+// The masked optimizer step for all tensors in one launch, which may count what it writes as the first read of a
+// selection would.
 //
 // A thread whose eight weights are all pruned reads their mask byte and nothing else. Compact state holds the kept
 // values only: the ranks say how many come before a chunk, a scan over the block how many before a thread.
 #pragma once
 
-#include "../dtypes.h"
 #include "../update_constants.h"
-#include "device.cuh"
-
-#if defined(__CUDACC__)
-#include <cuda_fp16.h>
-#endif
+#include "formats.cuh"
+#include "select.cuh"
 
 namespace gmp::cuda::kernels {
 
@@ -30,62 +27,97 @@ inline double square_root(double v) { return __builtin_sqrt(v); }
 #include "../update_rule.h"
 #undef GMP_RULE_INLINE
 
-// How a weight is stored, and the type it is computed in; bit for bit what the CPU's vectors do.
-template <typename T>
-struct Wide {
-  using Bits = T;
-  using Compute = T;
-  __device__ static T load(T bits) { return bits; }
-  __device__ static T store(T v) { return v; }
+// The selection that goes along with a step.
+struct Tally {
+  LayerRow* layers;
+  GroupRow* groups;
+  Workspace space;  // with kBins bins per group
 };
 
-struct BFloat16 {
-  using Bits = uint16_t;
-  using Compute = float;
-  __device__ static float load(uint16_t bits) {
-    const uint32_t wide = static_cast<uint32_t>(bits) << 16;
-    float v;
-    memcpy(&v, &wide, sizeof(v));
-    return v;
+// Counts weights while they are at hand. Key: of what is ranked, the weights or their master copies; void: nothing is.
+template <typename Key>
+class Ranking {
+ public:
+  // Whether weights of this type are what is ranked, not the master copy.
+  template <typename Bits>
+  static constexpr bool takes = sizeof(Bits) == sizeof(Key);
+
+  __device__ Ranking(const Tally& tally, uint64_t infinity)
+      : tally_(tally), counter_(shared(), tally.space.capacity, static_cast<Key>(infinity)) {}
+
+  // The chunks of this layer come next; -1: they are not ranked.
+  __device__ void enter(int64_t layer) {
+    layer_ = layer < 0 ? nullptr : tally_.layers + layer;
+    if (layer_ == nullptr || layer_->group == group_) return;
+    leave();
+    group_ = layer_->group;
+    const GroupRow& group = tally_.groups[group_];
+    counter_.aim(group.lo, group.hi, group.shift);
   }
-  __device__ static uint16_t store(float v) {
-    uint32_t bits;
-    memcpy(&bits, &v, sizeof(v));
-    if ((bits & 0x7fffffff) > 0x7f800000) return 0x7fc0;
-    return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+
+  template <typename Value>
+  __device__ __forceinline__ void take(int64_t i, const Value (&written)[kEach]) {
+    if (layer_ == nullptr) return;
+    const int size = count_from(i, layer_->n);
+    const unsigned bits = load_bits(pointer<const uint8_t>(layer_->mask), i, size);
+    counter_.pruned += size - count_bits(bits);
+    Key raw[kEach];
+    memcpy(raw, written, sizeof(raw));
+    Word<Key> keys[kEach];
+    keys_of(raw, bits, keys);
+    const Key* const again = pointer<const Key>(layer_->weights) + i;
+    counter_.take(keys, bits, i, [&](int k) { return again[k]; }, [](Key) {});
   }
+
+  // Instead of all take(), where the chunk stays as it is.
+  __device__ void read(int64_t begin, int64_t end) {
+    if (layer_ != nullptr) count_chunk(layer_->weights, layer_->mask, layer_->n, begin, end, counter_, [](Key) {});
+  }
+
+  __device__ void end_chunk(int64_t begin) {
+    if (layer_ == nullptr) return;
+    const int64_t number = layer_->first_chunk + begin / kChunk;
+    kernels::end_chunk(counter_, *layer_, tally_.groups[group_], tally_.space, number);
+  }
+
+  __device__ void leave() {
+    if (group_ < 0) return;
+    add_sums(tally_.groups[group_], counter_);
+    __syncthreads();
+    counter_.move_bins(pointer<unsigned long long>(tally_.space.bins) + group_ * kBins, kBins);
+    __syncthreads();
+  }
+
+ private:
+  __device__ static Counts<Key>& shared() {
+    __shared__ Counts<Key> counts;
+    return counts;
+  }
+
+  const Tally& tally_;
+  Counter<Key> counter_;
+  LayerRow* layer_ = nullptr;
+  int64_t group_ = -1;
 };
 
-struct Float16 {
-  using Bits = uint16_t;
-  using Compute = float;
-#if defined(__CUDACC__)
-  using Half = __half;
-#else
-  using Half = _Float16;
-#endif
-  __device__ static float load(uint16_t bits) {
-    Half half;
-    memcpy(&half, &bits, sizeof(bits));
-    return static_cast<float>(half);
-  }
-  __device__ static uint16_t store(float v) {
-    // Converters agree on numbers but not on which NaN comes out.
-    if (v != v) {
-      uint32_t wide;
-      memcpy(&wide, &v, sizeof(v));
-      return static_cast<uint16_t>((wide >> 16 & 0x8000) | 0x7e00 | (wide >> 13 & 0x3ff));
-    }
-    const Half half = static_cast<Half>(v);
-    uint16_t bits;
-    memcpy(&bits, &half, sizeof(bits));
-    return bits;
-  }
+template <>
+class Ranking<void> {
+ public:
+  template <typename>
+  static constexpr bool takes = true;
+
+  __device__ Ranking(const Tally&, uint64_t) {}
+  __device__ void enter(int64_t) {}
+  template <typename Value>
+  __device__ void take(int64_t, const Value (&)[kEach]) {}
+  __device__ void read(int64_t, int64_t) {}
+  __device__ void end_chunk(int64_t) {}
+  __device__ void leave() {}
 };
 
-template <Rule kRule, typename Format>
+template <Rule kRule, typename Format, typename Key>
 __device__ __forceinline__ void update_chunk(const UpdateRow& row, const UpdateConstants<typename Format::Compute>& c,
-                                             int64_t begin, int64_t end) {
+                                             int64_t begin, int64_t end, Ranking<Key>& ranking) {
   using Bits = typename Format::Bits;
   using T = typename Format::Compute;
   // Not more than the rule keeps: what is not there costs no registers.
@@ -105,186 +137,94 @@ __device__ __forceinline__ void update_chunk(const UpdateRow& row, const UpdateC
       place = rank + block_scan(count_bits(bits), total);
       rank += total;
     }
-    if (bits == 0) continue;
-    Bits raw[kEach], grads[kEach];
-    T wide[kEach], state[kStates + 1][kEach];
-    load8(pointer<const Bits>(row.grads) + i, size, grads);
-    if (master != nullptr) {
-      load8(master + i, size, wide);
-    } else {
-      load8(weights + i, size, raw);
-    }
-    if (!compact) {
-#pragma unroll
-      for (int k = 0; k < kStates; ++k) {
-        if (row.state[k] != 0) load8(pointer<T>(row.state[k]) + i, size, state[k]);
+    Bits raw[kEach] = {};
+    T wide[kEach] = {};
+    if (bits != 0) {
+      Bits grads[kEach];
+      T state[kStates + 1][kEach];
+      load8(pointer<const Bits>(row.grads) + i, size, grads);
+      if (master != nullptr) {
+        load8(master + i, size, wide);
+      } else {
+        load8(weights + i, size, raw);
       }
-    }
-#pragma unroll
-    for (int j = 0; j < kEach; ++j) {
-      const bool kept = bits >> j & 1;
-      T w = T(0), s[3] = {T(0), T(0), T(0)};
-      if (kept) {
-        w = master != nullptr ? wide[j] : Format::load(raw[j]);
+      if (!compact) {
 #pragma unroll
         for (int k = 0; k < kStates; ++k) {
-          if (row.state[k] != 0) s[k] = compact ? load1(pointer<T>(row.state[k]) + place) : state[k][j];
-        }
-        update_one<kRule, T>(w, static_cast<T>(Format::load(grads[j])), s[0], s[1], s[2], row.state[0] != 0,
-                             row.state[2] != 0, c);
-        if (compact) {
-#pragma unroll
-          for (int k = 0; k < kStates; ++k) {
-            if (row.state[k] != 0) store1(pointer<T>(row.state[k]) + place, s[k]);
-          }
-          ++place;
+          if (row.state[k] != 0) load8(pointer<T>(row.state[k]) + i, size, state[k]);
         }
       }
 #pragma unroll
-      for (int k = 0; k < kStates; ++k) state[k][j] = s[k];
-      wide[j] = w;
-      raw[j] = kept ? Format::store(w) : Bits(0);
-    }
-    if (master != nullptr) store8(master + i, size, wide);
-    store8(weights + i, size, raw);
-    if (compact) continue;
+      for (int j = 0; j < kEach; ++j) {
+        const bool kept = bits >> j & 1;
+        T w = T(0), s[3] = {T(0), T(0), T(0)};
+        if (kept) {
+          w = master != nullptr ? wide[j] : Format::load(raw[j]);
 #pragma unroll
-    for (int k = 0; k < kStates; ++k) {
-      if (row.state[k] != 0) store8(pointer<T>(row.state[k]) + i, size, state[k]);
+          for (int k = 0; k < kStates; ++k) {
+            if (row.state[k] != 0) s[k] = compact ? load1(pointer<T>(row.state[k]) + place) : state[k][j];
+          }
+          update_one<kRule, T>(w, static_cast<T>(Format::load(grads[j])), s[0], s[1], s[2], row.state[0] != 0,
+                               row.state[2] != 0, c);
+          if (compact) {
+#pragma unroll
+            for (int k = 0; k < kStates; ++k) {
+              if (row.state[k] != 0) store1(pointer<T>(row.state[k]) + place, s[k]);
+            }
+            ++place;
+          }
+        }
+#pragma unroll
+        for (int k = 0; k < kStates; ++k) state[k][j] = s[k];
+        wide[j] = w;
+        raw[j] = kept ? Format::store(w) : Bits(0);
+      }
+      if (master != nullptr) store8(master + i, size, wide);
+      store8(weights + i, size, raw);
+      if (!compact) {
+#pragma unroll
+        for (int k = 0; k < kStates; ++k) {
+          if (row.state[k] != 0) store8(pointer<T>(row.state[k]) + i, size, state[k]);
+        }
+      }
+    }
+    if constexpr (Ranking<Key>::template takes<Bits>) {
+      ranking.take(i, raw);
+    } else {
+      ranking.take(i, wide);
     }
   }
 }
 
-template <Rule kRule, typename Format>
-__global__ void __launch_bounds__(kThreads, 1)
-    update(const UpdateRow* rows, int64_t num_rows, int64_t num_chunks, const UpdateConstants<double>* constants) {
+// Blocks that a multiprocessor holds at once: 128 registers are enough for a thread but in double, or with a ranking.
+template <typename Format, typename Key>
+inline constexpr unsigned kUpdaters = sizeof(typename Format::Compute) == 4 && std::is_void_v<Key> ? 2 : 1;
+
+template <Rule kRule, typename Format, typename Key>
+__global__ void __launch_bounds__(kThreads, (kUpdaters<Format, Key>))
+    update(const UpdateRow* rows, int64_t num_rows, int64_t num_chunks, const UpdateConstants<double>* constants,
+           Tally tally, uint64_t infinity) {
   using T = typename Format::Compute;
   __shared__ UpdateConstants<T> c;
+  Ranking<Key> ranking(tally, infinity);
   int64_t current = -1;
   for_each_chunk(rows, num_rows, num_chunks, [&](int64_t r, int64_t, int64_t begin, int64_t end) {
-    if (rows[r].constants != current) {
-      current = rows[r].constants;
+    const UpdateRow& row = rows[r];
+    if (row.constants != current) {
+      current = row.constants;
       __syncthreads();
       if (threadIdx.x == 0) c = constants[current].template as<T>();
       __syncthreads();
     }
-    update_chunk<kRule, Format>(rows[r], c, begin, end);
-  });
-}
-
-// One value per kept weight on its way from layout to layout.
-template <typename Bits>
-__device__ void repack_chunk(const RepackRow& row, int64_t begin, int64_t end) {
-  const uint8_t* const masks[2] = {pointer<const uint8_t>(row.from_mask), pointer<const uint8_t>(row.to_mask)};
-  const uint64_t ranks[2] = {row.from_ranks, row.to_ranks};
-  int64_t rank[2] = {};
-  for (int side = 0; side < 2; ++side) {
-    if (masks[side] != nullptr) rank[side] = pointer<const int64_t>(ranks[side])[begin / kChunk];
-  }
-  for (int64_t tile = begin; tile < end; tile += kTile) {
-    const int64_t i = tile + threadIdx.x * kEach;
-    const int size = count_from(i, row.n);
-    unsigned bits[2];
-    int64_t place[2];
-    for (int side = 0; side < 2; ++side) {
-      bits[side] = load_bits(masks[side], i, size);
-      place[side] = i;
-      if (masks[side] == nullptr) continue;
-      int total;
-      place[side] = rank[side] + block_scan(count_bits(bits[side]), total);
-      rank[side] += total;
-    }
-    int read = 0, written = 0;
-    for (int j = 0; j < size; ++j) {
-      Bits value{};
-      if (bits[0] >> j & 1) {
-        memcpy(&value, pointer<const Bits>(row.from) + place[0] + read, sizeof(Bits));
-        ++read;
-      }
-      if (bits[1] >> j & 1) {
-        memcpy(pointer<Bits>(row.to) + place[1] + written, &value, sizeof(Bits));
-        ++written;
-      }
-    }
-  }
-}
-
-__global__ void __launch_bounds__(kThreads) repack(const RepackRow* rows, int64_t num_rows, int64_t num_chunks) {
-  for_each_chunk(rows, num_rows, num_chunks, [&](int64_t r, int64_t, int64_t begin, int64_t end) {
-    if (rows[r].value_bytes == 4) {
-      repack_chunk<uint32_t>(rows[r], begin, end);
+    ranking.enter(row.layer);
+    if (c.skip) {
+      ranking.read(begin, end);
     } else {
-      repack_chunk<uint64_t>(rows[r], begin, end);
+      update_chunk<kRule, Format>(row, c, begin, end, ranking);
     }
+    ranking.end_chunk(begin);
   });
-}
-
-// Kept weights before each chunk of one mask, and their number. One block: 64 KB of mask per million weights.
-__global__ void __launch_bounds__(kThreads) ranks(const uint8_t* mask, int64_t n, int64_t* ranks) {
-  const int64_t num_chunks = (n + kChunk - 1) / kChunk;
-  int64_t before = 0;
-  for (int64_t first = 0; first < num_chunks; first += kThreads) {
-    const int64_t chunk = first + threadIdx.x;
-    int64_t kept = 0;
-    if (chunk < num_chunks) {
-      const int64_t end = (chunk + 1) * kChunk < n ? (chunk + 1) * kChunk : n;
-      for (int64_t i = chunk * kChunk; i < end; i += kEach) kept += count_bits(load_bits(mask, i, count_from(i, n)));
-    }
-    int64_t total;
-    const int64_t scan = block_scan(kept, total);
-    if (chunk < num_chunks) ranks[chunk] = before + scan;
-    before += total;
-  }
-  if (threadIdx.x == 0) ranks[num_chunks] = before;
-}
-
-template <typename Format>
-__device__ double sum_squares_of(const GradRow& row, int64_t begin, int64_t end) {
-  using Bits = typename Format::Bits;
-  double sum = 0;
-  for (int64_t i = begin + threadIdx.x * kEach; i < end; i += kTile) {
-    const int size = count_from(i, row.n);
-    const unsigned bits = load_bits(pointer<const uint8_t>(row.mask), i, size);
-    if (bits == 0) continue;
-    Bits raw[kEach];
-    load8(pointer<const Bits>(row.grads) + i, size, raw);
-    for (int j = 0; j < kEach; ++j) {
-      const double g = static_cast<double>(Format::load(raw[j]));
-      if (bits >> j & 1) sum += g * g;
-    }
-  }
-  return sum;
-}
-
-// Sums of the chunks, added up by `total` in an order that depends on their number alone.
-__global__ void __launch_bounds__(kThreads)
-    sum_squares(const GradRow* rows, int64_t num_rows, int64_t num_chunks, double* sums) {
-  for_each_chunk(rows, num_rows, num_chunks, [&](int64_t r, int64_t chunk, int64_t begin, int64_t end) {
-    double sum = 0;
-    switch (static_cast<DType>(rows[r].dtype)) {
-      case DType::float32:
-        sum = sum_squares_of<Wide<float>>(rows[r], begin, end);
-        break;
-      case DType::float64:
-        sum = sum_squares_of<Wide<double>>(rows[r], begin, end);
-        break;
-      case DType::float16:
-        sum = sum_squares_of<Float16>(rows[r], begin, end);
-        break;
-      case DType::bfloat16:
-        sum = sum_squares_of<BFloat16>(rows[r], begin, end);
-        break;
-    }
-    sum = block_sum(sum);
-    if (threadIdx.x == 0) sums[chunk] = sum;
-  });
-}
-
-__global__ void __launch_bounds__(kThreads) total(double* sums, int64_t num_chunks) {
-  double sum = 0;
-  for (int64_t c = threadIdx.x; c < num_chunks; c += kThreads) sum += sums[c];
-  sum = block_sum(sum);
-  if (threadIdx.x == 0) sums[num_chunks] = sum;
+  ranking.leave();
 }
 
 }  // namespace gmp::cuda::kernels

@@ -84,17 +84,29 @@ class Block {
     position.grid_dim = {grid};
     position.block_dim = {size};
     for (unsigned t = 0; t < size; ++t) start(fibers_[t]);
+    // Shuffled, one warp at a time stays behind until the others can do no more: they may be a barrier ahead.
+    const unsigned num_warps = size / kWarp;
+    unsigned behind = num_warps;
     while (running_ > 0) {
-      if (shuffled_) std::shuffle(order_.begin(), order_.end(), random_);
-      bool progress = false;
+      if (shuffled_) {
+        std::shuffle(order_.begin(), order_.end(), random_);
+        if (random_() % 16 == 0) behind = static_cast<unsigned>(random_() % (num_warps + 1));
+      }
+      bool progress = false, held = false;
       for (unsigned t : order_) {
         Fiber& fiber = fibers_[t];
         if (fiber.done || (fiber.awaited != nullptr && *fiber.awaited == fiber.seen)) continue;
+        if (t / kWarp == behind) {
+          held = true;
+          continue;
+        }
         fiber.awaited = nullptr;
         progress = true;
         resume(t);
       }
-      if (!progress) {
+      if (!progress && held) {
+        behind = num_warps;
+      } else if (!progress) {
         throw std::runtime_error("a block cannot go on: some of its threads wait where the others never come");
       }
     }

@@ -10,7 +10,7 @@ import importlib
 import logging
 import os
 import pkgutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple, Protocol
@@ -34,6 +34,7 @@ __all__ = [
     "Written",
     "available",
     "choose",
+    "has_nonfinite",
     "register",
 ]
 
@@ -130,6 +131,11 @@ class Census(NamedTuple):
     bins: torch.Tensor
 
 
+def has_nonfinite(selections: Sequence[Selection]) -> bool:
+    """Whether any of them found a NaN or Inf."""
+    return any(index >= 0 for selection in selections for index in selection.nonfinite)
+
+
 class Written(NamedTuple):
     """What ``prune`` left behind in one layer: zeros in the mask, and those among them that are new."""
 
@@ -224,8 +230,8 @@ class Implementation(Protocol):
 
     def select(
         self, layers: Sequence[Layer], num_prune: Sequence[int], hints: Sequence[Threshold | None]
-    ) -> list[Selection]:
-        """Find where each selection cuts. Reads only.
+    ) -> Sequence[Selection]:
+        """Find where each selection cuts. Reads only. A GPU is waited for when the answer is looked at, not before.
 
         ``num_prune`` has one entry per layer (layer scope) or exactly one for all layers together, ranked with the
         flat index running through them in order (global scope). ``hints``, one per entry, are earlier thresholds of
@@ -255,11 +261,18 @@ class Implementation(Protocol):
         ...
 
     def prune(
-        self, layers: Sequence[Layer], selections: Sequence[Selection], out: Sequence[torch.Tensor]
+        self,
+        layers: Sequence[Layer],
+        selections: Sequence[Selection],
+        out: Sequence[torch.Tensor],
+        *,
+        finite: bool = False,
     ) -> list[Written]:
         """Zero what the selections prune and write the new packed bits, zeros after the last weight, to ``out``.
 
-        ``out[i]`` may be ``layers[i].mask`` itself.
+        ``out[i]`` may be ``layers[i].mask`` itself. With ``finite``, nothing is written if any selection found a NaN
+        or Inf, and the list returned is empty. ``selections`` as ``select`` returned them, for these very ``layers``,
+        need not have been looked at.
         """
         ...
 
@@ -272,22 +285,24 @@ class Implementation(Protocol):
         rule: str,
         tensors: Sequence[UpdateTensor],
         gradients: Sequence[Gradient],
-        constants: Sequence[dict[str, float]],
+        constants: Sequence[Mapping[str, float | torch.Tensor]],
         tally: Tally | None = None,
-    ) -> list[Selection | None]:
+    ) -> Sequence[Selection | None]:
         """Take one optimizer step. ``rule`` is "sgd", "adam" or "average"; absent constants change nothing.
+
+        A constant that is a 0-d float64 tensor is not looked at on the host. "skip" not 0: nothing is written.
 
         Pruned weights and their state stay zero whatever their gradient; the arithmetic is that of torch.optim.
         Returns what ``select`` would say of the tally afterwards, None where it did not come out along the way.
         """
         ...
 
-    def fingerprints(self, layers: Sequence[Layer]) -> list[int]:
+    def fingerprints(self, layers: Sequence[Layer]) -> object:
         """Hash a small sample of each layer: equal for equal weights, different after most changes to a whole one."""
         ...
 
-    def sum_squares(self, gradients: Sequence[Layer]) -> float:
-        """Sum of the squares of the kept elements of all tensors, in float64."""
+    def sum_squares(self, gradients: Sequence[Layer]) -> float | torch.Tensor:
+        """Sum of the squares of the kept elements of all tensors, in float64; on a GPU a 0-d tensor."""
         ...
 
     def compaction(self, mask: torch.Tensor, numel: int) -> Compaction:
@@ -334,9 +349,10 @@ def register(backend: Backend) -> None:
 
 @cache
 def available() -> tuple[Backend, ...]:
-    """Every registered backend, highest priority first. Imports the files of this folder on first use."""
+    """Every registered backend, highest priority first. Imports this folder's files but for _*.py on first use."""
     for module in pkgutil.iter_modules(__path__):
-        importlib.import_module(f"{__name__}.{module.name}")
+        if not module.name.startswith("_"):
+            importlib.import_module(f"{__name__}.{module.name}")
     return tuple(sorted(_REGISTRY.values(), key=lambda backend: -backend.priority))
 
 

@@ -1,15 +1,21 @@
-"""What backends share in handing layers to native code: names of dtypes, addresses, one call per dtype."""
+"""What backends share in handing layers to kernels: names of dtypes, addresses, one call per dtype, GPU errors."""
 
 from __future__ import annotations
 
+import zlib
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
 from gmp_kernels.backends import Layer
+from gmp_kernels.errors import DeviceError
 
-__all__ = ["address", "by_dtype", "dtype_name", "parts"]
+__all__ = ["INTEGERS", "address", "by_dtype", "dtype_name", "fingerprint", "on_device", "parts"]
+
+# Which hold the bits of a weight, by its bytes.
+INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 # As in csrc/dtypes.h.
 _DTYPE_NAMES = {
@@ -42,3 +48,28 @@ def parts(layers: Sequence[Layer], num_prune: Sequence[float]) -> list[tuple[str
     """Split a selection by dtype: its name, the positions of its layers and of their entries in ``num_prune``."""
     is_global = len(num_prune) != len(layers)
     return [(dtype, positions, [0] if is_global else positions) for dtype, positions in by_dtype(layers).items()]
+
+
+def fingerprint(weight: torch.Tensor) -> int:
+    """Hash of a thousand weights spread over a tensor on any device."""
+    flat = weight.view(-1)
+    sample = flat[:: max(1, flat.numel() // 1024)].view(INTEGERS[flat.itemsize])
+    return zlib.crc32(sample.cpu().numpy().tobytes())
+
+
+@contextmanager
+def on_device(device: torch.device, what: str) -> Iterator[None]:
+    """Make a GPU current and give its errors a name; the host needs neither."""
+    if device.type == "cpu":
+        yield
+        return
+    try:
+        with torch.cuda.device(device):
+            yield
+    except torch.OutOfMemoryError as error:
+        raise DeviceError(f"{what}: no memory left on {device} for the workspace ({error}); free some") from error
+    except RuntimeError as error:
+        raise DeviceError(
+            f"{what}: {device} reports an error, of this kernel or an earlier one ({error}); run again with "
+            "CUDA_LAUNCH_BLOCKING=1 to see which"
+        ) from error

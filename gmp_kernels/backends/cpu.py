@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 # Before _C: the process then has one OpenMP runtime, torch's, and our loops run on the threads torch keeps warm.
 import torch
@@ -20,6 +20,7 @@ from gmp_kernels.backends import (
     Threshold,
     UpdateTensor,
     Written,
+    has_nonfinite,
     register,
 )
 from gmp_kernels.backends._rows import address, by_dtype, dtype_name, parts
@@ -38,6 +39,10 @@ def _row(layer: Layer) -> tuple[int, int, int]:
 def _selection(found: tuple[tuple[float, int, int, int], list[int], list[int]]) -> Selection:
     threshold, cuts, nonfinite = found
     return Selection(Threshold(*threshold), tuple(cuts), tuple(nonfinite))
+
+
+def _floats(constants: Mapping[str, float | torch.Tensor]) -> dict[str, float]:
+    return {name: float(value) for name, value in constants.items()}
 
 
 def _prepared(t: UpdateTensor) -> _C.UpdateRow:
@@ -109,8 +114,15 @@ class Cpu:
         return [found[i] for i in range(len(layers))]
 
     def prune(
-        self, layers: Sequence[Layer], selections: Sequence[Selection], out: Sequence[torch.Tensor]
+        self,
+        layers: Sequence[Layer],
+        selections: Sequence[Selection],
+        out: Sequence[torch.Tensor],
+        *,
+        finite: bool = False,
     ) -> list[Written]:
+        if finite and has_nonfinite(selections):
+            return []
         cuts = [(selection.threshold.value, cut) for selection in selections for cut in selection.cuts]
         written: dict[int, Written] = {}
         for dtype, positions in by_dtype(layers).items():
@@ -134,7 +146,7 @@ class Cpu:
         rule: str,
         tensors: Sequence[UpdateTensor],
         gradients: Sequence[Gradient],
-        constants: Sequence[dict[str, float]],
+        constants: Sequence[Mapping[str, float | torch.Tensor]],
         tally: Tally | None = None,
     ) -> list[Selection | None]:
         rows = [t.row if isinstance(t.row, _C.UpdateRow) else _prepared(t) for t in tensors]
@@ -150,7 +162,7 @@ class Cpu:
             for dtype, positions, groups in tallied
             if tally is not None
         ]
-        counted = _C.update(rule, rows, steps, list(constants), tallies, torch.get_num_threads())
+        counted = _C.update(rule, rows, steps, [_floats(c) for c in constants], tallies, torch.get_num_threads())
         found: dict[int, Selection | None] = {}
         for (_, _, groups), selections in zip(tallied, counted, strict=True):
             found.update(zip(groups, (s and _selection(s) for s in selections), strict=True))

@@ -1,15 +1,16 @@
 """The CUDA kernels (csrc/cuda) on NVIDIA GPUs; and, for the tests, the same kernels run on the host (csrc/simt).
 
-A step is one table of rows in device memory and a fixed number of launches on torch's current stream. Workspace comes
-from torch's allocator: for a selection 1/32 of the bytes of the weights that are selected from.
+A call is a few tables of rows in device memory and a fixed number of launches on torch's current stream. What it finds
+stays on the device until it is needed. Workspace comes from torch's allocator.
 """
 
 from __future__ import annotations
 
-import zlib
+import itertools
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -17,6 +18,8 @@ import torch
 
 from gmp_kernels.backends import (
     Backend,
+    Bracket,
+    Census,
     Compaction,
     Gradient,
     Layer,
@@ -26,9 +29,11 @@ from gmp_kernels.backends import (
     Threshold,
     UpdateTensor,
     Written,
+    has_nonfinite,
     register,
 )
-from gmp_kernels.backends._rows import address, by_dtype, dtype_name, parts
+from gmp_kernels.backends._rows import address, by_dtype, dtype_name
+from gmp_kernels.backends._tables import LayerField, SelectionTables, Table, num_chunks_of, upload
 from gmp_kernels.errors import DeviceError
 
 _modules: dict[str, ModuleType] = {}
@@ -46,32 +51,11 @@ try:
 except ImportError as error:
     _missing["simt"] = str(error)
 
-BLOCKS_PER_MULTIPROCESSOR = 8  # of 256 threads: all that one holds
 LOWEST_CAPABILITY = (8, 0)  # what csrc/cuda is compiled for
-_NO_INDEX = (1 << 63) - 1
-_KEY_DTYPES = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}  # as in csrc/dtypes.h
-_LAYER_FIELDS, _GROUP_FIELDS = 11, 20  # of csrc/cuda/tables.h
-_KEPT_BEFORE, _KEPT = 9, 10
-_NONFINITE, _CUT = 8, 7
-
-
-def _key(value: float, dtype: torch.dtype) -> int:
-    """Key of a magnitude that is a value of ``dtype``."""
-    tensor = torch.tensor(value, dtype=dtype)
-    if value != value:  # every NaN has the one key above Inf
-        tensor = torch.tensor(float("inf"), dtype=dtype)
-        return int(tensor.view(_KEY_DTYPES[tensor.element_size()])) + 1
-    return int(tensor.view(_KEY_DTYPES[tensor.element_size()]))
-
-
-def _magnitude(key: int, dtype: torch.dtype) -> float:
-    integer = _KEY_DTYPES[torch.empty((), dtype=dtype).element_size()]
-    return float(torch.tensor(key, dtype=integer).view(dtype))
-
-
-def _num_chunks(n: int, chunk: int) -> int:
-    return -(-n // chunk)
+_CENSUS_FIELDS, _CENSUS_ANSWER = 15, 11  # of csrc/cuda/tables.h
+_MOST_BINS = 2048  # that a census counts in at once
+_NO_INDEX = (1 << 63) - 1
 
 
 class Launches:
@@ -79,230 +63,317 @@ class Launches:
 
     def __init__(self, module: ModuleType) -> None:
         self._module: Any = module
-        self._num_blocks: dict[torch.device, int] = {}
+        self._multiprocessors: dict[torch.device, int] = {}
 
     @contextmanager
-    def _on(self, device: torch.device, what: str) -> Iterator[tuple[int, int]]:
-        """Make ``device`` current; give its stream and the size of a persistent grid. Errors get a name."""
+    def _on(self, device: torch.device, what: str) -> Iterator[Any]:
+        """Make ``device`` current, and give what launches need of it. Errors get a name."""
         try:
             if device.type == "cpu":
-                yield 0, self._blocks(device)
+                yield self._module.Launch(0, 0, self._size(device))
             else:
                 with torch.cuda.device(device):
-                    yield torch.cuda.current_stream().cuda_stream, self._blocks(device)
+                    stream = torch.cuda.current_stream().cuda_stream
+                    yield self._module.Launch(stream, torch.cuda.current_device(), self._size(device))
         except torch.OutOfMemoryError as error:
-            raise DeviceError(f"{what}: no memory left on {device} for the workspace ({error}); free some") from error
+            raise DeviceError(
+                f"{what}: no memory left on {device} for the workspace, nothing was changed ({error}); free some, or "
+                "prune fewer layers at a time"
+            ) from error
         except RuntimeError as error:
             raise DeviceError(
-                f"{what}: {device} reports an error, of this kernel or an earlier one ({error}); run again with "
+                f"{what}: {device} reports an error, of this call or of an earlier one ({error}); run again with "
                 "CUDA_LAUNCH_BLOCKING=1 to see which"
             ) from error
 
-    def _blocks(self, device: torch.device) -> int:
-        if device not in self._num_blocks:
-            reason, multiprocessors, _, _ = self._module.device_info()
-            if reason:
-                raise RuntimeError(reason)
-            self._num_blocks[device] = multiprocessors * BLOCKS_PER_MULTIPROCESSOR
-        return self._num_blocks[device]
+    def _size(self, device: torch.device) -> int:
+        if device not in self._multiprocessors:
+            index = torch.cuda.current_device() if device.type == "cuda" else 0
+            self._multiprocessors[device] = self._module.multiprocessors_of(index)
+        return self._multiprocessors[device]
 
-    def _layer_rows(self, layers: Sequence[Layer], group_of: Sequence[int]) -> tuple[list[list[int]], int]:
-        rows, first_chunk = [], 0
-        for layer, group in zip(layers, group_of, strict=True):
-            n = layer.weight.numel()
-            rows.append(
-                [layer.weight.data_ptr(), address(layer.mask), 0, n, first_chunk, group, *[0] * (_LAYER_FIELDS - 6)]
-            )
-            first_chunk += _num_chunks(n, self._module.CHUNK)
-        return rows, first_chunk
+    def _tables(self, layers: Sequence[Layer], num_prune: Sequence[int], *args: Any, **kwargs: Any) -> SelectionTables:
+        device = layers[0].weight.device
+        return SelectionTables(self._module, self._size(device), layers, num_prune, *args, **kwargs)
+
+    def _tables_of_nothing(self, layers: Sequence[Layer]) -> SelectionTables:
+        """Tables of layers that no selection touches."""
+        nothing = [Selection(Threshold(0.0, 0, 0, 0), (layer.weight.numel(),), (-1,)) for layer in layers]
+        return self._tables(layers, [0] * len(layers), [None] * len(layers), found=nothing)
 
     def select(
         self, layers: Sequence[Layer], num_prune: Sequence[int], hints: Sequence[Threshold | None]
-    ) -> list[Selection]:
-        found: dict[int, Selection] = {}
-        for dtype, positions, groups in parts(layers, num_prune):
-            selections = self._select(dtype, [layers[i] for i in positions], [num_prune[g] for g in groups])
-            found.update(zip(groups, selections, strict=True))
-        return [found[g] for g in range(len(num_prune))]
+    ) -> Sequence[Selection]:
+        with self._on(layers[0].weight.device, "select") as launch:
+            tables = self._tables(layers, num_prune, hints)
+            for part in tables.parts:
+                self._module.begin(launch, part.dtype, part.tables)
+                self._module.select(launch, part.dtype, part.tables, False)
+        return tables
 
-    def _select(self, dtype: str, layers: Sequence[Layer], num_prune: Sequence[int]) -> list[Selection]:
-        is_global = len(num_prune) != len(layers)
-        device, torch_dtype = layers[0].weight.device, layers[0].weight.dtype
-        rows, num_chunks = self._layer_rows(layers, [0] * len(layers) if is_global else range(len(layers)))
-        members = [list(range(len(layers)))] if is_global else [[i] for i in range(len(layers))]
-        ends = [row[4] for row in rows[1:]] + [num_chunks]
-        group_rows = []
-        for indices, count in zip(members, num_prune, strict=True):
-            first, last = indices[0], indices[-1]
-            n = sum(rows[i][3] for i in indices)
-            group_rows.append(
-                [first, len(indices), n, count, rows[first][4], ends[last] - rows[first][4], *[0] * (_GROUP_FIELDS - 6)]
-            )
-        with self._on(device, "select") as (stream, num_blocks):
-            table = torch.tensor(rows, dtype=torch.int64).to(device)
-            groups = torch.tensor(group_rows, dtype=torch.int64).to(device)
-            bins = torch.zeros(len(group_rows) * self._module.BINS, dtype=torch.int64, device=device)
-            key_dtype = _KEY_DTYPES[layers[0].weight.element_size()]
-            lists = torch.empty(num_chunks * self._module.LIST_CAPACITY, dtype=key_dtype, device=device)
-            counts = torch.empty(2, num_chunks, dtype=torch.int32, device=device)
-            self._module.select(
-                stream,
-                num_blocks,
-                dtype,
-                table.data_ptr(),
-                len(rows),
-                groups.data_ptr(),
-                len(group_rows),
-                num_chunks,
-                bins.data_ptr(),
-                lists.data_ptr(),
-                counts[0].data_ptr(),
-                counts[1].data_ptr(),
-            )
-            answers, layer_answers = groups.tolist(), table.tolist()
-        selections = []
-        for indices, (key, num_below, num_ties, num_ties_kept) in zip(members, (a[-4:] for a in answers), strict=True):
-            value = _magnitude(key, torch_dtype) if num_ties else 0.0
-            nonfinite = [layer_answers[i][_NONFINITE] for i in indices]
-            selections.append(
-                Selection(
-                    Threshold(value, num_below, num_ties, num_ties_kept),
-                    tuple(layer_answers[i][_CUT] for i in indices),
-                    tuple(-1 if index == _NO_INDEX else index for index in nonfinite),
-                )
-            )
-        return selections
+    def sample(self, layers: Sequence[Layer], shares: Sequence[float]) -> list[Bracket]:
+        sizes = [layer.weight.numel() for layer in layers]
+        sizes = sizes if len(shares) == len(sizes) else [sum(sizes)]
+        num_prune = [round(share * n) for share, n in zip(shares, sizes, strict=True)]
+        with self._on(layers[0].weight.device, "sample") as launch:
+            tables = self._tables(layers, num_prune, [None] * len(num_prune))
+            for part in tables.parts:
+                self._module.begin(launch, part.dtype, part.tables)
+            return [Bracket(*tables.bracket(g)) for g in range(len(shares))]
 
-    def _apply(
-        self, layers: Sequence[Layer], cuts: Sequence[tuple[float, int]], out: Sequence[torch.Tensor | None]
-    ) -> list[tuple[int, int]]:
-        """Launch apply for each dtype; return (kept before, kept) per layer once they are needed."""
-        tables: list[tuple[list[int], torch.Tensor]] = []
-        for dtype, positions in by_dtype(layers).items():
-            rows, num_chunks = self._layer_rows([layers[i] for i in positions], [0] * len(positions))
-            for row, i in zip(rows, positions, strict=True):
-                value, cut = cuts[i]
-                row[2], row[6], row[_CUT] = address(out[i]), _key(value, layers[i].weight.dtype), cut
-            device = layers[0].weight.device
-            with self._on(device, "prune") as (stream, num_blocks):
-                table = torch.tensor(rows, dtype=torch.int64).to(device)
-                self._module.apply(stream, num_blocks, dtype, table.data_ptr(), len(rows), num_chunks)
-            tables.append((positions, table))
-        if all(packed is None for packed in out):
-            return []
-        counts: dict[int, tuple[int, int]] = {}
-        for positions, table in tables:
-            counts.update(
-                (i, (row[_KEPT_BEFORE], row[_KEPT])) for i, row in zip(positions, table.tolist(), strict=True)
-            )
-        return [counts[i] for i in range(len(layers))]
+    def count(
+        self,
+        layers: Sequence[Layer],
+        brackets: Sequence[Bracket],
+        num_bins: int,
+        rooms: Sequence[torch.Tensor | None] | None = None,
+    ) -> list[Census]:
+        if num_bins > _MOST_BINS:
+            raise ValueError(f"count: expected at most {_MOST_BINS} bins, got {num_bins}")
+        device = layers[0].weight.device
+        found: dict[int, Census] = {}
+        with self._on(device, "count") as launch:
+            for dtype, positions in by_dtype(layers).items():
+                bins = torch.zeros(len(positions), num_bins, dtype=torch.int64, device=device)
+                rows, first_chunk = [], 0
+                for i, own in zip(positions, bins, strict=True):
+                    weight, mask = layers[i]
+                    room = None if rooms is None else rooms[i]
+                    rows.append(
+                        [
+                            *(weight.data_ptr(), address(mask), weight.numel(), first_chunk),
+                            *(*brackets[i], brackets[i].shift(num_bins)),
+                            *(address(room), 0 if room is None else room.numel(), own.data_ptr(), num_bins),
+                            *(0, 0, 0, _NO_INDEX),
+                        ]
+                    )
+                    first_chunk += num_chunks_of(weight.numel(), self._module.CHUNK)
+                table = upload(rows, torch.int64, device)
+                self._module.census(launch, dtype, table.data_ptr(), len(rows), first_chunk)
+                for i, row, own in zip(positions, table.tolist(), bins.cpu(), strict=True):
+                    below, inside, pruned, nonfinite = row[_CENSUS_ANSWER:]
+                    found[i] = Census(below, inside, pruned, -1 if nonfinite == _NO_INDEX else nonfinite, own)
+        return [found[i] for i in range(len(layers))]
 
     def prune(
-        self, layers: Sequence[Layer], selections: Sequence[Selection], out: Sequence[torch.Tensor]
+        self,
+        layers: Sequence[Layer],
+        selections: Sequence[Selection],
+        out: Sequence[torch.Tensor],
+        *,
+        finite: bool = False,
     ) -> list[Written]:
-        cuts = [(selection.threshold.value, cut) for selection in selections for cut in selection.cuts]
-        return [
-            Written(layer.weight.numel() - kept, kept_before - kept)
-            for layer, (kept_before, kept) in zip(layers, self._apply(layers, cuts, out), strict=True)
-        ]
+        device = layers[0].weight.device
+        with self._on(device, "prune") as launch:
+            tables = selections
+            if not isinstance(tables, SelectionTables) or tables.layers is not layers:
+                if finite and has_nonfinite(selections):
+                    return []
+                tables = self._tables(layers, [0] * len(selections), [None] * len(selections), found=selections)
+            addresses = upload(
+                [out[i].data_ptr() for part in tables.parts for i in part.positions], torch.int64, device
+            )
+            first = addresses.data_ptr()
+            stop = tables.buffer.data_ptr() if finite else 0
+            for part in tables.parts:
+                self._module.apply(launch, part.dtype, part.tables, first, stop)
+                first += 8 * len(part.positions)
+            if finite and not tables.is_finite:
+                return []
+            before, kept = tables.layer_fields(LayerField.KEPT_BEFORE), tables.layer_fields(LayerField.KEPT)
+        return [Written(layer.weight.numel() - k, b - k) for layer, b, k in zip(layers, before, kept, strict=True)]
 
     def apply(self, layers: Sequence[Layer]) -> None:
-        self._apply(layers, [(0.0, layer.weight.numel()) for layer in layers], [None] * len(layers))
+        with self._on(layers[0].weight.device, "apply_masks_") as launch:
+            tables = self._tables_of_nothing(layers)
+            for part in tables.parts:
+                self._module.apply(launch, part.dtype, part.tables, 0, 0)
 
     def update(
         self,
         rule: str,
         tensors: Sequence[UpdateTensor],
         gradients: Sequence[Gradient],
-        constants: Sequence[dict[str, float]],
+        constants: Sequence[Mapping[str, float | torch.Tensor]],
         tally: Tally | None = None,
-    ) -> list[Selection | None]:
+    ) -> Sequence[Selection | None]:
         if not tensors:
             return []
-        rows: dict[str, list[list[int]]] = defaultdict(list)
-        num_chunks: dict[str, int] = defaultdict(int)
-        for t, gradient in zip(tensors, gradients, strict=True):
-            dtype, weight, others = t.row if isinstance(t.row, _Row) else _prepared(t)
-            rows[dtype].append([weight, gradient.tensor.data_ptr(), *others, num_chunks[dtype], gradient.constants])
-            num_chunks[dtype] += _num_chunks(others[-1], self._module.CHUNK)
         device = tensors[0].weight.device
-        packed = bytearray(b"".join(self._module.pack_constants(c) for c in constants))
-        with self._on(device, "update") as (stream, num_blocks):
-            values = torch.frombuffer(packed, dtype=torch.uint8).to(device, non_blocking=True)
-            for dtype, table_rows in rows.items():
-                table = torch.tensor(table_rows, dtype=torch.int64).to(device, non_blocking=True)
+        with self._on(device, "update") as launch:
+            ranked = None if tally is None else self._begin_tally(launch, tensors, tally)
+            parts_of: dict[str, list[int]] = defaultdict(list)
+            for i, t in enumerate(tensors):
+                parts_of[t.row.dtype if isinstance(t.row, _Row) else _prepared(t).dtype].append(i)
+            steps = []
+            for dtype, positions in parts_of.items():
+                first: _Row = tensors[positions[0]].row  # type: ignore[assignment]
+                values = self._constants(first.constants, constants, device)
+                rows, num_chunks = [], 0
+                for i in positions:
+                    row: _Row = tensors[i].row  # type: ignore[assignment]
+                    gradient = gradients[i]
+                    layer = -1 if ranked is None else ranked.layer_of.get(i, -1)
+                    rows.append(
+                        (row.weight, gradient.tensor.data_ptr(), *row.others, num_chunks, gradient.constants, layer)
+                    )
+                    num_chunks += num_chunks_of(row.others[-1], self._module.CHUNK)
+                table = first.table.at(rows, device)
+                part = None if ranked is None else ranked.part_of.get(dtype)
+                steps.append((dtype, table, len(rows), num_chunks, values, part))
+            # Everything there has to be memory for is there: from here on weights are written.
+            for dtype, table, num_rows, num_chunks, values, part in steps:
+                own, ranked_dtype = (None, dtype) if part is None else (part.tables, part.dtype)
                 self._module.update(
-                    stream,
-                    num_blocks,
-                    dtype,
-                    rule,
-                    table.data_ptr(),
-                    len(table_rows),
-                    num_chunks[dtype],
-                    values.data_ptr(),
+                    launch, dtype, rule, table.data_ptr(), num_rows, num_chunks, values.data_ptr(), own, ranked_dtype
                 )
-        # Reading thresholds back would make the step wait for the device.
-        return [] if tally is None else [None] * len(tally.num_prune)
+        if tally is None:
+            return []
+        return [None] * len(tally.num_prune) if ranked is None else _Tallied(self, ranked.tables)
 
-    def fingerprints(self, layers: Sequence[Layer]) -> list[int]:
-        hashes = []
-        for layer in layers:
-            weight = layer.weight.view(-1)
-            sample = weight[:: max(1, weight.numel() // 1024)].view(_KEY_DTYPES[weight.element_size()])
-            hashes.append(zlib.crc32(sample.cpu().numpy().tobytes()))
-        return hashes
+    def _begin_tally(self, launch: Any, tensors: Sequence[UpdateTensor], tally: Tally) -> _Ranked | None:
+        """Brackets for the selection along with a step; None if the step's launches cannot make it."""
+        written: dict[str, set[str]] = defaultdict(set)  # by the dtype ranked
+        for layer, i in zip(tally.layers, tally.tensors, strict=True):
+            written[dtype_name(layer.weight)].add(dtype_name(tensors[i].weight))
+        sources = [source for dtypes in written.values() for source in dtypes]
+        if len(set(sources)) < len(sources) or any(len(dtypes) > 1 for dtypes in written.values()):
+            return None
+        tables = self._tables(tally.layers, tally.num_prune, [None] * len(tally.num_prune), bins_per_group=True)
+        part_of: dict[str, Any] = {}
+        layer_of: dict[int, int] = {}
+        for part in tables.parts:
+            self._module.begin(launch, part.dtype, part.tables)
+            (source,) = written[part.dtype]
+            part_of[source] = part
+            layer_of.update((tally.tensors[i], index) for index, i in enumerate(part.positions))
+        return _Ranked(tables, part_of, layer_of)
 
-    def sum_squares(self, gradients: Sequence[Layer]) -> float:
+    def finish(self, tables: SelectionTables) -> Sequence[Selection]:
+        """Select from what a step has counted."""
+        with self._on(tables.layers[0].weight.device, "select") as launch:
+            for part in tables.parts:
+                self._module.select(launch, part.dtype, part.tables, True)
+        return tables
+
+    def _constants(
+        self, table: Table, constants: Sequence[Mapping[str, float | torch.Tensor]], device: torch.device
+    ) -> torch.Tensor:
+        """The constants as the kernels read them; those that are on the device do not leave it."""
+        names: Mapping[str, float] = self._module.CONSTANTS
+        rows = []
+        on_device: dict[int, list[tuple[int, torch.Tensor]]] = defaultdict(list)  # by column
+        for i, given in enumerate(constants):
+            values = [given.get(name, absent) for name, absent in names.items()]
+            rows.append([0.0 if isinstance(value, torch.Tensor) else value for value in values])
+            for column, value in enumerate(values):
+                if isinstance(value, torch.Tensor):
+                    on_device[column].append((i, value))
+        filled = {column: [i for i, _ in found] for column, found in on_device.items()}
+        result = table.at(rows, device, filled)
+        for column, found in on_device.items():
+            # Runs of rows, each in one copy.
+            for _, run in itertools.groupby(enumerate(found), lambda pair: pair[1][0] - pair[0]):
+                where, values_there = zip(*(pair for _, pair in run), strict=True)
+                result[where[0] : where[-1] + 1, column].copy_(torch.stack(values_there))
+        return result
+
+    def fingerprints(self, layers: Sequence[Layer]) -> _Fingerprints:
+        hashes = torch.empty(len(layers), dtype=torch.int64, device=layers[0].weight.device)
+        with self._on(hashes.device, "fingerprints") as launch:
+            tables = self._tables_of_nothing(layers)
+            done = 0
+            for part in tables.parts:
+                own = hashes.data_ptr() + 8 * done
+                self._module.fingerprints(
+                    launch, part.dtype, tables.buffer.data_ptr() + 8 * part.start, len(part.positions), own
+                )
+                done += len(part.positions)
+        return _Fingerprints(hashes)
+
+    def sum_squares(self, gradients: Sequence[Layer]) -> float | torch.Tensor:
+        if not gradients:
+            return 0.0
+        device = gradients[0].weight.device
         rows, first_chunk = [], 0
         for g in gradients:
             n = g.weight.numel()
             rows.append([_DTYPE_CODES[g.weight.dtype], g.weight.data_ptr(), address(g.mask), n, first_chunk])
-            first_chunk += _num_chunks(n, self._module.CHUNK)
-        device = gradients[0].weight.device
-        with self._on(device, "sum_squares") as (stream, num_blocks):
-            table = torch.tensor(rows, dtype=torch.int64).to(device)
+            first_chunk += num_chunks_of(n, self._module.CHUNK)
+        with self._on(device, "sum_squares") as launch:
+            table = upload(rows, torch.int64, device)
             sums = torch.empty(first_chunk + 1, dtype=torch.float64, device=device)
-            self._module.sum_squares(stream, num_blocks, table.data_ptr(), len(rows), first_chunk, sums.data_ptr())
-            return float(sums[-1])
+            self._module.sum_squares(launch, table.data_ptr(), len(rows), first_chunk, sums.data_ptr())
+        return sums[-1]
 
     def compaction(self, mask: torch.Tensor, numel: int) -> Compaction:
-        with self._on(mask.device, "compaction") as (stream, _):
-            ranks = torch.empty(_num_chunks(numel, self._module.CHUNK) + 1, dtype=torch.int64, device=mask.device)
-            self._module.ranks(stream, mask.data_ptr(), numel, ranks.data_ptr())
+        with self._on(mask.device, "compaction") as launch:
+            ranks = torch.empty(num_chunks_of(numel, self._module.CHUNK) + 1, dtype=torch.int64, device=mask.device)
+            self._module.ranks(launch, mask.data_ptr(), numel, ranks.data_ptr())
             return Compaction(mask, ranks, int(ranks[-1]))
 
     def move_state(self, moves: Sequence[StateMove]) -> None:
-        if not moves:
-            return
         rows, first_chunk = [], 0
         for move in moves:
             layouts = [
                 (0, 0) if layout is None else (layout.mask.data_ptr(), layout.ranks.data_ptr())
                 for layout in (move.source_layout, move.target_layout)
             ]
-            rows.append(
-                [
-                    move.source.data_ptr(),
-                    *layouts[0],
-                    move.target.data_ptr(),
-                    *layouts[1],
-                    move.numel,
-                    first_chunk,
-                    move.source.element_size(),
-                ]
-            )
-            first_chunk += _num_chunks(move.numel, self._module.CHUNK)
-        with self._on(moves[0].source.device, "move_state") as (stream, num_blocks):
-            table = torch.tensor(rows, dtype=torch.int64).to(moves[0].source.device)
-            self._module.repack(stream, num_blocks, table.data_ptr(), len(rows), first_chunk)
+            source, target = (*(move.source.data_ptr(), *layouts[0]),), (move.target.data_ptr(), *layouts[1])
+            rows.append([*source, *target, move.numel, first_chunk, move.source.element_size()])
+            first_chunk += num_chunks_of(move.numel, self._module.CHUNK)
+        if not first_chunk:
+            return
+        with self._on(moves[0].source.device, "move_state") as launch:
+            table = upload(rows, torch.int64, moves[0].source.device)
+            self._module.repack(launch, table.data_ptr(), len(rows), first_chunk)
 
 
-class _Row(NamedTuple):
-    """A tensor's row of csrc/cuda/tables.h less what changes with every step."""
+class _Ranked(NamedTuple):
+    """The selection along with a step."""
+
+    tables: SelectionTables
+    part_of: dict[str, Any]  # by the dtype of the weights written
+    layer_of: dict[int, int]  # row in its part, by the position of the step's tensor
+
+
+class _Tallied(Sequence[Selection]):
+    """What a step counted, from which the selections are made once somebody asks."""
+
+    def __init__(self, launches: Launches, tables: SelectionTables) -> None:
+        self._launches, self._tables = launches, tables
+        self._selections: Sequence[Selection] | None = None
+
+    def __len__(self) -> int:
+        return len(self._tables)
+
+    def __getitem__(self, index: Any) -> Any:
+        if self._selections is None:
+            self._selections = self._launches.finish(self._tables)
+        return self._selections[index]
+
+
+class _Fingerprints:
+    """Hashes that stay on the device until they are compared."""
+
+    def __init__(self, hashes: torch.Tensor) -> None:
+        self._hashes = hashes
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Fingerprints) and torch.equal(self._hashes, other._hashes)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+@dataclass(slots=True)
+class _Row:
+    """A tensor's row of csrc/cuda/tables.h less what changes with every step; and the tables of steps that it heads."""
 
     dtype: str
     weight: int
     others: tuple[int, ...]
+    table: Table = field(default_factory=lambda: Table(torch.int64))
+    constants: Table = field(default_factory=lambda: Table(torch.float64))
 
 
 def _prepared(t: UpdateTensor) -> _Row:
@@ -325,14 +396,17 @@ def _probe() -> str | None:
         return "this torch is for AMD GPUs; use backend 'triton'"
     if not torch.cuda.is_available():
         return "torch sees no GPU; check nvidia-smi and that torch is a CUDA build"
-    capability = torch.cuda.get_device_capability()
-    if capability < LOWEST_CAPABILITY:
-        return f"it needs compute capability {LOWEST_CAPABILITY} or newer, got {capability}; use backend 'triton'"
     return None
 
 
 def _supports(device: torch.device) -> str | None:
-    return None if device.type == "cuda" else f"it takes CUDA tensors, got {device}; move them with .cuda()"
+    if device.type != "cuda":
+        return f"it takes CUDA tensors, got {device}; move them with .cuda()"
+    if _probe() is None:
+        capability = torch.cuda.get_device_capability(device)
+        if capability < LOWEST_CAPABILITY:
+            return f"it needs compute capability {LOWEST_CAPABILITY} or newer, got {capability}; use backend 'triton'"
+    return None
 
 
 def _probe_simt() -> str | None:

@@ -27,6 +27,7 @@ from gmp_kernels.backends import (
     Threshold,
     UpdateTensor,
     Written,
+    has_nonfinite,
     register,
 )
 from gmp_kernels.keys import largest_key, magnitude_of
@@ -97,20 +98,26 @@ class Reference:
         return [_count(*row, num_bins) for row in zip(layers, brackets, given, strict=True)]
 
     def prune(
-        self, layers: Sequence[Layer], selections: Sequence[Selection], out: Sequence[torch.Tensor]
+        self,
+        layers: Sequence[Layer],
+        selections: Sequence[Selection],
+        out: Sequence[torch.Tensor],
+        *,
+        finite: bool = False,
     ) -> list[Written]:
+        if finite and has_nonfinite(selections):
+            return []
         per_layer = [(s.threshold, cut) for s in selections for cut in s.cuts]
         written = []
         for layer, (threshold, cut), packed in zip(layers, per_layer, out, strict=True):
             kept = _kept(layer)
             already = int((~kept).sum())
-            if threshold.num_ties:
-                magnitude = _magnitude(layer.weight)
-                tie = (magnitude == threshold.value) | (np.isnan(magnitude) & np.isnan(threshold.value))
-                above = magnitude > threshold.value
-                if not np.isnan(threshold.value):
-                    above |= np.isnan(magnitude)
-                kept &= above | (tie & (np.arange(kept.size) < cut))
+            magnitude = _magnitude(layer.weight)
+            tie = (magnitude == threshold.value) | (np.isnan(magnitude) & np.isnan(threshold.value))
+            above = magnitude > threshold.value
+            if not np.isnan(threshold.value):
+                above |= np.isnan(magnitude)
+            kept &= above | (tie & (np.arange(kept.size) < cut))
             _write(layer.weight, kept)
             packed.copy_(torch.from_numpy(np.packbits(kept, bitorder="little")))
             num_pruned = int((~kept).sum())
@@ -126,11 +133,13 @@ class Reference:
         rule: str,
         tensors: Sequence[UpdateTensor],
         gradients: Sequence[Gradient],
-        constants: Sequence[dict[str, float]],
+        constants: Sequence[Mapping[str, float | torch.Tensor]],
         tally: Tally | None = None,
     ) -> list[Selection | None]:
         for t, (gradient, index) in zip(tensors, gradients, strict=True):
-            c = constants[index]
+            c = {name: float(value) for name, value in constants[index].items()}
+            if c.get("skip"):
+                continue
             kept = torch.ones(t.weight.shape, dtype=torch.bool)
             if t.mask is not None:
                 kept = torch.from_numpy(_kept(Layer(t.weight, t.mask))).view(t.weight.shape)

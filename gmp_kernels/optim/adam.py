@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from gmp_kernels.optim.constants import scalar
 from gmp_kernels.optim.masked import MaskedOptimizer
 
 __all__ = ["Adam", "AdamW"]
@@ -17,8 +18,8 @@ class Adam(MaskedOptimizer, torch.optim.Adam):
     Parameters
     ----------
     *args, **kwargs
-        Those of ``torch.optim.Adam``. ``foreach``, ``fused`` and ``capturable`` are accepted and change nothing;
-        ``differentiable`` is refused.
+        Those of ``torch.optim.Adam``. ``foreach`` and ``fused`` are accepted and change nothing; with ``capturable``
+        the step count stays on the device, so that a CUDA graph can hold the step; ``differentiable`` is refused.
     compact_state : bool
         Keep exp_avg, exp_avg_sq (and max_exp_avg_sq) for the kept weights only: 8 bytes per weight become
         8 x density. ``state_dict`` still speaks torch's dense format.
@@ -51,9 +52,9 @@ class Adam(MaskedOptimizer, torch.optim.Adam):
     def _state_keys(self, group: dict[str, Any]) -> tuple[str, ...]:
         return ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if group["amsgrad"] else ("exp_avg", "exp_avg_sq")
 
-    def _constants(self, group: dict[str, Any], step: int) -> dict[str, float]:
-        lr, weight_decay = float(group["lr"]), float(group["weight_decay"])
-        beta1, beta2 = map(float, group["betas"])
+    def _constants(self, group: dict[str, Any], step: Any) -> dict[str, Any]:
+        lr, weight_decay = scalar(group["lr"]), float(group["weight_decay"])
+        beta1, beta2 = map(scalar, group["betas"])
         decoupled = group["decoupled_weight_decay"]
         return {
             "decay": 1 - lr * weight_decay if decoupled else 1.0,

@@ -25,7 +25,7 @@ class ExpectedPrune:
         self._masks = list(masks)
         self._num_prune = tuple(num_prune)
         self._layers: tuple[Layer, ...] = ()
-        self._selections: list[Selection | None] | None = None
+        self._selections: Sequence[Selection | None] | None = None
         self._evidence: object = None
 
     def tally(self, written: Mapping[torch.Tensor, UpdateTensor]) -> Tally | None:
@@ -42,11 +42,11 @@ class ExpectedPrune:
         )
         return Tally(self._layers, tuple(position[p] for p in self._parameters), self._num_prune)
 
-    def keep(self, selections: list[Selection | None], implementation: Implementation) -> None:
+    def keep(self, selections: Sequence[Selection | None], implementation: Implementation) -> None:
         """Remember what the step found, and what the weights looked like then."""
         self._selections, self._evidence = selections, self._look(implementation)
 
-    def selections(self, num_prune: Sequence[int], implementation: Implementation) -> list[Selection | None] | None:
+    def selections(self, num_prune: Sequence[int], implementation: Implementation) -> Sequence[Selection | None] | None:
         """Return what was found, if it was for these counts and nothing has changed since; None entries: not found."""
         if self._selections is None or self._num_prune != tuple(num_prune):
             return None

@@ -10,6 +10,7 @@ from gmp_kernels.backends import Gradient, UpdateTensor, choose
 from gmp_kernels.errors import ShapeError, SparsityError
 from gmp_kernels.masks import BitMask
 from gmp_kernels.ops import check_tensors
+from gmp_kernels.sharding import local_grad, sharding_of, sum_over_shards
 
 __all__ = ["clip_grad_norm_", "ema_update_"]
 
@@ -31,11 +32,12 @@ def clip_grad_norm_(
     Parameters
     ----------
     parameters : iterable of torch.Tensor, or one
-        Those without a gradient are passed over.
+        Those without a gradient are passed over. The norm of sharded ones (``DTensor``) is that over all their shards,
+        so that every rank has to call.
     max_norm : float
         >= 0.
     masks : sequence of BitMask or None, optional
-        One entry per parameter; None: all of it is kept.
+        One entry per parameter, for what this process holds of it; None: all of it is kept.
     error_if_nonfinite : bool
         Raise when the norm is NaN or Inf, before anything is scaled.
     backend : str, optional
@@ -56,16 +58,15 @@ def clip_grad_norm_(
     given: Sequence[BitMask | None] = [None] * len(owners) if masks is None else list(masks)
     if len(given) != len(owners):
         raise ShapeError(f"clip_grad_norm_: expected one mask per parameter, got {len(given)} for {len(owners)}")
-    pairs = [(p.grad, mask) for p, mask in zip(owners, given, strict=True) if p.grad is not None and p.grad.numel()]
-    if not pairs:
-        return torch.tensor(0.0)
-    gradients, bits = [grad for grad, _ in pairs], [mask for _, mask in pairs]
-    if torch.compiler.is_compiling():
+    pairs = [(p, mask) for p, mask in zip(owners, given, strict=True) if p.grad is not None]
+    owners, bits = [p for p, _ in pairs], [mask for _, mask in pairs]
+    gradients = [local_grad(p) for p in owners]
+    if gradients and torch.compiler.is_compiling():
         norm: torch.Tensor = torch.ops.gmp_kernels.clip_gradients_(
             gradients, max_norm, _packed(bits), error_if_nonfinite=error_if_nonfinite, backend=backend
         )
         return norm
-    return clip_gradients_(gradients, max_norm, bits, error_if_nonfinite=error_if_nonfinite, backend=backend)
+    return clip_gradients_(gradients, max_norm, bits, owners, error_if_nonfinite=error_if_nonfinite, backend=backend)
 
 
 @torch.no_grad()
@@ -73,17 +74,32 @@ def clip_gradients_(
     gradients: Sequence[torch.Tensor],
     max_norm: float,
     masks: Sequence[BitMask | None],
+    owners: Sequence[torch.Tensor],
     *,
     error_if_nonfinite: bool = False,
     backend: str | None = None,
 ) -> torch.Tensor:
-    """``clip_grad_norm_`` on the gradients themselves, at least one, none of them empty."""
-    layers = check_tensors("clip_grad_norm_", [g.contiguous() for g in gradients], masks, optional_masks=True)
-    squares = choose(backend, layers[0].weight.device).sum_squares(layers)
-    norm = torch.tensor(squares, dtype=torch.float64).sqrt().to(torch.float32)
+    """``clip_grad_norm_`` on the gradients themselves; ``owners`` tell how each is sharded."""
+    # Those that are sharded alike are summed over the shards together.
+    alike: dict[object, list[int]] = {}
+    for i, owner in enumerate(owners):
+        alike.setdefault(sharding_of(owner), []).append(i)
+    squares: float | torch.Tensor = 0.0
+    for members in alike.values():
+        present = [i for i in members if gradients[i].numel()]
+        layers = check_tensors(
+            "clip_grad_norm_",
+            [gradients[i].contiguous() for i in present],
+            [masks[i] for i in present],
+            optional_masks=True,
+        )
+        here = choose(backend, layers[0].weight.device).sum_squares(layers) if layers else 0.0
+        squares = squares + sum_over_shards(here, owners[members[0]])
+    norm = torch.as_tensor(squares, dtype=torch.float64).sqrt().to(torch.float32)
     if error_if_nonfinite and not torch.isfinite(norm):
         raise RuntimeError(f"clip_grad_norm_: the norm of the kept gradients is {float(norm)}; nothing was scaled")
-    torch._foreach_mul_(list(gradients), torch.clamp(max_norm / (norm + 1e-6), max=1.0))
+    if gradients:
+        torch._foreach_mul_(list(gradients), torch.clamp(max_norm / (norm + 1e-6), max=1.0))
     return norm
 
 

@@ -14,7 +14,9 @@ from gmp_kernels.backends import Compaction, Gradient, Selection, StateMove, Upd
 from gmp_kernels.errors import DTypeError, LayoutError, ShapeError, StateError, TargetError
 from gmp_kernels.masks import BitMask
 from gmp_kernels.ops import DTYPES, apply_masks_
+from gmp_kernels.optim.constants import Group, constants_of, is_on_gpu
 from gmp_kernels.optim.expected import ExpectedPrune
+from gmp_kernels.sharding import is_sharded, local, local_grad, sharded_like
 
 __all__ = ["MaskedOptimizer"]
 
@@ -30,6 +32,7 @@ class _Ready(NamedTuple):
     dtype: torch.dtype
     state: dict[str, Any]
     keys: tuple[str, ...]
+    held: tuple[torch.Tensor | None, ...]
     tensor: UpdateTensor
 
     def holds(self, p: torch.Tensor, grad: torch.Tensor, state: dict[str, Any] | None, keys: tuple[str, ...]) -> bool:
@@ -42,8 +45,7 @@ class _Ready(NamedTuple):
             and grad.stride() == self.stride
             and grad.dtype is self.dtype
             and p.shape == self.shape  # its strides and dtype are the gradient's
-            and state.get(MASTER) is self.tensor.master
-            and all(map(operator.is_, map(state.get, keys), self.tensor.state))
+            and all(map(operator.is_, map(state.get, (MASTER, *keys)), self.held))
         )
 
 
@@ -95,8 +97,11 @@ class MaskedOptimizer(torch.optim.Optimizer):
         """Names, in torch's state, of the tensors this rule keeps per weight (at most three)."""
         raise AssertionError("a subclass says which")
 
-    def _constants(self, group: dict[str, Any], step: int) -> dict[str, float]:
-        """The kernel's constants for the ``step``-th update (1 is the first) of a parameter of this group."""
+    def _constants(self, group: dict[str, Any], step: Any) -> dict[str, Any]:
+        """The kernel's constants for the ``step``-th update (1 is the first) of a parameter of this group.
+
+        ``step`` may be a float64 tensor of several; then so is what depends on it.
+        """
         raise AssertionError("a subclass says which")
 
     # Whether torch's state of this rule holds a step count; where not, only the first step is told from the others.
@@ -114,7 +119,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
         Parameters
         ----------
         masks : mapping of parameter to BitMask
-            Each of the parameter's shape, on its device.
+            Each of the parameter's shape (of a sharded one: of what this process holds of it), on its device.
 
         Raises
         ------
@@ -130,14 +135,17 @@ class MaskedOptimizer(torch.optim.Optimizer):
                     f"{self._name}.set_masks: expected masks of this optimizer's parameters, got one for a tensor of "
                     f"shape {tuple(p.shape)} that is not among them; add it with add_param_group"
                 )
-            if mask.shape != p.shape:
-                raise ShapeError(f"{self._name}.set_masks: expected shape {tuple(p.shape)}, got {tuple(mask.shape)}")
+            if mask.shape != local(p).shape:
+                raise ShapeError(
+                    f"{self._name}.set_masks: expected shape {tuple(local(p).shape)}, got {tuple(mask.shape)}"
+                )
         tensors: list[torch.Tensor] = []
         bits: list[BitMask] = []
         for p, mask in masks.items():
             # Compact state has another shape: what is pruned in it goes when it is repacked.
             state = self.state.get(p, {})
             found = [p.detach(), *(v for key, v in state.items() if _is_per_weight(key, v) and v.shape == p.shape)]
+            found = [local(tensor) for tensor in found if local(tensor).numel()]
             tensors += found
             bits += [mask] * len(found)
         apply_masks_(tensors, bits, backend=self._backend)
@@ -150,7 +158,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
     def master_weight(self, parameter: torch.Tensor) -> torch.Tensor | None:
         """Return the float32 copy that the arithmetic of ``parameter`` runs on; None if there is none (yet)."""
         master: torch.Tensor | None = self.state.get(parameter, {}).get(MASTER)
-        return master
+        return None if master is None else local(master)
 
     def expect_prune(
         self, parameters: Sequence[torch.Tensor], masks: Sequence[BitMask], num_prune: Sequence[int]
@@ -162,7 +170,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
         """
         self._expected = ExpectedPrune(parameters, masks, num_prune) if parameters else None
 
-    def expected_selections(self, num_prune: Sequence[int]) -> list[Selection | None] | None:
+    def expected_selections(self, num_prune: Sequence[int]) -> Sequence[Selection | None] | None:
         """Return what the last step found for the update announced, if it was for these counts and still holds."""
         if self._expected is None:
             return None
@@ -175,12 +183,13 @@ class MaskedOptimizer(torch.optim.Optimizer):
         layouts: dict[torch.Tensor, Compaction] = {}
         for p in parameters:
             implementation = choose(self._backend, p.device)
-            layouts[p] = implementation.compaction(self._masks[p].packed, p.numel())
+            numel = local(p).numel()
+            layouts[p] = implementation.compaction(self._masks[p].packed, numel)
             for key, value in self.state.get(p, {}).items():
                 if key == MASTER or not _is_per_weight(key, value):
                     continue
                 packed = torch.empty(layouts[p].num_kept, dtype=value.dtype, device=value.device)
-                moves.append(StateMove(value, self._compactions.get(p), packed, layouts[p], p.numel()))
+                moves.append(StateMove(local(value), self._compactions.get(p), packed, layouts[p], numel))
                 self.state[p][key] = packed
         if moves:
             choose(self._backend, moves[0].source.device).move_state(moves)
@@ -236,64 +245,80 @@ class MaskedOptimizer(torch.optim.Optimizer):
 
         By default the parameter itself and its ``grad``.
         """
-        found_inf = getattr(self, "found_inf", None)
-        if found_inf is not None and found_inf.item():
+        found_inf: torch.Tensor | None = getattr(self, "found_inf", None)
+        grad_scale: torch.Tensor | None = getattr(self, "grad_scale", None)
+        # What is on the GPU stays there: looking at it would make the step wait.
+        waits = found_inf is not None and found_inf.device.type != "cpu"
+        on_device = [waits or bool(group.get("capturable")) or is_on_gpu(group["lr"]) for group in self.param_groups]
+        if found_inf is not None and not all(on_device) and found_inf.item():
             return
-        grad_scale = getattr(self, "grad_scale", None)
-        factor = 1.0 if grad_scale is None else 1.0 / float(grad_scale)
 
         found = []
         unready = []
-        for group in self.param_groups:
+        for group, stays in zip(self.param_groups, on_device, strict=True):
             keys = self._state_keys(group)
             for p in group["params"]:
-                weight, grad = (p, p.grad) if given is None else given.get(p, (p, None))
+                if given is not None:
+                    weight, grad = given.get(p, (p, None))
+                else:
+                    weight, grad = local(p), None if p.grad is None else local_grad(p)
                 if grad is None:
                     continue
                 ready = self._ready.get(p)
                 if ready is None or not ready.holds(weight, grad, self.state.get(p), keys):
-                    ready, grad = None, self._checked_grad(p, grad)
+                    ready, grad = None, self._checked_grad(p, weight, grad)
                     unready.append((group, p))
-                found.append((group, p, weight, grad, ready))
+                found.append((group, stays, p, weight, grad, ready))
         if not found:
             return
         if unready:
             for group, p in unready:
                 self._check_state(group, p)
-            self._check_device([p for _, p, _, _, _ in found])
-        implementation = choose(self._backend, found[0][1].device)
-        constants: list[dict[str, float]] = []
-        index_of: dict[tuple[int, int], int] = {}
+            self._check_device([p for _, _, p, _, _, _ in found])
+        implementation = choose(self._backend, found[0][2].device)
         written: list[torch.Tensor] = []
         tensors: list[UpdateTensor] = []
-        gradients: list[Gradient] = []
-        for group, p, weight, grad, ready in found:
+        ages: list[tuple[Group, int | torch.Tensor]] = []
+        steps: list[torch.Tensor] = []
+        for group, stays, p, weight, grad, ready in found:
             is_first = ready is None and self._init_state(group, p, weight)
-            if p.numel() == 0:
+            if self.counts_steps:
+                steps.append(self._step_count(p, stays))
+            if grad.numel() == 0:
                 continue
             if ready is None:
                 ready = self._ready[p] = self._prepare(group, p, weight)
-            step = int(ready.state["step"]) + 1 if self.counts_steps else 1 if is_first else 2
-            key = (id(group), step)
-            if key not in index_of:
-                index_of[key] = len(constants)
-                constants.append(
-                    {**self._constants(group, step), "grad_factor": -factor if group["maximize"] else factor}
-                )
             written.append(p)
             tensors.append(ready.tensor)
-            gradients.append(Gradient(grad, index_of[key]))
+            if not self.counts_steps:
+                ages.append((group, 1 if is_first else 2))
+            else:
+                ages.append((group, steps[-1] if stays or steps[-1].device.type != "cpu" else int(steps[-1]) + 1))
+        constants, indices = constants_of(self._constants, ages, grad_scale, found_inf if any(on_device) else None)
+        gradients = [
+            Gradient(grad, index)
+            for grad, index in zip((grad for *_, grad, _ in found if grad.numel()), indices, strict=True)
+        ]
         tally = None
         if self._expected is not None:
             tally = self._expected.tally(dict(zip(written, tensors, strict=True)))
         selections = implementation.update(self.rule, tensors, gradients, constants, tally)
         torch.autograd.graph.increment_version(
-            [t for tensor in tensors for t in (tensor.weight, tensor.master, *tensor.state) if t is not None]
+            [*written, *(t for x in tensors for t in (x.weight, x.master, *x.state) if t is not None)]
         )
         if self._expected is not None and tally is not None:
             self._expected.keep(selections, implementation)
-        if self.counts_steps:
-            torch._foreach_add_([self.state[p]["step"] for _, p, _, _, _ in found], 1)
+        if steps and found_inf is not None and any(on_device):
+            torch._foreach_add_(steps, (found_inf == 0).to(steps[0]).reshape(()))
+        elif steps:
+            torch._foreach_add_(steps, 1)
+
+    def _step_count(self, p: torch.Tensor, stays: bool) -> torch.Tensor:
+        """Return the count of the steps before this one, on the parameter's device if it is to stay there."""
+        count: torch.Tensor = self.state[p]["step"]
+        if stays and count.device != p.device:
+            count = self.state[p]["step"] = count.to(p.device)
+        return count
 
     def _check_device(self, parameters: Sequence[torch.Tensor]) -> None:
         """Refuse several devices; parameters that are ready are on the one of the latest step."""
@@ -309,21 +334,23 @@ class MaskedOptimizer(torch.optim.Optimizer):
         state, mask, keys = self.state[p], self._masks.get(p), self._state_keys(group)
         return _Ready(
             pointer=weight.data_ptr(),
-            shape=p.shape,
-            stride=p.stride(),
-            dtype=p.dtype,
+            shape=weight.shape,
+            stride=weight.stride(),
+            dtype=weight.dtype,
             state=state,
             keys=keys,
+            held=tuple(state.get(key) for key in (MASTER, *keys)),
             tensor=UpdateTensor(
                 weight=weight.detach(),
-                master=state.get(MASTER),
-                state=tuple(state[key] for key in keys),
+                master=self.master_weight(p),
+                state=tuple(local(state[key]) for key in keys),
                 mask=None if mask is None else mask.packed,
                 compaction=self._compactions.get(p),
             ),
         )
 
-    def _checked_grad(self, p: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+    def _checked_grad(self, p: torch.Tensor, weight: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+        """Return the gradient in the layout of ``weight``, which is what this process holds of ``p``."""
         if grad.is_sparse:
             raise RuntimeError(f"{self._name} does not support sparse gradients; use torch.optim.SparseAdam")
         if p.dtype not in DTYPES:
@@ -331,33 +358,38 @@ class MaskedOptimizer(torch.optim.Optimizer):
         if grad.dtype != p.dtype:
             raise DTypeError(f"{self._name}: expected gradients of their parameter's {p.dtype}, got {grad.dtype}; cast")
         mask = self._masks.get(p)
-        if mask is not None and mask.shape != p.shape:
+        if mask is not None and mask.shape != weight.shape:
             raise ShapeError(
                 f"{self._name}: expected the shape {tuple(mask.shape)} that the mask was made for, got a parameter of "
-                f"{tuple(p.shape)}; set another mask"
+                f"{tuple(weight.shape)}; set another mask"
+            )
+        if mask is not None and mask.packed.device != p.device:
+            raise LayoutError(
+                f"{self._name}: expected the mask of a parameter on {p.device} there, got it on {mask.packed.device}; "
+                "set masks again after moving a model"
             )
         # A mask counts in the order of the dimensions; without one any order will do.
-        if not (_is_dense(p) if mask is None else p.is_contiguous()):
+        if not (_is_dense(weight) if mask is None else weight.is_contiguous()):
             wanted = "parameters without gaps in memory" if mask is None else "contiguous parameters under a mask"
             raise LayoutError(
-                f"{self._name}: expected {wanted}, got strides {p.stride()} for shape {tuple(p.shape)}; "
+                f"{self._name}: expected {wanted}, got strides {weight.stride()} for shape {tuple(weight.shape)}; "
                 "use .contiguous()"
             )
         # The kernel walks memory: a gradient laid out differently is brought into the parameter's order.
-        return grad if grad.stride() == p.stride() else torch.empty_like(p).copy_(grad)
+        return grad if grad.stride() == weight.stride() else torch.empty_like(weight).copy_(grad)
 
     def _check_state(self, group: dict[str, Any], p: torch.Tensor) -> None:
         """Refuse state that does not belong to the parameter as it is now: the kernel would walk past its end."""
         layout = self._compactions.get(p)
         for key in (*self._state_keys(group), MASTER):
             value = self.state.get(p, {}).get(key)
-            shape = p.shape if layout is None or key == MASTER else (layout.num_kept,)
+            shape = local(p).shape if layout is None or key == MASTER else (layout.num_kept,)
             dtype = torch.float32 if key == MASTER else _state_dtype(p)
-            if value is not None and (value.shape != shape or value.dtype != dtype):
+            if value is not None and (value.shape != shape or value.dtype != dtype or value.device != p.device):
                 raise StateError(
-                    f"{self._name}: expected '{key}' as {dtype} of shape {tuple(shape)} for a parameter that is now "
-                    f"{p.dtype} of shape {tuple(p.shape)}, got {value.dtype} of shape {tuple(value.shape)}; load the "
-                    "state again after converting a model"
+                    f"{self._name}: expected '{key}' as {dtype} of shape {tuple(shape)} on {p.device} for a parameter "
+                    f"that is now {p.dtype} of shape {tuple(p.shape)}, got {value.dtype} of shape {tuple(value.shape)} "
+                    f"on {value.device}; load the state again after converting or moving a model"
                 )
 
     def _init_state(self, group: dict[str, Any], p: torch.Tensor, weight: torch.Tensor) -> bool:
@@ -366,7 +398,8 @@ class MaskedOptimizer(torch.optim.Optimizer):
         if self.counts_steps and "step" not in state:
             state["step"] = torch.tensor(0.0)
         if self._master_weights and p.dtype in (torch.bfloat16, torch.float16) and MASTER not in state:
-            state[MASTER] = weight.detach().to(torch.float32, memory_format=torch.preserve_format)
+            value = p if is_sharded(p) else weight
+            state[MASTER] = value.detach().to(torch.float32, memory_format=torch.preserve_format)
         missing = [name for name in self._state_keys(group) if state.get(name) is None]
         layout = self._compactions.get(p)
         for name in missing:
@@ -390,8 +423,9 @@ class MaskedOptimizer(torch.optim.Optimizer):
         """
         result = super().state_dict()
         for index, p in self._indexed().items():
-            if p in self._compactions and index in result["state"]:
-                result["state"][index] = self._dense_state(p)
+            if index in result["state"]:
+                # torch hands out the dictionaries it goes on with: one that is being loaded must not turn compact.
+                result["state"][index] = self._dense_state(p) if p in self._compactions else dict(self.state[p])
         return result
 
     def _dense_state(self, p: torch.Tensor) -> dict[str, Any]:
@@ -401,8 +435,9 @@ class MaskedOptimizer(torch.optim.Optimizer):
         for key, value in self.state[p].items():
             if key == MASTER or not _is_per_weight(key, value):
                 continue
-            dense[key] = torch.empty(p.shape, dtype=value.dtype, device=value.device)
-            moves.append(StateMove(value, layout, dense[key], None, p.numel()))
+            values = torch.empty(local(p).shape, dtype=value.dtype, device=value.device)
+            moves.append(StateMove(value, layout, values, None, values.numel()))
+            dense[key] = sharded_like(values, p)
         choose(self._backend, p.device).move_state(moves)
         return dense
 
@@ -429,7 +464,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
             if _is_per_weight(key, value)
         ]
         for index, p, key, value in found:
-            if value.shape != p.shape:
+            if value.shape != p.shape or local(value).shape != local(p).shape:
                 raise StateError(
                     f"{self._name}.load_state_dict: expected '{key}' of shape {tuple(p.shape)} for parameter "
                     f"{index}, got {tuple(value.shape)}; is it the state of another model?"

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from gmp_kernels.optim.constants import scalar
 from gmp_kernels.optim.masked import MaskedOptimizer
 
 __all__ = ["SGD"]
@@ -44,9 +45,9 @@ class SGD(MaskedOptimizer, torch.optim.SGD):
     def _state_keys(self, group: dict[str, Any]) -> tuple[str, ...]:
         return ("momentum_buffer",) if group["momentum"] else ()
 
-    def _constants(self, group: dict[str, Any], step: int) -> dict[str, float]:
+    def _constants(self, group: dict[str, Any], step: Any) -> dict[str, Any]:
         return {
-            "lr": float(group["lr"]),
+            "lr": scalar(group["lr"]),
             "weight_decay": float(group["weight_decay"]),
             "momentum": float(group["momentum"]),
             "one_minus_dampening": 1 - float(group["dampening"]),

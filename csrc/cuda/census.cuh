@@ -1,0 +1,46 @@
+// Counts layers against brackets of the caller's, for selections that no single call sees whole.
+#pragma once
+
+#include "count.cuh"
+
+namespace gmp::cuda::kernels {
+
+template <typename Key>
+__global__ void __launch_bounds__(kThreads, kReaders<Key>)
+    census(CensusRow* rows, int64_t num_rows, int64_t num_chunks, Key infinity) {
+  __shared__ Counts<Key> shared;
+  Counter<Key> counter(shared, kListCapacity, infinity);
+  int64_t current = -1;
+
+  const auto leave = [&] {
+    if (current < 0) return;
+    CensusRow& row = rows[current];
+    const auto below = block_sum(static_cast<unsigned long long>(counter.below));
+    const auto pruned = block_sum(static_cast<unsigned long long>(counter.pruned));
+    if (threadIdx.x == 0) {
+      atomicAdd(counter_at(&row.below), below);
+      atomicAdd(counter_at(&row.pruned), pruned);
+    }
+    counter.move_bins(pointer<unsigned long long>(row.bins), row.num_bins);
+    __syncthreads();
+  };
+
+  for_each_chunk(rows, num_rows, num_chunks, [&](int64_t r, int64_t, int64_t begin, int64_t end) {
+    CensusRow& row = rows[r];
+    if (r != current) {
+      leave();
+      current = r;
+      counter.aim(row.lo, row.hi, row.shift);
+    }
+    const auto keep = [&](Key key) {
+      const unsigned long long place = atomicAdd(counter_at(&row.inside), 1ull);
+      if (place < static_cast<unsigned long long>(row.room_size)) store1(pointer<Key>(row.room) + place, key);
+    };
+    count_chunk(row.weights, row.mask, row.n, begin, end, counter, keep);
+    counter.report_nonfinite(&row.nonfinite);
+    counter.end_chunk([&](unsigned, Key key) { keep(key); });
+  });
+  leave();
+}
+
+}  // namespace gmp::cuda::kernels

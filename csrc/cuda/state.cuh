@@ -1,0 +1,141 @@
+// What walks over optimizer state and gradients besides the step itself.
+#pragma once
+
+#include "../dtypes.h"
+#include "formats.cuh"
+
+namespace gmp::cuda::kernels {
+
+// One value per kept weight on its way from layout to layout.
+template <typename Bits>
+__device__ void repack_chunk(const RepackRow& row, int64_t begin, int64_t end) {
+  const uint8_t* const masks[2] = {pointer<const uint8_t>(row.from_mask), pointer<const uint8_t>(row.to_mask)};
+  const uint64_t ranks[2] = {row.from_ranks, row.to_ranks};
+  int64_t rank[2] = {};
+  for (int side = 0; side < 2; ++side) {
+    if (masks[side] != nullptr) rank[side] = pointer<const int64_t>(ranks[side])[begin / kChunk];
+  }
+  for (int64_t tile = begin; tile < end; tile += kTile) {
+    const int64_t i = tile + threadIdx.x * kEach;
+    const int size = count_from(i, row.n);
+    unsigned bits[2];
+    int64_t place[2];
+    for (int side = 0; side < 2; ++side) {
+      bits[side] = load_bits(masks[side], i, size);
+      place[side] = i;
+      if (masks[side] == nullptr) continue;
+      int total;
+      place[side] = rank[side] + block_scan(count_bits(bits[side]), total);
+      rank[side] += total;
+    }
+    int read = 0, written = 0;
+    for (int j = 0; j < size; ++j) {
+      Bits value{};
+      if (bits[0] >> j & 1) {
+        memcpy(&value, pointer<const Bits>(row.from) + place[0] + read, sizeof(Bits));
+        ++read;
+      }
+      if (bits[1] >> j & 1) {
+        memcpy(pointer<Bits>(row.to) + place[1] + written, &value, sizeof(Bits));
+        ++written;
+      }
+    }
+  }
+}
+
+__global__ void __launch_bounds__(kThreads) repack(const RepackRow* rows, int64_t num_rows, int64_t num_chunks) {
+  for_each_chunk(rows, num_rows, num_chunks, [&](int64_t r, int64_t, int64_t begin, int64_t end) {
+    if (rows[r].value_bytes == 4) {
+      repack_chunk<uint32_t>(rows[r], begin, end);
+    } else {
+      repack_chunk<uint64_t>(rows[r], begin, end);
+    }
+  });
+}
+
+// Kept weights before each chunk of one mask, and their number. One block: 64 KB of mask per million weights.
+__global__ void __launch_bounds__(kThreads) ranks(const uint8_t* mask, int64_t n, int64_t* ranks) {
+  const int64_t num_chunks = (n + kChunk - 1) / kChunk;
+  int64_t before = 0;
+  for (int64_t first = 0; first < num_chunks; first += kThreads) {
+    const int64_t chunk = first + threadIdx.x;
+    int64_t kept = 0;
+    if (chunk < num_chunks) {
+      const int64_t end = (chunk + 1) * kChunk < n ? (chunk + 1) * kChunk : n;
+      for (int64_t i = chunk * kChunk; i < end; i += kEach) kept += count_bits(load_bits(mask, i, count_from(i, n)));
+    }
+    int64_t total;
+    const int64_t scan = block_scan(kept, total);
+    if (chunk < num_chunks) ranks[chunk] = before + scan;
+    before += total;
+  }
+  if (threadIdx.x == 0) ranks[num_chunks] = before;
+}
+
+template <typename Format>
+__device__ double sum_squares_of(const GradRow& row, int64_t begin, int64_t end) {
+  using Bits = typename Format::Bits;
+  double sum = 0;
+  for (int64_t i = begin + threadIdx.x * kEach; i < end; i += kTile) {
+    const int size = count_from(i, row.n);
+    const unsigned bits = load_bits(pointer<const uint8_t>(row.mask), i, size);
+    if (bits == 0) continue;
+    Bits raw[kEach];
+    load8(pointer<const Bits>(row.grads) + i, size, raw);
+    for (int j = 0; j < kEach; ++j) {
+      const double g = static_cast<double>(Format::load(raw[j]));
+      if (bits >> j & 1) sum += g * g;
+    }
+  }
+  return sum;
+}
+
+// One block per layer: a thousand of its weights, hashed with their places, in any order.
+template <typename Key>
+__global__ void __launch_bounds__(kThreads) fingerprints(const LayerRow* layers, uint64_t* hashes) {
+  constexpr int64_t kSamples = 1024;
+  const LayerRow& layer = layers[blockIdx.x];
+  const int64_t samples = layer.n < kSamples ? layer.n : kSamples;
+  uint64_t hash = 0;
+  for (int64_t s = threadIdx.x; s < samples; s += kThreads) {
+    const int64_t i = s * (layer.n / samples);
+    uint64_t mixed = static_cast<uint64_t>(load1(pointer<const Key>(layer.weights) + i)) + (s << 32 | 1);
+    mixed = (mixed ^ mixed >> 31) * 0x9e3779b97f4a7c15ull;
+    hash += (mixed ^ mixed >> 29) * 0xbf58476d1ce4e5b9ull;
+  }
+  hash = block_sum(hash);
+  if (threadIdx.x == 0) hashes[blockIdx.x] = hash;
+}
+
+// Sums of the chunks, added up by `total` in an order that depends on their number alone.
+__global__ void __launch_bounds__(kThreads)
+    sum_squares(const GradRow* rows, int64_t num_rows, int64_t num_chunks, double* sums) {
+  for_each_chunk(rows, num_rows, num_chunks, [&](int64_t r, int64_t chunk, int64_t begin, int64_t end) {
+    double sum = 0;
+    switch (static_cast<DType>(rows[r].dtype)) {
+      case DType::float32:
+        sum = sum_squares_of<Wide<float>>(rows[r], begin, end);
+        break;
+      case DType::float64:
+        sum = sum_squares_of<Wide<double>>(rows[r], begin, end);
+        break;
+      case DType::float16:
+        sum = sum_squares_of<Float16>(rows[r], begin, end);
+        break;
+      case DType::bfloat16:
+        sum = sum_squares_of<BFloat16>(rows[r], begin, end);
+        break;
+    }
+    sum = block_sum(sum);
+    if (threadIdx.x == 0) sums[chunk] = sum;
+  });
+}
+
+__global__ void __launch_bounds__(kThreads) total(double* sums, int64_t num_chunks) {
+  double sum = 0;
+  for (int64_t c = threadIdx.x; c < num_chunks; c += kThreads) sum += sums[c];
+  sum = block_sum(sum);
+  if (threadIdx.x == 0) sums[num_chunks] = sum;
+}
+
+}  // namespace gmp::cuda::kernels

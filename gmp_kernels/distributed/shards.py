@@ -1,0 +1,264 @@
+"""What all ranks hold of the parameters to be pruned: that they agree about it, and the update itself."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from gmp_kernels.backends import Bracket, Layer, Selection, Threshold, choose
+from gmp_kernels.distributed.ranks import Ranks
+from gmp_kernels.distributed.search import Piece, Search
+from gmp_kernels.errors import DistributedError, GMPError, LayoutError, StateError
+from gmp_kernels.masks import BitMask
+from gmp_kernels.ops import NonFinite, PruneResult, Scope, check_finite, check_tensors, prune_, select_missing
+from gmp_kernels.sharding import Holding, is_sharded, region_of
+
+__all__ = ["Shards"]
+
+STEP = "GMPScheduler.step"
+
+
+class Shards:
+    """The parameters to be pruned, as all ranks hold them.
+
+    Parameters
+    ----------
+    ranks : Ranks
+    parameters : mapping of str to torch.Tensor
+        The same on every rank, in the same order.
+    """
+
+    def __init__(self, ranks: Ranks, parameters: Mapping[str, torch.Tensor]) -> None:
+        self.ranks = ranks
+        self._dtypes = {name: parameter.dtype for name, parameter in parameters.items()}
+        self._own = {name: region_of(name, parameter) for name, parameter in parameters.items()}
+        self._holdings: dict[str, Holding] = {}
+
+    @classmethod
+    def of(cls, model: nn.Module, parameters: Mapping[str, torch.Tensor]) -> Shards | None:
+        """Return the shards or copies that the parameters of ``model`` are; None if they are just tensors."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return None
+        group = _group(model, list(parameters.values()))
+        return None if group is None else cls(Ranks(group), parameters)
+
+    @property
+    def are_copies(self) -> bool:
+        """Whether the ranks have agreed, and each of them holds every layer as a whole."""
+        holdings = self._holdings.values()
+        return bool(holdings) and all(holding.num_others == self.ranks.size - 1 for holding in holdings)
+
+    def agree(self, facts: Mapping[str, object]) -> None:
+        """Make sure that all ranks mean the same run, and learn who holds what.
+
+        Raises
+        ------
+        StateError
+            On every rank, naming what differs.
+        LayoutError
+            The ranks do not hold each layer between them.
+        """
+        layers = {f"layer '{name}'": (self._dtypes[name], own.shape) for name, own in self._own.items()}
+        self._compare({**facts, "layers": list(self._own), **layers})
+        gathered = self.ranks.gather(self._own)
+        self._holdings = {name: Holding(name, [own[name] for own in gathered], self.ranks.rank) for name in self._own}
+
+    def prune_(
+        self,
+        weights: Sequence[torch.Tensor],
+        masks: Sequence[BitMask],
+        num_prune: Sequence[int],
+        *,
+        names: Sequence[str],
+        step: int,
+        scope: Scope,
+        nonfinite: NonFinite,
+        previous: Sequence[Threshold | None],
+        selections: Sequence[Selection | None] | None,
+        backend: str | None,
+    ) -> PruneResult:
+        """Do what ``gmp_kernels.prune_`` does, to layers of which ``weights`` and ``masks`` are this rank's pieces.
+
+        Parameters
+        ----------
+        weights, masks : sequences
+        num_prune : sequence of int
+            Of the whole layers, or one of all together.
+        names, step
+            Which layers, at which step.
+        scope, nonfinite, previous, selections, backend
+            As in ``gmp_kernels.prune_``; ``previous`` and ``selections`` serve copies only.
+
+        Returns
+        -------
+        PruneResult
+            The masks are those of the pieces; thresholds and counts those of the whole layers.
+
+        Raises
+        ------
+        NonFiniteError, StateError
+            The same on every rank.
+        GMPError
+            What is wrong with the tensors of this rank; the others raise DistributedError.
+        DistributedError
+            A rank does not answer.
+
+        Notes
+        -----
+        Collectives: one maximum, two sums for most brackets, and a sum for ties that have to be told apart, or two if
+        the ranks' pieces interleave. One more where there are copies, or a global scope.
+        """
+        failure = None
+        layers: list[Layer | None] = [None] * len(weights)
+        present = [i for i, weight in enumerate(weights) if weight.numel()]
+        try:
+            checked = check_tensors(
+                STEP, [weights[i] for i in present], [masks[i] for i in present], [names[i] for i in present]
+            )
+            for i, layer in zip(present, checked, strict=True):
+                layers[i] = layer
+        except GMPError as error:
+            failure = error
+        implementation = choose(backend, weights[0].device)
+        pieces = [
+            Piece(layer, weight.dtype, self._holdings[name])
+            for name, layer, weight in zip(names, layers, weights, strict=True)
+        ]
+        search = None
+        facts: dict[str, object] = {"step": step, "num_prune": list(num_prune)}
+        if self.are_copies:
+            hints = previous if scope == "layer" else previous[:1]
+            chosen = [] if failure else select_missing(implementation, checked, num_prune, hints, selections)
+            facts["thresholds"] = [(*selection.threshold, *selection.cuts) for selection in chosen]
+            found = [index for selection in chosen for index in selection.nonfinite]
+            self._begin(facts, failure, names, found if nonfinite == "error" else [], [])
+            thresholds = [selection.threshold for selection in chosen for _ in selection.cuts]
+            request: dict[str, Any] = {"num_prune": num_prune, "scope": scope, "selections": chosen}
+        else:
+            groups = [[p] for p in pieces] if scope == "layer" else [pieces]
+            search = Search(self.ranks, implementation, groups, num_prune)
+            brackets = self._begin(facts, failure, names, [], [] if failure else search.guess())
+            cuts = search.cuts(brackets)
+            if nonfinite == "error" and any(cut.nonfinite >= 0 for cut in cuts):
+                check_finite(STEP, search.first_nonfinite(), names)
+            thresholds = [cut.threshold for cut, group in zip(cuts, groups, strict=True) for _ in group]
+            local = [
+                p.selection(threshold.value)
+                for p, threshold in zip(pieces, thresholds, strict=True)
+                if p.layer is not None
+            ]
+            request = {"num_prune": [s.threshold.num_pruned for s in local], "selections": local}
+        written = prune_(
+            [weights[i] for i in present],
+            masks=[masks[i] for i in present],
+            names=[names[i] for i in present],
+            nonfinite="keep",
+            backend=backend,
+            **request,
+        )
+        if search is not None and scope == "layer" and not any(p.holding.has_copies for p in pieces):
+            totals = [threshold.num_pruned for threshold in thresholds]
+            new = [after - before for after, before in zip(totals, search.num_pruned, strict=True)]
+        else:
+            counts = {i: row for i, *row in zip(present, written.num_pruned, written.num_newly_pruned, strict=True)}
+            totals, new = self._confirm(pieces, masks, names, [counts.get(i, [0, 0]) for i in range(len(pieces))])
+        return PruneResult(list(masks), thresholds, totals, new)
+
+    def _begin(
+        self,
+        facts: Mapping[str, object],
+        failure: GMPError | None,
+        names: Sequence[str],
+        nonfinite: Sequence[int],
+        brackets: Sequence[Bracket],
+    ) -> list[Bracket]:
+        """Stop everywhere if one rank has to, or is elsewhere; return the union of the brackets of all.
+
+        What is sent has the same size whatever the update, lest ranks at different steps misread each other.
+        """
+        digest = zlib.crc32(repr(facts).encode())
+        ends = [end for bracket in brackets for end in (-bracket.lo, bracket.hi)]
+        room = [0] * (2 * len(self._own) - len(ends))
+        found = any(index >= 0 for index in nonfinite)
+        merged = self.ranks.largest(torch.tensor([failure is not None, found, digest, -digest, *ends, *room])).tolist()
+        if merged[0]:
+            failures = self.ranks.gather(None if failure is None else str(failure))
+            if failure is not None:
+                raise failure
+            rank, message = next((rank, message) for rank, message in enumerate(failures) if message is not None)
+            raise DistributedError(
+                f"{STEP}: expected tensors that can be pruned on every rank, got on rank {rank}: {message}"
+            )
+        if merged[1]:
+            of_ranks = self.ranks.gather(nonfinite)
+            first = [min((i for i in found if i >= 0), default=-1) for found in zip(*of_ranks, strict=True)]
+            check_finite(STEP, first, names)
+        if merged[2] != -merged[3]:
+            self._compare(facts)
+        return [Bracket(-lo, hi) for lo, hi in zip(*[iter(merged[4 : 4 + len(ends)])] * 2, strict=True)]
+
+    def _compare(self, facts: Mapping[str, object]) -> None:
+        """Raise the same StateError on every rank if these are not the same on all that know them."""
+        gathered = self.ranks.gather({name: repr(value) for name, value in facts.items()})
+        differences = []
+        for name in dict.fromkeys(name for of_rank in gathered for name in of_rank):
+            holders: dict[str, list[int]] = {}
+            for rank, of_rank in enumerate(gathered):
+                if name in of_rank:
+                    holders.setdefault(of_rank[name], []).append(rank)
+            if len(holders) > 1:
+                found = ", ".join(f"{value} on {_ranks(ranks)}" for value, ranks in holders.items())
+                differences.append(f"{name}: {found}")
+        if differences:
+            raise StateError(
+                f"{STEP}: expected the same on every rank, got {'; '.join(differences)}. Build the scheduler with the "
+                "same arguments everywhere, load one checkpoint, and call step() equally often"
+            )
+
+    def _confirm(
+        self, pieces: Sequence[Piece], masks: Sequence[BitMask], names: Sequence[str], counts: Sequence[Sequence[int]]
+    ) -> tuple[list[int], list[int]]:
+        """Add up what was pruned, layer by layer, and make sure that copies have the same masks."""
+        digests = [zlib.crc32(mask.packed.cpu().numpy().tobytes()) for mask in masks]
+        rows = []
+        for p, digest, (num_pruned, num_new) in zip(pieces, digests, counts, strict=True):
+            # The one that speaks for a region sets its digest against those of all others: equal ones cancel.
+            speaks, others = p.holding.speaks, p.holding.num_others
+            rows.append([num_pruned, num_new, -others * digest] if speaks else [0, 0, digest])
+        sums = self.ranks.total(torch.tensor(rows), torch.iinfo(torch.int64).max)
+        if sums[:, 2].any():
+            places = [f"mask of '{name}' at {p.holding.region.offsets}" for name, p in zip(names, pieces, strict=True)]
+            self._compare(dict(zip(places, digests, strict=True)))
+        return sums[:, 0].tolist(), sums[:, 1].tolist()
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
+
+
+def _group(model: nn.Module, parameters: Sequence[torch.Tensor]) -> dist.ProcessGroup | None:
+    """Who takes part: all processes that hold parts or copies of one of the parameters."""
+    for module in model.modules():
+        if type(module).__name__ == "FullyShardedDataParallel":
+            raise LayoutError(
+                "GMPScheduler: expected parameters that keep their shape when sharded, got FullyShardedDataParallel, "
+                "which flattens them; use torch.distributed.fsdp.fully_shard"
+            )
+    group: dist.ProcessGroup | None
+    meshes = {parameter.device_mesh for parameter in parameters if is_sharded(parameter)}  # type: ignore[attr-defined]
+    members = {tuple(sorted(mesh.mesh.flatten().tolist())): mesh for mesh in meshes}
+    if members:
+        everyone = tuple(sorted({rank for ranks in members for rank in ranks}))
+        if len(everyone) == dist.get_world_size() or everyone not in members:
+            return dist.group.WORLD
+        mesh = members[everyone]
+        group = mesh.get_group() if mesh.ndim == 1 else dist.new_group(list(everyone), use_local_synchronization=True)
+    else:
+        group = next((m.process_group for m in model.modules() if isinstance(m, DistributedDataParallel)), None)
+    return group

@@ -1,0 +1,240 @@
+"""The part of a sharded parameter that this process holds, and where it lies in the whole."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from gmp_kernels.errors import LayoutError, StateError
+from gmp_kernels.masks import BitMask
+
+__all__ = [
+    "Holding",
+    "Region",
+    "is_sharded",
+    "local",
+    "local_grad",
+    "local_mask",
+    "region_of",
+    "sharded_like",
+    "sharding_of",
+    "sum_over_shards",
+    "whole_mask",
+]
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+class Region(NamedTuple):
+    """A box of a tensor, as ``DTensor`` cuts them: whatever the mesh, each dimension gives one range.
+
+    The row-major order of the box's elements is their order in the whole tensor, so that an order by flat index means
+    the same in both, and a cut through the one is a cut through the other.
+
+    Attributes
+    ----------
+    shape : tuple of int
+        Of the whole tensor.
+    offsets, sizes : tuple of int
+        Where the box begins and what it spans, by dimension.
+    """
+
+    shape: tuple[int, ...]
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        """Number of elements of the box."""
+        return math.prod(self.sizes)
+
+    @property
+    def flat_range(self) -> tuple[int, int] | None:
+        """First flat index in the whole tensor and the one after the last, if nothing of others lies between."""
+        if self.numel == 0:
+            return 0, 0
+        start, end = self.to_global(0), self.to_global(self.numel - 1) + 1
+        return (start, end) if end - start == self.numel else None
+
+    def to_global(self, index: int) -> int:
+        """Turn a flat index of the box into the one of the whole tensor."""
+        result, stride = 0, 1
+        for whole, offset, size in zip(*map(reversed, (self.shape, self.offsets, self.sizes)), strict=True):
+            index, place = divmod(index, size)
+            result += (place + offset) * stride
+            stride *= whole
+        return result
+
+    def to_local(self, indices: np.ndarray) -> np.ndarray:
+        """Count, for each of some flat indices of the whole tensor, the elements of the box that come before it."""
+        rest, outer = indices, math.prod(self.shape)
+        inner = self.numel
+        before = np.where(rest >= outer, inner, 0)
+        is_open = (rest < outer) & (inner > 0)
+        for whole, offset, size in zip(self.shape, self.offsets, self.sizes, strict=True):
+            inner, outer = inner // max(size, 1), outer // whole
+            place, rest = rest // outer - offset, rest % outer
+            before += np.where(is_open, np.clip(place, 0, size) * inner, 0)
+            # Only inside the range of this dimension do the next ones decide.
+            is_open &= (place >= 0) & (place < size)
+        return before
+
+
+class Holding:
+    """Who holds what of one layer, and which of it this process does.
+
+    Attributes
+    ----------
+    region : Region
+        What is here.
+    size : int
+        Number of weights of the whole layer.
+    num_others : int
+        Processes that hold the same.
+    speaks : bool
+        Whether this one speaks for them: the lowest rank does.
+    has_copies : bool
+        Whether anything of the layer is held more than once.
+    starts : list of int or None
+        Flat indices of the layer at which what is held begins, if it is a run of them everywhere.
+    slot : int
+        Which of ``starts`` is the one here.
+
+    Raises
+    ------
+    LayoutError
+        The processes do not hold the layer between them, or hold parts that overlap.
+    """
+
+    def __init__(self, name: str, regions: Sequence[Region], rank: int) -> None:
+        self.region, self.size = regions[rank], math.prod(regions[rank].shape)
+        held = {region for region in regions if region.numel}
+        if sum(region.numel for region in held) != self.size:
+            raise LayoutError(
+                f"GMPScheduler.step: expected the ranks to hold the {self.size} weights of '{name}' between them, got "
+                f"{sum(region.numel for region in held)}; shard it over the ranks of one mesh"
+            )
+        self.num_others = regions.count(self.region) - 1
+        self.speaks = regions.index(self.region) == rank
+        self.has_copies = sum(region.numel for region in regions) > self.size
+        runs = [region.flat_range for region in held]
+        self.starts = sorted(run[0] for run in runs if run is not None) if None not in runs else None
+        here = self.region.flat_range
+        self.slot = self.starts.index(here[0]) if self.starts and here and self.region.numel else 0
+
+
+def is_sharded(tensor: torch.Tensor) -> bool:
+    """Whether this is a ``DTensor``, of which a process holds a part only."""
+    return type(tensor) not in _PLAIN and hasattr(tensor, "to_local")
+
+
+@torch.no_grad()
+def _held(tensor: torch.Tensor) -> torch.Tensor:
+    held: torch.Tensor = tensor.to_local()  # type: ignore[attr-defined]
+    return held
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """Return what this process holds of a ``DTensor``, in its own memory; any other tensor as it is."""
+    return _held(tensor) if is_sharded(tensor) else tensor
+
+
+def local_grad(parameter: torch.Tensor) -> torch.Tensor:
+    """Return ``local`` of the gradient, brought to where the parameter's elements are if it is laid out otherwise."""
+    grad = parameter.grad
+    assert grad is not None
+    if is_sharded(grad) and grad.placements != parameter.placements:  # type: ignore[attr-defined]
+        # Autograd leaves the sum over processes that share a replicated parameter to whoever needs it.
+        grad = grad.redistribute(placements=parameter.placements)  # type: ignore[attr-defined]
+    return local(grad)
+
+
+def region_of(name: str, tensor: torch.Tensor) -> Region:
+    """Return where ``local(tensor)`` lies in ``tensor``.
+
+    Raises
+    ------
+    LayoutError
+        Sums that are still to be added up over processes (``Partial``) are no weights.
+    """
+    shape = tuple(tensor.shape)
+    if not is_sharded(tensor):
+        return Region(shape, (0,) * len(shape), shape)
+    if any(placement.is_partial() for placement in tensor.placements):  # type: ignore[attr-defined]
+        raise LayoutError(
+            f"GMPScheduler: expected '{name}' sharded or replicated, got placements "
+            f"{tensor.placements}; redistribute it"  # type: ignore[attr-defined]
+        )
+    # What torch.distributed.checkpoint saves by: it knows every kind of placement.
+    (chunk,) = tensor.__create_chunk_list__()  # type: ignore[attr-defined]
+    return Region(shape, tuple(chunk.offsets), tuple(chunk.sizes))
+
+
+def sharding_of(tensor: torch.Tensor) -> object:
+    """Return what tells how a tensor is sharded: equal for those sharded alike; None for plain ones."""
+    return (tensor.device_mesh, tensor.placements) if is_sharded(tensor) else None  # type: ignore[attr-defined]
+
+
+def sum_over_shards(value: float | torch.Tensor, tensor: torch.Tensor) -> float | torch.Tensor:
+    """Add up a number that each process has found for its part of ``tensor``; copies count once."""
+    if not is_sharded(tensor):
+        return value
+    total = torch.as_tensor(value, dtype=torch.float64).to(local(tensor).device, copy=True)
+    for dimension, placement in enumerate(tensor.placements):  # type: ignore[attr-defined]
+        if not placement.is_replicate():
+            dist.all_reduce(total, group=tensor.device_mesh.get_group(dimension))  # type: ignore[attr-defined]
+    return total
+
+
+def sharded_like(values: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """Return ``values``, which are for what this process holds of ``parameter``, as a tensor of all of it."""
+    if not is_sharded(parameter):
+        return values
+    from torch.distributed.tensor import DTensor
+
+    whole: torch.Tensor = DTensor.from_local(
+        values.view(local(parameter).shape),
+        parameter.device_mesh,  # type: ignore[attr-defined]
+        parameter.placements,  # type: ignore[attr-defined]
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
+    return whole
+
+
+def whole_mask(mask: BitMask, parameter: torch.Tensor) -> torch.Tensor:
+    """Return a copy of what this process holds of a mask, as a checkpoint has it.
+
+    Packed bits for a plain parameter; for a ``DTensor`` bool in its shape, sharded like it, which can be resharded.
+    """
+    return sharded_like(mask.to_bool(), parameter) if is_sharded(parameter) else mask.packed.clone()
+
+
+def local_mask(stored: torch.Tensor, parameter: torch.Tensor) -> BitMask:
+    """Return this process's part of a mask that ``whole_mask`` has returned, for a parameter sharded in any way.
+
+    Raises
+    ------
+    StateError
+        It is sharded in another way than the parameter is now.
+    """
+    held = local(parameter)
+    if not is_sharded(stored):
+        whole = BitMask(stored, parameter.shape) if stored.dtype == torch.uint8 else BitMask.from_bool(stored)
+        if not is_sharded(parameter) and whole.shape == held.shape:
+            return whole
+        region = region_of("mask", parameter)
+        box = tuple(slice(at, at + size) for at, size in zip(region.offsets, region.sizes, strict=True))
+        return BitMask.from_bool(whole.to_bool()[box])
+    if local(stored).shape != held.shape:
+        raise StateError(
+            f"load_state_dict: expected masks sharded like the parameters, {tuple(held.shape)} here, got "
+            f"{tuple(local(stored).shape)}; load them with torch.distributed.checkpoint into state_dict()"
+        )
+    return BitMask.from_bool(local(stored))

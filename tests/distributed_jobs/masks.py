@@ -1,0 +1,100 @@
+"""On 4 ranks: schedulers of sharded layers against the oracle on whole ones. Arguments: names of LAYOUTS."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from launch import run
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
+
+from gmp_kernels import GMPScheduler, schedules
+from gmp_kernels.testing import DTYPES, adversarial_cases, assert_bitwise_equal
+
+# name: (shape of the mesh, placements)
+LAYOUTS = {
+    "rows": ((4,), [Shard(0)]),
+    "columns": ((4,), [Shard(1)]),
+    "rows_and_columns": ((2, 2), [Shard(0), Shard(1)]),
+    "columns_and_rows": ((2, 2), [Shard(1), Shard(0)]),
+    "rows_twice": ((2, 2), [Shard(0), Shard(0)]),
+    "copies_of_rows": ((2, 2), [Replicate(), Shard(0)]),
+    "columns_and_copies": ((2, 2), [Shard(1), Replicate()]),
+    "copies": ((4,), [Replicate()]),
+}
+# Rows and columns that 4 does not divide; fewer of them than ranks.
+SHAPES = [(13, 37), (3, 50), (50, 1)]
+# Large enough for weights to be remembered from the first round, and for ties on both sides of a chunk.
+LARGE = (401, 1024)
+# Up to 1, past it nothing more is left; the same again; and a step back, which prunes nothing.
+SPARSITIES = {0: 0.0, 1: 0.3, 2: 0.5, 3: 0.5, 4: 0.93, 5: 1.0}
+
+
+def shard(whole: torch.Tensor, mesh: DeviceMesh, placements: Sequence[Placement]) -> DTensor:
+    """Every rank has the whole and keeps its part."""
+    return distribute_tensor(whole.clone(), mesh, placements, src_data_rank=None)
+
+
+def model_of(weights: dict[str, torch.Tensor]) -> nn.ParameterDict:
+    return nn.ParameterDict({name: nn.Parameter(weight) for name, weight in weights.items()})
+
+
+def scheduler(model: nn.Module, scope: str, backend: str) -> GMPScheduler:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    schedule = schedules.MultiStep(SPARSITIES)
+    return GMPScheduler(model, optimizer, schedule, targets="re:.", scope=scope, nonfinite="keep", backend=backend)
+
+
+def assert_same(sharded: GMPScheduler, whole: GMPScheduler, what: str) -> None:
+    parameters, whole_parameters = (dict(pruner.model.named_parameters()) for pruner in (sharded, whole))
+    for name in whole.masks:
+        like, expected = parameters[name], whole_parameters[name]
+        for kind, here, there in (
+            ("mask", sharded.masks[name].to_bool(), whole.masks[name].to_bool()),
+            ("weight", like.to_local(), expected.detach()),
+        ):
+            piece = shard(there, like.device_mesh, like.placements).to_local()
+            assert_bitwise_equal(here, piece, f"{kind} of {what} {name}")
+    reports, expected = ([repr(replace(r, seconds=0.0)) for r in pruner.history] for pruner in (sharded, whole))
+    assert reports == expected, (what, reports[-1], expected[-1])
+    assert sharded.layer_sparsities() == whole.layer_sparsities()
+    assert sharded.sparsity == whole.sparsity
+
+
+def compare(layout: str, weights: dict[str, torch.Tensor], scope: str, what: str) -> None:
+    mesh_shape, placements = LAYOUTS[layout]
+    mesh = init_device_mesh("cpu", mesh_shape)
+    whole = scheduler(model_of({name: weight.clone() for name, weight in weights.items()}), scope, "reference")
+    shards = {name: shard(weight, mesh, placements) for name, weight in weights.items()}
+    for_backend = scheduler(model_of(shards), scope, "cpu")
+    for _ in SPARSITIES:
+        whole.step()
+        for_backend.step()
+    assert_same(for_backend, whole, what)
+
+
+def cases(shape: tuple[int, int], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    return {
+        f"{name} {shape}": weight.view(shape) for name, weight in adversarial_cases(math.prod(shape), dtype).items()
+    }
+
+
+def job(layouts: list[str]) -> None:
+    for layout in layouts:
+        # The ways through the search differ by 16 bits or more; one layout stands for the other dtypes.
+        for dtype in DTYPES if layout == "rows_and_columns" else (torch.float32, torch.bfloat16):
+            weights = {name: weight for shape in SHAPES for name, weight in cases(shape, dtype).items()}
+            for scope in ("layer", "global"):
+                compare(layout, weights, scope, f"{layout} {dtype} {scope}")
+        large = cases(LARGE, torch.float32)
+        chosen = {name: large[f"{name} {LARGE}"] for name in ("random", "constant", "sorted", "bfloat16_ties")}
+        compare(layout, chosen, "layer", f"large {layout}")
+
+
+if __name__ == "__main__":
+    run(4, job, sys.argv[1:] or list(LAYOUTS))

@@ -1,0 +1,241 @@
+"""What only a GPU can show: streams, graphs, its memory, sizes beyond 32 bits. Run by ``make gpu-check`` alone."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+
+import pytest
+import torch
+from conftest import KERNELS, usable
+from optim_cases import assert_same_run, clones, masked, parameters, random_gradients, random_masks, set_gradients
+from subprocesses import run_python
+
+from gmp_kernels import BitMask, Threshold, apply_masks_, prune_
+from gmp_kernels.errors import DeviceError, LayoutError
+from gmp_kernels.testing import DTYPES, adversarial_cases, assert_bitwise_equal, assert_same_pruning, device_of
+
+GPU = device_of("cuda")
+# Where none was asked for, "cuda" fails with the reason why it cannot run.
+ON_GPU = [name for name in KERNELS if device_of(name) == GPU] or ["cuda"]
+OTHER_DEVICES = ["cpu", *(f"cuda:{i}" for i in range(1, torch.cuda.device_count()))]
+SHAPES = [(24, 33), (7,), (65, 9), (3 * 16384 + 5,)]
+
+
+@pytest.fixture(params=ON_GPU)
+def gpu(request: pytest.FixtureRequest) -> str:
+    """Name of every backend whose tensors are on a GPU."""
+    return usable(request.param)
+
+
+def random_weight(n: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
+    return torch.empty(n, dtype=dtype, device=GPU).normal_(generator=torch.Generator(GPU).manual_seed(seed))
+
+
+def kept_by(threshold: Threshold, weight: torch.Tensor, chunk: int = 1 << 28) -> Iterator[tuple[slice, torch.Tensor]]:
+    """The mask that a threshold means, in pieces: what is above it, and of the ties those of lowest index."""
+    ties_before = 0
+    for start in range(0, weight.numel(), chunk):
+        piece = slice(start, start + chunk)
+        magnitude = weight[piece].abs()
+        tie = magnitude == threshold.value
+        rank = ties_before + tie.cumsum(0, dtype=torch.int64)  # from 1
+        ties_before += int(tie.sum())
+        yield piece, (magnitude > threshold.value) | (tie & (rank <= threshold.num_ties_kept))
+    assert ties_before == threshold.num_ties
+
+
+@pytest.mark.parametrize("n", [2**31 + 5])
+def test_more_weights_than_32_bits_count(gpu: str, n: int) -> None:
+    weight = random_weight(n, torch.bfloat16)
+    before = weight.clone()
+    result = prune_(weight, sparsity=0.9, backend=gpu)
+    assert result.num_pruned == result.num_newly_pruned == [round(0.9 * n)]
+    (threshold,), (mask,) = result.thresholds, result.masks
+    kept = mask.to_bool()
+    assert mask.num_kept == n - round(0.9 * n)
+    for piece, expected in kept_by(threshold, before):
+        assert torch.equal(kept[piece], expected)
+        assert torch.equal(weight[piece], torch.where(expected, before[piece], 0.0))
+    before[-1] = float("nan")
+    assert int(prune_(before, num_prune=5, nonfinite="keep", backend=gpu).num_pruned[0]) == 5
+    apply_masks_(before, mask, backend=gpu)
+    assert int((before != 0).sum()) == int(kept.sum())  # a NaN is not 0 either, so it counts if it was kept
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_many_weights_have_the_bits_of_the_cpu(gpu: str, dtype: torch.dtype) -> None:
+    layers = [adversarial_cases(n, dtype)["random"] for n in (2**24 + 3, 1_000_003)]
+    for request in ({"sparsity": 0.9}, {"sparsity": 0.5, "scope": "global"}):
+        assert_same_pruning(layers, backend=gpu, against="cpu", **request)
+
+
+def test_a_hundred_times_the_same_bits(gpu: str) -> None:
+    sizes = (1_000_003, 7, 70_000, 16384)
+    layers = [adversarial_cases(n, torch.bfloat16)["random"].to(GPU) for n in sizes]
+    first = None
+    for _ in range(100):
+        pruned = [layer.clone() for layer in layers]
+        result = prune_(pruned, sparsity=0.8, scope="global", backend=gpu)
+        found = [*pruned, *(mask.packed for mask in result.masks)]
+        first = first or found
+        assert all(torch.equal(a, b) for a, b in zip(found, first, strict=True))
+
+
+def started(gpu: str, case: str = "adamw", **options):
+    """Parameters on the GPU and their optimizer, with masks and a few steps behind it."""
+    params = parameters(SHAPES, device=GPU)
+    optimizer = masked(case, params, backend=gpu, **options)
+    optimizer.set_masks(random_masks(params, 0.7))
+    for step in range(3):
+        set_gradients(params, random_gradients(params, step), {})
+        optimizer.step()
+    return params, optimizer
+
+
+def hand_out(params, step: int) -> None:
+    """New gradients in the memory of the old ones."""
+    for p, gradient in zip(params, random_gradients(params, step), strict=True):
+        p.grad.copy_(gradient)
+
+
+@pytest.mark.parametrize("compact", [False, True], ids=["dense", "compact"])
+@pytest.mark.parametrize("case", ["momentum", "adamw_amsgrad"])
+def test_a_hundred_times_the_same_step(gpu: str, case: str, compact: bool) -> None:
+    runs = []
+    for _ in range(100):
+        params, optimizer = started(gpu, case, compact_state=compact)
+        runs = [*runs[:1], (params, optimizer)]
+        assert_same_run(*runs[-1], *runs[0])
+
+
+def test_work_goes_to_the_current_stream(gpu: str) -> None:
+    n = 1 << 24
+    source = random_weight(n)
+    expected = source.clone()
+    expected_masks = prune_(expected, sparsity=0.9, backend=gpu).masks
+    weight, side = torch.zeros_like(source), torch.cuda.Stream()
+    params, optimizer = started(gpu)
+    mirror, other = copy.deepcopy((params, optimizer))
+    hand_out(params, 4)
+    optimizer.step()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(side):
+        # What reads the weights from another stream finds zeros for as long as this takes.
+        torch.cuda._sleep(100_000_000)
+        weight.copy_(source)
+        masks = prune_(weight, sparsity=0.9, backend=gpu).masks
+        torch.cuda._sleep(100_000_000)
+        set_gradients(mirror, random_gradients(mirror, 4), {})
+        other.step()
+    side.synchronize()
+    assert masks == expected_masks
+    assert torch.equal(weight, expected)
+    assert_same_run(mirror, other, params, optimizer)
+
+
+@pytest.mark.parametrize("case", ["momentum", "adamw"])
+def test_a_step_does_not_wait_for_the_device(gpu: str, case: str) -> None:
+    params, optimizer = started(gpu, case)
+    averages = clones(params)
+    hand_out(params, 4)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert not torch.equal(averages[0], params[0])
+
+
+@pytest.mark.parametrize("case", ["momentum", "adamw"])
+def test_a_step_captured_in_a_graph_is_the_step(gpu: str, case: str) -> None:
+    options = {"capturable": True} if case == "adamw" else {}
+    params, optimizer = started(gpu, case, **options)
+    mirror, other = started(gpu, case, **options)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.step()
+    for step in range(4, 8):
+        hand_out(params, step)
+        graph.replay()
+        hand_out(mirror, step)
+        other.step()
+    for p, q in zip(params, mirror, strict=True):
+        assert_bitwise_equal(p.detach(), q.detach(), "weights")
+
+
+def test_out_of_memory_is_named_and_changes_nothing(gpu: str) -> None:
+    weight = random_weight(1 << 28)
+    before = weight.clone()
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(GPU).total_memory
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved(GPU) + 4e6) / total, GPU)
+    try:
+        with pytest.raises(DeviceError, match="no memory left on cuda:0 for the workspace"):
+            prune_(weight, sparsity=0.9, backend=gpu)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, GPU)
+    assert torch.equal(weight, before)
+    assert prune_(weight, sparsity=0.9, backend=gpu).num_pruned == [round(0.9 * weight.numel())]
+
+
+EARLIER_ERROR = """
+import sys, torch, gmp_kernels
+from gmp_kernels.errors import DeviceError
+weight = torch.ones(1000, device="cuda")
+gmp_kernels.prune_(weight, sparsity=0.1, backend=sys.argv[1])
+torch.ones(3, device="cuda")[torch.tensor([7], device="cuda")]  # fails on the device, some time later
+try:
+    gmp_kernels.prune_(weight, sparsity=0.5, backend=sys.argv[1])
+except DeviceError as error:
+    print(error)
+"""
+
+
+def test_the_error_of_an_earlier_kernel_is_named(gpu: str) -> None:
+    done = run_python("-c", EARLIER_ERROR, gpu)
+    assert "cuda:0 reports an error, of this" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("other", OTHER_DEVICES)
+def test_tensors_on_two_devices_are_refused(gpu: str, other: str) -> None:
+    weights = [torch.ones(9, device=GPU), torch.ones(9, device=other)]
+    with pytest.raises(LayoutError, match="expected all weights on one device"):
+        prune_(weights, sparsity=0.5, backend=gpu)
+    with pytest.raises(LayoutError, match=r"expected the mask of weights\[0\] on cuda:0"):
+        prune_(weights[0], sparsity=0.5, masks=BitMask.ones((9,), other), backend=gpu)
+    params = [torch.nn.Parameter(weight) for weight in weights]
+    optimizer = masked("adamw", params, backend=gpu)
+    set_gradients(params, random_gradients(params, 0), {})
+    with pytest.raises(LayoutError, match="expected all parameters on one device"):
+        optimizer.step()
+    assert all(torch.equal(weight.cpu(), torch.ones(9)) for weight in weights)
+
+
+def test_channels_last_is_refused(gpu: str) -> None:
+    weight = torch.randn(2, 3, 4, 4, device=GPU).contiguous(memory_format=torch.channels_last)
+    before = weight.clone()
+    with pytest.raises(LayoutError, match=r"model.to\(memory_format=torch.contiguous_format\)"):
+        prune_(weight, sparsity=0.5, backend=gpu)
+    assert torch.equal(weight, before)
+
+
+@pytest.mark.parametrize("compact", [False, True], ids=["dense", "compact"])
+def test_scaled_training_has_the_bits_of_the_cpu(gpu: str, compact: bool) -> None:
+    runs = []
+    for device, backend in ((GPU, gpu), (torch.device("cpu"), "cpu")):
+        params = parameters(SHAPES, device=device)
+        optimizer = masked("adamw", params, compact_state=compact, backend=backend)
+        optimizer.set_masks(random_masks(params, 0.6))
+        scaler = torch.amp.GradScaler(device.type, init_scale=1024.0)
+        scaler.scale(torch.zeros(1, device=device))  # the scaler makes its scale on first use
+        for step in range(6):
+            set_gradients(params, [g * scaler.get_scale() for g in random_gradients(params, step)], {})
+            if step == 3:
+                params[1].grad.fill_(float("inf"))
+            scaler.step(optimizer)
+            scaler.update()
+        assert scaler.get_scale() == 512.0
+        runs.append((params, optimizer))
+    assert_same_run(*runs[0], *runs[1])

@@ -1,0 +1,176 @@
+"""The GPU's speed table: its cases run, here on the CPU with few weights and the same kernels, and do what they say."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from gmp_kernels import bench_gpu, cli, measurement
+from gmp_kernels.bench_gpu import gpu_cases, llama_8b_sizes, resnet50_sizes
+from gmp_kernels.errors import DeviceError
+from gmp_kernels.measurement import Case, Machine, Pair, Result, Spread, Timed, measure
+from gmp_kernels.plan import resnet50_layers
+
+CPU = torch.device("cpu")
+SHRINK = 1 << 16
+CASES = gpu_cases(CPU, "simt", "simt")
+TIMED = [case for case in CASES if case.unit == "s"]
+PRUNE = [case for case in TIMED if case.name.startswith("prune step") and "torch" not in case.baseline]
+
+
+def named(case: Case) -> str:
+    return f"{case.name} / {case.baseline}"
+
+
+def of(*words: str) -> Case:
+    (case,) = (case for case in CASES if all(word in named(case) for word in words))
+    return case
+
+
+def ran(side: Timed) -> object:
+    side.prepare()
+    return side.run()
+
+
+@pytest.mark.parametrize("case", TIMED, ids=named)
+def test_every_timed_row_runs_twice(case: Case) -> None:
+    for side in case.build(SHRINK):
+        for _ in range(2):
+            ran(side)
+
+
+@pytest.mark.parametrize("case", PRUNE, ids=named)
+def test_every_round_prunes_the_same(case: Case) -> None:
+    ours, _ = case.build(SHRINK)
+    first, second = ran(ours), ran(ours)
+    assert first.num_newly_pruned == second.num_newly_pruned
+    assert sum(first.num_newly_pruned) > 0
+    if "0.88" in case.name:
+        assert sum(first.num_newly_pruned) == pytest.approx(0.02 * first.masks[0].numel, abs=1)
+
+
+@pytest.mark.parametrize("rival", ["topk", "sort", "kthvalue"])
+def test_the_others_keep_as_many_weights(rival: str) -> None:
+    ours, baseline = of("4096", rival).build(SHRINK // 256)
+    (num_pruned,) = ran(ours).num_pruned
+    found = {}
+    baseline.prepare()
+    mul_ = torch.Tensor.mul_
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "mul_", lambda self, other: found.update(weight=mul_(self, other)))
+        baseline.run()
+    assert int((found["weight"] == 0).sum()) == num_pruned
+
+
+def test_a_copy_moves_the_bytes_it_is_said_to() -> None:
+    case = of("threshold fp32, 1e9")
+    _, copy = case.build(SHRINK)
+    assert ran(copy).nbytes == pytest.approx(case.min_bytes / SHRINK / 2, rel=1e-3)
+    _, copy = of("0 to 0.9").build(SHRINK)
+    assert ran(copy).nbytes == pytest.approx((3 * 4 + 1 / 8) * 1e9 / SHRINK / 2, rel=1e-3)
+
+
+def test_models_have_their_parameters() -> None:
+    assert len(resnet50_sizes()) == 161 and sum(resnet50_sizes()) == 25_557_032
+    assert len(llama_8b_sizes()) == 291 and sum(llama_8b_sizes()) == 8_030_261_248
+    assert len(resnet50_layers()) == 54
+
+
+def test_launches_are_the_kernels_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Event:
+        def __init__(self, name: str, device_type: object) -> None:
+            self.name, self.device_type = name, device_type
+
+    class Trace:
+        def __init__(self, **_: object) -> None: ...
+        def __enter__(self) -> Trace:
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+        def events(self) -> list[Event]:
+            on_device = [Event(name, bench_gpu.DeviceType.CUDA) for name in ("count", "Memcpy HtoD", "apply", "Memset")]
+            return [*on_device, Event("aten::empty", bench_gpu.DeviceType.CPU)]
+
+    monkeypatch.setattr(bench_gpu, "profile", Trace)
+    assert of("prune step, resnet50", "12 launches").build(SHRINK) == Pair(2.0, 12.0)
+
+
+def test_the_real_profiler_sees_no_kernels_on_a_cpu() -> None:
+    assert of("prune step, resnet50", "12 launches").build(SHRINK) == Pair(0.0, 12.0)
+
+
+def test_memory_is_the_growth_of_the_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 1000)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 1700)
+    ours, limit = of("peak extra memory, 1e9").build(SHRINK)
+    assert (ours, limit) == (700.0, 0.05 * 4 * (10**9 // SHRINK) + 4e6)
+
+
+def test_every_row_is_there_once() -> None:
+    assert len({named(case) for case in CASES}) == len(CASES)
+    assert all(case.aim is None or case.aim < case.must for case in CASES)
+
+
+def test_a_rate_is_the_bytes_that_must_move_over_the_median() -> None:
+    case = Case("a", "b", 1.0, None, lambda _: Pair(1.0, 1.0), min_bytes=64e9)
+    result = Result(case, Spread(0.5, 0.5, 0.5, 0), Spread(1, 1, 1, 0), shrink=16)
+    assert result.bytes_per_second == result.to_dict()["bytes_per_second"] == 8e9
+    assert measure(case, shrink=4).bytes_per_second == 16e9
+
+
+def test_a_gpu_times_by_its_own_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Event:
+        milliseconds = 0.0
+
+        def __init__(self, *, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.at = Event.milliseconds
+
+        def synchronize(self) -> None:
+            assert hasattr(self, "at")
+
+        def elapsed_time(self, end: Event) -> float:
+            return end.at - self.at
+
+    def run() -> None:
+        Event.milliseconds += 7.0
+
+    class Gpu:
+        type = "cuda"
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    ones = torch.ones
+    monkeypatch.setattr(torch, "ones", lambda n, device: ones(n // 1024))
+    case = Case("a", "b", 1.0, None, lambda _: Pair(Timed(run), 1.0))
+    result = measure(case, seconds=0, device=Gpu())
+    assert result.ours == pytest.approx((0.007, 0.007, 0.007, measurement.MIN_ROUNDS))
+
+
+def test_without_a_gpu_the_command_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    result = CliRunner().invoke(cli.app, ["bench", "--device", "cuda"])
+    assert isinstance(result.exception, DeviceError)
+    assert "expected a GPU that torch can use, got none" in str(result.exception)
+
+
+def test_a_gpu_gives_the_results_their_name() -> None:
+    machine = Machine("Some CPU", 8, 4, 0.0, "", "", "", "", gpu="NVIDIA H100 80GB HBM3")
+    assert machine.slug == "nvidia-h100-80gb-hbm3"
+
+
+def test_the_command_measures_on_the_device_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    case = Case("prune", "copy", 1.5, None, lambda _: Pair(2.0, 4.0), min_bytes=64e9)
+    monkeypatch.setattr(cli, "gpu_cases", lambda device: [case])
+    monkeypatch.setattr(cli, "measure", lambda case, **given: seen.append(given) or measure(case))
+    monkeypatch.setattr(Machine, "here", lambda device: Machine("CPU", 8, 4, 0.0, "", "", "", "", gpu="GPU"))
+    result = CliRunner(env={"COLUMNS": "140"}).invoke(cli.app, ["bench", "--device", "cuda"])
+    assert result.exit_code == 0, result.output
+    assert seen == [{"shrink": 1, "seconds": 1.5, "device": torch.device("cuda")}]
+    assert result.output.startswith("GPU, CPU, 8 cores")
+    rows = [line.split() for line in result.output.splitlines()]
+    assert ["prune", "2000.00", "ms", "copy", "4000.00", "ms", "0.50", "1.50", "must", "32"] in rows

@@ -1,0 +1,78 @@
+"""The committed tables of what the CUDA kernels cost are those of the kernels as they are."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+
+import pytest
+from subprocesses import ROOT
+
+spec = importlib.util.spec_from_file_location("cuda_static", ROOT / "benchmarks/cuda_static.py")
+cuda_static = importlib.util.module_from_spec(spec)
+sys.modules["cuda_static"] = cuda_static
+spec.loader.exec_module(cuda_static)
+
+RESULTS = ROOT / "benchmarks/results"
+TABLE = json.loads((RESULTS / "cuda-static.json").read_text())
+COMPILED = [cuda_static.Compiled(**row) for row in TABLE["compiled"]]
+
+
+@pytest.fixture(scope="module")
+def counted():
+    return cuda_static.counted()
+
+
+def test_launches_and_bytes_are_those_committed(counted) -> None:
+    """When they are no longer: python benchmarks/cuda_static.py."""
+    assert [row._asdict() for row in counted] == TABLE["counted"]
+
+
+def test_launches_do_not_grow_with_the_number_of_tensors(counted) -> None:
+    launches = {row.name: row.launches for row in counted}
+    models = [name for name in launches if name.endswith("tensors")]
+    assert len(models) == 4
+    for name in models:
+        assert launches[name] <= (12 if name.startswith("prune") else 1)
+
+
+def test_no_phase_moves_much_more_than_it_must(counted) -> None:
+    for row in counted:
+        if row.floor is not None:
+            assert 0.95 < (row.loaded + row.stored) / row.floor < 1.4, row
+
+
+def test_nothing_spills() -> None:
+    assert {kernel.arch for kernel in COMPILED} >= {"sm_80", "sm_90"}
+    assert not [kernel for kernel in COMPILED if kernel.spill_stores or kernel.spill_loads]
+
+
+def test_the_page_shows_the_table() -> None:
+    assert (RESULTS / "cuda-static.md").read_text() == cuda_static.markdown(TABLE)
+
+
+REPORT = """\
+ptxas info    : Compiling entry function '_ZN3gmp4cuda7kernels6repackEPKNS0_9RepackRowEll' for 'sm_80'
+ptxas info    : Function properties for _ZN3gmp4cuda7kernels6repackEPKNS0_9RepackRowEll
+    16 bytes stack frame, 8 bytes spill stores, 4 bytes spill loads
+ptxas info    : Used 40 registers, used 1 barriers, 16 bytes cumulative stack size, 84 bytes smem, 384 bytes cmem[0]
+ptxas info    : Compile time = 195.118 ms
+ptxas info    : Compiling entry function '_ZN3gmp4cuda7kernels5startEv' for 'sm_90'
+ptxas info    : Function properties for _ZN3gmp4cuda7kernels5startEv
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 12 registers, used 0 barriers, 384 bytes cmem[0]
+"""
+
+
+def test_the_compilers_report_is_read() -> None:
+    first, second = cuda_static.parsed(REPORT)
+    numbers = ("registers", "spill_stores", "spill_loads", "stack", "shared")
+    assert (first["arch"], *(first[key] for key in numbers)) == ("sm_80", "40", "8", "4", "16", "84")
+    assert (second["arch"], *(second[key] for key in numbers)) == ("sm_90", "12", "0", "0", "0", "0")
+    assert [cuda_static.readable(row["kernel"]) for row in (first, second)] == ["repack", "start"]
+
+
+def test_the_flags_are_those_of_the_build() -> None:
+    flags = cuda_static.nvcc_flags()
+    assert "-Xptxas=-v" in flags and any("sm_90" in flag for flag in flags)

@@ -1,0 +1,43 @@
+"""Models on several processes: what ``distributed_jobs`` do there. Each job asserts for itself, on every rank."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+from subprocesses import run_python
+
+JOBS = Path(__file__).parent / "distributed_jobs"
+
+
+def passes(ended: subprocess.CompletedProcess[str]) -> None:
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+
+
+@pytest.mark.parametrize(
+    "layouts",
+    [
+        ("rows", "columns", "rows_and_columns", "columns_and_rows"),
+        ("rows_twice", "copies_of_rows", "columns_and_copies", "copies"),
+    ],
+)
+def test_masks_of_shards_are_those_of_one_process(layouts):
+    passes(run_python(JOBS / "masks.py", *layouts, OMP_NUM_THREADS="1"))
+
+
+def test_training_of_shards_is_that_of_one_process():
+    passes(run_python(JOBS / "training.py", OMP_NUM_THREADS="1"))
+
+
+def test_training_under_torchrun():
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4")
+    passes(run_python(*torchrun, JOBS / "training.py", "copies_of_rows", OMP_NUM_THREADS="1"))
+
+
+def test_a_checkpoint_goes_on_on_another_number_of_ranks(tmp_path):
+    passes(run_python(JOBS / "resume.py", tmp_path, OMP_NUM_THREADS="1"))
+
+
+def test_what_goes_wrong_on_one_rank_all_ranks_say(tmp_path):
+    passes(run_python(JOBS / "faults.py", tmp_path, OMP_NUM_THREADS="1"))

@@ -1,0 +1,105 @@
+"""The Triton kernels beyond what every backend is tested for: that GPUs can run what the interpreter runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from optim_cases import masked, parameters, random_gradients, random_masks, set_gradients
+
+import gmp_kernels
+from gmp_kernels import prune_
+from gmp_kernels.backends import Bracket, Layer, choose
+from gmp_kernels.backends.triton import Triton
+from gmp_kernels.keys import largest_key
+from gmp_kernels.optim import clip_grad_norm_, ema_update_
+from gmp_kernels.testing import DTYPES, GuardedCopy
+
+CPU = torch.device("cpu")
+COMPILE = Path(__file__).with_name("triton_compile.py")
+
+
+def as_json(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return {"torch": str(value.dtype).removeprefix("torch.")}
+    return value if isinstance(value, bool | int | str) else {"tl": value.name}
+
+
+class Launches:
+    """All that the backend launches while it is open, each once."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.found: dict[str, Any] = {}
+        launch = Triton._launch
+
+        def recording(backend: Triton, name: str, num_programs: int, *args: Any, **constants: Any) -> None:
+            spec = [name, [as_json(a) for a in args], {key: as_json(value) for key, value in constants.items()}]
+            self.found[json.dumps(spec)] = spec
+            launch(backend, name, num_programs, *args, **constants)
+
+        monkeypatch.setattr(Triton, "_launch", recording)
+
+
+def prune_everything(dtype: torch.dtype) -> None:
+    weights = [torch.randn(n).to(dtype) for n in (40_000, 100)]
+    for scope in ("layer", "global"):
+        copies = [weight.clone() for weight in weights]
+        prune_(copies, sparsity=0.5, scope=scope, backend="triton")
+    prune_(GuardedCopy(weights[0], 1).view, sparsity=0.5, backend="triton")
+    layers = [Layer(weight, None) for weight in weights]
+    rooms = [torch.empty_like(weight) for weight in weights]
+    choose("triton", CPU).count(layers, [Bracket(0, largest_key(dtype))] * 2, 64, rooms)
+
+
+def train_with_everything(dtype: torch.dtype, **options: Any) -> None:
+    for case in ("sgd", "momentum", "adamw", "adamw_amsgrad"):
+        params = parameters([(40,)], dtype)
+        optimizer = masked(case, params, backend="triton", **options)
+        set_gradients(params, random_gradients(params, 0), {})
+        clip_grad_norm_(params, 1.0, backend="triton")
+        for step in range(2):
+            masks = random_masks(params, 0.5, step)
+            optimizer.set_masks(masks)
+            optimizer.step()
+        optimizer.state_dict()
+    ema_update_([p.detach().clone() for p in params], params, 0.9, backend="triton")
+
+
+@pytest.fixture(scope="module")
+def launches() -> list[Any]:
+    """One of every launch that the operations make."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        recorded = Launches(monkeypatch)
+        for dtype in DTYPES:
+            prune_everything(dtype)
+            for compact in (False, True):
+                train_with_everything(dtype, compact_state=compact)
+        train_with_everything(torch.bfloat16, compact_state=False, master_weights=True)
+        train_with_everything(torch.float16, compact_state=True, master_weights=True)
+    return list(recorded.found.values())
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
+def test_every_launch_compiles_for_real_gpus_without_spilling(launches: list[Any], target: str) -> None:
+    """The interpreter takes programs that no compiler does."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, COMPILE, target],
+        input=json.dumps(launches),
+        env=environment | {"PYTHONPATH": str(Path(gmp_kernels.__file__).parent.parent)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    compiled = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {name for name, *_ in compiled} >= {"sample", "count", "recount", "place_cut", "apply", "update", "repack"}
+    assert len(compiled) == len(launches)
+    for name, constants, resources in compiled:
+        assert resources["spilled"] == 0 and resources["registers"] <= 128, (name, constants, resources)
