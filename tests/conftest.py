@@ -30,7 +30,7 @@ settings.load_profile("gmp_kernels")
 
 # Triton's interpreter takes milliseconds for what a kernel does in microseconds, and on one thread only. So under it
 # loops over many cases run over every seventh, hypothesis tries fewer examples, and one number of threads is enough.
-SLOW = {"triton"}
+SLOW = {"triton"} if device_of("triton").type == "cpu" else set()
 SLOW_EXAMPLES = 6
 SLOW_SHARE = 7  # in step with few things
 
