@@ -222,12 +222,17 @@ def local_mask(stored: torch.Tensor, parameter: torch.Tensor) -> BitMask:
     Raises
     ------
     StateError
-        It is sharded in another way than the parameter is now.
+        It is of another shape, or sharded in another way than the parameter is now.
     """
     held = local(parameter)
     if not is_sharded(stored):
         whole = BitMask(stored, parameter.shape) if stored.dtype == torch.uint8 else BitMask.from_bool(stored)
-        if not is_sharded(parameter) and whole.shape == held.shape:
+        if whole.shape != parameter.shape:
+            raise StateError(
+                f"load_state_dict: expected a mask of shape {tuple(parameter.shape)}, got {tuple(whole.shape)}; is it "
+                "the state of another model?"
+            )
+        if not is_sharded(parameter):
             return whole
         region = region_of("mask", parameter)
         box = tuple(slice(at, at + size) for at, size in zip(region.offsets, region.sizes, strict=True))

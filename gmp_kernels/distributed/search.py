@@ -11,15 +11,17 @@ import torch
 from gmp_kernels.backends import Bracket, Census, Implementation, Layer, Selection, Threshold
 from gmp_kernels.distributed.ranks import Ranks
 from gmp_kernels.keys import keys_of, largest_key
-from gmp_kernels.selection import Cut, cut_index, find_cuts, piece
+from gmp_kernels.selection import Cut, cut_index, find_cuts, near, piece
 from gmp_kernels.sharding import Holding
 
 __all__ = ["Piece", "Search"]
 
-BITS_PER_ROUND = 10  # 4 KB for each layer, as long as its weights are fewer than 2^31
+# Bits of the key by which a round narrows an interval. Counts are sent as int32 at first, 8 KB for each layer at most,
+# and soon as uint8, when few weights are left inside.
+FEW_BITS, BITS_PER_ROUND, MOST_BITS = 8, 10, 11
 SLOTS = 512  # that a range of flat indices is divided into to count ties in
-NO_BRACKET = Bracket(0, -1)
 CHUNK = 1 << 18  # weights that are searched for ties at a time
+NO_BRACKET = Bracket(0, -1)
 # The weights inside the first interval are remembered, if they are no more than one in ROOM_SHARE, up to ROOM_BYTES and
 # another 1 / ROOM_PART of the largest piece: within the memory that a prune step may take.
 ROOM_SHARE, ROOM_BYTES, ROOM_PART = 24, 3 << 20, 40
@@ -77,13 +79,11 @@ class Piece:
             return self.layer
         return Layer(self.room, None) if self.room.numel() else None
 
-    def take(self, census: Census, until: np.ndarray) -> None:
-        """Note what was counted against the bracket."""
-        if self.until is None:
-            self.num_pruned, self.num_below, self.nonfinite = census.pruned, census.below, census.nonfinite
-            if self.room is not None:
-                self.room = self.room[: census.inside] if census.inside <= self.room.numel() else None
-        self.until = until
+    def start(self, census: Census) -> None:
+        """Note what the first round has found."""
+        self.num_pruned, self.num_below, self.nonfinite = census.pruned, census.below, census.nonfinite
+        if self.room is not None:
+            self.room = self.room[: census.inside] if census.inside <= self.room.numel() else None
 
     def settle(self, cut: Cut) -> None:
         """Note what lies below the threshold here and what ties with it; the last round had a bin for its key."""
@@ -179,10 +179,14 @@ class Search:
                 brackets[g] = bracket
         return brackets
 
-    def cuts(self, brackets: Sequence[Bracket]) -> list[Cut]:
-        """Find the thresholds, given the union of all ranks' guesses, and how many ties stay in which piece."""
+    def cuts(self, brackets: Sequence[Bracket], previous: Sequence[Threshold | None]) -> list[Cut]:
+        """Find the thresholds, and how many ties stay in which piece.
+
+        ``brackets`` are the union of all ranks' guesses, ``previous`` the thresholds of the last update, if any.
+        """
         dtypes = [group[0].dtype for group in self._groups]
-        cuts = find_cuts(self._num_prune, dtypes, brackets, self._count)
+        nearer = [_nearer(*row) for row in zip(brackets, previous, dtypes, strict=True)]
+        cuts = find_cuts(self._num_prune, dtypes, nearer, self._count)
         counts: list[_TieCount] = []
         for g, (group, cut) in enumerate(zip(self._groups, cuts, strict=True)):
             for p in group:
@@ -220,23 +224,22 @@ class Search:
             num_bins,
             [pieces[i].room for i, _ in present] if is_first else None,
         )
-        nothing = Census(0, 0, 0, -1, torch.zeros(num_bins, dtype=torch.int64))
-        censuses = [nothing] * len(pieces)
+        largest = max(self._sizes) + len(pieces) * self._ranks.size
+        rows = np.zeros((len(pieces), 3 + num_bins), np.int32 if largest < 2**31 else np.int64)
         for (i, _), census in zip(present, found, strict=True):
-            censuses[i] = census
-        rows = np.array([census.bins.numpy() for census in censuses])
-        for p, census, until in zip(pieces, censuses, rows.cumsum(axis=1), strict=True):
-            p.take(census, until)
-        speaks = np.array([p.holding.speaks for p in pieces])
-        bound = self._inside(brackets)
-        if is_first:
-            heads = np.array([(census.below, census.pruned, census.nonfinite >= 0) for census in censuses])
-            rows = np.hstack([heads, rows])
-            bound = max(self._sizes) + len(pieces) * self._ranks.size
+            rows[i, 3:] = census.bins
+            if is_first:
+                rows[i, :3] = census.below, census.pruned, census.nonfinite >= 0
+                pieces[i].start(census)
+        for p, until in zip(pieces, rows[:, 3:].cumsum(axis=1, dtype=rows.dtype), strict=True):
+            p.until = until
         # All that hold a NaN say so, also copies.
-        rows *= np.where([column == 2 and is_first for column in range(rows.shape[1])], 1, speaks[:, None])
+        silent = [i for i, p in enumerate(pieces) if not p.holding.speaks]
+        rows[silent, :2] = rows[silent, 3:] = 0
+        # Later rounds count what is left of the first one.
+        sent, bound = (rows, largest) if is_first else (rows[:, 3:], self._inside(brackets))
         firsts = np.cumsum([0, *(len(self._groups[g]) for g in brackets)])[:-1]
-        sums = self._ranks.total(torch.from_numpy(np.add.reduceat(rows, firsts)), bound)
+        sums = self._ranks.total(torch.from_numpy(np.add.reduceat(sent, firsts)), bound)
         bins = sums[:, -num_bins:]
         until = bins.numpy().cumsum(axis=1)
         merged = {}
@@ -291,9 +294,23 @@ class Search:
 
 
 def _bits(bracket: Bracket) -> int:
-    """By how many bits of the key to narrow an interval: the odd ones first, then as many as a round can."""
+    """By how many bits of the key to narrow an interval: first by those that no number of full rounds would take."""
     bits = (bracket.hi - bracket.lo).bit_length()
-    return (bits - 1) % BITS_PER_ROUND + 1 if bits else 0
+    return bits if bits <= MOST_BITS else (bits - 2) % BITS_PER_ROUND + 2
+
+
+def _nearer(bracket: Bracket, previous: Threshold | None, dtype: torch.dtype) -> Bracket:
+    """Leave out what lies well below the previous threshold: unpruned weights are rare there, but keys are many.
+
+    As far below it as costs neither another round nor, in 16 bits, more than 1 KB.
+    """
+    lo = 0 if previous is None else near(previous, dtype).lo
+    if not bracket.lo < lo <= bracket.hi:
+        return bracket
+    bits = max(FEW_BITS, (bracket.hi - lo).bit_length())
+    if bits > MOST_BITS:
+        bits += (MOST_BITS - bits) % BITS_PER_ROUND
+    return Bracket(max(bracket.lo, bracket.hi - (1 << bits) + 1), bracket.hi)
 
 
 def _before(until: np.ndarray, slot: int) -> int:

@@ -93,7 +93,7 @@ class Shards:
         names, step
             Which layers, at which step.
         scope, nonfinite, previous, selections, backend
-            As in ``gmp_kernels.prune_``; ``previous`` and ``selections`` serve copies only.
+            As in ``gmp_kernels.prune_``; ``selections`` serve copies only.
 
         Returns
         -------
@@ -131,9 +131,9 @@ class Shards:
             for name, layer, weight in zip(names, layers, weights, strict=True)
         ]
         search = None
+        hints = previous if scope == "layer" else previous[:1]
         facts: dict[str, object] = {"step": step, "num_prune": list(num_prune)}
         if self.are_copies:
-            hints = previous if scope == "layer" else previous[:1]
             chosen = [] if failure else select_missing(implementation, checked, num_prune, hints, selections)
             facts["thresholds"] = [(*selection.threshold, *selection.cuts) for selection in chosen]
             found = [index for selection in chosen for index in selection.nonfinite]
@@ -144,7 +144,7 @@ class Shards:
             groups = [[p] for p in pieces] if scope == "layer" else [pieces]
             search = Search(self.ranks, implementation, groups, num_prune)
             brackets = self._begin(facts, failure, names, [], [] if failure else search.guess())
-            cuts = search.cuts(brackets)
+            cuts = search.cuts(brackets, hints)
             if nonfinite == "error" and any(cut.nonfinite >= 0 for cut in cuts):
                 check_finite(STEP, search.first_nonfinite(), names)
             thresholds = [cut.threshold for cut, group in zip(cuts, groups, strict=True) for _ in group]

@@ -135,10 +135,8 @@ class MaskedOptimizer(torch.optim.Optimizer):
                     f"{self._name}.set_masks: expected masks of this optimizer's parameters, got one for a tensor of "
                     f"shape {tuple(p.shape)} that is not among them; add it with add_param_group"
                 )
-            if mask.shape != local(p).shape:
-                raise ShapeError(
-                    f"{self._name}.set_masks: expected shape {tuple(local(p).shape)}, got {tuple(mask.shape)}"
-                )
+            if mask.shape != (held := local(p).shape):
+                raise ShapeError(f"{self._name}.set_masks: expected shape {tuple(held)}, got {tuple(mask.shape)}")
         tensors: list[torch.Tensor] = []
         bits: list[BitMask] = []
         for p, mask in masks.items():
@@ -382,7 +380,8 @@ class MaskedOptimizer(torch.optim.Optimizer):
         """Refuse state that does not belong to the parameter as it is now: the kernel would walk past its end."""
         layout = self._compactions.get(p)
         for key in (*self._state_keys(group), MASTER):
-            value = self.state.get(p, {}).get(key)
+            stored = self.state.get(p, {}).get(key)
+            value = None if stored is None else local(stored)
             shape = local(p).shape if layout is None or key == MASTER else (layout.num_kept,)
             dtype = torch.float32 if key == MASTER else _state_dtype(p)
             if value is not None and (value.shape != shape or value.dtype != dtype or value.device != p.device):

@@ -16,6 +16,8 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distr
 from gmp_kernels import GMPScheduler, schedules
 from gmp_kernels.testing import DTYPES, adversarial_cases, assert_bitwise_equal
 
+BACKENDS = ("reference", "simt")
+
 # name: (shape of the mesh, placements)
 LAYOUTS = {
     "rows": ((4,), [Shard(0)]),
@@ -66,16 +68,16 @@ def assert_same(sharded: GMPScheduler, whole: GMPScheduler, what: str) -> None:
     assert sharded.sparsity == whole.sparsity
 
 
-def compare(layout: str, weights: dict[str, torch.Tensor], scope: str, what: str) -> None:
+def compare(layout: str, weights: dict[str, torch.Tensor], scope: str, backend: str = "cpu") -> None:
     mesh_shape, placements = LAYOUTS[layout]
     mesh = init_device_mesh("cpu", mesh_shape)
     whole = scheduler(model_of({name: weight.clone() for name, weight in weights.items()}), scope, "reference")
     shards = {name: shard(weight, mesh, placements) for name, weight in weights.items()}
-    for_backend = scheduler(model_of(shards), scope, "cpu")
+    sharded = scheduler(model_of(shards), scope, backend)
     for _ in SPARSITIES:
         whole.step()
-        for_backend.step()
-    assert_same(for_backend, whole, what)
+        sharded.step()
+    assert_same(sharded, whole, f"{layout} {scope} {backend}")
 
 
 def cases(shape: tuple[int, int], dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -90,10 +92,12 @@ def job(layouts: list[str]) -> None:
         for dtype in DTYPES if layout == "rows_and_columns" else (torch.float32, torch.bfloat16):
             weights = {name: weight for shape in SHAPES for name, weight in cases(shape, dtype).items()}
             for scope in ("layer", "global"):
-                compare(layout, weights, scope, f"{layout} {dtype} {scope}")
+                compare(layout, weights, scope)
         large = cases(LARGE, torch.float32)
         chosen = {name: large[f"{name} {LARGE}"] for name in ("random", "constant", "sorted", "bfloat16_ties")}
-        compare(layout, chosen, "layer", f"large {layout}")
+        compare(layout, chosen, "layer")
+    for backend in BACKENDS:
+        compare(layouts[0], cases(SHAPES[0], torch.float32), "layer", backend)
 
 
 if __name__ == "__main__":
