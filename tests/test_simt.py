@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from optim_cases import assert_same_run, masked, parameters, random_gradients, set_gradients
+from optim_cases import assert_same_run, masked, parameters, random_gradients, random_masks, set_gradients
 from subprocesses import ROOT
 
 from gmp_kernels import (
@@ -49,22 +49,26 @@ def test_any_order_of_blocks_and_threads_gives_the_same_masks(shuffled: None, dt
 
 
 def test_any_order_gives_the_same_steps(shuffled: None) -> None:
-    results = []
+    runs = []
     for backend in ("simt", "cpu"):
-        parameter = torch.nn.Parameter(torch.randn(40_000, generator=torch.Generator().manual_seed(0)))
-        optimizer = AdamW([parameter], compact_state=True, backend=backend)
+        params = parameters([(40_000,), *[(300,)] * 20])
+        # So many that blocks go on from one to the next, with other constants.
+        groups = [{"params": [p], "lr": 0.01 * (1 + i)} for i, p in enumerate(params)]
+        optimizer = AdamW(groups, compact_state=True, backend=backend)
         for step in range(3):
-            generator = torch.Generator().manual_seed(step)
-            optimizer.set_masks({parameter: BitMask.from_bool(torch.rand(40_000, generator=generator) < 0.4)})
-            parameter.grad = torch.randn(40_000, generator=generator)
+            masks = random_masks(params[:1], 0.6, seed=step)
+            optimizer.set_masks(masks)
+            set_gradients(params, random_gradients(params, step), masks)
             optimizer.step()
-        results.append([parameter.detach(), *optimizer.state_dict()["state"][0].values()])
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+        runs.append((params, optimizer))
+    (params, optimizer), (expected_params, expected) = runs
+    assert_same_run(params, optimizer, expected_params, expected)
 
 
-def test_any_order_gives_the_same_counts(shuffled: None) -> None:
+@pytest.mark.parametrize("case", ["random", "constant"])
+def test_any_order_gives_the_same_counts(shuffled: None, case: str) -> None:
     simt, oracle = (choose(name, torch.device("cpu")) for name in ("simt", "reference"))
-    layers = tuple(Layer(adversarial_cases(n, torch.float32)["random"], None) for n in (40_000, 70_000))
+    layers = tuple(Layer(adversarial_cases(n, torch.float32)[case], None) for n in (40_000, 170_000))
     for bracket in (
         Bracket(key_of(0.5, torch.float32), key_of(0.6, torch.float32)),
         Bracket(0, largest_key(torch.float32)),
