@@ -68,7 +68,7 @@ def test_any_order_gives_the_same_steps(shuffled: None) -> None:
 @pytest.mark.parametrize("case", ["random", "constant"])
 def test_any_order_gives_the_same_counts(shuffled: None, case: str) -> None:
     simt, oracle = (choose(name, torch.device("cpu")) for name in ("simt", "reference"))
-    layers = tuple(Layer(adversarial_cases(n, torch.float32)[case], None) for n in (40_000, 170_000))
+    layers = tuple(Layer(adversarial_cases(n, torch.float32)[case], None) for n in (50_000, 170_000))
     for bracket in (
         Bracket(key_of(0.5, torch.float32), key_of(0.6, torch.float32)),
         Bracket(0, largest_key(torch.float32)),

@@ -195,7 +195,7 @@ __device__ __forceinline__ void count_chunk(const Key* weights, const uint8_t* m
 #pragma unroll
     for (int e = 0; e < kEights; ++e) keys_of(raw[e], present >> e * kEach, keys + e * kEach);
     const Key* const again = weights + first;
-    counter.take(keys, present, first, [&](int k) { return again[k / kEach * kTile + k % kEach]; }, spill);
+    counter.take(keys, present, first, [&](int k) { return reload1(again + (k / kEach * kTile + k % kEach)); }, spill);
   }
 }
 

@@ -92,12 +92,19 @@ __device__ __forceinline__ void store8(T* p, int count, const T (&values)[kEach]
   }
 }
 
+// What has been loaded a moment ago, and is in a cache.
+template <typename T>
+__device__ T reload1(const T* p) {
+  T value;
+  memcpy(&value, p, sizeof(T));
+  return value;
+}
 template <typename T>
 __device__ T load1(const T* p) {
 #if !defined(__CUDACC__)
   simt::count_load(sizeof(T));
 #endif
-  return *p;
+  return reload1(p);
 }
 template <typename T>
 __device__ void store1(T* p, T value) {

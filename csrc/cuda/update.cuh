@@ -66,7 +66,7 @@ class Ranking {
     Word<Key> keys[kEach];
     keys_of(raw, bits, keys);
     const Key* const again = pointer<const Key>(layer_->weights) + i;
-    counter_.take(keys, bits, i, [&](int k) { return again[k]; }, [](Key) {});
+    counter_.take(keys, bits, i, [&](int k) { return reload1(again + k); }, [](Key) {});
   }
 
   // Instead of all take(), where the chunk stays as it is.
