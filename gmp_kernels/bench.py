@@ -21,6 +21,7 @@ import torch
 from torch import nn
 from torch.nn.utils import prune as torch_prune
 
+from gmp_kernels.bench_checkpoints import checkpoint_cases
 from gmp_kernels.masks import BitMask
 from gmp_kernels.measurement import Case, Pair, Timed
 from gmp_kernels.ops import Threshold, magnitude_threshold, prune_
@@ -126,7 +127,15 @@ def memory_cases() -> list[Case]:
 
 def all_cases() -> list[Case]:
     """Every row of the table."""
-    return [*select_cases(), *prune_cases(), *optimizer_cases(), *demo_cases(), *scheduler_cases(), *memory_cases()]
+    return [
+        *select_cases(),
+        *prune_cases(),
+        *optimizer_cases(),
+        *demo_cases(),
+        *scheduler_cases(),
+        *memory_cases(),
+        *checkpoint_cases(),
+    ]
 
 
 def _weights(num_weights: int) -> torch.Tensor:

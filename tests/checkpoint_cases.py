@@ -15,7 +15,7 @@ from gmp_kernels import BitMask, prune_
 from gmp_kernels.testing import adversarial_cases, assert_bitwise_equal
 
 INDEX = "model.safetensors.index.json"
-TINY = 1024  # bytes of memory that make even small tensors come in pieces
+TINY = 4096  # bytes of memory that make even small tensors come in pieces
 
 
 def adversarial_tensors(dtype: torch.dtype, rows: int = 24, columns: int = 43) -> dict[str, torch.Tensor]:

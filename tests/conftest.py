@@ -29,14 +29,14 @@ settings.load_profile("gmp_kernels")
 
 
 # Triton's interpreter takes milliseconds for what a kernel does in microseconds, and on one thread only. So under it
-# loops over many cases run over every eighth, hypothesis tries fewer examples, and one number of threads is enough.
-SLOW = {"triton"}
+# loops over many cases run over every seventh, hypothesis tries fewer examples, and one number of threads is enough.
+SLOW = {"triton"} if device_of("triton").type == "cpu" else set()
 SLOW_EXAMPLES = 6
-SLOW_SHARE = 8
+SLOW_SHARE = 7  # in step with few things
 
 
 def thinned(backend: str, cases: Iterable[T], start: int) -> list[T]:
-    """All cases; for a slow backend every eighth, beginning with another one for every ``start``."""
+    """All cases; for a slow backend every seventh, beginning with another one for every ``start``."""
     every = list(cases)
     return every[start % SLOW_SHARE % len(every) :: SLOW_SHARE] if backend in SLOW else every
 

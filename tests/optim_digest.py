@@ -1,12 +1,14 @@
 """Prints one hash of every weight and state the optimizers write, for each number of threads.
 
-A program and not a test: the instruction set is chosen once per process. ``python optim_digest.py THREADS...``; the
+A program and not a test: the instruction set is chosen once per process. ``python optim_digest.py SHARE THREADS...``;
+of the combinations it takes every SHARE-th.; the
 backend is that of ``GMP_KERNELS_BACKEND``.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import sys
 
@@ -21,34 +23,34 @@ SHAPES = [(3 * 16384 + 5,), (129, 17), (1,), (0,)]
 DEVICE = device_of(os.environ.get("GMP_KERNELS_BACKEND", "cpu"))
 
 
-def digest() -> str:
+def digest(share: int) -> str:
     """All rules, dtypes and layouts, over a few steps on enough weights for every thread; clipping and averages."""
     sha = hashlib.sha256()
-    for case in CASES:
-        for dtype in DTYPES:
-            for options in ({}, {"compact_state": True}, {"compact_state": True, "master_weights": True}):
-                params = parameters(SHAPES, dtype, device=DEVICE)
-                averages = [p.detach().clone() for p in params[:3]]
-                optimizer = masked(case, params, **options)
-                for step in range(2):
-                    # The 129 x 17 has no mask, and the rest another one every time.
-                    masks = random_masks([params[0], params[2]], 0.5 + 0.4 * step, step)
-                    optimizer.set_masks(masks)
-                    set_gradients(params, random_gradients(params, step), masks)
-                    given = [masks.get(p) for p in params]
-                    norm = clip_grad_norm_(params, 1.0, masks=given)
-                    optimizer.step()
-                    # Averages of weights that have just been pruned; the update itself may skip what is dead.
-                    apply_masks_([averages[0], averages[2]], list(masks.values()))
-                    ema_update_(averages, params[:3], 0.9, masks=given[:3])
-                    sha.update(norm.cpu().numpy().tobytes())
-                state = optimizer.state_dict()["state"]
-                for tensor in (*params, *averages, *(t for i in sorted(state) for t in state[i].values())):
-                    sha.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    layouts = ({}, {"compact_state": True}, {"compact_state": True, "master_weights": True})
+    for case, dtype, options in list(itertools.product(CASES, DTYPES, layouts))[::share]:
+        params = parameters(SHAPES, dtype, device=DEVICE)
+        averages = [p.detach().clone() for p in params[:3]]
+        optimizer = masked(case, params, **options)
+        for step in range(2):
+            # The 129 x 17 has no mask, and the rest another one every time.
+            masks = random_masks([params[0], params[2]], 0.5 + 0.4 * step, step)
+            optimizer.set_masks(masks)
+            set_gradients(params, random_gradients(params, step), masks)
+            given = [masks.get(p) for p in params]
+            norm = clip_grad_norm_(params, 1.0, masks=given)
+            optimizer.step()
+            # Averages of weights that have just been pruned; the update itself may skip what is dead.
+            apply_masks_([averages[0], averages[2]], list(masks.values()))
+            ema_update_(averages, params[:3], 0.9, masks=given[:3])
+            sha.update(norm.cpu().numpy().tobytes())
+        state = optimizer.state_dict()["state"]
+        for tensor in (*params, *averages, *(t for i in sorted(state) for t in state[i].values())):
+            sha.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return sha.hexdigest()
 
 
 if __name__ == "__main__":
-    for threads in map(int, sys.argv[1:]):
+    share, *counts = map(int, sys.argv[1:])
+    for threads in counts:
         torch.set_num_threads(threads)
-        print(digest())
+        print(digest(share))

@@ -30,7 +30,8 @@ FLOORS = [
     {"plan", "plots"},
     {"checkpoints", "tables"},
     {"demo"},
-    {"bench", "bench_gpu", "cli_checkpoints"},
+    {"bench_checkpoints", "bench_gpu", "cli_checkpoints"},
+    {"bench"},
     {"cli"},
     {"__main__"},
 ]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from optim_cases import assert_same_run, masked, parameters, random_gradients, set_gradients
+from optim_cases import assert_same_run, masked, parameters, random_gradients, random_masks, set_gradients
 from subprocesses import ROOT
 
 from gmp_kernels import (
@@ -23,8 +23,9 @@ from gmp_kernels import (
     prune_,
     schedules,
 )
-from gmp_kernels.backends import Gradient, Layer, StateMove, Tally, UpdateTensor, _tables, choose
+from gmp_kernels.backends import Bracket, Gradient, Layer, StateMove, Tally, UpdateTensor, _tables, choose, cuda
 from gmp_kernels.backends._tables import SelectionTables, upload
+from gmp_kernels.keys import key_of, largest_key
 from gmp_kernels.optim import AdamW
 from gmp_kernels.testing import adversarial_cases, assert_bitwise_equal, assert_same_pruning
 
@@ -48,17 +49,40 @@ def test_any_order_of_blocks_and_threads_gives_the_same_masks(shuffled: None, dt
 
 
 def test_any_order_gives_the_same_steps(shuffled: None) -> None:
-    results = []
+    runs = []
     for backend in ("simt", "cpu"):
-        parameter = torch.nn.Parameter(torch.randn(40_000, generator=torch.Generator().manual_seed(0)))
-        optimizer = AdamW([parameter], compact_state=True, backend=backend)
+        params = parameters([(40_000,), *[(300,)] * 20])
+        # So many that blocks go on from one to the next, with other constants.
+        groups = [{"params": [p], "lr": 0.01 * (1 + i)} for i, p in enumerate(params)]
+        optimizer = AdamW(groups, compact_state=True, backend=backend)
         for step in range(3):
-            generator = torch.Generator().manual_seed(step)
-            optimizer.set_masks({parameter: BitMask.from_bool(torch.rand(40_000, generator=generator) < 0.4)})
-            parameter.grad = torch.randn(40_000, generator=generator)
+            masks = random_masks(params[:1], 0.6, seed=step)
+            optimizer.set_masks(masks)
+            set_gradients(params, random_gradients(params, step), masks)
             optimizer.step()
-        results.append([parameter.detach(), *optimizer.state_dict()["state"][0].values()])
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+        runs.append((params, optimizer))
+    (params, optimizer), (expected_params, expected) = runs
+    assert_same_run(params, optimizer, expected_params, expected)
+
+
+@pytest.mark.parametrize("case", ["random", "constant"])
+def test_any_order_gives_the_same_counts(shuffled: None, case: str) -> None:
+    simt, oracle = (choose(name, torch.device("cpu")) for name in ("simt", "reference"))
+    layers = tuple(Layer(adversarial_cases(n, torch.float32)[case], None) for n in (40_000, 170_000))
+    for bracket in (
+        Bracket(key_of(0.5, torch.float32), key_of(0.6, torch.float32)),
+        Bracket(0, largest_key(torch.float32)),
+    ):
+        for found, expected in zip(*(b.count(layers, [bracket] * 2, 64) for b in (simt, oracle)), strict=True):
+            assert found[:4] == expected[:4]
+            assert torch.equal(found.bins, expected.bins)
+    tensors = [UpdateTensor(layer.weight) for layer in layers]
+    still = [Gradient(torch.zeros_like(layer.weight), i) for i, layer in enumerate(layers)]
+    for num_prune in ((60_000,), (30_000, 30_000)):
+        along = simt.update("sgd", tensors, still, [{"lr": 0.1}, {"lr": 0.2}], Tally(layers, (0, 1), num_prune))
+        expected = oracle.select(layers, num_prune, [None] * len(num_prune))
+        assert [s.threshold for s in along] == [s.threshold for s in expected]
+    assert float(simt.sum_squares(layers)) == pytest.approx(oracle.sum_squares(layers), rel=1e-12)
 
 
 FAULTS = {
@@ -368,3 +392,11 @@ def test_nothing_to_do_is_done() -> None:
     empty = torch.empty(0)
     simt.move_state([StateMove(empty, None, empty.clone(), None, 0)])
     assert float(simt.sum_squares([])) == 0.0
+
+
+def test_a_gpu_too_old_is_refused_whatever_the_first_one_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    capabilities = {0: (9, 0), 1: (7, 5)}
+    monkeypatch.setattr(cuda, "_probe", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capabilities[device.index])
+    assert cuda._supports(torch.device("cuda", 0)) is None
+    assert "compute capability (8, 0) or newer, got (7, 5)" in cuda._supports(torch.device("cuda", 1))

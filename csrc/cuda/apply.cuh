@@ -39,11 +39,15 @@ __device__ __forceinline__ void apply_chunk(Key* weights, const uint8_t* mask, u
     for (int e = 0; e < kEights; ++e) {
       const int64_t i = first + e * kTile;
       const int num_before = count_from(i, cut.index);  // of the eight, in front of the cut
+      const Key least = num_before > 0 ? cut.before : cut.after;
       unsigned above = 0;
 #pragma unroll
-      for (int j = 0; j < kEach; ++j) {
-        const Key key = raw[e][j] & static_cast<Key>(~kSignBit<Key>);
-        above |= static_cast<unsigned>(key >= (j < num_before ? cut.before : cut.after)) << j;
+      for (int j = 0; j < kEach; ++j) above |= static_cast<unsigned>(magnitude_bits(raw[e][j]) >= least) << j;
+      if (num_before > 0 && num_before < kEach) {  // the one eight that the cut goes through
+#pragma unroll
+        for (int j = 0; j < kEach; ++j) {
+          if (j >= num_before && magnitude_bits(raw[e][j]) < cut.after) above &= ~(1u << j);
+        }
       }
       const unsigned bits = before[e] & above;
       Key changed = 0;

@@ -84,8 +84,9 @@ PYBIND11_MODULE(GMP_MODULE, m) {
   py::dict constants;
   for (const auto& [name, value] : gmp::kConstants) constants[name] = value;
   m.attr("CONSTANTS") = constants;
-  py::class_<Launch>(m, "Launch").def(py::init<uint64_t, int, unsigned>());
-  py::class_<Tables>(m, "Tables").def(py::init(&tables_of));
+  // Local to the module: _cuda and _simt may be in one process.
+  py::class_<Launch>(m, "Launch", py::module_local()).def(py::init<uint64_t, int, unsigned>());
+  py::class_<Tables>(m, "Tables", py::module_local()).def(py::init(&tables_of));
   m.def("num_counting_blocks", &gmp::cuda::num_counting_blocks);
   m.def("begin", &begin);
   m.def("select", &select_thresholds);

@@ -22,7 +22,7 @@ template <typename Key>
 __device__ __forceinline__ void keys_of(const Key (&raw)[kEach], unsigned bits, Word<Key>* keys) {
 #pragma unroll
   for (int j = 0; j < kEach; ++j) {
-    const Word<Key> key = raw[j] & static_cast<Key>(~kSignBit<Key>);
+    const Word<Key> key = magnitude_bits(raw[j]);
     keys[j] = bits >> j & 1 ? key : kNone<Key>;
   }
 }

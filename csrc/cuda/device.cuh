@@ -107,6 +107,12 @@ __device__ void store1(T* p, T value) {
   *p = value;
 }
 
+// A key whose NaNs still differ.
+template <typename Key>
+__device__ __forceinline__ Key magnitude_bits(Key raw) {
+  return raw & static_cast<Key>(~kSignBit<Key>);
+}
+
 __device__ inline int count_bits(unsigned bits) {
 #if defined(__CUDACC__)
   return __popc(bits);
@@ -237,10 +243,8 @@ __device__ __forceinline__ bool is_last_block(int64_t* arrived, int64_t expected
     last = static_cast<int64_t>(ticket) == expected - 1;
   }
   __syncthreads();
-  const bool result = last;
-  if (result) __threadfence();
-  __syncthreads();  // `last` is used again
-  return result;
+  if (last) __threadfence();
+  return last;  // written again only after the next barrier
 }
 
 }  // namespace gmp::cuda

@@ -75,9 +75,9 @@ __device__ inline int64_t num_blocks_of(const GroupRow& group, int64_t num_chunk
   return block_of(group.first_chunk + group.num_chunks - 1, num_chunks) - block_of(group.first_chunk, num_chunks) + 1;
 }
 
-// One block per group.
+// One block per group. With room for more of them to a multiprocessor, the compiler would have registers spilled.
 template <typename Key>
-__global__ void __launch_bounds__(kThreads) begin(LayerRow* layers, GroupRow* groups, Key infinity) {
+__global__ void __launch_bounds__(kThreads, 2) begin(LayerRow* layers, GroupRow* groups, Key infinity) {
   constexpr int kPerThread = kMostBins / kThreads;
   __shared__ unsigned hist[kMostBins];
   __shared__ int64_t edges[2];
@@ -172,7 +172,7 @@ __device__ void narrow(LayerRow* layers, GroupRow& group, Key infinity, Take tak
   for (int b = 0; b < kPerThread; ++b) sum += counts[b] = take(threadIdx.x * kPerThread + b);
   const unsigned long long before = block_scan(sum, inside);  // and all have read what is written from here on
   const bool proven = wanted > below && wanted <= below + static_cast<int64_t>(inside);
-  if (threadIdx.x == 0) finished = wanted <= 0;
+  if (threadIdx.x == 0) finished = wanted <= 0;  // and nobody looks at that of an earlier call any more
   __syncthreads();
   if (wanted <= 0) {
     if (threadIdx.x == 0) {
@@ -220,7 +220,6 @@ __device__ void narrow(LayerRow* layers, GroupRow& group, Key infinity, Take tak
     ++group.passes;
     group.overflow = group.blocks_done = 0;
   }
-  __syncthreads();  // `finished` is used again
 }
 
 // Adds what a block has found of a group in its first read to that of the others.

@@ -83,9 +83,8 @@ class Ranking {
   __device__ void leave() {
     if (group_ < 0) return;
     add_sums(tally_.groups[group_], counter_);
-    __syncthreads();
     counter_.move_bins(pointer<unsigned long long>(tally_.space.bins) + group_ * kBins, kBins);
-    __syncthreads();
+    __syncthreads();  // the next chunk counts into them
   }
 
  private:

@@ -4,12 +4,14 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <map>
 #include <memory>
 #include <mutex>
 #include <numeric>
 #include <random>
 #include <stdexcept>
+#include <thread>
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/common_interface_defs.h>
@@ -106,6 +108,8 @@ class Block {
       }
       if (!progress && held) {
         behind = num_warps;
+        // Time for the blocks of other host threads to get ahead of that warp.
+        if (random_() % 8 == 0) std::this_thread::sleep_for(std::chrono::microseconds(100));
       } else if (!progress) {
         throw std::runtime_error("a block cannot go on: some of its threads wait where the others never come");
       }
@@ -241,7 +245,9 @@ void launch(const char* kernel, unsigned grid, unsigned size, const std::functio
   }
   std::string error;
   int64_t loaded = 0, stored = 0;
-#pragma omp parallel for schedule(dynamic, 1) reduction(+ : loaded, stored) if (grid > 1)
+  // Shuffled, blocks meet others that run, wherever that is possible.
+  const int num_threads = seed != 0 ? std::max(2, omp_get_max_threads()) : omp_get_max_threads();
+#pragma omp parallel for schedule(dynamic, 1) reduction(+ : loaded, stored) num_threads(num_threads) if (grid > 1)
   for (unsigned i = 0; i < grid; ++i) {
     bytes_loaded = bytes_stored = 0;
     try {

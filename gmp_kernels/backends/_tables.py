@@ -11,7 +11,7 @@ from gmp_kernels.backends import Layer, Selection, Threshold
 from gmp_kernels.backends._rows import address, parts
 from gmp_kernels.keys import key_of, largest_key, magnitude_of
 
-__all__ = ["LayerField", "Part", "SelectionTables", "Table", "num_chunks_of", "upload"]
+__all__ = ["MEMORY_BYTES", "LayerField", "Part", "SelectionTables", "Table", "num_chunks_of", "upload"]
 
 _NO_INDEX = (1 << 63) - 1
 MEMORY_BYTES = 4 << 20  # for the workspace of a selection, and a share of the largest layer
@@ -142,7 +142,11 @@ class SelectionTables(Sequence[Selection]):
             values += [value for row in (*layer_rows, *group_rows) for value in row]
             planned.append((dtype, positions, groups, members, start, num_chunks))
         self.buffer = upload(values, torch.int64, self._device)
-        capacity = 0 if found is not None else self._capacity(module, multiprocessors, len(values))
+        capacity = (
+            0
+            if found is not None
+            else self._capacity(module, multiprocessors, len(values), len(num_prune) if bins_per_group else 0)
+        )
         self.parts = [
             self._part(module, multiprocessors, *plan, capacity, found is None, bins_per_group) for plan in planned
         ]
@@ -150,11 +154,11 @@ class SelectionTables(Sequence[Selection]):
     def _num_bins(self, module: Any, multiprocessors: int, num_groups: int, num_chunks: int) -> int:
         return int(module.BINS * max(num_groups, min(module.num_counting_blocks(multiprocessors), num_chunks)))
 
-    def _capacity(self, module: Any, multiprocessors: int, num_values: int) -> int:
+    def _capacity(self, module: Any, multiprocessors: int, num_values: int, num_groups: int) -> int:
         """Keys per chunk for which there is memory."""
         sizes = [layer.weight.nbytes for layer in self.layers]
         chunks = [num_chunks_of(layer.weight.numel(), module.CHUNK) for layer in self.layers]
-        bins = 8 * self._num_bins(module, multiprocessors, 0, sum(chunks))
+        bins = 8 * self._num_bins(module, multiprocessors, num_groups, sum(chunks))
         left = MEMORY_SHARE * max(sizes) + MEMORY_BYTES - bins - 8 * sum(chunks) - 8 * num_values
         key_bytes = sum(n * layer.weight.itemsize for n, layer in zip(chunks, self.layers, strict=True))
         return int(min(module.LIST_CAPACITY, max(0, left // key_bytes)))

@@ -33,7 +33,7 @@ from gmp_kernels.backends import (
     register,
 )
 from gmp_kernels.backends._rows import address, by_dtype, dtype_name
-from gmp_kernels.backends._tables import LayerField, SelectionTables, Table, num_chunks_of, upload
+from gmp_kernels.backends._tables import MEMORY_BYTES, LayerField, SelectionTables, Table, num_chunks_of, upload
 from gmp_kernels.errors import DeviceError
 
 _modules: dict[str, ModuleType] = {}
@@ -238,6 +238,8 @@ class Launches:
             written[dtype_name(layer.weight)].add(dtype_name(tensors[i].weight))
         sources = [source for dtypes in written.values() for source in dtypes]
         if len(set(sources)) < len(sources) or any(len(dtypes) > 1 for dtypes in written.values()):
+            return None
+        if 8 * self._module.BINS * len(tally.num_prune) > MEMORY_BYTES // 2:
             return None
         tables = self._tables(tally.layers, tally.num_prune, [None] * len(tally.num_prune), bins_per_group=True)
         part_of: dict[str, Any] = {}

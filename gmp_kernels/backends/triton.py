@@ -46,7 +46,7 @@ from gmp_kernels.keys import key_of, largest_key, magnitude_of
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 # Weights per program: as many as registers hold; under the interpreter a program takes milliseconds of whatever size,
 # and the tests' sizes lie around this one.
-BLOCK = 16384 if INTERPRETED else 4096
+BLOCK = 16384 if INTERPRETED else 2048
 # Contraction would round once what csrc/update_rule.h rounds twice.
 OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
 CAPACITY = BLOCK // 32  # candidates kept per chunk: 3 % of the bytes of the weights

@@ -27,6 +27,7 @@ from gmp_kernels.reports import LayerReport
 __all__ = ["DEFAULT_MEMORY", "PruneJob", "PruneReport"]
 
 DEFAULT_MEMORY = 128 << 20
+LARGEST_PIECE = 1 << 20
 MASKS = "masks"
 
 
@@ -168,15 +169,17 @@ class PruneJob:
 
         Notes
         -----
-        Each tensor that fits into a quarter of ``max_memory`` is read once, larger ones twice; in global scope all
-        are. Finished shards and the output have reached the disk before they are called finished.
+        Tensors of up to 1 MB are read once, larger ones twice; in global scope all are. Shards and the output have
+        reached the disk before they are called finished.
         """
         start = time.perf_counter()
         with Ranks.joined() as ranks, Staging(self._target) as staging:
             ranks.together(lambda: staging.begin(self._settings(), resume=resume) if ranks.rank == 0 else None)
             owned = _divide(self.checkpoint.shards, ranks, staging.finished())
-            with Stream(self._piece_bytes(max_memory)) as stream:
-                workspace = self._workspace(stream, owned, staging, progress)
+            with Stream(_piece_bytes(max_memory)) as stream:
+                room = torch.empty(max_memory // 2 // PIECE_UNIT * PIECE_UNIT, dtype=torch.uint8)
+                advance = self._advance(stream.piece_bytes, owned, staging, progress)
+                workspace = Workspace(stream, choose(None, room.device), room, advance)
                 decisions = self._decisions(workspace, owned, staging, ranks)
                 ranks.together(lambda: self._write(workspace, owned, decisions, staging, is_first=ranks.rank == 0))
             records = staging.finished()
@@ -205,22 +208,17 @@ class PruneJob:
             "input": self.checkpoint.identity(),
         }
 
-    def _piece_bytes(self, max_memory: int) -> int:
-        # Two pieces, candidates the size of one, and as much for masks and what a selection takes; converted pieces
-        # are up to twice as large, and there may be two of them.
-        num_parts = 4 if self._dtype is None else 8
-        return max(PIECE_UNIT, max_memory // num_parts // PIECE_UNIT * PIECE_UNIT)
-
-    def _workspace(
-        self, stream: Stream, owned: Mapping[int, Shard], staging: Staging, progress: Callable[[int, int], None]
-    ) -> Workspace:
+    def _advance(
+        self, piece_bytes: int, owned: Mapping[int, Shard], staging: Staging, progress: Callable[[int, int], None]
+    ) -> Callable[[int], None]:
+        """Return what adds up the bytes done and tells ``progress`` of how many."""
         targets = {tensor.name for tensor in self.tensors}
         done = total = 0
         for shard in owned.values():
             total += sum(tensor.nbytes for tensor in shard.tensors)
             read = [tensor.nbytes for tensor in shard.tensors if tensor.name in targets]
             if self._scope == "layer":
-                total += sum(nbytes for nbytes in read if nbytes > stream.piece_bytes)
+                total += sum(nbytes for nbytes in read if nbytes > piece_bytes)
             elif staging.noted("decisions") is None:
                 total += sum(read)
 
@@ -229,8 +227,7 @@ class PruneJob:
             done += nbytes
             progress(done, total)
 
-        room = torch.empty(stream.piece_bytes, dtype=torch.uint8)
-        return Workspace(stream, choose(None, room.device), room, advance)
+        return advance
 
     def _decisions(
         self, workspace: Workspace, owned: Mapping[int, Shard], staging: Staging, ranks: Ranks
@@ -297,6 +294,12 @@ class PruneJob:
     def _conclude(self, staging: Staging) -> None:
         self.checkpoint.check_unchanged()
         staging.commit(self._renames())
+
+
+def _piece_bytes(max_memory: int) -> int:
+    # Half of the memory is for candidates. In the other half there are two pieces, up to two converted ones, each of
+    # twice the size, and what is computed from them. More than fits the caches would only make them slower.
+    return max(PIECE_UNIT, min(LARGEST_PIECE, max_memory // 16) // PIECE_UNIT * PIECE_UNIT)
 
 
 def _divide(shards: Sequence[Shard], ranks: Ranks, finished: Container[int]) -> dict[int, Shard]:
