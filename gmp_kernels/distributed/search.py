@@ -218,12 +218,14 @@ class Search:
         present = [(i, target) for i, target in enumerate(targets) if target is not None]
         if is_first:
             _make_rooms([pieces[i] for i, _ in present])
-        found = self._implementation.count(
-            [target for _, target in present],
-            [pieces[i].bracket for i, _ in present],
-            num_bins,
-            [pieces[i].room for i, _ in present] if is_first else None,
-        )
+        found: list[Census] = []
+        if present:
+            found = self._implementation.count(
+                [target for _, target in present],
+                [pieces[i].bracket for i, _ in present],
+                num_bins,
+                [pieces[i].room for i, _ in present] if is_first else None,
+            )
         largest = max(self._sizes) + len(pieces) * self._ranks.size
         rows = np.zeros((len(pieces), 3 + num_bins), np.int32 if largest < 2**31 else np.int64)
         for (i, _), census in zip(present, found, strict=True):
