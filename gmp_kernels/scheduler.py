@@ -213,11 +213,11 @@ class GMPScheduler:
     @property
     def sparsity(self) -> float:
         """Fraction of pruned weights over all targets."""
-        return sum(self._num_pruned().values()) / sum(map(math.prod, self._shapes.values()))
+        return 1.0 - sum(self._num_kept().values()) / self._num_weights(self._parameters)
 
     def layer_sparsities(self) -> dict[str, float]:
         """Return {name: fraction of pruned weights} of all targets."""
-        return {name: pruned / math.prod(self._shapes[name]) for name, pruned in self._num_pruned().items()}
+        return {name: 1.0 - kept / self._num_weights([name]) for name, kept in self._num_kept().items()}
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything a bit-exact resume needs beside the model's and the optimizer's own state.
@@ -332,12 +332,12 @@ class GMPScheduler:
     def _num_weights(self, names: Iterable[str]) -> int:
         return sum(math.prod(self._shapes[name]) for name in names)
 
-    def _num_pruned(self) -> dict[str, int]:
+    def _num_kept(self) -> dict[str, int]:
         """By layer: counted from the masks, where they are all here, or else what the last update of each counted."""
         if self._shards is None:
-            return {name: mask.numel - mask.num_kept for name, mask in self.masks.items()}
-        reported = {layer.name: layer.num_pruned for report in self.history for layer in report.layers}
-        return {name: reported.get(name, 0) for name in self._parameters}
+            return {name: mask.num_kept for name, mask in self.masks.items()}
+        pruned = {layer.name: layer.num_pruned for report in self.history for layer in report.layers}
+        return {name: self._num_weights([name]) - pruned.get(name, 0) for name in self._parameters}
 
     def _announce(self) -> None:
         """Let the optimizer look for the thresholds of the next update in the step before it, one device at a time."""

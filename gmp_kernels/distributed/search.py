@@ -19,7 +19,7 @@ __all__ = ["Piece", "Search"]
 # Bits of the key by which a round narrows an interval. Counts are sent as int32 at first, 8 KB for each layer at most,
 # and soon as uint8, when few weights are left inside.
 FEW_BITS, BITS_PER_ROUND, MOST_BITS = 8, 10, 11
-SLOTS = 512  # that a range of flat indices is divided into to count ties in
+SLOTS = 1024  # that a range of flat indices is divided into to count ties in
 CHUNK = 1 << 18  # weights that are searched for ties at a time
 NO_BRACKET = Bracket(0, -1)
 # The weights inside the first interval are remembered, if they are no more than one in ROOM_SHARE, up to ROOM_BYTES and
@@ -197,8 +197,9 @@ class Search:
                     bounds = _even(0, size) if starts is None else np.array([*starts, size])
                     counts.append(_TieCount(p, cut.key, g, bounds, starts is not None))
         quotas = {g: cut.threshold.num_ties_kept for g, cut in enumerate(cuts)}
+        bound = max(self._sizes)
         while counts:
-            counts, quotas = self._divide(counts, quotas)
+            counts, quotas, bound = self._divide(counts, quotas, bound)
         return cuts
 
     def first_nonfinite(self) -> list[int]:
@@ -212,18 +213,20 @@ class Search:
     def _count(self, brackets: Mapping[int, Bracket]) -> dict[int, Census]:
         """One round: every open group against its bracket, summed over layers and ranks."""
         is_first = not self._counted
-        num_bins = 1 << max(map(_bits, brackets.values()))
+        num_bins = 1 << _bits(max(bracket.hi - bracket.lo for bracket in brackets.values()))
         pieces = [p for g in brackets for p in self._groups[g]]
         targets = [p.narrow(brackets[g]) for g in brackets for p in self._groups[g]]
         present = [(i, target) for i, target in enumerate(targets) if target is not None]
         if is_first:
             _make_rooms([pieces[i] for i, _ in present])
-        found = self._implementation.count(
-            [target for _, target in present],
-            [pieces[i].bracket for i, _ in present],
-            num_bins,
-            [pieces[i].room for i, _ in present] if is_first else None,
-        )
+        found: list[Census] = []
+        if present:
+            found = self._implementation.count(
+                [target for _, target in present],
+                [pieces[i].bracket for i, _ in present],
+                num_bins,
+                [pieces[i].room for i, _ in present] if is_first else None,
+            )
         largest = max(self._sizes) + len(pieces) * self._ranks.size
         rows = np.zeros((len(pieces), 3 + num_bins), np.int32 if largest < 2**31 else np.int64)
         for (i, _), census in zip(present, found, strict=True):
@@ -262,14 +265,20 @@ class Search:
             bound = max(bound, int(until[slot]) - _before(until, slot))
         return bound
 
-    def _divide(self, counts: Sequence[_TieCount], quotas: Mapping[int, int]) -> tuple[list[_TieCount], dict[int, int]]:
-        """Divide the ties that stay among the slots of the counts; return what has to be looked at more closely."""
+    def _divide(
+        self, counts: Sequence[_TieCount], quotas: Mapping[int, int], bound: int
+    ) -> tuple[list[_TieCount], dict[int, int], int]:
+        """Divide the ties that stay among the slots of the counts; return what has to be looked at more closely.
+
+        ``bound`` is what no count can exceed.
+        """
         here = [count.here() for count in counts]
         spoken = [ties * count.piece.holding.speaks for count, ties in zip(counts, here, strict=True)]
-        sums = self._ranks.total(torch.from_numpy(np.concatenate(spoken)), max(self._sizes)).numpy()
+        sums = self._ranks.total(torch.from_numpy(np.concatenate(spoken)), bound).numpy()
         totals = np.split(sums, np.cumsum([len(ties) for ties in here])[:-1])
         left = dict(quotas)
         closer: list[_TieCount] = []
+        most = 0
         more: dict[int, int] = {}
         for i, (count, total) in enumerate(zip(counts, totals, strict=True)):
             kept = np.clip(left[count.quota] - (total.cumsum() - total), 0, total)
@@ -287,15 +296,15 @@ class Search:
             if len(loses) and kept[slot]:
                 bounds = _even(int(count.bounds[slot]), int(count.bounds[slot + 1]))
                 closer.append(_TieCount(p, count.key, i, bounds, are_runs=False))
-                more[i] = int(kept[slot])
+                more[i], most = int(kept[slot]), max(most, int(total[slot]))
             else:
                 p.cut = int(p.holding.region.to_local(count.bounds[slot : slot + 1])[0])
-        return closer, more
+        return closer, more, most
 
 
-def _bits(bracket: Bracket) -> int:
+def _bits(width: int) -> int:
     """By how many bits of the key to narrow an interval: first by those that no number of full rounds would take."""
-    bits = (bracket.hi - bracket.lo).bit_length()
+    bits = width.bit_length()
     return bits if bits <= MOST_BITS else (bits - 2) % BITS_PER_ROUND + 2
 
 
@@ -307,10 +316,10 @@ def _nearer(bracket: Bracket, previous: Threshold | None, dtype: torch.dtype) ->
     lo = 0 if previous is None else near(previous, dtype).lo
     if not bracket.lo < lo <= bracket.hi:
         return bracket
-    bits = max(FEW_BITS, (bracket.hi - lo).bit_length())
-    if bits > MOST_BITS:
-        bits += (MOST_BITS - bits) % BITS_PER_ROUND
-    return Bracket(max(bracket.lo, bracket.hi - (1 << bits) + 1), bracket.hi)
+    for bits in (FEW_BITS, MOST_BITS, MOST_BITS + BITS_PER_ROUND):
+        if bracket.hi - lo < 1 << bits:
+            return Bracket(max(bracket.lo, bracket.hi - (1 << bits) + 1), bracket.hi)
+    return Bracket(lo, bracket.hi)
 
 
 def _before(until: np.ndarray, slot: int) -> int:

@@ -17,7 +17,7 @@ from masks import model_of, shard
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import Replicate, Shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -141,6 +141,12 @@ def unfit_on_one_rank() -> None:
         pruner.step()
 
 
+def parameters_without_shape() -> None:
+    flat = FullyShardedDataParallel(nn.Linear(6, 4), device_id=torch.device("cpu"), use_orig_params=True)
+    with pytest.raises(gmp.LayoutError, match=r"use torch\.distributed\.fsdp\.fully_shard"):
+        pruner_of(flat, targets=None)
+
+
 def silent_rank() -> None:
     """One that does not call step() while the other does."""
     pruner = pruner_of(sharded())
@@ -207,7 +213,14 @@ def resumed(folder: Path) -> None:
 
 if __name__ == "__main__":
     checkpoints = Path(sys.argv[1])
-    for fault in (nan_on_one_rank, nan_in_one_copy, disagreements, copies_that_differ, unfit_on_one_rank):
+    for fault in (
+        nan_on_one_rank,
+        nan_in_one_copy,
+        disagreements,
+        copies_that_differ,
+        unfit_on_one_rank,
+        parameters_without_shape,
+    ):
         run(2, fault)
     run(2, silent_rank, timeout=2)
     run(2, train, checkpoints, range(12), 4, 7, dies=1)

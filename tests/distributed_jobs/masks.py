@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
-from gmp_kernels import GMPScheduler, schedules
+from gmp_kernels import BitMask, GMPScheduler, schedules
 from gmp_kernels.testing import DTYPES, adversarial_cases, assert_bitwise_equal
 
 BACKENDS = ("reference", "simt")
@@ -78,6 +78,10 @@ def compare(layout: str, weights: dict[str, torch.Tensor], scope: str, backend: 
         whole.step()
         sharded.step()
     assert_same(sharded, whole, f"{layout} {scope} {backend}")
+    # What one process has saved, shards can load.
+    sharded.masks = {name: BitMask.ones(mask.shape) for name, mask in sharded.masks.items()}
+    sharded.load_state_dict(whole.state_dict())
+    assert_same(sharded, whole, f"{layout} {scope} {backend}, loaded")
 
 
 def cases(shape: tuple[int, int], dtype: torch.dtype) -> dict[str, torch.Tensor]:
