@@ -22,8 +22,8 @@ demo: $(VENV)/.demo
 	$(BIN)/gmp-kernels demo $(DEMO_ARGS)
 
 test: lint
-	@echo '== tests'
-	$(BIN)/pytest
+	@echo '== tests, two files at a time: most keep one core busy'
+	$(BIN)/pytest -n 2 --dist loadfile
 	@echo '== benchmarks, one tiny round each: they run'
 	$(BIN)/pytest benchmarks --benchmark-disable
 

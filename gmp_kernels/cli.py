@@ -28,7 +28,8 @@ try:
     from gmp_kernels.tables import new_table
 except ModuleNotFoundError as error:
     # The library works without them; a traceback would hide the one thing there is to do.
-    raise SystemExit(f"gmp-kernels: the command line needs {error.name}; run: pip install 'gmp-kernels[cli]'") from None
+    missing = str(error.name).partition(".")[0]
+    raise SystemExit(f"gmp-kernels: the command line needs {missing}; run: pip install 'gmp-kernels[cli]'") from None
 
 __all__ = ["app", "main"]
 
