@@ -18,7 +18,7 @@ __all__ = ["Piece", "Search"]
 
 # Bits of the key by which a round narrows an interval. Counts are sent as int32 at first, 8 KB for each layer at most,
 # and soon as uint8, when few weights are left inside.
-FEW_BITS, BITS_PER_ROUND, MOST_BITS = 8, 10, 11
+FEW_BITS, MOST_BITS = 8, 11
 SLOTS = 1024  # that a range of flat indices is divided into to count ties in
 CHUNK = 1 << 18  # weights that are searched for ties at a time
 NO_BRACKET = Bracket(0, -1)
@@ -303,9 +303,10 @@ class Search:
 
 
 def _bits(width: int) -> int:
-    """By how many bits of the key to narrow an interval: first by those that no number of full rounds would take."""
+    """By how many bits of the key to narrow an interval: in as few rounds as there can be, of equal size."""
     bits = width.bit_length()
-    return bits if bits <= MOST_BITS else (bits - 2) % BITS_PER_ROUND + 2
+    rounds = max(1, -(-bits // MOST_BITS))
+    return -(-bits // rounds)
 
 
 def _nearer(bracket: Bracket, previous: Threshold | None, dtype: torch.dtype) -> Bracket:
@@ -316,7 +317,7 @@ def _nearer(bracket: Bracket, previous: Threshold | None, dtype: torch.dtype) ->
     lo = 0 if previous is None else near(previous, dtype).lo
     if not bracket.lo < lo <= bracket.hi:
         return bracket
-    for bits in (FEW_BITS, MOST_BITS, MOST_BITS + BITS_PER_ROUND):
+    for bits in (FEW_BITS, MOST_BITS, 2 * MOST_BITS):
         if bracket.hi - lo < 1 << bits:
             return Bracket(max(bracket.lo, bracket.hi - (1 << bits) + 1), bracket.hi)
     return Bracket(lo, bracket.hi)
