@@ -11,7 +11,7 @@ import torch
 __all__ = ["key_of", "keys_of", "largest_key", "magnitude_of"]
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-# As struct has them: a value, its bits, and how many of those the dtype leaves out. Tensors would take ten times as long.
+# As struct has them: a value, its bits, and how many of those the dtype leaves out. Tensors would take far longer.
 _FORMATS = {
     torch.float32: ("<f", "<I", 0),
     torch.float64: ("<d", "<Q", 0),
