@@ -21,11 +21,18 @@ _FORMATS = {
 
 
 def key_of(magnitude: float, dtype: torch.dtype) -> int:
-    """Return the key of a magnitude that is a value of ``dtype``; every NaN has the one above Inf."""
+    """Return the key of a magnitude that is a value of ``dtype``; every NaN has the one above Inf.
+
+    What is too large for it has the key of Inf.
+    """
     if math.isnan(magnitude):
         return largest_key(dtype)
     value, bits, shift = _FORMATS[dtype]
-    key: int = struct.unpack(bits, struct.pack(value, abs(magnitude)))[0] >> shift
+    try:
+        packed = struct.pack(value, abs(magnitude))
+    except OverflowError:
+        packed = struct.pack(value, math.inf)
+    key: int = struct.unpack(bits, packed)[0] >> shift
     return key
 
 
