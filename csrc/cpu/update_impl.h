@@ -86,62 +86,88 @@ inline Vec<T> zero_unless(uint64_t bits, Vec<T> v) {
 #include "../update_rule.h"
 #undef GMP_RULE_INLINE
 
-template <typename T>
-inline T* offset(void* p, int64_t i) {
-  return p == nullptr ? nullptr : static_cast<T*>(p) + i;
-}
+// The arrays of a run, at one of its weights. How many of them there are is known to the compiler, so that no block asks.
+template <typename Format, int kNumStates, bool kHasMaster>
+struct Arrays {
+  using T = typename Format::Compute;
+  using Bits = typename Format::Bits;
+  Bits* weights;
+  const Bits* grads;
+  T* master;
+  T* state[3];
+
+  explicit Arrays(const UpdateRun& run)
+      : weights(static_cast<Bits*>(run.weights)),
+        grads(static_cast<const Bits*>(run.grads)),
+        master(static_cast<T*>(run.master)),
+        state{static_cast<T*>(run.state[0]), static_cast<T*>(run.state[1]), static_cast<T*>(run.state[2])} {}
+
+  void advance_state(int64_t i) {
+    for (int k = 0; k < kNumStates; ++k) state[k] += i;
+  }
+  Arrays at(int64_t i) const {
+    Arrays there = *this;
+    there.weights += i;
+    there.grads += i;
+    if constexpr (kHasMaster) there.master += i;
+    there.advance_state(i);
+    return there;
+  }
+  // always_inline, or else GCC finds that it has no effect, and drops it.
+  __attribute__((always_inline)) void fetch(int64_t i) const {
+    __builtin_prefetch(grads + i);
+    __builtin_prefetch(weights + i, 1);
+    if constexpr (kHasMaster) __builtin_prefetch(master + i, 1);
+    for (int k = 0; k < kNumStates; ++k) __builtin_prefetch(state[k] + i, 1);
+  }
+};
 
 // One block of weights, gradients and state in memory; `bits`: lanes that are kept.
-template <Rule kRule, typename Format, bool kMasked>
-inline void update_block(typename Format::Bits* weights, const typename Format::Bits* grads,
-                         typename Format::Compute* master, typename Format::Compute* const state[3], uint64_t bits,
-                         const UpdateRun& run, const UpdateConstants<typename Format::Compute>& c) {
+template <Rule kRule, bool kMasked, typename Format, int kNumStates, bool kHasMaster>
+inline void update_block(const Arrays<Format, kNumStates, kHasMaster>& a, uint64_t bits,
+                         const UpdateConstants<typename Format::Compute>& c) {
   using T = typename Format::Compute;
   for (int i = 0; i < kLanesOf<T>; i += kWidthOf<T>) {
-    Vec<T> w = master != nullptr ? load_vector(master + i) : Format::load(weights + i);
-    Vec<T> s[3] = {};
-    for (int k = 0; k < 3; ++k) {
-      if (state[k] != nullptr) s[k] = load_vector(state[k] + i);
+    Vec<T> w, s[3] = {};
+    if constexpr (kHasMaster) {
+      w = load_vector(a.master + i);
+    } else {
+      w = Format::load(a.weights + i);
     }
-    update_one<kRule, T>(w, Format::load(grads + i), s[0], s[1], s[2], run.state[0] != nullptr, run.state[2] != nullptr,
-                         c);
+    for (int k = 0; k < kNumStates; ++k) s[k] = load_vector(a.state[k] + i);
+    update_one<kRule, T>(w, Format::load(a.grads + i), s[0], s[1], s[2], kNumStates > 0, kNumStates > 2, c);
     if constexpr (kMasked) {
       w = zero_unless<T>(bits >> i, w);
       for (Vec<T>& v : s) v = zero_unless<T>(bits >> i, v);
     }
-    for (int k = 0; k < 3; ++k) {
-      if (state[k] != nullptr) store_vector(state[k] + i, s[k]);
-    }
-    if (master != nullptr) store_vector(master + i, w);
-    Format::store(weights + i, w);
+    for (int k = 0; k < kNumStates; ++k) store_vector(a.state[k] + i, s[k]);
+    if constexpr (kHasMaster) store_vector(a.master + i, w);
+    Format::store(a.weights + i, w);
   }
 }
 
 // The same for fewer than a block, through copies padded with zeros.
-template <Rule kRule, typename Format, bool kMasked>
-void update_partial(typename Format::Bits* weights, const typename Format::Bits* grads,
-                    typename Format::Compute* master, typename Format::Compute* const state[3], uint64_t bits,
-                    int64_t n, const UpdateRun& run, const UpdateConstants<typename Format::Compute>& c) {
+template <Rule kRule, bool kMasked, typename Format, int kNumStates, bool kHasMaster>
+void update_partial(const Arrays<Format, kNumStates, kHasMaster>& a, uint64_t bits, int64_t n,
+                    const UpdateConstants<typename Format::Compute>& c) {
   using T = typename Format::Compute;
   using Bits = typename Format::Bits;
   constexpr int kLanes = kLanesOf<T>;
   Bits w[kLanes] = {}, g[kLanes] = {};
   T m[kLanes] = {}, s[3][kLanes] = {};
-  T* s_pointer[3] = {};
-  __builtin_memcpy(w, weights, n * sizeof(Bits));
-  __builtin_memcpy(g, grads, n * sizeof(Bits));
-  if (master != nullptr) __builtin_memcpy(m, master, n * sizeof(T));
-  for (int k = 0; k < 3; ++k) {
-    if (state[k] == nullptr) continue;
-    __builtin_memcpy(s[k], state[k], n * sizeof(T));
-    s_pointer[k] = s[k];
-  }
-  update_block<kRule, Format, kMasked>(w, g, master == nullptr ? nullptr : m, s_pointer, bits, run, c);
-  __builtin_memcpy(weights, w, n * sizeof(Bits));
-  if (master != nullptr) __builtin_memcpy(master, m, n * sizeof(T));
-  for (int k = 0; k < 3; ++k) {
-    if (state[k] != nullptr) __builtin_memcpy(state[k], s[k], n * sizeof(T));
-  }
+  __builtin_memcpy(w, a.weights, n * sizeof(Bits));
+  __builtin_memcpy(g, a.grads, n * sizeof(Bits));
+  if constexpr (kHasMaster) __builtin_memcpy(m, a.master, n * sizeof(T));
+  for (int k = 0; k < kNumStates; ++k) __builtin_memcpy(s[k], a.state[k], n * sizeof(T));
+  Arrays<Format, kNumStates, kHasMaster> copies = a;
+  copies.weights = w;
+  copies.grads = g;
+  copies.master = m;
+  for (int k = 0; k < kNumStates; ++k) copies.state[k] = s[k];
+  update_block<kRule, kMasked>(copies, bits, c);
+  __builtin_memcpy(a.weights, w, n * sizeof(Bits));
+  if constexpr (kHasMaster) __builtin_memcpy(a.master, m, n * sizeof(T));
+  for (int k = 0; k < kNumStates; ++k) __builtin_memcpy(a.state[k], s[k], n * sizeof(T));
 }
 
 // Moves the kept keys of src to the front of dst, in order; dst has room for a vector more. Returns how many.
@@ -192,21 +218,12 @@ int64_t live_blocks(const uint8_t* mask, int64_t num_blocks, uint16_t* blocks) {
   return count;
 }
 
-// How many live blocks ahead memory is asked for: the fewer, the more streams a block has.
-inline constexpr int64_t kDenseAhead = 16, kCompactAhead = 24;
+// How many blocks ahead memory is asked for: the fewer, the more streams a block has. Hardware prefetchers stop at the
+// end of a page, and follow no stream with holes in it.
+inline constexpr int64_t kDenseAhead = 32, kCompactAhead = 24;
 
-// Up to three dead blocks in four, reading past the dead ones is faster than leaping over them: uneven strides lose the
-// hardware's prefetcher, and with it more than the lines that are saved. Measured on Zen 5: the dense step over 20 % of
-// dead blocks takes 0.95 of torch's time with the touch and 1.3 without; at 85 % leaping wins, 0.7 to 0.87. Compact
-// state gains nothing by it.
-inline bool touches_dead_blocks(int64_t num_live, int64_t num_blocks) { return num_live * 4 > num_blocks; }
-
-inline void touch(const void* p) {
-  if (p != nullptr) asm volatile("" ::"r"(*static_cast<const volatile char*>(p)));
-}
-
-template <Rule kRule, typename Format>
-void update_compact(const UpdateRun& run, const UpdateConstants<typename Format::Compute>& c) {
+template <Rule kRule, typename Format, int kNumStates, bool kHasMaster>
+void update_compact(const UpdateRun& run, const UpdateConstants<typename Format::Compute> c) {
   using T = typename Format::Compute;
   using Bits = typename Format::Bits;
   using MasterBits = typename BitsOf<T>::Type;
@@ -216,22 +233,23 @@ void update_compact(const UpdateRun& run, const UpdateConstants<typename Format:
   alignas(64) Bits w[kTile + kSlack] = {}, g[kTile + kSlack] = {};
   alignas(64) MasterBits m[kTile + kMasterSlack] = {};
   uint16_t blocks[kMostBlocks + 1];
-  T* state[3] = {static_cast<T*>(run.state[0]), static_cast<T*>(run.state[1]), static_cast<T*>(run.state[2])};
-  Bits* const weights = static_cast<Bits*>(run.weights);
-  const Bits* const grads = static_cast<const Bits*>(run.grads);
+  const Arrays<Format, kNumStates, kHasMaster> a(run);
   MasterBits* const master = static_cast<MasterBits*>(run.master);
+  // Weights, gradients and masters of a tile, packed, with the state that belongs to them.
+  auto packed = a;
+  packed.weights = w;
+  packed.grads = g;
+  packed.master = reinterpret_cast<T*>(m);
 
   const auto update_packed = [&](int64_t count) {
     for (int64_t j = 0; j < count; j += kLanes) {
-      T* here[3] = {offset<T>(state[0], j), offset<T>(state[1], j), offset<T>(state[2], j)};
-      T* const m_here = master == nullptr ? nullptr : reinterpret_cast<T*>(m + j);
       if (count - j >= kLanes) {
-        update_block<kRule, Format, false>(w + j, g + j, m_here, here, 0, run, c);
+        update_block<kRule, false>(packed.at(j), 0, c);
       } else {
-        update_partial<kRule, Format, false>(w + j, g + j, m_here, here, 0, count - j, run, c);
+        update_partial<kRule, false>(packed.at(j), 0, count - j, c);
       }
     }
-    for (T*& s : state) s = offset<T>(s, count);
+    packed.advance_state(count);
   };
 
   const int64_t num_blocks = run.n / kBlock;
@@ -241,15 +259,15 @@ void update_compact(const UpdateRun& run, const UpdateConstants<typename Format:
     for (; last < num_live && count + kBlock <= kTile; ++last) {
       const int64_t i = blocks[last] * kBlock;
       const int64_t ahead = blocks[last + kCompactAhead < num_live ? last + kCompactAhead : last] * kBlock;
-      __builtin_prefetch(grads + ahead);
-      __builtin_prefetch(weights + ahead, 1);
+      __builtin_prefetch(a.grads + ahead);
+      __builtin_prefetch(a.weights + ahead, 1);
       const uint64_t kept = load_mask_bits<V::kCount>(run.mask, i);
-      V::compress(g + count, V::load(grads + i), kept);
-      if (master != nullptr) {
+      V::compress(g + count, V::load(a.grads + i), kept);
+      if constexpr (kHasMaster) {
         __builtin_prefetch(master + ahead, 1);
         pack(master + i, run.mask + i / 8, kBlock, m + count);
       } else {
-        V::compress(w + count, V::load(weights + i), kept);
+        V::compress(w + count, V::load(a.weights + i), kept);
       }
       count += __builtin_popcountll(kept);
     }
@@ -258,8 +276,8 @@ void update_compact(const UpdateRun& run, const UpdateConstants<typename Format:
     for (; first < last; ++first) {
       const int64_t i = blocks[first] * kBlock;
       const uint64_t kept = load_mask_bits<V::kCount>(run.mask, i);
-      if (master != nullptr) unpack(m + taken, run.mask + i / 8, kBlock, master + i);
-      V::store(weights + i, V::expand(w + taken, kept));
+      if constexpr (kHasMaster) unpack(m + taken, run.mask + i / 8, kBlock, master + i);
+      V::store(a.weights + i, V::expand(w + taken, kept));
       taken += __builtin_popcountll(kept);
     }
   }
@@ -267,73 +285,48 @@ void update_compact(const UpdateRun& run, const UpdateConstants<typename Format:
   const int64_t i = num_blocks * kBlock, n = run.n - i;
   if (n == 0) return;
   const uint8_t* const mask = run.mask + i / 8;
-  const int64_t count = pack(grads + i, mask, n, g);
-  if (master != nullptr) {
+  const int64_t count = pack(a.grads + i, mask, n, g);
+  if constexpr (kHasMaster) {
     pack(master + i, mask, n, m);
   } else {
-    pack(weights + i, mask, n, w);
+    pack(a.weights + i, mask, n, w);
   }
   update_packed(count);
-  if (master != nullptr) unpack(m, mask, n, master + i);
-  unpack(w, mask, n, weights + i);
+  if constexpr (kHasMaster) unpack(m, mask, n, master + i);
+  unpack(w, mask, n, a.weights + i);
 }
 
-template <Rule kRule, typename Format, bool kMasked>
-void update_dense(const UpdateRun& run, const UpdateConstants<typename Format::Compute>& c) {
-  using T = typename Format::Compute;
-  using Bits = typename Format::Bits;
-  constexpr int64_t kLanes = kLanesOf<T>;
-  Bits* const weights = static_cast<Bits*>(run.weights);
-  const Bits* const grads = static_cast<const Bits*>(run.grads);
-  T* const master = static_cast<T*>(run.master);
-  T* const state[3] = {static_cast<T*>(run.state[0]), static_cast<T*>(run.state[1]), static_cast<T*>(run.state[2])};
-  const auto block = [&](int64_t i, int64_t n, uint64_t bits) {
-    T* const m = offset<T>(master, i);
-    T* const s[3] = {offset<T>(state[0], i), offset<T>(state[1], i), offset<T>(state[2], i)};
-    if (n == kLanes) {
-      update_block<kRule, Format, kMasked>(weights + i, grads + i, m, s, bits, run, c);
-    } else {
-      update_partial<kRule, Format, kMasked>(weights + i, grads + i, m, s, bits, n, run, c);
-    }
-  };
-  // always_inline, or else GCC finds that it has no effect, and drops it.
-  const auto fetch = [&](int64_t i) __attribute__((always_inline)) {
-    __builtin_prefetch(grads + i);
-    __builtin_prefetch(weights + i, 1);
-    if (master != nullptr) __builtin_prefetch(master + i, 1);
-    for (T* s : state) {
-      if (s != nullptr) __builtin_prefetch(s + i, 1);
-    }
-  };
+template <Rule kRule, bool kMasked, typename Format, int kNumStates, bool kHasMaster>
+void update_dense(const UpdateRun& run, const UpdateConstants<typename Format::Compute> c) {
+  constexpr int kLanes = kLanesOf<typename Format::Compute>;
+  const Arrays<Format, kNumStates, kHasMaster> a(run);
   const int64_t num_blocks = run.n / kLanes, rest = run.n % kLanes;
-  if constexpr (kMasked) {
-    uint16_t blocks[kMostBlocks + 1];
-    const int64_t num_live = live_blocks<static_cast<int>(kLanes)>(run.mask, num_blocks, blocks);
-    const bool touching = touches_dead_blocks(num_live, num_blocks);
-    for (int64_t b = 0, next = 0; b < num_live; ++b) {
-      const int64_t i = blocks[b] * kLanes;
-      if (touching) {
-        for (; next < blocks[b]; ++next) {
-          touch(grads + next * kLanes);
-          touch(weights + next * kLanes);
-          touch(offset<T>(master, next * kLanes));
-          for (T* s : state) touch(offset<T>(s, next * kLanes));
-        }
-        ++next;
+  uint16_t blocks[kMasked ? kMostBlocks + 1 : 1];
+  int64_t num_live = num_blocks;
+  if constexpr (kMasked) num_live = live_blocks<kLanes>(run.mask, num_blocks, blocks);
+  // Up to one dead block in three, fetching the dead ones as well is faster than leaping over them: uneven strides lose
+  // the hardware's prefetchers, and with them more than the lines that are saved.
+  if (num_live * 3 > num_blocks * 2) {
+    for (int64_t i = 0; i < num_blocks * kLanes; i += kLanes) {
+      a.fetch(i + kDenseAhead * kLanes);
+      uint64_t bits = 0;
+      if constexpr (kMasked) {
+        bits = load_mask_bits<kLanes>(run.mask, i);
+        if (bits == 0) continue;
       }
-      fetch(blocks[b + kDenseAhead < num_live ? b + kDenseAhead : b] * kLanes);
-      block(i, kLanes, load_mask_bits<static_cast<int>(kLanes)>(run.mask, i));
+      update_block<kRule, kMasked>(a.at(i), bits, c);
     }
-  } else {
-    for (int64_t b = 0; b < num_blocks; ++b) {
-      fetch((b + kDenseAhead) * kLanes);
-      block(b * kLanes, kLanes, 0);
+  } else if constexpr (kMasked) {
+    for (int64_t b = 0; b < num_live; ++b) {
+      a.fetch(blocks[b + kDenseAhead < num_live ? b + kDenseAhead : b] * kLanes);
+      const int64_t i = blocks[b] * kLanes;
+      update_block<kRule, kMasked>(a.at(i), load_mask_bits<kLanes>(run.mask, i), c);
     }
   }
   if (rest > 0) {
     uint64_t bits = 0;
     if constexpr (kMasked) __builtin_memcpy(&bits, run.mask + num_blocks * kLanes / 8, (rest + 7) / 8);
-    block(num_blocks * kLanes, rest, bits);
+    update_partial<kRule, kMasked>(a.at(num_blocks * kLanes), bits, rest, c);
   }
 }
 
@@ -372,14 +365,33 @@ double sum_squares(const void* grads, const uint8_t* mask, int64_t n) {
   return sum;
 }
 
+template <Rule kRule, typename Format, int kNumStates, bool kHasMaster>
+void update_arrays(const UpdateRun& run, const UpdateConstants<typename Format::Compute>& c) {
+  if (run.mask == nullptr) {
+    update_dense<kRule, false, Format, kNumStates, kHasMaster>(run, c);
+  } else if (!run.compact) {
+    update_dense<kRule, true, Format, kNumStates, kHasMaster>(run, c);
+  } else {
+    update_compact<kRule, Format, kNumStates, kHasMaster>(run, c);
+  }
+}
+
+template <Rule kRule, typename Format, int kNumStates>
+void update_states(const UpdateRun& run, const UpdateConstants<typename Format::Compute>& c) {
+  if constexpr (sizeof(typename Format::Bits) < sizeof(typename Format::Compute)) {
+    if (run.master != nullptr) return update_arrays<kRule, Format, kNumStates, true>(run, c);
+  }
+  update_arrays<kRule, Format, kNumStates, false>(run, c);
+}
+
 template <Rule kRule, typename Format>
 void update(const UpdateRun& run, const UpdateConstants<typename Format::Compute>& c) {
-  if (run.mask == nullptr) {
-    update_dense<kRule, Format, false>(run, c);
-  } else if (!run.compact) {
-    update_dense<kRule, Format, true>(run, c);
+  if constexpr (kRule == Rule::sgd) {
+    run.state[0] != nullptr ? update_states<kRule, Format, 1>(run, c) : update_states<kRule, Format, 0>(run, c);
+  } else if constexpr (kRule == Rule::adam) {
+    run.state[2] != nullptr ? update_states<kRule, Format, 3>(run, c) : update_states<kRule, Format, 2>(run, c);
   } else {
-    update_compact<kRule, Format>(run, c);
+    update_states<kRule, Format, 0>(run, c);
   }
 }
 

@@ -27,8 +27,8 @@ def constants_of(
     ages: Sequence[tuple[Group, int | torch.Tensor]],
     grad_scale: torch.Tensor | None,
     found_inf: torch.Tensor | None,
-) -> tuple[list[dict[str, float | torch.Tensor]], list[int]]:
-    """Return the kernel's constants, and which of them go with which of ``ages``.
+) -> list[dict[str, float | torch.Tensor]]:
+    """Return the kernel's constants for each of ``ages``.
 
     Parameters
     ----------
@@ -48,19 +48,13 @@ def constants_of(
     def completed(group: Group, found: dict[str, Any]) -> dict[str, Any]:
         return {**found, "grad_factor": -factor if group["maximize"] else factor, **skip}
 
-    constants: list[dict[str, float | torch.Tensor]] = []
-    indices = [0] * len(ages)
-    index_of: dict[tuple[int, int], int] = {}
+    constants: list[dict[str, float | torch.Tensor]] = [
+        {} if isinstance(step, torch.Tensor) else completed(group, rule(group, step)) for group, step in ages
+    ]
     counted: dict[int, list[int]] = {}
     for i, (group, step) in enumerate(ages):
         if isinstance(step, torch.Tensor):
             counted.setdefault(id(group), []).append(i)
-            continue
-        key = (id(group), step)
-        if key not in index_of:
-            index_of[key] = len(constants)
-            constants.append(completed(group, rule(group, step)))
-        indices[i] = index_of[key]
     # One computation per group, whatever the number of its parameters.
     for positions in counted.values():
         group, n = ages[positions[0]][0], len(positions)
@@ -68,6 +62,5 @@ def constants_of(
         found = rule(group, torch.stack(counts).double() + 1)
         columns = [v.expand(n).unbind() if isinstance(v, torch.Tensor) else [v] * n for v in found.values()]
         for i, *values in zip(positions, *columns, strict=True):
-            indices[i] = len(constants)
-            constants.append(completed(group, dict(zip(found, values, strict=True))))
-    return constants, indices
+            constants[i] = completed(group, dict(zip(found, values, strict=True)))
+    return constants

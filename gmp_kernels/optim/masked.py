@@ -2,51 +2,23 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, count
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, Self
 from weakref import WeakValueDictionary
 
 import torch
 
 from gmp_kernels.backends import Compaction, Gradient, Selection, StateMove, UpdateTensor, choose
-from gmp_kernels.errors import DTypeError, LayoutError, ShapeError, StateError, TargetError
+from gmp_kernels.errors import LayoutError, ShapeError, StateError, TargetError
 from gmp_kernels.masks import BitMask
-from gmp_kernels.ops import DTYPES, apply_masks_
+from gmp_kernels.ops import apply_masks_
 from gmp_kernels.optim.constants import Group, constants_of, is_on_gpu
 from gmp_kernels.optim.expected import ExpectedPrune
+from gmp_kernels.optim.ready import MASTER, Ready, check_state, checked_grad, is_per_weight, state_dtype
 from gmp_kernels.sharding import is_sharded, local, local_grad, sharded_like
 
 __all__ = ["MaskedOptimizer"]
-
-MASTER = "master_weight"
-
-
-class _Ready(NamedTuple):
-    """A parameter that has passed every check, and what a step needs of it: most of a small step would be checks."""
-
-    pointer: int
-    shape: torch.Size
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-    state: dict[str, Any]
-    keys: tuple[str, ...]
-    held: tuple[torch.Tensor | None, ...]
-    tensor: UpdateTensor
-
-    def holds(self, p: torch.Tensor, grad: torch.Tensor, state: dict[str, Any] | None, keys: tuple[str, ...]) -> bool:
-        """Whether parameter and state are still those that were checked, and the gradient is like them."""
-        return (
-            state is self.state
-            and keys == self.keys
-            and p.data_ptr() == self.pointer
-            and not grad.is_sparse
-            and grad.stride() == self.stride
-            and grad.dtype is self.dtype
-            and p.shape == self.shape  # its strides and dtype are the gradient's
-            and all(map(operator.is_, map(state.get, (MASTER, *keys)), self.held))
-        )
 
 
 class MaskedOptimizer(torch.optim.Optimizer):
@@ -78,7 +50,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
         self._backend = backend
         self._masks: dict[torch.Tensor, BitMask] = {}
         self._compactions: dict[torch.Tensor, Compaction] = {}  # of the parameters whose state is compact now
-        self._ready: dict[torch.Tensor, _Ready] = {}
+        self._ready: dict[int, Ready] = {}  # by the id of the parameter, which it holds
         if any(group.get("differentiable") for group in self.param_groups):
             raise ValueError(f"{self._name}: differentiable=True is not supported; use torch.optim")
 
@@ -142,14 +114,14 @@ class MaskedOptimizer(torch.optim.Optimizer):
         for p, mask in masks.items():
             # Compact state has another shape: what is pruned in it goes when it is repacked.
             state = self.state.get(p, {})
-            found = [p.detach(), *(v for key, v in state.items() if _is_per_weight(key, v) and v.shape == p.shape)]
+            found = [p.detach(), *(v for key, v in state.items() if is_per_weight(key, v) and v.shape == p.shape)]
             found = [local(tensor) for tensor in found if local(tensor).numel()]
             tensors += found
             bits += [mask] * len(found)
         apply_masks_(tensors, bits, backend=self._backend)
         for p, mask in masks.items():
             self._masks[p] = mask.clone()
-            self._ready.pop(p, None)
+            self._ready.pop(id(p), None)
         if self._compact_state:
             self._repack(masks)
 
@@ -184,7 +156,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
             numel = local(p).numel()
             layouts[p] = implementation.compaction(self._masks[p].packed, numel)
             for key, value in self.state.get(p, {}).items():
-                if key == MASTER or not _is_per_weight(key, value):
+                if key == MASTER or not is_per_weight(key, value):
                     continue
                 packed = torch.empty(layouts[p].num_kept, dtype=value.dtype, device=value.device)
                 moves.append(StateMove(local(value), self._compactions.get(p), packed, layouts[p], numel))
@@ -219,7 +191,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
         Notes
         -----
         One pass: weights, gradients and state are read and written once; blocks of 64 bytes of weights that are all
-        pruned are not written, and where most blocks are, not read.
+        pruned are not written, and where more than a third of the blocks are, not read.
 
         In a ``torch.compile``d region the step is one operation of the graph, which looks up masks, state and
         hyperparameters when it runs: pruning does not make torch compile again, learning rates that change do once.
@@ -251,59 +223,60 @@ class MaskedOptimizer(torch.optim.Optimizer):
         if found_inf is not None and not all(on_device) and found_inf.item():
             return
 
-        found = []
-        unready = []
+        # A small step is mostly this loop: what was found good the last time is looked at and no more.
+        found: list[tuple[Group, bool, torch.Tensor, torch.Tensor, torch.Tensor, Ready | None]] = []
+        unready: list[tuple[Group, torch.Tensor]] = []
         for group, stays in zip(self.param_groups, on_device, strict=True):
             keys = self._state_keys(group)
             for p in group["params"]:
                 if given is not None:
                     weight, grad = given.get(p, (p, None))
-                else:
+                elif is_sharded(p):
                     weight, grad = local(p), None if p.grad is None else local_grad(p)
+                else:
+                    weight, grad = p, p.grad
                 if grad is None:
                     continue
-                ready = self._ready.get(p)
+                ready = self._ready.get(id(p))
                 if ready is None or not ready.holds(weight, grad, self.state.get(p), keys):
-                    ready, grad = None, self._checked_grad(p, weight, grad)
+                    ready, grad = None, checked_grad(self._name, p, weight, grad, self._masks.get(p))
                     unready.append((group, p))
                 found.append((group, stays, p, weight, grad, ready))
         if not found:
             return
         if unready:
             for group, p in unready:
-                self._check_state(group, p)
+                check_state(self._name, p, self.state.get(p, {}), self._state_keys(group), self._compactions.get(p))
             self._check_device([p for _, _, p, _, _, _ in found])
         implementation = choose(self._backend, found[0][2].device)
-        written: list[torch.Tensor] = []
-        tensors: list[UpdateTensor] = []
+        rows: list[Ready] = []
+        gradients: list[Gradient] = []
         ages: list[tuple[Group, int | torch.Tensor]] = []
+        position: dict[tuple[int, int], int] = {}  # in ages
         steps: list[torch.Tensor] = []
         for group, stays, p, weight, grad, ready in found:
-            is_first = ready is None and self._init_state(group, p, weight)
-            if self.counts_steps:
-                steps.append(self._step_count(p, stays))
-            if grad.numel() == 0:
-                continue
+            step: int | torch.Tensor = 2  # where steps are not counted: not the first
             if ready is None:
-                ready = self._ready[p] = self._prepare(group, p, weight)
-            written.append(p)
-            tensors.append(ready.tensor)
-            if not self.counts_steps:
-                ages.append((group, 1 if is_first else 2))
-            else:
-                ages.append((group, steps[-1] if stays or steps[-1].device.type != "cpu" else int(steps[-1]) + 1))
-        constants, indices = constants_of(self._constants, ages, grad_scale, found_inf if any(on_device) else None)
-        gradients = [
-            Gradient(grad, index)
-            for grad, index in zip((grad for *_, grad, _ in found if grad.numel()), indices, strict=True)
-        ]
+                step = 1 if self._init_state(group, p, weight) else step
+                ready = self._ready[id(p)] = self._prepare(group, p, weight)
+            if self.counts_steps:
+                counted = self._step_count(p, ready.state, stays)
+                steps.append(counted)
+                step = counted if stays or counted.device.type != "cpu" else int(counted.item()) + 1
+            if ready.is_empty:
+                continue
+            index = len(ages) if isinstance(step, torch.Tensor) else position.setdefault((id(group), step), len(ages))
+            if index == len(ages):
+                ages.append((group, step))
+            rows.append(ready)
+            gradients.append(Gradient(grad, index))
+        constants = constants_of(self._constants, ages, grad_scale, found_inf if any(on_device) else None)
+        tensors = [ready.tensor for ready in rows]
         tally = None
         if self._expected is not None:
-            tally = self._expected.tally(dict(zip(written, tensors, strict=True)))
+            tally = self._expected.tally({ready.parameter: ready.tensor for ready in rows})
         selections = implementation.update(self.rule, tensors, gradients, constants, tally)
-        torch.autograd.graph.increment_version(
-            [*written, *(t for x in tensors for t in (x.weight, x.master, *x.state) if t is not None)]
-        )
+        torch.autograd.graph.increment_version(list(chain.from_iterable(ready.written for ready in rows)))
         if self._expected is not None and tally is not None:
             self._expected.keep(selections, implementation)
         if steps and found_inf is not None and any(on_device):
@@ -311,11 +284,11 @@ class MaskedOptimizer(torch.optim.Optimizer):
         elif steps:
             torch._foreach_add_(steps, 1)
 
-    def _step_count(self, p: torch.Tensor, stays: bool) -> torch.Tensor:
+    def _step_count(self, p: torch.Tensor, state: dict[str, Any], stays: bool) -> torch.Tensor:
         """Return the count of the steps before this one, on the parameter's device if it is to stay there."""
-        count: torch.Tensor = self.state[p]["step"]
+        count: torch.Tensor = state["step"]
         if stays and count.device != p.device:
-            count = self.state[p]["step"] = count.to(p.device)
+            count = state["step"] = count.to(p.device)
         return count
 
     def _check_device(self, parameters: Sequence[torch.Tensor]) -> None:
@@ -326,70 +299,18 @@ class MaskedOptimizer(torch.optim.Optimizer):
                 f"{self._name}: expected all parameters on one device, got {sorted(map(str, devices))}; use one "
                 "optimizer per device"
             )
-        self._ready = {p: ready for p, ready in self._ready.items() if ready.tensor.weight.device in devices}
+        self._ready = {key: ready for key, ready in self._ready.items() if ready.tensor.weight.device in devices}
 
-    def _prepare(self, group: dict[str, Any], p: torch.Tensor, weight: torch.Tensor) -> _Ready:
-        state, mask, keys = self.state[p], self._masks.get(p), self._state_keys(group)
-        return _Ready(
-            pointer=weight.data_ptr(),
-            shape=weight.shape,
-            stride=weight.stride(),
-            dtype=weight.dtype,
-            state=state,
-            keys=keys,
-            held=tuple(state.get(key) for key in (MASTER, *keys)),
-            tensor=UpdateTensor(
-                weight=weight.detach(),
-                master=self.master_weight(p),
-                state=tuple(local(state[key]) for key in keys),
-                mask=None if mask is None else mask.packed,
-                compaction=self._compactions.get(p),
-            ),
+    def _prepare(self, group: dict[str, Any], p: torch.Tensor, weight: torch.Tensor) -> Ready:
+        mask, keys, state = self._masks.get(p), self._state_keys(group), self.state[p]
+        tensor = UpdateTensor(
+            weight=weight.detach(),
+            master=self.master_weight(p),
+            state=tuple(local(state[key]) for key in keys),
+            mask=None if mask is None else mask.packed,
+            compaction=self._compactions.get(p),
         )
-
-    def _checked_grad(self, p: torch.Tensor, weight: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
-        """Return the gradient in the layout of ``weight``, which is what this process holds of ``p``."""
-        if grad.is_sparse:
-            raise RuntimeError(f"{self._name} does not support sparse gradients; use torch.optim.SparseAdam")
-        if p.dtype not in DTYPES:
-            raise DTypeError(f"{self._name}: expected float32, float64, bfloat16 or float16 parameters, got {p.dtype}")
-        if grad.dtype != p.dtype:
-            raise DTypeError(f"{self._name}: expected gradients of their parameter's {p.dtype}, got {grad.dtype}; cast")
-        mask = self._masks.get(p)
-        if mask is not None and mask.shape != weight.shape:
-            raise ShapeError(
-                f"{self._name}: expected the shape {tuple(mask.shape)} that the mask was made for, got a parameter of "
-                f"{tuple(weight.shape)}; set another mask"
-            )
-        if mask is not None and mask.packed.device != p.device:
-            raise LayoutError(
-                f"{self._name}: expected the mask of a parameter on {p.device} there, got it on {mask.packed.device}; "
-                "set masks again after moving a model"
-            )
-        # A mask counts in the order of the dimensions; without one any order will do.
-        if not (_is_dense(weight) if mask is None else weight.is_contiguous()):
-            wanted = "parameters without gaps in memory" if mask is None else "contiguous parameters under a mask"
-            raise LayoutError(
-                f"{self._name}: expected {wanted}, got strides {weight.stride()} for shape {tuple(weight.shape)}; "
-                "use .contiguous()"
-            )
-        # The kernel walks memory: a gradient laid out differently is brought into the parameter's order.
-        return grad if grad.stride() == weight.stride() else torch.empty_like(weight).copy_(grad)
-
-    def _check_state(self, group: dict[str, Any], p: torch.Tensor) -> None:
-        """Refuse state that does not belong to the parameter as it is now: the kernel would walk past its end."""
-        layout = self._compactions.get(p)
-        for key in (*self._state_keys(group), MASTER):
-            stored = self.state.get(p, {}).get(key)
-            value = None if stored is None else local(stored)
-            shape = local(p).shape if layout is None or key == MASTER else (layout.num_kept,)
-            dtype = torch.float32 if key == MASTER else _state_dtype(p)
-            if value is not None and (value.shape != shape or value.dtype != dtype or value.device != p.device):
-                raise StateError(
-                    f"{self._name}: expected '{key}' as {dtype} of shape {tuple(shape)} on {p.device} for a parameter "
-                    f"that is now {p.dtype} of shape {tuple(p.shape)}, got {value.dtype} of shape {tuple(value.shape)} "
-                    f"on {value.device}; load the state again after converting or moving a model"
-                )
+        return Ready(p, weight, state, keys, tensor)
 
     def _init_state(self, group: dict[str, Any], p: torch.Tensor, weight: torch.Tensor) -> bool:
         """Create what the state lacks; return whether this is the first step of the parameter."""
@@ -403,13 +324,13 @@ class MaskedOptimizer(torch.optim.Optimizer):
         layout = self._compactions.get(p)
         for name in missing:
             state[name] = (
-                torch.zeros_like(p, dtype=_state_dtype(p), memory_format=torch.preserve_format)
+                torch.zeros_like(p, dtype=state_dtype(p), memory_format=torch.preserve_format)
                 if layout is None
-                else torch.zeros(layout.num_kept, dtype=_state_dtype(p), device=p.device)
+                else torch.zeros(layout.num_kept, dtype=state_dtype(p), device=p.device)
             )
         for key, value in state.items():
             # The model went to another memory format: the state follows it.
-            if _is_per_weight(key, value) and value.shape == p.shape and value.stride() != p.stride():
+            if is_per_weight(key, value) and value.shape == p.shape and value.stride() != p.stride():
                 state[key] = torch.empty_like(p, dtype=value.dtype).copy_(value)
         return bool(missing)
 
@@ -432,7 +353,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
         dense = dict(self.state[p])
         moves = []
         for key, value in self.state[p].items():
-            if key == MASTER or not _is_per_weight(key, value):
+            if key == MASTER or not is_per_weight(key, value):
                 continue
             values = torch.empty(local(p).shape, dtype=value.dtype, device=value.device)
             moves.append(StateMove(value, layout, values, None, values.numel()))
@@ -460,7 +381,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
             for index, state in state_dict["state"].items()
             if index in owner
             for key, value in state.items()
-            if _is_per_weight(key, value)
+            if is_per_weight(key, value)
         ]
         for index, p, key, value in found:
             if value.shape != p.shape or local(value).shape != local(p).shape:
@@ -473,28 +394,9 @@ class MaskedOptimizer(torch.optim.Optimizer):
         self._ready.clear()
         # torch casts state to the parameter's dtype, which would round what is kept in float32 on purpose.
         for _, p, key, value in found:
-            self.state[p][key] = torch.empty_like(p, dtype=_state_dtype(p)).copy_(value)
+            self.state[p][key] = torch.empty_like(p, dtype=state_dtype(p)).copy_(value)
         self.set_masks(self._masks)
 
     def _indexed(self) -> dict[int, torch.Tensor]:
         """Parameters by the number ``state_dict`` gives them."""
         return dict(enumerate(p for group in self.param_groups for p in group["params"]))
-
-
-def _is_per_weight(key: str, value: object) -> bool:
-    """Whether this entry of the state has a value for each weight, which a parameter without dimensions has too."""
-    return isinstance(value, torch.Tensor) and key != "step"
-
-
-def _state_dtype(p: torch.Tensor) -> torch.dtype:
-    return torch.float64 if p.dtype == torch.float64 else torch.float32
-
-
-def _is_dense(p: torch.Tensor) -> bool:
-    """Whether the elements fill their memory without gaps or overlap, in whatever order of dimensions."""
-    expected = 1
-    for stride, size in sorted((s, n) for s, n in zip(p.stride(), p.shape, strict=True) if n > 1):
-        if stride != expected:
-            return False
-        expected *= size
-    return True
