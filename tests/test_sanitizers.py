@@ -1,4 +1,4 @@
-"""The C++ under AddressSanitizer and UndefinedBehaviorSanitizer, through the tests of selection and of masks."""
+"""The C++ under AddressSanitizer and UndefinedBehaviorSanitizer, through tests of selection, masks and optimizers."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from building import build_wheel, library
 from subprocesses import run_python
 from test_determinism import ISA_NEEDS, cpu_flags
 
-TESTS = ["tests/test_select.py", "tests/test_apply.py", "tests/test_prune.py", "tests/test_expected_prune.py"]
+TESTS = [f"tests/test_{name}.py" for name in ("select", "apply", "prune", "expected_prune", "optim_training")]
 # Every loop and every way through a selection, without the sizes that only add time.
 CHOSEN = (
     "(small_sizes or large_sizes) and (random or any_bits) or any_request or never_change or more_candidates"
-    " or too_small_to_sample or unaligned or every_size or many_layers_of_any"
+    " or too_small_to_sample or unaligned or every_size or many_layers_of_any or nothing_is_written_outside"
+    " or dense_equals_compact"
 )
 
 
