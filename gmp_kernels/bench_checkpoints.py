@@ -1,6 +1,7 @@
 """What the speed table measures on disk: a checkpoint pruned beside ``cp`` of it, and the memory that takes.
 
-Ours waits until the disk has everything, ``cp`` does not. The input is read from the page cache on both sides.
+Ours waits until the disk has everything, ``cp`` does not: the bound is the stricter for it, and on a slow disk it
+says more about the disk than about us. The input is read from the page cache on both sides.
 """
 
 from __future__ import annotations

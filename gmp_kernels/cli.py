@@ -43,6 +43,9 @@ def main() -> None:
         app()
     except GMPError as error:
         sys.exit(f"gmp-kernels: {error}")
+    except OSError as error:
+        # Of a file that a command was asked to write; what is read has errors of its own.
+        sys.exit(f"gmp-kernels: the output cannot be written: {error}; give another path, or make room")
 
 
 class Optimizer(StrEnum):

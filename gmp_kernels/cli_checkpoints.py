@@ -14,6 +14,7 @@ from typing import Annotated
 import torch
 import typer
 from rich.console import Console
+from rich.filesize import decimal
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
@@ -27,8 +28,8 @@ from gmp_kernels.checkpoints import (
     TensorStatistics,
     inspect_checkpoint,
 )
-from gmp_kernels.errors import GMPError
-from gmp_kernels.tables import new_table
+from gmp_kernels.errors import GMPError, OutputError
+from gmp_kernels.tables import new_table, print_whole
 
 __all__ = ["register"]
 
@@ -133,10 +134,14 @@ def inspect(
     json_file: Annotated[Path | None, typer.Option("--json", help="File for all numbers.")] = None,
 ) -> None:
     """Show sparsity, ranges, NaN and Inf of a safetensors checkpoint, tensor by tensor."""
+    for output in (plot, json_file):
+        # Before hours of reading, not after.
+        if output is not None and not output.parent.is_dir():
+            raise OutputError(f"{output}: expected its folder to be there, got none; create {output.parent}")
     console = Console()
     with _progress(console, "reading") as advance:
         found = inspect_checkpoint(path, only=only, histogram=histogram or plot is not None, progress=advance)
-    console.print(_statistics(found, with_histogram=histogram))
+    print_whole(console, _statistics(found, with_histogram=histogram))
     if histogram:
         console.print(_bars(_all_magnitudes(found)))
     if plot is not None:
@@ -171,11 +176,10 @@ def _show_targets(console: Console, job: PruneJob) -> None:
     table = new_table(
         "tensor", "dtype", "shape", "weights", *(["num_prune"] if by_layer else []), right=(3, 4)[: 1 + by_layer]
     )
-    table.columns[0].overflow = "fold"
     for i, tensor in enumerate(job.tensors):
         count = [str(counts[i])] if by_layer else []
         table.add_row(escape(tensor.name), tensor.dtype, _shape(tensor.shape), str(tensor.numel), *count)
-    console.print(table)
+    print_whole(console, table)
     weights = sum(tensor.numel for tensor in job.tensors)
     others = len(job.checkpoint.tensors) - len(job.tensors)
     console.print(
@@ -189,8 +193,8 @@ def _summary(job: PruneJob, report: PruneReport, target: Path) -> str:
     others = len(job.checkpoint.tensors) - len(job.tensors)
     return (
         f"pruned {len(report.layers)} tensors to a sparsity of {report.sparsity:.4f}, copied {others} others: "
-        f"{report.num_bytes / 1e9:.2f} GB in {report.seconds:.1f} s, "
-        f"{report.num_bytes / 1e9 / report.seconds:.2f} GB/s; wrote {target}"
+        f"{decimal(report.num_bytes)} in {report.seconds:.1f} s, "
+        f"{decimal(round(report.num_bytes / report.seconds))}/s; wrote {target}"
     )
 
 
@@ -226,7 +230,6 @@ def _statistics(found: Sequence[TensorStatistics], *, with_histogram: bool) -> T
     if with_histogram and octaves:
         columns.append(f"2^{min(octaves)} .. 2^{max(octaves) + 1}")
     table = new_table(*columns, right=range(3, 9))
-    table.columns[0].overflow = "fold"
     for tensor in [*found, _total(found)]:
         numbers = (tensor.num_zeros, tensor.num_nan, tensor.num_inf)
         row = [

@@ -233,7 +233,9 @@ def plot_histogram(
     if len(drawn) > 1:
         axes.stairs(shares(total), edges, color=INK, linewidth=2.0, label=f"all {len(drawn)} tensors")
     axes.set_xscale("log", base=2)
-    axes.set(xlabel="magnitude", ylabel="share of the weights that are not zero", ylim=(0, None))
+    # A norm whose weights are all alike may leave the picture, so that the others are not flat lines below it.
+    top = min(max(max(shares(counts)) for counts in drawn.values()), 2 * max(shares(total)))
+    axes.set(xlabel="magnitude", ylabel="share of the weights that are not zero", ylim=(0, 1.05 * top))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.legend(loc="upper left", frameon=False, fontsize="small")
     _save(figure, path)

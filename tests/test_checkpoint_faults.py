@@ -6,8 +6,10 @@ import errno
 import json
 import os
 import resource
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +21,7 @@ from safetensors.torch import save, save_file
 
 from gmp_kernels.checkpoints import PruneJob, inspect_checkpoint, staging, stream
 from gmp_kernels.checkpoints.files import open_checkpoint
-from gmp_kernels.errors import CheckpointError, OutputError, SparsityError, StateError
+from gmp_kernels.errors import CheckpointError, NonFiniteError, OutputError, SparsityError, StateError
 
 SHARD = "model-00002-of-00003.safetensors"
 
@@ -64,7 +66,7 @@ CORRUPT = {
 def test_a_corrupt_file(tmp_path: Path, raw: bytes) -> None:
     path = tmp_path / "in.safetensors"
     path.write_bytes(raw)
-    with pytest.raises(CheckpointError, match=r"in\.safetensors: expected a whole \.safetensors file, but .*restore"):
+    with pytest.raises(CheckpointError, match=r"in\.safetensors: expected a whole \.safetensors file, got .*restore"):
         PruneJob(path, tmp_path / "out.safetensors", sparsity=0.5)
     with pytest.raises(CheckpointError):
         inspect_checkpoint(path)
@@ -95,7 +97,7 @@ def test_a_damaged_file_is_refused_whenever_its_own_library_refuses_it(
 
 
 def test_there_is_no_input(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="No such file"):
+    with pytest.raises(CheckpointError, match=r"expected a \.safetensors file or a folder of them, got nothing"):
         open_checkpoint(tmp_path / "in.safetensors")
     with pytest.raises(CheckpointError, match=r"expected a folder with \.safetensors files, got none"):
         open_checkpoint(tmp_path)
@@ -268,6 +270,40 @@ def test_a_disk_that_takes_no_more(tmp_path: Path, scope: str, limit: int) -> No
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert contents(folder) == before
     assert names_in(tmp_path) == ["in"]
+
+
+def test_a_disk_that_fails_when_told_to_begin_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(descriptor: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fdatasync", fail)
+    monkeypatch.setattr(stream, "SYNC_BYTES", 1)
+    with pytest.raises(OutputError, match="cannot be written: Input/output error"):
+        PruneJob(write_folder(tmp_path / "in"), tmp_path / "out", sparsity=0.5).run()
+    assert names_in(tmp_path) == ["in"]
+
+
+def test_nothing_is_written_to_a_file_that_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write, wrote = stream._write, []
+
+    def slow(descriptor: int, *arguments: Any) -> None:
+        time.sleep(0.1)
+        os.fstat(descriptor)
+        write(descriptor, *arguments)
+        wrote.append(descriptor)
+
+    monkeypatch.setattr(stream, "_write", slow)
+    tensors = {"a.weight": torch.ones(64, 64), "b.weight": torch.full((64, 64), torch.nan)}
+    save_file(tensors, tmp_path / "in.safetensors")
+    with pytest.raises(NonFiniteError):
+        PruneJob(tmp_path / "in.safetensors", tmp_path / "out.safetensors", sparsity=0.5).run()
+    assert len(wrote) == 1
+
+
+def test_torch_has_its_threads_back(tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    PruneJob(write_folder(tmp_path / "in"), tmp_path / "out", sparsity=0.5).run()
+    assert torch.get_num_threads() == before
 
 
 @pytest.mark.parametrize("call", ["pwrite", "fsync", "copy_file_range"])

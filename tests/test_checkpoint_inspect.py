@@ -11,9 +11,10 @@ import pytest
 import torch
 from checkpoint_cases import adversarial_tensors, model_tensors, write_folder
 from safetensors.torch import save_file
+from subprocesses import run_python
 from typer.testing import CliRunner
 
-from gmp_kernels import TargetError, cli
+from gmp_kernels import TargetError, cli, cli_checkpoints
 from gmp_kernels.checkpoints import BINS_PER_OCTAVE, files, inspect, inspect_checkpoint
 from gmp_kernels.testing import DTYPES, adversarial_cases
 
@@ -103,6 +104,29 @@ def test_the_table_of_a_folder_and_its_total(tmp_path: Path) -> None:
     numel = sum(tensor.numel() for shard in tensors for tensor in shard.values())
     assert rows["total"][0] == str(numel)
     assert float(rows["total"][1]) == pytest.approx(231 / numel, abs=5e-5)
+
+
+def test_a_narrow_terminal_cuts_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(RUNNER.env, "COLUMNS", "40")
+    name = "model.layers.10.post_attention_layernorm.weight"
+    save_file({name: torch.ones(1234, 5)}, tmp_path / "a.safetensors")
+    assert [name, "F32", "1234x5", "0.0000", "0", "0", "0", "1", "1"] in run(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("option", ["--plot", "--json"])
+def test_a_folder_that_is_missing_is_told_before_anything_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str
+) -> None:
+    monkeypatch.setattr(cli_checkpoints, "inspect_checkpoint", None)
+    result = RUNNER.invoke(cli.app, ["inspect", str(tmp_path), option, str(tmp_path / "none" / "a")])
+    assert "expected its folder to be there, got none; create" in str(result.exception)
+
+
+def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(3)}, tmp_path / "a.safetensors")
+    done = run_python("-m", "gmp_kernels", "inspect", str(tmp_path / "a.safetensors"), "--json", "/dev/full")
+    assert done.returncode == 1
+    assert done.stderr.strip().startswith("gmp-kernels: the output cannot be written: [Errno 28] No space left")
 
 
 def test_filter(tmp_path: Path) -> None:

@@ -101,6 +101,12 @@ def test_accuracy_draws_the_mean_and_the_range(tmp_path: Path, saved: list[Figur
     assert [text.get_text() for text in saved[0].legends[0].get_texts()] == ["dense", "a", "b"]
 
 
+def test_a_tensor_of_equal_weights_does_not_flatten_the_others(tmp_path: Path, saved: list[Figure]) -> None:
+    spread = dict.fromkeys(range(-20, -10), 1000)
+    plots.plot_histogram(tmp_path / "h.png", {"norm": {0: 10}, "weight": spread}, "magnitudes")
+    assert saved[0].axes[0].get_ylim()[1] < 0.25
+
+
 def test_series_of_another_length_is_refused_and_nothing_written(tmp_path: Path) -> None:
     path = tmp_path / "picture.png"
     with pytest.raises(ShapeError, match=r"plot_sparsity: expected one value per step \(3\) for 'a', got 2"):

@@ -136,6 +136,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
     CheckpointError
         A file is missing, truncated or corrupt, the index contradicts the files, or two tensors have one name.
     """
+    if not path.exists():
+        raise CheckpointError(f"{path}: expected a {SUFFIX} file or a folder of them, got nothing; check the path")
     if not path.is_dir():
         return Checkpoint(path, (_read_shard(path, path.name),), {}, None)
     files = _walk(path)
@@ -229,7 +231,10 @@ def _read_shard(path: Path, name: str) -> Shard:
             text = file.read(length)
         header = json.loads(text, object_pairs_hook=_unique)
     except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: expected a whole {SUFFIX} file, but {error}; restore or download it") from None
+        raise CheckpointError(
+            f"{path}: expected a whole {SUFFIX} file, got one that cannot be read ({error}); restore or download it, "
+            "or convert it if it has another format"
+        ) from None
     data_begin = LENGTH_BYTES + length
     metadata = header.pop("__metadata__", None)
     tensors = [

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from gmp_kernels.checkpoints.counting import Counter, Decision, Located, Workspa
 from gmp_kernels.checkpoints.files import Shard, open_checkpoint
 from gmp_kernels.checkpoints.ranks import Ranks
 from gmp_kernels.checkpoints.staging import Staging, check_target, output_errors
-from gmp_kernels.checkpoints.stream import PIECE_UNIT, Source, Stream, created
+from gmp_kernels.checkpoints.stream import PIECE_UNIT, Source, Stream
 from gmp_kernels.checkpoints.targets import select_tensors
 from gmp_kernels.checkpoints.writing import ShardWriter, Target, size_of
 from gmp_kernels.errors import DTypeError
@@ -27,7 +28,7 @@ from gmp_kernels.reports import LayerReport
 __all__ = ["DEFAULT_MEMORY", "PruneJob", "PruneReport"]
 
 DEFAULT_MEMORY = 128 << 20
-LARGEST_PIECE = 1 << 20
+LARGEST_PIECE = 1 << 22
 MASKS = "masks"
 
 
@@ -169,11 +170,11 @@ class PruneJob:
 
         Notes
         -----
-        Tensors of up to 1 MB are read once, larger ones twice; in global scope all are. Shards and the output have
+        Tensors of up to 4 MB are read once, larger ones twice; in global scope all are. Shards and the output have
         reached the disk before they are called finished.
         """
         start = time.perf_counter()
-        with Ranks.joined() as ranks, Staging(self._target) as staging:
+        with Ranks.joined() as ranks, Staging(self._target) as staging, _cores_to_spare():
             ranks.together(lambda: staging.begin(self._settings(), resume=resume) if ranks.rank == 0 else None)
             owned = _divide(self.checkpoint.shards, ranks, staging.finished())
             with Stream(_piece_bytes(max_memory)) as stream:
@@ -273,15 +274,13 @@ class PruneJob:
         for name, path in self.checkpoint.others.items():
             if name in own:
                 continue  # of an earlier run; this one has written its own
-            with created(folder / name) as descriptor:
+            with stream.created(folder / name) as descriptor:
                 if name == self.checkpoint.index and self._dtype is not None:
                     os.pwrite(descriptor, self._index_with_sizes(path), 0)
                 else:
                     with Source(path) as source:
                         stream.copy(source, 0, path.stat().st_size, descriptor, 0)
-                stream.flush()
                 os.fchmod(descriptor, path.stat().st_mode & 0o777)
-                os.fsync(descriptor)
 
     def _index_with_sizes(self, path: Path) -> bytes:
         """Return the index with the size that the tensors have in the output."""
@@ -297,9 +296,23 @@ class PruneJob:
 
 
 def _piece_bytes(max_memory: int) -> int:
-    # Half of the memory is for candidates. In the other half there are two pieces, up to two converted ones, each of
+    # Half of the memory is for candidates. In the other half there are four pieces, up to four converted ones, each of
     # twice the size, and what is computed from them. More than fits the caches would only make them slower.
-    return max(PIECE_UNIT, min(LARGEST_PIECE, max_memory // 16) // PIECE_UNIT * PIECE_UNIT)
+    return max(PIECE_UNIT, min(LARGEST_PIECE, max_memory // 32) // PIECE_UNIT * PIECE_UNIT)
+
+
+@contextlib.contextmanager
+def _cores_to_spare() -> Iterator[None]:
+    """Leave one core to the thread that writes and one to the system's writing to the disk.
+
+    A thread of a kernel that has nothing to do spins until the next call, which would take that core from them.
+    """
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, num_threads - 2))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num_threads)
 
 
 def _divide(shards: Sequence[Shard], ranks: Ranks, finished: Container[int]) -> dict[int, Shard]:

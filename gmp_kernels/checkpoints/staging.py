@@ -64,7 +64,8 @@ def check_target(target: Path, inputs: Sequence[Path], *, root: Path, force: boo
         raise OutputError(f"{target}: expected a new output, got one that is there; replace it with --force")
     if target.is_dir() != is_folder:
         raise OutputError(
-            f"{target}: expected a {'folder' if is_folder else 'file'} to replace, like the input; remove it yourself"
+            f"{target}: expected a {'folder' if is_folder else 'file'} to replace, like the input, got a "
+            f"{'file' if is_folder else 'folder'}; name another output, or remove it yourself"
         )
     if is_folder and any(target.iterdir()) and not any(target.glob("*.safetensors")):
         raise OutputError(f"{target}: expected a checkpoint to replace, got a folder without any; remove it yourself")

@@ -15,7 +15,7 @@ from gmp_kernels.backends import Bracket, Implementation, Layer, Selection, Thre
 from gmp_kernels.checkpoints.counting import Counter, Decision, Located, Workspace, check_finite
 from gmp_kernels.checkpoints.files import DTYPES, MASK_SUFFIX, Shard, TensorInfo, header_of, mask_metadata
 from gmp_kernels.checkpoints.ranks import Ranks
-from gmp_kernels.checkpoints.stream import Source, created
+from gmp_kernels.checkpoints.stream import Source
 from gmp_kernels.errors import DTypeError
 from gmp_kernels.reports import LayerReport
 from gmp_kernels.selection import cut_index
@@ -66,9 +66,9 @@ class ShardWriter:
         reports = []
         with contextlib.ExitStack() as stack:
             source = stack.enter_context(Source(shard.path))
-            output = stack.enter_context(created(path))
+            output = stack.enter_context(self._stream.created(path))
             begins = self._begin(shard, source, output)
-            bits = stack.enter_context(created(masks)) if masks is not None else None
+            bits = stack.enter_context(self._stream.created(masks)) if masks is not None else None
             bit_begins = self._begin_masks(shard, targets, bits) if bits is not None else {}
             for tensor in shard.tensors:
                 place = _Output(output, begins[tensor.name])
@@ -81,10 +81,6 @@ class ShardWriter:
                 else:
                     self._stream.copy(source, tensor.begin, tensor.nbytes, *place)
                 self._progress(tensor.nbytes)
-            self._stream.flush()
-            for descriptor in (output, bits):
-                if descriptor is not None:
-                    os.fsync(descriptor)
         return reports
 
     def _begin(self, shard: Shard, source: Source, output: int) -> dict[str, int]:
