@@ -86,7 +86,8 @@ inline Vec<T> zero_unless(uint64_t bits, Vec<T> v) {
 #include "../update_rule.h"
 #undef GMP_RULE_INLINE
 
-// The arrays of a run, at one of its weights. How many of them there are is known to the compiler, so that no block asks.
+// The arrays of a run, at one of its weights. How many of them there are is known to the compiler, so that no block
+// asks.
 template <typename Format, int kNumStates, bool kHasMaster>
 struct Arrays {
   using T = typename Format::Compute;
