@@ -16,13 +16,30 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from gmp_kernels.backends import Bracket, Census, Implementation, Layer, Threshold
+from gmp_kernels.backends import Bracket, Implementation, Layer, Threshold
 from gmp_kernels.keys import key_of, keys_of, largest_key, magnitude_of
 
-__all__ = ["Cut", "cut_index", "divide_ties", "find_cuts", "near", "piece"]
+__all__ = ["Counted", "Cut", "cut_index", "divide_ties", "find_cuts", "near", "piece"]
 
 DRIFT = 1 / 64  # of an octave to each side, that a threshold is expected to move between two updates
 LEAVES = 4096  # weights among which a tie is looked for one by one
+
+
+class Counted(NamedTuple):
+    """What a round has found of one group of layers, all its pieces added up.
+
+    Attributes
+    ----------
+    below, pruned, nonfinite : int
+        As in ``Census``.
+    until : numpy.ndarray
+        Keys inside up to the end of each bin.
+    """
+
+    below: int
+    pruned: int
+    nonfinite: int
+    until: np.ndarray
 
 
 class Cut(NamedTuple):
@@ -53,25 +70,25 @@ class _Search:
     pruned: int = 0
     nonfinite: int = -1
 
-    def narrow(self, census: Census) -> Cut | None:
+    def narrow(self, counted: Counted) -> Cut | None:
         """Take the sums of a round into account; return the answer once there is one."""
         if self.below is None:
-            self.below, self.pruned, self.nonfinite = census.below, census.pruned, census.nonfinite
+            self.below, self.pruned, self.nonfinite = counted.below, counted.pruned, counted.nonfinite
         wanted = self.num_prune - self.pruned - self.below  # rank, from 1, among the keys from the interval on
         if wanted + self.below <= 0:
             return Cut(0, Threshold(0.0, self.pruned, 0, 0), self.nonfinite)
         lo, hi = self.bracket
+        until = counted.until
         if wanted <= 0:
             self.bracket, self.below = Bracket(0, lo - 1), 0
             return None
-        if wanted > census.inside:
-            self.bracket, self.below = Bracket(hi + 1, largest_key(self.dtype)), self.below + census.inside
+        if wanted > until[-1]:
+            self.bracket, self.below = Bracket(hi + 1, largest_key(self.dtype)), self.below + int(until[-1])
             return None
-        bins = census.bins.numpy()
-        until = np.cumsum(bins)
-        found = int(np.searchsorted(until, wanted))
-        ties, shift = int(bins[found]), self.bracket.shift(len(bins))
-        self.below += int(until[found]) - ties
+        found = int(until.searchsorted(wanted))
+        before = int(until[found - 1]) if found else 0
+        ties, shift = int(until[found]) - before, self.bracket.shift(len(until))
+        self.below += before
         first = lo + (found << shift)
         if shift:
             self.bracket = Bracket(first, min(hi, first + (1 << shift) - 1))
@@ -85,7 +102,7 @@ def find_cuts(
     num_prune: Sequence[int],
     dtypes: Sequence[torch.dtype],
     brackets: Sequence[Bracket],
-    count: Callable[[Mapping[int, Bracket]], Mapping[int, Census]],
+    count: Callable[[Mapping[int, Bracket]], Mapping[int, Counted]],
 ) -> list[Cut]:
     """Find the threshold of each group of layers.
 
@@ -99,7 +116,7 @@ def find_cuts(
         Guesses: they save rounds and never change the answer.
     count : callable
         {group: bracket} of the groups still open to {group: the counts of all its pieces, added up}. From the second
-        round on only ``inside`` and ``bins`` matter, and weights outside all earlier brackets may be left out.
+        round on only ``until`` matters, and weights outside all earlier brackets may be left out.
 
     Returns
     -------
@@ -108,9 +125,8 @@ def find_cuts(
     searches = {g: _Search(*row) for g, row in enumerate(zip(num_prune, dtypes, brackets, strict=True))}
     cuts: dict[int, Cut] = {}
     while len(cuts) < len(searches):
-        counted = count({g: search.bracket for g, search in searches.items() if g not in cuts})
-        for g, census in counted.items():
-            cut = searches[g].narrow(census)
+        for g, counted in count({g: search.bracket for g, search in searches.items() if g not in cuts}).items():
+            cut = searches[g].narrow(counted)
             if cut is not None:
                 cuts[g] = cut
     return [cuts[g] for g in range(len(searches))]

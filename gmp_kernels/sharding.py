@@ -94,6 +94,8 @@ class Holding:
         What is here.
     size : int
         Number of weights of the whole layer.
+    num_pieces : int
+        Into how many different parts it is divided.
     num_others : int
         Processes that hold the same.
     speaks : bool
@@ -119,6 +121,7 @@ class Holding:
                 f"GMPScheduler.step: expected the ranks to hold the {self.size} weights of '{name}' between them, got "
                 f"{sum(region.numel for region in held)}; shard it over the ranks of one mesh"
             )
+        self.num_pieces = len(held)
         self.num_others = regions.count(self.region) - 1
         self.speaks = regions.index(self.region) == rank
         self.has_copies = sum(region.numel for region in regions) > self.size

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from gmp_kernels.backends import Bracket, Census, Implementation, Layer, Selection, Threshold, choose
 from gmp_kernels.keys import key_of, keys_of, largest_key, magnitude_of
 from gmp_kernels.masks import BitMask
-from gmp_kernels.selection import Cut, cut_index, divide_ties, find_cuts, near, piece
+from gmp_kernels.selection import Counted, Cut, cut_index, divide_ties, find_cuts, near, piece
 from gmp_kernels.testing import DTYPES, adversarial_cases, device_of
 
 CPU = torch.device("cpu")
@@ -31,10 +31,10 @@ def on(device: torch.device, layer: Layer) -> Layer:
     return Layer(layer.weight.to(device), None if layer.mask is None else layer.mask.to(device))
 
 
-def added(parts: list[Census]) -> Census:
-    sums = [sum(part[field] for part in parts) for field in range(3)]
+def added(parts: list[Census]) -> Counted:
+    below, pruned = (sum(getattr(part, field) for part in parts) for field in ("below", "pruned"))
     nonfinite = max(part.nonfinite for part in parts)
-    return Census(*sums, nonfinite, torch.stack([part.bins for part in parts]).sum(0))
+    return Counted(below, pruned, nonfinite, torch.stack([part.bins for part in parts]).sum(0).numpy().cumsum())
 
 
 def cut_by_counts(
@@ -42,7 +42,7 @@ def cut_by_counts(
 ) -> tuple[Cut, list[int]]:
     """The threshold of layers that are pieces of one, and where the ties of each piece end."""
 
-    def count(brackets: Mapping[int, Bracket]) -> dict[int, Census]:
+    def count(brackets: Mapping[int, Bracket]) -> dict[int, Counted]:
         return {g: added(implementation.count(parts, [b] * len(parts), num_bins)) for g, b in brackets.items()}
 
     (cut,) = find_cuts([num_prune], [parts[0].weight.dtype], [guess], count)

@@ -9,9 +9,10 @@ import numpy as np
 import torch
 
 from gmp_kernels.backends import Bracket, Census, Implementation, Layer, Selection, Threshold
+from gmp_kernels.distributed.guesses import Question, guess
 from gmp_kernels.distributed.ranks import Ranks
 from gmp_kernels.keys import keys_of, largest_key
-from gmp_kernels.selection import Cut, cut_index, find_cuts, near, piece
+from gmp_kernels.selection import Counted, Cut, cut_index, find_cuts, near, piece
 from gmp_kernels.sharding import Holding
 
 __all__ = ["Piece", "Search"]
@@ -22,9 +23,9 @@ FEW_BITS, MOST_BITS = 8, 11
 SLOTS = 1024  # that a range of flat indices is divided into to count ties in
 CHUNK = 1 << 18  # weights that are searched for ties at a time
 NO_BRACKET = Bracket(0, -1)
-# The weights inside the first interval are remembered, if they are no more than one in ROOM_SHARE, up to ROOM_BYTES and
-# another 1 / ROOM_PART of the largest piece: within the memory that a prune step may take.
-ROOM_SHARE, ROOM_BYTES, ROOM_PART = 24, 3 << 20, 40
+# The weights inside the first interval are remembered, up to ROOM_BYTES and another 1 / ROOM_PART of the largest piece:
+# within the memory that a prune step may take.
+ROOM_BYTES, ROOM_PART = 3 << 20, 40
 
 
 @dataclass(slots=True, eq=False)
@@ -43,6 +44,8 @@ class Piece:
         Flat index in the piece from which on ties are pruned.
     nonfinite : int
         Flat index in the piece of the first unpruned NaN or Inf, -1 if there is none.
+    density : float
+        About how much of the piece lies on each key around the threshold.
     """
 
     layer: Layer | None
@@ -54,6 +57,7 @@ class Piece:
     num_kept: int = 0
     cut: int = 0
     nonfinite: int = -1
+    density: float = 0.0
     # Magnitudes inside the first bracket.
     room: torch.Tensor | None = None
     # The last bracket, and how many keys lie up to the end of each of its bins.
@@ -149,6 +153,8 @@ class Search:
         Layers that are ranked together; in each the flat index runs through them in order.
     num_prune : sequence of int
         Per group, of the whole layers.
+    previous : sequence of Threshold or None
+        Per group, of the last update, if there was one.
 
     Attributes
     ----------
@@ -157,12 +163,18 @@ class Search:
     """
 
     def __init__(
-        self, ranks: Ranks, implementation: Implementation, groups: Sequence[Sequence[Piece]], num_prune: Sequence[int]
+        self,
+        ranks: Ranks,
+        implementation: Implementation,
+        groups: Sequence[Sequence[Piece]],
+        num_prune: Sequence[int],
+        previous: Sequence[Threshold | None],
     ) -> None:
         self._ranks = ranks
         self._implementation = implementation
         self._groups = groups
         self._num_prune = num_prune
+        self._previous = previous
         self._sizes = [sum(p.holding.size for p in group) for group in groups]
         # By group: the last bracket, and how many keys lie up to the end of each of its bins.
         self._counted: dict[int, tuple[Bracket, np.ndarray]] = {}
@@ -171,21 +183,22 @@ class Search:
     def guess(self) -> list[Bracket]:
         """Where the thresholds may lie, judging by the pieces here alone; an empty bracket where there are none."""
         brackets = [Bracket(largest_key(group[0].dtype), 0) for group in self._groups]
-        present = [g for g, group in enumerate(self._groups) if any(p.layer for p in group)]
-        layers = [p.layer for g in present for p in self._groups[g] if p.layer is not None]
-        if layers:
-            shares = [self._num_prune[g] / self._sizes[g] for g in present]
-            for g, bracket in zip(present, self._implementation.sample(layers, shares), strict=True):
-                brackets[g] = bracket
+        present = {g: [p for p in group if p.layer is not None] for g, group in enumerate(self._groups)}
+        present = {g: pieces for g, pieces in present.items() if pieces}
+        questions = [
+            Question([p.layer for p in pieces if p.layer], self._share(g), min(p.holding.num_pieces for p in pieces))
+            for g, pieces in present.items()
+        ]
+        for (g, pieces), (bracket, density) in zip(present.items(), guess(questions), strict=True):
+            brackets[g] = bracket
+            for p in pieces:
+                p.density = density
         return brackets
 
-    def cuts(self, brackets: Sequence[Bracket], previous: Sequence[Threshold | None]) -> list[Cut]:
-        """Find the thresholds, and how many ties stay in which piece.
-
-        ``brackets`` are the union of all ranks' guesses, ``previous`` the thresholds of the last update, if any.
-        """
+    def cuts(self, brackets: Sequence[Bracket]) -> list[Cut]:
+        """Find the thresholds, and how many ties stay in which piece; ``brackets``: the union of all ranks' guesses."""
         dtypes = [group[0].dtype for group in self._groups]
-        nearer = [_nearer(*row) for row in zip(brackets, previous, dtypes, strict=True)]
+        nearer = [_nearer(*row) for row in zip(brackets, self._previous, dtypes, strict=True)]
         cuts = find_cuts(self._num_prune, dtypes, nearer, self._count)
         counts: list[_TieCount] = []
         for g, (group, cut) in enumerate(zip(self._groups, cuts, strict=True)):
@@ -210,7 +223,14 @@ class Search:
         first = (-self._ranks.largest(-torch.tensor(found))).tolist()
         return [-1 if index == none else index for index in first]
 
-    def _count(self, brackets: Mapping[int, Bracket]) -> dict[int, Census]:
+    def _share(self, g: int) -> float:
+        """Of the unpruned weights of a group, the part that is to be pruned."""
+        previous = self._previous[g]
+        num_pruned = 0 if previous is None else previous.num_pruned
+        unpruned = max(1, self._sizes[g] - num_pruned)
+        return min(max(0.0, (self._num_prune[g] - num_pruned) / unpruned), 1.0)
+
+    def _count(self, brackets: Mapping[int, Bracket]) -> dict[int, Counted]:
         """One round: every open group against its bracket, summed over layers and ranks."""
         is_first = not self._counted
         num_bins = 1 << _bits(max(bracket.hi - bracket.lo for bracket in brackets.values()))
@@ -218,8 +238,9 @@ class Search:
         targets = [p.narrow(brackets[g]) for g in brackets for p in self._groups[g]]
         present = [(i, target) for i, target in enumerate(targets) if target is not None]
         if is_first:
-            _make_rooms([pieces[i] for i, _ in present])
-        found: list[Census] = []
+            _make_rooms([pieces[i] for i, _ in present], num_bins)
+        rows = [torch.zeros(num_bins, dtype=torch.int64)] * len(pieces)
+        numbers = np.zeros((len(pieces), 3), np.int64)
         if present:
             found = self._implementation.count(
                 [target for _, target in present],
@@ -227,32 +248,33 @@ class Search:
                 num_bins,
                 [pieces[i].room for i, _ in present] if is_first else None,
             )
-        largest = max(self._sizes) + len(pieces) * self._ranks.size
-        rows = np.zeros((len(pieces), 3 + num_bins), np.int32 if largest < 2**31 else np.int64)
-        for (i, _), census in zip(present, found, strict=True):
-            rows[i, 3:] = census.bins
-            if is_first:
-                rows[i, :3] = census.below, census.pruned, census.nonfinite >= 0
-                pieces[i].start(census)
-        for p, until in zip(pieces, rows[:, 3:].cumsum(axis=1, dtype=rows.dtype), strict=True):
+            for (i, _), census in zip(present, found, strict=True):
+                rows[i] = census.bins
+                if is_first:
+                    numbers[i] = census.below, census.pruned, census.nonfinite >= 0
+                    pieces[i].start(census)
+        bins = torch.stack(rows).numpy()
+        for p, until in zip(pieces, bins.cumsum(axis=1), strict=True):
             p.until = until
         # All that hold a NaN say so, also copies.
         silent = [i for i, p in enumerate(pieces) if not p.holding.speaks]
-        rows[silent, :2] = rows[silent, 3:] = 0
+        numbers[silent, :2] = bins[silent] = 0
         # Later rounds count what is left of the first one.
-        sent, bound = (rows, largest) if is_first else (rows[:, 3:], self._inside(brackets))
-        firsts = np.cumsum([0, *(len(self._groups[g]) for g in brackets)])[:-1]
-        sums = self._ranks.total(torch.from_numpy(np.add.reduceat(sent, firsts)), bound)
-        bins = sums[:, -num_bins:]
-        until = bins.numpy().cumsum(axis=1)
-        merged = {}
-        for row, g in enumerate(brackets):
-            below, pruned, nonfinite = sums[row, :3].tolist() if is_first else (0, 0, 0)
-            merged[g] = Census(below, int(until[row, -1]), pruned, nonfinite or -1, bins[row])
+        bound = max(self._sizes) + len(pieces) * self._ranks.size if is_first else self._inside(brackets)
+        sent = np.concatenate((numbers, bins), axis=1) if is_first else bins
+        if len(brackets) < len(pieces):
+            firsts = np.cumsum([0, *(len(self._groups[g]) for g in brackets)])[:-1]
+            sent = np.add.reduceat(sent, firsts)
+        sums = self._ranks.total(torch.from_numpy(sent), bound).numpy()
+        whole = sums[:, :-num_bins].tolist() if is_first else [(0, 0, 0)] * len(brackets)
+        counted = {}
+        untils = sums[:, -num_bins:].cumsum(axis=1)
+        for g, (below, pruned, nonfinite), until in zip(brackets, whole, untils, strict=True):
+            counted[g] = Counted(below, pruned, nonfinite or -1, until)
             if is_first:
                 self.num_pruned[g] = pruned
-            self._counted[g] = brackets[g], until[row]
-        return merged
+            self._counted[g] = brackets[g], until
+        return counted
 
     def _inside(self, brackets: Mapping[int, Bracket]) -> int:
         """What no count of this round can exceed, by the sums of the last one."""
@@ -310,17 +332,13 @@ def _bits(width: int) -> int:
 
 
 def _nearer(bracket: Bracket, previous: Threshold | None, dtype: torch.dtype) -> Bracket:
-    """Leave out what lies well below the previous threshold: unpruned weights are rare there, but keys are many.
-
-    As far below it as costs neither another round nor, in 16 bits, more than 1 KB.
-    """
+    """Leave out what lies well below the previous threshold: unpruned weights are rare there, but keys are many."""
     lo = 0 if previous is None else near(previous, dtype).lo
     if not bracket.lo < lo <= bracket.hi:
         return bracket
-    for bits in (FEW_BITS, MOST_BITS, 2 * MOST_BITS):
-        if bracket.hi - lo < 1 << bits:
-            return Bracket(max(bracket.lo, bracket.hi - (1 << bits) + 1), bracket.hi)
-    return Bracket(lo, bracket.hi)
+    # As far below it as costs nothing: the keys of an interval are counted in a power of two.
+    bits = max(FEW_BITS, (bracket.hi - lo).bit_length())
+    return Bracket(max(bracket.lo, bracket.hi - (1 << bits) + 1), bracket.hi)
 
 
 def _before(until: np.ndarray, slot: int) -> int:
@@ -333,11 +351,15 @@ def _even(begin: int, end: int) -> np.ndarray:
     return begin + (end - begin) * np.arange(slots + 1) // slots
 
 
-def _make_rooms(pieces: Sequence[Piece]) -> None:
+def _make_rooms(pieces: Sequence[Piece], num_bins: int) -> None:
+    """Room for a quarter more weights than are expected inside, where there will be another round."""
     layers = [p.layer for p in pieces if p.layer is not None]
     left = ROOM_BYTES + max((layer.weight.nbytes for layer in layers), default=0) // ROOM_PART
     for p, layer in zip(pieces, layers, strict=True):
-        size = layer.weight.numel() // ROOM_SHARE
-        if 0 < size * layer.weight.itemsize <= left:
+        if not p.bracket.shift(num_bins):
+            continue
+        width = p.bracket.hi - p.bracket.lo + 1
+        size = min(layer.weight.numel(), int(1.25 * p.density * width * layer.weight.numel()) + 64)
+        if size * layer.weight.itemsize <= left:
             left -= size * layer.weight.itemsize
             p.room = torch.empty(size, dtype=layer.weight.dtype, device=layer.weight.device)

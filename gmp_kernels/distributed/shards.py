@@ -142,9 +142,9 @@ class Shards:
             request: dict[str, Any] = {"num_prune": num_prune, "scope": scope, "selections": chosen}
         else:
             groups = [[p] for p in pieces] if scope == "layer" else [pieces]
-            search = Search(self.ranks, implementation, groups, num_prune)
+            search = Search(self.ranks, implementation, groups, num_prune, hints)
             brackets = self._begin(facts, failure, names, [], [] if failure else search.guess())
-            cuts = search.cuts(brackets, hints)
+            cuts = search.cuts(brackets)
             if nonfinite == "error" and any(cut.nonfinite >= 0 for cut in cuts):
                 check_finite(STEP, search.first_nonfinite(), names)
             thresholds = [cut.threshold for cut, group in zip(cuts, groups, strict=True) for _ in group]
