@@ -9,7 +9,7 @@ Source: Floyd and Rivest, CACM 18(3), 1975, for the first interval; then radix s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,12 +17,24 @@ import numpy as np
 import torch
 
 from gmp_kernels.backends import Bracket, Implementation, Layer, Threshold
-from gmp_kernels.keys import key_of, keys_of, largest_key, magnitude_of
+from gmp_kernels.keys import bits_of, key_of, largest_key, magnitude_of
 
-__all__ = ["Counted", "Cut", "cut_index", "divide_ties", "find_cuts", "near", "piece"]
+__all__ = [
+    "Counted",
+    "Cut",
+    "cut_indices",
+    "divide_ties",
+    "find_cuts",
+    "near",
+    "piece",
+    "tied",
+    "ties_around",
+    "window_of_tie",
+]
 
 DRIFT = 1 / 64  # of an octave to each side, that a threshold is expected to move between two updates
-LEAVES = 4096  # weights among which a tie is looked for one by one
+CHUNK = 1 << 17  # weights that are searched for ties at a time
+SIGMAS = 4  # half width of the window in which a tie is expected
 
 
 class Counted(NamedTuple):
@@ -145,26 +157,86 @@ def divide_ties(num_ties: Sequence[int], num_kept: int) -> list[int]:
     return [int(kept) for kept in np.clip(num_kept - before, 0, num_ties)]
 
 
-def cut_index(implementation: Implementation, layer: Layer, key: int, num_kept: int) -> int:
-    """Return the flat index from which on ties are pruned if ``num_kept`` of them stay; n if that is all of them.
+def tied(layer: Layer, key: int, begin: int, end: int) -> Iterator[np.ndarray]:
+    """Yield the flat indices of the unpruned weights of this key, chunk by chunk; ``begin`` is a multiple of 8."""
+    bits, largest = bits_of(layer.weight).view(-1), largest_key(layer.weight.dtype)
+    for start in range(begin, end, CHUNK):
+        # numpy is several times faster than torch at this.
+        chunk = bits[start : min(start + CHUNK, end)].cpu().numpy()
+        places = np.flatnonzero(np.minimum(chunk & np.iinfo(chunk.dtype).max, largest) == key)
+        if layer.mask is not None:
+            of_bytes = layer.mask[start // 8 : -(-end // 8)].cpu().numpy()
+            places = places[(of_bytes[places >> 3] >> (places & 7) & 1).astype(bool)]
+        yield places + start
 
-    Reads the layer once, in halves.
+
+def window_of_tie(rank: np.ndarray, num_ties: np.ndarray, size: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the flat indices between which tie number ``rank``, from 0, lies if chance has spread them."""
+    share = (rank + 0.5) / num_ties
+    half = SIGMAS * np.sqrt(share * (1 - share) / num_ties) + 1 / num_ties
+    begin, end = size * np.maximum(0, share - half), size * np.minimum(1, share + half)
+    return begin.astype(np.int64), np.ceil(end).astype(np.int64)
+
+
+def ties_around(
+    implementation: Implementation,
+    layers: Sequence[Layer],
+    keys: Sequence[int],
+    num_ties: Sequence[int],
+    windows: Iterable[tuple[int, int]],
+) -> list[tuple[int, np.ndarray]]:
+    """Find the ties in a window of each layer and count those before it, knowing how many there are.
+
+    The window begins at a multiple of 8. Reads it, and of what lies to its sides the shorter part.
+
+    Returns
+    -------
+    list of (int, numpy.ndarray)
+        How many ties come before the window, and the flat indices of those inside.
     """
-    begin, end, bracket = 0, layer.weight.numel(), Bracket(key, key)
-    if implementation.count([layer], [bracket], 1)[0].inside <= num_kept:
-        return end
-    while end - begin > LEAVES:
-        middle = begin + (end - begin) // 16 * 8
-        inside = implementation.count([piece(layer, begin, middle)], [bracket], 1)[0].inside
-        if num_kept < inside:
-            end = middle
-        else:
-            begin, num_kept = middle, num_kept - inside
-    leaf = piece(layer, begin, end)
-    ties = keys_of(leaf.weight.cpu()).numpy() == key
-    if leaf.mask is not None:
-        ties &= np.unpackbits(leaf.mask.cpu().numpy(), count=ties.size, bitorder="little").astype(bool)
-    return begin + int(np.flatnonzero(ties)[num_kept])
+    before, inside = [0] * len(layers), []
+    shorter: dict[int, Layer] = {}
+    for i, (layer, key, (begin, end)) in enumerate(zip(layers, keys, windows, strict=True)):
+        n = layer.weight.numel()
+        end = min(-(-end // 8) * 8, n)
+        inside.append(np.concatenate([np.zeros(0, np.int64), *tied(layer, key, begin, end)]))
+        if 0 < begin <= n - end:
+            shorter[i] = piece(layer, 0, begin)
+        elif begin:
+            before[i] = num_ties[i] - len(inside[i])
+            if end < n:
+                shorter[i] = piece(layer, end, n)
+    if shorter:
+        counts = implementation.count(list(shorter.values()), [Bracket(keys[i], keys[i]) for i in shorter], 1)
+        for i, census in zip(shorter, counts, strict=True):
+            before[i] = abs(before[i] - census.inside)
+    return list(zip(before, inside, strict=True))
+
+
+def cut_indices(
+    implementation: Implementation,
+    layers: Sequence[Layer],
+    keys: Sequence[int],
+    num_ties: Sequence[int],
+    num_kept: Sequence[int],
+) -> list[int]:
+    """Return per layer the flat index from which on ties are pruned if ``num_kept`` of ``num_ties``, not all, stay."""
+    sizes = np.array([layer.weight.numel() for layer in layers])
+    begins, ends = window_of_tie(np.array(num_kept), np.array(num_ties), sizes)
+    windows = zip((begins // 8 * 8).tolist(), ends.tolist(), strict=True)
+    cuts = []
+    around = ties_around(implementation, layers, keys, num_ties, windows)
+    for layer, key, kept, (before, inside) in zip(layers, keys, num_kept, around, strict=True):
+        if 0 <= kept - before < len(inside):
+            cuts.append(int(inside[kept - before]))
+            continue
+        left = kept
+        for places in tied(layer, key, 0, layer.weight.numel()):
+            if left < len(places):
+                cuts.append(int(places[left]))
+                break
+            left -= len(places)
+    return cuts
 
 
 def piece(layer: Layer, begin: int, end: int) -> Layer:

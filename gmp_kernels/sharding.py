@@ -78,7 +78,8 @@ class Region(NamedTuple):
         is_open = (rest < outer) & (inner > 0)
         for whole, offset, size in zip(self.shape, self.offsets, self.sizes, strict=True):
             inner, outer = inner // max(size, 1), outer // whole
-            place, rest = rest // outer - offset, rest % outer
+            place, rest = np.divmod(rest, outer) if outer > 1 else (rest, np.zeros_like(rest))
+            place = place - offset
             before += np.where(is_open, np.clip(place, 0, size) * inner, 0)
             # Only inside the range of this dimension do the next ones decide.
             is_open &= (place >= 0) & (place < size)

@@ -12,8 +12,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gmp_kernels.backends import Bracket, Layer, Selection, Threshold, choose
+from gmp_kernels.distributed.pieces import Piece
 from gmp_kernels.distributed.ranks import Ranks
-from gmp_kernels.distributed.search import Piece, Search
+from gmp_kernels.distributed.search import Search
 from gmp_kernels.errors import DistributedError, GMPError, LayoutError, StateError
 from gmp_kernels.masks import BitMask
 from gmp_kernels.ops import NonFinite, PruneResult, Scope, check_finite, check_tensors, prune_, select_missing
