@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -34,7 +35,7 @@ __all__ = [
 
 DRIFT = 1 / 64  # of an octave to each side, that a threshold is expected to move between two updates
 CHUNK = 1 << 17  # weights that are searched for ties at a time
-SIGMAS = 4  # half width of the window in which a tie is expected
+SIGMAS = 2  # a tie outside its window, one in twenty, costs a look at the whole layer
 
 
 class Counted(NamedTuple):
@@ -146,9 +147,13 @@ def find_cuts(
 
 def near(threshold: Threshold, dtype: torch.dtype) -> Bracket:
     """Return the interval in which the threshold of the next update is likely to lie."""
-    key, octave = key_of(threshold.value, dtype), key_of(2.0, dtype) - key_of(1.0, dtype)
-    drift = max(1, int(octave * DRIFT))
+    key, drift = key_of(threshold.value, dtype), _drift(dtype)
     return Bracket(max(0, key - drift), min(largest_key(dtype), key + drift))
+
+
+@cache
+def _drift(dtype: torch.dtype) -> int:
+    return max(1, int((key_of(2.0, dtype) - key_of(1.0, dtype)) * DRIFT))
 
 
 def divide_ties(num_ties: Sequence[int], num_kept: int) -> list[int]:
@@ -160,20 +165,28 @@ def divide_ties(num_ties: Sequence[int], num_kept: int) -> list[int]:
 def tied(layer: Layer, key: int, begin: int, end: int) -> Iterator[np.ndarray]:
     """Yield the flat indices of the unpruned weights of this key, chunk by chunk; ``begin`` is a multiple of 8."""
     bits, largest = bits_of(layer.weight).view(-1), largest_key(layer.weight.dtype)
+    magnitude = torch.iinfo(bits.dtype).max
     for start in range(begin, end, CHUNK):
         # numpy is several times faster than torch at this.
-        chunk = bits[start : min(start + CHUNK, end)].cpu().numpy()
-        places = np.flatnonzero(np.minimum(chunk & np.iinfo(chunk.dtype).max, largest) == key)
+        keys = bits[start : min(start + CHUNK, end)].cpu().numpy() & magnitude
+        # NaN has many bit patterns.
+        places = np.flatnonzero(keys == key if key < largest else keys >= key)
         if layer.mask is not None:
             of_bytes = layer.mask[start // 8 : -(-end // 8)].cpu().numpy()
             places = places[(of_bytes[places >> 3] >> (places & 7) & 1).astype(bool)]
         yield places + start
 
 
-def window_of_tie(rank: np.ndarray, num_ties: np.ndarray, size: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the flat indices between which tie number ``rank``, from 0, lies if chance has spread them."""
+def window_of_tie(
+    rank: np.ndarray, num_ties: np.ndarray, size: np.ndarray, sigmas: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the flat indices between which tie number ``rank``, from 0, lies if chance has spread them.
+
+    ``sigmas``: half the width, in standard deviations.
+    """
     share = (rank + 0.5) / num_ties
-    half = SIGMAS * np.sqrt(share * (1 - share) / num_ties) + 1 / num_ties
+    # Near the ends ties are spread like Poisson's: the last term makes up for their longer tail.
+    half = sigmas * np.sqrt(share * (1 - share) / num_ties) + sigmas**2 / 2 / num_ties
     begin, end = size * np.maximum(0, share - half), size * np.minimum(1, share + half)
     return begin.astype(np.int64), np.ceil(end).astype(np.int64)
 
@@ -222,7 +235,7 @@ def cut_indices(
 ) -> list[int]:
     """Return per layer the flat index from which on ties are pruned if ``num_kept`` of ``num_ties``, not all, stay."""
     sizes = np.array([layer.weight.numel() for layer in layers])
-    begins, ends = window_of_tie(np.array(num_kept), np.array(num_ties), sizes)
+    begins, ends = window_of_tie(np.array(num_kept), np.array(num_ties), sizes, SIGMAS)
     windows = zip((begins // 8 * 8).tolist(), ends.tolist(), strict=True)
     cuts = []
     around = ties_around(implementation, layers, keys, num_ties, windows)

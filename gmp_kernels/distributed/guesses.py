@@ -55,6 +55,8 @@ def guess(questions: Sequence[Question]) -> list[Guess]:
         sizes, dtype = [layer.weight.numel() for layer in layers], layers[0].weight.dtype
         width = min(LINE // dtype.itemsize, max(sizes))
         lines, wanted = sum(sizes) // width, min(max(LEAST, round(sum(sizes) ** (2 / 3))), MOST) // width
+        # With few keys around a threshold there is little to gain from a narrow bracket.
+        wanted //= 2 if dtype.itemsize == 2 else 1
         # Odd, lest it be in step with rows: their lengths are even.
         strides.append(max(1, (lines // wanted - 1) | 1))
         alike[dtype, width, tuple(-(-(size // width) // strides[i]) for size in sizes)].append(i)

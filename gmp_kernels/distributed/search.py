@@ -19,7 +19,7 @@ __all__ = ["Search"]
 
 # Bits of the key by which a round narrows an interval. Counts are sent as int32 at first, 8 KB for each layer at most,
 # and soon as uint8, when few weights are left inside.
-FEW_BITS, MOST_BITS = 8, 11
+FEW_BITS, MOST_BITS = 9, 11
 # The weights inside the first interval are remembered, up to ROOM_BYTES and another 1 / ROOM_PART of the largest piece:
 # within the memory that a prune step may take.
 ROOM_BYTES, ROOM_PART = 3 << 20, 40
@@ -163,10 +163,10 @@ class Search:
 
 
 def _bits(width: int) -> int:
-    """By how many bits of the key to narrow an interval: in as few rounds as there can be, of equal size."""
+    """By how many bits of the key to narrow an interval: in as few rounds as there can be, the first the smallest."""
     bits = width.bit_length()
     rounds = max(1, -(-bits // MOST_BITS))
-    return -(-bits // rounds)
+    return min(bits, max(FEW_BITS, bits - (rounds - 1) * MOST_BITS))
 
 
 def _nearer(bracket: Bracket, previous: Threshold | None, dtype: torch.dtype) -> Bracket:

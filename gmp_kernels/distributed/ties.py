@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import torch
 
-from gmp_kernels.backends import Implementation
+from gmp_kernels.backends import Implementation, Layer
 from gmp_kernels.distributed.pieces import Piece
 from gmp_kernels.distributed.ranks import Ranks
 from gmp_kernels.selection import Cut, cut_indices, tied, ties_around, window_of_tie
@@ -18,7 +18,9 @@ from gmp_kernels.sharding import Region
 
 __all__ = ["divide"]
 
-SLOTS = 256  # that a range of flat indices is divided into to count ties in
+# That a range of flat indices is divided into to count ties in: 1 KB as int32 or, where the counts are small, as uint8.
+SLOTS, SMALL, MOST_SLOTS = 256, 255, 1024
+SIGMAS = 4  # a tie outside its window costs every layer another sum over the ranks
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -75,7 +77,7 @@ def divide(
             members.append([_first_count(p, cut.key) for p in group])
     bound = max((cut.threshold.num_ties for cut in cuts if cut.threshold.num_ties_kept), default=0)
     while members or opened:
-        members += [[count] for count in _closer(opened)]
+        members += [[count] for count in _closer(opened, bound)]
         quotas += [part.num_kept for part in opened]
         opened = _take(ranks, implementation, members, quotas, bound)
         quotas, members = [], []
@@ -88,15 +90,16 @@ def _first_count(p: Piece, key: int) -> _Count:
     return _Count(p, key, np.array([*p.holding.starts, p.holding.size]), "runs")
 
 
-def _closer(opened: Sequence[_Open]) -> list[_Count]:
-    """Divide each range into slots."""
+def _closer(opened: Sequence[_Open], bound: int) -> list[_Count]:
+    """Divide each range into slots; no count exceeds ``bound``."""
     if not opened:
         return []
     begins, ends, num_ties, num_kept = np.array([(o.begin, o.end, o.num_ties, o.num_kept) for o in opened]).T
     whole = np.array([o.begin == 0 and o.end == o.piece.holding.size for o in opened])
-    first, last = window_of_tie(num_kept, num_ties, ends)
+    first, last = window_of_tie(num_kept, num_ties, ends, SIGMAS)
     first, last = np.where(whole, first, begins), np.where(whole, last, ends)
-    slots = first[:, None] + (last - first)[:, None] * np.arange(SLOTS + 1) // SLOTS
+    num_slots = min(MOST_SLOTS if bound <= SMALL else SLOTS, int((last - first).max()))
+    slots = first[:, None] + (last - first)[:, None] * np.arange(num_slots + 1) // num_slots
     return [
         _Count(o.piece, o.key, np.concatenate(([0], row, [o.end])), "window")
         if is_whole
@@ -165,27 +168,28 @@ def _counted(implementation: Implementation, counts: Sequence[_Count]) -> list[n
     here = [count.known() for count in counts]
     looked = [i for i, count in enumerate(counts) if count.kind in ("window", "part") and count.piece.num_ties]
     places = dict(zip(looked, _places([(counts[i].piece, counts[i].bounds) for i in looked]), strict=True))
-    windows = [i for i in looked if counts[i].kind == "window"]
-    layers = [counts[i].piece.layer for i in windows]
+    windows, parts = ([i for i in looked if counts[i].kind == kind] for kind in ("window", "part"))
     around = ties_around(
         implementation,
-        [layer for layer in layers if layer is not None],
+        _layers(counts[i] for i in windows),
         [counts[i].key for i in windows],
         [counts[i].piece.num_ties for i in windows],
         [(int(places[i][1]) // 8 * 8, int(places[i][-2])) for i in windows],
     )
     for i, (num_before, inside) in zip(windows, around, strict=True):
-        until = num_before + np.searchsorted(inside, places[i])
+        until = num_before + inside.searchsorted(places[i])
         until[0], until[-1] = 0, counts[i].piece.num_ties
-        here[i] = np.diff(until)
-    for i in looked:
-        if counts[i].kind == "part":
-            layer, (begin, *_, end) = counts[i].piece.layer, places[i].tolist()
-            here[i] = np.zeros(len(places[i]) - 1, np.int64)
-            assert layer is not None
-            for inside in tied(layer, counts[i].key, begin // 8 * 8, end):
-                here[i] += np.diff(np.searchsorted(inside, places[i]))
+        here[i] = until[1:] - until[:-1]
+    for i, layer in zip(parts, _layers(counts[i] for i in parts), strict=True):
+        here[i] = np.zeros(len(places[i]) - 1, np.int64)
+        for inside in tied(layer, counts[i].key, int(places[i][0]) // 8 * 8, int(places[i][-1])):
+            until = inside.searchsorted(places[i])
+            here[i] += until[1:] - until[:-1]
     return here
+
+
+def _layers(counts: Iterable[_Count]) -> list[Layer]:
+    return [count.piece.layer for count in counts if count.piece.layer is not None]
 
 
 def _places(asked: Sequence[tuple[Piece, np.ndarray]]) -> list[np.ndarray]:
