@@ -8,7 +8,7 @@ from functools import cache
 
 import torch
 
-__all__ = ["key_of", "keys_of", "largest_key", "magnitude_of"]
+__all__ = ["bits_of", "key_of", "keys_of", "largest_key", "magnitude_of"]
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 # As struct has them: a value, its bits, and how many of those the dtype leaves out. Tensors would take far longer.
@@ -49,7 +49,12 @@ def largest_key(dtype: torch.dtype) -> int:
     return key_of(math.inf, dtype) + 1
 
 
+def bits_of(weights: torch.Tensor) -> torch.Tensor:
+    """Return contiguous weights as integers, in the same memory."""
+    return weights.view(_INTEGERS[weights.dtype.itemsize])
+
+
 def keys_of(weights: torch.Tensor) -> torch.Tensor:
     """Return the key of every weight, as integers of the same size; contiguous weights."""
-    integer = _INTEGERS[weights.dtype.itemsize]
-    return (weights.view(integer) & torch.iinfo(integer).max).clamp(max=largest_key(weights.dtype))
+    bits = bits_of(weights)
+    return (bits & torch.iinfo(bits.dtype).max).clamp(max=largest_key(weights.dtype))

@@ -9,20 +9,50 @@ Source: Floyd and Rivest, CACM 18(3), 1975, for the first interval; then radix s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from gmp_kernels.backends import Bracket, Census, Implementation, Layer, Threshold
-from gmp_kernels.keys import key_of, keys_of, largest_key, magnitude_of
+from gmp_kernels.backends import Bracket, Implementation, Layer, Threshold
+from gmp_kernels.keys import bits_of, key_of, largest_key, magnitude_of
 
-__all__ = ["Cut", "cut_index", "divide_ties", "find_cuts", "near", "piece"]
+__all__ = [
+    "Counted",
+    "Cut",
+    "cut_indices",
+    "divide_ties",
+    "find_cuts",
+    "near",
+    "piece",
+    "tied",
+    "ties_around",
+    "window_of_tie",
+]
 
 DRIFT = 1 / 64  # of an octave to each side, that a threshold is expected to move between two updates
-LEAVES = 4096  # weights among which a tie is looked for one by one
+CHUNK = 1 << 17  # weights that are searched for ties at a time
+SIGMAS = 2  # a tie outside its window, one in twenty, costs a look at the whole layer
+
+
+class Counted(NamedTuple):
+    """What a round has found of one group of layers, all its pieces added up.
+
+    Attributes
+    ----------
+    below, pruned, nonfinite : int
+        As in ``Census``.
+    until : numpy.ndarray
+        Keys inside up to the end of each bin.
+    """
+
+    below: int
+    pruned: int
+    nonfinite: int
+    until: np.ndarray
 
 
 class Cut(NamedTuple):
@@ -53,25 +83,25 @@ class _Search:
     pruned: int = 0
     nonfinite: int = -1
 
-    def narrow(self, census: Census) -> Cut | None:
+    def narrow(self, counted: Counted) -> Cut | None:
         """Take the sums of a round into account; return the answer once there is one."""
         if self.below is None:
-            self.below, self.pruned, self.nonfinite = census.below, census.pruned, census.nonfinite
+            self.below, self.pruned, self.nonfinite = counted.below, counted.pruned, counted.nonfinite
         wanted = self.num_prune - self.pruned - self.below  # rank, from 1, among the keys from the interval on
         if wanted + self.below <= 0:
             return Cut(0, Threshold(0.0, self.pruned, 0, 0), self.nonfinite)
         lo, hi = self.bracket
+        until = counted.until
         if wanted <= 0:
             self.bracket, self.below = Bracket(0, lo - 1), 0
             return None
-        if wanted > census.inside:
-            self.bracket, self.below = Bracket(hi + 1, largest_key(self.dtype)), self.below + census.inside
+        if wanted > until[-1]:
+            self.bracket, self.below = Bracket(hi + 1, largest_key(self.dtype)), self.below + int(until[-1])
             return None
-        bins = census.bins.numpy()
-        until = np.cumsum(bins)
-        found = int(np.searchsorted(until, wanted))
-        ties, shift = int(bins[found]), self.bracket.shift(len(bins))
-        self.below += int(until[found]) - ties
+        found = int(until.searchsorted(wanted))
+        before = int(until[found - 1]) if found else 0
+        ties, shift = int(until[found]) - before, self.bracket.shift(len(until))
+        self.below += before
         first = lo + (found << shift)
         if shift:
             self.bracket = Bracket(first, min(hi, first + (1 << shift) - 1))
@@ -85,7 +115,7 @@ def find_cuts(
     num_prune: Sequence[int],
     dtypes: Sequence[torch.dtype],
     brackets: Sequence[Bracket],
-    count: Callable[[Mapping[int, Bracket]], Mapping[int, Census]],
+    count: Callable[[Mapping[int, Bracket]], Mapping[int, Counted]],
 ) -> list[Cut]:
     """Find the threshold of each group of layers.
 
@@ -99,7 +129,7 @@ def find_cuts(
         Guesses: they save rounds and never change the answer.
     count : callable
         {group: bracket} of the groups still open to {group: the counts of all its pieces, added up}. From the second
-        round on only ``inside`` and ``bins`` matter, and weights outside all earlier brackets may be left out.
+        round on only ``until`` matters, and weights outside all earlier brackets may be left out.
 
     Returns
     -------
@@ -108,9 +138,8 @@ def find_cuts(
     searches = {g: _Search(*row) for g, row in enumerate(zip(num_prune, dtypes, brackets, strict=True))}
     cuts: dict[int, Cut] = {}
     while len(cuts) < len(searches):
-        counted = count({g: search.bracket for g, search in searches.items() if g not in cuts})
-        for g, census in counted.items():
-            cut = searches[g].narrow(census)
+        for g, counted in count({g: search.bracket for g, search in searches.items() if g not in cuts}).items():
+            cut = searches[g].narrow(counted)
             if cut is not None:
                 cuts[g] = cut
     return [cuts[g] for g in range(len(searches))]
@@ -118,9 +147,13 @@ def find_cuts(
 
 def near(threshold: Threshold, dtype: torch.dtype) -> Bracket:
     """Return the interval in which the threshold of the next update is likely to lie."""
-    key, octave = key_of(threshold.value, dtype), key_of(2.0, dtype) - key_of(1.0, dtype)
-    drift = max(1, int(octave * DRIFT))
+    key, drift = key_of(threshold.value, dtype), _drift(dtype)
     return Bracket(max(0, key - drift), min(largest_key(dtype), key + drift))
+
+
+@cache
+def _drift(dtype: torch.dtype) -> int:
+    return max(1, int((key_of(2.0, dtype) - key_of(1.0, dtype)) * DRIFT))
 
 
 def divide_ties(num_ties: Sequence[int], num_kept: int) -> list[int]:
@@ -129,26 +162,94 @@ def divide_ties(num_ties: Sequence[int], num_kept: int) -> list[int]:
     return [int(kept) for kept in np.clip(num_kept - before, 0, num_ties)]
 
 
-def cut_index(implementation: Implementation, layer: Layer, key: int, num_kept: int) -> int:
-    """Return the flat index from which on ties are pruned if ``num_kept`` of them stay; n if that is all of them.
+def tied(layer: Layer, key: int, begin: int, end: int) -> Iterator[np.ndarray]:
+    """Yield the flat indices of the unpruned weights of this key, chunk by chunk; ``begin`` is a multiple of 8."""
+    bits, largest = bits_of(layer.weight).view(-1), largest_key(layer.weight.dtype)
+    magnitude = torch.iinfo(bits.dtype).max
+    for start in range(begin, end, CHUNK):
+        # numpy is several times faster than torch at this.
+        keys = bits[start : min(start + CHUNK, end)].cpu().numpy() & magnitude
+        # NaN has many bit patterns.
+        places = np.flatnonzero(keys == key if key < largest else keys >= key)
+        if layer.mask is not None:
+            of_bytes = layer.mask[start // 8 : -(-end // 8)].cpu().numpy()
+            places = places[(of_bytes[places >> 3] >> (places & 7) & 1).astype(bool)]
+        yield places + start
 
-    Reads the layer once, in halves.
+
+def window_of_tie(
+    rank: np.ndarray, num_ties: np.ndarray, size: np.ndarray, sigmas: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the flat indices between which tie number ``rank``, from 0, lies if chance has spread them.
+
+    ``sigmas``: half the width, in standard deviations.
     """
-    begin, end, bracket = 0, layer.weight.numel(), Bracket(key, key)
-    if implementation.count([layer], [bracket], 1)[0].inside <= num_kept:
-        return end
-    while end - begin > LEAVES:
-        middle = begin + (end - begin) // 16 * 8
-        inside = implementation.count([piece(layer, begin, middle)], [bracket], 1)[0].inside
-        if num_kept < inside:
-            end = middle
-        else:
-            begin, num_kept = middle, num_kept - inside
-    leaf = piece(layer, begin, end)
-    ties = keys_of(leaf.weight.cpu()).numpy() == key
-    if leaf.mask is not None:
-        ties &= np.unpackbits(leaf.mask.cpu().numpy(), count=ties.size, bitorder="little").astype(bool)
-    return begin + int(np.flatnonzero(ties)[num_kept])
+    share = (rank + 0.5) / num_ties
+    # Near the ends ties are spread like Poisson's: the last term makes up for their longer tail.
+    half = sigmas * np.sqrt(share * (1 - share) / num_ties) + sigmas**2 / 2 / num_ties
+    begin, end = size * np.maximum(0, share - half), size * np.minimum(1, share + half)
+    return begin.astype(np.int64), np.ceil(end).astype(np.int64)
+
+
+def ties_around(
+    implementation: Implementation,
+    layers: Sequence[Layer],
+    keys: Sequence[int],
+    num_ties: Sequence[int],
+    windows: Iterable[tuple[int, int]],
+) -> list[tuple[int, np.ndarray]]:
+    """Find the ties in a window of each layer and count those before it, knowing how many there are.
+
+    The window begins at a multiple of 8. Reads it, and of what lies to its sides the shorter part.
+
+    Returns
+    -------
+    list of (int, numpy.ndarray)
+        How many ties come before the window, and the flat indices of those inside.
+    """
+    before, inside = [0] * len(layers), []
+    shorter: dict[int, Layer] = {}
+    for i, (layer, key, (begin, end)) in enumerate(zip(layers, keys, windows, strict=True)):
+        n = layer.weight.numel()
+        end = min(-(-end // 8) * 8, n)
+        inside.append(np.concatenate([np.zeros(0, np.int64), *tied(layer, key, begin, end)]))
+        if 0 < begin <= n - end:
+            shorter[i] = piece(layer, 0, begin)
+        elif begin:
+            before[i] = num_ties[i] - len(inside[i])
+            if end < n:
+                shorter[i] = piece(layer, end, n)
+    if shorter:
+        counts = implementation.count(list(shorter.values()), [Bracket(keys[i], keys[i]) for i in shorter], 1)
+        for i, census in zip(shorter, counts, strict=True):
+            before[i] = abs(before[i] - census.inside)
+    return list(zip(before, inside, strict=True))
+
+
+def cut_indices(
+    implementation: Implementation,
+    layers: Sequence[Layer],
+    keys: Sequence[int],
+    num_ties: Sequence[int],
+    num_kept: Sequence[int],
+) -> list[int]:
+    """Return per layer the flat index from which on ties are pruned if ``num_kept`` of ``num_ties``, not all, stay."""
+    sizes = np.array([layer.weight.numel() for layer in layers])
+    begins, ends = window_of_tie(np.array(num_kept), np.array(num_ties), sizes, SIGMAS)
+    windows = zip((begins // 8 * 8).tolist(), ends.tolist(), strict=True)
+    cuts = []
+    around = ties_around(implementation, layers, keys, num_ties, windows)
+    for layer, key, kept, (before, inside) in zip(layers, keys, num_kept, around, strict=True):
+        if 0 <= kept - before < len(inside):
+            cuts.append(int(inside[kept - before]))
+            continue
+        left = kept
+        for places in tied(layer, key, 0, layer.weight.numel()):
+            if left < len(places):
+                cuts.append(int(places[left]))
+                break
+            left -= len(places)
+    return cuts
 
 
 def piece(layer: Layer, begin: int, end: int) -> Layer:

@@ -78,7 +78,8 @@ class Region(NamedTuple):
         is_open = (rest < outer) & (inner > 0)
         for whole, offset, size in zip(self.shape, self.offsets, self.sizes, strict=True):
             inner, outer = inner // max(size, 1), outer // whole
-            place, rest = rest // outer - offset, rest % outer
+            place, rest = np.divmod(rest, outer) if outer > 1 else (rest, np.zeros_like(rest))
+            place = place - offset
             before += np.where(is_open, np.clip(place, 0, size) * inner, 0)
             # Only inside the range of this dimension do the next ones decide.
             is_open &= (place >= 0) & (place < size)
@@ -94,6 +95,8 @@ class Holding:
         What is here.
     size : int
         Number of weights of the whole layer.
+    num_pieces : int
+        Into how many different parts it is divided.
     num_others : int
         Processes that hold the same.
     speaks : bool
@@ -119,6 +122,7 @@ class Holding:
                 f"GMPScheduler.step: expected the ranks to hold the {self.size} weights of '{name}' between them, got "
                 f"{sum(region.numel for region in held)}; shard it over the ranks of one mesh"
             )
+        self.num_pieces = len(held)
         self.num_others = regions.count(self.region) - 1
         self.speaks = regions.index(self.region) == rank
         self.has_copies = sum(region.numel for region in regions) > self.size

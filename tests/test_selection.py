@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from gmp_kernels.backends import Bracket, Census, Implementation, Layer, Selection, Threshold, choose
 from gmp_kernels.keys import key_of, keys_of, largest_key, magnitude_of
 from gmp_kernels.masks import BitMask
-from gmp_kernels.selection import Cut, cut_index, divide_ties, find_cuts, near, piece
+from gmp_kernels.selection import Counted, Cut, cut_indices, divide_ties, find_cuts, near, piece
 from gmp_kernels.testing import DTYPES, adversarial_cases, device_of
 
 CPU = torch.device("cpu")
@@ -31,10 +31,10 @@ def on(device: torch.device, layer: Layer) -> Layer:
     return Layer(layer.weight.to(device), None if layer.mask is None else layer.mask.to(device))
 
 
-def added(parts: list[Census]) -> Census:
-    sums = [sum(part[field] for part in parts) for field in range(3)]
+def added(parts: list[Census]) -> Counted:
+    below, pruned = (sum(getattr(part, field) for part in parts) for field in ("below", "pruned"))
     nonfinite = max(part.nonfinite for part in parts)
-    return Census(*sums, nonfinite, torch.stack([part.bins for part in parts]).sum(0))
+    return Counted(below, pruned, nonfinite, torch.stack([part.bins for part in parts]).sum(0).numpy().cumsum())
 
 
 def cut_by_counts(
@@ -42,7 +42,7 @@ def cut_by_counts(
 ) -> tuple[Cut, list[int]]:
     """The threshold of layers that are pieces of one, and where the ties of each piece end."""
 
-    def count(brackets: Mapping[int, Bracket]) -> dict[int, Census]:
+    def count(brackets: Mapping[int, Bracket]) -> dict[int, Counted]:
         return {g: added(implementation.count(parts, [b] * len(parts), num_bins)) for g, b in brackets.items()}
 
     (cut,) = find_cuts([num_prune], [parts[0].weight.dtype], [guess], count)
@@ -51,7 +51,13 @@ def cut_by_counts(
     if not cut.threshold.num_ties:
         return cut, [part.weight.numel() for part in parts]
     kept = divide_ties(ties, cut.threshold.num_ties_kept)
-    return cut, [cut_index(implementation, part, cut.key, k) for part, k in zip(parts, kept, strict=True)]
+    ends = [part.weight.numel() for part in parts]
+    some = [i for i in range(len(parts)) if kept[i] < ties[i]]
+    of_some = [[values[i] for i in some] for values in (parts, ties, kept)]
+    if some:
+        found = cut_indices(implementation, of_some[0], [cut.key] * len(some), *of_some[1:])
+        ends = [dict(zip(some, found, strict=True)).get(i, end) for i, end in enumerate(ends)]
+    return cut, ends
 
 
 def kept_of(parts: list[Layer], threshold: Threshold, cuts: Sequence[int]) -> torch.Tensor:
@@ -105,6 +111,32 @@ def test_any_guess_and_any_pieces_give_the_same_cut(data: st.DataObject) -> None
     assert repr(cut.threshold) == repr(expected.threshold)
     assert cut.nonfinite >= 0 or expected.nonfinite[0] < 0
     assert torch.equal(kept_of(parts, cut.threshold, ends), kept_of([layer], expected.threshold, expected.cuts))
+
+
+@pytest.mark.parametrize("places", ["even", "early", "late", "runs", "all"])
+def test_ties_are_found_wherever_they_lie(kernels: str, places: str) -> None:
+    n, generator = 300_007, torch.Generator().manual_seed(1)
+    index = torch.arange(n)
+    tied = {
+        "even": torch.rand(n, generator=generator) < 0.01,
+        "early": (index > 100) & (index < 400),
+        "late": index > n - 1000,
+        "runs": index % 100_000 < 50,
+        "all": index >= 0,
+    }[places]
+    weight = torch.where(tied, -0.5, torch.rand(n, generator=generator) + 1)
+    mask = random_mask(n, 0.5)
+    device = device_of(kernels)
+    ties = (tied & BitMask(mask, weight.shape).to_bool()).nonzero().view(-1)
+    kept = [0, 1, len(ties) // 2, len(ties) - 1]
+    found = cut_indices(
+        choose(kernels, device),
+        [on(device, Layer(weight, mask))] * 4,
+        [key_of(0.5, torch.float32)] * 4,
+        [len(ties)] * 4,
+        kept,
+    )
+    assert found == ties[kept].tolist()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -14,7 +14,7 @@ from gmp_kernels.checkpoints.files import DTYPES, Shard, TensorInfo
 from gmp_kernels.checkpoints.ranks import Ranks
 from gmp_kernels.checkpoints.stream import Source, Stream
 from gmp_kernels.errors import NonFiniteError
-from gmp_kernels.selection import divide_ties, find_cuts
+from gmp_kernels.selection import Counted, divide_ties, find_cuts
 
 __all__ = ["Counter", "Decision", "Located", "Workspace", "check_finite"]
 
@@ -107,9 +107,10 @@ class Counter:
         """
         own = {i: located for i, located in self._group.items() if mine(located.shard)}
 
-        def count(brackets: Mapping[int, Bracket]) -> dict[int, Census]:
+        def count(brackets: Mapping[int, Bracket]) -> dict[int, Counted]:
             ranks.together(lambda: self._count(own, brackets[0]))
-            return {0: _sum(ranks.gather(_sum(self._counted.values())))}
+            whole = _sum(ranks.gather(_sum(self._counted.values())))
+            return {0: Counted(whole.below, whole.pruned, whole.nonfinite, whole.bins.numpy().cumsum())}
 
         bracket = ranks.together(lambda: self._guess(num_prune))
         (cut,) = find_cuts([num_prune], [self._dtype], [bracket], count)

@@ -18,7 +18,7 @@ from gmp_kernels.checkpoints.ranks import Ranks
 from gmp_kernels.checkpoints.stream import Source
 from gmp_kernels.errors import DTypeError
 from gmp_kernels.reports import LayerReport
-from gmp_kernels.selection import cut_index
+from gmp_kernels.selection import cut_indices
 
 __all__ = ["ShardWriter", "Target", "size_of"]
 
@@ -161,7 +161,10 @@ class _Cuts:
         else:
             key = self._decision.key
             ties = self._implementation.count([layer], [Bracket(key, key)], 1)[0].inside
-            cut = n if ties <= self._kept_left else cut_index(self._implementation, layer, key, self._kept_left)
+            if ties <= self._kept_left:
+                cut = n
+            else:
+                (cut,) = cut_indices(self._implementation, [layer], [key], [ties], [self._kept_left])
             self._kept_left -= min(ties, self._kept_left)
             self._ties_left -= ties
         return Selection(threshold, (cut,), (-1,))

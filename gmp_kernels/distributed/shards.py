@@ -12,8 +12,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gmp_kernels.backends import Bracket, Layer, Selection, Threshold, choose
+from gmp_kernels.distributed.pieces import Piece
 from gmp_kernels.distributed.ranks import Ranks
-from gmp_kernels.distributed.search import Piece, Search
+from gmp_kernels.distributed.search import Search
 from gmp_kernels.errors import DistributedError, GMPError, LayoutError, StateError
 from gmp_kernels.masks import BitMask
 from gmp_kernels.ops import NonFinite, PruneResult, Scope, check_finite, check_tensors, prune_, select_missing
@@ -142,9 +143,9 @@ class Shards:
             request: dict[str, Any] = {"num_prune": num_prune, "scope": scope, "selections": chosen}
         else:
             groups = [[p] for p in pieces] if scope == "layer" else [pieces]
-            search = Search(self.ranks, implementation, groups, num_prune)
+            search = Search(self.ranks, implementation, groups, num_prune, hints)
             brackets = self._begin(facts, failure, names, [], [] if failure else search.guess())
-            cuts = search.cuts(brackets, hints)
+            cuts = search.cuts(brackets)
             if nonfinite == "error" and any(cut.nonfinite >= 0 for cut in cuts):
                 check_finite(STEP, search.first_nonfinite(), names)
             thresholds = [cut.threshold for cut, group in zip(cuts, groups, strict=True) for _ in group]

@@ -100,6 +100,10 @@ def job(layouts: list[str]) -> None:
         large = cases(LARGE, torch.float32)
         chosen = {name: large[f"{name} {LARGE}"] for name in ("random", "constant", "sorted", "bfloat16_ties")}
         compare(layout, chosen, "layer")
+        # Ties where they are expected, where they are not, and in several layers of a group.
+        ties = {name: chosen[name].to(torch.bfloat16) for name in ("random", "sorted")}
+        compare(layout, ties, "layer")
+        compare(layout, ties, "global")
     for backend in BACKENDS:
         compare(layouts[0], cases(SHAPES[0], torch.float32), "layer", backend)
 

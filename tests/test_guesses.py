@@ -1,0 +1,67 @@
+"""Guesses from samples: they may miss, but seldom; whatever the weights are, they are brackets."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gmp_kernels.backends import Layer, choose
+from gmp_kernels.distributed.guesses import Question, guess
+from gmp_kernels.keys import keys_of, largest_key
+from gmp_kernels.masks import BitMask
+from gmp_kernels.testing import DTYPES, adversarial_cases
+
+CPU = torch.device("cpu")
+
+
+def pruned(weight: torch.Tensor, sparsity: float) -> Layer:
+    """A layer after an update."""
+    mask = BitMask.ones(weight.shape, CPU)
+    (selection,) = choose("reference", CPU).select(
+        [Layer(weight, mask.packed)], [round(sparsity * weight.numel())], [None]
+    )
+    choose("reference", CPU).prune([Layer(weight, mask.packed)], [selection], [mask.packed])
+    return Layer(weight, mask.packed)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("num_pieces", [1, 4])
+def test_the_union_of_narrow_brackets_holds_the_threshold(dtype: torch.dtype, num_pieces: int) -> None:
+    generator = torch.Generator().manual_seed(num_pieces)
+    pieces = [pruned(torch.randn(1 << 18, generator=generator).to(dtype), 0.7) for _ in range(num_pieces)]
+    guesses = [guess([Question([piece], 0.1, num_pieces)])[0] for piece in pieces]
+    lo, hi = min(found.bracket.lo for found in guesses), max(found.bracket.hi for found in guesses)
+    keys = torch.cat([keys_of(weight)[BitMask(mask, weight.shape).to_bool()] for weight, mask in pieces])
+    threshold = keys.sort().values[round(0.1 * len(keys))]
+    assert lo <= threshold <= hi
+    inside = int(((keys >= lo) & (keys <= hi)).sum()) / (num_pieces << 18)
+    assert inside < 0.05
+    expected = sum(found.density for found in guesses) / num_pieces * (hi - lo + 1)
+    # Half of the few keys that a 16-bit dtype has may be at the ends.
+    assert dtype.itemsize == 2 or 0.6 < inside / expected < 1.6
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("n", [1, 7, 16, 1000, 40_003])
+def test_anything_gets_a_bracket(dtype: torch.dtype, n: int) -> None:
+    layers = [pruned(weight, 0.3) for weight in adversarial_cases(n, dtype).values()]
+    for share in (0.0, 0.5, 1.0):
+        answers = guess([Question([layer], share, 1) for layer in layers] + [Question(layers, share, 4)])
+        for (lo, hi), density in answers:
+            assert 0 <= lo <= hi <= largest_key(dtype)
+            assert 0.0 < density <= 1.0
+
+
+def test_nothing_is_guessed_where_nothing_is_left() -> None:
+    layer = pruned(torch.randn(1000), 1.0)
+    ((lo, hi), _) = guess([Question([layer], 0.5, 2)])[0]
+    assert lo > hi
+
+
+def test_a_group_is_sampled_as_one() -> None:
+    """Layers of other scales, and one too small to be looked at."""
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(n, generator=generator) * scale for n, scale in ((100_000, 1.0), (30_000, 9.0), (5, 1e9))]
+    (answer,) = guess([Question([pruned(weight, 0.0) for weight in weights], 0.5, 1)])
+    keys = keys_of(torch.cat(weights)).sort().values
+    assert answer.bracket.lo <= keys[len(keys) // 2] <= answer.bracket.hi
