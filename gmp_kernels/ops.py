@@ -182,8 +182,8 @@ def prune_(
     _check_choice(op, "scope", scope, ("layer", "global"))
     _check_choice(op, "nonfinite", nonfinite, ("error", "keep"))
     counts = _num_prune(op, layers, sparsity, num_prune, scope)
-    _check_writable(op, weights_, layers, names)
-    _check_disjoint(op, "masks", [layer.mask for layer in layers if layer.mask is not None], names)
+    check_writable(op, weights_, layers, names)
+    check_disjoint(op, "masks", [layer.mask for layer in layers if layer.mask is not None], names)
     if scope == "global" and len({layer.weight.dtype for layer in layers}) > 1:
         found = ", ".join(sorted({str(layer.weight.dtype) for layer in layers}))
         raise DTypeError(f"{op}: expected one dtype for scope='global', got {found}; cast, or use scope='layer'")
@@ -201,7 +201,7 @@ def prune_(
         check_finite(op, [index for selection in chosen for index in selection.nonfinite], names)
     if selections is not None:
         chosen, written = _completed(op, implementation, layers, counts, chosen, written, out)
-    _bump_versions([*(layer.weight for layer in layers), *out])
+    bump_versions([*(layer.weight for layer in layers), *out])
     return PruneResult(
         masks=masks_,
         thresholds=[selection.threshold for selection in chosen for _ in selection.cuts],
@@ -239,10 +239,10 @@ def apply_masks_(
         torch.ops.gmp_kernels.apply_masks_(weights_, [mask.packed for mask in masks_ or []], backend=backend)
         return
     layers = check_tensors(op, weights_, masks_, None)
-    _check_writable(op, weights_, layers, None)
+    check_writable(op, weights_, layers, None)
     if layers:
         choose(backend, layers[0].weight.device).apply(layers)
-        _bump_versions(layer.weight for layer in layers)
+        bump_versions(layer.weight for layer in layers)
 
 
 def _as_lists(
@@ -346,14 +346,15 @@ def _tensor(op: str, weight: Weight, names: Sequence[str] | None, i: int) -> tor
     return tensor
 
 
-def _check_writable(op: str, weights: Sequence[Weight], layers: Sequence[Layer], names: Sequence[str] | None) -> None:
+def check_writable(op: str, weights: Sequence[Weight], layers: Sequence[Layer], names: Sequence[str] | None) -> None:
+    """Refuse weights that cannot be written, one by one or together."""
     for i, weight in enumerate(weights):
         if isinstance(weight, np.ndarray) and not weight.flags.writeable:
             raise LayoutError(f"{op}: expected a writable array for {_label(names, i)}, got a read-only one; copy it")
-    _check_disjoint(op, "weights", [layer.weight for layer in layers], names)
+    check_disjoint(op, "weights", [layer.weight for layer in layers], names)
 
 
-def _check_disjoint(op: str, what: str, tensors: Sequence[torch.Tensor], names: Sequence[str] | None) -> None:
+def check_disjoint(op: str, what: str, tensors: Sequence[torch.Tensor], names: Sequence[str] | None) -> None:
     """Refuse tensors that share memory: writing them one after another or in parallel would not mean one thing."""
     spans = sorted((tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes, i) for i, tensor in enumerate(tensors))
     for (_, end, i), (start, _, j) in itertools.pairwise(spans):
@@ -481,6 +482,6 @@ def check_finite(op: str, nonfinite: Iterable[int], names: Sequence[str] | None)
             )
 
 
-def _bump_versions(tensors: Iterable[torch.Tensor]) -> None:
+def bump_versions(tensors: Iterable[torch.Tensor]) -> None:
     """Tell autograd about writes it cannot see: a stale saved tensor then raises instead of giving wrong gradients."""
     torch.autograd.graph.increment_version(tensors)

@@ -11,7 +11,7 @@ from gmp_kernels.backends import Bracket, Census, Layer, Selection, Threshold
 from gmp_kernels.selection import Cut
 from gmp_kernels.sharding import Holding
 
-__all__ = ["NO_BRACKET", "Piece", "before"]
+__all__ = ["NO_BRACKET", "Piece"]
 
 NO_BRACKET = Bracket(0, -1)
 
@@ -48,22 +48,22 @@ class Piece:
     density: float = 0.0
     # Magnitudes inside the first bracket.
     room: torch.Tensor | None = None
-    # The last bracket, and how many keys lie up to the end of each of its bins.
+    # The last bracket, and how many keys lie in each of its bins.
     bracket: Bracket = NO_BRACKET
-    until: np.ndarray | None = None
+    bins: np.ndarray | None = None
 
     def narrow(self, bracket: Bracket) -> Layer | None:
         """Go over to a bracket inside or beside the last one; return what is to be counted against it."""
-        if self.until is None:
+        if self.bins is None:
             self.bracket = bracket
             return self.layer
         last = self.bracket
         if bracket.lo < last.lo:
             self.num_below = 0
         elif bracket.lo > last.hi:
-            self.num_below += int(self.until[-1])
+            self.num_below += int(self.bins.sum())
         else:
-            self.num_below += before(self.until, (bracket.lo - last.lo) >> last.shift(len(self.until)))
+            self.num_below += int(self.bins[: (bracket.lo - last.lo) >> last.shift(len(self.bins))].sum())
         if bracket.lo < last.lo or bracket.hi > last.hi:
             self.room = None
         self.bracket = bracket
@@ -79,10 +79,9 @@ class Piece:
 
     def settle(self, cut: Cut) -> None:
         """Note what lies below the threshold here and what ties with it; the last round had a bin for its key."""
-        assert self.until is not None
+        assert self.bins is not None
         if cut.threshold.num_ties:
-            slot = cut.key - self.bracket.lo
-            self.num_ties = int(self.until[slot]) - before(self.until, slot)
+            self.num_ties = int(self.bins[cut.key - self.bracket.lo])
             self.narrow(Bracket(cut.key, cut.key))
         else:
             self.num_below, self.cut = 0, self.holding.region.numel
@@ -91,8 +90,3 @@ class Piece:
         """Return what ``Implementation.prune`` is told."""
         threshold = Threshold(value, self.num_pruned + self.num_below, self.num_ties, self.num_kept)
         return Selection(threshold, (self.cut,), (-1,))
-
-
-def before(until: np.ndarray, slot: int) -> int:
-    """Sum of the bins before one of them, given the sums up to the end of each."""
-    return int(until[slot - 1]) if slot else 0

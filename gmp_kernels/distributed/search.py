@@ -9,7 +9,7 @@ import torch
 
 from gmp_kernels.backends import Bracket, Implementation, Threshold
 from gmp_kernels.distributed.guesses import Question, guess
-from gmp_kernels.distributed.pieces import NO_BRACKET, Piece, before
+from gmp_kernels.distributed.pieces import NO_BRACKET, Piece
 from gmp_kernels.distributed.ranks import Ranks
 from gmp_kernels.distributed.ties import divide
 from gmp_kernels.keys import largest_key
@@ -128,14 +128,19 @@ class Search:
                     numbers[i] = census.below, census.pruned, census.nonfinite >= 0
                     pieces[i].start(census)
         bins = torch.stack(rows).numpy()
-        for p, until in zip(pieces, bins.cumsum(axis=1), strict=True):
-            p.until = until
-        # All that hold a NaN say so, also copies.
-        silent = [i for i, p in enumerate(pieces) if not p.holding.speaks]
-        numbers[silent, :2] = bins[silent] = 0
+        for p, row in zip(pieces, bins, strict=True):
+            p.bins = row
         # Later rounds count what is left of the first one.
         bound = max(self._sizes) + len(pieces) * self._ranks.size if is_first else self._inside(brackets)
-        sent = np.concatenate((numbers, bins), axis=1) if is_first else bins
+        silent = [i for i, p in enumerate(pieces) if not p.holding.speaks]
+        if is_first:
+            # All that hold a NaN say so, also copies.
+            numbers[silent, :2] = 0
+            sent = np.concatenate((numbers, bins), axis=1)
+            sent[silent, 3:] = 0
+        else:
+            sent = bins.copy() if silent else bins
+            sent[silent] = 0
         if len(brackets) < len(pieces):
             firsts = np.cumsum([0, *(len(self._groups[g]) for g in brackets)])[:-1]
             sent = np.add.reduceat(sent, firsts)
@@ -158,7 +163,7 @@ class Search:
             if until is None or bracket.lo < last.lo or bracket.hi > last.hi:
                 return max(self._sizes)
             slot = (bracket.lo - last.lo) >> last.shift(len(until))
-            bound = max(bound, int(until[slot]) - before(until, slot))
+            bound = max(bound, int(until[slot]) - (int(until[slot - 1]) if slot else 0))
         return bound
 
 

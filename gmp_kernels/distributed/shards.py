@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,7 +16,18 @@ from gmp_kernels.distributed.ranks import Ranks
 from gmp_kernels.distributed.search import Search
 from gmp_kernels.errors import DistributedError, GMPError, LayoutError, StateError
 from gmp_kernels.masks import BitMask
-from gmp_kernels.ops import NonFinite, PruneResult, Scope, check_finite, check_tensors, prune_, select_missing
+from gmp_kernels.ops import (
+    NonFinite,
+    PruneResult,
+    Scope,
+    bump_versions,
+    check_disjoint,
+    check_finite,
+    check_tensors,
+    check_writable,
+    prune_,
+    select_missing,
+)
 from gmp_kernels.sharding import Holding, is_sharded, region_of
 
 __all__ = ["Shards"]
@@ -118,10 +128,11 @@ class Shards:
         failure = None
         layers: list[Layer | None] = [None] * len(weights)
         present = [i for i, weight in enumerate(weights) if weight.numel()]
+        own = [weights[i] for i in present], [masks[i] for i in present], [names[i] for i in present]
         try:
-            checked = check_tensors(
-                STEP, [weights[i] for i in present], [masks[i] for i in present], [names[i] for i in present]
-            )
+            checked = check_tensors(STEP, *own)
+            check_writable(STEP, own[0], checked, own[2])
+            check_disjoint(STEP, "masks", [mask.packed for mask in own[1]], own[2])
             for i, layer in zip(present, checked, strict=True):
                 layers[i] = layer
         except GMPError as error:
@@ -140,7 +151,17 @@ class Shards:
             found = [index for selection in chosen for index in selection.nonfinite]
             self._begin(facts, failure, names, found if nonfinite == "error" else [], [])
             thresholds = [selection.threshold for selection in chosen for _ in selection.cuts]
-            request: dict[str, Any] = {"num_prune": num_prune, "scope": scope, "selections": chosen}
+            result = prune_(
+                weights,
+                num_prune=num_prune,
+                masks=masks,
+                scope=scope,
+                nonfinite="keep",
+                selections=chosen,
+                names=names,
+                backend=backend,
+            )
+            counts = list(zip(result.num_pruned, result.num_newly_pruned, strict=True))
         else:
             groups = [[p] for p in pieces] if scope == "layer" else [pieces]
             search = Search(self.ranks, implementation, groups, num_prune, hints)
@@ -149,26 +170,18 @@ class Shards:
             if nonfinite == "error" and any(cut.nonfinite >= 0 for cut in cuts):
                 check_finite(STEP, search.first_nonfinite(), names)
             thresholds = [cut.threshold for cut, group in zip(cuts, groups, strict=True) for _ in group]
-            local = [
-                p.selection(threshold.value)
-                for p, threshold in zip(pieces, thresholds, strict=True)
-                if p.layer is not None
-            ]
-            request = {"num_prune": [s.threshold.num_pruned for s in local], "selections": local}
-        written = prune_(
-            [weights[i] for i in present],
-            masks=[masks[i] for i in present],
-            names=[names[i] for i in present],
-            nonfinite="keep",
-            backend=backend,
-            **request,
-        )
+            counts = [(0, 0)] * len(pieces)
+            if checked:
+                cut = [p.selection(t.value) for p, t in zip(pieces, thresholds, strict=True) if p.layer is not None]
+                out = [mask.packed for mask in own[1]]
+                for i, written in zip(present, implementation.prune(checked, cut, out), strict=True):
+                    counts[i] = written.num_pruned, written.num_newly_pruned
+                bump_versions([*(layer.weight for layer in checked), *out])
         if search is not None and scope == "layer" and not any(p.holding.has_copies for p in pieces):
             totals = [threshold.num_pruned for threshold in thresholds]
             new = [after - before for after, before in zip(totals, search.num_pruned, strict=True)]
         else:
-            counts = {i: row for i, *row in zip(present, written.num_pruned, written.num_newly_pruned, strict=True)}
-            totals, new = self._confirm(pieces, masks, names, [counts.get(i, [0, 0]) for i in range(len(pieces))])
+            totals, new = self._confirm(pieces, masks, names, counts)
         return PruneResult(list(masks), thresholds, totals, new)
 
     def _begin(
