@@ -93,7 +93,12 @@ def prune(
         bool, typer.Option("--dry-run", help="Check everything, show the targets, write nothing.")
     ] = False,
     max_memory: Annotated[
-        int, typer.Option(min=8, help="MB for weights at a time, beside what Python and torch take themselves.")
+        int,
+        typer.Option(
+            min=8,
+            help="MB for weights at a time, beside what Python and torch take themselves. In layer scope a tensor of "
+            "up to half of it is read once, a larger one twice.",
+        ),
     ] = DEFAULT_MEMORY // MB,
 ) -> None:
     """Prune a safetensors checkpoint of any size, exactly, on its way from disk to disk.

@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 
 from gmp_kernels import BitMask, DTypeError, NonFiniteError, ShapeError, TargetError, prune_
 from gmp_kernels.checkpoints import DEFAULT_MEMORY, PruneJob, stream
+from gmp_kernels.checkpoints.prune import _buffers
 from gmp_kernels.testing import DTYPES, assert_bitwise_equal
 
 DEFAULT_TARGETS = [f"layers.{i}.{name}.weight" for i in range(3) for name in ("k", "q")]
@@ -95,6 +96,53 @@ def test_threads_do_not_change_the_result(tmp_path: Path, scope: str, num_thread
     job = PruneJob(source, target, sparsity=0.8, scope=scope)
     job.run(max_memory=1 << 20)
     assert_pruned(source, target, [tensor.name for tensor in job.tensors], sparsity=0.8, scope=scope)
+
+
+def tensors_around(num_bytes: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Targets of just what fits so many bytes, a little less or more, much more, and next to nothing; many ties."""
+    fits = num_bytes // dtype.itemsize
+    sizes = [fits - 1, 1, fits, 7, fits + 1, fits // 2, fits // 2 + 3, 3 * fits + 5, fits, fits]
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(n, generator=generator).mul(2 + i % 3 * 40).round().to(dtype) for i, n in enumerate(sizes)]
+    others = {f"{i}.steps": torch.arange(i) for i in range(0, len(sizes), 3)}
+    return {f"{i}.weight": weight.view(1, -1) for i, weight in enumerate(weights)} | others
+
+
+@pytest.mark.parametrize("output", [None, torch.float64, torch.float16])
+@pytest.mark.parametrize("max_memory", [TINY, 3 * TINY + 100, 1 << 14])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tensors_around_what_is_held_at_once(
+    tmp_path: Path, dtype: torch.dtype, max_memory: int, output: torch.dtype | None
+) -> None:
+    source, target = tmp_path / "in.safetensors", tmp_path / "out.safetensors"
+    piece_bytes, num_buffers = _buffers(max_memory, output)
+    before = tensors_around(piece_bytes * num_buffers, dtype)
+    save_file(before, source)
+    PruneJob(source, target, sparsity=0.7, dtype=output, masks=True).run(max_memory=max_memory)
+    names = [name for name in before if name.endswith(".weight")]
+    result = prune_([before[name] for name in names], sparsity=0.7, backend="reference")
+    after = load(target)
+    for name in names:
+        assert_bitwise_equal(after[name], before[name].to(output or dtype), name)
+    assert_masks(tmp_path / "out.masks.safetensors", dict(zip(names, result.masks, strict=True)))
+
+
+def test_what_fits_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tmp_path / "in.safetensors"
+    piece_bytes, num_buffers = _buffers(TINY, None)
+    fits = piece_bytes * num_buffers // 4
+    save_file({f"{i}.weight": torch.randn(1, n) for i, n in enumerate([fits, 9, fits, fits // 3, fits])}, source)
+    places: list[int] = []
+    read = stream.Source.read
+
+    def noted(self: stream.Source, buffer: torch.Tensor, offset: int) -> None:
+        places.append(offset)
+        read(self, buffer, offset)
+
+    monkeypatch.setattr(stream.Source, "read", noted)
+    PruneJob(source, tmp_path / "out.safetensors", sparsity=0.5).run(max_memory=TINY)
+    assert len(places) == len(set(places))
+    assert_pruned(source, tmp_path / "out.safetensors", [f"{i}.weight" for i in range(5)], sparsity=0.5)
 
 
 @pytest.mark.parametrize("scope", ["layer", "global"])

@@ -62,9 +62,10 @@ class Decision(NamedTuple):
     num_ties_kept: int
 
 
-def check_finite(name: str, layer: int, index: int) -> None:
-    """Raise NonFiniteError unless ``index``, of the first NaN or Inf, is -1."""
+def check_finite(name: str, layer: int, begin: int, index: int) -> None:
+    """Raise NonFiniteError unless ``index``, of the first NaN or Inf from flat index ``begin`` on, is -1."""
     if index >= 0:
+        index += begin
         raise NonFiniteError(
             f"prune: expected finite weights, got NaN or Inf in '{name}' at flat index {index}; no output was written. "
             "Restore the checkpoint, or leave the tensor out with --ignore",
@@ -154,14 +155,14 @@ class Counter:
         for i, (shard, tensor) in own.items():
             censuses, first = [], used
             with Source(shard.path) as source:
-                for begin, piece in self._stream.weights(source, tensor, self._dtype):
-                    census = self._census(piece, self._room[used:] if fits else None)
-                    check_finite(tensor.name, i, census.nonfinite + begin if census.nonfinite >= 0 else -1)
+                for begin, weights, _ in self._stream.weights(source, tensor, self._dtype):
+                    census = self._census(weights, self._room[used:] if fits else None)
+                    check_finite(tensor.name, i, begin, census.nonfinite)
                     fits = fits and census.inside <= len(self._room) - used
                     used += census.inside if fits else 0
                     censuses.append(census)
                     if first_round:
-                        self._progress(piece.nbytes)
+                        self._progress(weights.nbytes)
             self._counted[i] = _sum(censuses)
             self._places[i] = slice(first, used)
         self._held = bracket if fits else Bracket(0, -1)

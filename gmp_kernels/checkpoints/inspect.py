@@ -18,6 +18,7 @@ from gmp_kernels.keys import keys_of, largest_key, magnitude_of
 __all__ = ["BINS_PER_OCTAVE", "TensorStatistics", "inspect_checkpoint"]
 
 PIECE_BYTES = 1 << 22  # what is computed from one piece stays in the caches
+NUM_BUFFERS = 2  # one that is looked at, one that is read into
 BINS_PER_OCTAVE = 4
 
 # Float8 is looked at in float32, which holds all its values.
@@ -112,7 +113,7 @@ def inspect_checkpoint(
         chosen = {name for entry in only for name in find_tensors("filter", entry, checkpoint.tensors)}
     total = sum(tensor.nbytes for tensor in checkpoint.tensors if tensor.name in chosen)
     done, found = 0, []
-    with Stream(PIECE_BYTES) as stream:
+    with Stream(PIECE_BYTES, NUM_BUFFERS) as stream:
         for shard in checkpoint.shards:
             with Source(shard.path) as source:
                 for tensor in shard.tensors:
@@ -127,11 +128,11 @@ def _statistics(stream: Stream, source: Source, tensor: TensorInfo, *, histogram
     total = TensorStatistics(tensor.name, tensor.dtype, tensor.shape, tensor.numel)
     if tensor.dtype in FLOATS:
         total.num_zeros = total.num_nan = total.num_inf = 0
-        for _, piece in stream.weights(source, tensor, FLOATS[tensor.dtype]):
-            _add(total, piece if tensor.dtype in DTYPES else piece.float(), histogram=histogram)
+        for piece in stream.weights(source, tensor, FLOATS[tensor.dtype]):
+            _add(total, piece.data if tensor.dtype in DTYPES else piece.data.float(), histogram=histogram)
     elif tensor.dtype in INTEGERS:
         pieces = stream.weights(source, tensor, INTEGERS[tensor.dtype])
-        total.num_zeros = tensor.numel - sum(int(piece.count_nonzero()) for _, piece in pieces)
+        total.num_zeros = tensor.numel - sum(int(piece.data.count_nonzero()) for piece in pieces)
     return total
 
 

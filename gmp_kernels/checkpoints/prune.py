@@ -27,7 +27,7 @@ from gmp_kernels.reports import LayerReport
 
 __all__ = ["DEFAULT_MEMORY", "PruneJob", "PruneReport"]
 
-DEFAULT_MEMORY = 128 << 20
+DEFAULT_MEMORY = 256 << 20
 LARGEST_PIECE = 1 << 22
 MASKS = "masks"
 
@@ -170,16 +170,16 @@ class PruneJob:
 
         Notes
         -----
-        Tensors of up to 4 MB are read once, larger ones twice; in global scope all are. Shards and the output have
-        reached the disk before they are called finished.
+        Tensors of up to 0.47 of ``max_memory`` are read once, of less with ``dtype``; larger ones, and in global
+        scope all, twice. Shards and the output have reached the disk before they are called finished.
         """
         start = time.perf_counter()
         with Ranks.joined() as ranks, Staging(self._target) as staging, _cores_to_spare():
             ranks.together(lambda: staging.begin(self._settings(), resume=resume) if ranks.rank == 0 else None)
             owned = _divide(self.checkpoint.shards, ranks, staging.finished())
-            with Stream(_piece_bytes(max_memory)) as stream:
+            with Stream(*_buffers(max_memory, self._dtype)) as stream:
                 room = torch.empty(max_memory // 2 // PIECE_UNIT * PIECE_UNIT, dtype=torch.uint8)
-                advance = self._advance(stream.piece_bytes, owned, staging, progress)
+                advance = self._advance(stream.num_bytes, owned, staging, progress)
                 workspace = Workspace(stream, choose(None, room.device), room, advance)
                 decisions = self._decisions(workspace, owned, staging, ranks)
                 ranks.together(lambda: self._write(workspace, owned, decisions, staging, is_first=ranks.rank == 0))
@@ -210,7 +210,7 @@ class PruneJob:
         }
 
     def _advance(
-        self, piece_bytes: int, owned: Mapping[int, Shard], staging: Staging, progress: Callable[[int, int], None]
+        self, held_bytes: int, owned: Mapping[int, Shard], staging: Staging, progress: Callable[[int, int], None]
     ) -> Callable[[int], None]:
         """Return what adds up the bytes done and tells ``progress`` of how many."""
         targets = {tensor.name for tensor in self.tensors}
@@ -219,7 +219,7 @@ class PruneJob:
             total += sum(tensor.nbytes for tensor in shard.tensors)
             read = [tensor.nbytes for tensor in shard.tensors if tensor.name in targets]
             if self._scope == "layer":
-                total += sum(nbytes for nbytes in read if nbytes > piece_bytes)
+                total += sum(nbytes for nbytes in read if nbytes > held_bytes)
             elif staging.noted("decisions") is None:
                 total += sum(read)
 
@@ -295,10 +295,14 @@ class PruneJob:
         staging.commit(self._renames())
 
 
-def _piece_bytes(max_memory: int) -> int:
-    # Half of the memory is for candidates. In the other half there are four pieces, up to four converted ones, each of
-    # twice the size, and what is computed from them. More than fits the caches would only make them slower.
-    return max(PIECE_UNIT, min(LARGEST_PIECE, max_memory // 32) // PIECE_UNIT * PIECE_UNIT)
+def _buffers(max_memory: int, dtype: torch.dtype | None) -> tuple[int, int]:
+    """Return how large a piece is, and how many there are at a time."""
+    # Larger ones do not fit the caches, in which they stay from reading to writing.
+    piece_bytes = max(PIECE_UNIT, min(LARGEST_PIECE, max_memory // 32) // PIECE_UNIT * PIECE_UNIT)
+    # Half of the memory is for candidates, the other for pieces, each with its mask and what it is converted to. Of
+    # narrow weights there are most in a piece: two bytes each.
+    bits_per_weight = 16 + 1 + (0 if dtype is None else 8 * dtype.itemsize)
+    return piece_bytes, max(2, max_memory // 2 * 16 // bits_per_weight // piece_bytes)
 
 
 @contextlib.contextmanager

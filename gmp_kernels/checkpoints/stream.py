@@ -12,18 +12,17 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Self
+from typing import NamedTuple, Self
 
 import torch
 
 from gmp_kernels.checkpoints.files import TensorInfo
 from gmp_kernels.errors import CheckpointError
 
-__all__ = ["PIECE_UNIT", "Source", "Stream"]
+__all__ = ["PIECE_UNIT", "Piece", "Source", "Stream"]
 
 # Bytes of 8 elements of the widest dtype: no piece begins within a byte of a packed mask.
 PIECE_UNIT = 64
-NUM_BUFFERS = 4
 # Bytes per call. The page cache takes memory in blocks as large as the call; large free ones are rare, and in a virtual
 # machine often not there before they are touched, which has been seen to make this five times slower.
 WRITE_BYTES = 1 << 18
@@ -71,6 +70,28 @@ class Source:
             raise CheckpointError(f"{self.path}: cannot be read at byte {offset}: {error.strerror}") from error
 
 
+class Piece(NamedTuple):
+    """A piece of a range of a file, in a buffer.
+
+    Attributes
+    ----------
+    begin : int
+        Its place in the range, counted in elements of ``data``.
+    data : torch.Tensor
+    buffer : int
+        Which of the stream's it lies in.
+    """
+
+    begin: int
+    data: torch.Tensor
+    buffer: int
+
+
+class _Read(NamedTuple):
+    data: torch.Tensor
+    buffer: int
+
+
 class Stream:
     """The buffers and the threads; a context manager.
 
@@ -78,13 +99,23 @@ class Stream:
     ----------
     piece_bytes : int
         Of each buffer; a multiple of PIECE_UNIT.
+    num_buffers : int
+        At least 2. They take turns, so that a piece stays until as many others have been read.
+
+    Attributes
+    ----------
+    num_bytes : int
+        Of all buffers.
     """
 
-    def __init__(self, piece_bytes: int) -> None:
-        self.piece_bytes = piece_bytes
-        self._buffers = [torch.empty(piece_bytes, dtype=torch.uint8) for _ in range(NUM_BUFFERS)]
-        self._writes: list[Future[None] | None] = [None] * NUM_BUFFERS
-        self._current = 0
+    def __init__(self, piece_bytes: int, num_buffers: int) -> None:
+        self.num_bytes = num_buffers * piece_bytes
+        self._piece_bytes = piece_bytes
+        self._buffers = [torch.empty(piece_bytes, dtype=torch.uint8) for _ in range(num_buffers)]
+        self._writes: list[Future[None] | None] = [None] * num_buffers
+        self._next = 0
+        # Of one range at most, begun before it was asked for.
+        self._ahead: dict[tuple[Source, range], list[Future[_Read]]] = {}
         self._reader = ThreadPoolExecutor(1, "gmp-kernels-reader")
         self._writer = ThreadPoolExecutor(1, "gmp-kernels-writer")
         self._syncer = ThreadPoolExecutor(1, "gmp-kernels-syncer")
@@ -108,7 +139,7 @@ class Stream:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
         try:
             yield descriptor
-            for i in range(NUM_BUFFERS):
+            for i in range(len(self._buffers)):
                 self._wait(i)
             self._wait_for_sync()
             os.fsync(descriptor)
@@ -117,30 +148,37 @@ class Stream:
             wait([future for future in (*self._writes, self._sync) if future is not None])
             os.close(descriptor)
 
-    def pieces(self, source: Source, begin: int, nbytes: int) -> Iterator[tuple[int, torch.Tensor]]:
-        """Read a range of a file; yield each piece, of uint8, with its place in the range.
+    def pieces(self, source: Source, span: range, following: range = range(0)) -> Iterator[Piece]:
+        """Read a range of a file; yield each piece, of uint8.
 
-        A piece may be changed, and passed to ``write``, until the next one is asked for.
+        It may be changed and written until the next one is asked for; all pieces of a range of up to ``num_bytes``
+        may be until the next range is. Of that one, ``following``, so much is read ahead as there are buffers left.
         """
-        offset = 0
-        ahead = self._read_ahead(source, begin, nbytes) if nbytes else None
-        while ahead is not None:
-            piece = ahead.result()
-            self._current = (self._current + 1) % NUM_BUFFERS
-            end = offset + piece.nbytes
-            ahead = self._read_ahead(source, begin + end, nbytes - end) if end < nbytes else None
-            yield offset, piece
-            offset = end
+        reads = self._ahead.pop((source, span), [])
+        self._ahead.clear()
+        num_buffers, num_pieces = len(self._buffers), -(-len(span) // self._piece_bytes)
+        for i in range(num_pieces):
+            self._begin_reads(reads, source, span, i + num_buffers)
+            data, buffer = reads[i].result()
+            yield Piece(i * self._piece_bytes, data, buffer)
+        ahead = self._ahead[source, following] = []
+        self._begin_reads(ahead, source, following, max(0, num_buffers - num_pieces))
 
-    def weights(self, source: Source, tensor: TensorInfo, dtype: torch.dtype) -> Iterator[tuple[int, torch.Tensor]]:
+    def weights(
+        self, source: Source, tensor: TensorInfo, dtype: torch.dtype, following: TensorInfo | None = None
+    ) -> Iterator[Piece]:
         """Read a tensor; yield pieces of it, flat, each with the flat index of its first element."""
-        for offset, piece in self.pieces(source, tensor.begin, tensor.nbytes):
-            yield offset // dtype.itemsize, piece.view(dtype)
+        ahead = range(0) if following is None else _span(following)
+        for begin, data, buffer in self.pieces(source, _span(tensor), ahead):
+            yield Piece(begin // dtype.itemsize, data.view(dtype), buffer)
 
-    def write(self, descriptor: int, tensor: torch.Tensor, offset: int) -> None:
-        """Write the bytes of ``tensor`` from ``offset`` on, soon; errors come with a later call."""
-        waiting = self._writes[self._current]
-        self._writes[self._current] = self._writer.submit(_write, descriptor, tensor, offset, waiting)
+    def write(self, descriptor: int, tensor: torch.Tensor, offset: int, buffer: int) -> None:
+        """Write the bytes of ``tensor`` from ``offset`` on, soon; errors come with a later call.
+
+        ``buffer`` is that of the piece it is, or was made of: until it is written nothing else is read into that.
+        """
+        waiting = self._writes[buffer]
+        self._writes[buffer] = self._writer.submit(_write, descriptor, tensor, offset, waiting)
         self._unsynced += tensor.nbytes
         if self._unsynced >= SYNC_BYTES and (self._sync is None or self._sync.done()):
             self._wait_for_sync()
@@ -157,23 +195,24 @@ class Stream:
         except OSError as error:
             if error.errno not in NO_KERNEL_COPY:
                 raise
-        for place, piece in self.pieces(source, begin, nbytes):
-            self.write(descriptor, piece, offset + place)
+        for piece in self.pieces(source, range(begin, begin + nbytes)):
+            self.write(descriptor, piece.data, offset + piece.begin, piece.buffer)
 
-    def _read_ahead(self, source: Source, begin: int, nbytes: int) -> Future[torch.Tensor]:
-        """Begin to read into the buffer after the current one."""
-        i = (self._current + 1) % NUM_BUFFERS
+    def _begin_reads(self, reads: list[Future[_Read]], source: Source, span: range, until: int) -> None:
+        """Begin to read the pieces of a range that come after those in ``reads``, which gets them, up to so many."""
+        rest = span[len(reads) * self._piece_bytes : until * self._piece_bytes]
+        for i in range(0, len(rest), self._piece_bytes):
+            reads.append(self._reader.submit(self._read, source, rest[i : i + self._piece_bytes], self._next))
+            self._next = (self._next + 1) % len(self._buffers)
 
-        def read() -> torch.Tensor:
-            self._wait(i)
-            piece = self._buffers[i][: min(self.piece_bytes, nbytes)]
-            source.read(piece, begin)
-            return piece
-
-        return self._reader.submit(read)
+    def _read(self, source: Source, span: range, buffer: int) -> _Read:
+        self._wait(buffer)
+        data = self._buffers[buffer][: len(span)]
+        source.read(data, span.start)
+        return _Read(data, buffer)
 
     def _wait(self, i: int) -> None:
-        pending, self._writes[i] = self._writes[i], None
+        pending = self._writes[i]
         if pending is not None:
             pending.result()
 
@@ -181,6 +220,10 @@ class Stream:
         pending, self._sync = self._sync, None
         if pending is not None:
             pending.result()  # the system tells of each failure once, so it must not get lost here
+
+
+def _span(tensor: TensorInfo) -> range:
+    return range(tensor.begin, tensor.begin + tensor.nbytes)
 
 
 def _write(descriptor: int, tensor: torch.Tensor, offset: int, before: Future[None] | None) -> None:

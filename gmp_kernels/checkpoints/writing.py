@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Mapping, Sequence
-from itertools import accumulate
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ from gmp_kernels.backends import Bracket, Implementation, Layer, Selection, Thre
 from gmp_kernels.checkpoints.counting import Counter, Decision, Located, Workspace, check_finite
 from gmp_kernels.checkpoints.files import DTYPES, MASK_SUFFIX, Shard, TensorInfo, header_of, mask_metadata
 from gmp_kernels.checkpoints.ranks import Ranks
-from gmp_kernels.checkpoints.stream import Source
+from gmp_kernels.checkpoints.stream import Piece, Source
 from gmp_kernels.errors import DTypeError
 from gmp_kernels.reports import LayerReport
 from gmp_kernels.selection import cut_indices
@@ -70,14 +70,18 @@ class ShardWriter:
             begins = self._begin(shard, source, output)
             bits = stack.enter_context(self._stream.created(masks)) if masks is not None else None
             bit_begins = self._begin_masks(shard, targets, bits) if bits is not None else {}
+            masked = [tensor for tensor in shard.tensors if tensor.name in targets]
+            # Read ahead, unless it is going to be counted first.
+            following = {t.name: after for t, after in pairwise(masked) if after.nbytes <= self._stream.num_bytes}
             for tensor in shard.tensors:
                 place = _Output(output, begins[tensor.name])
                 if tensor.name in targets:
                     bits_place = _Output(bits, bit_begins[tensor.name]) if bits is not None else None
-                    reports.append(self._prune(source, shard, tensor, targets[tensor.name], place, bits_place))
+                    selected = self._selected(source, shard, tensor, targets[tensor.name], following.get(tensor.name))
+                    reports.append(self._prune(tensor, selected, place, bits_place))
                 elif dtype_of(tensor, self._dtype) != tensor.dtype:
-                    for begin, piece in self._stream.weights(source, tensor, DTYPES[tensor.dtype]):
-                        self._store(tensor, piece, begin, place)
+                    for piece in self._stream.weights(source, tensor, DTYPES[tensor.dtype]):
+                        self._store(tensor, piece, place)
                 else:
                     self._stream.copy(source, tensor.begin, tensor.nbytes, *place)
                 self._progress(tensor.nbytes)
@@ -98,49 +102,53 @@ class ShardWriter:
         return {name.removesuffix(MASK_SUFFIX): begin for name, begin in begins.items()}
 
     def _prune(
-        self, source: Source, shard: Shard, tensor: TensorInfo, target: Target, place: _Output, bits: _Output | None
+        self, tensor: TensorInfo, selected: Iterable[tuple[Piece, Selection]], place: _Output, bits: _Output | None
     ) -> LayerReport:
-        select = self._selector(shard, tensor, target)
         num_pruned = 0
         threshold = Threshold(0.0, 0, 0, 0)
-        for begin, piece in self._stream.weights(source, tensor, DTYPES[tensor.dtype]):
-            layer, packed = Layer(piece, None), torch.empty(-(-len(piece) // 8), dtype=torch.uint8)
-            selection = select(layer)
-            threshold = selection.threshold
-            num_pruned += self._implementation.prune([layer], [selection], [packed])[0].num_pruned
-            self._store(tensor, piece, begin, place)
+        for piece, selection in selected:
+            weights, threshold = piece.data, selection.threshold
+            packed = torch.empty(-(-len(weights) // 8), dtype=torch.uint8)
+            num_pruned += self._implementation.prune([Layer(weights, None)], [selection], [packed])[0].num_pruned
+            self._store(tensor, piece, place)
             if bits is not None:
-                self._stream.write(bits.descriptor, packed, bits.begin + begin // 8)
+                self._stream.write(bits.descriptor, packed, bits.begin + piece.begin // 8, piece.buffer)
         return LayerReport(tensor.name, threshold.value, tensor.numel, num_pruned, num_pruned, threshold.num_ties)
 
-    def _selector(self, shard: Shard, tensor: TensorInfo, target: Target) -> Callable[[Layer], Selection]:
-        """Return what says of each piece, in order, what to prune."""
-        if target.decision is not None:
-            return _Cuts(self._implementation, target.decision).select
-        if tensor.nbytes > self._stream.piece_bytes:
-            group = {target.position: Located(shard, tensor)}
-            counter = Counter(group, self._workspace)
+    def _selected(
+        self, source: Source, shard: Shard, tensor: TensorInfo, target: Target, following: TensorInfo | None
+    ) -> Iterator[tuple[Piece, Selection]]:
+        """Yield the pieces of a target, in order, each with what to prune of it."""
+        pieces = self._stream.weights(source, tensor, DTYPES[tensor.dtype], following)
+        decision = target.decision
+        if decision is None and tensor.nbytes <= self._stream.num_bytes:
+            held = list(pieces)
+            layers = [Layer(piece.data, None) for piece in held]
+            (whole,) = self._implementation.select(layers, [target.num_prune], [None])
+            for piece, index in zip(held, whole.nonfinite, strict=True):
+                check_finite(tensor.name, target.position, piece.begin, index)
+            for piece, cut in zip(held, whole.cuts, strict=True):
+                yield piece, Selection(whole.threshold, (cut,), (-1,))
+            return
+        if decision is None:
+            counter = Counter({target.position: Located(shard, tensor)}, self._workspace)
             decision = counter.decide(target.num_prune, lambda _: True, ALONE)[target.position]
-            return _Cuts(self._implementation, decision).select
+        cuts = _Cuts(self._implementation, decision)
+        for piece in pieces:
+            yield piece, cuts.select(Layer(piece.data, None))
 
-        def select(layer: Layer) -> Selection:
-            (selection,) = self._implementation.select([layer], [target.num_prune], [None])
-            check_finite(tensor.name, target.position, selection.nonfinite[0])
-            return selection
-
-        return select
-
-    def _store(self, tensor: TensorInfo, piece: torch.Tensor, begin: int, place: _Output) -> None:
-        """Write a piece, converted if need be, that begins at flat index ``begin``."""
+    def _store(self, tensor: TensorInfo, piece: Piece, place: _Output) -> None:
+        """Write a piece, converted if need be."""
+        begin, weights, buffer = piece
         if self._dtype is not None:
-            converted = piece.to(self._dtype)
-            if torch.isinf(converted).sum() > torch.isinf(piece).sum():
+            converted = weights.to(self._dtype)
+            if torch.isinf(converted).sum() > torch.isinf(weights).sum():
                 raise DTypeError(
                     f"prune: expected values in the range of {self._dtype} in '{tensor.name}', got one beyond it near "
                     f"flat index {begin}; choose another --dtype"
                 )
-            piece = converted
-        self._stream.write(place.descriptor, piece, place.begin + begin * piece.itemsize)
+            weights = converted
+        self._stream.write(place.descriptor, weights, place.begin + begin * weights.itemsize, buffer)
 
 
 class _Cuts:
