@@ -23,7 +23,7 @@ demo: $(VENV)/.demo
 
 test: lint
 	@echo '== tests, two files at a time: most keep one core busy'
-	$(BIN)/pytest -n 2 --dist loadfile
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 	@echo '== benchmarks, one tiny round each: they run'
 	$(BIN)/pytest benchmarks --benchmark-disable
 

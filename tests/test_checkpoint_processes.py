@@ -33,15 +33,19 @@ def test_killed_at_any_moment_it_leaves_nothing_or_the_whole_and_can_be_resumed(
     assert left["nothing"] and left["begun"], left
 
 
-def torchrun(num_ranks: int, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={num_ranks}", "--standalone", "-m", "gmp_kernels"]
-    return run_python(*launcher, "prune", *arguments, OMP_NUM_THREADS="1")
+def torchrun(num_ranks: int, *command: str | Path) -> subprocess.CompletedProcess[str]:
+    launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={num_ranks}", "--standalone"]
+    return run_python(*launcher, *command, OMP_NUM_THREADS="1")
+
+
+def prune_on_ranks(num_ranks: int, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return torchrun(num_ranks, "-m", "gmp_kernels", "prune", *arguments)
 
 
 @pytest.mark.parametrize(("scope", "num_ranks"), [("layer", 2), ("global", 2), ("global", 4)])
 def test_ranks_share_the_shards_and_agree(tmp_path: Path, scope: str, num_ranks: int) -> None:
     source = write_folder(tmp_path / "in", model_tensors(torch.bfloat16))
-    done = torchrun(num_ranks, source, tmp_path / "out", "--sparsity", "0.7", "--scope", scope, "--masks")
+    done = prune_on_ranks(num_ranks, source, tmp_path / "out", "--sparsity", "0.7", "--scope", scope, "--masks")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("pruned 6 tensors to a sparsity of 0.7") == 1
     job = PruneJob(source, tmp_path / "alone", sparsity=0.7, scope=scope, masks=True)
@@ -51,12 +55,39 @@ def test_ranks_share_the_shards_and_agree(tmp_path: Path, scope: str, num_ranks:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "in", "out"]
 
 
+SLOW_RANK = """
+import os, sys, time
+from pathlib import Path
+from gmp_kernels.checkpoints import PruneJob
+from gmp_kernels.checkpoints.staging import Staging
+finished = Staging.finished
+def late(self):
+    time.sleep(0.5)
+    return finished(self)
+if os.environ["RANK"] == sys.argv[2]:
+    Staging.finished = late
+folder = Path(sys.argv[1])
+PruneJob(folder / "in", folder / "out", sparsity=0.7).run()
+"""
+
+
+@pytest.mark.parametrize("slow", [0, 1])
+def test_a_rank_that_is_late_to_look_divides_the_shards_like_the_others(tmp_path: Path, slow: int) -> None:
+    source = write_folder(tmp_path / "in", model_tensors())
+    (tmp_path / "slow_rank.py").write_text(SLOW_RANK)
+    done = torchrun(2, tmp_path / "slow_rank.py", tmp_path, str(slow))
+    assert done.returncode == 0, done.stderr
+    job = PruneJob(source, tmp_path / "alone", sparsity=0.7)
+    job.run()
+    assert contents(tmp_path / "out") == contents(tmp_path / "alone")
+
+
 @pytest.mark.parametrize("scope", ["layer", "global"])
 def test_what_is_wrong_on_one_rank_ends_all(tmp_path: Path, scope: str) -> None:
     shards = model_tensors()
     shards[1]["layers.1.k.weight"][3, 3] = torch.nan
     source = write_folder(tmp_path / "in", shards)
-    done = torchrun(3, source, tmp_path / "out", "--sparsity", "0.7", "--scope", scope)
+    done = prune_on_ranks(3, source, tmp_path / "out", "--sparsity", "0.7", "--scope", scope)
     assert done.returncode != 0
     message = "gmp-kernels: prune: expected finite weights, got NaN or Inf in 'layers.1.k.weight' at flat index 93"
     assert done.stderr.count(message) == 3, done.stderr

@@ -176,14 +176,15 @@ class PruneJob:
         start = time.perf_counter()
         with Ranks.joined() as ranks, Staging(self._target) as staging, _cores_to_spare():
             ranks.together(lambda: staging.begin(self._settings(), resume=resume) if ranks.rank == 0 else None)
-            owned = _divide(self.checkpoint.shards, ranks, staging.finished())
+            # Together, and so before any rank can finish another: they must all divide the same.
+            owned = _divide(self.checkpoint.shards, ranks, ranks.together(staging.finished))
             with Stream(*_buffers(max_memory, self._dtype)) as stream:
                 room = torch.empty(max_memory // 2 // PIECE_UNIT * PIECE_UNIT, dtype=torch.uint8)
                 advance = self._advance(stream.num_bytes, owned, staging, progress)
                 workspace = Workspace(stream, choose(None, room.device), room, advance)
                 decisions = self._decisions(workspace, owned, staging, ranks)
                 ranks.together(lambda: self._write(workspace, owned, decisions, staging, is_first=ranks.rank == 0))
-            records = staging.finished()
+            records = ranks.together(staging.finished)
             ranks.together(lambda: self._conclude(staging) if ranks.rank == 0 else None)
         layers = tuple(LayerReport(**row) for shard in sorted(records) for row in records[shard])
         num_bytes = sum(shard.identity["size"] for shard in self.checkpoint.shards)
