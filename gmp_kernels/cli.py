@@ -25,7 +25,7 @@ try:
     from rich.table import Table
 
     from gmp_kernels.cli_checkpoints import register
-    from gmp_kernels.tables import new_table
+    from gmp_kernels.tables import new_table, print_whole
 except ModuleNotFoundError as error:
     # The library works without them; a traceback would hide the one thing there is to do.
     missing = str(error.name).partition(".")[0]
@@ -169,7 +169,7 @@ def bench(
         measure(case, shrink=shrink, seconds=seconds, device=torch_device)
         for case in track(cases, "measuring", console=console, transient=True)
     ]
-    console.print(_ratios(results))
+    print_whole(console, _ratios(results))
     if quick:
         console.print("Weights this few fit the cache: the verdicts hold for the full table only.")
     if json_file is not None:
