@@ -115,7 +115,7 @@ def test_tensors_around_what_is_held_at_once(
     tmp_path: Path, dtype: torch.dtype, max_memory: int, output: torch.dtype | None
 ) -> None:
     source, target = tmp_path / "in.safetensors", tmp_path / "out.safetensors"
-    piece_bytes, num_buffers = _buffers(max_memory, output)
+    piece_bytes, num_buffers = _buffers(max_memory, output, "layer")
     before = tensors_around(piece_bytes * num_buffers, dtype)
     save_file(before, source)
     PruneJob(source, target, sparsity=0.7, dtype=output, masks=True).run(max_memory=max_memory)
@@ -129,7 +129,7 @@ def test_tensors_around_what_is_held_at_once(
 
 def test_what_fits_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = tmp_path / "in.safetensors"
-    piece_bytes, num_buffers = _buffers(TINY, None)
+    piece_bytes, num_buffers = _buffers(TINY, None, "layer")
     fits = piece_bytes * num_buffers // 4
     save_file({f"{i}.weight": torch.randn(1, n) for i, n in enumerate([fits, 9, fits, fits // 3, fits])}, source)
     places: list[int] = []

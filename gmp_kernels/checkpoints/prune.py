@@ -29,6 +29,7 @@ __all__ = ["DEFAULT_MEMORY", "PruneJob", "PruneReport"]
 
 DEFAULT_MEMORY = 256 << 20
 LARGEST_PIECE = 1 << 22
+STREAM_BUFFERS = 4
 MASKS = "masks"
 
 
@@ -178,7 +179,7 @@ class PruneJob:
             ranks.together(lambda: staging.begin(self._settings(), resume=resume) if ranks.rank == 0 else None)
             # Together, and so before any rank can finish another: they must all divide the same.
             owned = _divide(self.checkpoint.shards, ranks, ranks.together(staging.finished))
-            with Stream(*_buffers(max_memory, self._dtype)) as stream:
+            with Stream(*_buffers(max_memory, self._dtype, self._scope)) as stream:
                 room = torch.empty(max_memory // 2 // PIECE_UNIT * PIECE_UNIT, dtype=torch.uint8)
                 advance = self._advance(stream.num_bytes, owned, staging, progress)
                 workspace = Workspace(stream, choose(None, room.device), room, advance)
@@ -296,14 +297,16 @@ class PruneJob:
         staging.commit(self._renames())
 
 
-def _buffers(max_memory: int, dtype: torch.dtype | None) -> tuple[int, int]:
+def _buffers(max_memory: int, dtype: torch.dtype | None, scope: Scope) -> tuple[int, int]:
     """Return how large a piece is, and how many there are at a time."""
     # Larger ones do not fit the caches, in which they stay from reading to writing.
     piece_bytes = max(PIECE_UNIT, min(LARGEST_PIECE, max_memory // 32) // PIECE_UNIT * PIECE_UNIT)
     # Half of the memory is for candidates, the other for pieces, each with its mask and what it is converted to. Of
     # narrow weights there are most in a piece: two bytes each.
     bits_per_weight = 16 + 1 + (0 if dtype is None else 8 * dtype.itemsize)
-    return piece_bytes, max(2, max_memory // 2 * 16 // bits_per_weight // piece_bytes)
+    num_buffers = max(2, max_memory // 2 * 16 // bits_per_weight // piece_bytes)
+    # Global scope holds no tensor as a whole, and what few buffers hold is still in the caches when it is needed again.
+    return piece_bytes, num_buffers if scope == "layer" else min(num_buffers, STREAM_BUFFERS)
 
 
 @contextlib.contextmanager
