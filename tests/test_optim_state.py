@@ -235,6 +235,56 @@ def test_bad_input_is_named_and_changes_nothing():
     assert isinstance(broken(strided), LayoutError)
 
 
+def columns_first(params, optimizer):
+    params[2].grad = params[2].grad.t().contiguous().t()
+
+
+def expanded(params, optimizer):
+    params[0].grad = torch.tensor(0.25).expand(24, 33)
+
+
+def other_entry(params, optimizer):
+    optimizer.state[params[0]]["exp_avg"] = torch.full((24, 33), 0.5)
+
+
+def other_entries(params, optimizer):
+    optimizer.state[params[1]] = {key: value + 1 for key, value in optimizer.state[params[1]].items()}
+
+
+def no_entries(params, optimizer):
+    optimizer.state.clear()
+
+
+def other_memory(params, optimizer):
+    params[1].data = params[1].data + 1
+
+
+@pytest.mark.parametrize(
+    "change", [columns_first, expanded, other_entry, other_entries, no_entries, other_memory], ids=lambda f: f.__name__
+)
+def test_what_changes_between_two_steps_is_seen(change):
+    """A step looks briefly at parameters that were good before; a copy of the optimizer has not seen any yet."""
+    params, optimizer = started()
+    copied = copy.deepcopy((params, optimizer))
+    for p, q in zip(params, copied[0], strict=True):
+        q.grad = p.grad.clone()
+    for run_of in ((params, optimizer), copied):
+        change(*run_of)
+        run_of[1].step()
+    assert_same_run(params, optimizer, *copied)
+
+
+def test_a_gradient_of_another_dtype_is_refused_also_after_good_ones():
+    params, optimizer = started()
+    whole, params[1].grad = params[1].data, None
+    # As mixed precision by hand does it: the weights come back to where they were, the gradient stays.
+    params[1].data = whole.half()
+    params[1].grad = torch.ones_like(params[1])
+    params[1].data = whole
+    with pytest.raises(DTypeError, match="expected gradients of their parameter's"):
+        optimizer.step()
+
+
 def test_complex_and_integer_parameters_are_refused():
     p = nn.Parameter(torch.ones(3, dtype=torch.complex64))
     p.grad = torch.ones_like(p)
