@@ -165,8 +165,6 @@ struct UpdateRow {
                ranks != 0,
                n},
               pointer<const int64_t>(ranks),
-              0,
-              nullptr,
               0};
   }
 };
@@ -175,13 +173,8 @@ struct UpdateRow {
 using StepTuple = std::pair<uintptr_t, size_t>;
 using ConstantsDict = std::map<std::string, double>;
 
-// What is ranked once it has been written: dtype, layers, which tensor of the update each is, num_prune as for select
-using TallyTuple = std::tuple<std::string, std::vector<LayerTuple>, std::vector<size_t>, std::vector<int64_t>>;
-
-// Returns the selections of each tally.
-std::vector<std::vector<std::optional<SelectionTuple>>> update(
-    const std::string& rule, const std::vector<UpdateRow*>& rows, const std::vector<StepTuple>& steps,
-    const std::vector<ConstantsDict>& constants, const std::vector<TallyTuple>& tallies, int num_threads) {
+void update(const std::string& rule, const std::vector<UpdateRow*>& rows, const std::vector<StepTuple>& steps,
+            const std::vector<ConstantsDict>& constants, int num_threads) {
   std::vector<gmp::UpdateConstants<double>> typed_constants;
   for (const ConstantsDict& given : constants) typed_constants.push_back(gmp::constants_of(given));
   std::vector<gmp::cpu::UpdateTensor> typed;
@@ -193,36 +186,8 @@ std::vector<std::vector<std::optional<SelectionTuple>>> update(
     typed.back().run.grads = pointer(gradients);
     typed.back().constants = index;
   }
-  std::vector<std::unique_ptr<gmp::cpu::Tally>> counting;
-  for (const auto& [dtype, layers, positions, num_prune] : tallies) {
-    const std::vector<LayerView> views = views_of(layers);
-    check_counts(views, num_prune);
-    if (positions.size() != views.size()) throw std::invalid_argument("a tally needs one tensor per layer");
-    counting.push_back(gmp::cpu::begin_tally(dtype_of(dtype), views, num_prune, num_threads));
-    for (size_t l = 0; l < positions.size(); ++l) {
-      auto& tensor = typed.at(positions[l]);
-      if (views[l].n != tensor.run.n) throw std::invalid_argument("a tally needs the tensors that are written");
-      tensor.tally = counting.back().get();
-      tensor.layer = l;
-    }
-  }
-  {
-    py::gil_scoped_release release;
-    gmp::cpu::update(gmp::rule_of(rule), typed, typed_constants, num_threads);
-  }
-  std::vector<std::vector<std::optional<SelectionTuple>>> result;
-  for (const auto& tally : counting) {
-    result.emplace_back();
-    for (auto& selection : tally->take_selections()) {
-      result.back().push_back(std::nullopt);
-      if (selection) result.back().back() = tuple_of(std::move(*selection));
-    }
-  }
-  return result;
-}
-
-std::vector<uint64_t> fingerprints(const std::string& dtype, const std::vector<LayerTuple>& layers) {
-  return gmp::cpu::fingerprints(dtype_of(dtype), views_of(layers));
+  py::gil_scoped_release release;
+  gmp::cpu::update(gmp::rule_of(rule), typed, typed_constants, num_threads);
 }
 
 // dtype, address of the gradients, n, address of the mask or 0
@@ -261,7 +226,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("count", &count);
   m.def("apply", &apply_cuts);
   m.def("update", &update);
-  m.def("fingerprints", &fingerprints);
   m.def("sum_squares", &sum_squares);
   m.def("repack", &repack);
   m.def("ranks", [](uintptr_t mask, int64_t n) { return gmp::cpu::ranks_of(pointer<const uint8_t>(mask), n); });

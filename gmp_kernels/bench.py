@@ -105,8 +105,6 @@ def optimizer_cases() -> list[Case]:
         ),
         Case("SGD momentum, compact state, 0.9", fused, 0.9, 0.7, _sgd_and_fused),
         Case("AdamW, dense state, 0.9", "torch fused + _foreach_mul_", 0.5, 0.35, _adamw_and_masks_by_hand),
-        Case("prune step after a step that expected it", "unexpected", 1.0, None, _expected_and_unexpected),
-        Case("AdamW step and prune step, expected", "unexpected", 1.0, None, _both_expected_and_unexpected),
         Case("AdamW state, compact, 0.9", "0.105 dense + 1 bit/weight", 1.0, None, _state_bytes, "B"),
     ]
 
@@ -301,54 +299,6 @@ def _adamw_and_masks_by_hand(shrink: int) -> Pair:
         torch._foreach_mul_(held, masks)
 
     return Pair(Timed(masked.step), Timed(step))
-
-
-def _expecting(shrink: int) -> tuple[nn.Parameter, AdamW, BitMask, int]:
-    """A parameter, an optimizer that leaves it where it is, and what is going to be pruned."""
-    parameter = _parameter(shrink)
-    optimizer = AdamW([parameter], lr=0.0)
-    optimizer.step()  # makes the state
-    return parameter, optimizer, BitMask.ones(parameter.shape), round(SPARSITY * parameter.numel())
-
-
-def _expected_and_unexpected(shrink: int) -> Pair:
-    parameter, optimizer, mask, num_prune = _expecting(shrink)
-    dense = parameter.detach().clone()
-
-    def step() -> None:
-        parameter.detach().copy_(dense)
-        mask.packed.fill_(255)
-        optimizer.expect_prune([parameter], [mask], [num_prune])
-        optimizer.step()
-
-    def expected() -> None:
-        selections = optimizer.expected_selections([num_prune])
-        prune_(parameter, num_prune=num_prune, masks=mask, selections=selections)
-
-    return Pair(Timed(expected, step), Timed(lambda: prune_(parameter, num_prune=num_prune, masks=mask), step))
-
-
-def _both_expected_and_unexpected(shrink: int) -> Pair:
-    """What the step gives for it counts too: it takes longer when a prune step is expected."""
-    parameter, optimizer, mask, num_prune = _expecting(shrink)
-    dense = parameter.detach().clone()
-
-    def restore() -> None:
-        parameter.detach().copy_(dense)
-        mask.packed.fill_(255)
-
-    def expected() -> None:
-        optimizer.expect_prune([parameter], [mask], [num_prune])
-        optimizer.step()
-        selections = optimizer.expected_selections([num_prune])
-        prune_(parameter, num_prune=num_prune, masks=mask, selections=selections)
-
-    def unexpected() -> None:
-        optimizer.expect_prune([], [], [])
-        optimizer.step()
-        prune_(parameter, num_prune=num_prune, masks=mask)
-
-    return Pair(Timed(expected, restore), Timed(unexpected, restore))
 
 
 def _demo_run(shrink: int) -> Pair:

@@ -14,8 +14,8 @@ from typing import Literal, NamedTuple, TypeAlias
 import numpy as np
 import torch
 
-from gmp_kernels.backends import Implementation, Layer, Selection, Threshold, Written, choose
-from gmp_kernels.errors import DTypeError, LayoutError, NonFiniteError, ShapeError, SparsityError, StateError
+from gmp_kernels.backends import Layer, Threshold, choose
+from gmp_kernels.errors import DTypeError, LayoutError, NonFiniteError, ShapeError, SparsityError
 from gmp_kernels.masks import BitMask
 
 __all__ = ["PruneResult", "Threshold", "apply_masks_", "magnitude_threshold", "prune_"]
@@ -120,7 +120,6 @@ def prune_(
     scope: Scope = "layer",
     nonfinite: NonFinite = "error",
     previous: Sequence[Threshold | None] | None = None,
-    selections: Sequence[Selection | None] | None = None,
     names: Sequence[str] | None = None,
     backend: str | None = None,
 ) -> PruneResult:
@@ -147,9 +146,6 @@ def prune_(
         As in ``magnitude_threshold``.
     previous : sequence of Threshold or None, optional
         Thresholds of an earlier call on the same weights; they may save a pass, and never change the result.
-    selections : sequence of Selection or None, optional
-        What ``optimizer.expected_selections()`` returned for these weights, masks and counts: the thresholds that the
-        optimizer step before found. Saves one read of the weights.
     names : sequence of str, optional
         What error messages call the weights; default "weights[i]".
     backend : str, optional
@@ -162,9 +158,6 @@ def prune_(
     ------
     DTypeError, ShapeError, LayoutError, SparsityError, NonFiniteError, BackendUnavailableError
         Nothing has been written when one is raised.
-    StateError
-        More was pruned than asked for, because ``selections`` are not of these weights: they were changed through
-        ``.data`` in a few places only, which neither the version counters nor the optimizer's sample tell.
 
     Notes
     -----
@@ -195,12 +188,10 @@ def prune_(
     if masks_ is None:
         masks_ = [BitMask.empty(layer.weight.shape, layer.weight.device) for layer in layers]
     out = [mask.packed for mask in masks_]
-    chosen = select_missing(implementation, layers, counts, hints, selections)
+    chosen = implementation.select(layers, counts, hints)
     written = implementation.prune(layers, chosen, out, finite=nonfinite == "error")
     if nonfinite == "error":
         check_finite(op, [index for selection in chosen for index in selection.nonfinite], names)
-    if selections is not None:
-        chosen, written = _completed(op, implementation, layers, counts, chosen, written, out)
     bump_versions([*(layer.weight for layer in layers), *out])
     return PruneResult(
         masks=masks_,
@@ -415,59 +406,6 @@ def _hints(op: str, previous: Sequence[Threshold | None] | None, num_layers: int
         raise ShapeError(f"{op}: expected one previous threshold per weight, got {len(previous)} for {num_layers}")
     hints: list[Threshold | None] = [None] * num_layers if previous is None else list(previous)
     return hints[:1] if scope == "global" else hints
-
-
-def select_missing(
-    implementation: Implementation,
-    layers: Sequence[Layer],
-    counts: Sequence[int],
-    hints: Sequence[Threshold | None],
-    known: Sequence[Selection | None] | None,
-) -> Sequence[Selection]:
-    """Select what is not known yet. What a GPU finds is not looked at: that would wait for it."""
-    if known is None:
-        return implementation.select(layers, counts, hints)
-    found = dict(enumerate(known))
-    missing = [g for g in range(len(counts)) if found.get(g) is None]
-    if missing:
-        chosen = layers if len(counts) != len(layers) else [layers[g] for g in missing]
-        selected = implementation.select(chosen, [counts[g] for g in missing], [hints[g] for g in missing])
-        found.update(zip(missing, selected, strict=True))
-    return [selection for _, selection in sorted(found.items()) if selection is not None]
-
-
-def _completed(
-    op: str,
-    implementation: Implementation,
-    layers: list[Layer],
-    counts: list[int],
-    found: Sequence[Selection],
-    written: list[Written],
-    out: list[torch.Tensor],
-) -> tuple[Sequence[Selection], list[Written]]:
-    """Prune what given selections left standing.
-
-    What a selection prunes comes first in the order whatever became of the weights since, so that too few can be made
-    up for exactly.
-    """
-    sizes = [layer.weight.numel() for layer in layers]
-    pruned = [w.num_pruned for w in written]
-    totals = pruned if len(counts) == len(layers) else [sum(pruned)]
-    expected = [selection.threshold.num_pruned for selection in found]
-    if totals == expected:
-        return found, written
-    if any(total > count for total, count in zip(totals, expected, strict=True)):
-        raise StateError(
-            f"{op}: expected the weights that the selections were made of, got others: {totals} were pruned instead of "
-            f"{expected} of {sizes}; change weights before optimizer.step(), not through .data after it"
-        )
-    layers = [Layer(layer.weight, packed) for layer, packed in zip(layers, out, strict=True)]
-    found = implementation.select(layers, counts, [None] * len(counts))
-    again = implementation.prune(layers, found, out, finite=False)
-    return found, [
-        Written(second.num_pruned, first.num_newly_pruned + second.num_newly_pruned)
-        for first, second in zip(written, again, strict=True)
-    ]
 
 
 def check_finite(op: str, nonfinite: Iterable[int], names: Sequence[str] | None) -> None:

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import nn
 
-from gmp_kernels.backends import Selection
 from gmp_kernels.distributed import Shards
 from gmp_kernels.distributions import DISTRIBUTIONS, Distribution, uniform
 from gmp_kernels.errors import StateError, TargetError
@@ -41,12 +40,6 @@ class _MaskedOptimizer(Protocol):
     def set_masks(self, masks: Mapping[torch.Tensor, BitMask]) -> None: ...
 
     def master_weight(self, parameter: torch.Tensor) -> torch.Tensor | None: ...
-
-    def expect_prune(
-        self, parameters: Sequence[torch.Tensor], masks: Sequence[BitMask], num_prune: Sequence[int]
-    ) -> None: ...
-
-    def expected_selections(self, num_prune: Sequence[int]) -> Sequence[Selection | None] | None: ...
 
 
 class GMPScheduler:
@@ -172,7 +165,6 @@ class GMPScheduler:
         if self._masked_optimizer is None:
             # What it does depends on the masks: compiled into the step, it would be compiled again at every update.
             optimizer.register_step_post_hook(torch.compiler.disable(self._after_optimizer_step))  # type: ignore[no-untyped-call]
-        self._announce()
 
     def step(self) -> StepReport | None:
         """Count one optimizer step and, at the schedule's update steps, prune; call it after ``optimizer.step()``.
@@ -207,7 +199,6 @@ class GMPScheduler:
         num_prune = self._due()
         report = self._update(num_prune) if num_prune else None
         self.step_count += 1
-        self._announce()
         return report
 
     @property
@@ -278,7 +269,6 @@ class GMPScheduler:
         self._thresholds, self.step_count, self._is_agreed = thresholds, step_count, False
         self.history[:] = history
         self._apply_masks(self._parameters, with_weights=True)
-        self._announce()
 
     def _check_optimizer(self) -> None:
         held = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
@@ -339,29 +329,12 @@ class GMPScheduler:
         pruned = {layer.name: layer.num_pruned for report in self.history for layer in report.layers}
         return {name: self._num_weights([name]) - pruned.get(name, 0) for name in self._parameters}
 
-    def _announce(self) -> None:
-        """Let the optimizer look for the thresholds of the next update in the step before it, one device at a time."""
-        if self._masked_optimizer is None:
-            return
-        num_prune = self._due()
-        # What an optimizer sees of a sharded layer is not enough to find its threshold.
-        is_whole = self._shards is None or self._shards.are_copies
-        names = list(num_prune) if is_whole and len(self._batches(num_prune)) == 1 else []
-        self._masked_optimizer.expect_prune(
-            [self._parameters[name] for name in names],
-            [self.masks[name] for name in names],
-            self._counts(num_prune, names) if names else [],
-        )
-
-    def _prune(
-        self, names: Sequence[str], num_prune: list[int], selections: Sequence[Selection | None] | None
-    ) -> PruneResult:
+    def _prune(self, names: Sequence[str], num_prune: list[int]) -> PruneResult:
         request: dict[str, Any] = {
             "names": names,
             "scope": self._scope,
             "nonfinite": self._nonfinite,
             "previous": [self._thresholds.get(name) for name in names],
-            "selections": selections,
             "backend": self._backend,
         }
         weights, masks = [self._ranked(name) for name in names], [self.masks[name] for name in names]
@@ -399,9 +372,7 @@ class GMPScheduler:
                 self._prune_nothing(batch)
         layers: dict[str, LayerReport] = {}
         for batch in batches:
-            counts = self._counts(num_prune, batch)
-            found = None if self._masked_optimizer is None else self._masked_optimizer.expected_selections(counts)
-            result = self._prune(batch, counts, found)
+            result = self._prune(batch, self._counts(num_prune, batch))
             self._thresholds.update(zip(batch, result.thresholds, strict=True))
             layers.update(
                 (name, LayerReport(name, cut.value, self._num_weights([name]), num_pruned, num_new, cut.num_ties))

@@ -10,7 +10,7 @@ from building import build_wheel, library
 from subprocesses import run_python
 from test_determinism import ISA_NEEDS, cpu_flags
 
-TESTS = [f"tests/test_{name}.py" for name in ("select", "apply", "prune", "expected_prune", "optim_training")]
+TESTS = [f"tests/test_{name}.py" for name in ("select", "apply", "prune", "optim_training")]
 # Every loop and every way through a selection, without the sizes that only add time.
 CHOSEN = (
     "(small_sizes or large_sizes) and (random or any_bits) or any_request or never_change or more_candidates"

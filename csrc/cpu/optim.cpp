@@ -96,7 +96,6 @@ void update(Rule rule, const std::vector<UpdateTensor>& tensors, const std::vect
                      run.n = c.end - c.begin;
                      kernels.update[static_cast<int>(rule)](run, given);
                    });
-                   if (t.tally != nullptr) t.tally->count(t.layer, c.begin, c.end);
                  });
 }
 

@@ -5,7 +5,6 @@
 #include <vector>
 
 #include "dtypes.h"
-#include "tally.h"
 #include "update.h"
 
 namespace gmp::cpu {
@@ -16,8 +15,6 @@ struct UpdateTensor {
   const int64_t* ranks;  // compact state: kept weights before each chunk of
                          // kChunk; else nullptr
   size_t constants;      // which of the constants
-  Tally* tally;          // counts what has been written, as its layer number `layer`; nullptr: nobody does
-  size_t layer;
 };
 
 // Same for all tensors: the rule. Threads take chunks; no bit depends on how many there are.

@@ -38,8 +38,8 @@ void begin(const Launch& launch, const std::string& dtype, const Tables& tables)
   gmp::cuda::begin(launch, dtype_of(dtype), tables);
 }
 
-void select_thresholds(const Launch& launch, const std::string& dtype, const Tables& tables, bool after_update) {
-  gmp::cuda::select(launch, dtype_of(dtype), tables, after_update);
+void select_thresholds(const Launch& launch, const std::string& dtype, const Tables& tables) {
+  gmp::cuda::select(launch, dtype_of(dtype), tables);
 }
 
 void apply(const Launch& launch, const std::string& dtype, const Tables& tables, uint64_t out, uint64_t stop) {
@@ -50,16 +50,10 @@ void census(const Launch& launch, const std::string& dtype, uint64_t rows, int64
   gmp::cuda::census(launch, dtype_of(dtype), pointer<gmp::cuda::CensusRow>(rows), num_rows, num_chunks);
 }
 
-void fingerprints(const Launch& launch, const std::string& dtype, uint64_t layers, int64_t num_layers,
-                  uint64_t hashes) {
-  gmp::cuda::fingerprints(launch, dtype_of(dtype), pointer<gmp::cuda::LayerRow>(layers), num_layers,
-                          pointer<uint64_t>(hashes));
-}
-
 void update(const Launch& launch, const std::string& dtype, const std::string& rule, uint64_t rows, int64_t num_rows,
-            int64_t num_chunks, uint64_t constants, const Tables* tally, const std::string& ranked) {
+            int64_t num_chunks, uint64_t constants) {
   gmp::cuda::update(launch, dtype_of(dtype), gmp::rule_of(rule), pointer<gmp::cuda::UpdateRow>(rows), num_rows,
-                    num_chunks, pointer<gmp::UpdateConstants<double>>(constants), tally, dtype_of(ranked));
+                    num_chunks, pointer<gmp::UpdateConstants<double>>(constants));
 }
 
 void repack(const Launch& launch, uint64_t rows, int64_t num_rows, int64_t num_chunks) {
@@ -92,7 +86,6 @@ PYBIND11_MODULE(GMP_MODULE, m) {
   m.def("select", &select_thresholds);
   m.def("apply", &apply);
   m.def("census", &census);
-  m.def("fingerprints", &fingerprints);
   m.def("update", &update);
   m.def("repack", &repack);
   m.def("ranks", &ranks);

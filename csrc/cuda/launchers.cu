@@ -9,15 +9,12 @@ namespace gmp::cuda {
 namespace {
 
 template <typename Key>
-void select_typed(const Launch& launch, Key infinity, const Tables& t, bool after_update) {
+void select_typed(const Launch& launch, Key infinity, const Tables& t) {
   // A bracket that fails leaves all bits of a key to be told apart, 9 in each read.
   constexpr int kBits = 9, kPasses = 1 + (static_cast<int>(sizeof(Key)) * 8 - 1 + kBits - 1) / kBits;
   static_assert(int64_t{1} << kBits == kBins);
   const unsigned grid = grid_of(launch, kReaders<Key>, t.num_chunks);
-  if (after_update) {
-    GMP_LAUNCH(kernels::prove<Key>, static_cast<unsigned>(t.num_groups), launch, t.layers, t.groups, t.space, infinity);
-  }
-  for (int pass = after_update ? 1 : 0; pass < kPasses; ++pass) {
+  for (int pass = 0; pass < kPasses; ++pass) {
     GMP_LAUNCH(kernels::count<Key>, grid, launch, t.layers, t.num_layers, t.groups, t.num_chunks, t.space, infinity);
   }
   GMP_LAUNCH(kernels::ties<Key>, grid, launch, t.layers, t.num_layers, t.groups, t.num_chunks, t.space, infinity);
@@ -47,8 +44,8 @@ void begin(const Launch& launch, DType dtype, const Tables& t) {
   });
 }
 
-void select(const Launch& launch, DType dtype, const Tables& tables, bool after_update) {
-  with_dtype(launch, dtype, [&](auto infinity) { select_typed(launch, infinity, tables, after_update); });
+void select(const Launch& launch, DType dtype, const Tables& tables) {
+  with_dtype(launch, dtype, [&](auto infinity) { select_typed(launch, infinity, tables); });
 }
 
 void apply(const Launch& launch, DType dtype, const Tables& t, const uint64_t* out, const int64_t* stop) {
@@ -64,13 +61,6 @@ void census(const Launch& launch, DType dtype, CensusRow* rows, int64_t num_rows
     using Key = decltype(infinity);
     GMP_LAUNCH(kernels::census<Key>, grid_of(launch, kReaders<Key>, num_chunks), launch, rows, num_rows, num_chunks,
                infinity);
-  });
-}
-
-void fingerprints(const Launch& launch, DType dtype, const LayerRow* layers, int64_t num_layers, uint64_t* hashes) {
-  with_dtype(launch, dtype, [&](auto infinity) {
-    using Key = decltype(infinity);
-    GMP_LAUNCH(kernels::fingerprints<Key>, static_cast<unsigned>(num_layers), launch, layers, hashes);
   });
 }
 

@@ -34,17 +34,14 @@ struct Tables {
 
 // Brackets from samples. What begins a selection.
 void begin(const Launch& launch, DType dtype, const Tables& tables);
-// The rest of it. after_update: a step has counted the weights already, into bins per group.
-void select(const Launch& launch, DType dtype, const Tables& tables, bool after_update);
+// The rest of it.
+void select(const Launch& launch, DType dtype, const Tables& tables);
 // out: addresses; stop: nothing is written if that is not 0. Each may be null, and so may the groups.
 void apply(const Launch& launch, DType dtype, const Tables& tables, const uint64_t* out, const int64_t* stop);
 void census(const Launch& launch, DType dtype, CensusRow* rows, int64_t num_rows, int64_t num_chunks);
-// A hash of a thousand weights of each layer, wherever they are.
-void fingerprints(const Launch& launch, DType dtype, const LayerRow* layers, int64_t num_layers, uint64_t* hashes);
 
-// ranked: the dtype of the layers of the tally, which may be null.
 void update(const Launch& launch, DType dtype, Rule rule, const UpdateRow* rows, int64_t num_rows, int64_t num_chunks,
-            const UpdateConstants<double>* constants, const Tables* tally, DType ranked);
+            const UpdateConstants<double>* constants);
 void repack(const Launch& launch, const RepackRow* rows, int64_t num_rows, int64_t num_chunks);
 void ranks(const Launch& launch, const uint8_t* mask, int64_t n, int64_t* ranks);
 // sums: one per chunk, and one more, which receives the total.

@@ -289,13 +289,6 @@ __global__ void __launch_bounds__(kThreads, kReaders<Key>)
   leave();
 }
 
-// One block per group, after a first read in which others did the counting, into kBins bins per group.
-template <typename Key>
-__global__ void __launch_bounds__(kThreads) prove(LayerRow* layers, GroupRow* groups, Workspace space, Key infinity) {
-  auto* const bins = pointer<unsigned long long>(space.bins) + blockIdx.x * kBins;
-  narrow(layers, groups[blockIdx.x], infinity, [&](int64_t b) { return take_bin(bins + b); });
-}
-
 // The last block of a group: the chunk in which the ties that stay end, and where in it.
 template <typename Key>
 __device__ void place_cut(LayerRow* layers, const GroupRow& group, const unsigned* tie_counts, Key infinity) {

@@ -90,23 +90,6 @@ __device__ double sum_squares_of(const GradRow& row, int64_t begin, int64_t end)
   return sum;
 }
 
-// One block per layer: a thousand of its weights, hashed with their places, in any order.
-template <typename Key>
-__global__ void __launch_bounds__(kThreads) fingerprints(const LayerRow* layers, uint64_t* hashes) {
-  constexpr int64_t kSamples = 1024;
-  const LayerRow& layer = layers[blockIdx.x];
-  const int64_t samples = layer.n < kSamples ? layer.n : kSamples;
-  uint64_t hash = 0;
-  for (int64_t s = threadIdx.x; s < samples; s += kThreads) {
-    const int64_t i = s * (layer.n / samples);
-    uint64_t mixed = static_cast<uint64_t>(load1(pointer<const Key>(layer.weights) + i)) + (s << 32 | 1);
-    mixed = (mixed ^ mixed >> 31) * 0x9e3779b97f4a7c15ull;
-    hash += (mixed ^ mixed >> 29) * 0xbf58476d1ce4e5b9ull;
-  }
-  hash = block_sum(hash);
-  if (threadIdx.x == 0) hashes[blockIdx.x] = hash;
-}
-
 // Sums of the chunks, added up by `total` in an order that depends on their number alone.
 __global__ void __launch_bounds__(kThreads)
     sum_squares(const GradRow* rows, int64_t num_rows, int64_t num_chunks, double* sums) {

@@ -65,7 +65,6 @@ struct CensusRow {
 struct UpdateRow {
   uint64_t weights, grads, master, state[3], mask, ranks;
   int64_t n, first_chunk, constants;
-  int64_t layer;  // in the selection that goes along; -1: none
 };
 
 // Optimizer state on its way from one layout to another (see cpu/optim.h).

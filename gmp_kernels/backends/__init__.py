@@ -28,7 +28,6 @@ __all__ = [
     "Layer",
     "Selection",
     "StateMove",
-    "Tally",
     "Threshold",
     "UpdateTensor",
     "Written",
@@ -207,24 +206,6 @@ class Gradient(NamedTuple):
     constants: int
 
 
-class Tally(NamedTuple):
-    """A selection to be made along with an optimizer step, of the weights as the step leaves them.
-
-    Attributes
-    ----------
-    layers : tuple of Layer
-        What is ranked: weights that the step writes, or their master copies.
-    tensors : tuple of int
-        Which of the step's tensors each layer belongs to.
-    num_prune : tuple of int
-        As for ``Implementation.select``.
-    """
-
-    layers: tuple[Layer, ...]
-    tensors: tuple[int, ...]
-    num_prune: tuple[int, ...]
-
-
 class Implementation(Protocol):
     """The operations of a backend. None of them validates; none of them may fail halfway through a write."""
 
@@ -286,19 +267,13 @@ class Implementation(Protocol):
         tensors: Sequence[UpdateTensor],
         gradients: Sequence[Gradient],
         constants: Sequence[Mapping[str, float | torch.Tensor]],
-        tally: Tally | None = None,
-    ) -> Sequence[Selection | None]:
+    ) -> None:
         """Take one optimizer step. ``rule`` is "sgd", "adam" or "average"; absent constants change nothing.
 
         A constant that is a 0-d float64 tensor is not looked at on the host. "skip" not 0: nothing is written.
 
         Pruned weights and their state stay zero whatever their gradient; the arithmetic is that of torch.optim.
-        Returns what ``select`` would say of the tally afterwards, None where it did not come out along the way.
         """
-        ...
-
-    def fingerprints(self, layers: Sequence[Layer]) -> object:
-        """Hash a small sample of each layer: equal for equal weights, different after most changes to a whole one."""
         ...
 
     def sum_squares(self, gradients: Sequence[Layer]) -> float | torch.Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,7 +11,7 @@ import torch
 from gmp_kernels.backends import Layer
 from gmp_kernels.errors import DeviceError
 
-__all__ = ["INTEGERS", "address", "by_dtype", "dtype_name", "fingerprint", "on_device", "parts"]
+__all__ = ["INTEGERS", "address", "by_dtype", "dtype_name", "on_device", "parts"]
 
 # Which hold the bits of a weight, by its bytes.
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -48,13 +47,6 @@ def parts(layers: Sequence[Layer], num_prune: Sequence[float]) -> list[tuple[str
     """Split a selection by dtype: its name, the positions of its layers and of their entries in ``num_prune``."""
     is_global = len(num_prune) != len(layers)
     return [(dtype, positions, [0] if is_global else positions) for dtype, positions in by_dtype(layers).items()]
-
-
-def fingerprint(weight: torch.Tensor) -> int:
-    """Hash of a thousand weights spread over a tensor on any device."""
-    flat = weight.view(-1)
-    sample = flat[:: max(1, flat.numel() // 1024)].view(INTEGERS[flat.itemsize])
-    return zlib.crc32(sample.cpu().numpy().tobytes())
 
 
 @contextmanager

@@ -107,8 +107,6 @@ class SelectionTables(Sequence[Selection]):
     hints : sequence of Threshold or None
     found : sequence of Selection, optional
         Selections made elsewhere: their numbers are uploaded, and there is nothing to select.
-    bins_per_group : bool
-        Whether an optimizer step counts the weights.
     """
 
     def __init__(
@@ -120,7 +118,6 @@ class SelectionTables(Sequence[Selection]):
         hints: Sequence[Threshold | None],
         *,
         found: Sequence[Selection] | None = None,
-        bins_per_group: bool = False,
     ) -> None:
         self.layers = layers
         self._num_groups = len(num_prune)
@@ -142,23 +139,17 @@ class SelectionTables(Sequence[Selection]):
             values += [value for row in (*layer_rows, *group_rows) for value in row]
             planned.append((dtype, positions, groups, members, start, num_chunks))
         self.buffer = upload(values, torch.int64, self._device)
-        capacity = (
-            0
-            if found is not None
-            else self._capacity(module, multiprocessors, len(values), len(num_prune) if bins_per_group else 0)
-        )
-        self.parts = [
-            self._part(module, multiprocessors, *plan, capacity, found is None, bins_per_group) for plan in planned
-        ]
+        capacity = 0 if found is not None else self._capacity(module, multiprocessors, len(values))
+        self.parts = [self._part(module, multiprocessors, *plan, capacity, found is None) for plan in planned]
 
-    def _num_bins(self, module: Any, multiprocessors: int, num_groups: int, num_chunks: int) -> int:
-        return int(module.BINS * max(num_groups, min(module.num_counting_blocks(multiprocessors), num_chunks)))
+    def _num_bins(self, module: Any, multiprocessors: int, num_chunks: int) -> int:
+        return int(module.BINS * min(module.num_counting_blocks(multiprocessors), num_chunks))
 
-    def _capacity(self, module: Any, multiprocessors: int, num_values: int, num_groups: int) -> int:
+    def _capacity(self, module: Any, multiprocessors: int, num_values: int) -> int:
         """Keys per chunk for which there is memory."""
         sizes = [layer.weight.nbytes for layer in self.layers]
         chunks = [num_chunks_of(layer.weight.numel(), module.CHUNK) for layer in self.layers]
-        bins = 8 * self._num_bins(module, multiprocessors, num_groups, sum(chunks))
+        bins = 8 * self._num_bins(module, multiprocessors, sum(chunks))
         left = MEMORY_SHARE * max(sizes) + MEMORY_BYTES - bins - 8 * sum(chunks) - 8 * num_values
         key_bytes = sum(n * layer.weight.itemsize for n, layer in zip(chunks, self.layers, strict=True))
         return int(min(module.LIST_CAPACITY, max(0, left // key_bytes)))
@@ -175,12 +166,11 @@ class SelectionTables(Sequence[Selection]):
         num_chunks: int,
         capacity: int,
         selects: bool,
-        bins_per_group: bool,
     ) -> Part:
         device, weight = self._device, self.layers[positions[0]].weight
         workspace = []
         if selects:
-            num_bins = self._num_bins(module, multiprocessors, len(members) if bins_per_group else 0, num_chunks)
+            num_bins = self._num_bins(module, multiprocessors, num_chunks)
             workspace = [
                 torch.zeros(num_bins, dtype=torch.int64, device=device),
                 torch.empty(num_chunks * capacity, dtype=weight.dtype, device=device),

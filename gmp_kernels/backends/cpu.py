@@ -16,7 +16,6 @@ from gmp_kernels.backends import (
     Layer,
     Selection,
     StateMove,
-    Tally,
     Threshold,
     UpdateTensor,
     Written,
@@ -147,32 +146,10 @@ class Cpu:
         tensors: Sequence[UpdateTensor],
         gradients: Sequence[Gradient],
         constants: Sequence[Mapping[str, float | torch.Tensor]],
-        tally: Tally | None = None,
-    ) -> list[Selection | None]:
+    ) -> None:
         rows = [t.row if isinstance(t.row, _C.UpdateRow) else _prepared(t) for t in tensors]
         steps = [(g.tensor.data_ptr(), g.constants) for g in gradients]
-        tallied = [] if tally is None else parts(tally.layers, tally.num_prune)
-        tallies = [
-            (
-                dtype,
-                [_row(tally.layers[i]) for i in positions],
-                [tally.tensors[i] for i in positions],
-                [tally.num_prune[g] for g in groups],
-            )
-            for dtype, positions, groups in tallied
-            if tally is not None
-        ]
-        counted = _C.update(rule, rows, steps, [_floats(c) for c in constants], tallies, torch.get_num_threads())
-        found: dict[int, Selection | None] = {}
-        for (_, _, groups), selections in zip(tallied, counted, strict=True):
-            found.update(zip(groups, (s and _selection(s) for s in selections), strict=True))
-        return [found[g] for g in range(len(found))]
-
-    def fingerprints(self, layers: Sequence[Layer]) -> list[int]:
-        found: dict[int, int] = {}
-        for dtype, positions in by_dtype(layers).items():
-            found.update(zip(positions, _C.fingerprints(dtype, [_row(layers[i]) for i in positions]), strict=True))
-        return [found[i] for i in range(len(layers))]
+        _C.update(rule, rows, steps, [_floats(c) for c in constants], torch.get_num_threads())
 
     def sum_squares(self, gradients: Sequence[Layer]) -> float:
         rows = [(dtype_name(g.weight), g.weight.data_ptr(), g.weight.numel(), address(g.mask)) for g in gradients]

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -25,7 +25,6 @@ from gmp_kernels.backends import (
     Layer,
     Selection,
     StateMove,
-    Tally,
     Threshold,
     UpdateTensor,
     Written,
@@ -33,7 +32,7 @@ from gmp_kernels.backends import (
     register,
 )
 from gmp_kernels.backends._rows import address, by_dtype, dtype_name
-from gmp_kernels.backends._tables import MEMORY_BYTES, LayerField, SelectionTables, Table, num_chunks_of, upload
+from gmp_kernels.backends._tables import LayerField, SelectionTables, Table, num_chunks_of, upload
 from gmp_kernels.errors import DeviceError
 
 _modules: dict[str, ModuleType] = {}
@@ -108,7 +107,7 @@ class Launches:
             tables = self._tables(layers, num_prune, hints)
             for part in tables.parts:
                 self._module.begin(launch, part.dtype, part.tables)
-                self._module.select(launch, part.dtype, part.tables, False)
+                self._module.select(launch, part.dtype, part.tables)
         return tables
 
     def sample(self, layers: Sequence[Layer], shares: Sequence[float]) -> list[Bracket]:
@@ -195,13 +194,11 @@ class Launches:
         tensors: Sequence[UpdateTensor],
         gradients: Sequence[Gradient],
         constants: Sequence[Mapping[str, float | torch.Tensor]],
-        tally: Tally | None = None,
-    ) -> Sequence[Selection | None]:
+    ) -> None:
         if not tensors:
-            return []
+            return
         device = tensors[0].weight.device
         with self._on(device, "update") as launch:
-            ranked = None if tally is None else self._begin_tally(launch, tensors, tally)
             parts_of: dict[str, list[int]] = defaultdict(list)
             for i, t in enumerate(tensors):
                 parts_of[t.row.dtype if isinstance(t.row, _Row) else _prepared(t).dtype].append(i)
@@ -213,50 +210,13 @@ class Launches:
                 for i in positions:
                     row: _Row = tensors[i].row  # type: ignore[assignment]
                     gradient = gradients[i]
-                    layer = -1 if ranked is None else ranked.layer_of.get(i, -1)
-                    rows.append(
-                        (row.weight, gradient.tensor.data_ptr(), *row.others, num_chunks, gradient.constants, layer)
-                    )
+                    rows.append((row.weight, gradient.tensor.data_ptr(), *row.others, num_chunks, gradient.constants))
                     num_chunks += num_chunks_of(row.others[-1], self._module.CHUNK)
                 table = first.table.at(rows, device)
-                part = None if ranked is None else ranked.part_of.get(dtype)
-                steps.append((dtype, table, len(rows), num_chunks, values, part))
+                steps.append((dtype, table, len(rows), num_chunks, values))
             # Everything there has to be memory for is there: from here on weights are written.
-            for dtype, table, num_rows, num_chunks, values, part in steps:
-                own, ranked_dtype = (None, dtype) if part is None else (part.tables, part.dtype)
-                self._module.update(
-                    launch, dtype, rule, table.data_ptr(), num_rows, num_chunks, values.data_ptr(), own, ranked_dtype
-                )
-        if tally is None:
-            return []
-        return [None] * len(tally.num_prune) if ranked is None else _Tallied(self, ranked.tables)
-
-    def _begin_tally(self, launch: Any, tensors: Sequence[UpdateTensor], tally: Tally) -> _Ranked | None:
-        """Brackets for the selection along with a step; None if the step's launches cannot make it."""
-        written: dict[str, set[str]] = defaultdict(set)  # by the dtype ranked
-        for layer, i in zip(tally.layers, tally.tensors, strict=True):
-            written[dtype_name(layer.weight)].add(dtype_name(tensors[i].weight))
-        sources = [source for dtypes in written.values() for source in dtypes]
-        if len(set(sources)) < len(sources) or any(len(dtypes) > 1 for dtypes in written.values()):
-            return None
-        if 8 * self._module.BINS * len(tally.num_prune) > MEMORY_BYTES // 2:
-            return None
-        tables = self._tables(tally.layers, tally.num_prune, [None] * len(tally.num_prune), bins_per_group=True)
-        part_of: dict[str, Any] = {}
-        layer_of: dict[int, int] = {}
-        for part in tables.parts:
-            self._module.begin(launch, part.dtype, part.tables)
-            (source,) = written[part.dtype]
-            part_of[source] = part
-            layer_of.update((tally.tensors[i], index) for index, i in enumerate(part.positions))
-        return _Ranked(tables, part_of, layer_of)
-
-    def finish(self, tables: SelectionTables) -> Sequence[Selection]:
-        """Select from what a step has counted."""
-        with self._on(tables.layers[0].weight.device, "select") as launch:
-            for part in tables.parts:
-                self._module.select(launch, part.dtype, part.tables, True)
-        return tables
+            for dtype, table, num_rows, num_chunks, values in steps:
+                self._module.update(launch, dtype, rule, table.data_ptr(), num_rows, num_chunks, values.data_ptr())
 
     def _constants(
         self, table: Table, constants: Sequence[Mapping[str, float | torch.Tensor]], device: torch.device
@@ -279,19 +239,6 @@ class Launches:
                 where, values_there = zip(*(pair for _, pair in run), strict=True)
                 result[where[0] : where[-1] + 1, column].copy_(torch.stack(values_there))
         return result
-
-    def fingerprints(self, layers: Sequence[Layer]) -> _Fingerprints:
-        hashes = torch.empty(len(layers), dtype=torch.int64, device=layers[0].weight.device)
-        with self._on(hashes.device, "fingerprints") as launch:
-            tables = self._tables_of_nothing(layers)
-            done = 0
-            for part in tables.parts:
-                own = hashes.data_ptr() + 8 * done
-                self._module.fingerprints(
-                    launch, part.dtype, tables.buffer.data_ptr() + 8 * part.start, len(part.positions), own
-                )
-                done += len(part.positions)
-        return _Fingerprints(hashes)
 
     def sum_squares(self, gradients: Sequence[Layer]) -> float | torch.Tensor:
         if not gradients:
@@ -329,42 +276,6 @@ class Launches:
         with self._on(moves[0].source.device, "move_state") as launch:
             table = upload(rows, torch.int64, moves[0].source.device)
             self._module.repack(launch, table.data_ptr(), len(rows), first_chunk)
-
-
-class _Ranked(NamedTuple):
-    """The selection along with a step."""
-
-    tables: SelectionTables
-    part_of: dict[str, Any]  # by the dtype of the weights written
-    layer_of: dict[int, int]  # row in its part, by the position of the step's tensor
-
-
-class _Tallied(Sequence[Selection]):
-    """What a step counted, from which the selections are made once somebody asks."""
-
-    def __init__(self, launches: Launches, tables: SelectionTables) -> None:
-        self._launches, self._tables = launches, tables
-        self._selections: Sequence[Selection] | None = None
-
-    def __len__(self) -> int:
-        return len(self._tables)
-
-    def __getitem__(self, index: Any) -> Any:
-        if self._selections is None:
-            self._selections = self._launches.finish(self._tables)
-        return self._selections[index]
-
-
-class _Fingerprints:
-    """Hashes that stay on the device until they are compared."""
-
-    def __init__(self, hashes: torch.Tensor) -> None:
-        self._hashes = hashes
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Fingerprints) and torch.equal(self._hashes, other._hashes)
-
-    __hash__ = None  # type: ignore[assignment]
 
 
 @dataclass(slots=True)

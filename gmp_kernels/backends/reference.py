@@ -8,7 +8,6 @@ temporary memory per weight.
 from __future__ import annotations
 
 import itertools
-import zlib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -23,7 +22,6 @@ from gmp_kernels.backends import (
     Layer,
     Selection,
     StateMove,
-    Tally,
     Threshold,
     UpdateTensor,
     Written,
@@ -134,8 +132,7 @@ class Reference:
         tensors: Sequence[UpdateTensor],
         gradients: Sequence[Gradient],
         constants: Sequence[Mapping[str, float | torch.Tensor]],
-        tally: Tally | None = None,
-    ) -> list[Selection | None]:
+    ) -> None:
         for t, (gradient, index) in zip(tensors, gradients, strict=True):
             c = {name: float(value) for name, value in constants[index].items()}
             if c.get("skip"):
@@ -157,12 +154,6 @@ class Reference:
             if t.master is not None:
                 t.master.copy_(weight)
             t.weight.copy_(weight)
-        if tally is None:
-            return []
-        return list(self.select(tally.layers, tally.num_prune, [None] * len(tally.num_prune)))
-
-    def fingerprints(self, layers: Sequence[Layer]) -> list[int]:
-        return [zlib.crc32(_magnitude(layer.weight).tobytes()) for layer in layers]
 
     def sum_squares(self, gradients: Sequence[Layer]) -> float:
         return float(sum((_magnitude(g.weight)[_kept(g)] ** 2).sum() for g in gradients))

@@ -24,14 +24,13 @@ from gmp_kernels.backends import (
     Layer,
     Selection,
     StateMove,
-    Tally,
     Threshold,
     UpdateTensor,
     Written,
     has_nonfinite,
     register,
 )
-from gmp_kernels.backends._rows import INTEGERS, address, by_dtype, fingerprint, on_device, parts
+from gmp_kernels.backends._rows import INTEGERS, address, by_dtype, on_device, parts
 from gmp_kernels.backends._triton_search import (
     BIN_BITS,
     DONE,
@@ -330,8 +329,7 @@ class Triton:
         tensors: Sequence[UpdateTensor],
         gradients: Sequence[Gradient],
         constants: Sequence[Mapping[str, float | torch.Tensor]],
-        tally: Tally | None = None,
-    ) -> list[Selection | None]:
+    ) -> None:
         k = self._kernels
         rows: dict[_Kind, list[list[int]]] = defaultdict(list)
         for t, gradient in zip(tensors, gradients, strict=True):
@@ -364,11 +362,6 @@ class Triton:
                         BLOCK=BLOCK,
                         ALIGNED=kind.aligned,
                     )
-        # Reading thresholds back would make the step wait for the device.
-        return [] if tally is None else [None] * len(tally.num_prune)
-
-    def fingerprints(self, layers: Sequence[Layer]) -> list[int]:
-        return [fingerprint(layer.weight) for layer in layers]
 
     def sum_squares(self, gradients: Sequence[Layer]) -> float:
         device = gradients[0].weight.device

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from gmp_kernels.backends import Bracket, Layer, Selection, Threshold, choose
+from gmp_kernels.backends import Bracket, Layer, Threshold, choose
 from gmp_kernels.distributed.pieces import Piece
 from gmp_kernels.distributed.ranks import Ranks
 from gmp_kernels.distributed.search import Search
@@ -25,8 +25,6 @@ from gmp_kernels.ops import (
     check_finite,
     check_tensors,
     check_writable,
-    prune_,
-    select_missing,
 )
 from gmp_kernels.sharding import Holding, is_sharded, region_of
 
@@ -91,7 +89,6 @@ class Shards:
         scope: Scope,
         nonfinite: NonFinite,
         previous: Sequence[Threshold | None],
-        selections: Sequence[Selection | None] | None,
         backend: str | None,
     ) -> PruneResult:
         """Do what ``gmp_kernels.prune_`` does, to layers of which ``weights`` and ``masks`` are this rank's pieces.
@@ -103,8 +100,8 @@ class Shards:
             Of the whole layers, or one of all together.
         names, step
             Which layers, at which step.
-        scope, nonfinite, previous, selections, backend
-            As in ``gmp_kernels.prune_``; ``selections`` serve copies only.
+        scope, nonfinite, previous, backend
+            As in ``gmp_kernels.prune_``.
 
         Returns
         -------
@@ -146,22 +143,11 @@ class Shards:
         hints = previous if scope == "layer" else previous[:1]
         facts: dict[str, object] = {"step": step, "num_prune": list(num_prune)}
         if self.are_copies:
-            chosen = [] if failure else select_missing(implementation, checked, num_prune, hints, selections)
+            chosen = [] if failure else implementation.select(checked, num_prune, hints)
             facts["thresholds"] = [(*selection.threshold, *selection.cuts) for selection in chosen]
             found = [index for selection in chosen for index in selection.nonfinite]
             self._begin(facts, failure, names, found if nonfinite == "error" else [], [])
             thresholds = [selection.threshold for selection in chosen for _ in selection.cuts]
-            result = prune_(
-                weights,
-                num_prune=num_prune,
-                masks=masks,
-                scope=scope,
-                nonfinite="keep",
-                selections=chosen,
-                names=names,
-                backend=backend,
-            )
-            counts = list(zip(result.num_pruned, result.num_newly_pruned, strict=True))
         else:
             groups = [[p] for p in pieces] if scope == "layer" else [pieces]
             search = Search(self.ranks, implementation, groups, num_prune, hints)
@@ -170,13 +156,15 @@ class Shards:
             if nonfinite == "error" and any(cut.nonfinite >= 0 for cut in cuts):
                 check_finite(STEP, search.first_nonfinite(), names)
             thresholds = [cut.threshold for cut, group in zip(cuts, groups, strict=True) for _ in group]
-            counts = [(0, 0)] * len(pieces)
+            chosen = []
             if checked:
-                cut = [p.selection(t.value) for p, t in zip(pieces, thresholds, strict=True) if p.layer is not None]
-                out = [mask.packed for mask in own[1]]
-                for i, written in zip(present, implementation.prune(checked, cut, out), strict=True):
-                    counts[i] = written.num_pruned, written.num_newly_pruned
-                bump_versions([*(layer.weight for layer in checked), *out])
+                chosen = [p.selection(t.value) for p, t in zip(pieces, thresholds, strict=True) if p.layer is not None]
+        counts = [(0, 0)] * len(pieces)
+        if checked:
+            out = [mask.packed for mask in own[1]]
+            for i, written in zip(present, implementation.prune(checked, chosen, out), strict=True):
+                counts[i] = written.num_pruned, written.num_newly_pruned
+            bump_versions([*(layer.weight for layer in checked), *out])
         if search is not None and scope == "layer" and not any(p.holding.has_copies for p in pieces):
             totals = [threshold.num_pruned for threshold in thresholds]
             new = [after - before for after, before in zip(totals, search.num_pruned, strict=True)]

@@ -9,12 +9,11 @@ from weakref import WeakValueDictionary
 
 import torch
 
-from gmp_kernels.backends import Compaction, Gradient, Selection, StateMove, UpdateTensor, choose
+from gmp_kernels.backends import Compaction, Gradient, StateMove, UpdateTensor, choose
 from gmp_kernels.errors import LayoutError, ShapeError, StateError, TargetError
 from gmp_kernels.masks import BitMask
 from gmp_kernels.ops import apply_masks_
 from gmp_kernels.optim.constants import Group, constants_of, is_on_gpu
-from gmp_kernels.optim.expected import ExpectedPrune
 from gmp_kernels.optim.ready import MASTER, Ready, check_state, checked_grad, is_per_weight, state_dtype
 from gmp_kernels.sharding import is_sharded, local, local_grad, sharded_like
 
@@ -32,8 +31,6 @@ class MaskedOptimizer(torch.optim.Optimizer):
     handle: int
     handles: ClassVar[Iterator[int]] = count()
     by_handle: ClassVar[WeakValueDictionary[int, MaskedOptimizer]] = WeakValueDictionary()
-    # Of this process alone: copies and checkpoints do without.
-    _expected: ExpectedPrune | None = None
     # torch's GradScaler then hands over the scale and the overflow flag instead of unscaling in passes of its own.
     _step_supports_amp_scaling = True
 
@@ -129,23 +126,6 @@ class MaskedOptimizer(torch.optim.Optimizer):
         """Return the float32 copy that the arithmetic of ``parameter`` runs on; None if there is none (yet)."""
         master: torch.Tensor | None = self.state.get(parameter, {}).get(MASTER)
         return None if master is None else local(master)
-
-    def expect_prune(
-        self, parameters: Sequence[torch.Tensor], masks: Sequence[BitMask], num_prune: Sequence[int]
-    ) -> None:
-        """Announce the prune update after the next step, so that the step finds its thresholds while it writes.
-
-        ``GMPScheduler`` calls this. Arguments as those of ``prune_`` will be: one count per parameter, or a single one
-        for all together. No parameters: nothing is expected.
-        """
-        self._expected = ExpectedPrune(parameters, masks, num_prune) if parameters else None
-
-    def expected_selections(self, num_prune: Sequence[int]) -> Sequence[Selection | None] | None:
-        """Return what the last step found for the update announced, if it was for these counts and still holds."""
-        if self._expected is None:
-            return None
-        devices = [p.device for group in self.param_groups for p in group["params"]]
-        return self._expected.selections(num_prune, choose(self._backend, devices[0]))
 
     def _repack(self, parameters: Iterable[torch.Tensor]) -> None:
         """Store the state of these parameters for the weights their masks keep, whatever its layout was."""
@@ -271,14 +251,8 @@ class MaskedOptimizer(torch.optim.Optimizer):
             rows.append(ready)
             gradients.append(Gradient(grad, index))
         constants = constants_of(self._constants, ages, grad_scale, found_inf if any(on_device) else None)
-        tensors = [ready.tensor for ready in rows]
-        tally = None
-        if self._expected is not None:
-            tally = self._expected.tally({ready.parameter: ready.tensor for ready in rows})
-        selections = implementation.update(self.rule, tensors, gradients, constants, tally)
+        implementation.update(self.rule, [ready.tensor for ready in rows], gradients, constants)
         torch.autograd.graph.increment_version(list(chain.from_iterable(ready.written for ready in rows)))
-        if self._expected is not None and tally is not None:
-            self._expected.keep(selections, implementation)
         if steps and found_inf is not None and any(on_device):
             torch._foreach_add_(steps, (found_inf == 0).to(steps[0]).reshape(()))
         elif steps:
