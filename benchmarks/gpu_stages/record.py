@@ -66,6 +66,12 @@ class Record:
     def __exit__(self, *_: object) -> None:
         self._log.close()
 
+    def discard(self) -> None:
+        """Remove the files: there was nothing to record."""
+        self._log.close()
+        for kind in ("json", "md", "log"):
+            self._path(kind).unlink(missing_ok=True)
+
     def _path(self, kind: str) -> Path:
         return self._folder / f"{self._name}.{kind}"
 
