@@ -47,7 +47,9 @@ class Check:
         left = self._budget - RESERVE - (time.monotonic() - self._start)
         if self.stop:
             outcome = Outcome(f"not run: {self.stop}")
-        elif left < stage.least:
+            record.end(outcome)
+            return outcome
+        if left < stage.least:
             outcome = Outcome(f"not run: {max(0, left):.0f} of {self._budget:.0f} s left, too few")
         else:
             limit = min(stage.seconds, left)

@@ -210,6 +210,8 @@ class _Builder:
             for event in trace.events() or []
             if event.device_type == DeviceType.CUDA and not event.name.startswith(("Memcpy", "Memset"))
         ]
+        if not kernels and self._device.type == "cuda":
+            raise RuntimeError("the profiler saw no kernels; none would be the best of results")
         return Pair(float(len(kernels)), float(MAX_LAUNCHES))
 
     def memory(self, model: str, shrink: int) -> Pair:

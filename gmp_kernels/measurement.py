@@ -219,7 +219,7 @@ def _quantity(value: float, unit: str) -> str:
 
 def _as_ratio(ratio: float) -> str:
     """Ours as a multiple of the baseline, or, where it is far below, the baseline as a multiple of ours."""
-    return f"{ratio:.2f}" if ratio > 0.25 else f"1/{1 / ratio:.3g}"
+    return f"1/{1 / ratio:.3g}" if 0 < ratio <= 0.25 else f"{ratio:.2f}"
 
 
 @dataclass(frozen=True)
