@@ -1,13 +1,13 @@
 """Checks and measures everything on this machine's GPU, in less than nine minutes: ``make gpu-check``.
 
-``python3 benchmarks/gpu_check.py [STAGE...] [--budget SECONDS]`` needs Python 3.11, torch and pytest, but no network, pip,
-make or git. Stages run one after the other, each in its own process and within its own time, all within the budget; one
-that fails does not keep the next from running, but after a wrong bit (``smoke``) nothing else is worth knowing. What is
-known is written at once to ``<gpu>.json``, ``.md`` and ``.log``, in the folder that ``$OUT`` names or in
-``benchmarks/results``; the last lines are a summary.
+``python3 benchmarks/gpu_check.py [STAGE...] [--budget SECONDS]`` needs Python 3.11, torch and pytest, but no network,
+pip, make or git. Stages run one after the other, each in its own process and within its own time, all within the
+budget; one that fails does not keep the next from running, but after a wrong bit (``smoke``) nothing else is worth
+knowing. What is known is written at once to ``<gpu>.json``, ``.md`` and ``.log``, in the folder that ``$OUT`` names or
+in ``benchmarks/results``; the last lines are a summary.
 
-The extensions are built in place, unless a build is carried along: ``--pack`` makes one, for Python 3.12 and on a machine
-that need not have a GPU, in ``build/gpu-pack``. Take that folder along with the sources it was made of.
+The extensions are built in place, unless a build is carried along: ``--pack`` makes one, for Python 3.12 and on a
+machine that need not have a GPU, in ``build/gpu-pack``. Take that folder along with the sources it was made of.
 """
 
 from __future__ import annotations
@@ -101,7 +101,8 @@ def main(arguments: Sequence[str], *, stages: Sequence[Stage] = STAGES, results:
     names = [stage.name for stage in stages]
     parser.add_argument("stage", nargs="*", metavar="STAGE", help=f"one of {', '.join(names)}; default: all")
     parser.add_argument("--budget", type=float, default=BUDGET, help="seconds for everything (default: %(default)g)")
-    parser.add_argument("--pack", nargs="?", type=Path, const=pack.FOLDER, metavar="FOLDER", help="make a build to carry")
+    carried = "make a build to carry, in FOLDER"
+    parser.add_argument("--pack", nargs="?", type=Path, const=pack.FOLDER, metavar="FOLDER", help=carried)
     options = parser.parse_args(arguments)
     if unknown := [name for name in options.stage if name not in names]:
         parser.error(f"no stage {', '.join(unknown)}; expected some of {', '.join(names)}")

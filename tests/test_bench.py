@@ -207,9 +207,7 @@ def test_command_prints_the_table_and_writes_numbers_and_plot(tmp_path: Path, mo
     assert (tmp_path / "new" / f"{machine.slug}.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_row_that_fails_is_recorded_and_the_next_is_measured(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_row_that_fails_is_recorded_and_the_next_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     json_file, seen = tmp_path / "a.json", []
 
     def fail(_: int) -> Pair:

@@ -10,10 +10,10 @@ import sys
 from collections.abc import Sequence
 
 import torch
-from gpu_stages.facts import tell
 
 from gmp_kernels.bench_gpu import gpu_cases
 from gmp_kernels.measurement import Failure, measure_all
+from gpu_stages.facts import tell
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,7 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for outcome in measure_all(cases, shrink=options.shrink, seconds=options.seconds, device=device):
         cells = outcome.cells()
         name, ours, baseline, theirs, ratio, must, aim, verdict, rate = cells
-        text = f"{verdict:6} {ratio:>6} (must {must}{', aim ' if aim else ''}{aim})  {name}: {ours}; {baseline}: {theirs}"
+        bounds = f"must {must}, aim {aim}" if aim else f"must {must}"
+        text = f"{verdict:6} {ratio:>6} ({bounds})  {name}: {ours}; {baseline}: {theirs}"
         text += f"; {rate} GB/s" if rate else ""
         if isinstance(outcome, Failure):
             failed += 1

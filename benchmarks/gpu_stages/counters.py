@@ -1,7 +1,7 @@
 """Stage ``ncu``: the hardware's counters for every kernel of one call, read by Nsight Compute.
 
-Started without arguments it starts ncu, which starts it again with ``--work`` and writes a table for it to read. Clocks are
-left as they are: the card is not ours to set.
+Started without arguments it starts ncu, which starts it again with ``--work`` and writes a table for it to read. Clocks
+are left as they are: the card is not ours to set.
 """
 
 from __future__ import annotations
@@ -81,6 +81,7 @@ def described(counted: dict[str, float]) -> str:
 def work(device_name: str, backend: str, shrink: int) -> int:
     """Make every call once: what ncu looks into."""
     import torch
+
     from gpu_stages.work import Work
 
     device = torch.device(device_name)

@@ -1,4 +1,4 @@
-"""A build to carry: the extensions for Python 3.12, made where there is a compiler and time, for a machine with neither."""
+"""A build to carry: the extensions for Python 3.12, made where there are a compiler and time."""
 
 from __future__ import annotations
 
@@ -78,8 +78,8 @@ def build(scratch: Path) -> dict[str, Any]:
         run(["strip", "--strip-unneeded", *map(str, built)], "strip failed")
     if (size := sum(path.stat().st_size for path in built)) > MOST_BYTES:
         raise PackError(
-            f"{size / 1e6:.1f} MB are more than the {MOST_BYTES / 1e6:.0f} MB that are to be carried; compile for fewer "
-            "architectures (GMP_KERNELS_CUDA_ARCHS)"
+            f"{size / 1e6:.1f} MB are more than the {MOST_BYTES / 1e6:.0f} MB that are to be carried; compile for "
+            "fewer architectures (GMP_KERNELS_CUDA_ARCHS)"
         )
     version = run(["nvcc", "--version"], "nvcc --version failed").strip().splitlines()
     release = next((line for line in version if "release" in line), "nvcc")
@@ -171,7 +171,7 @@ def install(folder: Path, package: Path, suffix: str) -> list[Path]:
         There is no pack, or it is of another Python, machine or source.
     """
     if not (folder / "pack.json").exists():
-        raise PackError(f"no build was carried in {folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder}")
+        raise PackError(f"no build was carried in {folder}")
     description = json.loads((folder / "pack.json").read_text())
     if description["suffix"] != suffix:
         raise PackError(f"the build carried is for {description['suffix']}, this Python takes {suffix}")

@@ -8,12 +8,12 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 import torch
-from gpu_stages.facts import tell
-from gpu_stages.work import Work
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from gmp_kernels.measurement import Timed
+from gpu_stages.facts import tell
+from gpu_stages.work import Work
 
 CALL = "the call that is profiled"
 LONGEST_NAME = 60

@@ -10,6 +10,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+
 from gpu_stages.facts import tell
 
 # Of the tests' names, where one takes long; the shorter ones then fill the gaps between the processes.

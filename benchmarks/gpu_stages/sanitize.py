@@ -1,4 +1,4 @@
-"""Stages ``memcheck`` and ``racecheck``: compute-sanitizer over the smoke test, looking at this project's kernels alone."""
+"""Stages ``memcheck`` and ``racecheck``: compute-sanitizer over the smoke test, for this project's kernels alone."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FILTERS = ("--kernel-name", "--kernel-regex")  # the option's name differs betwe
 
 
 def kernel_filter(help_text: str) -> list[str]:
-    """Option that leaves torch's kernels alone, each of which would take many times as long; nothing if there is none."""
+    """Option that leaves torch's kernels alone, each of which would take many times as long; none if there is none."""
     option = next((name for name in FILTERS if re.search(rf"{name}\b(?!-)", help_text)), None)
     return [option, "kns=gmp"] if option else []
 

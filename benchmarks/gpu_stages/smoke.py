@@ -13,12 +13,12 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-from gpu_stages.facts import tell
 from torch import nn
 
 from gmp_kernels import BitMask, apply_masks_, magnitude_threshold, optim, prune_
 from gmp_kernels.errors import GMPError
 from gmp_kernels.testing import assert_bitwise_equal
+from gpu_stages.facts import tell
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # Around the edges of chunks and samples; one tensor of less than a vector.
@@ -64,9 +64,7 @@ def pruned(side: Side, sizes: Sequence[int], dtype: torch.dtype) -> list[torch.T
     apply_masks_(regrown, second.masks, **options)
     single = magnitude_threshold(regrown[0], sizes[0] - 5, **options)
     counted = [*first.thresholds, *second.thresholds, single]
-    numbers = [
-        torch.tensor([t.value, t.num_below, t.num_ties, t.num_ties_kept], dtype=torch.float64) for t in counted
-    ]
+    numbers = [torch.tensor([t.value, t.num_below, t.num_ties, t.num_ties_kept], dtype=torch.float64) for t in counted]
     return [*weights, *(mask.packed for mask in second.masks), *regrown, *numbers]
 
 

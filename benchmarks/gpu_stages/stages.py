@@ -35,7 +35,7 @@ def program(name: str, *arguments: str) -> tuple[str, ...]:
 
 
 def tests(*selection: str, timeout: int = 60) -> tuple[str, ...]:
-    """Command of pytest, which tells every failure at once; without the project's options, which leave out tests/gpu."""
+    """Command of pytest, telling every failure at once; without the project's options, which leave out tests/gpu."""
     command = [PYTHON, "-m", "pytest", "-p", "gpu_stages.pytest_facts", "-o", "addopts=-q --strict-markers"]
     command += ["-p", "no:cacheprovider", "--tb=short", "--continue-on-collection-errors", "--maxfail=60"]
     if has("pytest_timeout"):
