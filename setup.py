@@ -14,8 +14,8 @@ from pathlib import Path
 import setuptools
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 
-sys.path.insert(0, "csrc/cuda")
-import toolkit
+sys.path.insert(0, str(Path(__file__).parent))  # where pip builds it is not there
+import cuda_toolkit
 
 X86_64 = platform.machine().lower() in ("x86_64", "amd64")
 ISA_FLAGS = {
@@ -96,11 +96,11 @@ if BUILD_CUDA == "1" and not NVCC:
     raise SystemExit("GMP_KERNELS_BUILD_CUDA=1, but nvcc is not on the PATH: install the CUDA toolkit, or unset it")
 if BUILD_CUDA != "0" and NVCC and not SANITIZE:
     try:
-        architectures = toolkit.gencode(NVCC, os.environ.get("GMP_KERNELS_CUDA_ARCHS", ""))
-        cudart = str(toolkit.runtime_library(NVCC))
-    except toolkit.ToolkitError as error:
+        architectures = cuda_toolkit.gencode(NVCC, os.environ.get("GMP_KERNELS_CUDA_ARCHS", ""))
+        cudart = str(cuda_toolkit.runtime_library(NVCC))
+    except cuda_toolkit.ToolkitError as error:
         raise SystemExit(f"setup.py: {error}; GMP_KERNELS_BUILD_CUDA=0 builds without CUDA") from None
-    nvcc_flags = [*toolkit.FLAGS, *architectures, "--threads=0"]  # as many architectures at a time as there are cores
+    nvcc_flags = [*cuda_toolkit.FLAGS, *architectures, "--threads=0"]  # as many architectures at a time as there are cores
     extensions.append(
         extension(
             "_cuda",

@@ -29,8 +29,8 @@ from gmp_kernels import BitMask, _simt, apply_masks_, magnitude_threshold, optim
 from gmp_kernels.bench_gpu import SECTOR, llama_8b_sizes, resnet50_sizes
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "csrc/cuda"))
-import toolkit  # noqa: E402
+sys.path.insert(0, str(ROOT))
+import cuda_toolkit  # noqa: E402
 
 RESULTS = ROOT / "benchmarks/results"
 N = 1 << 18
@@ -175,7 +175,7 @@ def counted() -> list[Counted]:
 
 def nvcc_flags() -> list[str]:
     """Those of setup.py, which cannot be imported without building; one architecture's report after the other."""
-    return [*toolkit.FLAGS, *toolkit.gencode("nvcc")]
+    return [*cuda_toolkit.FLAGS, *cuda_toolkit.gencode("nvcc")]
 
 
 REPORT = re.compile(

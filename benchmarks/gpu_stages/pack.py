@@ -29,9 +29,9 @@ class PackError(Exception):
 def sources_digest() -> str:
     """Hash of everything that decides what is built."""
     digest = hashlib.sha256()
-    for path in sorted([ROOT / "setup.py", *(p for p in (ROOT / "csrc").rglob("*") if p.is_file())]):
-        if "__pycache__" not in path.parts:
-            digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
+    compiled = [path for path in (ROOT / "csrc").rglob("*") if path.is_file()]
+    for path in sorted([ROOT / "setup.py", ROOT / "cuda_toolkit.py", *compiled]):
+        digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
     return digest.hexdigest()
 
 
