@@ -100,7 +100,8 @@ if BUILD_CUDA != "0" and NVCC and not SANITIZE:
         cudart = str(cuda_toolkit.runtime_library(NVCC))
     except cuda_toolkit.ToolkitError as error:
         raise SystemExit(f"setup.py: {error}; GMP_KERNELS_BUILD_CUDA=0 builds without CUDA") from None
-    nvcc_flags = [*cuda_toolkit.FLAGS, *architectures, "--threads=0"]  # as many architectures at a time as there are cores
+    # As many architectures at a time as there are cores.
+    nvcc_flags = [*cuda_toolkit.FLAGS, *architectures, "--threads=0"]
     extensions.append(
         extension(
             "_cuda",

@@ -17,7 +17,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -82,7 +83,8 @@ class Check:
         return passed
 
 
-def stop_on_signals() -> None:
+@contextmanager
+def stopping_on_signals() -> Iterator[None]:
     """Raise ``Stopped`` at the first of the signals that end a process; the others find it ending already."""
 
     def stop(number: int, _frame: object) -> None:
@@ -90,8 +92,12 @@ def stop_on_signals() -> None:
             signal.signal(other, signal.SIG_IGN)
         raise Stopped(number)
 
-    for number in SIGNALS:
-        signal.signal(number, stop)
+    before = {number: signal.signal(number, stop) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def main(arguments: Sequence[str], *, stages: Sequence[Stage] = STAGES, results: Path | None = None) -> int:
@@ -112,13 +118,10 @@ def main(arguments: Sequence[str], *, stages: Sequence[Stage] = STAGES, results:
     with Record(folder, "-".join(["gpu-check", *options.stage])) as record:
         check = Check(record, options.budget)
         try:
-            stop_on_signals()
-            passed = check.all(chosen(stages, options.stage))
+            with stopping_on_signals():
+                code = int(not check.all(chosen(stages, options.stage)))
         except Stopped as stopped:
-            passed, check.stop = False, check.stop or f"stopped by {signal.Signals(stopped.number).name}"
             code = 128 + stopped.number
-        else:
-            code = int(not passed)
         if "gpu" in record.machine and record.machine["gpu"] is None:
             record.discard()
             print(f"gpu_check: no GPU that torch can use ({record.machine['torch']}); nothing was built or measured.")
