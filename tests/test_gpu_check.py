@@ -110,7 +110,9 @@ def test_a_stage_out_of_its_time_is_ended_with_its_children(check, tmp_path: Pat
 
 def test_a_stage_that_ignores_sigterm_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(running, "GRACE", 0.3)
-    program = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf', flush=True); time.sleep(60)"
+    program = (
+        "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf', flush=True); time.sleep(60)"
+    )
     lines: list[str] = []
     outcome = run(stage("deaf", program), 1.0, lines.append)
     assert outcome.result == "out of time" and "deaf\n" in lines
@@ -118,7 +120,9 @@ def test_a_stage_that_ignores_sigterm_is_killed(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_what_a_stage_says_while_it_is_ended_is_kept() -> None:
-    program = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit('late words')); time.sleep(60)"
+    program = (
+        "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit('late words')); time.sleep(60)"
+    )
     lines: list[str] = []
     assert run(stage("polite", program), 0.7, lines.append).result == "out of time"
     assert "late words\n" in lines
@@ -231,7 +235,10 @@ def test_a_signal_ends_the_stage_and_still_gets_its_summary(tmp_path: Path, numb
     assert wait_until_gone(int(child.read_text()))
     assert f"stopped by {number.name}" in out.partition("SUMMARY")[2]
     stages = json.loads((tmp_path / f"{SLUG}.json").read_text())["stages"]
-    assert {entry["name"]: entry["result"] for entry in stages} == {"info": "passed", "hangs": f"stopped by {number.name}"}
+    assert {entry["name"]: entry["result"] for entry in stages} == {
+        "info": "passed",
+        "hangs": f"stopped by {number.name}",
+    }
 
 
 def test_a_wrong_bit_stops_everything_else(check) -> None:
@@ -245,7 +252,12 @@ def test_a_wrong_bit_stops_everything_else(check) -> None:
 
 
 def test_some_stages_alone_run_after_what_every_stage_needs(tmp_path: Path) -> None:
-    stages = [INFO, stage("build", "print('built')"), stage("smoke", "print('run')"), stage("bench", "print('measured')")]
+    stages = [
+        INFO,
+        stage("build", "print('built')"),
+        stage("smoke", "print('run')"),
+        stage("bench", "print('measured')"),
+    ]
     assert gpu_check.main(["bench"], stages=stages, results=tmp_path) == 0
     log = (tmp_path / f"{SLUG}-bench.log").read_text()
     assert "built" in log and "measured" in log and "run\n" not in log
