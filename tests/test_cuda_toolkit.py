@@ -94,7 +94,7 @@ def test_what_is_no_number_is_refused(nvcc, chosen: str) -> None:
 
 
 def test_a_gpu_that_the_compiler_does_not_know_is_named(nvcc) -> None:
-    with pytest.raises(ToolkitError, match="to compile for sm_80, sm_120; it knows sm_50, .*sm_90"):
+    with pytest.raises(ToolkitError, match=r"to compile for sm_80, sm_120; it knows sm_50, .*sm_90"):
         gencode(nvcc(NVCC_12_4), "80,120")
 
 

@@ -53,6 +53,15 @@ def check(tmp_path: Path):
     return check
 
 
+def with_child(path: Path) -> str:
+    """Program that starts another one, which would take a minute, and leaves its number in a file."""
+    return (
+        "import subprocess, sys, pathlib\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+        f"pathlib.Path({str(path)!r}).write_text(str(child.pid))\n"
+    )
+
+
 def is_running(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
@@ -97,10 +106,7 @@ def test_all_passed_is_exit_code_0(check) -> None:
 
 
 def test_a_stage_out_of_its_time_is_ended_with_its_children(check, tmp_path: Path) -> None:
-    program = (
-        "import subprocess, sys, pathlib; child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']);"
-        f"pathlib.Path({str(tmp_path / 'child')!r}).write_text(str(child.pid)); child.wait()"
-    )
+    program = with_child(tmp_path / "child") + "child.wait()"
     start = time.monotonic()
     result = check(stage("suite", program, seconds=1), stage("bench", "print('measured')"))
     assert time.monotonic() - start < 20
@@ -129,10 +135,7 @@ def test_what_a_stage_says_while_it_is_ended_is_kept() -> None:
 
 
 def test_a_child_left_behind_neither_delays_the_stage_nor_outlives_it(tmp_path: Path) -> None:
-    program = (
-        "import subprocess, sys, pathlib; child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']);"
-        f"pathlib.Path({str(tmp_path / 'child')!r}).write_text(str(child.pid)); print('done')"
-    )
+    program = with_child(tmp_path / "child") + "print('done')"
     outcome = run(stage("parent", program), 30, lambda _: None)
     assert outcome.result == "passed" and outcome.seconds < 20
     assert wait_until_gone(int((tmp_path / "child").read_text()))
