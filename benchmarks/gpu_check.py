@@ -124,7 +124,8 @@ def main(arguments: Sequence[str], *, stages: Sequence[Stage] = STAGES, results:
             code = 128 + stopped.number
         if "gpu" in record.machine and record.machine["gpu"] is None:
             record.discard()
-            print(f"gpu_check: no GPU that torch can use ({record.machine['torch']}); nothing was built or measured.")
+            reason = record.machine.get("reason", "no reason given")
+            print(f"gpu_check: no GPU that torch can use ({reason}); nothing was built or measured.")
             return 1
         record.save()
         print(record.summary(), flush=True)

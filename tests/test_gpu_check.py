@@ -274,7 +274,7 @@ def test_an_unknown_stage_is_refused(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 def test_without_a_gpu_one_sentence_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    info = stage("info", TELL + "import sys; tell(machine={'gpu': None, 'torch': 'torch 2.11.0+cpu'}); sys.exit(1)")
+    info = stage("info", TELL + "import sys; tell(machine={'gpu': None, 'reason': 'torch 2.11.0+cpu'}); sys.exit(1)")
     assert gpu_check.main([], stages=[info, stage("build", "print('built')")], results=tmp_path) == 1
     last = capsys.readouterr().out.splitlines()[-1]
     assert last == "gpu_check: no GPU that torch can use (torch 2.11.0+cpu); nothing was built or measured."

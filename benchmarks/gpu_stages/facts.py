@@ -18,11 +18,15 @@ LISTENING = "GMP_GPU_CHECK_FACTS"  # set by gpu_check.py for the programs it sta
 
 def tell(text: str = "", **data: Any) -> None:
     """Print a fact; only its text, where nobody but a person is there to read it."""
+    print(as_line(text, **data), flush=True)
+
+
+def as_line(text: str, **data: Any) -> str:
+    """Return what is printed of a fact."""
     if not os.environ.get(LISTENING):
-        print(text, flush=True)
-        return
-    # The line breaks keep it apart from whatever was printed before without one.
-    print(f"\n{MARK}{json.dumps({'text': text, **data})}", flush=True)
+        return text
+    # The line break keeps it apart from whatever was printed before without one.
+    return f"\n{MARK}{json.dumps({'text': text, **data})}"
 
 
 def parsed(line: str) -> dict[str, Any] | None:

@@ -44,25 +44,30 @@ def package_version(name: str) -> str:
 def main() -> int:
     """Tell the machine first: the names of all files depend on it."""
     try:
+        import numpy
         import torch
     except ImportError as error:
-        tell(machine={"gpu": None, "torch": f"no torch in {sys.executable}: {error}"})
+        tell(machine={"gpu": None, "reason": f"{sys.executable}: {error}"})
         return 1
-    machine = {"torch": f"torch {torch.__version__}", "python": platform.python_version()}
     if not torch.cuda.is_available():
-        tell(machine={"gpu": None, **machine})
+        tell(machine={"gpu": None, "reason": f"torch {torch.__version__}"})
         return 1
     properties = torch.cuda.get_device_properties(0)
     tell(
         f"{properties.name}, {properties.total_memory / GIGABYTE:.0f} GiB, {properties.multi_processor_count} SMs",
         machine={
+            # As gmp-kernels bench describes it, without what has to be built first.
             "gpu": properties.name,
-            **machine,
-            "cuda": torch.version.cuda,
-            "capability": f"{properties.major}.{properties.minor}",
             "device": platform.processor() or platform.machine(),
             "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "load": os.getloadavg()[0],
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": numpy.__version__,
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "cuda": torch.version.cuda,
+            "capability": f"{properties.major}.{properties.minor}",
         },
     )
     measure_bandwidth()

@@ -5,13 +5,15 @@ pytest prints failures at the end; a run that is ended before then would have fo
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from gpu_stages.facts import tell
+from gpu_stages.facts import as_line, tell
 
 # Of the tests' names, where one takes long; the shorter ones then fill the gaps between the processes.
 LONGEST = ("hundred_times", "hypothesis", "properties", "large", "many", "every", "training", "process", "memory")
@@ -48,6 +50,7 @@ class Facts:
     def __init__(self) -> None:
         self._counts: Counter[str] = Counter()
         self._seconds: dict[str, float] = {}
+        self._stdout = os.dup(1)  # before pytest captures it
 
     @pytest.hookimpl(trylast=True)
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
@@ -64,15 +67,23 @@ class Facts:
             tell(f"NOT COLLECTED {report.nodeid}: {message(report)}", test=report.nodeid, when="collect")
 
     def pytest_sessionfinish(self) -> None:
+        tell(self.counts(), counts=dict(self._counts))
+
+    def end_early(self, number: int, _frame: object) -> None:
+        """Say how far it came, at once: the test that is running is not waited for, and what it prints is captured."""
+        text = "then the time was over; before that " + self.counts()
+        os.write(self._stdout, f"{as_line(text)}\n".encode())
+        os._exit(128 + number)
+
+    def counts(self) -> str:
+        """What became of the tests so far, and which took longest."""
         longest = sorted(self._seconds.items(), key=lambda entry: -entry[1])[:5]
-        counts = ", ".join(f"{number} {result}" for result, number in self._counts.items()) or "no tests"
-        tell(
-            counts + "".join(f"\n  {seconds:.1f} s {test}" for test, seconds in longest if seconds > 1),
-            counts=dict(self._counts),
-            longest=dict(longest),
-        )
+        times = "".join(f"\n  {seconds:.1f} s {test}" for test, seconds in longest if seconds > 1)
+        return (", ".join(f"{number} {result}" for result, number in self._counts.items()) or "no tests") + times
 
 
 def pytest_configure(config: pytest.Config) -> None:
     if not hasattr(config, "workerinput"):  # a process of xdist's: the one that prints hears of its tests
-        config.pluginmanager.register(Facts(), "gpu_stages_facts")
+        facts = Facts()
+        config.pluginmanager.register(facts, "gpu_stages_facts")
+        signal.signal(signal.SIGTERM, facts.end_early)

@@ -142,7 +142,7 @@ class Record:
 
     def _markdown(self) -> str:
         parts = [f"# {self.machine.get('gpu') or 'No GPU'}", "", "Written by `python3 benchmarks/gpu_check.py`.", ""]
-        known = [f"{key} {value}" for key, value in self.machine.items() if value is not None and key != "gpu"]
+        known = [f"{key}: {value}" for key, value in self.machine.items() if value is not None and key != "gpu"]
         parts += [", ".join(known), "", *_markdown_table(("stage", "result", "seconds"), self._stage_rows())]
         if self.cases:
             parts += ["", "## Measured", "", "A ratio is ours / baseline; must and aim are its bounds.", ""]

@@ -10,6 +10,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -42,10 +43,15 @@ class Side(NamedTuple):
 EXPECTED = Side(CPU, "cpu")
 
 
+@cache
+def random(size: int, seed: int) -> torch.Tensor:
+    """Random numbers that are made once: making them takes longer than everything else here."""
+    return torch.randn(size, generator=torch.Generator().manual_seed(seed))
+
+
 def tensors(sizes: Sequence[int], dtype: torch.dtype, seed: int) -> list[torch.Tensor]:
     """The same weights or gradients every time, on the CPU."""
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(size, generator=generator, dtype=torch.float32).to(dtype) for size in sizes]
+    return [random(size, seed).to(dtype, copy=True) for size in sizes]
 
 
 def assert_same(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor], what: str) -> None:

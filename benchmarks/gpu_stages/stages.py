@@ -44,10 +44,14 @@ def tests(*selection: str, timeout: int = 60) -> tuple[str, ...]:
     return (*command, *selection)
 
 
+def parallel(processes: int) -> tuple[str, ...]:
+    """Options of pytest-xdist, where it is there: one test at a time for each process, in the order they have."""
+    return ("-n", str(processes), "--maxschedchunk", "1") if has("xdist") else ()
+
+
 def suite(backend: str) -> tuple[str, ...]:
     """Command of all tests of a backend, in parallel and the longest first."""
-    parallel = ("-n", "6", "--maxschedchunk", "1") if has("xdist") else ()
-    return tests(*parallel, "--only", backend, "tests", *(f"--ignore={path}" for path in NOT_IN_SUITE))
+    return tests(*parallel(6), "--only", backend, "tests", *(f"--ignore={path}" for path in NOT_IN_SUITE))
 
 
 # The caching allocator would hide an overrun within its pools; graphs cannot be captured without it.
@@ -72,7 +76,7 @@ STAGES = (
     Stage("large", 60, tests("tests/gpu/test_large.py"), CUDA_TESTS, least=20),
     Stage("triton", 60, program("smoke", "--backend", "triton"), least=15),
     Stage("triton-bench", 40, program("bench", "--only", "triton"), least=15),
-    Stage("torch", 90, tests("tests/gpu/test_torch.py", timeout=80), CUDA_TESTS, least=20),
+    Stage("torch", 90, tests(*parallel(4), "tests/gpu/test_torch.py", timeout=80), CUDA_TESTS, least=20),
     Stage("triton-suite", 120, suite("triton"), TRITON_TESTS, least=30),
 )
 ALWAYS = ("info", "build")  # whatever was asked for
