@@ -19,8 +19,9 @@ TRITON_TESTS = {**CUDA_TESTS, "GMP_KERNELS_TEST_BACKENDS": "reference,triton"}
 # for devices that are not here.
 NOT_IN_SUITE = (
     *("tests/gpu/test_large.py", "tests/gpu/test_torch.py"),
-    *("tests/test_build.py", "tests/test_sanitizers.py", "tests/test_cuda_static.py", "tests/test_triton.py"),
-    *("tests/test_gpu_check.py", "tests/test_gpu_stages.py", "tests/test_cuda_toolkit.py", "tests/test_setup.py"),
+    *("tests/test_build.py", "tests/test_setup.py", "tests/test_cuda_toolkit.py", "tests/test_sanitizers.py"),
+    *("tests/test_gpu_check.py", "tests/test_gpu_stages.py", "tests/test_gpu_suite.py"),
+    *("tests/test_cuda_static.py", "tests/test_triton.py"),
 )
 
 
