@@ -1,7 +1,7 @@
 # make demo   set up everything and run the main job: train, prune gradually, compare with one-shot (3 minutes)
 # make test   set up everything and run all checks and tests (what CI runs)
 # make bench  measure this machine against torch and numpy; writes benchmarks/results/
-# make gpu-check [STAGE=build|test|sanitize|bench]  all of that on the GPU of a machine that has torch (10 minutes)
+# make gpu-check [STAGE=smoke|bench|suite|...]  all of that on the GPU of a machine that has torch (9 minutes)
 #
 # The environment lives in .venv and is rebuilt only when what it is made from changes; gpu-check needs none.
 PYTHON ?= python3
@@ -9,7 +9,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet
-SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh') setup.py pyproject.toml
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh') setup.py cuda_toolkit.py pyproject.toml
 CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help

@@ -1,17 +1,21 @@
-"""Builds gmp_kernels._C. Everything else is in pyproject.toml.
+"""Builds the extensions of gmp_kernels. Everything else is in pyproject.toml.
 
-The one thing setuptools cannot express is that each instruction set's file has flags of its own.
+What setuptools cannot express is that each instruction set's file has flags of its own, and that .cu files are nvcc's.
 """
 
+import copy
 import os
 import platform
-import re
 import shutil
-import subprocess
+import sys
+from functools import partial
 from pathlib import Path
 
+import setuptools
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
-from setuptools import setup
+
+sys.path.insert(0, str(Path(__file__).parent))  # where pip builds it is not there
+import cuda_toolkit
 
 X86_64 = platform.machine().lower() in ("x86_64", "amd64")
 ISA_FLAGS = {
@@ -28,37 +32,44 @@ COMMON_FLAGS = ["-O3", "-fopenmp", "-Wall", "-Wextra", "-Wno-psabi", "-fvisibili
 COMMON_FLAGS += ["-ffp-contract=off", "-fno-math-errno"]
 COMMON_FLAGS += ["-Wno-unknown-pragmas"]  # those are nvcc's
 NVCC = shutil.which("nvcc")
-# Real code for the GPUs most have, and PTX that newer ones compile for themselves. Registers and spills are reported.
-NVCC_FLAGS = [
-    *("-std=c++17", "-O3", "--fmad=false", "--expt-relaxed-constexpr", "--threads=0", "-Xptxas=-v"),
-    "-gencode=arch=compute_80,code=sm_80",
-    "-gencode=arch=compute_90,code=[sm_90,compute_90]",
-    *("-Xcompiler=-fPIC,-fvisibility=hidden,-ffp-contract=off", "-diag-suppress=128,177"),
-]
 SANITIZE = os.environ.get("GMP_KERNELS_SANITIZE")  # e.g. "address,undefined": used by the test suite
 if SANITIZE:
     COMMON_FLAGS += [f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g", "-O1"]
 
 
 class BuildExtension(build_ext):
-    """Compiles each file with the common flags and those of its instruction set; .cu files with nvcc."""
+    """Compiles each file with the common flags and those of its instruction set; .cu files with nvcc.
+
+    Every extension has a compiler and a folder for objects to itself: ``--parallel`` builds several at once, and two of
+    them compile the same file with other macros.
+    """
 
     def build_extension(self, ext):
-        compile_one = self.compiler._compile
+        own = copy.copy(self)
+        own.build_temp = str(Path(self.build_temp) / ext.name)
+        own.compiler = copy.copy(self.compiler)
+        own.compiler.src_extensions = [*self.compiler.src_extensions, ".cu"]
+        own.compiler._compile = partial(self.compile_file, self.compiler._compile)
+        super(BuildExtension, own).build_extension(ext)
 
-        def compile_with_flags(obj, src, extension, cc_args, extra_postargs, pp_opts):
-            if Path(src).suffix == ".cu":
-                include = [flag for flag in pp_opts if flag.startswith("-I")]
-                return self.spawn([NVCC, *NVCC_FLAGS, *include, "-c", src, "-o", obj])
-            flags = ISA_FLAGS.get(Path(src).name, []) if X86_64 else []
-            compile_one(obj, src, extension, cc_args, [*extra_postargs, *flags], pp_opts)
+    def compile_file(self, compile_one, obj, src, extension, cc_args, extra_postargs, pp_opts):
+        if Path(src).suffix == ".cu":
+            include = [flag for flag in pp_opts if flag.startswith("-I")]
+            return self.spawn([NVCC, *nvcc_flags, *include, "-c", src, "-o", obj])
+        flags = ISA_FLAGS.get(Path(src).name, []) if X86_64 else []
+        compile_one(obj, src, extension, cc_args, [*extra_postargs, *flags], pp_opts)
 
-        self.compiler.src_extensions = [*self.compiler.src_extensions, ".cu"]
-        self.compiler._compile = compile_with_flags
-        try:
-            super().build_extension(ext)
-        finally:
-            self.compiler._compile = compile_one
+
+class Distribution(setuptools.Distribution):
+    """What a setuptools that rejects pyproject.toml's license (before 77) still builds in place, without reading it.
+
+    GPU machines without network often have one. Wheels are built in isolation, where pyproject.toml asks for a newer.
+    """
+
+    def parse_config_files(self, filenames=None, ignore_option_errors=False):
+        too_old = int(setuptools.__version__.partition(".")[0]) < 77
+        only_extensions = "build_ext" in sys.argv and "--inplace" in sys.argv
+        super().parse_config_files([] if too_old and only_extensions else filenames, ignore_option_errors)
 
 
 def extension(name, sources, *, macros=(), libraries=(), required=False):
@@ -84,10 +95,13 @@ BUILD_CUDA = os.environ.get("GMP_KERNELS_BUILD_CUDA", "")
 if BUILD_CUDA == "1" and not NVCC:
     raise SystemExit("GMP_KERNELS_BUILD_CUDA=1, but nvcc is not on the PATH: install the CUDA toolkit, or unset it")
 if BUILD_CUDA != "0" and NVCC and not SANITIZE:
-    # Where nvcc's own libraries are, by its word: it may be a link or a script.
-    dry_run = subprocess.run([NVCC, "-dryrun", "none.cu"], capture_output=True, text=True, check=True).stderr
-    toolkit = re.search(r"^#\$ TOP=(.*)$", dry_run, re.MULTILINE)[1]
-    cudart = str(Path(toolkit) / "lib64/libcudart_static.a")
+    try:
+        architectures = cuda_toolkit.gencode(NVCC, os.environ.get("GMP_KERNELS_CUDA_ARCHS", ""))
+        cudart = str(cuda_toolkit.runtime_library(NVCC))
+    except cuda_toolkit.ToolkitError as error:
+        raise SystemExit(f"setup.py: {error}; GMP_KERNELS_BUILD_CUDA=0 builds without CUDA") from None
+    # As many architectures at a time as there are cores.
+    nvcc_flags = [*cuda_toolkit.FLAGS, *architectures, "--threads=0"]
     extensions.append(
         extension(
             "_cuda",
@@ -108,5 +122,5 @@ if os.environ.get("GMP_KERNELS_BUILD_SIMT") == "1" and X86_64:
         )
     )
 
-ParallelCompile().install()  # as many files at a time as there are cores
-setup(ext_modules=extensions, cmdclass={"build_ext": BuildExtension})
+ParallelCompile().install()  # as many files of an extension at a time as there are cores
+setuptools.setup(ext_modules=extensions, cmdclass={"build_ext": BuildExtension}, distclass=Distribution)

@@ -8,7 +8,6 @@ sectors of 32 bytes.
 
 from __future__ import annotations
 
-import ast
 import importlib.util
 import json
 import re
@@ -30,6 +29,9 @@ from gmp_kernels import BitMask, _simt, apply_masks_, magnitude_threshold, optim
 from gmp_kernels.bench_gpu import SECTOR, llama_8b_sizes, resnet50_sizes
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+import cuda_toolkit  # noqa: E402
+
 RESULTS = ROOT / "benchmarks/results"
 N = 1 << 18
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -173,11 +175,7 @@ def counted() -> list[Counted]:
 
 def nvcc_flags() -> list[str]:
     """Those of setup.py, which cannot be imported without building; one architecture's report after the other."""
-    for node in ast.parse((ROOT / "setup.py").read_text()).body:
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "NVCC_FLAGS":
-            flags = eval(compile(ast.Expression(node.value), "setup.py", "eval"))
-            return [flag for flag in flags if not flag.startswith("--threads")]
-    raise LookupError("setup.py: expected an assignment to NVCC_FLAGS, found none")
+    return [*cuda_toolkit.FLAGS, *cuda_toolkit.gencode("nvcc")]
 
 
 REPORT = re.compile(

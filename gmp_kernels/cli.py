@@ -15,7 +15,7 @@ from gmp_kernels import __version__, backends
 from gmp_kernels.bench import all_cases
 from gmp_kernels.bench_gpu import gpu_cases
 from gmp_kernels.errors import GMPError
-from gmp_kernels.measurement import Machine, Result, measure
+from gmp_kernels.measurement import HEADINGS, Failure, Machine, Result, measure_all, write_results
 from gmp_kernels.plan import PRESETS, Plan, Preset, Row, plan_rows
 
 try:
@@ -165,22 +165,23 @@ def bench(
     console.print(f"{setting}, numpy {machine.numpy}, load {machine.load:.2f}", soft_wrap=True)
     cases, seconds = (all_cases(), 3.0) if device is Device.CPU else (gpu_cases(torch_device), 1.5)
     shrink, seconds = (16, seconds / 10) if quick else (1, seconds)
-    results = [
-        measure(case, shrink=shrink, seconds=seconds, device=torch_device)
-        for case in track(cases, "measuring", console=console, transient=True)
-    ]
-    print_whole(console, _ratios(results))
+    outcomes: list[Result | Failure] = []
+    measured = measure_all(cases, shrink=shrink, seconds=seconds, device=torch_device)
+    for outcome in track(measured, "measuring", total=len(cases), console=console, transient=True):
+        outcomes.append(outcome)
+        if json_file is not None:
+            # After every row: what was measured outlives whatever happens to a later one.
+            write_results(json_file, machine, shrink, outcomes)
+    print_whole(console, _ratios(outcomes))
+    failures = [outcome for outcome in outcomes if isinstance(outcome, Failure)]
+    for failure in failures:
+        console.print(f"{failure.case.name}: {failure.error}", soft_wrap=True, markup=False)
     if quick:
         console.print("Weights this few fit the cache: the verdicts hold for the full table only.")
     if json_file is not None:
-        document = {
-            "machine": machine.to_dict(),
-            "shrink": shrink,
-            "cases": [result.to_dict() for result in results],
-        }
-        json_file.write_text(json.dumps(document, indent=2) + "\n")
         console.print(f"wrote {json_file}", soft_wrap=True)
-    if plot is not None:
+    results = [outcome for outcome in outcomes if isinstance(outcome, Result)]
+    if plot is not None and results:
         # matplotlib takes longer to import than most commands take to run.
         from gmp_kernels.plots import plot_ratios
 
@@ -190,6 +191,8 @@ def bench(
         }
         plot_ratios(plot, rows, setting)
         console.print(f"wrote {plot}", soft_wrap=True)
+    if failures:
+        raise typer.Exit(1)
 
 
 def _given(**options: float | None) -> dict[str, Any]:
@@ -239,34 +242,12 @@ def _draw(plan: Plan, folder: Path) -> None:
     )
 
 
-def _ratios(results: list[Result]) -> Table:
-    rates = any(result.bytes_per_second for result in results)
-    columns = ["ours", "median", "baseline", "median", "ratio", "must", "aim", "verdict", *["GB/s"] * rates]
-    table = new_table(*columns, right=(1, 3, 4, 5, 6, *[8] * rates))
-    for result in results:
-        case = result.case
-        table.add_row(
-            case.name,
-            _quantity(result.ours.median, case.unit),
-            case.baseline,
-            _quantity(result.baseline.median, case.unit),
-            _ratio(result.ratio),
-            _ratio(case.must),
-            "" if case.aim is None else _ratio(case.aim),
-            {"aim": "[green]aim[/]", "must": "must", "missed": "[red]missed[/]"}[result.verdict],
-            *([f"{(result.bytes_per_second or 0) / 1e9:.0f}"] if result.bytes_per_second else []),
-        )
+def _ratios(outcomes: list[Result | Failure]) -> Table:
+    rows = [outcome.cells() for outcome in outcomes]
+    *columns, rate = HEADINGS
+    with_rates = any(row[-1] for row in rows)
+    table = new_table(*columns, *[rate] * with_rates, right=(1, 3, 4, 5, 6, *[8] * with_rates))
+    colors = {"aim": "[green]aim[/]", "missed": "[red]missed[/]", "failed": "[red]failed[/]"}
+    for *cells, verdict, rate in rows:
+        table.add_row(*cells, colors.get(verdict, verdict), *[rate] * with_rates)
     return table
-
-
-def _quantity(value: float, unit: str) -> str:
-    if unit == "launches":
-        return f"{value:g}"
-    if unit == "B":
-        return f"{value / 1e6:.2f} MB"
-    return f"{value * 1e3:.2f} ms" if value >= 1e-4 else f"{value * 1e6:.2f} us"
-
-
-def _ratio(ratio: float) -> str:
-    """Ours as a multiple of the baseline, or, where it is far below, the baseline as a multiple of ours."""
-    return f"{ratio:.2f}" if ratio > 0.25 else f"1/{1 / ratio:.3g}"

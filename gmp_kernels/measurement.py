@@ -7,12 +7,14 @@ smaller one. On a GPU the time is that between two of its events, from when the 
 
 from __future__ import annotations
 
+import gc
+import json
 import os
 import platform
 import re
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,11 +25,25 @@ import torch
 
 from gmp_kernels.errors import DeviceError
 
-__all__ = ["Case", "Machine", "Pair", "Result", "Spread", "Timed", "measure", "time_once"]
+__all__ = [
+    "HEADINGS",
+    "Case",
+    "Failure",
+    "Machine",
+    "Pair",
+    "Result",
+    "Spread",
+    "Timed",
+    "measure",
+    "measure_all",
+    "time_once",
+    "write_results",
+]
 
 MIN_ROUNDS = 5
 SETTLE_BYTES = {"cpu": 1 << 26, "cuda": 1 << 28}  # more than the caches of the devices this is read for
 CPU = torch.device("cpu")
+HEADINGS = ("ours", "median", "baseline", "median", "ratio", "must", "aim", "verdict", "GB/s")
 
 Device: TypeAlias = torch.device
 Clock = Callable[[], Any]  # moments, whose difference is in seconds
@@ -47,6 +63,12 @@ class _Event:
     def __sub__(self, earlier: _Event) -> float:
         self._event.synchronize()
         return float(earlier._event.elapsed_time(self._event)) / 1e3
+
+
+def _idle_device() -> float:
+    """A moment on the host's clock, once the GPU has done all it was given."""
+    torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 class Timed(NamedTuple):
@@ -82,6 +104,8 @@ class Case:
         Seconds, bytes, or kernels launched.
     min_bytes : float, optional
         The fewest that ours could read and write at full size, where that is known.
+    wall : bool
+        Time a GPU by the host's clock, so that what the host does before the first launch is part of it.
     """
 
     name: str
@@ -91,6 +115,7 @@ class Case:
     build: Callable[[int], Pair]
     unit: Literal["s", "B", "launches"] = "s"
     min_bytes: float | None = None
+    wall: bool = False
 
     def verdict(self, ratio: float) -> Literal["aim", "must", "missed"]:
         """Return the strictest bound that ``ratio`` (ours / baseline) meets."""
@@ -147,6 +172,54 @@ class Result:
             "min_bytes": self.case.min_bytes,
             "bytes_per_second": self.bytes_per_second,
         }
+
+    def cells(self) -> list[str]:
+        """Return the row of the table under ``HEADINGS``."""
+        case, rate = self.case, self.bytes_per_second
+        return [
+            case.name,
+            _quantity(self.ours.median, case.unit),
+            case.baseline,
+            _quantity(self.baseline.median, case.unit),
+            *_bounds(self.ratio, case),
+            self.verdict,
+            f"{rate / 1e9:.0f}" if rate else "",
+        ]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A case that could not be measured, and why."""
+
+    case: Case
+    error: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the failure as plain data, ready for JSON."""
+        case = self.case
+        bounds = {"must": case.must, "aim": case.aim}
+        return {"name": case.name, "baseline_name": case.baseline, "unit": case.unit, **bounds, "error": self.error}
+
+    def cells(self) -> list[str]:
+        """Return the row of the table under ``HEADINGS``."""
+        return [self.case.name, "", self.case.baseline, "", *_bounds(None, self.case), "failed", ""]
+
+
+def _bounds(ratio: float | None, case: Case) -> list[str]:
+    return ["" if value is None else _as_ratio(value) for value in (ratio, case.must, case.aim)]
+
+
+def _quantity(value: float, unit: str) -> str:
+    if unit == "launches":
+        return f"{value:g}"
+    if unit == "B":
+        return f"{value / 1e6:.2f} MB"
+    return f"{value * 1e3:.2f} ms" if value >= 1e-4 else f"{value * 1e6:.2f} us"
+
+
+def _as_ratio(ratio: float) -> str:
+    """Ours as a multiple of the baseline, or, where it is far below, the baseline as a multiple of ours."""
+    return f"1/{1 / ratio:.3g}" if 0 < ratio <= 0.25 else f"{ratio:.2f}"
 
 
 @dataclass(frozen=True)
@@ -249,7 +322,9 @@ def measure(
     device : torch.device
         What the sides run on. A GPU times them by its own events.
     """
-    stopwatch = _Event if device.type == "cuda" else clock
+    stopwatch = clock
+    if device.type == "cuda":
+        stopwatch = _idle_device if case.wall else _Event
     pair = case.build(shrink)
     timed = [side for side in pair if isinstance(side, Timed)]
     for side in timed:
@@ -266,6 +341,31 @@ def measure(
     measured = iter(samples)
     ours, baseline = (_spread(next(measured)) if isinstance(s, Timed) else Spread(s, s, s, 0) for s in pair)
     return Result(case, ours, baseline, shrink)
+
+
+def measure_all(
+    cases: Iterable[Case], *, shrink: int = 1, seconds: float = 3.0, device: torch.device = CPU
+) -> Iterator[Result | Failure]:
+    """Measure one case after the other; one that raises is a ``Failure``, and the next has its turn."""
+    for case in cases:
+        outcome: Result | Failure
+        try:
+            outcome = measure(case, shrink=shrink, seconds=seconds, device=device)
+        except Exception as error:
+            outcome = Failure(case, f"{type(error).__name__}: {error}")
+        # What a case has allocated is not there any more when the next one asks for as much.
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        yield outcome
+
+
+def write_results(path: Path, machine: Machine, shrink: int, outcomes: Sequence[Result | Failure]) -> None:
+    """Replace a file of results as a whole, so that it can be written after every row."""
+    document = {"machine": machine.to_dict(), "shrink": shrink, "cases": [outcome.to_dict() for outcome in outcomes]}
+    scratch = path.with_name(path.name + ".new")
+    scratch.write_text(json.dumps(document, indent=2) + "\n")
+    scratch.replace(path)
 
 
 def _spread(samples: Sequence[float]) -> Spread:

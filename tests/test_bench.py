@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from typer.testing import CliRunner
 
 from gmp_kernels import ShapeError, Threshold, bench, cli, plots
-from gmp_kernels.measurement import Case, Machine, Pair, Result, Spread, Timed, measure, time_once
+from gmp_kernels.measurement import Case, Machine, Pair, Result, Spread, Timed, measure, measure_all, time_once
 
 SHRINK = 4096
 # bf16 rounds, and ten times the weights have another threshold: their two sides agree on nothing.
@@ -205,6 +205,43 @@ def test_command_prints_the_table_and_writes_numbers_and_plot(tmp_path: Path, mo
         Result(case, *(Spread(side, side, side, 0) for side in case.build(1))).to_dict() for case in cases
     ]
     assert (tmp_path / "new" / f"{machine.slug}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_row_that_fails_is_recorded_and_the_next_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    json_file, seen = tmp_path / "a.json", []
+
+    def fail(_: int) -> Pair:
+        raise RuntimeError("no [memory] left")
+
+    def last(_: int) -> Pair:
+        seen.extend(json.loads(json_file.read_text())["cases"])  # what a kill would leave
+        return Pair(1.0, 2.0)
+
+    cases = [
+        Case("first", "b", 1.0, None, lambda _: Pair(1.0, 1.0)),
+        Case("second", "b", 1.5, 1.1, fail),
+        Case("third", "b", 1.0, None, last),
+    ]
+    monkeypatch.setattr(cli, "all_cases", lambda: cases)
+    result = RUNNER.invoke(cli.app, ["bench", "--json", str(json_file)])
+    assert result.exit_code == 1
+    rows = [line.split() for line in result.output.splitlines()]
+    assert ["second", "b", "1.50", "1.10", "failed"] in rows
+    assert ["third", "1000.00", "ms", "b", "2000.00", "ms", "0.50", "1.00", "must"] in rows
+    assert "second: RuntimeError: no [memory] left" in result.output
+    document = json.loads(json_file.read_text())
+    assert [row["name"] for row in document["cases"]] == ["first", "second", "third"]
+    assert document["cases"][1]["error"] == "RuntimeError: no [memory] left"
+    assert seen == document["cases"][:2]
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_an_interrupt_ends_the_measurement() -> None:
+    def interrupted(_: int) -> Pair:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        list(measure_all([Case("a", "b", 1.0, None, interrupted)]))
 
 
 def test_command_takes_file_names_and_the_number_of_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -150,6 +150,32 @@ def test_a_gpu_times_by_its_own_events(monkeypatch: pytest.MonkeyPatch) -> None:
     assert result.ours == pytest.approx((0.007, 0.007, 0.007, measurement.MIN_ROUNDS))
 
 
+def test_a_row_on_the_hosts_clock_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What ours launches takes 2 s of the device and 0.5 s of the host; what went before it is not ours."""
+    now, pending = 0.0, 0.0
+
+    def synchronize() -> None:
+        nonlocal now, pending
+        now, pending = now + pending, 0.0
+
+    def launch(host: float, device: float) -> None:
+        nonlocal now, pending
+        now, pending = now + host, pending + device
+
+    class Gpu:
+        type = "cuda"
+
+    class Buffer:
+        def sum(self) -> None:
+            launch(0.0, 7.0)
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(measurement.time, "perf_counter", lambda: now)
+    monkeypatch.setattr(torch, "ones", lambda n, device: Buffer())
+    case = Case("a", "b", 1.0, None, lambda _: Pair(Timed(lambda: launch(0.5, 2.0)), 1.0), wall=True)
+    assert measure(case, seconds=0, device=Gpu()).ours.median == pytest.approx(2.5)
+
+
 def test_without_a_gpu_the_command_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     result = CliRunner().invoke(cli.app, ["bench", "--device", "cuda"])
@@ -166,7 +192,8 @@ def test_the_command_measures_on_the_device_asked_for(monkeypatch: pytest.Monkey
     seen = []
     case = Case("prune", "copy", 1.5, None, lambda _: Pair(2.0, 4.0), min_bytes=64e9)
     monkeypatch.setattr(cli, "gpu_cases", lambda device: [case])
-    monkeypatch.setattr(cli, "measure", lambda case, **given: seen.append(given) or measure(case))
+    monkeypatch.setattr(measurement, "measure", lambda case, **given: seen.append(given) or measure(case))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(Machine, "here", lambda device: Machine("CPU", 8, 4, 0.0, "", "", "", "", gpu="GPU"))
     result = CliRunner(env={"COLUMNS": "140"}).invoke(cli.app, ["bench", "--device", "cuda"])
     assert result.exit_code == 0, result.output

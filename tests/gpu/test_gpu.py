@@ -1,66 +1,27 @@
-"""What only a GPU can show: streams, graphs, its memory, sizes beyond 32 bits. Run by ``make gpu-check`` alone."""
+"""What only a GPU can show: streams, its memory, its errors. Run by ``make gpu-check`` alone."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 
 import pytest
 import torch
-from conftest import KERNELS, usable
+from conftest import usable
+from on_gpu import GPU, ON_GPU, SHAPES, hand_out, random_weight, started
 from optim_cases import assert_same_run, clones, masked, parameters, random_gradients, random_masks, set_gradients
 from subprocesses import run_python
 
-from gmp_kernels import BitMask, Threshold, apply_masks_, prune_
+from gmp_kernels import BitMask, prune_
 from gmp_kernels.errors import DeviceError, LayoutError
-from gmp_kernels.testing import DTYPES, adversarial_cases, assert_bitwise_equal, assert_same_pruning, device_of
+from gmp_kernels.testing import DTYPES, adversarial_cases, assert_same_pruning
 
-GPU = device_of("cuda")
-# Where none was asked for, "cuda" fails with the reason why it cannot run.
-ON_GPU = [name for name in KERNELS if device_of(name) == GPU] or ["cuda"]
 OTHER_DEVICES = ["cpu", *(f"cuda:{i}" for i in range(1, torch.cuda.device_count()))]
-SHAPES = [(24, 33), (7,), (65, 9), (3 * 16384 + 5,)]
 
 
 @pytest.fixture(params=ON_GPU)
 def gpu(request: pytest.FixtureRequest) -> str:
     """Name of every backend whose tensors are on a GPU."""
     return usable(request.param)
-
-
-def random_weight(n: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
-    return torch.empty(n, dtype=dtype, device=GPU).normal_(generator=torch.Generator(GPU).manual_seed(seed))
-
-
-def kept_by(threshold: Threshold, weight: torch.Tensor, chunk: int = 1 << 28) -> Iterator[tuple[slice, torch.Tensor]]:
-    """The mask that a threshold means, in pieces: what is above it, and of the ties those of lowest index."""
-    ties_before = 0
-    for start in range(0, weight.numel(), chunk):
-        piece = slice(start, start + chunk)
-        magnitude = weight[piece].abs()
-        tie = magnitude == threshold.value
-        rank = ties_before + tie.cumsum(0, dtype=torch.int64)  # from 1
-        ties_before += int(tie.sum())
-        yield piece, (magnitude > threshold.value) | (tie & (rank <= threshold.num_ties_kept))
-    assert ties_before == threshold.num_ties
-
-
-@pytest.mark.parametrize("n", [2**31 + 5])
-def test_more_weights_than_32_bits_count(gpu: str, n: int) -> None:
-    weight = random_weight(n, torch.bfloat16)
-    before = weight.clone()
-    result = prune_(weight, sparsity=0.9, backend=gpu)
-    assert result.num_pruned == result.num_newly_pruned == [round(0.9 * n)]
-    (threshold,), (mask,) = result.thresholds, result.masks
-    kept = mask.to_bool()
-    assert mask.num_kept == n - round(0.9 * n)
-    for piece, expected in kept_by(threshold, before):
-        assert torch.equal(kept[piece], expected)
-        assert torch.equal(weight[piece], torch.where(expected, before[piece], 0.0))
-    before[-1] = float("nan")
-    assert int(prune_(before, num_prune=5, nonfinite="keep", backend=gpu).num_pruned[0]) == 5
-    apply_masks_(before, mask, backend=gpu)
-    assert int((before != 0).sum()) == int(kept.sum())  # a NaN is not 0 either, so it counts if it was kept
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -82,29 +43,12 @@ def test_a_hundred_times_the_same_bits(gpu: str) -> None:
         assert all(torch.equal(a, b) for a, b in zip(found, first, strict=True))
 
 
-def started(gpu: str, case: str = "adamw", **options):
-    """Parameters on the GPU and their optimizer, with masks and a few steps behind it."""
-    params = parameters(SHAPES, device=GPU)
-    optimizer = masked(case, params, backend=gpu, **options)
-    optimizer.set_masks(random_masks(params, 0.7))
-    for step in range(3):
-        set_gradients(params, random_gradients(params, step), {})
-        optimizer.step()
-    return params, optimizer
-
-
-def hand_out(params, step: int) -> None:
-    """New gradients in the memory of the old ones."""
-    for p, gradient in zip(params, random_gradients(params, step), strict=True):
-        p.grad.copy_(gradient)
-
-
 @pytest.mark.parametrize("compact", [False, True], ids=["dense", "compact"])
 @pytest.mark.parametrize("case", ["momentum", "adamw_amsgrad"])
 def test_a_hundred_times_the_same_step(gpu: str, case: str, compact: bool) -> None:
     runs = []
     for _ in range(100):
-        params, optimizer = started(gpu, case, compact_state=compact)
+        params, optimizer, _ = started(gpu, case, compact_state=compact)
         runs = [*runs[:1], (params, optimizer)]
         assert_same_run(*runs[-1], *runs[0])
 
@@ -115,7 +59,7 @@ def test_work_goes_to_the_current_stream(gpu: str) -> None:
     expected = source.clone()
     expected_masks = prune_(expected, sparsity=0.9, backend=gpu).masks
     weight, side = torch.zeros_like(source), torch.cuda.Stream()
-    params, optimizer = started(gpu)
+    params, optimizer, _ = started(gpu)
     mirror, other = copy.deepcopy((params, optimizer))
     hand_out(params, 4)
     optimizer.step()
@@ -136,7 +80,7 @@ def test_work_goes_to_the_current_stream(gpu: str) -> None:
 
 @pytest.mark.parametrize("case", ["momentum", "adamw"])
 def test_a_step_does_not_wait_for_the_device(gpu: str, case: str) -> None:
-    params, optimizer = started(gpu, case)
+    params, optimizer, _ = started(gpu, case)
     averages = clones(params)
     hand_out(params, 4)
     torch.cuda.synchronize()
@@ -146,23 +90,6 @@ def test_a_step_does_not_wait_for_the_device(gpu: str, case: str) -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert not torch.equal(averages[0], params[0])
-
-
-@pytest.mark.parametrize("case", ["momentum", "adamw"])
-def test_a_step_captured_in_a_graph_is_the_step(gpu: str, case: str) -> None:
-    options = {"capturable": True} if case == "adamw" else {}
-    params, optimizer = started(gpu, case, **options)
-    mirror, other = started(gpu, case, **options)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        optimizer.step()
-    for step in range(4, 8):
-        hand_out(params, step)
-        graph.replay()
-        hand_out(mirror, step)
-        other.step()
-    for p, q in zip(params, mirror, strict=True):
-        assert_bitwise_equal(p.detach(), q.detach(), "weights")
 
 
 def test_out_of_memory_is_named_and_changes_nothing(gpu: str) -> None:

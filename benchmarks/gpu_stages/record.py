@@ -1,0 +1,219 @@
+"""What is known so far: on disk after every fact, and as the summary that ends a run."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gpu_stages.running import Outcome
+
+MOST_CHARACTERS = 12_000  # of a summary: what one sees of a long output is often its end
+LONGEST_TEXT = 600
+HEADINGS = ("ours", "median", "baseline", "median", "ratio", "must", "aim", "verdict", "GB/s")
+
+
+@dataclass
+class StageRecord:
+    """What a stage has told, and how it ended once it has."""
+
+    name: str
+    outcome: Outcome | None = None
+    facts: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def result(self) -> str:
+        """The outcome in a word."""
+        return self.outcome.result if self.outcome else "running"
+
+    def lines(self) -> list[str]:
+        """What people want to read of it: its facts' texts; of a stage that failed the end of its output as well."""
+        texts = [short(fact["text"]) for fact in self.facts if fact.get("text")]
+        failed = self.outcome is not None and not self.outcome.passed
+        if failed and self.outcome.last_lines:
+            texts += ["the last lines of its output:", *("  " + line[:200] for line in self.outcome.last_lines)]
+        return "\n".join(texts).splitlines()
+
+
+def short(text: Any) -> str:
+    """A text that no other has to make room for."""
+    text = str(text)
+    return text if len(text) <= LONGEST_TEXT else text[:LONGEST_TEXT] + " ..."
+
+
+class Record:
+    """All facts and outcomes of a run, in ``<name>.json``, ``<name>.md`` and ``<name>.log``.
+
+    The first two are replaced after every fact, as whole files; the log grows. Until the device is known, and on a
+    machine where it never is, the files have the name that is given here.
+    """
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self._folder, self._name = folder, name
+        folder.mkdir(parents=True, exist_ok=True)
+        self._log = self._path("log").open("w")
+        self.machine: dict[str, Any] = {}
+        self.stages: list[StageRecord] = []
+
+    def __enter__(self) -> Record:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._log.close()
+
+    def discard(self) -> None:
+        """Remove the files: there was nothing to record."""
+        self._log.close()
+        for kind in ("json", "md", "log"):
+            self._path(kind).unlink(missing_ok=True)
+
+    def _path(self, kind: str) -> Path:
+        return self._folder / f"{self._name}.{kind}"
+
+    def log(self, text: str) -> None:
+        """Add to the log alone."""
+        self._log.write(text)
+        self._log.flush()
+
+    def say(self, text: str) -> None:
+        """Print, and add to the log. Where nobody reads any more, the files are still worth writing."""
+        try:
+            print(text, flush=True)
+        except BrokenPipeError:
+            sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115
+        self.log(text + "\n")
+
+    def begin(self, stage: str) -> None:
+        """Facts are those of ``stage`` from here on."""
+        self.stages.append(StageRecord(stage))
+
+    def fact(self, fact: dict[str, Any]) -> None:
+        """Take a fact of the stage that is running, and write all files."""
+        if fact.get("text"):
+            self.say("  " + short(fact["text"]).replace("\n", "\n  "))
+        if isinstance(fact.get("machine"), dict):
+            self.machine |= fact["machine"]
+            self._rename()
+        self.stages[-1].facts.append(fact)
+        self.save()
+
+    def end(self, outcome: Outcome) -> None:
+        """Take how the stage that was running has ended, and write all files."""
+        self.stages[-1].outcome = outcome
+        self.save()
+
+    def _rename(self) -> None:
+        slug = re.sub(r"[^a-z0-9]+", "-", str(self.machine.get("gpu") or "").lower()).strip("-")
+        if not slug or self._name.startswith(slug):
+            return
+        before = [(kind, self._path(kind)) for kind in ("json", "md", "log")]
+        self._name = self._name.replace("gpu-check", slug, 1)
+        for kind, path in before:
+            if path.exists():
+                path.replace(self._path(kind))
+
+    @property
+    def cases(self) -> list[dict[str, Any]]:
+        """Facts that are rows of the benchmark table."""
+        return [fact for stage in self.stages for fact in stage.facts if isinstance(fact.get("case"), dict)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as plain data: machine and cases as ``gmp-kernels bench`` writes them, and the stages."""
+        stages = []
+        for stage in self.stages:
+            outcome = stage.outcome or Outcome("running")
+            facts = [fact for fact in stage.facts if "case" not in fact and "machine" not in fact]
+            stages.append(
+                {"name": stage.name, "result": stage.result, "seconds": round(outcome.seconds, 1), "facts": facts}
+            )
+        return {"machine": self.machine, "shrink": 1, "cases": [row["case"] for row in self.cases], "stages": stages}
+
+    def save(self) -> None:
+        """Replace the JSON and the Markdown file."""
+        for kind, text in (("json", json.dumps(self.to_dict(), indent=1) + "\n"), ("md", self._markdown())):
+            scratch = self._path(kind + ".new")
+            scratch.write_text(text)
+            scratch.replace(self._path(kind))
+
+    def _markdown(self) -> str:
+        parts = [f"# {self.machine.get('gpu') or 'No GPU'}", "", "Written by `python3 benchmarks/gpu_check.py`.", ""]
+        known = [f"{key}: {value}" for key, value in self.machine.items() if value is not None and key != "gpu"]
+        parts += [", ".join(known), "", *_markdown_table(("stage", "result", "seconds"), self._stage_rows())]
+        if self.cases:
+            parts += ["", "## Measured", "", "A ratio is ours / baseline; must and aim are its bounds.", ""]
+            parts += _markdown_table(HEADINGS, [row.get("cells", []) for row in self.cases])
+        for stage in self.stages:
+            texts = [short(f["text"]) for f in stage.facts if f.get("text") and not {"case", "machine"} & f.keys()]
+            if texts:
+                parts += ["", f"## {stage.name}", "", "```", *texts, "```"]
+        return "\n".join(parts) + "\n"
+
+    def _stage_rows(self) -> list[tuple[str, str, str]]:
+        rows = []
+        for stage in self.stages:
+            outcome = stage.outcome or Outcome("running")
+            seconds = f"{outcome.seconds:.0f} of {outcome.limit:.0f}" if outcome.limit else ""
+            rows.append((stage.name, short(stage.result), seconds))
+        return rows
+
+    def summary(self, most: int = MOST_CHARACTERS) -> str:
+        """One line per stage, then what each has found; a stage that found too much for ``most`` is cut short.
+
+        Every stage has the same room; what one does not use is the others'.
+        """
+        table = aligned([("stage", "result", "seconds"), *self._stage_rows()])
+        files = ", ".join(str(self._path(kind)) for kind in ("json", "md", "log"))
+        frame = f"\nSUMMARY {self.machine.get('gpu') or 'no GPU'}\n{table}"[: most // 2]
+        end = f"\nmore in {files}"[:500]
+        sections = {stage.name: stage.lines() for stage in self.stages}
+        headings = {name: f"\n-- {name}\n" for name, lines in sections.items() if lines}
+        room = max(0, most - len(frame) - len(end) - sum(map(len, headings.values())))
+        rooms = shared(room, [sum(len(line) + 1 for line in sections[name]) for name in headings])
+        body = "".join(
+            heading + _cut(sections[name], room) for (name, heading), room in zip(headings.items(), rooms, strict=True)
+        )
+        return (frame + body)[: most - len(end)] + end
+
+
+def shared(room: int, wanted: Sequence[int]) -> list[int]:
+    """Divide ``room`` evenly; who wants less leaves the rest to the others."""
+    given = [0] * len(wanted)
+    by_want = sorted(range(len(wanted)), key=wanted.__getitem__)
+    for position, index in enumerate(by_want):
+        given[index] = min(wanted[index], room // (len(by_want) - position))
+        room -= given[index]
+    return given
+
+
+def _cut(lines: Sequence[str], room: int) -> str:
+    """The first lines that fit, and how many did not."""
+    text = "\n".join(lines) + "\n"
+    if len(text) <= room:
+        return text
+    kept, size = [], 0
+    for line in lines:
+        size += len(line) + 1
+        if size > room - 40:
+            break
+        kept.append(line)
+    return "\n".join([*kept, f"... {len(lines) - len(kept)} more lines in the log"])[: max(0, room - 1)] + "\n"
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Columns of text."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "".join("  ".join(map(str.ljust, row, widths)).rstrip() + "\n" for row in rows)
+
+
+def _markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = ["| " + " | ".join(headings) + " |", "|" + "---|" * len(headings)]
+    for row in rows:
+        cells = [str(cell).replace("|", "\\|").replace("\n", " ") for cell in row]
+        cells += [""] * (len(headings) - len(cells))
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines

@@ -1,0 +1,222 @@
+"""Runs the command of a stage: within its time, with bounded output, and leaving no process behind."""
+
+from __future__ import annotations
+
+import os
+import select
+import shutil
+import signal
+import subprocess
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from gpu_stages.facts import LISTENING, parsed
+
+ROOT = Path(__file__).parent.parent.parent
+GRACE = 2.0  # seconds between SIGTERM and SIGKILL
+LONGEST_LINE = 1 << 16
+HEAD, TAIL = 1 << 17, 1 << 16  # bytes of a stage's output that the log keeps
+LAST_LINES = 15  # that the summary shows of a stage that failed
+MOST_FACTS = 400
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A command and the time it has.
+
+    Attributes
+    ----------
+    name : str
+        By which the command line selects it.
+    seconds : float
+        After which it is ended.
+    command : sequence of str
+    environment : mapping of str to str
+        Added to that of this process.
+    least : float
+        It is not begun with less time than this, in which it could find out nothing.
+    tool : str
+        Program that must be on the PATH.
+    gate : bool
+        No other stage runs once this one has failed.
+    diagnosis : Stage, optional
+        Runs when this one has failed.
+    """
+
+    name: str
+    seconds: float
+    command: Sequence[str]
+    environment: Mapping[str, str] = field(default_factory=dict)
+    least: float = 5.0
+    tool: str = ""
+    gate: bool = False
+    diagnosis: Stage | None = None
+
+
+class Outcome(NamedTuple):
+    """How a stage ended: "passed", or what went wrong. ``limit`` is the time it had."""
+
+    result: str
+    seconds: float = 0.0
+    limit: float = 0.0
+    last_lines: tuple[str, ...] = ()
+
+    @property
+    def passed(self) -> bool:
+        """Whether everything the stage checks holds."""
+        return self.result == "passed"
+
+
+class Stopped(BaseException):
+    """This process was told to end, by the signal of this number."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+class Output:
+    """Takes what a stage prints: facts are handed on, of everything else the beginning and the end are kept."""
+
+    def __init__(self, log: Callable[[str], None], fact: Callable[[dict[str, Any]], None]) -> None:
+        self._log, self._fact = log, fact
+        self._partial = b""
+        self._head_left, self._facts_left = HEAD, MOST_FACTS
+        self._tail: deque[str] = deque()
+        self._tail_size = self._left_out = 0
+        self._last: deque[str] = deque(maxlen=LAST_LINES)
+
+    def feed(self, data: bytes) -> None:
+        """Take the next bytes."""
+        *lines, self._partial = (self._partial + data).split(b"\n")
+        for line in lines:
+            self._line(line)
+        while len(self._partial) > LONGEST_LINE:
+            self._line(self._partial[:LONGEST_LINE])
+            self._partial = self._partial[LONGEST_LINE:]
+
+    def close(self) -> tuple[str, ...]:
+        """Write what was held back; return the last lines."""
+        if self._partial:
+            self._line(self._partial)
+        if self._left_out:
+            self._log(f"... {self._left_out} bytes left out ...\n")
+        for line in self._tail:
+            self._log(line)
+        return tuple(self._last)
+
+    def _line(self, line: bytes) -> None:
+        text = line[:LONGEST_LINE].decode(errors="replace").replace("\x00", "") + "\n"
+        if (fact := parsed(text)) is not None:
+            self._facts_left -= 1
+            if self._facts_left == 0:
+                self._fact({"text": f"more than {MOST_FACTS - 1} facts; the rest is left out"})
+            elif self._facts_left > 0:
+                self._fact(fact)
+            return
+        if text.strip():
+            self._last.append(text.rstrip()[:400])
+        if self._head_left > 0:
+            self._head_left -= len(text)
+            self._log(text)
+            return
+        self._tail.append(text)
+        self._tail_size += len(text)
+        while self._tail_size > TAIL:
+            dropped = len(self._tail.popleft())
+            self._tail_size -= dropped
+            self._left_out += dropped
+
+
+def run(
+    stage: Stage, limit: float, log: Callable[[str], None], fact: Callable[[dict[str, Any]], None] = lambda _: None
+) -> Outcome:
+    """Run a stage to its end, or for ``limit`` seconds; the processes it started end with it.
+
+    Raises
+    ------
+    Stopped
+        Raised by a signal handler meanwhile; the stage has ended then, too.
+    """
+    if stage.tool and shutil.which(stage.tool) is None:
+        return Outcome(f"not run: {stage.tool} is not on the PATH", 0.0, limit)
+    log(" ".join(stage.command) + "\n")
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "benchmarks")]),
+        "PYTHONUNBUFFERED": "1",
+        LISTENING: "1",
+        **stage.environment,
+    }
+    start = time.monotonic()
+    try:
+        # A group of its own, to be ended as a whole; not a session, which would outlive the end of ours.
+        process = subprocess.Popen(
+            stage.command,
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            process_group=0,
+        )
+    except OSError as error:
+        log(f"{error}\n")
+        return Outcome(f"could not start: {error.strerror}", 0.0, limit)
+    output = Output(log, fact)
+    try:
+        in_time = _follow(process, output, start + limit)
+        if not in_time:
+            _signal(process, signal.SIGTERM)
+            _follow(process, output, time.monotonic() + GRACE)
+    finally:
+        # Before the exit status is collected: until then no other process can get this group's number.
+        _signal(process, signal.SIGKILL)
+        process.wait()
+        _drain(process, output)
+        process.stdout.close()
+        last_lines = output.close()
+    return Outcome(_result(process.returncode, in_time), time.monotonic() - start, limit, last_lines)
+
+
+def _result(code: int, in_time: bool) -> str:
+    if not in_time:
+        return "out of time"
+    if code < 0:
+        return f"killed by {signal.Signals(-code).name}"
+    return f"exit code {code}" if code else "passed"
+
+
+def _follow(process: subprocess.Popen[bytes], output: Output, end: float) -> bool:
+    """Hand on the output until the process exits (True) or the time is over (False)."""
+    is_open = True
+    while (left := end - time.monotonic()) > 0:
+        if is_open and select.select([process.stdout], [], [], min(left, 0.1))[0]:
+            data = os.read(process.stdout.fileno(), 1 << 16)
+            output.feed(data)
+            is_open = bool(data)
+            continue
+        # Its children may hold the pipe open for longer than it lives itself.
+        if os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
+            return True
+        if not is_open:
+            time.sleep(min(left, 0.02))
+    return False
+
+
+def _drain(process: subprocess.Popen[bytes], output: Output) -> None:
+    """Hand on what is in the pipe, without waiting for a process that left the group and still holds it open."""
+    for _ in range(64):  # more than a pipe holds
+        if not select.select([process.stdout], [], [], 0)[0] or not (data := os.read(process.stdout.fileno(), 1 << 16)):
+            return
+        output.feed(data)
+
+
+def _signal(process: subprocess.Popen[bytes], number: int) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, number)
