@@ -14,7 +14,7 @@ from pathlib import Path
 import setuptools
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 
-sys.path.insert(0, str(Path(__file__).parent))  # where pip builds it is not there
+sys.path.insert(0, str(Path(__file__).parent / "csrc"))
 import cuda_toolkit
 
 X86_64 = platform.machine().lower() in ("x86_64", "amd64")

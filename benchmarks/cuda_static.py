@@ -29,7 +29,7 @@ from gmp_kernels import BitMask, _simt, apply_masks_, magnitude_threshold, optim
 from gmp_kernels.bench_gpu import SECTOR, llama_8b_sizes, resnet50_sizes
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT / "csrc"))
 import cuda_toolkit  # noqa: E402
 
 RESULTS = ROOT / "benchmarks/results"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from subprocesses import ROOT
 
-sys.path.append(str(ROOT))
+sys.path.append(str(ROOT / "csrc"))
 import cuda_toolkit
 from cuda_toolkit import ToolkitError, gencode, ptx_for, runs_on, runtime_library
 

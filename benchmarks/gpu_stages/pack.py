@@ -29,8 +29,8 @@ class PackError(Exception):
 def sources_digest() -> str:
     """Hash of everything that decides what is built."""
     digest = hashlib.sha256()
-    compiled = [path for path in (ROOT / "csrc").rglob("*") if path.is_file()]
-    for path in sorted([ROOT / "setup.py", ROOT / "cuda_toolkit.py", *compiled]):
+    sources = [path for path in (ROOT / "csrc").rglob("*") if path.is_file() and path.suffix != ".pyc"]
+    for path in sorted([ROOT / "setup.py", *sources]):
         digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
     return digest.hexdigest()
 
