@@ -30,7 +30,7 @@ FLOORS = [
     {"plan", "plots"},
     {"checkpoints", "tables"},
     {"demo"},
-    {"bench_checkpoints", "bench_gpu", "cli_checkpoints"},
+    {"bench_checkpoints", "bench_gpu", "bench_host", "cli_checkpoints"},
     {"bench"},
     {"cli"},
     {"__main__"},
