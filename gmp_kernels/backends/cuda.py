@@ -7,6 +7,7 @@ stays on the device until it is needed. Workspace comes from torch's allocator.
 from __future__ import annotations
 
 import itertools
+from array import array
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -101,10 +102,15 @@ class Launches:
         return self._tables(layers, [0] * len(layers), [None] * len(layers), found=nothing)
 
     def select(
-        self, layers: Sequence[Layer], num_prune: Sequence[int], hints: Sequence[Threshold | None]
+        self,
+        layers: Sequence[Layer],
+        num_prune: Sequence[int],
+        hints: Sequence[Threshold | None],
+        *,
+        prunes: bool = False,
     ) -> Sequence[Selection]:
         with self._on(layers[0].weight.device, "select") as launch:
-            tables = self._tables(layers, num_prune, hints)
+            tables = self._tables(layers, num_prune, hints, prunes=prunes)
             for part in tables.parts:
                 self._module.begin(launch, part.dtype, part.tables)
                 self._module.select(launch, part.dtype, part.tables)
@@ -202,10 +208,11 @@ class Launches:
             parts_of: dict[str, list[int]] = defaultdict(list)
             for i, t in enumerate(tensors):
                 parts_of[t.row.dtype if isinstance(t.row, _Row) else _prepared(t).dtype].append(i)
+            argument = self._argument(constants)
             steps = []
             for dtype, positions in parts_of.items():
                 first: _Row = tensors[positions[0]].row  # type: ignore[assignment]
-                values = self._constants(first.constants, constants, device)
+                values = None if argument else self._constants(first.constants, constants, device)
                 rows, num_chunks = [], 0
                 for i in positions:
                     row: _Row = tensors[i].row  # type: ignore[assignment]
@@ -216,7 +223,23 @@ class Launches:
                 steps.append((dtype, table, len(rows), num_chunks, values))
             # Everything there has to be memory for is there: from here on weights are written.
             for dtype, table, num_rows, num_chunks, values in steps:
-                self._module.update(launch, dtype, rule, table.data_ptr(), num_rows, num_chunks, values.data_ptr())
+                self._module.update(
+                    launch, dtype, rule, table.data_ptr(), num_rows, num_chunks, address(values), argument
+                )
+
+    def _argument(self, constants: Sequence[Mapping[str, float | torch.Tensor]]) -> bytes:
+        """The constants as an argument of the launch; empty where there are too many, or some are on the device."""
+        if len(constants) > self._module.MAX_ARGUMENT_CONSTANTS:
+            return b""
+        names: Mapping[str, float] = self._module.CONSTANTS
+        values = array("d")
+        for given in constants:
+            for name, absent in names.items():
+                value = given.get(name, absent)
+                if isinstance(value, torch.Tensor):
+                    return b""
+                values.append(value)
+        return values.tobytes()
 
     def _constants(
         self, table: Table, constants: Sequence[Mapping[str, float | torch.Tensor]], device: torch.device
@@ -255,11 +278,26 @@ class Launches:
             self._module.sum_squares(launch, table.data_ptr(), len(rows), first_chunk, sums.data_ptr())
         return sums[-1]
 
-    def compaction(self, mask: torch.Tensor, numel: int) -> Compaction:
-        with self._on(mask.device, "compaction") as launch:
-            ranks = torch.empty(num_chunks_of(numel, self._module.CHUNK) + 1, dtype=torch.int64, device=mask.device)
-            self._module.ranks(launch, mask.data_ptr(), numel, ranks.data_ptr())
-            return Compaction(mask, ranks, int(ranks[-1]))
+    def compactions(self, masks: Sequence[tuple[torch.Tensor, int]]) -> list[Compaction]:
+        if not masks:
+            return []
+        device = masks[0][0].device
+        with self._on(device, "compactions") as launch:
+            chunks = [num_chunks_of(numel, self._module.CHUNK) for _, numel in masks]
+            # What each mask keeps in all, then the chunk offsets of one mask after the other. Of empty ones all is 0.
+            buffer = torch.zeros(len(masks) + sum(chunks) + len(masks), dtype=torch.int64, device=device)
+            offsets = torch.split(buffer[len(masks) :], [n + 1 for n in chunks])
+            order = sorted(range(len(masks)), key=lambda i: chunks[i] == 0)  # those that have rows come first
+            rows, first_chunk = [], 0
+            for i in order[: sum(n > 0 for n in chunks)]:
+                rows.append([masks[i][0].data_ptr(), masks[i][1], first_chunk, offsets[i].data_ptr()])
+                first_chunk += chunks[i]
+            if rows:
+                table = upload(rows, torch.int64, device)
+                self._module.chunk_offsets(launch, table.data_ptr(), len(rows), first_chunk, buffer.data_ptr())
+            totals = buffer[: len(masks)].tolist()
+        kept = dict(zip(order, totals, strict=True))
+        return [Compaction(mask, offsets[i], kept[i]) for i, (mask, _) in enumerate(masks)]
 
     def move_state(self, moves: Sequence[StateMove]) -> None:
         rows, first_chunk = [], 0
