@@ -33,6 +33,7 @@ __all__ = [
     "checked_layers",
     "checked_names",
     "counts_to_prune",
+    "forget",
 ]
 
 Weight: TypeAlias = torch.Tensor | np.ndarray
@@ -71,9 +72,14 @@ def checked_layers(
     facts = Facts(layers)
     if key is not None:
         if len(_known) >= MOST_KNOWN:
-            _known.clear()
+            forget()
         _known[key] = signature, facts  # type: ignore[assignment]
     return Layers([layer.weight for layer in layers], packed, facts)
+
+
+def forget() -> None:
+    """Look at the next call in full, whatever its tensors."""
+    _known.clear()
 
 
 def _signature(weights: Sequence[Weight], masks: Sequence[BitMask] | None) -> list[Any] | None:

@@ -193,7 +193,7 @@ def prune_(
     else:
         assert layers.masks is not None
         out = layers.masks
-    chosen = implementation.select(layers, counts, hints)
+    chosen = implementation.select(layers, counts, hints, prunes=True)
     written = implementation.prune(layers, chosen, out, finite=nonfinite == "error")
     thresholds, _, nonfinite_indices = columns_of(chosen)
     if nonfinite == "error":

@@ -6,14 +6,15 @@ layers take as objects of their own: a GPU would wait for it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from itertools import chain
 from typing import NamedTuple, TypeVar, overload
 
 import torch
 
 from gmp_kernels.backends import Layer, Selection, Threshold
 
-__all__ = ["Columns", "Facts", "Layers", "Selections", "columns_of", "prepared"]
+__all__ = ["Columns", "Facts", "Layers", "Selections", "columns_of", "device_of", "merged", "prepared"]
 
 T = TypeVar("T")
 
@@ -37,7 +38,7 @@ class Facts:
         self.sizes = [layer.weight.numel() for layer in layers]
         self.dtypes = [layer.weight.dtype for layer in layers]
         self.device = layers[0].weight.device
-        self.prepared: dict[str, object] = {}
+        self.prepared: dict[Hashable, object] = {}
 
 
 class Layers(Sequence[Layer]):
@@ -71,14 +72,19 @@ class Layers(Sequence[Layer]):
         return Layer(self.weights[index].detach(), None if self.masks is None else self.masks[index])
 
 
-def prepared(layers: Sequence[Layer], name: str, make: Callable[[], T]) -> T:
+def device_of(layers: Sequence[Layer]) -> torch.device:
+    """Return the device that all of them are on."""
+    return layers.facts.device if isinstance(layers, Layers) else layers[0].weight.device
+
+
+def prepared(layers: Sequence[Layer], key: Hashable, make: Callable[[], T]) -> T:
     """Return what ``make`` makes of the layers' addresses, sizes and dtypes: made once for as long as these stay."""
     if not isinstance(layers, Layers):
         return make()
     known = layers.facts.prepared
-    if name not in known:
-        known[name] = make()
-    return known[name]  # type: ignore[return-value]
+    if key not in known:
+        known[key] = make()
+    return known[key]  # type: ignore[return-value]
 
 
 class Columns(NamedTuple):
@@ -124,3 +130,11 @@ def columns_of(selections: Sequence[Selection]) -> Columns:
         [cut for selection in selections for cut in selection.cuts],
         [index for selection in selections for index in selection.nonfinite],
     )
+
+
+def merged(positions: Sequence[Sequence[int]], pieces: Sequence[list[T]]) -> list[T]:
+    """Return a column of all layers, given that of each part and the positions of its layers."""
+    if len(pieces) == 1:
+        return pieces[0]
+    found = dict(zip(chain.from_iterable(positions), chain.from_iterable(pieces), strict=True))
+    return [found[i] for i in range(len(found))]

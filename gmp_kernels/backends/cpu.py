@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import chain
 from operator import sub
 from typing import NamedTuple, TypeVar
 
@@ -24,7 +23,7 @@ from gmp_kernels.backends import (
     Written,
     register,
 )
-from gmp_kernels.backends._layers import Columns, Layers, Selections, columns_of, prepared
+from gmp_kernels.backends._layers import Columns, Layers, Selections, columns_of, merged, prepared
 from gmp_kernels.backends._rows import address, by_dtype, dtype_name
 from gmp_kernels.backends._rows import parts as split
 
@@ -66,14 +65,6 @@ def _taken(column: Sequence[T], positions: Sequence[int]) -> Sequence[T]:
     return [column[i] for i in positions] if len(positions) < len(column) else column
 
 
-def _merged(parts: Sequence[_Part], pieces: Sequence[list[T]]) -> list[T]:
-    """A column of all layers, from that of each part."""
-    if len(parts) == 1:
-        return pieces[0]
-    found = dict(zip(chain.from_iterable(part.positions for part in parts), chain.from_iterable(pieces), strict=True))
-    return [found[i] for i in range(len(found))]
-
-
 def _floats(constants: Mapping[str, float | torch.Tensor]) -> dict[str, float]:
     return {name: float(value) for name, value in constants.items()}
 
@@ -99,7 +90,12 @@ class Cpu:
     """Implementation with one call per dtype at most, which nearly always means one call."""
 
     def select(
-        self, layers: Sequence[Layer], num_prune: Sequence[int], hints: Sequence[Threshold | None]
+        self,
+        layers: Sequence[Layer],
+        num_prune: Sequence[int],
+        hints: Sequence[Threshold | None],
+        *,
+        prunes: bool = False,
     ) -> Selections:
         hints = hints if any(hints) else []
         parts, num_threads = _parts(layers), torch.get_num_threads()
@@ -107,8 +103,9 @@ class Cpu:
         for rows, positions, _ in parts:
             columns = _C.select(rows, _taken(num_prune, positions), _taken(hints, positions), num_threads)
             found.append((list(map(Threshold, *columns[:4])), *columns[4:]))
-        thresholds, cuts, nonfinite = zip(*found, strict=True)
-        return Selections(Columns(_merged(parts, thresholds), _merged(parts, cuts), _merged(parts, nonfinite)))
+        all_positions = [part.positions for part in parts]
+        thresholds, cuts, nonfinite = (merged(all_positions, pieces) for pieces in zip(*found, strict=True))
+        return Selections(Columns(thresholds, cuts, nonfinite))
 
     def sample(self, layers: Sequence[Layer], shares: Sequence[float]) -> list[Bracket]:
         found: dict[int, Bracket] = {}
@@ -163,7 +160,7 @@ class Cpu:
             columns = _taken(values, positions), _taken(cuts, positions), _taken(out_rows, positions)
             before, kept = _C.prune(rows, *columns, num_threads)
             written.append(list(map(Written, map(sub, sizes, kept), map(sub, before, kept))))
-        return _merged(parts, written)
+        return merged([part.positions for part in parts], written)
 
     def apply(self, layers: Sequence[Layer]) -> None:
         for rows, _, _ in _parts(layers):
@@ -184,9 +181,12 @@ class Cpu:
         rows = [(dtype_name(g.weight), g.weight.data_ptr(), g.weight.numel(), address(g.mask)) for g in gradients]
         return _C.sum_squares(rows, torch.get_num_threads())
 
-    def compaction(self, mask: torch.Tensor, numel: int) -> Compaction:
-        ranks = torch.tensor(_C.ranks(mask.data_ptr(), numel), dtype=torch.int64)
-        return Compaction(mask, ranks, int(ranks[-1]))
+    def compactions(self, masks: Sequence[tuple[torch.Tensor, int]]) -> list[Compaction]:
+        found = []
+        for mask, numel in masks:
+            ranks = torch.tensor(_C.ranks(mask.data_ptr(), numel), dtype=torch.int64)
+            found.append(Compaction(mask, ranks, int(ranks[-1])))
+        return found
 
     def move_state(self, moves: Sequence[StateMove]) -> None:
         rows = []
