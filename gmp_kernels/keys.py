@@ -84,6 +84,6 @@ def keys_of_magnitudes(magnitudes: Sequence[float], dtype: torch.dtype) -> npt.N
 def magnitudes_of_keys(keys: npt.NDArray[np.int64], dtype: torch.dtype) -> npt.NDArray[np.float64]:
     """Return what ``magnitude_of`` returns, for many."""
     value, bits, shift = _ARRAYS[dtype]
-    with np.errstate(invalid="ignore"):
+    with np.errstate(invalid="ignore"):  # the key of NaN is one that signals
         magnitudes: npt.NDArray[np.float64] = (keys << shift).astype(bits).view(value).astype(np.float64)
     return magnitudes

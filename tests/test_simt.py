@@ -206,8 +206,7 @@ def test_a_nan_in_any_layer_of_any_dtype_leaves_all_as_they_were() -> None:
 def workspace_of(layers: list[Layer]) -> int:
     template = Template(_simt, 132, layers, is_global=False, selects=True, prunes=True)
     tables = SelectionTables(_simt, template, layers, [1] * len(layers), [None] * len(layers))
-    given = (tables.buffer, tables.touched, *(t for workspace in tables.workspaces for t in workspace))
-    return sum(t.nbytes for t in given)
+    return tables.buffer.nbytes + tables.workspace.nbytes + tables.bins.nbytes
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -451,8 +450,8 @@ def test_whatever_there_is_no_memory_for_nothing_changes(
         for weight, was in zip(weights, before, strict=True):
             assert_bitwise_equal(weight, was)
         assert all(mask.num_kept == mask.numel for mask in masks or [])
-    # Rows, flags and four of the workspace; without masks two of those, and where their bits are.
-    assert failed == (6 if given else 9)
+    # Rows, bins and the rest; without masks two of those, and where their bits are.
+    assert failed == (3 if given else 6)
 
 
 def test_a_step_that_there_is_no_memory_for_leaves_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:

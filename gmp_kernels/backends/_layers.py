@@ -6,17 +6,18 @@ layers take as objects of their own: a GPU would wait for it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
-from itertools import chain
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from itertools import chain, repeat
 from typing import NamedTuple, TypeVar, overload
 
 import torch
 
-from gmp_kernels.backends import Layer, Selection, Threshold
+from gmp_kernels.backends import Layer, Selection, Threshold, Written
 
-__all__ = ["Columns", "Facts", "Layers", "Selections", "columns_of", "device_of", "merged", "prepared"]
+__all__ = ["Columns", "Facts", "Layers", "Selections", "columns_of", "device_of", "merged", "prepared", "records"]
 
 T = TypeVar("T")
+R = TypeVar("R", Threshold, Written)
 
 
 class Facts:
@@ -130,6 +131,11 @@ def columns_of(selections: Sequence[Selection]) -> Columns:
         [cut for selection in selections for cut in selection.cuts],
         [index for selection in selections for index in selection.nonfinite],
     )
+
+
+def records(kind: type[R], *columns: Iterable[object]) -> list[R]:
+    """Return the named tuples that have these columns; their own constructor takes twice as long."""
+    return list(map(tuple.__new__, repeat(kind), zip(*columns, strict=True)))
 
 
 def merged(positions: Sequence[Sequence[int]], pieces: Sequence[list[T]]) -> list[T]:

@@ -9,13 +9,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from gmp_kernels.backends import Layer, Threshold
-from gmp_kernels.backends._layers import Columns, Selections, merged
+from gmp_kernels.backends import Bracket, Layer, Threshold
+from gmp_kernels.backends._layers import Columns, Selections, merged, records
 from gmp_kernels.backends._rows import address, by_dtype
 from gmp_kernels.backends._tables import num_chunks_of
 from gmp_kernels.keys import keys_of_magnitudes, largest_key, magnitudes_of_keys
 
-__all__ = ["GroupField", "LayerField", "Part", "SelectionTables", "Template"]
+__all__ = ["SelectionTables", "Template"]
 
 _NO_INDEX = (1 << 63) - 1
 MEMORY_BYTES = 4 << 20  # for the workspace of a selection, and a share of the largest layer
@@ -48,7 +48,9 @@ class Part(NamedTuple):
     start: int
     num_groups: int
     num_chunks: int
-    touched: Integers  # per layer: where its flags begin, in bytes, -1 if it has none
+    touched: Integers  # per layer: where its flags begin in the workspace, in bytes, -1 if it has none
+    bins: int  # where they begin among all
+    lists: tuple[int, int, int]  # where candidates and both counts per chunk begin in the workspace, in bytes
 
     def layers(self, rows: Integers) -> Integers:
         """The rows of its layers."""
@@ -91,10 +93,8 @@ class Template:
         selects: bool,
         prunes: bool,
     ) -> None:
-        self.num_layers = len(layers)
-        self.selects = selects
         self.device = layers[0].weight.device
-        sizes = [layer.weight.numel() for layer in layers]
+        self.sizes = sizes = [layer.weight.numel() for layer in layers]
         item_sizes = [layer.weight.itemsize for layer in layers]
         chunks = [num_chunks_of(n, module.CHUNK) for n in sizes]
         masks = [address(layer.mask) for layer in layers]
@@ -105,33 +105,43 @@ class Template:
 
         # What there is memory for: bins, a count per chunk in either list, the rows; then flags; then candidates.
         left = MEMORY_BYTES + int(MEMORY_SHARE * max(n * size for n, size in zip(sizes, item_sizes, strict=True)))
-        left -= 8 * self.num_bins(sum(chunks)) + 8 * sum(chunks) + 8 * num_values
+        left -= 8 * self._num_bins(sum(chunks)) + 8 * sum(chunks) + 8 * num_values
         key_bytes = sum(n * size for n, size in zip(chunks, item_sizes, strict=True))
-        touched, self.touched_words = [-1] * len(layers), 0
+        touched, used = [-1] * len(layers), 0
         if prunes:
             room = left - LEAST_CAPACITY * key_bytes
             for i, n in enumerate(sizes):
-                words = num_chunks_of(n, module.TOUCHED_BY)
-                if masks[i] and 4 * (self.touched_words + words) <= room:
-                    touched[i] = 4 * self.touched_words
-                    self.touched_words += words
-        left -= 4 * self.touched_words
+                flag_bytes = 4 * num_chunks_of(n, module.TOUCHED_BY)
+                if masks[i] and used + flag_bytes <= room:
+                    touched[i] = used
+                    used += flag_bytes
+        self.has_flags = used > 0
+        left -= used
         self.capacity = min(module.LIST_CAPACITY, max(0, left // key_bytes)) if selects else 0
 
         self.rows: Integers = np.zeros(num_values, np.int64)  # the first is set once a NaN or Inf is found
         self.parts: list[Part] = []
-        start = 1
+        start, bins = 1, 0
         for name, positions in by_dtype(layers).items():
             own_chunks = np.array([chunks[i] for i in positions])
+            dtype, num_chunks = layers[positions[0]].weight.dtype, int(own_chunks.sum())
+            lists = -(-used // 8) * 8
+            counts = lists + num_chunks * self.capacity * dtype.itemsize
+            counts = -(-counts // 4) * 4
             part = Part(
-                layers[positions[0]].weight.dtype,
+                dtype,
                 name,
                 positions,
                 start,
                 1 if is_global else len(positions),
-                int(own_chunks.sum()),
+                num_chunks,
                 np.array([touched[i] for i in positions]),
+                bins,
+                (lists, counts, counts + 4 * num_chunks),
             )
+            if selects:
+                used = counts + 8 * num_chunks
+                bins += self._num_bins(num_chunks)
             rows, groups = part.layers(self.rows), part.groups(self.rows)
             rows[:, LayerField.WEIGHTS] = [layers[i].weight.data_ptr() for i in positions]
             rows[:, LayerField.MASK] = [masks[i] for i in positions]
@@ -149,12 +159,13 @@ class Template:
                 groups[:, GroupField.NUM_CHUNKS] = own_chunks
             self.parts.append(part)
             start += rows.size + groups.size
+        self.workspace_bytes, self.total_bins = used, bins
         # Where the new bits go, part by part: to the masks, unless there are none.
         self.out_start = start
         self.rows[start:] = [masks[i] for part in self.parts for i in part.positions]
 
-    def num_bins(self, num_chunks: int) -> int:
-        """Return how many bins so many chunks are counted in."""
+    def _num_bins(self, num_chunks: int) -> int:
+        """How many bins so many chunks are counted in."""
         return int(self._bins * min(self._blocks, num_chunks))
 
 
@@ -187,17 +198,19 @@ class SelectionTables(Selections):
         device = template.device
         self._rows: Integers | None = None
         self._read: Columns | None = None
-        self.touched = torch.empty(template.touched_words, dtype=torch.int32, device=device)
+        self.workspace = torch.empty(template.workspace_bytes, dtype=torch.uint8, device=device)
+        self.bins = torch.zeros(template.total_bins, dtype=torch.int64, device=device)
         host = torch.empty(template.rows.size, dtype=torch.int64, device="cpu", pin_memory=device.type != "cpu")
         rows: Integers = host.numpy()
         rows[:] = template.rows
+        hinted = any(hints)
         for part in template.parts:
-            if template.touched_words:
-                touched = part.layers(rows)[:, LayerField.TOUCHED]
-                touched[:] = np.where(part.touched >= 0, self.touched.data_ptr() + part.touched, 0)
+            if template.has_flags:
+                flags = self.workspace.data_ptr() + part.touched
+                part.layers(rows)[:, LayerField.TOUCHED] = np.where(part.touched >= 0, flags, 0)
             if num_prune:
                 part.groups(rows)[:, GroupField.NUM_PRUNE] = part.taken(num_prune)
-            if any(hints):
+            if hinted:
                 _fill_brackets(part.groups(rows), part.taken(hints), part.dtype)
             if found is not None:
                 part.layers(rows)[:, LayerField.CUT] = part.taken(found.cuts)
@@ -205,34 +218,21 @@ class SelectionTables(Selections):
                 part.groups(rows)[:, GroupField.KEY] = keys_of_magnitudes(values, part.dtype)
         # Torch keeps the memory copied from until that is done.
         self.buffer = host.to(device, non_blocking=True)
-        self.workspaces = [self._workspace(part) for part in template.parts]
-        self.tables = [
-            (part.name, self._tables(module, part, workspace))
-            for part, workspace in zip(template.parts, self.workspaces, strict=True)
-        ]
+        self.tables = [(part.name, self._tables(module, part)) for part in template.parts]
 
-    def _workspace(self, part: Part) -> list[torch.Tensor]:
-        template, device = self.template, self.template.device
-        if not template.selects:
-            return []
-        return [
-            torch.zeros(template.num_bins(part.num_chunks), dtype=torch.int64, device=device),
-            torch.empty(part.num_chunks * template.capacity, dtype=part.dtype, device=device),
-            torch.empty(part.num_chunks, dtype=torch.int32, device=device),
-            torch.empty(part.num_chunks, dtype=torch.int32, device=device),
-        ]
-
-    def _tables(self, module: Any, part: Part, workspace: Sequence[torch.Tensor]) -> Any:
-        rows = self.buffer.data_ptr() + 8 * part.start
+    def _tables(self, module: Any, part: Part) -> Any:
+        rows, workspace = self.buffer.data_ptr(), self.workspace.data_ptr()
+        layers = rows + 8 * part.start
         return module.Tables(
-            rows,
+            layers,
             len(part.positions),
-            rows + 8 * LayerField.COUNT * len(part.positions),
+            layers + 8 * LayerField.COUNT * len(part.positions),
             part.num_groups,
             part.num_chunks,
-            *([tensor.data_ptr() for tensor in workspace] or [0] * 4),
+            self.bins.data_ptr() + 8 * part.bins,
+            *[workspace + place for place in part.lists],
             self.template.capacity,
-            self.buffer.data_ptr(),
+            rows,
         )
 
     def rows(self) -> Integers:
@@ -250,33 +250,44 @@ class SelectionTables(Selections):
         """Whether no unpruned weight is NaN or Inf."""
         return bool(self.rows()[0] == 0)
 
-    def layer_columns(self, *fields: int) -> list[list[int]]:
-        """Fields of every layer's row."""
-        return self._columns_of([part.layers(self.rows()) for part in self.template.parts], fields)
+    def kept(self) -> tuple[list[int], list[int]]:
+        """Weights kept before and now, per layer, once they have been pruned."""
+        before, after = self._fields(
+            [part.layers(self.rows()) for part in self.template.parts], LayerField.KEPT_BEFORE, 2
+        )
+        return before, after
 
-    def group_columns(self, *fields: int) -> list[list[int]]:
-        """Fields of every group's row."""
-        return self._columns_of([part.groups(self.rows()) for part in self.template.parts], fields)
+    def brackets(self) -> list[Bracket]:
+        """The bracket of every group."""
+        return list(
+            map(Bracket, *self._fields([part.groups(self.rows()) for part in self.template.parts], GroupField.LO, 2))
+        )
 
-    def _columns_of(self, rows: Sequence[Integers], fields: Sequence[int]) -> list[list[int]]:
+    def _fields(self, rows: Sequence[Integers], first: int, number: int) -> list[list[int]]:
+        """So many columns of all parts, from the first on."""
+        pieces: list[list[list[int]]] = [own[:, first : first + number].T.tolist() for own in rows]
+        if len(pieces) == 1:
+            return pieces[0]
         positions = [part.positions for part in self.template.parts]
-        return [merged(positions, [own[:, field].tolist() for own in rows]) for field in fields]
+        return [merged(positions, column) for column in zip(*pieces, strict=True)]
 
     @property
     def columns(self) -> Columns:
         """All that was found; waits for the device the first time."""
         if self._read is None:
-            fields = GroupField.NUM_BELOW, GroupField.NUM_TIES, GroupField.NUM_TIES_KEPT
-            below, ties, kept = self.group_columns(*fields)
-            cuts, nonfinite = self.layer_columns(LayerField.CUT, LayerField.NONFINITE)
-            values = []
-            for part in self.template.parts:
-                groups = part.groups(self.rows())
-                magnitudes = magnitudes_of_keys(groups[:, GroupField.KEY], part.dtype)
-                values.append(np.where(groups[:, GroupField.NUM_TIES], magnitudes, 0.0).tolist())
-            all_values = merged([part.positions for part in self.template.parts], values)
+            parts, rows = self.template.parts, self.rows()
+            groups = [part.groups(rows) for part in parts]
+            cuts, nonfinite = self._fields([part.layers(rows) for part in parts], LayerField.CUT, 2)
+            counts = self._fields(groups, GroupField.NUM_BELOW, 3)
+            values = [
+                np.where(
+                    own[:, GroupField.NUM_TIES], magnitudes_of_keys(own[:, GroupField.KEY], part.dtype), 0.0
+                ).tolist()
+                for own, part in zip(groups, parts, strict=True)
+            ]
+            all_values = merged([part.positions for part in parts], values)
             self._read = Columns(
-                list(map(Threshold, all_values, below, ties, kept)),
+                records(Threshold, all_values, *counts),
                 cuts,
                 [-1 if index == _NO_INDEX else index for index in nonfinite],
             )

@@ -23,7 +23,7 @@ from gmp_kernels.backends import (
     Written,
     register,
 )
-from gmp_kernels.backends._layers import Columns, Layers, Selections, columns_of, merged, prepared
+from gmp_kernels.backends._layers import Columns, Layers, Selections, columns_of, merged, prepared, records
 from gmp_kernels.backends._rows import address, by_dtype, dtype_name
 from gmp_kernels.backends._rows import parts as split
 
@@ -102,7 +102,7 @@ class Cpu:
         found = []
         for rows, positions, _ in parts:
             columns = _C.select(rows, _taken(num_prune, positions), _taken(hints, positions), num_threads)
-            found.append((list(map(Threshold, *columns[:4])), *columns[4:]))
+            found.append((records(Threshold, *columns[:4]), *columns[4:]))
         all_positions = [part.positions for part in parts]
         thresholds, cuts, nonfinite = (merged(all_positions, pieces) for pieces in zip(*found, strict=True))
         return Selections(Columns(thresholds, cuts, nonfinite))
@@ -159,7 +159,7 @@ class Cpu:
         for rows, positions, sizes in parts:
             columns = _taken(values, positions), _taken(cuts, positions), _taken(out_rows, positions)
             before, kept = _C.prune(rows, *columns, num_threads)
-            written.append(list(map(Written, map(sub, sizes, kept), map(sub, before, kept))))
+            written.append(records(Written, map(sub, sizes, kept), map(sub, before, kept)))
         return merged([part.positions for part in parts], written)
 
     def apply(self, layers: Sequence[Layer]) -> None:

@@ -32,9 +32,9 @@ from gmp_kernels.backends import (
     Written,
     register,
 )
-from gmp_kernels.backends._layers import Layers, columns_of, device_of, prepared
+from gmp_kernels.backends._layers import Layers, columns_of, device_of, prepared, records
 from gmp_kernels.backends._rows import address, by_dtype, dtype_name
-from gmp_kernels.backends._selection_tables import GroupField, LayerField, SelectionTables, Template
+from gmp_kernels.backends._selection_tables import SelectionTables, Template
 from gmp_kernels.backends._tables import Table, num_chunks_of, upload
 from gmp_kernels.errors import DeviceError
 
@@ -128,7 +128,7 @@ class Launches:
             found = SelectionTables(self._module, template, layers, num_prune)
             for dtype, tables in found.tables:
                 self._module.begin(launch, dtype, tables)
-            return list(map(Bracket, *found.group_columns(GroupField.LO, GroupField.HI)))
+            return found.brackets()
 
     def count(
         self,
@@ -195,8 +195,8 @@ class Launches:
             found.forget()
             if finite and not found.is_finite:
                 return []
-            sizes, before, kept = found.layer_columns(LayerField.N, LayerField.KEPT_BEFORE, LayerField.KEPT)
-        return list(map(Written, map(sub, sizes, kept), map(sub, before, kept)))
+            before, kept = found.kept()
+        return records(Written, map(sub, found.template.sizes, kept), map(sub, before, kept))
 
     def apply(self, layers: Sequence[Layer]) -> None:
         with self._on(device_of(layers), "apply_masks_") as launch:
