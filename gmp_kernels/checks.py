@@ -85,7 +85,8 @@ def forget() -> None:
 def _signature(weights: Sequence[Weight], masks: Sequence[BitMask] | None) -> list[Any] | None:
     """All that the checks of a call look at, as cheap as can be; None where that is not enough.
 
-    Only memory of the CPU or a GPU has an address, and only one of them has this one.
+    Only memory of the CPU or a GPU has an address, and only one of them has this one. A view that negates, which is
+    refused where nothing is known yet, has the magnitudes and zeros of what it views.
     """
     if not weights or not PLAIN.issuperset(map(type, weights)) or not {BitMask}.issuperset(map(type, masks or ())):
         return None
@@ -95,8 +96,7 @@ def _signature(weights: Sequence[Weight], masks: Sequence[BitMask] | None) -> li
         signature: list[Any] = [list(map(of.data_ptr, tensors))]
         if not all(signature[0]):
             return None
-        signature += [list(map(_dtype, tensors)), list(map(_shape, tensors))]
-        signature += [list(map(of.is_contiguous, tensors)), list(map(of.is_neg, tensors))]
+        signature += [list(map(f, tensors)) for f in (_dtype, _shape, of.is_contiguous)]
         if masks is not None:
             packed = list(map(_packed, masks))
             signature += [list(map(_shape, masks)), list(map(of.data_ptr, packed)), list(map(of.numel, packed))]
