@@ -26,8 +26,8 @@ def _is_capturing(device: torch.device) -> bool:
 def upload(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Copy numbers to a device without waiting for it. Torch keeps the memory copied from until that is done."""
     if device.type == "cpu":
-        return torch.tensor(values, dtype=dtype)
-    return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
+        return torch.tensor(values, dtype=dtype, device="cpu")
+    return torch.tensor(values, dtype=dtype, device="cpu", pin_memory=True).to(device, non_blocking=True)
 
 
 class Table:
@@ -49,7 +49,7 @@ class Table:
         contents = (rows, filled, device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0)
         if self._table is None or self._contents != contents:
             if capturing and self._spare is not None and self._spare.shape == (len(rows), len(rows[0])):
-                self._spare.copy_(torch.tensor(rows, dtype=self._dtype))
+                self._spare.copy_(torch.tensor(rows, dtype=self._dtype, device="cpu"))
                 self._table = self._spare.to(device, non_blocking=True)
                 _captured.append(self._spare)
                 self._spare = None

@@ -126,7 +126,7 @@ class Cpu:
     ) -> list[Census]:
         found: dict[int, Census] = {}
         for dtype, positions in by_dtype(layers).items():
-            bins = torch.zeros(len(positions), num_bins, dtype=torch.int64)
+            bins = torch.zeros(len(positions), num_bins, dtype=torch.int64, device="cpu")
             given = [None if rooms is None else rooms[i] for i in positions]
             counts = _C.count(
                 dtype,
@@ -184,7 +184,7 @@ class Cpu:
     def compactions(self, masks: Sequence[tuple[torch.Tensor, int]]) -> list[Compaction]:
         found = []
         for mask, numel in masks:
-            ranks = torch.tensor(_C.ranks(mask.data_ptr(), numel), dtype=torch.int64)
+            ranks = torch.tensor(_C.ranks(mask.data_ptr(), numel), dtype=torch.int64, device="cpu")
             found.append(Compaction(mask, ranks, int(ranks[-1])))
         return found
 

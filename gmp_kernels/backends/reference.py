@@ -142,7 +142,7 @@ class Reference:
             c = {name: float(value) for name, value in constants[index].items()}
             if c.get("skip"):
                 continue
-            kept = torch.ones(t.weight.shape, dtype=torch.bool)
+            kept = torch.ones(t.weight.shape, dtype=torch.bool, device="cpu")
             if t.mask is not None:
                 kept = torch.from_numpy(_kept(Layer(t.weight, t.mask))).view(t.weight.shape)
             compute = torch.float64 if t.weight.dtype == torch.float64 else torch.float32
@@ -151,7 +151,9 @@ class Reference:
             if t.compaction is None:
                 state = [s.clone() for s in t.state]
             else:
-                state = [torch.zeros(t.weight.shape, dtype=s.dtype).masked_scatter_(kept, s) for s in t.state]
+                state = [
+                    torch.zeros(t.weight.shape, dtype=s.dtype, device="cpu").masked_scatter_(kept, s) for s in t.state
+                ]
             weight = _RULES[rule](weight, grad, state, c)
             for target, source in zip(t.state, state, strict=True):
                 target.copy_(torch.where(kept, source, 0.0) if t.compaction is None else source[kept])
@@ -166,13 +168,13 @@ class Reference:
     def compactions(self, masks: Sequence[tuple[torch.Tensor, int]]) -> list[Compaction]:
         kept = [int(np.unpackbits(mask.numpy(), count=numel, bitorder="little").sum()) for mask, numel in masks]
         return [
-            Compaction(mask, torch.zeros(0, dtype=torch.int64), count)
+            Compaction(mask, torch.zeros(0, dtype=torch.int64, device="cpu"), count)
             for (mask, _), count in zip(masks, kept, strict=True)
         ]
 
     def move_state(self, moves: Sequence[StateMove]) -> None:
         for move in moves:
-            dense = torch.zeros(move.numel, dtype=move.source.dtype)
+            dense = torch.zeros(move.numel, dtype=move.source.dtype, device="cpu")
             if move.source_layout is None:
                 dense.copy_(move.source.reshape(-1))
             else:

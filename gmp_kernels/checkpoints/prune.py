@@ -181,7 +181,7 @@ class PruneJob:
             # Together, and so before any rank can finish another: they must all divide the same.
             owned = _divide(self.checkpoint.shards, ranks, ranks.together(staging.finished))
             with Stream(*_buffers(max_memory, self._dtype, self._scope)) as stream:
-                room = torch.empty(max_memory // 2 // PIECE_UNIT * PIECE_UNIT, dtype=torch.uint8)
+                room = torch.empty(max_memory // 2 // PIECE_UNIT * PIECE_UNIT, dtype=torch.uint8, device="cpu")
                 advance = self._advance(stream.num_bytes, owned, staging, progress)
                 workspace = Workspace(stream, choose(None, room.device), room, advance)
                 decisions = self._decisions(workspace, owned, staging, ranks)

@@ -180,7 +180,9 @@ class Shards:
         ends = [end for bracket in brackets for end in (-bracket.lo, bracket.hi)]
         room = [0] * (2 * len(self._own) - len(ends))
         found = any(index >= 0 for index in nonfinite)
-        merged = self.ranks.largest(torch.tensor([failure is not None, found, digest, -digest, *ends, *room])).tolist()
+        merged = self.ranks.largest(
+            torch.tensor([failure is not None, found, digest, -digest, *ends, *room], device="cpu")
+        ).tolist()
         if merged[0]:
             failures = self.ranks.gather(None if failure is None else str(failure))
             if failure is not None:
@@ -225,7 +227,7 @@ class Shards:
             # The one that speaks for a region sets its digest against those of all others: equal ones cancel.
             speaks, others = p.holding.speaks, p.holding.num_others
             rows.append([num_pruned, num_new, -others * digest] if speaks else [0, 0, digest])
-        sums = self.ranks.total(torch.tensor(rows), torch.iinfo(torch.int64).max)
+        sums = self.ranks.total(torch.tensor(rows, device="cpu"), torch.iinfo(torch.int64).max)
         if sums[:, 2].any():
             places = [f"mask of '{name}' at {p.holding.region.offsets}" for name, p in zip(names, pieces, strict=True)]
             self._compare(dict(zip(places, digests, strict=True)))

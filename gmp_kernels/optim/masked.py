@@ -292,7 +292,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
         """Create what the state lacks; return whether this is the first step of the parameter."""
         state = self.state[p]
         if self.counts_steps and "step" not in state:
-            state["step"] = torch.tensor(0.0)
+            state["step"] = torch.tensor(0.0, dtype=torch.float32, device="cpu")
         if self._master_weights and p.dtype in (torch.bfloat16, torch.float16) and MASTER not in state:
             value = p if is_sharded(p) else weight
             state[MASTER] = value.detach().to(torch.float32, memory_format=torch.preserve_format)
