@@ -56,11 +56,14 @@ def checked_layers(
     writes: Literal["nothing", "weights", "weights and masks"],
 ) -> Layers | None:
     """Check the tensors of a call and bring them into the form backends take, without copying; None of no weights."""
-    signature = _signature(weights, masks)
+    packed, signature = None, None
+    if weights and PLAIN.issuperset(map(type, weights)) and {BitMask}.issuperset(map(type, masks or ())):
+        packed = None if masks is None else list(map(_packed, masks))
+        signature = _signature(weights, masks, packed)  # type: ignore[arg-type]
     key = None if signature is None else (writes, len(weights), signature[0][0])
     known = _known.get(key) if key is not None else None
     if known is not None and known[0] == signature:
-        return Layers(weights, None if masks is None else list(map(_packed, masks)), known[1])  # type: ignore[arg-type]
+        return Layers(weights, packed, known[1])  # type: ignore[arg-type]
     layers = check_tensors(op, weights, masks, names)
     packed = None if masks is None else [mask.packed for mask in masks]
     if writes != "nothing":
@@ -82,27 +85,22 @@ def forget() -> None:
     _known.clear()
 
 
-def _signature(weights: Sequence[Weight], masks: Sequence[BitMask] | None) -> list[Any] | None:
+def _signature(
+    weights: Sequence[torch.Tensor], masks: Sequence[BitMask] | None, packed: Sequence[torch.Tensor] | None
+) -> list[Any] | None:
     """All that the checks of a call look at, as cheap as can be; None where that is not enough.
 
     Only memory of the CPU or a GPU has an address, and only one of them has this one. A view that negates, which is
     refused where nothing is known yet, has the magnitudes and zeros of what it views.
     """
-    if not weights or not PLAIN.issuperset(map(type, weights)) or not {BitMask}.issuperset(map(type, masks or ())):
-        return None
-    tensors: Sequence[torch.Tensor] = weights  # type: ignore[assignment]
     of = torch.Tensor
     try:
-        signature: list[Any] = [list(map(of.data_ptr, tensors))]
-        if not all(signature[0]):
-            return None
-        signature += [list(map(f, tensors)) for f in (_dtype, _shape, of.is_contiguous)]
-        if masks is not None:
-            packed = list(map(_packed, masks))
+        signature: list[Any] = [list(map(f, weights)) for f in (of.data_ptr, _dtype, _shape, of.is_contiguous)]
+        if masks is not None and packed is not None:
             signature += [list(map(_shape, masks)), list(map(of.data_ptr, packed)), list(map(of.numel, packed))]
     except RuntimeError:
         return None  # a tensor without an address: what it is instead, the check of each alone will tell
-    return signature
+    return signature if all(signature[0]) else None
 
 
 def checked_names(op: str, names: Sequence[str] | None, num_weights: int) -> list[str] | None:

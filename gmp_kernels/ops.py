@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from gmp_kernels.backends import Threshold, choose
-from gmp_kernels.backends._layers import Layers, columns_of
+from gmp_kernels.backends._layers import Layers, PruneCounts, columns_of
 from gmp_kernels.checks import (
     Weight,
     bump_versions,
@@ -199,9 +199,12 @@ def prune_(
     if nonfinite == "error":
         check_finite(op, nonfinite_indices, names)
     bump_versions([*layers.weights, *out])
-    num_pruned, num_newly_pruned = map(list, zip(*written, strict=True))
+    counted = PruneCounts.of(written)
     return PruneResult(
-        masks_, thresholds if len(thresholds) == len(layers) else thresholds * len(layers), num_pruned, num_newly_pruned
+        masks_,
+        thresholds if len(thresholds) == len(layers) else thresholds * len(layers),
+        counted.num_pruned,
+        counted.num_newly_pruned,
     )
 
 

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 
 from gmp_kernels.backends import Bracket, Layer, Threshold
-from gmp_kernels.backends._layers import Columns, Selections, merged, records
+from gmp_kernels.backends._layers import Columns, Selections, merged, thresholds_of
 from gmp_kernels.backends._rows import address, by_dtype
 from gmp_kernels.backends._tables import num_chunks_of
 from gmp_kernels.keys import keys_of_magnitudes, largest_key, magnitudes_of_keys
@@ -287,7 +287,7 @@ class SelectionTables(Selections):
             ]
             all_values = merged([part.positions for part in parts], values)
             self._read = Columns(
-                records(Threshold, all_values, *counts),
+                thresholds_of(all_values, *counts),
                 cuts,
                 [-1 if index == _NO_INDEX else index for index in nonfinite],
             )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from operator import sub
 from typing import NamedTuple, TypeVar
 
 # Before _C: the process then has one OpenMP runtime, torch's, and our loops run on the threads torch keeps warm.
@@ -23,7 +22,16 @@ from gmp_kernels.backends import (
     Written,
     register,
 )
-from gmp_kernels.backends._layers import Columns, Layers, Selections, columns_of, merged, prepared, records
+from gmp_kernels.backends._layers import (
+    Columns,
+    Layers,
+    PruneCounts,
+    Selections,
+    columns_of,
+    merged,
+    prepared,
+    thresholds_of,
+)
 from gmp_kernels.backends._rows import address, by_dtype, dtype_name
 from gmp_kernels.backends._rows import parts as split
 
@@ -102,7 +110,7 @@ class Cpu:
         found = []
         for rows, positions, _ in parts:
             columns = _C.select(rows, _taken(num_prune, positions), _taken(hints, positions), num_threads)
-            found.append((records(Threshold, *columns[:4]), *columns[4:]))
+            found.append((thresholds_of(*columns[:4]), *columns[4:]))
         all_positions = [part.positions for part in parts]
         thresholds, cuts, nonfinite = (merged(all_positions, pieces) for pieces in zip(*found, strict=True))
         return Selections(Columns(thresholds, cuts, nonfinite))
@@ -147,20 +155,23 @@ class Cpu:
         out: Sequence[torch.Tensor],
         *,
         finite: bool = False,
-    ) -> list[Written]:
+    ) -> Sequence[Written]:
         thresholds, cuts, nonfinite = columns_of(selections)
         if finite and max(nonfinite) >= 0:
-            return []
+            return PruneCounts([], [])
         values = [threshold.value for threshold in thresholds]
         values = values if len(values) == len(cuts) else values * len(cuts)
         out_rows = [] if isinstance(layers, Layers) and out is layers.masks else [bits.data_ptr() for bits in out]
         parts, num_threads = _parts(layers), torch.get_num_threads()
-        written = []
-        for rows, positions, sizes in parts:
+        kept = []
+        for rows, positions, _ in parts:
             columns = _taken(values, positions), _taken(cuts, positions), _taken(out_rows, positions)
-            before, kept = _C.prune(rows, *columns, num_threads)
-            written.append(records(Written, map(sub, sizes, kept), map(sub, before, kept)))
-        return merged([part.positions for part in parts], written)
+            kept.append(_C.prune(rows, *columns, num_threads))
+        all_positions = [part.positions for part in parts]
+        before, now, sizes = (
+            merged(all_positions, c) for c in (*zip(*kept, strict=True), [part.sizes for part in parts])
+        )
+        return PruneCounts.from_kept(sizes, before, now)
 
     def apply(self, layers: Sequence[Layer]) -> None:
         for rows, _, _ in _parts(layers):

@@ -12,7 +12,6 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from operator import sub
 from types import ModuleType
 from typing import Any
 
@@ -32,7 +31,7 @@ from gmp_kernels.backends import (
     Written,
     register,
 )
-from gmp_kernels.backends._layers import Layers, columns_of, device_of, prepared, records
+from gmp_kernels.backends._layers import Layers, PruneCounts, columns_of, device_of, prepared
 from gmp_kernels.backends._rows import address, by_dtype, dtype_name
 from gmp_kernels.backends._selection_tables import SelectionTables, Template
 from gmp_kernels.backends._tables import Table, num_chunks_of, upload
@@ -171,7 +170,7 @@ class Launches:
         out: Sequence[torch.Tensor],
         *,
         finite: bool = False,
-    ) -> list[Written]:
+    ) -> Sequence[Written]:
         device = device_of(layers)
         with self._on(device, "prune") as launch:
             if isinstance(selections, SelectionTables) and selections.layers is layers:
@@ -196,7 +195,7 @@ class Launches:
             if finite and not found.is_finite:
                 return []
             before, kept = found.kept()
-        return records(Written, map(sub, found.template.sizes, kept), map(sub, before, kept))
+        return PruneCounts.from_kept(found.template.sizes, before, kept)
 
     def apply(self, layers: Sequence[Layer]) -> None:
         with self._on(device_of(layers), "apply_masks_") as launch:
