@@ -41,9 +41,9 @@ Weight: TypeAlias = torch.Tensor | np.ndarray
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # Tensors of other types may be anything: shards, wrappers.
 PLAIN = {torch.Tensor, torch.nn.Parameter}
-MOST_KNOWN = 64
+MOST_LAYERS = 4096  # that are known at a time; about 1 KB each
 
-_known: dict[tuple[object, ...], tuple[list[Any], Facts]] = {}
+_known: dict[tuple[str, int, int], tuple[list[Any], Facts]] = {}  # by kind of call, number and address of weights
 _dtype, _shape, _packed = attrgetter("dtype"), attrgetter("shape"), attrgetter("packed")
 
 
@@ -74,7 +74,7 @@ def checked_layers(
         return None
     facts = Facts(layers)
     if key is not None:
-        if len(_known) >= MOST_KNOWN:
+        if sum(number for _, number, _ in list(_known)) + len(weights) > MOST_LAYERS:
             forget()
         _known[key] = signature, facts  # type: ignore[assignment]
     return Layers([layer.weight for layer in layers], packed, facts)

@@ -224,11 +224,16 @@ def test_nothing_is_kept_alive() -> None:
     assert [ref() for ref in alive] == [None] * len(alive)
 
 
-def test_what_is_known_has_a_bound() -> None:
-    weights = [torch.randn(8) for _ in range(3 * checks.MOST_KNOWN)]
-    for weight in weights:
-        prune_(weight, sparsity=0.5)
-    assert 0 < len(checks._known) <= checks.MOST_KNOWN
+def test_what_is_known_has_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "MOST_LAYERS", 10)
+    checks.forget()
+    weights = [torch.randn(8) for _ in range(12)]
+    known = []
+    for number in (4, 4, 2, 1, 12, 3):
+        prune_(weights[:number], sparsity=0.5)
+        known.append(sorted(layers for _, layers, _ in checks._known))
+    # The same call again adds nothing; what does not fit makes room, and what never fits is known alone.
+    assert known == [[4], [4], [2, 4], [1, 2, 4], [12], [3]]
 
 
 @pytest.mark.parametrize("backend", sorted({"cpu", "simt"} & set(HOST_BACKENDS)))  # Triton's interpreter takes no two

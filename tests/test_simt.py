@@ -32,7 +32,7 @@ from gmp_kernels.backends._selection_tables import SelectionTables, Template
 from gmp_kernels.backends._tables import upload
 from gmp_kernels.keys import key_of, largest_key
 from gmp_kernels.optim import AdamW
-from gmp_kernels.testing import adversarial_cases, assert_bitwise_equal, assert_same_pruning
+from gmp_kernels.testing import adversarial_cases, assert_bitwise_equal, assert_same_pruning, device_of
 
 SIMT = ROOT / "csrc/simt"
 
@@ -187,6 +187,14 @@ def test_a_prune_update_reads_back_once(monkeypatch: pytest.MonkeyPatch) -> None
     _simt.take_traffic()
     prune_([torch.randn(1000), torch.randn(70)], sparsity=0.5, backend="simt")
     assert reads == [4]  # begin, count, ties and apply have been launched by then
+
+
+def test_selections_that_were_looked_at_are_counted_when_they_are_applied(kernels: str) -> None:
+    backend, weights = choose(kernels, device_of(kernels)), [torch.randn(n, device=device_of(kernels)) for n in (50, 9)]
+    layers = [Layer(weight, BitMask.ones(weight.shape, weight.device).packed) for weight in weights]
+    chosen = backend.select(layers, [20, 5], [None, None], prunes=True)
+    assert [selection.threshold.num_pruned for selection in chosen] == [20, 5]
+    assert list(backend.prune(layers, chosen, [layer.mask for layer in layers])) == [(20, 20), (5, 5)]
 
 
 def test_a_nan_in_any_layer_of_any_dtype_leaves_all_as_they_were() -> None:
