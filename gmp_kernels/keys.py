@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
-__all__ = ["bits_of", "key_of", "keys_of", "largest_key", "magnitude_of"]
+__all__ = ["bits_of", "key_of", "keys_of", "keys_of_magnitudes", "largest_key", "magnitude_of", "magnitudes_of_keys"]
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 # As struct has them: a value, its bits, and how many of those the dtype leaves out. Tensors would take far longer.
@@ -17,6 +21,14 @@ _FORMATS = {
     torch.float64: ("<d", "<Q", 0),
     torch.float16: ("<e", "<H", 0),
     torch.bfloat16: ("<f", "<I", 16),
+}
+
+# The same for numpy.
+_ARRAYS: dict[torch.dtype, tuple[Any, Any, int]] = {
+    torch.float32: (np.float32, np.uint32, 0),
+    torch.float64: (np.float64, np.uint64, 0),
+    torch.float16: (np.float16, np.uint16, 0),
+    torch.bfloat16: (np.float32, np.uint32, 16),
 }
 
 
@@ -58,3 +70,20 @@ def keys_of(weights: torch.Tensor) -> torch.Tensor:
     """Return the key of every weight, as integers of the same size; contiguous weights."""
     bits = bits_of(weights)
     return (bits & torch.iinfo(bits.dtype).max).clamp(max=largest_key(weights.dtype))
+
+
+def keys_of_magnitudes(magnitudes: Sequence[float], dtype: torch.dtype) -> npt.NDArray[np.int64]:
+    """Return what ``key_of`` returns, for many."""
+    values = np.abs(np.asarray(magnitudes, np.float64))
+    value, bits, shift = _ARRAYS[dtype]
+    with np.errstate(over="ignore"):
+        keys = values.astype(value).view(bits).astype(np.int64) >> shift
+    return np.where(np.isnan(values), largest_key(dtype), keys)
+
+
+def magnitudes_of_keys(keys: npt.NDArray[np.int64], dtype: torch.dtype) -> npt.NDArray[np.float64]:
+    """Return what ``magnitude_of`` returns, for many."""
+    value, bits, shift = _ARRAYS[dtype]
+    with np.errstate(invalid="ignore"):  # the key of NaN is one that signals
+        magnitudes: npt.NDArray[np.float64] = (keys << shift).astype(bits).view(value).astype(np.float64)
+    return magnitudes

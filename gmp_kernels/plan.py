@@ -95,7 +95,9 @@ class Plan:
     @cached_property
     def trace(self) -> Trace:
         """The training loop without the training, every optimizer step of it."""
-        optimizer = torch.optim.SGD([torch.zeros(1)], lr=self.learning_rate, weight_decay=self.weight_decay)
+        optimizer = torch.optim.SGD(
+            [torch.zeros(1, device="cpu")], lr=self.learning_rate, weight_decay=self.weight_decay
+        )
         lr_scheduler = self.stages.lr_scheduler(optimizer)
         schedule = self.schedule()
         group = optimizer.param_groups[0]

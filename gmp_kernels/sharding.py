@@ -188,7 +188,7 @@ def sum_over_shards(value: float | torch.Tensor, tensor: torch.Tensor) -> float 
     """Add up a number that each process has found for its part of ``tensor``; copies count once."""
     if not is_sharded(tensor):
         return value
-    total = torch.as_tensor(value, dtype=torch.float64).to(local(tensor).device, copy=True)
+    total = torch.as_tensor(value, dtype=torch.float64, device=local(tensor).device).clone()
     for dimension, placement in enumerate(tensor.placements):  # type: ignore[attr-defined]
         if not placement.is_replicate():
             dist.all_reduce(total, group=tensor.device_mesh.get_group(dimension))  # type: ignore[attr-defined]

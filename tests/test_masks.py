@@ -97,3 +97,35 @@ def test_refuses_bits_that_are_no_mask(
 def test_from_bool_refuses_numbers() -> None:
     with pytest.raises(DTypeError, match=r"expected bool, got torch\.float32; write e\.g\. `weight != 0`"):
         BitMask.from_bool(torch.ones(3))
+
+
+def test_no_mask_is_made_by_looking_at_bits_on_a_device() -> None:
+    """A device that has no bits to look at: torch refuses to."""
+    mask = BitMask(torch.empty(2, dtype=torch.uint8, device="meta"), (3, 4))
+    for made in (
+        mask.clone(),
+        mask.to("meta"),
+        BitMask.ones((3, 4), "meta"),
+        BitMask.ones((3, 4)).to("meta"),
+        BitMask.from_bool(torch.ones(3, 4, dtype=torch.bool, device="meta")),
+    ):
+        assert (made.packed.shape, made.packed.device.type, made.shape) == ((2,), "meta", (3, 4))
+    with pytest.raises(RuntimeError, match="meta"):
+        assert mask.num_kept
+
+
+class Elsewhere(torch.Tensor):
+    """Bits in host memory that say they are on a device."""
+
+    device = torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_bits_past_the_end_are_cleared_on_a_device_and_refused_on_the_cpu(inference: bool) -> None:
+    with torch.inference_mode(inference):
+        bits = torch.tensor([0b11111111, 0b10111], dtype=torch.uint8)
+    with pytest.raises(ShapeError, match="bits past element 12 are set"):
+        BitMask(bits, (12,))
+    mask = BitMask(bits.as_subclass(Elsewhere), (12,))
+    assert mask.packed.data_ptr() == bits.data_ptr()
+    assert bits.tolist() == [0b11111111, 0b111]

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import subprocess
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from optim_cases import assert_same_run, masked, parameters, random_gradients, random_masks, set_gradients
@@ -17,15 +21,18 @@ from gmp_kernels import (
     DeviceError,
     NonFiniteError,
     StateError,
+    Threshold,
     _simt,
+    checks,
     magnitude_threshold,
     prune_,
 )
-from gmp_kernels.backends import Bracket, Layer, StateMove, _tables, choose, cuda
-from gmp_kernels.backends._tables import SelectionTables, upload
+from gmp_kernels.backends import Bracket, Layer, StateMove, _selection_tables, _tables, choose, cuda
+from gmp_kernels.backends._selection_tables import SelectionTables, Template
+from gmp_kernels.backends._tables import upload
 from gmp_kernels.keys import key_of, largest_key
 from gmp_kernels.optim import AdamW
-from gmp_kernels.testing import adversarial_cases, assert_bitwise_equal, assert_same_pruning
+from gmp_kernels.testing import adversarial_cases, assert_bitwise_equal, assert_same_pruning, device_of
 
 SIMT = ROOT / "csrc/simt"
 
@@ -171,7 +178,7 @@ def test_a_prune_update_reads_back_once(monkeypatch: pytest.MonkeyPatch) -> None
     reads = []
     rows = SelectionTables.rows
 
-    def counting(tables: SelectionTables) -> list[int]:
+    def counting(tables: SelectionTables) -> npt.NDArray[np.int64]:
         if tables._rows is None:
             reads.append(len(_simt.take_traffic()))
         return rows(tables)
@@ -180,6 +187,14 @@ def test_a_prune_update_reads_back_once(monkeypatch: pytest.MonkeyPatch) -> None
     _simt.take_traffic()
     prune_([torch.randn(1000), torch.randn(70)], sparsity=0.5, backend="simt")
     assert reads == [4]  # begin, count, ties and apply have been launched by then
+
+
+def test_selections_that_were_looked_at_are_counted_when_they_are_applied(kernels: str) -> None:
+    backend, weights = choose(kernels, device_of(kernels)), [torch.randn(n, device=device_of(kernels)) for n in (50, 9)]
+    layers = [Layer(weight, BitMask.ones(weight.shape, weight.device).packed) for weight in weights]
+    chosen = backend.select(layers, [20, 5], [None, None], prunes=True)
+    assert [selection.threshold.num_pruned for selection in chosen] == [20, 5]
+    assert list(backend.prune(layers, chosen, [layer.mask for layer in layers])) == [(20, 20), (5, 5)]
 
 
 def test_a_nan_in_any_layer_of_any_dtype_leaves_all_as_they_were() -> None:
@@ -195,24 +210,129 @@ def test_a_nan_in_any_layer_of_any_dtype_leaves_all_as_they_were() -> None:
             assert mask.num_kept == mask.numel
 
 
-def workspace_of(layers: list[torch.Tensor]) -> int:
-    tables = SelectionTables(_simt, 132, [Layer(w, None) for w in layers], [1] * len(layers), [None] * len(layers))
-    return sum(t.nbytes for t in (tables.buffer, *(t for part in tables.parts for t in part.workspace)))
+def workspace_of(layers: list[Layer]) -> int:
+    template = Template(_simt, 132, layers, is_global=False, selects=True, prunes=True)
+    tables = SelectionTables(_simt, template, layers, [1] * len(layers), [None] * len(layers))
+    return tables.buffer.nbytes + tables.workspace.nbytes + tables.bins.nbytes
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_workspace_keeps_to_the_memory_promised(dtype: torch.dtype) -> None:
     for sizes in ([2**24], [2**20] * 40, [20_000] * 1000, [2**22, *[50] * 500]):
-        layers = [torch.empty(n, dtype=dtype) for n in sizes]
-        assert workspace_of(layers) <= 0.05 * max(layer.nbytes for layer in layers) + 4 * 2**20
+        for share in (0, 8):  # without masks, and with them
+            layers = [
+                Layer(torch.empty(n, dtype=dtype), torch.empty(-(-n // 8), dtype=torch.uint8) if share else None)
+                for n in sizes
+            ]
+            assert workspace_of(layers) <= 0.05 * max(layer.weight.nbytes for layer in layers) + 4 * 2**20
 
 
 def test_apply_writes_only_what_changes() -> None:
     weight = torch.randn(N)
     masks = prune_(weight, sparsity=0.9, backend="simt").masks
     _, again = traffic_of(lambda: prune_(weight, sparsity=0.9, masks=masks, backend="simt"))
-    # Nothing is left to prune: selection reads masks and what they keep, apply reads all and writes the mask only.
-    assert again < 8 * N
+    # Nothing is left to prune: selection reads all to see that, and apply next to nothing.
+    assert 4 * N < again < 5.2 * N
+
+
+@pytest.mark.parametrize("lies", ["in dead eights", "in living eights", "everywhere"])
+@pytest.mark.parametrize("garbage", [math.nan, -0.0, 1e-30, 5.0, math.inf])
+def test_what_lies_under_the_mask_goes_wherever_it_lies(garbage: float, lies: str) -> None:
+    """The bits that tell apply where to look are never too few: one weight of many comes back, or all do."""
+    index = torch.arange(5 * 16384 + 77)
+    for n in (index.numel(), 5 * 16384):
+        dead = (index[:n] // 8 % 4 == 0) | (index[:n] % 8 == 3)
+        there = {"in dead eights": 8 * 252 + 5, "in living eights": 8 * 253 + 3}
+        where = dead & (index[:n] % 4096 == there[lies]) if lies in there else dead
+        assert where.any()
+        weight = torch.where(dead, 0.0, torch.randn(n, generator=torch.Generator().manual_seed(0)))
+        masks = [BitMask.from_bool(~dead)]
+        for dtype in (torch.float32, torch.bfloat16, torch.float64):
+            dirty = torch.where(where, garbage, weight).to(dtype)
+            for offset in (None, 1):
+                for num_prune in (0, int(dead.sum()), n // 2, n):
+                    assert_same_pruning([dirty], masks=masks, backend="simt", offset=offset, num_prune=num_prune)
+
+
+def missed(value: float, num_prune: int) -> Threshold:
+    """A hint that is believed and wrong."""
+    return Threshold(value, num_prune - 1, 1, 0)
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+@pytest.mark.parametrize("hint", [1e-6, 0.3, 30.0])
+def test_what_apply_skips_follows_the_bracket(monkeypatch: pytest.MonkeyPatch, hint: float, scope: str) -> None:
+    """The bracket may fail on either side, lists may overflow, and some layers get no bits for want of memory."""
+    sizes = (40_000, 3 * 16384, 9_001)
+    generator = torch.Generator().manual_seed(1)
+    for case in ("random", "constant", "small_integers"):
+        layers = [adversarial_cases(n, torch.float32)[case] for n in sizes]
+        masks = [BitMask.from_bool(torch.rand(n, generator=generator) < 0.3) for n in sizes]
+        counts = [sum(sizes) * 3 // 4] if scope == "global" else [n * 3 // 4 for n in sizes]
+        hints = [missed(hint, count) for count in counts] * (3 if scope == "global" else 1)
+        request = {"masks": masks, "backend": "simt", "scope": scope, "previous": hints}
+        for room in (None, 900_000, 1_000):
+            if room is not None:
+                monkeypatch.setattr(_selection_tables, "MEMORY_BYTES", room)
+            checks.forget()  # or a template made for another room would be used
+            num_prune = counts[0] if scope == "global" else counts
+            assert_same_pruning(layers, num_prune=num_prune, **request)
+        monkeypatch.undo()
+
+
+def test_nan_are_kept_and_pruned_where_apply_has_bits() -> None:
+    weight = torch.randn(40_000, generator=torch.Generator().manual_seed(0))
+    weight[::7] = math.nan
+    weight[::11] = -math.inf
+    masks = [BitMask.from_bool(torch.arange(40_000) % 3 > 0)]
+    for num_prune in (13_334, 30_000, 35_900, 39_990, 40_000):
+        assert_same_pruning([weight], masks=masks, backend="simt", num_prune=num_prune, nonfinite="keep")
+
+
+def test_chunk_offsets_of_many_masks_come_in_one_call() -> None:
+    """Whatever their sizes and addresses; those without weights among them."""
+    simt = choose("simt", torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    sizes = [0, 5, 16384, 300 * 16384 + 3, 8, 2 * 16384 - 1, 0, 70_000]
+    kept = [torch.rand(n, generator=generator) < 0.3 for n in sizes]
+    for offset in (0, 1):
+        masks = []
+        for bits in kept:
+            packed = BitMask.from_bool(bits).packed if bits.numel() else torch.empty(0, dtype=torch.uint8)
+            guarded = torch.full((packed.numel() + 16,), 255, dtype=torch.uint8)
+            view = guarded[offset : offset + packed.numel()]
+            view.copy_(packed)
+            masks.append((view, bits.numel()))
+        for bits, (mask, _), found in zip(kept, masks, simt.compactions(masks), strict=True):
+            chunks = [int(chunk.sum()) for chunk in bits.split(16384)] if bits.numel() else []
+            assert found.ranks.tolist() == [0, *itertools.accumulate(chunks)]
+            assert found.mask is mask and found.num_kept == int(bits.sum())
+
+
+def test_constants_as_arguments_or_from_a_table_give_the_same_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    most = _simt.MAX_ARGUMENT_CONSTANTS
+    uploads = []
+    monkeypatch.setattr(_tables, "upload", lambda *args: uploads.append(args) or upload(*args))
+    for groups in (1, most, most + 1):
+        runs = []
+        for backend in ("simt", "cpu"):
+            params = parameters([(300 + i,) for i in range(groups)])
+            optimizer = AdamW([{"params": [p], "lr": 0.01 * (1 + i)} for i, p in enumerate(params)], backend=backend)
+            for _ in range(2):
+                set_gradients(params, random_gradients(params, 0), {})
+                optimizer.step()
+            runs.append((params, optimizer))
+        (params, optimizer), (expected_params, expected) = runs
+        assert_same_run(params, optimizer, expected_params, expected)
+        # Rows once for other gradients; constants change with every step, and only those that do not fit go in a table.
+        assert sum(dtype is torch.float64 for _, dtype, _ in uploads) == (2 if groups > most else 0)
+
+
+def test_constants_that_are_no_rows_are_refused() -> None:
+    launch = _simt.Launch(0, 0, 4)
+    for values in (b"", b"1234", bytes(8 * 15 * (_simt.MAX_ARGUMENT_CONSTANTS + 1))):
+        with pytest.raises(ValueError, match="expected 1 to 8 rows of constants"):
+            _simt.update(launch, "float32", "adam", 0, 0, 0, 0, values)
 
 
 def test_a_step_over_dead_weights_reads_the_mask_only() -> None:
@@ -282,7 +402,6 @@ class Failing:
 
 
 FAULT = RuntimeError("count: an illegal memory access was encountered")
-NO_MEMORY = torch.OutOfMemoryError("CUDA out of memory")
 
 
 @pytest.mark.parametrize(("function", "error"), [("begin", FAULT), ("select", FAULT), ("apply", FAULT)])
@@ -297,24 +416,6 @@ def test_a_fault_of_the_device_changes_nothing(
         prune_(weight, sparsity=0.5, masks=mask, backend="simt")
     assert caught.value.__cause__ is error
     assert_bitwise_equal(weight, before)
-    assert mask.num_kept == 1000
-
-
-def test_a_workspace_that_does_not_fit_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object) -> None:
-        raise NO_MEMORY
-
-    weight, mask = torch.randn(1000), BitMask.ones((1000,))
-    params = parameters([(300,)])
-    set_gradients(params, random_gradients(params, 0), {})
-    before, step_before = weight.clone(), params[0].detach().clone()
-    monkeypatch.setattr(_tables, "upload", fail)
-    with pytest.raises(DeviceError, match="no memory left on cpu"):
-        prune_(weight, sparsity=0.5, masks=mask, backend="simt")
-    with pytest.raises(DeviceError, match="no memory left on cpu"):
-        AdamW(params, backend="simt").step()
-    assert_bitwise_equal(weight, before)
-    assert_bitwise_equal(params[0].detach(), step_before)
     assert mask.num_kept == 1000
 
 
@@ -346,7 +447,7 @@ def test_state_on_another_device_than_its_parameter_is_refused() -> None:
 def test_nothing_to_do_is_done() -> None:
     simt = choose("simt", torch.device("cpu"))
     simt.move_state([])
-    assert simt.compaction(torch.empty(0, dtype=torch.uint8), 0).num_kept == 0
+    assert simt.compactions([]) == []
     empty = torch.empty(0)
     simt.move_state([StateMove(empty, None, empty.clone(), None, 0)])
     assert float(simt.sum_squares([])) == 0.0

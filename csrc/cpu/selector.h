@@ -216,15 +216,18 @@ class Selector {
     Key* const spare = sample + kMaxSample + kSlack;
     Key* const other = spare + kMaxSample + kSlack;
     const LayerView* const layers = layers_.data() + group.first_layer;
-    const int64_t size = draw_sample(layers, group.num_layers, group.n, sample_size(group.n), infinity_, sample);
-    if (size == 0) {  // many tiny layers, none with a whole line to its share
+    const int64_t wanted = sample_size(group.n);
+    const int64_t size =
+        wanted == group.n ? 0 : draw_sample(layers, group.num_layers, group.n, wanted, infinity_, sample);
+    // All weights would be the sample; or there are many tiny layers, none with a whole line to its share.
+    if (size == 0) {
       group.lo = 0;
       group.hi = largest_key();
       return expect(group, group.n);
     }
     const double share = static_cast<double>(group.num_prune) / static_cast<double>(group.n);
     const double rank = share * static_cast<double>(size);
-    const double half = size == group.n ? 1.0 : 2.0 + kSigmas * std::sqrt(rank * (1.0 - share));
+    const double half = 2.0 + kSigmas * std::sqrt(rank * (1.0 - share));
     const int64_t low = static_cast<int64_t>(std::floor(rank - half)),
                   high = static_cast<int64_t>(std::ceil(rank + half));
     // Ranks reach one past the keys, hence the infinity raised by one.

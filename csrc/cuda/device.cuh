@@ -157,17 +157,41 @@ __device__ inline void store_bits(uint8_t* mask, int64_t i, unsigned bits) {
 #endif
 }
 
+// The v-th 16 bytes of a mask from an aligned byte on.
+__device__ __forceinline__ uint4 load_words(const uint8_t* mask, unsigned v) {
+#if !defined(__CUDACC__)
+  simt::count_load(sizeof(uint4));
+#endif
+  return reinterpret_cast<const uint4*>(mask)[v];
+}
+
+static_assert(kTouchedBy == kWarpSize * kEach, "the lanes of a warp make a word");
+
+__device__ __forceinline__ bool is_touched(const unsigned* touched, int64_t i) {
+#if !defined(__CUDACC__)
+  if (threadIdx.x % kWarpSize == 0) simt::count_load(sizeof(unsigned));
+#endif
+  return touched[i / kTouchedBy] >> (i / kEach % kWarpSize) & 1;
+}
+
 // How many of the eight weights from `i` on are there.
 __device__ inline int count_from(int64_t i, int64_t n) {
   const int64_t left = n - i;
   return left >= kEach ? kEach : left > 0 ? static_cast<int>(left) : 0;
 }
 
+// The sum over the warp, for all its lanes.
+template <typename T>
+__device__ __forceinline__ T warp_sum(T value) {
+  for (int step = kWarpSize / 2; step > 0; step /= 2) value += __shfl_xor_sync(~0u, value, step);
+  return value;
+}
+
 // All threads of the block take part in what follows, and all get the answer.
 template <typename T>
 __device__ __forceinline__ T block_sum(T value) {
   __shared__ T partial[kWarps];
-  for (int step = kWarpSize / 2; step > 0; step /= 2) value += __shfl_xor_sync(~0u, value, step);
+  value = warp_sum(value);
   if (threadIdx.x % kWarpSize == 0) partial[threadIdx.x / kWarpSize] = value;
   __syncthreads();
   T total{};

@@ -107,7 +107,8 @@ inline constexpr unsigned kUpdaters = sizeof(typename Format::Compute) == 4 ? 2 
 
 template <Rule kRule, typename Format>
 __global__ void __launch_bounds__(kThreads, kUpdaters<Format>)
-    update(const UpdateRow* rows, int64_t num_rows, int64_t num_chunks, const UpdateConstants<double>* constants) {
+    update(const UpdateRow* rows, int64_t num_rows, int64_t num_chunks, const UpdateConstants<double>* constants,
+           const __grid_constant__ ArgumentConstants argument) {
   using T = typename Format::Compute;
   __shared__ UpdateConstants<T> c;
   int64_t current = -1;
@@ -116,7 +117,9 @@ __global__ void __launch_bounds__(kThreads, kUpdaters<Format>)
     if (row.constants != current) {
       current = row.constants;
       __syncthreads();
-      if (threadIdx.x == 0) c = constants[current].template as<T>();
+      if (threadIdx.x == 0) {
+        c = (constants == nullptr ? argument.rows[current] : constants[current]).template as<T>();
+      }
       __syncthreads();
     }
     if (c.skip == T(0)) update_chunk<kRule, Format>(row, c, begin, end);

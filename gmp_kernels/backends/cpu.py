@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple, TypeVar
 
 # Before _C: the process then has one OpenMP runtime, torch's, and our loops run on the threads torch keeps warm.
 import torch
@@ -19,10 +20,20 @@ from gmp_kernels.backends import (
     Threshold,
     UpdateTensor,
     Written,
-    has_nonfinite,
     register,
 )
-from gmp_kernels.backends._rows import address, by_dtype, dtype_name, parts
+from gmp_kernels.backends._layers import (
+    Columns,
+    Layers,
+    PruneCounts,
+    Selections,
+    columns_of,
+    merged,
+    prepared,
+    thresholds_of,
+)
+from gmp_kernels.backends._rows import address, by_dtype, dtype_name
+from gmp_kernels.backends._rows import parts as split
 
 try:
     from gmp_kernels import _C
@@ -31,13 +42,35 @@ except ImportError as error:
     _import_error = str(error)
 
 
+T = TypeVar("T")
+
+
 def _row(layer: Layer) -> tuple[int, int, int]:
     return layer.weight.data_ptr(), layer.weight.numel(), address(layer.mask)
 
 
-def _selection(found: tuple[tuple[float, int, int, int], list[int], list[int]]) -> Selection:
-    threshold, cuts, nonfinite = found
-    return Selection(Threshold(*threshold), tuple(cuts), tuple(nonfinite))
+class _Part(NamedTuple):
+    """The layers of one dtype."""
+
+    rows: _C.Rows
+    positions: list[int]
+    sizes: list[int]
+
+
+def _parts(layers: Sequence[Layer]) -> list[_Part]:
+    def make() -> list[_Part]:
+        found = []
+        for dtype, positions in by_dtype(layers).items():
+            rows = [_row(layers[i]) for i in positions]
+            found.append(_Part(_C.Rows(dtype, rows), positions, [n for _, n, _ in rows]))
+        return found
+
+    return prepared(layers, "cpu", make)
+
+
+def _taken(column: Sequence[T], positions: Sequence[int]) -> Sequence[T]:
+    """The entries of one part in a column of all layers; a column of none, or of one for all, stays as it is."""
+    return [column[i] for i in positions] if len(positions) < len(column) else column
 
 
 def _floats(constants: Mapping[str, float | torch.Tensor]) -> dict[str, float]:
@@ -65,23 +98,26 @@ class Cpu:
     """Implementation with one call per dtype at most, which nearly always means one call."""
 
     def select(
-        self, layers: Sequence[Layer], num_prune: Sequence[int], hints: Sequence[Threshold | None]
-    ) -> list[Selection]:
-        found: dict[int, Selection] = {}
-        for dtype, positions, groups in parts(layers, num_prune):
-            selections = _C.select(
-                dtype,
-                [_row(layers[i]) for i in positions],
-                [num_prune[g] for g in groups],
-                [hints[g] for g in groups],
-                torch.get_num_threads(),
-            )
-            found.update(zip(groups, map(_selection, selections), strict=True))
-        return [found[g] for g in range(len(num_prune))]
+        self,
+        layers: Sequence[Layer],
+        num_prune: Sequence[int],
+        hints: Sequence[Threshold | None],
+        *,
+        prunes: bool = False,
+    ) -> Selections:
+        hints = hints if any(hints) else []
+        parts, num_threads = _parts(layers), torch.get_num_threads()
+        found = []
+        for rows, positions, _ in parts:
+            columns = _C.select(rows, _taken(num_prune, positions), _taken(hints, positions), num_threads)
+            found.append((thresholds_of(*columns[:4]), *columns[4:]))
+        all_positions = [part.positions for part in parts]
+        thresholds, cuts, nonfinite = (merged(all_positions, pieces) for pieces in zip(*found, strict=True))
+        return Selections(Columns(thresholds, cuts, nonfinite))
 
     def sample(self, layers: Sequence[Layer], shares: Sequence[float]) -> list[Bracket]:
         found: dict[int, Bracket] = {}
-        for dtype, positions, groups in parts(layers, shares):
+        for dtype, positions, groups in split(layers, shares):
             sizes = [layers[i].weight.numel() for i in positions]
             sizes = sizes if len(groups) == len(sizes) else [sum(sizes)]
             num_prune = [round(shares[g] * n) for g, n in zip(groups, sizes, strict=True)]
@@ -98,7 +134,7 @@ class Cpu:
     ) -> list[Census]:
         found: dict[int, Census] = {}
         for dtype, positions in by_dtype(layers).items():
-            bins = torch.zeros(len(positions), num_bins, dtype=torch.int64)
+            bins = torch.zeros(len(positions), num_bins, dtype=torch.int64, device="cpu")
             given = [None if rooms is None else rooms[i] for i in positions]
             counts = _C.count(
                 dtype,
@@ -119,26 +155,27 @@ class Cpu:
         out: Sequence[torch.Tensor],
         *,
         finite: bool = False,
-    ) -> list[Written]:
-        if finite and has_nonfinite(selections):
-            return []
-        cuts = [(selection.threshold.value, cut) for selection in selections for cut in selection.cuts]
-        written: dict[int, Written] = {}
-        for dtype, positions in by_dtype(layers).items():
-            counts = _C.apply(
-                dtype,
-                [_row(layers[i]) for i in positions],
-                [cuts[i] for i in positions],
-                [out[i].data_ptr() for i in positions],
-                torch.get_num_threads(),
-            )
-            for i, (kept_before, kept) in zip(positions, counts, strict=True):
-                written[i] = Written(layers[i].weight.numel() - kept, kept_before - kept)
-        return [written[i] for i in range(len(layers))]
+    ) -> Sequence[Written]:
+        thresholds, cuts, nonfinite = columns_of(selections)
+        if finite and max(nonfinite) >= 0:
+            return PruneCounts([], [])
+        values = [threshold.value for threshold in thresholds]
+        values = values if len(values) == len(cuts) else values * len(cuts)
+        out_rows = [] if isinstance(layers, Layers) and out is layers.masks else [bits.data_ptr() for bits in out]
+        parts, num_threads = _parts(layers), torch.get_num_threads()
+        kept = []
+        for rows, positions, _ in parts:
+            columns = _taken(values, positions), _taken(cuts, positions), _taken(out_rows, positions)
+            kept.append(_C.prune(rows, *columns, num_threads))
+        all_positions = [part.positions for part in parts]
+        before, now, sizes = (
+            merged(all_positions, c) for c in (*zip(*kept, strict=True), [part.sizes for part in parts])
+        )
+        return PruneCounts.from_kept(sizes, before, now)
 
     def apply(self, layers: Sequence[Layer]) -> None:
-        for dtype, positions in by_dtype(layers).items():
-            _C.apply(dtype, [_row(layers[i]) for i in positions], [], [], torch.get_num_threads())
+        for rows, _, _ in _parts(layers):
+            _C.apply_masks(rows, torch.get_num_threads())
 
     def update(
         self,
@@ -155,9 +192,12 @@ class Cpu:
         rows = [(dtype_name(g.weight), g.weight.data_ptr(), g.weight.numel(), address(g.mask)) for g in gradients]
         return _C.sum_squares(rows, torch.get_num_threads())
 
-    def compaction(self, mask: torch.Tensor, numel: int) -> Compaction:
-        ranks = torch.tensor(_C.ranks(mask.data_ptr(), numel), dtype=torch.int64)
-        return Compaction(mask, ranks, int(ranks[-1]))
+    def compactions(self, masks: Sequence[tuple[torch.Tensor, int]]) -> list[Compaction]:
+        found = []
+        for mask, numel in masks:
+            ranks = torch.tensor(_C.ranks(mask.data_ptr(), numel), dtype=torch.int64, device="cpu")
+            found.append(Compaction(mask, ranks, int(ranks[-1])))
+        return found
 
     def move_state(self, moves: Sequence[StateMove]) -> None:
         rows = []

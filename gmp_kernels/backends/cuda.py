@@ -7,6 +7,7 @@ stays on the device until it is needed. Workspace comes from torch's allocator.
 from __future__ import annotations
 
 import itertools
+from array import array
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,11 +29,12 @@ from gmp_kernels.backends import (
     Threshold,
     UpdateTensor,
     Written,
-    has_nonfinite,
     register,
 )
+from gmp_kernels.backends._layers import Layers, PruneCounts, columns_of, device_of, prepared
 from gmp_kernels.backends._rows import address, by_dtype, dtype_name
-from gmp_kernels.backends._tables import LayerField, SelectionTables, Table, num_chunks_of, upload
+from gmp_kernels.backends._selection_tables import SelectionTables, Template
+from gmp_kernels.backends._tables import Table, num_chunks_of, upload
 from gmp_kernels.errors import DeviceError
 
 _modules: dict[str, ModuleType] = {}
@@ -91,34 +93,41 @@ class Launches:
             self._multiprocessors[device] = self._module.multiprocessors_of(index)
         return self._multiprocessors[device]
 
-    def _tables(self, layers: Sequence[Layer], num_prune: Sequence[int], *args: Any, **kwargs: Any) -> SelectionTables:
-        device = layers[0].weight.device
-        return SelectionTables(self._module, self._size(device), layers, num_prune, *args, **kwargs)
+    def _template(
+        self, layers: Sequence[Layer], *, is_global: bool = False, selects: bool = True, prunes: bool = False
+    ) -> Template:
+        def make() -> Template:
+            size = self._size(layers[0].weight.device)
+            return Template(self._module, size, layers, is_global=is_global, selects=selects, prunes=prunes)
 
-    def _tables_of_nothing(self, layers: Sequence[Layer]) -> SelectionTables:
-        """Tables of layers that no selection touches."""
-        nothing = [Selection(Threshold(0.0, 0, 0, 0), (layer.weight.numel(),), (-1,)) for layer in layers]
-        return self._tables(layers, [0] * len(layers), [None] * len(layers), found=nothing)
+        return prepared(layers, (self, is_global, selects, prunes), make)
 
     def select(
-        self, layers: Sequence[Layer], num_prune: Sequence[int], hints: Sequence[Threshold | None]
+        self,
+        layers: Sequence[Layer],
+        num_prune: Sequence[int],
+        hints: Sequence[Threshold | None],
+        *,
+        prunes: bool = False,
     ) -> Sequence[Selection]:
-        with self._on(layers[0].weight.device, "select") as launch:
-            tables = self._tables(layers, num_prune, hints)
-            for part in tables.parts:
-                self._module.begin(launch, part.dtype, part.tables)
-                self._module.select(launch, part.dtype, part.tables)
-        return tables
+        with self._on(device_of(layers), "select") as launch:
+            template = self._template(layers, is_global=len(num_prune) != len(layers), prunes=prunes)
+            found = SelectionTables(self._module, template, layers, num_prune, hints)
+            for dtype, tables in found.tables:
+                self._module.begin(launch, dtype, tables)
+                self._module.select(launch, dtype, tables)
+        return found
 
     def sample(self, layers: Sequence[Layer], shares: Sequence[float]) -> list[Bracket]:
         sizes = [layer.weight.numel() for layer in layers]
         sizes = sizes if len(shares) == len(sizes) else [sum(sizes)]
         num_prune = [round(share * n) for share, n in zip(shares, sizes, strict=True)]
         with self._on(layers[0].weight.device, "sample") as launch:
-            tables = self._tables(layers, num_prune, [None] * len(num_prune))
-            for part in tables.parts:
-                self._module.begin(launch, part.dtype, part.tables)
-            return [Bracket(*tables.bracket(g)) for g in range(len(shares))]
+            template = self._template(layers, is_global=len(shares) != len(layers))
+            found = SelectionTables(self._module, template, layers, num_prune)
+            for dtype, tables in found.tables:
+                self._module.begin(launch, dtype, tables)
+            return found.brackets()
 
     def count(
         self,
@@ -161,32 +170,38 @@ class Launches:
         out: Sequence[torch.Tensor],
         *,
         finite: bool = False,
-    ) -> list[Written]:
-        device = layers[0].weight.device
+    ) -> Sequence[Written]:
+        device = device_of(layers)
         with self._on(device, "prune") as launch:
-            tables = selections
-            if not isinstance(tables, SelectionTables) or tables.layers is not layers:
-                if finite and has_nonfinite(selections):
+            if isinstance(selections, SelectionTables) and selections.layers is layers:
+                found = selections
+            else:
+                columns = columns_of(selections)
+                if finite and max(columns.nonfinite) >= 0:
                     return []
-                tables = self._tables(layers, [0] * len(selections), [None] * len(selections), found=selections)
-            addresses = upload(
-                [out[i].data_ptr() for part in tables.parts for i in part.positions], torch.int64, device
-            )
-            first = addresses.data_ptr()
-            stop = tables.buffer.data_ptr() if finite else 0
-            for part in tables.parts:
-                self._module.apply(launch, part.dtype, part.tables, first, stop)
+                template = self._template(layers, is_global=len(selections) != len(layers), selects=False)
+                found = SelectionTables(self._module, template, layers, found=columns)
+            stop = found.buffer.data_ptr() if finite else 0
+            if isinstance(layers, Layers) and out is layers.masks:
+                first = found.buffer.data_ptr() + 8 * found.template.out_start
+            else:
+                places = [out[i].data_ptr() for part in found.template.parts for i in part.positions]
+                addresses = upload(places, torch.int64, device)
+                first = addresses.data_ptr()
+            for (dtype, tables), part in zip(found.tables, found.template.parts, strict=True):
+                self._module.apply(launch, dtype, tables, first, stop)
                 first += 8 * len(part.positions)
-            if finite and not tables.is_finite:
+            found.forget()
+            if finite and not found.is_finite:
                 return []
-            before, kept = tables.layer_fields(LayerField.KEPT_BEFORE), tables.layer_fields(LayerField.KEPT)
-        return [Written(layer.weight.numel() - k, b - k) for layer, b, k in zip(layers, before, kept, strict=True)]
+            before, kept = found.kept()
+        return PruneCounts.from_kept(found.template.sizes, before, kept)
 
     def apply(self, layers: Sequence[Layer]) -> None:
-        with self._on(layers[0].weight.device, "apply_masks_") as launch:
-            tables = self._tables_of_nothing(layers)
-            for part in tables.parts:
-                self._module.apply(launch, part.dtype, part.tables, 0, 0)
+        with self._on(device_of(layers), "apply_masks_") as launch:
+            found = SelectionTables(self._module, self._template(layers, selects=False), layers)
+            for dtype, tables in found.tables:
+                self._module.apply(launch, dtype, tables, 0, 0)
 
     def update(
         self,
@@ -202,10 +217,11 @@ class Launches:
             parts_of: dict[str, list[int]] = defaultdict(list)
             for i, t in enumerate(tensors):
                 parts_of[t.row.dtype if isinstance(t.row, _Row) else _prepared(t).dtype].append(i)
+            argument = self._argument(constants)
             steps = []
             for dtype, positions in parts_of.items():
                 first: _Row = tensors[positions[0]].row  # type: ignore[assignment]
-                values = self._constants(first.constants, constants, device)
+                values = None if argument else self._constants(first.constants, constants, device)
                 rows, num_chunks = [], 0
                 for i in positions:
                     row: _Row = tensors[i].row  # type: ignore[assignment]
@@ -216,7 +232,23 @@ class Launches:
                 steps.append((dtype, table, len(rows), num_chunks, values))
             # Everything there has to be memory for is there: from here on weights are written.
             for dtype, table, num_rows, num_chunks, values in steps:
-                self._module.update(launch, dtype, rule, table.data_ptr(), num_rows, num_chunks, values.data_ptr())
+                self._module.update(
+                    launch, dtype, rule, table.data_ptr(), num_rows, num_chunks, address(values), argument
+                )
+
+    def _argument(self, constants: Sequence[Mapping[str, float | torch.Tensor]]) -> bytes:
+        """The constants as an argument of the launch; empty where there are too many, or some are on the device."""
+        if len(constants) > self._module.MAX_ARGUMENT_CONSTANTS:
+            return b""
+        names: Mapping[str, float] = self._module.CONSTANTS
+        values = array("d")
+        for given in constants:
+            for name, absent in names.items():
+                value = given.get(name, absent)
+                if isinstance(value, torch.Tensor):
+                    return b""
+                values.append(value)
+        return values.tobytes()
 
     def _constants(
         self, table: Table, constants: Sequence[Mapping[str, float | torch.Tensor]], device: torch.device
@@ -255,11 +287,26 @@ class Launches:
             self._module.sum_squares(launch, table.data_ptr(), len(rows), first_chunk, sums.data_ptr())
         return sums[-1]
 
-    def compaction(self, mask: torch.Tensor, numel: int) -> Compaction:
-        with self._on(mask.device, "compaction") as launch:
-            ranks = torch.empty(num_chunks_of(numel, self._module.CHUNK) + 1, dtype=torch.int64, device=mask.device)
-            self._module.ranks(launch, mask.data_ptr(), numel, ranks.data_ptr())
-            return Compaction(mask, ranks, int(ranks[-1]))
+    def compactions(self, masks: Sequence[tuple[torch.Tensor, int]]) -> list[Compaction]:
+        if not masks:
+            return []
+        device = masks[0][0].device
+        with self._on(device, "compactions") as launch:
+            chunks = [num_chunks_of(numel, self._module.CHUNK) for _, numel in masks]
+            # What each mask keeps in all, then the chunk offsets of one mask after the other. Of empty ones all is 0.
+            buffer = torch.zeros(len(masks) + sum(chunks) + len(masks), dtype=torch.int64, device=device)
+            offsets = torch.split(buffer[len(masks) :], [n + 1 for n in chunks])
+            order = sorted(range(len(masks)), key=lambda i: chunks[i] == 0)  # those that have rows come first
+            rows, first_chunk = [], 0
+            for i in order[: sum(n > 0 for n in chunks)]:
+                rows.append([masks[i][0].data_ptr(), masks[i][1], first_chunk, offsets[i].data_ptr()])
+                first_chunk += chunks[i]
+            if rows:
+                table = upload(rows, torch.int64, device)
+                self._module.chunk_offsets(launch, table.data_ptr(), len(rows), first_chunk, buffer.data_ptr())
+            totals = buffer[: len(masks)].tolist()
+        kept = dict(zip(order, totals, strict=True))
+        return [Compaction(mask, offsets[i], kept[i]) for i, (mask, _) in enumerate(masks)]
 
     def move_state(self, moves: Sequence[StateMove]) -> None:
         rows, first_chunk = [], 0

@@ -48,7 +48,12 @@ class Reference:
     """Implementation with numpy, and torch's plain operators for the optimizer step."""
 
     def select(
-        self, layers: Sequence[Layer], num_prune: Sequence[int], hints: Sequence[Threshold | None]
+        self,
+        layers: Sequence[Layer],
+        num_prune: Sequence[int],
+        hints: Sequence[Threshold | None],
+        *,
+        prunes: bool = False,
     ) -> list[Selection]:
         groups = [[layer] for layer in layers] if len(num_prune) == len(layers) else [list(layers)]
         return [self._select_group(group, k) for group, k in zip(groups, num_prune, strict=True)]
@@ -137,7 +142,7 @@ class Reference:
             c = {name: float(value) for name, value in constants[index].items()}
             if c.get("skip"):
                 continue
-            kept = torch.ones(t.weight.shape, dtype=torch.bool)
+            kept = torch.ones(t.weight.shape, dtype=torch.bool, device="cpu")
             if t.mask is not None:
                 kept = torch.from_numpy(_kept(Layer(t.weight, t.mask))).view(t.weight.shape)
             compute = torch.float64 if t.weight.dtype == torch.float64 else torch.float32
@@ -146,7 +151,9 @@ class Reference:
             if t.compaction is None:
                 state = [s.clone() for s in t.state]
             else:
-                state = [torch.zeros(t.weight.shape, dtype=s.dtype).masked_scatter_(kept, s) for s in t.state]
+                state = [
+                    torch.zeros(t.weight.shape, dtype=s.dtype, device="cpu").masked_scatter_(kept, s) for s in t.state
+                ]
             weight = _RULES[rule](weight, grad, state, c)
             for target, source in zip(t.state, state, strict=True):
                 target.copy_(torch.where(kept, source, 0.0) if t.compaction is None else source[kept])
@@ -158,13 +165,16 @@ class Reference:
     def sum_squares(self, gradients: Sequence[Layer]) -> float:
         return float(sum((_magnitude(g.weight)[_kept(g)] ** 2).sum() for g in gradients))
 
-    def compaction(self, mask: torch.Tensor, numel: int) -> Compaction:
-        num_kept = int(np.unpackbits(mask.numpy(), count=numel, bitorder="little").sum())
-        return Compaction(mask, torch.zeros(0, dtype=torch.int64), num_kept)
+    def compactions(self, masks: Sequence[tuple[torch.Tensor, int]]) -> list[Compaction]:
+        kept = [int(np.unpackbits(mask.numpy(), count=numel, bitorder="little").sum()) for mask, numel in masks]
+        return [
+            Compaction(mask, torch.zeros(0, dtype=torch.int64, device="cpu"), count)
+            for (mask, _), count in zip(masks, kept, strict=True)
+        ]
 
     def move_state(self, moves: Sequence[StateMove]) -> None:
         for move in moves:
-            dense = torch.zeros(move.numel, dtype=move.source.dtype)
+            dense = torch.zeros(move.numel, dtype=move.source.dtype, device="cpu")
             if move.source_layout is None:
                 dense.copy_(move.source.reshape(-1))
             else:

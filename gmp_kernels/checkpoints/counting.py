@@ -130,7 +130,7 @@ class Counter:
         tensors = list(self._group.values())
         ends = list(accumulate(located.tensor.nbytes for located in tensors))
         itemsize = self._dtype.itemsize
-        sample = torch.empty(SAMPLE_BLOCKS * SAMPLE_BLOCK_BYTES, dtype=torch.uint8)
+        sample = torch.empty(SAMPLE_BLOCKS * SAMPLE_BLOCK_BYTES, dtype=torch.uint8, device="cpu")
         used = 0
         for block in range(SAMPLE_BLOCKS):
             place = ends[-1] * block // SAMPLE_BLOCKS // itemsize * itemsize
@@ -174,7 +174,7 @@ class Counter:
 
 
 def _sum(censuses: Iterable[Census]) -> Census:
-    below, inside, pruned, bins = 0, 0, 0, torch.zeros(NUM_BINS, dtype=torch.int64)
+    below, inside, pruned, bins = 0, 0, 0, torch.zeros(NUM_BINS, dtype=torch.int64, device="cpu")
     for census in censuses:
         below, inside, pruned = below + census.below, inside + census.inside, pruned + census.pruned
         bins += census.bins

@@ -158,6 +158,6 @@ def _add(total: TensorStatistics, piece: torch.Tensor, *, histogram: bool) -> No
         bits = keys[keys > 0]
         # The exponent and the first bits of the mantissa: four bins an octave, from that of 1 on.
         shift = MANTISSA_BITS[dtype] - (BINS_PER_OCTAVE.bit_length() - 1)
-        one = int(keys_of(torch.ones(1, dtype=dtype))) >> shift
+        one = int(keys_of(torch.ones(1, dtype=dtype, device="cpu"))) >> shift
         counts = torch.bincount(bits >> shift)
         total.histogram.update({int(b) - one: int(counts[b]) for b in counts.nonzero()})

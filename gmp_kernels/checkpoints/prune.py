@@ -21,8 +21,9 @@ from gmp_kernels.checkpoints.staging import Staging, check_target, output_errors
 from gmp_kernels.checkpoints.stream import PIECE_UNIT, Source, Stream
 from gmp_kernels.checkpoints.targets import select_tensors
 from gmp_kernels.checkpoints.writing import ShardWriter, Target, size_of
+from gmp_kernels.checks import check_sparsity
 from gmp_kernels.errors import DTypeError
-from gmp_kernels.ops import Scope, check_sparsity
+from gmp_kernels.ops import Scope
 from gmp_kernels.reports import LayerReport
 
 __all__ = ["DEFAULT_MEMORY", "PruneJob", "PruneReport"]
@@ -180,7 +181,7 @@ class PruneJob:
             # Together, and so before any rank can finish another: they must all divide the same.
             owned = _divide(self.checkpoint.shards, ranks, ranks.together(staging.finished))
             with Stream(*_buffers(max_memory, self._dtype, self._scope)) as stream:
-                room = torch.empty(max_memory // 2 // PIECE_UNIT * PIECE_UNIT, dtype=torch.uint8)
+                room = torch.empty(max_memory // 2 // PIECE_UNIT * PIECE_UNIT, dtype=torch.uint8, device="cpu")
                 advance = self._advance(stream.num_bytes, owned, staging, progress)
                 workspace = Workspace(stream, choose(None, room.device), room, advance)
                 decisions = self._decisions(workspace, owned, staging, ranks)

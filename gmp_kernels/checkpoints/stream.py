@@ -111,7 +111,7 @@ class Stream:
     def __init__(self, piece_bytes: int, num_buffers: int) -> None:
         self.num_bytes = num_buffers * piece_bytes
         self._piece_bytes = piece_bytes
-        self._buffers = [torch.empty(piece_bytes, dtype=torch.uint8) for _ in range(num_buffers)]
+        self._buffers = [torch.empty(piece_bytes, dtype=torch.uint8, device="cpu") for _ in range(num_buffers)]
         self._writes: list[Future[None] | None] = [None] * num_buffers
         self._next = 0
         # Of one range at most, begun before it was asked for.

@@ -108,7 +108,7 @@ class ShardWriter:
         threshold = Threshold(0.0, 0, 0, 0)
         for piece, selection in selected:
             weights, threshold = piece.data, selection.threshold
-            packed = torch.empty(-(-len(weights) // 8), dtype=torch.uint8)
+            packed = torch.empty(-(-len(weights) // 8), dtype=torch.uint8, device="cpu")
             num_pruned += self._implementation.prune([Layer(weights, None)], [selection], [packed])[0].num_pruned
             self._store(tensor, piece, place)
             if bits is not None:

@@ -94,7 +94,7 @@ class Search:
         pieces = [p for group in self._groups for p in group]
         none = torch.iinfo(torch.int64).max
         found = [none if p.nonfinite < 0 else p.holding.region.to_global(p.nonfinite) for p in pieces]
-        first = (-self._ranks.largest(-torch.tensor(found))).tolist()
+        first = (-self._ranks.largest(-torch.tensor(found, device="cpu"))).tolist()
         return [-1 if index == none else index for index in first]
 
     def _share(self, g: int) -> float:
@@ -113,7 +113,7 @@ class Search:
         present = [(i, target) for i, target in enumerate(targets) if target is not None]
         if is_first:
             _make_rooms([pieces[i] for i, _ in present], num_bins)
-        rows = [torch.zeros(num_bins, dtype=torch.int64)] * len(pieces)
+        rows = [torch.zeros(num_bins, dtype=torch.int64, device="cpu")] * len(pieces)
         numbers = np.zeros((len(pieces), 3), np.int64)
         if present:
             found = self._implementation.count(

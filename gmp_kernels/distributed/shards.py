@@ -11,21 +11,13 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gmp_kernels.backends import Bracket, Layer, Threshold, choose
+from gmp_kernels.checks import bump_versions, check_disjoint, check_finite, check_tensors, check_writable
 from gmp_kernels.distributed.pieces import Piece
 from gmp_kernels.distributed.ranks import Ranks
 from gmp_kernels.distributed.search import Search
 from gmp_kernels.errors import DistributedError, GMPError, LayoutError, StateError
 from gmp_kernels.masks import BitMask
-from gmp_kernels.ops import (
-    NonFinite,
-    PruneResult,
-    Scope,
-    bump_versions,
-    check_disjoint,
-    check_finite,
-    check_tensors,
-    check_writable,
-)
+from gmp_kernels.ops import NonFinite, PruneResult, Scope
 from gmp_kernels.sharding import Holding, is_sharded, region_of
 
 __all__ = ["Shards"]
@@ -143,7 +135,7 @@ class Shards:
         hints = previous if scope == "layer" else previous[:1]
         facts: dict[str, object] = {"step": step, "num_prune": list(num_prune)}
         if self.are_copies:
-            chosen = [] if failure else implementation.select(checked, num_prune, hints)
+            chosen = [] if failure else implementation.select(checked, num_prune, hints, prunes=True)
             facts["thresholds"] = [(*selection.threshold, *selection.cuts) for selection in chosen]
             found = [index for selection in chosen for index in selection.nonfinite]
             self._begin(facts, failure, names, found if nonfinite == "error" else [], [])
@@ -188,7 +180,9 @@ class Shards:
         ends = [end for bracket in brackets for end in (-bracket.lo, bracket.hi)]
         room = [0] * (2 * len(self._own) - len(ends))
         found = any(index >= 0 for index in nonfinite)
-        merged = self.ranks.largest(torch.tensor([failure is not None, found, digest, -digest, *ends, *room])).tolist()
+        merged = self.ranks.largest(
+            torch.tensor([failure is not None, found, digest, -digest, *ends, *room], device="cpu")
+        ).tolist()
         if merged[0]:
             failures = self.ranks.gather(None if failure is None else str(failure))
             if failure is not None:
@@ -233,7 +227,7 @@ class Shards:
             # The one that speaks for a region sets its digest against those of all others: equal ones cancel.
             speaks, others = p.holding.speaks, p.holding.num_others
             rows.append([num_pruned, num_new, -others * digest] if speaks else [0, 0, digest])
-        sums = self.ranks.total(torch.tensor(rows), torch.iinfo(torch.int64).max)
+        sums = self.ranks.total(torch.tensor(rows, device="cpu"), torch.iinfo(torch.int64).max)
         if sums[:, 2].any():
             places = [f"mask of '{name}' at {p.holding.region.offsets}" for name, p in zip(names, pieces, strict=True)]
             self._compare(dict(zip(places, digests, strict=True)))

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from gmp_kernels.backends import Gradient, UpdateTensor, choose
+from gmp_kernels.checks import check_tensors
 from gmp_kernels.errors import ShapeError, SparsityError
 from gmp_kernels.masks import BitMask
-from gmp_kernels.ops import check_tensors
 from gmp_kernels.sharding import local_grad, sharding_of, sum_over_shards
 
 __all__ = ["clip_grad_norm_", "ema_update_"]
@@ -95,7 +95,9 @@ def clip_gradients_(
         )
         here = choose(backend, layers[0].weight.device).sum_squares(layers) if layers else 0.0
         squares = squares + sum_over_shards(here, owners[members[0]])
-    norm = torch.as_tensor(squares, dtype=torch.float64).sqrt().to(torch.float32)
+    if not isinstance(squares, torch.Tensor):
+        squares = torch.tensor(squares, dtype=torch.float64, device="cpu")  # whatever torch's default device is
+    norm = squares.sqrt().to(torch.float32)
     if error_if_nonfinite and not torch.isfinite(norm):
         raise RuntimeError(f"clip_grad_norm_: the norm of the kept gradients is {float(norm)}; nothing was scaled")
     if gradients:

@@ -129,12 +129,14 @@ class MaskedOptimizer(torch.optim.Optimizer):
 
     def _repack(self, parameters: Iterable[torch.Tensor]) -> None:
         """Store the state of these parameters for the weights their masks keep, whatever its layout was."""
+        parameters = list(parameters)
+        if not parameters:
+            return
+        implementation = choose(self._backend, parameters[0].device)
+        masks = [(self._masks[p].packed, local(p).numel()) for p in parameters]
+        layouts = dict(zip(parameters, implementation.compactions(masks), strict=True))
         moves: list[StateMove] = []
-        layouts: dict[torch.Tensor, Compaction] = {}
-        for p in parameters:
-            implementation = choose(self._backend, p.device)
-            numel = local(p).numel()
-            layouts[p] = implementation.compaction(self._masks[p].packed, numel)
+        for p, (_, numel) in zip(parameters, masks, strict=True):
             for key, value in self.state.get(p, {}).items():
                 if key == MASTER or not is_per_weight(key, value):
                     continue
@@ -142,7 +144,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
                 moves.append(StateMove(local(value), self._compactions.get(p), packed, layouts[p], numel))
                 self.state[p][key] = packed
         if moves:
-            choose(self._backend, moves[0].source.device).move_state(moves)
+            implementation.move_state(moves)
         self._compactions.update(layouts)
 
     # -- the step ----------------------------------------------------------------------------------------------------
@@ -290,7 +292,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
         """Create what the state lacks; return whether this is the first step of the parameter."""
         state = self.state[p]
         if self.counts_steps and "step" not in state:
-            state["step"] = torch.tensor(0.0)
+            state["step"] = torch.tensor(0.0, dtype=torch.float32, device="cpu")
         if self._master_weights and p.dtype in (torch.bfloat16, torch.float16) and MASTER not in state:
             value = p if is_sharded(p) else weight
             state[MASTER] = value.detach().to(torch.float32, memory_format=torch.preserve_format)
