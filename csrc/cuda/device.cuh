@@ -18,10 +18,16 @@ inline constexpr int kEach = 8;  // weights per thread and tile
 inline constexpr int64_t kTile = kThreads * kEach;
 static_assert(kChunk % (4 * kTile) == 0, "whole chunks are read several tiles at a time");
 
-// Blocks that a multiprocessor holds at once, which bounds the registers of a thread, and so the size of the grids.
-// Kernels that read weights need 80 of them, those for keys of 64 bits some more.
-template <typename Key>
-inline constexpr unsigned kReaders = sizeof(Key) == 8 ? 2 : 3;
+// Blocks of the kernels that read weights which a multiprocessor holds at once, and so the size of the grids.
+inline constexpr unsigned kReaders = 3;
+
+// A kernel whose threads get so many registers, few enough for so many blocks. That alone would let the compiler take
+// more than it needs.
+#if defined(__CUDACC__) && (__CUDACC_VER_MAJOR__ > 12 || (__CUDACC_VER_MAJOR__ == 12 && __CUDACC_VER_MINOR__ >= 4))
+#define GMP_REGISTERS(registers, blocks) __maxnreg__(registers)
+#else
+#define GMP_REGISTERS(registers, blocks) __launch_bounds__(kThreads, blocks)
+#endif
 
 #if defined(__CUDACC__)
 inline constexpr bool kOnDevice = true;
@@ -63,7 +69,7 @@ __device__ __forceinline__ void load8(const T* p, int count, T (&values)[kEach])
     return;
   }
 #else
-  simt::count_load(count * static_cast<int64_t>(sizeof(T)));
+  simt::count_load(p, count * static_cast<int64_t>(sizeof(T)));
 #endif
 #pragma unroll
   for (int j = 0; j < kEach; ++j) {
@@ -84,7 +90,7 @@ __device__ __forceinline__ void store8(T* p, int count, const T (&values)[kEach]
     return;
   }
 #else
-  simt::count_store(count * static_cast<int64_t>(sizeof(T)));
+  simt::count_store(p, count * static_cast<int64_t>(sizeof(T)));
 #endif
 #pragma unroll
   for (int j = 0; j < kEach; ++j) {
@@ -92,22 +98,17 @@ __device__ __forceinline__ void store8(T* p, int count, const T (&values)[kEach]
   }
 }
 
-// What has been loaded a moment ago, and is in a cache.
-template <typename T>
-__device__ T reload1(const T* p) {
-  return *p;
-}
 template <typename T>
 __device__ T load1(const T* p) {
 #if !defined(__CUDACC__)
-  simt::count_load(sizeof(T));
+  simt::count_load(p, sizeof(T));
 #endif
-  return reload1(p);
+  return *p;
 }
 template <typename T>
 __device__ void store1(T* p, T value) {
 #if !defined(__CUDACC__)
-  simt::count_store(sizeof(T));
+  simt::count_store(p, sizeof(T));
 #endif
   *p = value;
 }
@@ -140,18 +141,22 @@ __device__ inline unsigned load_bits(const uint8_t* mask, int64_t i, int count) 
   if (count == 0) return 0;
   unsigned bits = 0xff;
   if (mask != nullptr) {
+#if !defined(GMP_WITHOUT_MASK_BYTES)  // benchmarks/cuda_static.py looks for other accesses that are a byte wide
     bits = mask[i / 8];
+#endif
 #if !defined(__CUDACC__)
-    simt::count_load(1);
+    simt::count_load(mask + i / 8, 1);
 #endif
   }
   return bits & ((1u << count) - 1);
 }
 
 __device__ inline void store_bits(uint8_t* mask, int64_t i, unsigned bits) {
+#if !defined(GMP_WITHOUT_MASK_BYTES)
   mask[i / 8] = static_cast<uint8_t>(bits);
+#endif
 #if !defined(__CUDACC__)
-  simt::count_store(1);
+  simt::count_store(mask + i / 8, 1);
 #endif
 }
 
@@ -187,7 +192,7 @@ __device__ inline int lowest_of(uint64_t word) {
 // The v-th 16 bytes of a mask from an aligned byte on.
 __device__ __forceinline__ uint4 load_words(const uint8_t* mask, unsigned v) {
 #if !defined(__CUDACC__)
-  simt::count_load(sizeof(uint4));
+  simt::count_load(mask + v * sizeof(uint4), sizeof(uint4));
 #endif
   return reinterpret_cast<const uint4*>(mask)[v];
 }
@@ -196,7 +201,7 @@ static_assert(kTouchedBy == kWarpSize * kEach, "the lanes of a warp make a word"
 
 __device__ __forceinline__ bool is_touched(const unsigned* touched, int64_t i) {
 #if !defined(__CUDACC__)
-  if (threadIdx.x % kWarpSize == 0) simt::count_load(sizeof(unsigned));
+  simt::count_load(touched + i / kTouchedBy, sizeof(unsigned));
 #endif
   return touched[i / kTouchedBy] >> (i / kEach % kWarpSize) & 1;
 }
@@ -283,6 +288,11 @@ __device__ int64_t row_of(const Row* rows, int64_t num_rows, int64_t chunk) {
   return low;
 }
 
+// Weights of the chunk that begins at `begin`.
+__device__ inline int size_of_chunk(int64_t n, int64_t begin) {
+  return static_cast<int>(n - begin < kChunk ? n - begin : kChunk);
+}
+
 // Calls visit(row number, begin, end) for each chunk of this block.
 template <typename Row, typename Visit>
 __device__ __forceinline__ void for_each_chunk(const Row* rows, int64_t num_rows, int64_t num_chunks, Visit visit) {
@@ -298,13 +308,12 @@ __device__ __forceinline__ void for_each_chunk(const Row* rows, int64_t num_rows
 }
 
 // Calls visit(row number, first chunk, last chunk) for what each row has of [first, last); the last is not included.
+// Rows and chunks are numbered in 32 bits, because registers are scarce: 2^31 chunks are 2^45 weights.
 template <typename Row, typename Visit>
-__device__ __forceinline__ void for_each_run(const Row* rows, int64_t num_rows, int64_t first, int64_t last,
-                                             Visit visit) {
-  if (first == last) return;
-  for (int64_t row = row_of(rows, num_rows, first); first < last; ++row) {
-    const int64_t next = row + 1 < num_rows ? rows[row + 1].first_chunk : last;
-    const int64_t until = next < last ? next : last;
+__device__ __forceinline__ void for_each_run(const Row* rows, int64_t num_rows, int first, int last, Visit visit) {
+  for (int row = static_cast<int>(row_of(rows, num_rows, first)); first < last; ++row) {
+    const int next = row + 1 < num_rows ? static_cast<int>(rows[row + 1].first_chunk) : last;
+    const int until = next < last ? next : last;
     visit(row, first, until);
     first = until;
   }
@@ -313,8 +322,8 @@ __device__ __forceinline__ void for_each_run(const Row* rows, int64_t num_rows, 
 // The same for the chunks of this block.
 template <typename Row, typename Visit>
 __device__ __forceinline__ void for_each_run(const Row* rows, int64_t num_rows, int64_t num_chunks, Visit visit) {
-  for_each_run(rows, num_rows, first_chunk_of(blockIdx.x, num_chunks), first_chunk_of(blockIdx.x + 1, num_chunks),
-               visit);
+  for_each_run(rows, num_rows, static_cast<int>(first_chunk_of(blockIdx.x, num_chunks)),
+               static_cast<int>(first_chunk_of(blockIdx.x + 1, num_chunks)), visit);
 }
 
 // Whether eights of these chunks can be loaded as they are.
