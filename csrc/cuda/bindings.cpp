@@ -107,6 +107,7 @@ PYBIND11_MODULE(GMP_MODULE, m) {
   m.def("repack", &repack);
   m.def("chunk_offsets", &chunk_offsets);
   m.def("sum_squares", &sum_squares);
+  m.def("load_kernels", &gmp::cuda::load_kernels);
   m.def("multiprocessors_of", &gmp::cuda::multiprocessors_of);
 #if defined(GMP_SIMT)
   m.def("set_seed", &simt::set_seed);

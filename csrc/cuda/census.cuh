@@ -6,7 +6,7 @@
 namespace gmp::cuda::kernels {
 
 template <typename Key>
-__global__ void __launch_bounds__(kThreads, kReaders<Key>)
+__global__ void __launch_bounds__(kThreads, kReaders)
     census(CensusRow* rows, int64_t num_rows, int64_t num_chunks, Key infinity) {
   __shared__ Counts<Key> shared;
   Counter<Key> counter(shared, kListCapacity, infinity);
@@ -25,7 +25,7 @@ __global__ void __launch_bounds__(kThreads, kReaders<Key>)
     __syncthreads();
   };
 
-  for_each_chunk(rows, num_rows, num_chunks, [&](int64_t r, int64_t, int64_t begin, int64_t end) {
+  for_each_chunk(rows, num_rows, num_chunks, [&](int64_t r, int64_t, int64_t begin, int64_t) {
     CensusRow& row = rows[r];
     if (r != current) {
       leave();
@@ -36,8 +36,8 @@ __global__ void __launch_bounds__(kThreads, kReaders<Key>)
       const unsigned long long place = atomicAdd(counter_at(&row.inside), 1ull);
       if (place < static_cast<unsigned long long>(row.room_size)) store1(pointer<Key>(row.room) + place, key);
     };
-    count_chunk(row.weights, row.mask, 0, row.n, begin, end, counter, keep);
-    counter.report_nonfinite(&row.nonfinite);
+    count_chunk(row.weights, row.mask, 0, row.n, begin, counter, keep);
+    counter.report_nonfinite(&row.nonfinite, begin);
     counter.end_chunk([&](unsigned, Key key) { keep(key); });
   });
   leave();

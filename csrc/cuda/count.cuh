@@ -31,9 +31,10 @@ __device__ __forceinline__ void keys_of(const Key (&raw)[kEach], unsigned bits, 
 template <typename Key>
 struct Counts {
   unsigned bins[kMostBins];
-  Key staged[kListCapacity];
-  unsigned appended[2];  // in turn, so that one can be set back while the other is in use
-  unsigned num_staged;   // where the chunk's keys do not fit
+  // Of one chunk while the next is read already; of three in turn, one can be set back while two are in use.
+  Key staged[2][kListCapacity];
+  unsigned num_staged[2];  // where the chunk's keys do not fit
+  unsigned appended[3];
 };
 
 // What each thread has found.
@@ -42,28 +43,28 @@ class Counter {
  public:
   using Signed = std::make_signed_t<Word<Key>>;
 
-  // The whole block comes here, and to every function below but take(), which needs whole warps.
+  // The whole block comes here, to end_chunk() and to move_bins().
   __device__ Counter(Counts<Key>& shared, int64_t capacity, Key infinity)
       : shared_(shared), capacity_(static_cast<unsigned>(capacity)), infinity_(infinity) {
     for (int64_t b = threadIdx.x; b < kMostBins; b += kThreads) shared_.bins[b] = 0;
-    if (threadIdx.x < 2) shared_.appended[threadIdx.x] = 0;
+    if (threadIdx.x < 3) shared_.appended[threadIdx.x] = 0;
     __syncthreads();
   }
 
   __device__ void aim(uint64_t lo, uint64_t hi, int64_t shift) {
     lo_ = static_cast<Word<Key>>(lo);
     // Above every number all NaN are alike, whatever their bits.
-    last_ = static_cast<Word<Key>>(hi > infinity_ ? static_cast<Key>(~kSignBit<Key>) : hi);
-    size_ = lo_ <= last_ ? last_ - lo_ + 1 : 0;
+    const uint64_t last = hi > infinity_ ? static_cast<Key>(~kSignBit<Key>) : hi;
+    size_ = static_cast<Word<Key>>(lo <= last ? last - lo + 1 : 0);
     shift_ = static_cast<int>(shift);
     below = pruned = 0;
   }
 
-  // Keys of eights that are a tile apart, the first of them beginning at index i; bit k of `present` says whether the
-  // k-th is one. The few that are needed again come from load(k): indices that vary would take the keys out of their
-  // registers. Those inside for which there is no room are counted at once, and go to spill(key).
+  // Keys of eights that are a tile apart, the first of them beginning at index i of the chunk; bit k of `present` says
+  // whether the k-th is one. The few that are needed again come from load(k): indices that vary would take the keys out
+  // of their registers. Those inside for which there is no room are counted at once, and go to spill(key).
   template <int kCount, typename Load, typename Spill>
-  __device__ __forceinline__ void take(const Word<Key> (&keys)[kCount], unsigned present, int64_t i, Load load,
+  __device__ __forceinline__ void take(const Word<Key> (&keys)[kCount], unsigned present, int i, Load load,
                                        Spill spill) {
     constexpr int kTopBit = sizeof(Word<Key>) * 8 - 1;
     unsigned inside = 0;
@@ -79,29 +80,20 @@ class Counter {
     if (top >= static_cast<Signed>(infinity_)) {
       for (unsigned left = present; left != 0; left &= left - 1) {
         const int k = lowest_bit(left);
-        const int64_t index = i + k / kEach * kTile + k % kEach;
+        const int index = i + k / kEach * static_cast<int>(kTile) + k % kEach;
         if (magnitude_key(load(k), infinity_) >= infinity_ && index < nonfinite_) nonfinite_ = index;
       }
     }
-    const unsigned lane = threadIdx.x % kWarpSize, mine = count_bits(inside);
-    unsigned until = mine;
-#pragma unroll
-    for (unsigned step = 1; step < kWarpSize; step *= 2) {
-      const unsigned lower = __shfl_up_sync(~0u, until, step);
-      if (lane >= step) until += lower;
-    }
-    const unsigned total = __shfl_sync(~0u, until, kWarpSize - 1);
-    if (total == 0) return;
-    unsigned base = 0;
-    if (lane == 0) base = atomicAdd(&shared_.appended[turn_], total);
-    base = __shfl_sync(~0u, base, 0);
-    if (base + total <= capacity_) {
-      unsigned place = base + until - mine;
+    if (inside == 0) return;
+    // In no order: the lists are used as sets.
+    const unsigned mine = count_bits(inside), base = atomicAdd(&shared_.appended[third_], mine);
+    if (base + mine <= capacity_) {
+      unsigned place = base;
       for (; inside != 0; inside &= inside - 1) {
-        shared_.staged[place++] = magnitude_key(load(lowest_bit(inside)), infinity_);
+        shared_.staged[half_][place++] = magnitude_key(load(lowest_bit(inside)), infinity_);
       }
     } else {
-      if (lane == 0 && base <= capacity_) shared_.num_staged = base;
+      if (base <= capacity_) shared_.num_staged[half_] = base;
       for (; inside != 0; inside &= inside - 1) {
         const Key key = magnitude_key(load(lowest_bit(inside)), infinity_);
         add(key);
@@ -110,37 +102,38 @@ class Counter {
     }
   }
 
-  // Whether the key is not above the bracket; kNone is.
-  __device__ bool is_at_most_last(Word<Key> key) const { return key <= last_; }
+  // Whether the key is not above the bracket, which is not empty; kNone is.
+  __device__ bool is_not_above(Word<Key> key) const { return key < lo_ + size_; }
 
   // Counts a key that was in a list, if it is inside.
   __device__ void take_listed(Key key) {
     if (is_inside(key)) add(key);
   }
 
-  // Puts the first NaN or Inf that this thread has seen where the smallest index is kept; returns whether there was
-  // one.
-  __device__ bool report_nonfinite(int64_t* first) {
-    if (nonfinite_ == kNoIndex) return false;
-    atomicMin(counter_at(first), static_cast<unsigned long long>(nonfinite_));
-    nonfinite_ = kNoIndex;
+  // Puts the first NaN or Inf that this thread has seen in the chunk that begins at `begin` where the smallest index is
+  // kept; returns whether there was one.
+  __device__ bool report_nonfinite(int64_t* first, int64_t begin) {
+    if (nonfinite_ == kNowhere) return false;
+    atomicMin(counter_at(first), static_cast<unsigned long long>(begin + nonfinite_));
+    nonfinite_ = kNowhere;
     return true;
   }
 
-  // Counts the other keys inside of one chunk and hands them to store(position, key); returns how many were inside.
+  // Counts the other keys inside of one chunk and hands them to store(position, key); returns how many were inside. The
+  // next chunk may be begun by some threads while others are still here.
   template <typename Store>
   __device__ __forceinline__ unsigned end_chunk(Store store) {
-    __syncthreads();
-    const unsigned appended = shared_.appended[turn_];
-    const unsigned size = appended <= capacity_ ? appended : shared_.num_staged;
+    __syncthreads();  // all of the chunk's keys are there; and those of the chunk before are done with
+    const unsigned appended = shared_.appended[third_];
+    const unsigned size = appended <= capacity_ ? appended : shared_.num_staged[half_];
     for (unsigned k = threadIdx.x; k < size; k += kThreads) {
-      const Key key = shared_.staged[k];
+      const Key key = shared_.staged[half_][k];
       add(key);
       store(k, key);
     }
-    turn_ ^= 1;
-    if (threadIdx.x == 0) shared_.appended[turn_] = 0;
-    __syncthreads();  // the staged keys are overwritten next
+    half_ ^= 1;
+    third_ = next_third(third_);
+    if (threadIdx.x == 0) shared_.appended[next_third(third_)] = 0;
     return appended;
   }
 
@@ -167,13 +160,16 @@ class Counter {
   __device__ bool is_inside(Word<Key> key) const { return static_cast<Word<Key>>(key - lo_) < size_; }
   __device__ void add(Key key) { atomicAdd(&shared_.bins[static_cast<Word<Key>>(key - lo_) >> shift_], 1u); }
 
+  static constexpr int kNowhere = kChunk;
+  __device__ static unsigned next_third(unsigned third) { return third == 2 ? 0 : third + 1; }
+
   Counts<Key>& shared_;
   const unsigned capacity_;
   const Key infinity_;
-  Word<Key> lo_ = 0, last_ = 0, size_ = 0;
+  Word<Key> lo_ = 0, size_ = 0;
   int shift_ = 0;
-  unsigned turn_ = 0;
-  int64_t nonfinite_ = kNoIndex;
+  unsigned half_ = 0, third_ = 0;  // of what is shared, for the chunk that is read
+  int nonfinite_ = kNowhere;       // index in the chunk
 };
 
 // One chunk of weights. kWhole: see load8.
@@ -185,20 +181,19 @@ class Counter {
 // on becomes only narrower; all layers of a group are read against one bracket; a layer that has enough pruned already
 // gets a threshold of 0, below which is nothing; above Inf, where all NaN tie, the bracket ends at the last of them.
 template <bool kWhole, bool kMasked, typename Key, typename Spill>
-__device__ __forceinline__ void count_chunk(const Key* weights, const uint8_t* mask, unsigned* touched, int64_t n,
-                                            int64_t begin, int64_t end, Counter<Key>& counter, Spill spill) {
-  constexpr int kEights = sizeof(Key) == 8 ? 1 : 2;  // two to four loads of 16 bytes are under way
-  for (int64_t tile = begin; tile < end; tile += kEights * kTile) {
-    const int64_t first = tile + threadIdx.x * kEach;
-    Key raw[kEights][kEach];
+__device__ __forceinline__ void count_chunk(const Key* weights, const uint8_t* mask, unsigned* touched, int size,
+                                            Counter<Key>& counter, Spill spill) {
+  constexpr int kEights = sizeof(Key) == 8 ? 1 : sizeof(Key) == 2 && !kMasked ? 4 : 2;
+  for (int tile = 0; tile < size; tile += kEights * static_cast<int>(kTile)) {
+    const int first = tile + static_cast<int>(threadIdx.x) * kEach;
+    Key raw[kEights][kEach] = {};
     unsigned present = 0;
 #pragma unroll
     for (int e = 0; e < kEights; ++e) {
-      const int64_t i = first + e * kTile;
-      const int size = kWhole ? kEach : count_from(i, n);
-      const unsigned bits = kMasked ? load_bits(mask, i, size) : (1u << size) - 1;
-      if (kMasked) counter.pruned += size - count_bits(bits);
-      load8<kWhole>(weights + i, bits != 0 || (kMasked && touched != nullptr) ? size : 0, raw[e]);
+      const int i = first + e * static_cast<int>(kTile), there = kWhole ? kEach : count_from(i, size);
+      const unsigned bits = kMasked ? load_bits(mask, i, there) : (1u << there) - 1;
+      if (kMasked) counter.pruned += there - count_bits(bits);
+      load8<kWhole>(weights + i, bits != 0 || (kMasked && touched != nullptr) ? there : 0, raw[e]);
       present |= bits << e * kEach;
     }
     Word<Key> keys[kEights * kEach];
@@ -207,32 +202,34 @@ __device__ __forceinline__ void count_chunk(const Key* weights, const uint8_t* m
     if (kMasked && touched != nullptr) {
 #pragma unroll
       for (int e = 0; e < kEights; ++e) {
-        const int64_t i = first + e * kTile;
+        const int i = first + e * static_cast<int>(kTile);
         Key garbage = 0;
-        bool may_go = false;
+        Word<Key> least = kNone<Key>;
 #pragma unroll
         for (int j = 0; j < kEach; ++j) {
           garbage |= present >> (e * kEach + j) & 1 ? Key(0) : raw[e][j];
-          may_go |= counter.is_at_most_last(keys[e * kEach + j]);
+          least = keys[e * kEach + j] < least ? keys[e * kEach + j] : least;
         }
-        const unsigned word = __ballot_sync(~0u, garbage != 0 || may_go);
-        if (threadIdx.x % kWarpSize == 0 && (kWhole || i < n)) store1(touched + i / kTouchedBy, word);
+        const unsigned word = __ballot_sync(~0u, garbage != 0 || counter.is_not_above(least));
+        if (threadIdx.x % kWarpSize == 0 && (kWhole || i < size)) store1(touched + i / kTouchedBy, word);
       }
     }
     const Key* const again = weights + first;
-    counter.take(keys, present, first, [&](int k) { return reload1(again + (k / kEach * kTile + k % kEach)); }, spill);
+    counter.take(keys, present, first, [&](int k) { return again[k / kEach * kTile + k % kEach]; }, spill);
   }
 }
 
+// The chunk that begins at `begin` in a layer of n weights.
 template <typename Key, typename Spill>
 __device__ __forceinline__ void count_chunk(uint64_t weights, uint64_t mask, uint64_t touched, int64_t n, int64_t begin,
-                                            int64_t end, Counter<Key>& counter, Spill spill) {
-  const Key* const w = pointer<const Key>(weights);
-  const uint8_t* const bits = pointer<const uint8_t>(mask);
-  unsigned* const t = pointer<unsigned>(touched);
-  if (!is_whole(w, begin, end)) return count_chunk<false, true>(w, bits, t, n, begin, end, counter, spill);
-  if (bits == nullptr) return count_chunk<true, false>(w, bits, t, n, begin, end, counter, spill);
-  count_chunk<true, true>(w, bits, t, n, begin, end, counter, spill);
+                                            Counter<Key>& counter, Spill spill) {
+  const Key* const w = pointer<const Key>(weights) + begin;
+  const uint8_t* const bits = mask == 0 ? nullptr : pointer<const uint8_t>(mask) + begin / 8;
+  unsigned* const t = touched == 0 ? nullptr : pointer<unsigned>(touched) + begin / kTouchedBy;
+  const int size = size_of_chunk(n, begin);
+  if (size != kChunk || !is_aligned(w)) return count_chunk<false, true>(w, bits, t, size, counter, spill);
+  if (bits == nullptr) return count_chunk<true, false>(w, bits, t, size, counter, spill);
+  count_chunk<true, true>(w, bits, t, size, counter, spill);
 }
 
 }  // namespace gmp::cuda::kernels

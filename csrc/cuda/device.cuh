@@ -18,10 +18,16 @@ inline constexpr int kEach = 8;  // weights per thread and tile
 inline constexpr int64_t kTile = kThreads * kEach;
 static_assert(kChunk % (4 * kTile) == 0, "whole chunks are read several tiles at a time");
 
-// Blocks that a multiprocessor holds at once, which bounds the registers of a thread, and so the size of the grids.
-// Kernels that read weights need 80 of them, those for keys of 64 bits some more.
-template <typename Key>
-inline constexpr unsigned kReaders = sizeof(Key) == 8 ? 2 : 3;
+// Blocks of the kernels that read weights which a multiprocessor holds at once, and so the size of the grids.
+inline constexpr unsigned kReaders = 3;
+
+// A kernel whose threads get so many registers, few enough for so many blocks. That alone would let the compiler take
+// more than it needs.
+#if defined(__CUDACC__) && (__CUDACC_VER_MAJOR__ > 12 || (__CUDACC_VER_MAJOR__ == 12 && __CUDACC_VER_MINOR__ >= 4))
+#define GMP_REGISTERS(registers, blocks) __maxnreg__(registers)
+#else
+#define GMP_REGISTERS(registers, blocks) __launch_bounds__(kThreads, blocks)
+#endif
 
 #if defined(__CUDACC__)
 inline constexpr bool kOnDevice = true;
@@ -63,12 +69,12 @@ __device__ __forceinline__ void load8(const T* p, int count, T (&values)[kEach])
     return;
   }
 #else
-  simt::count_load(count * static_cast<int64_t>(sizeof(T)));
+  simt::count_load(p, count * static_cast<int64_t>(sizeof(T)));
 #endif
 #pragma unroll
   for (int j = 0; j < kEach; ++j) {
     values[j] = T{};
-    if (!(kWhole && kOnDevice) && j < count) memcpy(&values[j], p + j, sizeof(T));
+    if (!(kWhole && kOnDevice) && j < count) values[j] = p[j];
   }
 }
 
@@ -84,32 +90,25 @@ __device__ __forceinline__ void store8(T* p, int count, const T (&values)[kEach]
     return;
   }
 #else
-  simt::count_store(count * static_cast<int64_t>(sizeof(T)));
+  simt::count_store(p, count * static_cast<int64_t>(sizeof(T)));
 #endif
 #pragma unroll
   for (int j = 0; j < kEach; ++j) {
-    if (j < count) memcpy(p + j, &values[j], sizeof(T));
+    if (j < count) p[j] = values[j];
   }
 }
 
-// What has been loaded a moment ago, and is in a cache.
-template <typename T>
-__device__ T reload1(const T* p) {
-  T value;
-  memcpy(&value, p, sizeof(T));
-  return value;
-}
 template <typename T>
 __device__ T load1(const T* p) {
 #if !defined(__CUDACC__)
-  simt::count_load(sizeof(T));
+  simt::count_load(p, sizeof(T));
 #endif
-  return reload1(p);
+  return *p;
 }
 template <typename T>
 __device__ void store1(T* p, T value) {
 #if !defined(__CUDACC__)
-  simt::count_store(sizeof(T));
+  simt::count_store(p, sizeof(T));
 #endif
   *p = value;
 }
@@ -142,25 +141,58 @@ __device__ inline unsigned load_bits(const uint8_t* mask, int64_t i, int count) 
   if (count == 0) return 0;
   unsigned bits = 0xff;
   if (mask != nullptr) {
+#if !defined(GMP_WITHOUT_MASK_BYTES)  // benchmarks/cuda_static.py looks for other accesses that are a byte wide
     bits = mask[i / 8];
+#endif
 #if !defined(__CUDACC__)
-    simt::count_load(1);
+    simt::count_load(mask + i / 8, 1);
 #endif
   }
   return bits & ((1u << count) - 1);
 }
 
 __device__ inline void store_bits(uint8_t* mask, int64_t i, unsigned bits) {
+#if !defined(GMP_WITHOUT_MASK_BYTES)
   mask[i / 8] = static_cast<uint8_t>(bits);
+#endif
 #if !defined(__CUDACC__)
-  simt::count_store(1);
+  simt::count_store(mask + i / 8, 1);
+#endif
+}
+
+// The mask bits of the 64 weights from a multiple of eight on, of which `count` are there, or fewer than none.
+__device__ __forceinline__ uint64_t load_word(const uint8_t* mask, int64_t i, int count) {
+  if (count <= 0) return 0;
+  uint64_t word = ~uint64_t{0};
+  if (mask != nullptr && count >= 64 && (reinterpret_cast<uint64_t>(mask + i / 8) & 7) == 0) {
+    word = load1(reinterpret_cast<const uint64_t*>(mask + i / 8));
+  } else if (mask != nullptr) {
+    word = 0;
+#pragma unroll 1
+    for (int j = 0; j < 64 && j < count; j += kEach) {
+      word |= static_cast<uint64_t>(load_bits(mask, i + j, count - j < kEach ? count - j : kEach)) << j;
+    }
+  }
+  return count >= 64 ? word : word & ((uint64_t{1} << count) - 1);
+}
+
+__device__ inline int count_word(uint64_t word) {
+  return count_bits(static_cast<unsigned>(word)) + count_bits(static_cast<unsigned>(word >> 32));
+}
+
+// Position of the lowest bit that is set.
+__device__ inline int lowest_of(uint64_t word) {
+#if defined(__CUDACC__)
+  return __ffsll(static_cast<long long>(word)) - 1;
+#else
+  return __builtin_ctzll(word);
 #endif
 }
 
 // The v-th 16 bytes of a mask from an aligned byte on.
 __device__ __forceinline__ uint4 load_words(const uint8_t* mask, unsigned v) {
 #if !defined(__CUDACC__)
-  simt::count_load(sizeof(uint4));
+  simt::count_load(mask + v * sizeof(uint4), sizeof(uint4));
 #endif
   return reinterpret_cast<const uint4*>(mask)[v];
 }
@@ -169,7 +201,7 @@ static_assert(kTouchedBy == kWarpSize * kEach, "the lanes of a warp make a word"
 
 __device__ __forceinline__ bool is_touched(const unsigned* touched, int64_t i) {
 #if !defined(__CUDACC__)
-  if (threadIdx.x % kWarpSize == 0) simt::count_load(sizeof(unsigned));
+  simt::count_load(touched + i / kTouchedBy, sizeof(unsigned));
 #endif
   return touched[i / kTouchedBy] >> (i / kEach % kWarpSize) & 1;
 }
@@ -185,6 +217,18 @@ template <typename T>
 __device__ __forceinline__ T warp_sum(T value) {
   for (int step = kWarpSize / 2; step > 0; step /= 2) value += __shfl_xor_sync(~0u, value, step);
   return value;
+}
+
+// The sum over the lanes before this one, and over all.
+template <typename T>
+__device__ __forceinline__ T warp_scan(T value, T& total) {
+  T inclusive = value;
+  for (unsigned step = 1; step < kWarpSize; step *= 2) {
+    const T lower = __shfl_up_sync(~0u, inclusive, step);
+    if (threadIdx.x % kWarpSize >= step) inclusive += lower;
+  }
+  total = __shfl_sync(~0u, inclusive, static_cast<int>(kWarpSize) - 1);
+  return inclusive - value;
 }
 
 // All threads of the block take part in what follows, and all get the answer.
@@ -244,6 +288,11 @@ __device__ int64_t row_of(const Row* rows, int64_t num_rows, int64_t chunk) {
   return low;
 }
 
+// Weights of the chunk that begins at `begin`.
+__device__ inline int size_of_chunk(int64_t n, int64_t begin) {
+  return static_cast<int>(n - begin < kChunk ? n - begin : kChunk);
+}
+
 // Calls visit(row number, begin, end) for each chunk of this block.
 template <typename Row, typename Visit>
 __device__ __forceinline__ void for_each_chunk(const Row* rows, int64_t num_rows, int64_t num_chunks, Visit visit) {
@@ -256,6 +305,25 @@ __device__ __forceinline__ void for_each_chunk(const Row* rows, int64_t num_rows
     const int64_t end = begin + kChunk < rows[row].n ? begin + kChunk : rows[row].n;
     visit(row, chunk, begin, end);
   }
+}
+
+// Calls visit(row number, first chunk, last chunk) for what each row has of [first, last); the last is not included.
+// Rows and chunks are numbered in 32 bits, because registers are scarce: 2^31 chunks are 2^45 weights.
+template <typename Row, typename Visit>
+__device__ __forceinline__ void for_each_run(const Row* rows, int64_t num_rows, int first, int last, Visit visit) {
+  for (int row = static_cast<int>(row_of(rows, num_rows, first)); first < last; ++row) {
+    const int next = row + 1 < num_rows ? static_cast<int>(rows[row + 1].first_chunk) : last;
+    const int until = next < last ? next : last;
+    visit(row, first, until);
+    first = until;
+  }
+}
+
+// The same for the chunks of this block.
+template <typename Row, typename Visit>
+__device__ __forceinline__ void for_each_run(const Row* rows, int64_t num_rows, int64_t num_chunks, Visit visit) {
+  for_each_run(rows, num_rows, static_cast<int>(first_chunk_of(blockIdx.x, num_chunks)),
+               static_cast<int>(first_chunk_of(blockIdx.x + 1, num_chunks)), visit);
 }
 
 // Whether eights of these chunks can be loaded as they are.

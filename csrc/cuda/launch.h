@@ -40,6 +40,31 @@ inline void prepare(const Launch& launch) {
 #endif
 }
 
+// Has a kernel loaded, which otherwise happens at its first launch: too late while a graph is captured.
+template <typename Kernel>
+void load([[maybe_unused]] Kernel kernel) {
+#if defined(__CUDACC__)
+  cudaFuncAttributes attributes;
+  check("cudaFuncGetAttributes", cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)));
+#endif
+}
+
+// While one of these lives, a graph that this thread captures does not mind modules that are loaded.
+class WhileLoading {
+ public:
+  WhileLoading() { exchange(); }
+  ~WhileLoading() { exchange(); }
+  WhileLoading(const WhileLoading&) = delete;
+
+ private:
+#if defined(__CUDACC__)
+  void exchange() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+#else
+  void exchange() {}
+#endif
+};
+
 // Blocks to a multiprocessor where every warp works alone and threads need few registers.
 inline constexpr unsigned kBlocksOfWarps = 6;
 

@@ -13,11 +13,11 @@ void select_typed(const Launch& launch, Key infinity, const Tables& t) {
   // A bracket that fails leaves all bits of a key to be told apart, 9 in each read.
   constexpr int kBits = 9, kPasses = 1 + (static_cast<int>(sizeof(Key)) * 8 - 1 + kBits - 1) / kBits;
   static_assert(int64_t{1} << kBits == kBins);
-  const unsigned grid = grid_of(launch, kReaders<Key>, t.num_chunks);
+  const unsigned grid = grid_of(launch, kReaders, t.num_chunks);
   for (int pass = 0; pass < kPasses; ++pass) {
-    GMP_LAUNCH(kernels::count<Key>, grid, launch, t.layers, t.num_layers, t.groups, t.num_chunks, t.space, infinity);
+    GMP_LAUNCH(kernels::count<Key>, grid, launch, t.layers, t.groups, t.num_groups, t.num_chunks, t.space, infinity);
   }
-  GMP_LAUNCH(kernels::ties<Key>, grid, launch, t.layers, t.num_layers, t.groups, t.num_chunks, t.space, infinity);
+  GMP_LAUNCH(kernels::ties<Key>, grid, launch, t.layers, t.groups, t.num_groups, t.num_chunks, t.space, infinity);
 }
 
 // Calls visit(+Inf as a key of the dtype).
@@ -35,7 +35,7 @@ void with_dtype(const Launch& launch, DType dtype, Visit visit) {
 
 }  // namespace
 
-unsigned num_counting_blocks(unsigned multiprocessors) { return multiprocessors * kReaders<uint32_t>; }
+unsigned num_counting_blocks(unsigned multiprocessors) { return multiprocessors * kReaders; }
 
 void begin(const Launch& launch, DType dtype, const Tables& t) {
   with_dtype(launch, dtype, [&](auto infinity) {
@@ -51,7 +51,7 @@ void select(const Launch& launch, DType dtype, const Tables& tables) {
 void apply(const Launch& launch, DType dtype, const Tables& t, const uint64_t* out, const int64_t* stop) {
   with_dtype(launch, dtype, [&](auto infinity) {
     using Key = decltype(infinity);
-    GMP_LAUNCH(kernels::apply<Key>, grid_of(launch, kReaders<Key>, t.num_chunks), launch, t.layers, t.num_layers,
+    GMP_LAUNCH(kernels::apply<Key>, grid_of(launch, kReaders, t.num_chunks), launch, t.layers, t.num_layers,
                t.num_chunks, t.groups, out, stop, infinity);
   });
 }
@@ -59,14 +59,14 @@ void apply(const Launch& launch, DType dtype, const Tables& t, const uint64_t* o
 void census(const Launch& launch, DType dtype, CensusRow* rows, int64_t num_rows, int64_t num_chunks) {
   with_dtype(launch, dtype, [&](auto infinity) {
     using Key = decltype(infinity);
-    GMP_LAUNCH(kernels::census<Key>, grid_of(launch, kReaders<Key>, num_chunks), launch, rows, num_rows, num_chunks,
+    GMP_LAUNCH(kernels::census<Key>, grid_of(launch, kReaders, num_chunks), launch, rows, num_rows, num_chunks,
                infinity);
   });
 }
 
 void repack(const Launch& launch, const RepackRow* rows, int64_t num_rows, int64_t num_chunks) {
   prepare(launch);
-  GMP_LAUNCH(kernels::repack, grid_of(launch, kReaders<uint32_t>, num_chunks), launch, rows, num_rows, num_chunks);
+  GMP_LAUNCH(kernels::repack, grid_of(launch, kReaders, num_chunks), launch, rows, num_rows, num_chunks);
 }
 
 void chunk_offsets(const Launch& launch, const OffsetsRow* rows, int64_t num_rows, int64_t num_chunks,
@@ -79,9 +79,30 @@ void chunk_offsets(const Launch& launch, const OffsetsRow* rows, int64_t num_row
 
 void sum_squares(const Launch& launch, const GradRow* rows, int64_t num_rows, int64_t num_chunks, double* sums) {
   prepare(launch);
-  GMP_LAUNCH(kernels::sum_squares, grid_of(launch, kReaders<uint32_t>, num_chunks), launch, rows, num_rows, num_chunks,
-             sums);
+  GMP_LAUNCH(kernels::sum_squares, grid_of(launch, kReaders, num_chunks), launch, rows, num_rows, num_chunks, sums);
   GMP_LAUNCH(kernels::total, 1u, launch, sums, num_chunks);
+}
+
+void load_kernels(const Launch& launch) {
+  const WhileLoading loading;
+  prepare(launch);
+  const auto load_typed = [](auto key) {
+    using Key = decltype(key);
+    load(kernels::begin<Key>);
+    load(kernels::count<Key>);
+    load(kernels::ties<Key>);
+    load(kernels::apply<Key>);
+    load(kernels::census<Key>);
+  };
+  load_typed(uint16_t{});
+  load_typed(uint32_t{});
+  load_typed(uint64_t{});
+  load(kernels::repack);
+  load(kernels::count_kept);
+  load(kernels::scan_kept);
+  load(kernels::sum_squares);
+  load(kernels::total);
+  load_steps(launch);
 }
 
 unsigned multiprocessors_of([[maybe_unused]] int device) {

@@ -49,6 +49,10 @@ void chunk_offsets(const Launch& launch, const OffsetsRow* rows, int64_t num_row
 // sums: one per chunk, and one more, which receives the total.
 void sum_squares(const Launch& launch, const GradRow* rows, int64_t num_rows, int64_t num_chunks, double* sums);
 
+// Loads all kernels for a device, so that none has to be at its first launch. May be called while a graph is captured.
+void load_kernels(const Launch& launch);
+void load_steps(const Launch& launch);  // a part of that
+
 // Throws std::runtime_error if there is no such device.
 unsigned multiprocessors_of(int device);
 

@@ -234,59 +234,79 @@ __device__ void add_sums(GroupRow& group, const Counter<Key>& counter) {
 
 // Ends a chunk that has been read; `number` is the chunk's.
 template <typename Key>
-__device__ __forceinline__ void end_chunk(Counter<Key>& counter, LayerRow& layer, GroupRow& group,
-                                          const Workspace& space, int64_t number) {
+__device__ __forceinline__ void end_chunk(Counter<Key>& counter, LayerRow& layer, int64_t begin, GroupRow& group,
+                                          const Workspace& space, int number) {
   Key* const list = pointer<Key>(space.lists) + number * space.capacity;
-  if (counter.report_nonfinite(&layer.nonfinite)) *pointer<int64_t>(space.nonfinite) = 1;
+  if (counter.report_nonfinite(&layer.nonfinite, begin)) *pointer<int64_t>(space.nonfinite) = 1;
   const unsigned inside = counter.end_chunk([&](unsigned k, Key key) { store1(list + k, key); });
   if (threadIdx.x > 0) return;
   pointer<unsigned>(space.list_counts)[number] = inside;
   if (inside > space.capacity) atomicOr(counter_at(&group.overflow), 1ull);
 }
 
+// Calls visit(key) for all that is listed of the chunks [first, last), and done(chunk) behind the last key of each. A
+// warp takes a run of chunks, of which it looks up 32 sizes at once: so that many lists are under way, not one.
+template <typename Key, typename Visit, typename Done>
+__device__ __forceinline__ void for_each_listed(const Workspace& space, int first, int last, Visit visit, Done done) {
+  constexpr unsigned kAtOnce = 4;
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize, warps = kWarps;
+  const int until = first + static_cast<int>(int64_t{warp + 1} * (last - first) / warps);
+  for (int base = first + static_cast<int>(int64_t{warp} * (last - first) / warps); base < until; base += kWarpSize) {
+    const unsigned sizes = base + lane < until ? pointer<const unsigned>(space.list_counts)[base + lane] : 0;
+    for (int c = 0; c < static_cast<int>(kWarpSize) && base + c < until; ++c) {
+      const unsigned size = __shfl_sync(~0u, sizes, c);
+      const Key* const list = pointer<const Key>(space.lists) + (base + c) * space.capacity;
+      for (unsigned k = lane; k < size; k += kAtOnce * kWarpSize) {
+        Key keys[kAtOnce] = {};
+#pragma unroll
+        for (unsigned u = 0; u < kAtOnce; ++u) {
+          if (k + u * kWarpSize < size) keys[u] = load1(list + k + u * kWarpSize);
+        }
+#pragma unroll
+        for (unsigned u = 0; u < kAtOnce; ++u) {
+          if (k + u * kWarpSize < size) visit(keys[u]);
+        }
+      }
+      done(base + c);
+    }
+  }
+}
+
 template <typename Key>
-__global__ void __launch_bounds__(kThreads, kReaders<Key>)
-    count(LayerRow* layers, int64_t num_layers, GroupRow* groups, int64_t num_chunks, Workspace space, Key infinity) {
+__global__ void GMP_REGISTERS((sizeof(Key) == 8 ? 80 : 72), kReaders)
+    count(LayerRow* layers, GroupRow* groups, int64_t num_groups, int64_t num_chunks, Workspace space, Key infinity) {
   __shared__ Counts<Key> shared;
   Counter<Key> counter(shared, space.capacity, infinity);
-  int64_t current = -1, mode = kDone;
-
-  const auto leave = [&] {
+  for_each_run(groups, num_groups, num_chunks, [&](int g, int first, int last) {
+    GroupRow& group = groups[g];
+    const int64_t mode = group.mode;
     if (mode == kDone) return;
-    GroupRow& group = groups[current];
-    if (group.passes == 0) add_sums(group, counter);
-    __syncthreads();
-    if (num_blocks_of(group, num_chunks) == 1) {
-      narrow(layers, group, infinity, [&](int64_t b) { return counter.take_bin(b); });
-      return;
+    counter.aim(group.lo, group.hi, group.shift);
+    if (mode == kList) {
+      for_each_listed<Key>(space, first, last, [&](Key key) { counter.take_listed(key); }, [](int) {});
+    } else {
+      LayerRow* const rows = layers + group.first_layer;
+      for_each_run(rows, group.num_layers, first, last, [&](int l, int from, int until) {
+        LayerRow& layer = rows[l];
+        for (int chunk = from; chunk < until; ++chunk) {
+          const int64_t begin = (chunk - layer.first_chunk) * kChunk;
+          count_chunk(layer.weights, layer.mask, layer.touched, layer.n, begin, counter, [](Key) {});
+          end_chunk(counter, layer, begin, group, space, chunk);
+        }
+      });
+      if (group.passes == 0) add_sums(group, counter);
     }
+    __syncthreads();
+    const int64_t num_blocks = num_blocks_of(group, num_chunks);
     // No two groups that go on in another block begin in the same one.
     auto* const bins = pointer<unsigned long long>(space.bins) + block_of(group.first_chunk, num_chunks) * kBins;
-    counter.move_bins(bins, kBins);
-    if (is_last_block(&group.blocks_done, num_blocks_of(group, num_chunks))) {
-      narrow(layers, group, infinity, [&](int64_t b) { return take_bin(bins + b); });
+    if (num_blocks > 1) {
+      counter.move_bins(bins, kBins);
+      if (!is_last_block(&group.blocks_done, num_blocks)) return;
     }
-  };
-
-  for_each_chunk(layers, num_layers, num_chunks, [&](int64_t l, int64_t chunk, int64_t begin, int64_t end) {
-    LayerRow& layer = layers[l];
-    if (layer.group != current) {
-      leave();
-      current = layer.group;
-      const GroupRow& group = groups[current];
-      mode = group.mode;
-      counter.aim(group.lo, group.hi, group.shift);
-    }
-    if (mode == kList) {
-      const unsigned size = pointer<unsigned>(space.list_counts)[chunk];
-      const Key* const list = pointer<const Key>(space.lists) + chunk * space.capacity;
-      for (unsigned k = threadIdx.x; k < size; k += kThreads) counter.take_listed(load1(list + k));
-    } else if (mode == kRead) {
-      count_chunk(layer.weights, layer.mask, layer.touched, layer.n, begin, end, counter, [](Key) {});
-      end_chunk(counter, layer, groups[current], space, chunk);
-    }
+    narrow(layers, group, infinity,
+           [&](int64_t b) -> unsigned long long { return num_blocks > 1 ? take_bin(bins + b) : counter.take_bin(b); });
   });
-  leave();
 }
 
 // The last block of a group: the chunk in which the ties that stay end, and where in it.
@@ -296,14 +316,25 @@ __device__ void place_cut(LayerRow* layers, const GroupRow& group, const unsigne
   int64_t kept = group.num_ties_kept;
   if (threadIdx.x == 0) crossing = -1;
   __syncthreads();
-  for (int64_t first = 0; crossing < 0 && first < group.num_chunks; first += kThreads) {
-    const int64_t c = first + threadIdx.x;
-    const int64_t ties = c < group.num_chunks ? __ldcg(&tie_counts[group.first_chunk + c]) : 0;
+  constexpr int kCounts = 8;  // of each thread at a time
+  for (int64_t first = 0; crossing < 0 && first < group.num_chunks; first += kCounts * kThreads) {
+    const int64_t own = first + threadIdx.x * kCounts;
+    unsigned counts[kCounts];
+    int64_t ties = 0;
+#pragma unroll
+    for (int c = 0; c < kCounts; ++c) {
+      counts[c] = own + c < group.num_chunks ? __ldcg(&tie_counts[group.first_chunk + own + c]) : 0;
+      ties += counts[c];
+    }
     int64_t total;
-    const int64_t before = block_scan(ties, total);
-    if (before <= kept && kept < before + ties) {
-      crossing = group.first_chunk + c;
-      left = kept - before;
+    int64_t before = block_scan(ties, total);
+#pragma unroll
+    for (int c = 0; c < kCounts; ++c) {
+      if (before <= kept && kept < before + counts[c]) {
+        crossing = group.first_chunk + own + c;
+        left = kept - before;
+      }
+      before += counts[c];
     }
     kept -= total;
     __syncthreads();
@@ -340,46 +371,52 @@ __device__ void place_cut(LayerRow* layers, const GroupRow& group, const unsigne
   }
 }
 
+// How many weights of the chunk that begins at `begin` tie; a warp comes here.
 template <typename Key>
-__global__ void __launch_bounds__(kThreads, kReaders<Key>)
-    ties(LayerRow* layers, int64_t num_layers, GroupRow* groups, int64_t num_chunks, Workspace space, Key infinity) {
+__device__ __forceinline__ unsigned ties_in(const LayerRow& layer, int64_t begin, Key threshold, Key infinity) {
+  const Key* const weights = pointer<const Key>(layer.weights) + begin;
+  const uint8_t* const mask = layer.mask == 0 ? nullptr : pointer<const uint8_t>(layer.mask) + begin / 8;
+  const int size = size_of_chunk(layer.n, begin);
+  unsigned matches = 0;
+  for (int i = static_cast<int>(threadIdx.x % kWarpSize) * kEach; i < size; i += kTouchedBy) {
+    const int there = count_from(i, size);
+    const unsigned bits = load_bits(mask, i, there);
+    Key raw[kEach] = {};
+    load8(weights + i, bits != 0 ? there : 0, raw);
+#pragma unroll
+    for (int j = 0; j < kEach; ++j) matches += (bits >> j & 1) && magnitude_key(raw[j], infinity) == threshold;
+  }
+  return matches;
+}
+
+template <typename Key>
+__global__ void __launch_bounds__(kThreads, kReaders)
+    ties(LayerRow* layers, GroupRow* groups, int64_t num_groups, int64_t num_chunks, Workspace space, Key infinity) {
   unsigned* const tie_counts = pointer<unsigned>(space.tie_counts);
-  int64_t current = -1, num_kept = 0;
-  const auto leave = [&] {
-    if (num_kept == 0) return;
-    GroupRow& group = groups[current];
+  for_each_run(groups, num_groups, num_chunks, [&](int g, int first, int last) {
+    GroupRow& group = groups[g];
+    if (group.num_ties_kept == 0) return;
+    const Key threshold = static_cast<Key>(group.key);
+    unsigned matches = 0;
+    const auto leave = [&](int chunk) {
+      matches = warp_sum(matches);
+      if (threadIdx.x % kWarpSize == 0) tie_counts[chunk] = matches;
+      matches = 0;
+    };
+    if (group.listed) {
+      for_each_listed<Key>(space, first, last, [&](Key key) { matches += key == threshold; }, leave);
+    } else {
+      const LayerRow* const rows = layers + group.first_layer;
+      for (int chunk = first + static_cast<int>(threadIdx.x / kWarpSize); chunk < last; chunk += kWarps) {
+        const LayerRow& layer = rows[row_of(rows, group.num_layers, chunk)];
+        matches = ties_in(layer, (chunk - layer.first_chunk) * kChunk, threshold, infinity);
+        leave(chunk);
+      }
+    }
     if (is_last_block(&group.blocks_done, num_blocks_of(group, num_chunks))) {
       place_cut<Key>(layers, group, tie_counts, infinity);
     }
-  };
-  for_each_chunk(layers, num_layers, num_chunks, [&](int64_t l, int64_t chunk, int64_t begin, int64_t end) {
-    const LayerRow& layer = layers[l];
-    if (layer.group != current) {
-      leave();
-      current = layer.group;
-      num_kept = groups[current].num_ties_kept;
-    }
-    if (num_kept == 0) return;
-    const Key threshold = static_cast<Key>(groups[current].key);
-    unsigned matches = 0;
-    if (groups[current].listed) {
-      const unsigned size = pointer<unsigned>(space.list_counts)[chunk];
-      const Key* const list = pointer<const Key>(space.lists) + chunk * space.capacity;
-      for (unsigned k = threadIdx.x; k < size; k += kThreads) matches += load1(list + k) == threshold;
-    } else {
-      for (int64_t i = begin + threadIdx.x * kEach; i < end; i += kTile) {
-        const int size = count_from(i, layer.n);
-        const unsigned bits = load_bits(pointer<const uint8_t>(layer.mask), i, size);
-        if (bits == 0) continue;
-        Key raw[kEach];
-        load8(pointer<const Key>(layer.weights) + i, size, raw);
-        for (int j = 0; j < kEach; ++j) matches += (bits >> j & 1) && magnitude_key(raw[j], infinity) == threshold;
-      }
-    }
-    matches = block_sum(matches);
-    if (threadIdx.x == 0) tie_counts[chunk] = matches;
   });
-  leave();
 }
 
 }  // namespace gmp::cuda::kernels

@@ -32,11 +32,11 @@ __device__ void repack_chunk(const RepackRow& row, int64_t begin, int64_t end) {
     for (int j = 0; j < size; ++j) {
       Bits value{};
       if (bits[0] >> j & 1) {
-        memcpy(&value, pointer<const Bits>(row.from) + place[0] + read, sizeof(Bits));
+        value = pointer<const Bits>(row.from)[place[0] + read];
         ++read;
       }
       if (bits[1] >> j & 1) {
-        memcpy(pointer<Bits>(row.to) + place[1] + written, &value, sizeof(Bits));
+        pointer<Bits>(row.to)[place[1] + written] = value;
         ++written;
       }
     }

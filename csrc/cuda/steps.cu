@@ -34,7 +34,22 @@ void update_by(const Step& step, DType dtype) {
   }
 }
 
+template <Rule kRule>
+void load_rule() {
+  load(kernels::update<kRule, kernels::Wide<float>>);
+  load(kernels::update<kRule, kernels::Wide<double>>);
+  load(kernels::update<kRule, kernels::Float16>);
+  load(kernels::update<kRule, kernels::BFloat16>);
+}
+
 }  // namespace
+
+void load_steps(const Launch& launch) {
+  prepare(launch);
+  load_rule<Rule::sgd>();
+  load_rule<Rule::adam>();
+  load_rule<Rule::average>();
+}
 
 void update(const Launch& launch, DType dtype, Rule rule, const UpdateRow* rows, int64_t num_rows, int64_t num_chunks,
             const UpdateConstants<double>* constants, const ArgumentConstants& argument) {

@@ -91,6 +91,7 @@ class Launches:
         if device not in self._multiprocessors:
             index = torch.cuda.current_device() if device.type == "cuda" else 0
             self._multiprocessors[device] = self._module.multiprocessors_of(index)
+            self._module.load_kernels(self._module.Launch(0, index, self._multiprocessors[device]))
         return self._multiprocessors[device]
 
     def _template(
