@@ -13,7 +13,7 @@ from gmp_kernels.masks import BitMask
 from gmp_kernels.ops import DTYPES
 from gmp_kernels.sharding import local
 
-__all__ = ["MASTER", "Ready", "check_state", "checked_grad", "is_per_weight", "state_dtype", "version_of"]
+__all__ = ["MASTER", "Ready", "check_state", "checked_grad", "is_dense", "is_per_weight", "state_dtype", "version_of"]
 
 MASTER = "master_weight"  # the name of the float32 copy in the state
 
@@ -133,7 +133,7 @@ def checked_grad(
             "set masks again after moving a model"
         )
     # A mask counts in the order of the dimensions; without one any order will do.
-    if not (_is_dense(weight) if mask is None else weight.is_contiguous()):
+    if not (is_dense(weight) if mask is None else weight.is_contiguous()):
         wanted = "parameters without gaps in memory" if mask is None else "contiguous parameters under a mask"
         raise LayoutError(
             f"{optimizer}: expected {wanted}, got strides {weight.stride()} for shape {tuple(weight.shape)}; "
@@ -180,7 +180,7 @@ def state_dtype(p: torch.Tensor) -> torch.dtype:
     return torch.float64 if p.dtype == torch.float64 else torch.float32
 
 
-def _is_dense(p: torch.Tensor) -> bool:
+def is_dense(p: torch.Tensor) -> bool:
     """Whether the elements fill their memory without gaps or overlap, in whatever order of dimensions."""
     expected = 1
     for stride, size in sorted((s, n) for s, n in zip(p.stride(), p.shape, strict=True) if n > 1):
