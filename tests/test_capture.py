@@ -21,7 +21,7 @@ from torch import nn
 
 from gmp_kernels import BitMask, CaptureError, GMPScheduler, _simt, capture, prune_, schedules
 from gmp_kernels.backends import _tables, choose
-from gmp_kernels.optim import SGD
+from gmp_kernels.optim import SGD, clip_grad_norm_
 from gmp_kernels.testing import assert_bitwise_equal
 
 SHAPES = [(24, 33), (7,), (65, 9), (16384 + 5,)]
@@ -314,6 +314,20 @@ def test_the_default_device_does_not_matter(backend: str) -> None:
         with torch.device("meta"):
             optimizer.step()
     assert_same_run(params, optimizer, expected_params, expected)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "simt"])
+def test_the_default_device_does_not_matter_to_clipping(backend: str) -> None:
+    norms, found = [], []
+    for device in ("cpu", "meta"):
+        params = parameters(SHAPES)
+        set_gradients(params, random_gradients(params, 0), {})
+        with torch.device(device):
+            norms.append(clip_grad_norm_(params, 1.0, backend=backend))
+        found.append([p.grad for p in params])
+    assert_bitwise_equal(norms[0], norms[1])
+    for ours, theirs in zip(*found, strict=True):
+        assert_bitwise_equal(ours, theirs)
 
 
 def test_plain_sgd_has_nothing_to_wait_for(runtime: Runtime) -> None:
