@@ -188,7 +188,7 @@ def prune_(
     if masks_ is None:
         masks_ = [BitMask.empty(layer.weight.shape, layer.weight.device) for layer in layers]
     out = [mask.packed for mask in masks_]
-    chosen = implementation.select(layers, counts, hints)
+    chosen = implementation.select(layers, counts, hints, prunes=True)
     written = implementation.prune(layers, chosen, out, finite=nonfinite == "error")
     if nonfinite == "error":
         check_finite(op, [index for selection in chosen for index in selection.nonfinite], names)

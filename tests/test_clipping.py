@@ -48,7 +48,7 @@ def test_gradients_are_scaled_in_float32_and_rounded_once(multiplication: None, 
         p.grad = gradient.clone(memory_format=torch.preserve_format)
     norm = clip_grad_norm_(params, 1.0)
     factor = 1.0 / (norm + 1e-6)
-    assert factor < 0.5 and factor.to(dtype) != factor or dtype not in HALF
+    assert factor < 0.5 and (factor.to(dtype) != factor or dtype not in HALF)
     wide = torch.promote_types(dtype, torch.float32)
     for p, gradient in zip(params, given, strict=True):
         assert_bitwise_equal(p.grad, (gradient.to(wide) * factor.to(wide)).to(dtype))

@@ -22,18 +22,20 @@ struct Kept {
 };
 
 template <bool kWhole, typename Key>
-__device__ __forceinline__ void apply_chunk(Key* weights, const uint8_t* mask, uint8_t* out, int64_t n, int64_t begin,
-                                            int64_t end, const Cut<Key>& cut, Kept& kept) {
+__device__ __forceinline__ void apply_chunk(Key* weights, const uint8_t* mask, const unsigned* touched, uint8_t* out,
+                                            int64_t n, int64_t begin, int64_t end, const Cut<Key>& cut, Kept& kept) {
   constexpr int kEights = kWhole && sizeof(Key) < 8 ? 2 : 1;  // two to four loads of 16 bytes are under way
   for (int64_t first = begin + threadIdx.x * kEach; first < end; first += kEights * kTile) {
     Key raw[kEights][kEach];
     unsigned before[kEights];
+    bool looks[kEights];  // or nothing changes there
 #pragma unroll
     for (int e = 0; e < kEights; ++e) {
       const int64_t i = first + e * kTile;
       const int size = kWhole ? kEach : count_from(i, n);
       before[e] = load_bits(mask, i, size);
-      load8<kWhole>(weights + i, size, raw[e]);
+      looks[e] = touched == nullptr || (size > 0 && is_touched(touched, i));
+      load8<kWhole>(weights + i, looks[e] ? size : 0, raw[e]);
     }
 #pragma unroll
     for (int e = 0; e < kEights; ++e) {
@@ -49,7 +51,7 @@ __device__ __forceinline__ void apply_chunk(Key* weights, const uint8_t* mask, u
           if (j >= num_before && magnitude_bits(raw[e][j]) < cut.after) above &= ~(1u << j);
         }
       }
-      const unsigned bits = before[e] & above;
+      const unsigned bits = looks[e] ? before[e] & above : before[e];
       Key changed = 0;
 #pragma unroll
       for (int j = 0; j < kEach; ++j) {
@@ -75,12 +77,13 @@ __global__ void __launch_bounds__(kThreads, kReaders<Key>)
     const Cut<Key> cut(groups == nullptr ? 0 : groups[layer.group].key, layer.cut, infinity);
     Key* const weights = pointer<Key>(layer.weights);
     const uint8_t* const mask = pointer<const uint8_t>(layer.mask);
+    const unsigned* const touched = pointer<const unsigned>(layer.touched);
     uint8_t* const bits = out == nullptr ? nullptr : pointer<uint8_t>(out[l]);
     Kept kept;
     if (is_whole(weights, begin, end)) {
-      apply_chunk<true>(weights, mask, bits, layer.n, begin, end, cut, kept);
+      apply_chunk<true>(weights, mask, touched, bits, layer.n, begin, end, cut, kept);
     } else {
-      apply_chunk<false>(weights, mask, bits, layer.n, begin, end, cut, kept);
+      apply_chunk<false>(weights, mask, touched, bits, layer.n, begin, end, cut, kept);
     }
     if (bits == nullptr) return;
     const unsigned before = block_sum(kept.before), now = block_sum(kept.now);

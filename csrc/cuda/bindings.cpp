@@ -3,6 +3,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstring>
+#include <stdexcept>
+
 #include "../names.h"
 #include "launchers.h"
 
@@ -51,17 +54,29 @@ void census(const Launch& launch, const std::string& dtype, uint64_t rows, int64
 }
 
 void update(const Launch& launch, const std::string& dtype, const std::string& rule, uint64_t rows, int64_t num_rows,
-            int64_t num_chunks, uint64_t constants) {
+            int64_t num_chunks, uint64_t constants, const py::buffer& values) {
+  // Only without an address are the values looked at.
+  gmp::cuda::ArgumentConstants argument{};
+  if (constants == 0) {
+    const py::buffer_info given = values.request();
+    const auto bytes = static_cast<size_t>(given.size * given.itemsize);
+    if (bytes == 0 || bytes > sizeof(argument) || bytes % sizeof(argument.rows[0]) != 0) {
+      throw std::invalid_argument("update: expected 1 to " + std::to_string(gmp::cuda::kMaxArgumentConstants) +
+                                  " rows of constants, got " + std::to_string(bytes) + " bytes");
+    }
+    std::memcpy(argument.rows, given.ptr, bytes);
+  }
   gmp::cuda::update(launch, dtype_of(dtype), gmp::rule_of(rule), pointer<gmp::cuda::UpdateRow>(rows), num_rows,
-                    num_chunks, pointer<gmp::UpdateConstants<double>>(constants));
+                    num_chunks, pointer<gmp::UpdateConstants<double>>(constants), argument);
 }
 
 void repack(const Launch& launch, uint64_t rows, int64_t num_rows, int64_t num_chunks) {
   gmp::cuda::repack(launch, pointer<gmp::cuda::RepackRow>(rows), num_rows, num_chunks);
 }
 
-void ranks(const Launch& launch, uint64_t mask, int64_t n, uint64_t out) {
-  gmp::cuda::ranks(launch, pointer<uint8_t>(mask), n, pointer<int64_t>(out));
+void chunk_offsets(const Launch& launch, uint64_t rows, int64_t num_rows, int64_t num_chunks, uint64_t totals) {
+  gmp::cuda::chunk_offsets(launch, pointer<gmp::cuda::OffsetsRow>(rows), num_rows, num_chunks,
+                           pointer<int64_t>(totals));
 }
 
 void sum_squares(const Launch& launch, uint64_t rows, int64_t num_rows, int64_t num_chunks, uint64_t sums) {
@@ -74,6 +89,8 @@ PYBIND11_MODULE(GMP_MODULE, m) {
   m.attr("CHUNK") = gmp::cuda::kChunk;
   m.attr("LIST_CAPACITY") = gmp::cuda::kListCapacity;
   m.attr("BINS") = gmp::cuda::kBins;
+  m.attr("MAX_ARGUMENT_CONSTANTS") = gmp::cuda::kMaxArgumentConstants;
+  m.attr("TOUCHED_BY") = gmp::cuda::kTouchedBy;
   // Names in order, and the values of those that are absent.
   py::dict constants;
   for (const auto& [name, value] : gmp::kConstants) constants[name] = value;
@@ -88,7 +105,7 @@ PYBIND11_MODULE(GMP_MODULE, m) {
   m.def("census", &census);
   m.def("update", &update);
   m.def("repack", &repack);
-  m.def("ranks", &ranks);
+  m.def("chunk_offsets", &chunk_offsets);
   m.def("sum_squares", &sum_squares);
   m.def("multiprocessors_of", &gmp::cuda::multiprocessors_of);
 #if defined(GMP_SIMT)

@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(kThreads, kReaders<Key>)
       const unsigned long long place = atomicAdd(counter_at(&row.inside), 1ull);
       if (place < static_cast<unsigned long long>(row.room_size)) store1(pointer<Key>(row.room) + place, key);
     };
-    count_chunk(row.weights, row.mask, row.n, begin, end, counter, keep);
+    count_chunk(row.weights, row.mask, 0, row.n, begin, end, counter, keep);
     counter.report_nonfinite(&row.nonfinite);
     counter.end_chunk([&](unsigned, Key key) { keep(key); });
   });

@@ -53,8 +53,8 @@ class Counter {
   __device__ void aim(uint64_t lo, uint64_t hi, int64_t shift) {
     lo_ = static_cast<Word<Key>>(lo);
     // Above every number all NaN are alike, whatever their bits.
-    const uint64_t last = hi > infinity_ ? static_cast<Key>(~kSignBit<Key>) : hi;
-    size_ = static_cast<Word<Key>>(lo <= last ? last - lo + 1 : 0);
+    last_ = static_cast<Word<Key>>(hi > infinity_ ? static_cast<Key>(~kSignBit<Key>) : hi);
+    size_ = lo_ <= last_ ? last_ - lo_ + 1 : 0;
     shift_ = static_cast<int>(shift);
     below = pruned = 0;
   }
@@ -109,6 +109,9 @@ class Counter {
       }
     }
   }
+
+  // Whether the key is not above the bracket; kNone is.
+  __device__ bool is_at_most_last(Word<Key> key) const { return key <= last_; }
 
   // Counts a key that was in a list, if it is inside.
   __device__ void take_listed(Key key) {
@@ -167,16 +170,23 @@ class Counter {
   Counts<Key>& shared_;
   const unsigned capacity_;
   const Key infinity_;
-  Word<Key> lo_ = 0, size_ = 0;
+  Word<Key> lo_ = 0, last_ = 0, size_ = 0;
   int shift_ = 0;
   unsigned turn_ = 0;
   int64_t nonfinite_ = kNoIndex;
 };
 
 // One chunk of weights. kWhole: see load8.
+//
+// `touched`, if given, receives a bit per eight weights of a layer with a mask: whether apply can have anything to do
+// there. That is so where an unpruned key is not above the bracket, or where something other than +0 lies under a
+// pruned bit; so here dead eights are looked at too. It is never too few: the threshold is a key of the bracket of the
+// last read, because a bracket is moved only by reading all weights again, which writes all bits again, and from then
+// on becomes only narrower; all layers of a group are read against one bracket; a layer that has enough pruned already
+// gets a threshold of 0, below which is nothing; above Inf, where all NaN tie, the bracket ends at the last of them.
 template <bool kWhole, bool kMasked, typename Key, typename Spill>
-__device__ __forceinline__ void count_chunk(const Key* weights, const uint8_t* mask, int64_t n, int64_t begin,
-                                            int64_t end, Counter<Key>& counter, Spill spill) {
+__device__ __forceinline__ void count_chunk(const Key* weights, const uint8_t* mask, unsigned* touched, int64_t n,
+                                            int64_t begin, int64_t end, Counter<Key>& counter, Spill spill) {
   constexpr int kEights = sizeof(Key) == 8 ? 1 : 2;  // two to four loads of 16 bytes are under way
   for (int64_t tile = begin; tile < end; tile += kEights * kTile) {
     const int64_t first = tile + threadIdx.x * kEach;
@@ -188,25 +198,41 @@ __device__ __forceinline__ void count_chunk(const Key* weights, const uint8_t* m
       const int size = kWhole ? kEach : count_from(i, n);
       const unsigned bits = kMasked ? load_bits(mask, i, size) : (1u << size) - 1;
       if (kMasked) counter.pruned += size - count_bits(bits);
-      load8<kWhole>(weights + i, bits != 0 ? size : 0, raw[e]);
+      load8<kWhole>(weights + i, bits != 0 || (kMasked && touched != nullptr) ? size : 0, raw[e]);
       present |= bits << e * kEach;
     }
     Word<Key> keys[kEights * kEach];
 #pragma unroll
     for (int e = 0; e < kEights; ++e) keys_of(raw[e], present >> e * kEach, keys + e * kEach);
+    if (kMasked && touched != nullptr) {
+#pragma unroll
+      for (int e = 0; e < kEights; ++e) {
+        const int64_t i = first + e * kTile;
+        Key garbage = 0;
+        bool may_go = false;
+#pragma unroll
+        for (int j = 0; j < kEach; ++j) {
+          garbage |= present >> (e * kEach + j) & 1 ? Key(0) : raw[e][j];
+          may_go |= counter.is_at_most_last(keys[e * kEach + j]);
+        }
+        const unsigned word = __ballot_sync(~0u, garbage != 0 || may_go);
+        if (threadIdx.x % kWarpSize == 0 && (kWhole || i < n)) store1(touched + i / kTouchedBy, word);
+      }
+    }
     const Key* const again = weights + first;
     counter.take(keys, present, first, [&](int k) { return reload1(again + (k / kEach * kTile + k % kEach)); }, spill);
   }
 }
 
 template <typename Key, typename Spill>
-__device__ __forceinline__ void count_chunk(uint64_t weights, uint64_t mask, int64_t n, int64_t begin, int64_t end,
-                                            Counter<Key>& counter, Spill spill) {
+__device__ __forceinline__ void count_chunk(uint64_t weights, uint64_t mask, uint64_t touched, int64_t n, int64_t begin,
+                                            int64_t end, Counter<Key>& counter, Spill spill) {
   const Key* const w = pointer<const Key>(weights);
   const uint8_t* const bits = pointer<const uint8_t>(mask);
-  if (!is_whole(w, begin, end)) return count_chunk<false, true>(w, bits, n, begin, end, counter, spill);
-  if (bits == nullptr) return count_chunk<true, false>(w, bits, n, begin, end, counter, spill);
-  count_chunk<true, true>(w, bits, n, begin, end, counter, spill);
+  unsigned* const t = pointer<unsigned>(touched);
+  if (!is_whole(w, begin, end)) return count_chunk<false, true>(w, bits, t, n, begin, end, counter, spill);
+  if (bits == nullptr) return count_chunk<true, false>(w, bits, t, n, begin, end, counter, spill);
+  count_chunk<true, true>(w, bits, t, n, begin, end, counter, spill);
 }
 
 }  // namespace gmp::cuda::kernels

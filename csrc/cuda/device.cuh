@@ -68,7 +68,7 @@ __device__ __forceinline__ void load8(const T* p, int count, T (&values)[kEach])
 #pragma unroll
   for (int j = 0; j < kEach; ++j) {
     values[j] = T{};
-    if (!(kWhole && kOnDevice) && j < count) memcpy(&values[j], p + j, sizeof(T));
+    if (!(kWhole && kOnDevice) && j < count) values[j] = p[j];
   }
 }
 
@@ -88,16 +88,14 @@ __device__ __forceinline__ void store8(T* p, int count, const T (&values)[kEach]
 #endif
 #pragma unroll
   for (int j = 0; j < kEach; ++j) {
-    if (j < count) memcpy(p + j, &values[j], sizeof(T));
+    if (j < count) p[j] = values[j];
   }
 }
 
 // What has been loaded a moment ago, and is in a cache.
 template <typename T>
 __device__ T reload1(const T* p) {
-  T value;
-  memcpy(&value, p, sizeof(T));
-  return value;
+  return *p;
 }
 template <typename T>
 __device__ T load1(const T* p) {
@@ -157,17 +155,82 @@ __device__ inline void store_bits(uint8_t* mask, int64_t i, unsigned bits) {
 #endif
 }
 
+// The mask bits of the 64 weights from a multiple of eight on, of which `count` are there, or fewer than none.
+__device__ __forceinline__ uint64_t load_word(const uint8_t* mask, int64_t i, int count) {
+  if (count <= 0) return 0;
+  uint64_t word = ~uint64_t{0};
+  if (mask != nullptr && count >= 64 && (reinterpret_cast<uint64_t>(mask + i / 8) & 7) == 0) {
+    word = load1(reinterpret_cast<const uint64_t*>(mask + i / 8));
+  } else if (mask != nullptr) {
+    word = 0;
+#pragma unroll 1
+    for (int j = 0; j < 64 && j < count; j += kEach) {
+      word |= static_cast<uint64_t>(load_bits(mask, i + j, count - j < kEach ? count - j : kEach)) << j;
+    }
+  }
+  return count >= 64 ? word : word & ((uint64_t{1} << count) - 1);
+}
+
+__device__ inline int count_word(uint64_t word) {
+  return count_bits(static_cast<unsigned>(word)) + count_bits(static_cast<unsigned>(word >> 32));
+}
+
+// Position of the lowest bit that is set.
+__device__ inline int lowest_of(uint64_t word) {
+#if defined(__CUDACC__)
+  return __ffsll(static_cast<long long>(word)) - 1;
+#else
+  return __builtin_ctzll(word);
+#endif
+}
+
+// The v-th 16 bytes of a mask from an aligned byte on.
+__device__ __forceinline__ uint4 load_words(const uint8_t* mask, unsigned v) {
+#if !defined(__CUDACC__)
+  simt::count_load(sizeof(uint4));
+#endif
+  return reinterpret_cast<const uint4*>(mask)[v];
+}
+
+static_assert(kTouchedBy == kWarpSize * kEach, "the lanes of a warp make a word");
+
+__device__ __forceinline__ bool is_touched(const unsigned* touched, int64_t i) {
+#if !defined(__CUDACC__)
+  if (threadIdx.x % kWarpSize == 0) simt::count_load(sizeof(unsigned));
+#endif
+  return touched[i / kTouchedBy] >> (i / kEach % kWarpSize) & 1;
+}
+
 // How many of the eight weights from `i` on are there.
 __device__ inline int count_from(int64_t i, int64_t n) {
   const int64_t left = n - i;
   return left >= kEach ? kEach : left > 0 ? static_cast<int>(left) : 0;
 }
 
+// The sum over the warp, for all its lanes.
+template <typename T>
+__device__ __forceinline__ T warp_sum(T value) {
+  for (int step = kWarpSize / 2; step > 0; step /= 2) value += __shfl_xor_sync(~0u, value, step);
+  return value;
+}
+
+// The sum over the lanes before this one, and over all.
+template <typename T>
+__device__ __forceinline__ T warp_scan(T value, T& total) {
+  T inclusive = value;
+  for (unsigned step = 1; step < kWarpSize; step *= 2) {
+    const T lower = __shfl_up_sync(~0u, inclusive, step);
+    if (threadIdx.x % kWarpSize >= step) inclusive += lower;
+  }
+  total = __shfl_sync(~0u, inclusive, static_cast<int>(kWarpSize) - 1);
+  return inclusive - value;
+}
+
 // All threads of the block take part in what follows, and all get the answer.
 template <typename T>
 __device__ __forceinline__ T block_sum(T value) {
   __shared__ T partial[kWarps];
-  for (int step = kWarpSize / 2; step > 0; step /= 2) value += __shfl_xor_sync(~0u, value, step);
+  value = warp_sum(value);
   if (threadIdx.x % kWarpSize == 0) partial[threadIdx.x / kWarpSize] = value;
   __syncthreads();
   T total{};
@@ -232,6 +295,26 @@ __device__ __forceinline__ void for_each_chunk(const Row* rows, int64_t num_rows
     const int64_t end = begin + kChunk < rows[row].n ? begin + kChunk : rows[row].n;
     visit(row, chunk, begin, end);
   }
+}
+
+// Calls visit(row number, first chunk, last chunk) for what each row has of [first, last); the last is not included.
+template <typename Row, typename Visit>
+__device__ __forceinline__ void for_each_run(const Row* rows, int64_t num_rows, int64_t first, int64_t last,
+                                             Visit visit) {
+  if (first == last) return;
+  for (int64_t row = row_of(rows, num_rows, first); first < last; ++row) {
+    const int64_t next = row + 1 < num_rows ? rows[row + 1].first_chunk : last;
+    const int64_t until = next < last ? next : last;
+    visit(row, first, until);
+    first = until;
+  }
+}
+
+// The same for the chunks of this block.
+template <typename Row, typename Visit>
+__device__ __forceinline__ void for_each_run(const Row* rows, int64_t num_rows, int64_t num_chunks, Visit visit) {
+  for_each_run(rows, num_rows, first_chunk_of(blockIdx.x, num_chunks), first_chunk_of(blockIdx.x + 1, num_chunks),
+               visit);
 }
 
 // Whether eights of these chunks can be loaded as they are.

@@ -40,6 +40,9 @@ inline void prepare(const Launch& launch) {
 #endif
 }
 
+// Blocks to a multiprocessor where every warp works alone and threads need few registers.
+inline constexpr unsigned kBlocksOfWarps = 6;
+
 // Blocks for so many chunks: as many as the device holds at once, at most.
 inline unsigned grid_of(const Launch& launch, unsigned per_multiprocessor, int64_t num_chunks) {
   const unsigned most = launch.multiprocessors * per_multiprocessor;

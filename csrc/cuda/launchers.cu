@@ -69,9 +69,12 @@ void repack(const Launch& launch, const RepackRow* rows, int64_t num_rows, int64
   GMP_LAUNCH(kernels::repack, grid_of(launch, kReaders<uint32_t>, num_chunks), launch, rows, num_rows, num_chunks);
 }
 
-void ranks(const Launch& launch, const uint8_t* mask, int64_t n, int64_t* ranks_out) {
+void chunk_offsets(const Launch& launch, const OffsetsRow* rows, int64_t num_rows, int64_t num_chunks,
+                   int64_t* totals) {
   prepare(launch);
-  GMP_LAUNCH(kernels::ranks, 1u, launch, mask, n, ranks_out);
+  const int64_t blocks = (num_chunks + kWarps - 1) / kWarps;
+  GMP_LAUNCH(kernels::count_kept, grid_of(launch, kBlocksOfWarps, blocks), launch, rows, num_rows, num_chunks);
+  GMP_LAUNCH(kernels::scan_kept, static_cast<unsigned>(num_rows), launch, rows, totals);
 }
 
 void sum_squares(const Launch& launch, const GradRow* rows, int64_t num_rows, int64_t num_chunks, double* sums) {

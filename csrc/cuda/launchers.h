@@ -40,10 +40,12 @@ void select(const Launch& launch, DType dtype, const Tables& tables);
 void apply(const Launch& launch, DType dtype, const Tables& tables, const uint64_t* out, const int64_t* stop);
 void census(const Launch& launch, DType dtype, CensusRow* rows, int64_t num_rows, int64_t num_chunks);
 
+// constants: on the device, or null: then they are those of the argument.
 void update(const Launch& launch, DType dtype, Rule rule, const UpdateRow* rows, int64_t num_rows, int64_t num_chunks,
-            const UpdateConstants<double>* constants);
+            const UpdateConstants<double>* constants, const ArgumentConstants& argument);
 void repack(const Launch& launch, const RepackRow* rows, int64_t num_rows, int64_t num_chunks);
-void ranks(const Launch& launch, const uint8_t* mask, int64_t n, int64_t* ranks);
+// totals: how many weights each row keeps.
+void chunk_offsets(const Launch& launch, const OffsetsRow* rows, int64_t num_rows, int64_t num_chunks, int64_t* totals);
 // sums: one per chunk, and one more, which receives the total.
 void sum_squares(const Launch& launch, const GradRow* rows, int64_t num_rows, int64_t num_chunks, double* sums);
 

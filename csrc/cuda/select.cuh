@@ -282,7 +282,7 @@ __global__ void __launch_bounds__(kThreads, kReaders<Key>)
       const Key* const list = pointer<const Key>(space.lists) + chunk * space.capacity;
       for (unsigned k = threadIdx.x; k < size; k += kThreads) counter.take_listed(load1(list + k));
     } else if (mode == kRead) {
-      count_chunk(layer.weights, layer.mask, layer.n, begin, end, counter, [](Key) {});
+      count_chunk(layer.weights, layer.mask, layer.touched, layer.n, begin, end, counter, [](Key) {});
       end_chunk(counter, layer, groups[current], space, chunk);
     }
   });

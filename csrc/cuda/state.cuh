@@ -32,11 +32,11 @@ __device__ void repack_chunk(const RepackRow& row, int64_t begin, int64_t end) {
     for (int j = 0; j < size; ++j) {
       Bits value{};
       if (bits[0] >> j & 1) {
-        memcpy(&value, pointer<const Bits>(row.from) + place[0] + read, sizeof(Bits));
+        value = pointer<const Bits>(row.from)[place[0] + read];
         ++read;
       }
       if (bits[1] >> j & 1) {
-        memcpy(pointer<Bits>(row.to) + place[1] + written, &value, sizeof(Bits));
+        pointer<Bits>(row.to)[place[1] + written] = value;
         ++written;
       }
     }
@@ -53,23 +53,48 @@ __global__ void __launch_bounds__(kThreads) repack(const RepackRow* rows, int64_
   });
 }
 
-// Kept weights before each chunk of one mask, and their number. One block: 64 KB of mask per million weights.
-__global__ void __launch_bounds__(kThreads) ranks(const uint8_t* mask, int64_t n, int64_t* ranks) {
-  const int64_t num_chunks = (n + kChunk - 1) / kChunk;
+// How many weights each chunk keeps: a warp to the chunk, 64 bytes of its mask to the lane.
+__global__ void __launch_bounds__(kThreads) count_kept(const OffsetsRow* rows, int64_t num_rows, int64_t num_chunks) {
+  constexpr int64_t kBytes = kChunk / 8 / kWarpSize;
+  static_assert(kBytes % sizeof(uint4) == 0);
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * kWarps;
+  for (int64_t chunk = blockIdx.x * int64_t{kWarps} + threadIdx.x / kWarpSize; chunk < num_chunks; chunk += stride) {
+    const OffsetsRow& row = rows[row_of(rows, num_rows, chunk)];
+    const uint8_t* const mask = pointer<const uint8_t>(row.mask);
+    const int64_t begin = (chunk - row.first_chunk) * kChunk;
+    const int64_t first = begin + threadIdx.x % kWarpSize * (kBytes * 8);
+    int kept = 0;
+    if (row.n - begin >= kChunk && is_aligned(mask)) {
+      uint4 words[kBytes / sizeof(uint4)];
+#pragma unroll
+      for (unsigned v = 0; v < kBytes / sizeof(uint4); ++v) words[v] = load_words(mask + first / 8, v);
+#pragma unroll
+      for (const uint4& word : words) {
+        kept += count_bits(word.x) + count_bits(word.y) + count_bits(word.z) + count_bits(word.w);
+      }
+    } else {
+      const int64_t end = first + kBytes * 8 < row.n ? first + kBytes * 8 : row.n;
+      for (int64_t i = first; i < end; i += kEach) kept += count_bits(load_bits(mask, i, count_from(i, row.n)));
+    }
+    kept = warp_sum(kept);
+    if (threadIdx.x % kWarpSize == 0) pointer<int64_t>(row.offsets)[chunk - row.first_chunk] = kept;
+  }
+}
+
+// Turns those counts into what comes before each chunk, a block to the row; the totals are left in one place too.
+__global__ void __launch_bounds__(kThreads) scan_kept(const OffsetsRow* rows, int64_t* totals) {
+  const OffsetsRow& row = rows[blockIdx.x];
+  int64_t* const offsets = pointer<int64_t>(row.offsets);
+  const int64_t num_chunks = (row.n + kChunk - 1) / kChunk;
   int64_t before = 0;
   for (int64_t first = 0; first < num_chunks; first += kThreads) {
     const int64_t chunk = first + threadIdx.x;
-    int64_t kept = 0;
-    if (chunk < num_chunks) {
-      const int64_t end = (chunk + 1) * kChunk < n ? (chunk + 1) * kChunk : n;
-      for (int64_t i = chunk * kChunk; i < end; i += kEach) kept += count_bits(load_bits(mask, i, count_from(i, n)));
-    }
     int64_t total;
-    const int64_t scan = block_scan(kept, total);
-    if (chunk < num_chunks) ranks[chunk] = before + scan;
+    const int64_t scan = block_scan(chunk < num_chunks ? offsets[chunk] : int64_t{0}, total);
+    if (chunk < num_chunks) offsets[chunk] = before + scan;
     before += total;
   }
-  if (threadIdx.x == 0) ranks[num_chunks] = before;
+  if (threadIdx.x == 0) offsets[num_chunks] = totals[blockIdx.x] = before;
 }
 
 template <typename Format>

@@ -10,12 +10,14 @@ struct Step {
   const UpdateRow* rows;
   int64_t num_rows, num_chunks;
   const UpdateConstants<double>* constants;
+  const ArgumentConstants& argument;
 };
 
 template <Rule kRule, typename Format>
 void launch_step(const Step& s) {
   const unsigned grid = grid_of(s.launch, kernels::kUpdaters<Format>, s.num_chunks);
-  GMP_LAUNCH((kernels::update<kRule, Format>), grid, s.launch, s.rows, s.num_rows, s.num_chunks, s.constants);
+  GMP_LAUNCH((kernels::update<kRule, Format>), grid, s.launch, s.rows, s.num_rows, s.num_chunks, s.constants,
+             s.argument);
 }
 
 template <Rule kRule>
@@ -35,9 +37,9 @@ void update_by(const Step& step, DType dtype) {
 }  // namespace
 
 void update(const Launch& launch, DType dtype, Rule rule, const UpdateRow* rows, int64_t num_rows, int64_t num_chunks,
-            const UpdateConstants<double>* constants) {
+            const UpdateConstants<double>* constants, const ArgumentConstants& argument) {
   prepare(launch);
-  const Step step{launch, rows, num_rows, num_chunks, constants};
+  const Step step{launch, rows, num_rows, num_chunks, constants, argument};
   switch (rule) {
     case Rule::sgd:
       return update_by<Rule::sgd>(step, dtype);

@@ -4,11 +4,14 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "../update_constants.h"
+
 namespace gmp::cuda {
 
 inline constexpr int64_t kChunk = 16384;       // weights that a block takes at a time; a multiple of 8 * kThreads
 inline constexpr int64_t kListCapacity = 768;  // candidates kept per chunk, at most: 4.7 % of it
 inline constexpr int64_t kBins = 512;
+inline constexpr int64_t kTouchedBy = 256;  // weights whose flags are one word (see LayerRow), a bit for each eight
 
 // A layer in a selection or an application. Chunks of all layers are numbered through.
 struct LayerRow {
@@ -17,6 +20,7 @@ struct LayerRow {
   int64_t cut;                // selection's answer: of the weights that tie, those from this index on go
   int64_t nonfinite;          // selection's answer: first unpruned NaN or Inf, INT64_MAX if there is none
   int64_t kept_before, kept;  // what apply counted
+  uint64_t touched;  // address: which eights apply has to look at, a bit for each (see count_chunk); 0: at all of them
 };
 
 enum Mode : int64_t {
@@ -65,6 +69,19 @@ struct CensusRow {
 struct UpdateRow {
   uint64_t weights, grads, master, state[3], mask, ranks;
   int64_t n, first_chunk, constants;
+};
+
+// Constants that are arguments of the launch: nothing has to be uploaded for them.
+inline constexpr int64_t kMaxArgumentConstants = 8;
+struct ArgumentConstants {
+  UpdateConstants<double> rows[kMaxArgumentConstants];
+};
+
+// A mask by which compact state is addressed.
+struct OffsetsRow {
+  uint64_t mask;
+  int64_t n, first_chunk;
+  uint64_t offsets;  // address; receives, of each chunk and at the end, how many weights before it are kept
 };
 
 // Optimizer state on its way from one layout to another (see cpu/optim.h).

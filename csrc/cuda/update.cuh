@@ -1,7 +1,10 @@
 // The masked optimizer step for all tensors in one launch.
 //
-// A thread whose eight weights are all pruned reads their mask byte and nothing else. Compact state holds the kept
-// values only: the ranks say how many come before a chunk, a scan over the block how many before a thread.
+// Whole tiles of tensors with dense state go by eights: a thread whose eight weights are all pruned reads their mask
+// byte and nothing else. Everything else goes weight by weight: compact state, which holds the values of kept weights
+// only, and what is left over at the end of a tensor or does not lie on 16 bytes. There a warp lists the places of the
+// kept weights in its part of a chunk and takes 32 of them at a time, so that no lane idles over pruned ones, and
+// compact state is read and written in a row.
 #pragma once
 
 #include "../update_constants.h"
@@ -25,80 +28,160 @@ inline double square_root(double v) { return __builtin_sqrt(v); }
 #include "../update_rule.h"
 #undef GMP_RULE_INLINE
 
+template <Rule kRule>
+inline constexpr int kStates = kRule == Rule::adam  ? 3
+                               : kRule == Rule::sgd ? 1
+                                                    : 0;
+
+// Only weights of 16 bits come with wider copies.
+template <typename Format>
+inline constexpr bool kMasters = sizeof(typename Format::Bits) < sizeof(typename Format::Compute);
+
+// The first tiles of a chunk, all of them whole and on 16 bytes; the state is dense.
 template <Rule kRule, typename Format>
-__device__ __forceinline__ void update_chunk(const UpdateRow& row, const UpdateConstants<typename Format::Compute>& c,
-                                             int64_t begin, int64_t end) {
+__device__ __forceinline__ void update_tiles(const UpdateRow& row, const UpdateConstants<typename Format::Compute>& c,
+                                             int64_t begin, int num_tiles) {
   using Bits = typename Format::Bits;
   using T = typename Format::Compute;
-  // Not more than the rule keeps: what is not there costs no registers.
-  constexpr int kStates = kRule == Rule::adam ? 3 : kRule == Rule::sgd ? 1 : 0;
+  constexpr int kTiles = kChunk / kTile;
+  static_assert(kTiles == 8, "the mask bytes of a thread are one word");
+  const int64_t first = begin + threadIdx.x * kEach;
+  // Copies: what is in a table is read again after every store.
   Bits* const weights = pointer<Bits>(row.weights);
+  const Bits* const grads = pointer<const Bits>(row.grads);
   T* const master = pointer<T>(row.master);
-  const uint8_t* const mask = pointer<const uint8_t>(row.mask);
-  const bool compact = row.ranks != 0;
-  int64_t rank = compact ? pointer<const int64_t>(row.ranks)[begin / kChunk] : 0;
-  for (int64_t tile = begin; tile < end; tile += kTile) {
-    const int64_t i = tile + threadIdx.x * kEach;
-    const int size = count_from(i, row.n);
-    const unsigned bits = load_bits(mask, i, size);
-    int64_t place = i;
-    if (compact) {
-      int total;
-      place = rank + block_scan(count_bits(bits), total);
-      rank += total;
-    }
-    Bits raw[kEach] = {};
-    T wide[kEach] = {};
-    if (bits != 0) {
-      Bits grads[kEach];
-      T state[kStates + 1][kEach];
-      load8(pointer<const Bits>(row.grads) + i, size, grads);
-      if (master != nullptr) {
-        load8(master + i, size, wide);
-      } else {
-        load8(weights + i, size, raw);
-      }
-      if (!compact) {
+  T* states[kStates<kRule> + 1] = {};
 #pragma unroll
-        for (int k = 0; k < kStates; ++k) {
-          if (row.state[k] != 0) load8(pointer<T>(row.state[k]) + i, size, state[k]);
-        }
+  for (int k = 0; k < kStates<kRule>; ++k) states[k] = pointer<T>(row.state[k]);
+  const bool has_momentum = row.state[0] != 0, has_maximum = row.state[2] != 0;
+  // All bytes of the mask at once: otherwise each tile would wait for memory twice.
+  uint64_t kept_of = ~uint64_t{0};
+  if (row.mask != 0) {
+    kept_of = 0;
+#pragma unroll
+    for (int t = 0; t < kTiles; ++t) {
+      const unsigned bits = load_bits(pointer<const uint8_t>(row.mask), first + t * kTile, t < num_tiles ? kEach : 0);
+      kept_of |= static_cast<uint64_t>(bits) << t * kEach;
+    }
+  }
+  for (int t = 0; t < num_tiles; ++t) {
+    const int64_t i = first + t * kTile;
+    const unsigned bits = static_cast<unsigned>(kept_of >> (t * kEach)) & 0xff;
+    if (bits != 0) {
+      // Given values whether they need them or not: undefined ones send nvcc 13.0's optimizer round in circles.
+      Bits raw[kEach] = {}, gradient[kEach] = {};
+      T wide[kEach] = {}, state[kStates<kRule> + 1][kEach] = {};
+      const bool is_master = kMasters<Format> && master != nullptr;
+      load8<true>(grads + i, kEach, gradient);
+      if (is_master) {
+        load8<true>(master + i, kEach, wide);
+      } else {
+        load8<true>(weights + i, kEach, raw);
+      }
+#pragma unroll
+      for (int k = 0; k < kStates<kRule>; ++k) {
+        if (states[k] != nullptr) load8<true>(states[k] + i, kEach, state[k]);
       }
 #pragma unroll
       for (int j = 0; j < kEach; ++j) {
         const bool kept = bits >> j & 1;
         T w = T(0), s[3] = {T(0), T(0), T(0)};
         if (kept) {
-          w = master != nullptr ? wide[j] : Format::load(raw[j]);
+          w = is_master ? wide[j] : Format::load(raw[j]);
 #pragma unroll
-          for (int k = 0; k < kStates; ++k) {
-            if (row.state[k] != 0) s[k] = compact ? load1(pointer<T>(row.state[k]) + place) : state[k][j];
+          for (int k = 0; k < kStates<kRule>; ++k) {
+            if (states[k] != nullptr) s[k] = state[k][j];
           }
-          update_one<kRule, T>(w, static_cast<T>(Format::load(grads[j])), s[0], s[1], s[2], row.state[0] != 0,
-                               row.state[2] != 0, c);
-          if (compact) {
-#pragma unroll
-            for (int k = 0; k < kStates; ++k) {
-              if (row.state[k] != 0) store1(pointer<T>(row.state[k]) + place, s[k]);
-            }
-            ++place;
-          }
+          update_one<kRule, T>(w, static_cast<T>(Format::load(gradient[j])), s[0], s[1], s[2], has_momentum,
+                               has_maximum, c);
         }
 #pragma unroll
-        for (int k = 0; k < kStates; ++k) state[k][j] = s[k];
-        wide[j] = w;
+        for (int k = 0; k < kStates<kRule>; ++k) state[k][j] = s[k];
+        if (is_master) wide[j] = w;
         raw[j] = kept ? Format::store(w) : Bits(0);
       }
-      if (master != nullptr) store8(master + i, size, wide);
-      store8(weights + i, size, raw);
-      if (!compact) {
+      if (is_master) store8<true>(master + i, kEach, wide);
+      store8<true>(weights + i, kEach, raw);
 #pragma unroll
-        for (int k = 0; k < kStates; ++k) {
-          if (row.state[k] != 0) store8(pointer<T>(row.state[k]) + i, size, state[k]);
-        }
+      for (int k = 0; k < kStates<kRule>; ++k) {
+        if (states[k] != nullptr) store8<true>(states[k] + i, kEach, state[k]);
       }
     }
   }
+}
+
+// Where a warp's kept weights are, counted from the first that it looks at.
+using Places = uint16_t[kChunk / kWarps];
+
+// The weights [first, size) of a chunk that begins at `begin`. The whole block comes here; warps need not keep step.
+template <Rule kRule, typename Format>
+__device__ __forceinline__ void update_singly(const UpdateRow& row, const UpdateConstants<typename Format::Compute>& c,
+                                              int64_t begin, int first, int size, Places* places) {
+  using Bits = typename Format::Bits;
+  using T = typename Format::Compute;
+  constexpr int kWord = 64;  // mask bits of a lane
+  constexpr int kAtOnce = sizeof(T) == 4 ? 2 : 1;
+  const unsigned lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  const uint8_t* const mask = pointer<const uint8_t>(row.mask);
+  // Each warp takes as many words as the others.
+  const int run = (size - first + kWord * static_cast<int>(kWarps) - 1) / (kWord * static_cast<int>(kWarps)) * kWord;
+  const int start = first + static_cast<int>(warp) * run;
+  int64_t compact = 0;
+  if (row.ranks != 0) {
+    // The words of the warps before this one say where its state begins; the chunk is compact from its first weight on.
+    int before = 0;
+    for (int i = static_cast<int>(lane) * kWord; i < start && i < size; i += kWarpSize * kWord) {
+      before += count_word(load_word(mask, begin + i, size - i));
+    }
+    compact = pointer<const int64_t>(row.ranks)[begin / kChunk] + warp_sum(before);
+  }
+  const int own = start + static_cast<int>(lane) * kWord;
+  const int there = static_cast<int>(lane) * kWord < run ? size - own : 0;
+  uint64_t kept = load_word(mask, begin + own, there);
+  int total;
+  int place = warp_scan(count_word(kept), total);
+  for (; kept != 0; kept &= kept - 1) places[warp][place++] = static_cast<uint16_t>(own - start + lowest_of(kept));
+  __syncwarp();
+  Bits* const weights = pointer<Bits>(row.weights) + begin + start;
+  const Bits* const grads = pointer<const Bits>(row.grads) + begin + start;
+  const bool is_master = kMasters<Format> && row.master != 0, is_compact = row.ranks != 0;
+  const bool has_momentum = row.state[0] != 0, has_maximum = row.state[2] != 0;
+  T* const master = pointer<T>(row.master) + (is_master ? begin + start : 0);
+  T* states[kStates<kRule> + 1] = {};
+#pragma unroll
+  for (int n = 0; n < kStates<kRule>; ++n) {
+    states[n] = row.state[n] == 0 ? nullptr : pointer<T>(row.state[n]) + (is_compact ? compact : begin + start);
+  }
+  for (int k0 = static_cast<int>(lane); k0 < total; k0 += kAtOnce * kWarpSize) {
+    int at[kAtOnce];
+    T w[kAtOnce], g[kAtOnce], s[kAtOnce][3];
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u) {
+      const int k = k0 + u * static_cast<int>(kWarpSize);
+      if (k >= total) break;
+      at[u] = places[warp][k];
+      g[u] = static_cast<T>(Format::load(load1(grads + at[u])));
+      w[u] = is_master ? load1(master + at[u]) : static_cast<T>(Format::load(load1(weights + at[u])));
+#pragma unroll
+      for (int n = 0; n < 3; ++n) {
+        s[u][n] = T(0);
+        if (n < kStates<kRule> && states[n] != nullptr) s[u][n] = load1(states[n] + (is_compact ? k : at[u]));
+      }
+    }
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u) {
+      const int k = k0 + u * static_cast<int>(kWarpSize);
+      if (k >= total) break;
+      update_one<kRule, T>(w[u], g[u], s[u][0], s[u][1], s[u][2], has_momentum, has_maximum, c);
+      if (is_master) store1(master + at[u], w[u]);
+      store1(weights + at[u], Format::store(w[u]));
+#pragma unroll
+      for (int n = 0; n < kStates<kRule>; ++n) {
+        if (states[n] != nullptr) store1(states[n] + (is_compact ? k : at[u]), s[u][n]);
+      }
+    }
+  }
+  __syncwarp();  // the places are written again
 }
 
 // Blocks that a multiprocessor holds at once: 128 registers are enough for a thread but in double.
@@ -107,20 +190,35 @@ inline constexpr unsigned kUpdaters = sizeof(typename Format::Compute) == 4 ? 2 
 
 template <Rule kRule, typename Format>
 __global__ void __launch_bounds__(kThreads, kUpdaters<Format>)
-    update(const UpdateRow* rows, int64_t num_rows, int64_t num_chunks, const UpdateConstants<double>* constants) {
+    update(const UpdateRow* rows, int64_t num_rows, int64_t num_chunks, const UpdateConstants<double>* constants,
+           const __grid_constant__ ArgumentConstants argument) {
   using T = typename Format::Compute;
   __shared__ UpdateConstants<T> c;
-  int64_t current = -1;
-  for_each_chunk(rows, num_rows, num_chunks, [&](int64_t r, int64_t, int64_t begin, int64_t end) {
+  __shared__ Places places[kWarps];
+  // In 32 bits: registers are scarce here.
+  int chunk = static_cast<int>(first_chunk_of(blockIdx.x, num_chunks)), current = -1;
+  const int last = static_cast<int>(first_chunk_of(blockIdx.x + 1, num_chunks));
+  int r = static_cast<int>(row_of(rows, num_rows, chunk));
+  for (; chunk < last; ++chunk) {
+    while (r + 1 < num_rows && rows[r + 1].first_chunk <= chunk) ++r;
     const UpdateRow& row = rows[r];
     if (row.constants != current) {
-      current = row.constants;
+      current = static_cast<int>(row.constants);
       __syncthreads();
-      if (threadIdx.x == 0) c = constants[current].template as<T>();
+      if (threadIdx.x == 0) {
+        c = (constants == nullptr ? argument.rows[current] : constants[current]).template as<T>();
+      }
       __syncthreads();
     }
-    if (c.skip == T(0)) update_chunk<kRule, Format>(row, c, begin, end);
-  });
+    if (c.skip != T(0)) continue;
+    const uint64_t addresses = row.weights | row.grads | row.master | row.state[0] | row.state[1] | row.state[2];
+    const int64_t begin = (chunk - row.first_chunk) * kChunk;
+    const int size = static_cast<int>(row.n - begin < kChunk ? row.n - begin : kChunk);
+    const int num_tiles = row.ranks == 0 && addresses % 16 == 0 ? size / static_cast<int>(kTile) : 0;
+    const int done = num_tiles * static_cast<int>(kTile);
+    if (done < size) update_singly<kRule, Format>(row, c, begin, done, size, places);
+    if (num_tiles > 0) update_tiles<kRule, Format>(row, c, begin, num_tiles);
+  }
 }
 
 }  // namespace gmp::cuda::kernels

@@ -18,6 +18,7 @@
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __grid_constant__
 // One host thread runs one block at a time. What a block finds in it is whatever the last one left, as on a GPU.
 #define __shared__ static thread_local
 #define __restrict__ __restrict
@@ -75,6 +76,10 @@ T unpack(uint64_t bits) {
 
 }  // namespace simt
 
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+
 #define threadIdx (simt::position.thread)
 #define blockIdx (simt::position.block)
 #define blockDim (simt::position.block_dim)
@@ -98,6 +103,13 @@ T __shfl_up_sync(unsigned, T value, unsigned delta) {
   const unsigned lane = threadIdx.x & (simt::kWarp - 1);
   const uint64_t* const values = simt::exchange(simt::pack(value));
   return simt::unpack<T>(values[lane < delta ? lane : lane - delta]);
+}
+
+inline unsigned __ballot_sync(unsigned, bool predicate) {
+  const uint64_t* const values = simt::exchange(predicate);
+  unsigned lanes = 0;
+  for (int lane = 0; lane < simt::kWarp; ++lane) lanes |= static_cast<unsigned>(values[lane]) << lane;
+  return lanes;
 }
 
 template <typename T>

@@ -258,13 +258,19 @@ class Implementation(Protocol):
     capturable: bool
 
     def select(
-        self, layers: Sequence[Layer], num_prune: Sequence[int], hints: Sequence[Threshold | None]
+        self,
+        layers: Sequence[Layer],
+        num_prune: Sequence[int],
+        hints: Sequence[Threshold | None],
+        *,
+        prunes: bool = False,
     ) -> Sequence[Selection]:
         """Find where each selection cuts. Reads only. A GPU is waited for when the answer is looked at, not before.
 
         ``num_prune`` has one entry per layer (layer scope) or exactly one for all layers together, ranked with the
         flat index running through them in order (global scope). ``hints``, one per entry, are earlier thresholds of
-        the same weights: they may save work and never change the answer.
+        the same weights: they may save work and never change the answer. ``prunes`` says that ``prune`` follows, which
+        may be spared weights that it would find unchanged.
         """
         ...
 
@@ -330,8 +336,8 @@ class Implementation(Protocol):
         """Sum of the squares of the kept elements of all tensors, in float64; on a GPU a 0-d tensor."""
         ...
 
-    def compaction(self, mask: torch.Tensor, numel: int) -> Compaction:
-        """Address compact state by these packed bits."""
+    def compactions(self, masks: Sequence[tuple[torch.Tensor, int]]) -> list[Compaction]:
+        """Address compact state by packed bits, each of so many weights. A GPU is waited for once."""
         ...
 
     def move_state(self, moves: Sequence[StateMove]) -> None:

@@ -18,6 +18,7 @@ __all__ = ["MEMORY_BYTES", "LayerField", "Part", "SelectionTables", "Table", "nu
 _NO_INDEX = (1 << 63) - 1
 MEMORY_BYTES = 4 << 20  # for the workspace of a selection, and a share of the largest layer
 MEMORY_SHARE = 0.05
+LEAST_CAPACITY = 256  # keys per chunk that come before the flags of what is touched: a list that overflows costs a read
 DRIFT_BITS = 6  # a threshold is expected within 1/64 of an octave of the last one
 
 
@@ -25,7 +26,7 @@ class LayerField:
     """Positions of what is read back, in a LayerRow of csrc/cuda/tables.h."""
 
     CUT, NONFINITE, KEPT_BEFORE, KEPT = range(5, 9)
-    COUNT = 9
+    TOUCHED, COUNT = 9, 10
 
 
 _GROUP_FIELDS = 20
@@ -122,6 +123,8 @@ class SelectionTables(Sequence[Selection]):
     hints : sequence of Threshold or None
     found : sequence of Selection, optional
         Selections made elsewhere: their numbers are uploaded, and there is nothing to select.
+    prunes : bool
+        The selections are applied afterwards: what that will not change is noted down for it.
     """
 
     def __init__(
@@ -133,6 +136,7 @@ class SelectionTables(Sequence[Selection]):
         hints: Sequence[Threshold | None],
         *,
         found: Sequence[Selection] | None = None,
+        prunes: bool = False,
     ) -> None:
         self.layers = layers
         self._num_groups = len(num_prune)
@@ -153,21 +157,47 @@ class SelectionTables(Sequence[Selection]):
             )
             values += [value for row in (*layer_rows, *group_rows) for value in row]
             planned.append((dtype, positions, groups, members, start, num_chunks))
+        left = 0 if found is not None else self._memory(module, multiprocessors, len(values))
+        touched = self._touched(module, left) if prunes else {}
+        self.touched = torch.empty(sum(touched.values()), dtype=torch.int32, device=self._device)
+        first = self.touched.data_ptr()
+        for _, positions, _, _, start, _ in planned:
+            for index, i in enumerate(positions):
+                if i in touched:
+                    values[start + LayerField.COUNT * index + LayerField.TOUCHED] = first
+                    first += 4 * touched[i]
         self.buffer = upload(values, torch.int64, self._device)
-        capacity = 0 if found is not None else self._capacity(module, multiprocessors, len(values))
+        capacity = self._capacity(module, left - self.touched.nbytes)
         self.parts = [self._part(module, multiprocessors, *plan, capacity, found is None) for plan in planned]
 
     def _num_bins(self, module: Any, multiprocessors: int, num_chunks: int) -> int:
         return int(module.BINS * min(module.num_counting_blocks(multiprocessors), num_chunks))
 
-    def _capacity(self, module: Any, multiprocessors: int, num_values: int) -> int:
+    def _memory(self, module: Any, multiprocessors: int, num_values: int) -> int:
+        """Bytes that are left for flags and lists."""
+        largest = max(layer.weight.nbytes for layer in self.layers)
+        chunks = sum(num_chunks_of(layer.weight.numel(), module.CHUNK) for layer in self.layers)
+        bins = 8 * self._num_bins(module, multiprocessors, chunks)
+        return int(MEMORY_SHARE * largest) + MEMORY_BYTES - bins - 8 * chunks - 8 * num_values
+
+    def _key_bytes(self, module: Any) -> int:
+        """Bytes of the lists for each key that they hold of a chunk."""
+        return sum(num_chunks_of(layer.weight.numel(), module.CHUNK) * layer.weight.itemsize for layer in self.layers)
+
+    def _capacity(self, module: Any, left: int) -> int:
         """Keys per chunk for which there is memory."""
-        sizes = [layer.weight.nbytes for layer in self.layers]
-        chunks = [num_chunks_of(layer.weight.numel(), module.CHUNK) for layer in self.layers]
-        bins = 8 * self._num_bins(module, multiprocessors, sum(chunks))
-        left = MEMORY_SHARE * max(sizes) + MEMORY_BYTES - bins - 8 * sum(chunks) - 8 * num_values
-        key_bytes = sum(n * layer.weight.itemsize for n, layer in zip(chunks, self.layers, strict=True))
-        return int(min(module.LIST_CAPACITY, max(0, left // key_bytes)))
+        return int(min(module.LIST_CAPACITY, max(0, left // self._key_bytes(module))))
+
+    def _touched(self, module: Any, left: int) -> dict[int, int]:
+        """Words of flags by layer, for those with a mask, as far as there is room."""
+        left -= LEAST_CAPACITY * self._key_bytes(module)
+        words = {}
+        for i, layer in enumerate(self.layers):
+            needed = -(-layer.weight.numel() // module.TOUCHED_BY)
+            if layer.mask is not None and 4 * needed <= left:
+                words[i] = needed
+                left -= 4 * needed
+        return words
 
     def _part(
         self,
@@ -270,7 +300,7 @@ def _layer_rows(layers: Sequence[Layer], members: list[list[int]], chunk: int) -
     group_of = {i: g for g, indices in enumerate(members) for i in indices}
     for i, layer in enumerate(layers):
         n = layer.weight.numel()
-        rows.append([layer.weight.data_ptr(), address(layer.mask), n, first_chunk, group_of[i], n, _NO_INDEX, 0, 0])
+        rows.append([layer.weight.data_ptr(), address(layer.mask), n, first_chunk, group_of[i], n, _NO_INDEX, 0, 0, 0])
         first_chunk += num_chunks_of(n, chunk)
     return rows, first_chunk
 

@@ -64,7 +64,12 @@ class Cpu:
     capturable = False
 
     def select(
-        self, layers: Sequence[Layer], num_prune: Sequence[int], hints: Sequence[Threshold | None]
+        self,
+        layers: Sequence[Layer],
+        num_prune: Sequence[int],
+        hints: Sequence[Threshold | None],
+        *,
+        prunes: bool = False,
     ) -> list[Selection]:
         found: dict[int, Selection] = {}
         for dtype, positions, groups in parts(layers, num_prune):
@@ -158,9 +163,12 @@ class Cpu:
         rows = [(dtype_name(g.weight), g.weight.data_ptr(), g.weight.numel(), address(g.mask)) for g in gradients]
         return _C.sum_squares(rows, torch.get_num_threads())
 
-    def compaction(self, mask: torch.Tensor, numel: int) -> Compaction:
-        ranks = torch.tensor(_C.ranks(mask.data_ptr(), numel), dtype=torch.int64)
-        return Compaction(mask, ranks, int(ranks[-1]))
+    def compactions(self, masks: Sequence[tuple[torch.Tensor, int]]) -> list[Compaction]:
+        found = []
+        for mask, numel in masks:
+            ranks = torch.tensor(_C.ranks(mask.data_ptr(), numel), dtype=torch.int64)
+            found.append(Compaction(mask, ranks, int(ranks[-1])))
+        return found
 
     def move_state(self, moves: Sequence[StateMove]) -> None:
         rows = []

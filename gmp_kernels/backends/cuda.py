@@ -7,6 +7,7 @@ stays on the device until it is needed. Workspace comes from torch's allocator.
 from __future__ import annotations
 
 import itertools
+from array import array
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -106,10 +107,15 @@ class Launches:
         return self._tables(layers, [0] * len(layers), [None] * len(layers), found=nothing)
 
     def select(
-        self, layers: Sequence[Layer], num_prune: Sequence[int], hints: Sequence[Threshold | None]
+        self,
+        layers: Sequence[Layer],
+        num_prune: Sequence[int],
+        hints: Sequence[Threshold | None],
+        *,
+        prunes: bool = False,
     ) -> Sequence[Selection]:
         with self._on(layers[0].weight.device, "select") as launch:
-            tables = self._tables(layers, num_prune, hints)
+            tables = self._tables(layers, num_prune, hints, prunes=prunes)
             for part in tables.parts:
                 self._module.begin(launch, part.dtype, part.tables)
                 self._module.select(launch, part.dtype, part.tables)
@@ -208,7 +214,8 @@ class Launches:
             if not isinstance(batch.prepared, _Steps):
                 batch.prepared = _Steps(batch.tensors, self._module.CHUNK)
             steps = batch.prepared
-            values = self._constants(steps, constants, device, batch.captured)
+            argument = self._argument(constants)
+            values = None if argument else self._constants(steps, constants, device, batch.captured)
             addresses = [gradient.data_ptr() for gradient in gradients]
             tables = [
                 part.table.at((addresses, rows), partial(part.rows_with, addresses, rows), device, batch.captured)
@@ -216,24 +223,36 @@ class Launches:
             ]
             # Everything there has to be memory for is there: from here on weights are written.
             for part, table in zip(steps.parts, tables, strict=True):
-                num_rows, num_chunks = len(part.positions), part.num_chunks
-                self._module.update(launch, part.dtype, rule, table.data_ptr(), num_rows, num_chunks, values.data_ptr())
+                self._module.update(
+                    *(launch, part.dtype, rule, table.data_ptr(), len(part.positions), part.num_chunks),
+                    *(address(values), argument),
+                )
+
+    def _rows_of_constants(self, constants: Constants) -> list[list[float]]:
+        """One row per block, in the order of the kernels."""
+        names: Mapping[str, float] = self._module.CONSTANTS
+        return [[given.get(name, absent) for name, absent in names.items()] for given, _ in constants.blocks]
+
+    def _argument(self, constants: Constants) -> bytes:
+        """The constants as an argument of the launch; empty where there are too many, or some are on the device."""
+        if constants.on_device or sum(count for _, count in constants.blocks) > self._module.MAX_ARGUMENT_CONSTANTS:
+            return b""
+        blocks = zip(self._rows_of_constants(constants), constants.blocks, strict=True)
+        return b"".join(array("d", row).tobytes() * count for row, (_, count) in blocks)
 
     def _constants(
         self, steps: _Steps, constants: Constants, device: torch.device, captured: list[torch.Tensor]
     ) -> torch.Tensor:
         """The constants as the kernels read them; those that are on the device do not leave it."""
-        names: Mapping[str, float] = self._module.CONSTANTS
 
         def make() -> torch.Tensor:
-            blocks = [[given.get(name, absent) for name, absent in names.items()] for given, _ in constants.blocks]
             counts = [count for _, count in constants.blocks]
-            values = torch.tensor(blocks, dtype=torch.float64, device="cpu")
+            values = torch.tensor(self._rows_of_constants(constants), dtype=torch.float64, device="cpu")
             return values.repeat_interleave(torch.tensor(counts, device="cpu"), 0)
 
         filled = [where for *where, _ in constants.on_device]
         result = steps.constants.at((constants.blocks, filled), make, device, captured)
-        columns = {name: i for i, name in enumerate(names)}
+        columns = {name: i for i, name in enumerate(self._module.CONSTANTS)}
         for name, first, end, values in constants.on_device:
             result[first:end, columns[name]] = values
         return result
@@ -253,11 +272,26 @@ class Launches:
             self._module.sum_squares(launch, table.data_ptr(), len(rows), first_chunk, sums.data_ptr())
         return sums[-1]
 
-    def compaction(self, mask: torch.Tensor, numel: int) -> Compaction:
-        with self._on(mask.device, "compaction") as launch:
-            ranks = torch.empty(num_chunks_of(numel, self._module.CHUNK) + 1, dtype=torch.int64, device=mask.device)
-            self._module.ranks(launch, mask.data_ptr(), numel, ranks.data_ptr())
-            return Compaction(mask, ranks, int(ranks[-1]))
+    def compactions(self, masks: Sequence[tuple[torch.Tensor, int]]) -> list[Compaction]:
+        if not masks:
+            return []
+        device = masks[0][0].device
+        with self._on(device, "compactions") as launch:
+            chunks = [num_chunks_of(numel, self._module.CHUNK) for _, numel in masks]
+            # What each mask keeps in all, then the chunk offsets of one mask after the other. Of empty ones all is 0.
+            buffer = torch.zeros(len(masks) + sum(chunks) + len(masks), dtype=torch.int64, device=device)
+            offsets = torch.split(buffer[len(masks) :], [n + 1 for n in chunks])
+            order = sorted(range(len(masks)), key=lambda i: chunks[i] == 0)  # those that have rows come first
+            rows, first_chunk = [], 0
+            for i in order[: sum(n > 0 for n in chunks)]:
+                rows.append([masks[i][0].data_ptr(), masks[i][1], first_chunk, offsets[i].data_ptr()])
+                first_chunk += chunks[i]
+            if rows:
+                table = upload(rows, torch.int64, device)
+                self._module.chunk_offsets(launch, table.data_ptr(), len(rows), first_chunk, buffer.data_ptr())
+            totals = buffer[: len(masks)].tolist()
+        kept = dict(zip(order, totals, strict=True))
+        return [Compaction(mask, offsets[i], kept[i]) for i, (mask, _) in enumerate(masks)]
 
     def move_state(self, moves: Sequence[StateMove]) -> None:
         rows, first_chunk = [], 0

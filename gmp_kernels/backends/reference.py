@@ -50,7 +50,12 @@ class Reference:
     capturable = False
 
     def select(
-        self, layers: Sequence[Layer], num_prune: Sequence[int], hints: Sequence[Threshold | None]
+        self,
+        layers: Sequence[Layer],
+        num_prune: Sequence[int],
+        hints: Sequence[Threshold | None],
+        *,
+        prunes: bool = False,
     ) -> list[Selection]:
         groups = [[layer] for layer in layers] if len(num_prune) == len(layers) else [list(layers)]
         return [self._select_group(group, k) for group, k in zip(groups, num_prune, strict=True)]
@@ -162,9 +167,12 @@ class Reference:
     def sum_squares(self, gradients: Sequence[Layer]) -> float:
         return float(sum((_magnitude(g.weight)[_kept(g)] ** 2).sum() for g in gradients))
 
-    def compaction(self, mask: torch.Tensor, numel: int) -> Compaction:
-        num_kept = int(np.unpackbits(mask.numpy(), count=numel, bitorder="little").sum())
-        return Compaction(mask, torch.zeros(0, dtype=torch.int64), num_kept)
+    def compactions(self, masks: Sequence[tuple[torch.Tensor, int]]) -> list[Compaction]:
+        kept = [int(np.unpackbits(mask.numpy(), count=numel, bitorder="little").sum()) for mask, numel in masks]
+        return [
+            Compaction(mask, torch.zeros(0, dtype=torch.int64), count)
+            for (mask, _), count in zip(masks, kept, strict=True)
+        ]
 
     def move_state(self, moves: Sequence[StateMove]) -> None:
         for move in moves:

@@ -154,7 +154,12 @@ class Triton:
         return bracket(keys.flatten(1), torch.tensor(wanted, device=batch.device), sizes, largest)
 
     def select(
-        self, layers: Sequence[Layer], num_prune: Sequence[int], hints: Sequence[Threshold | None]
+        self,
+        layers: Sequence[Layer],
+        num_prune: Sequence[int],
+        hints: Sequence[Threshold | None],
+        *,
+        prunes: bool = False,
     ) -> list[Selection]:
         found: dict[int, Selection] = {}
         for _, positions, groups in parts(layers, num_prune):
@@ -383,12 +388,18 @@ class Triton:
                 total += sums.sum()
             return float(total)
 
-    def compaction(self, mask: torch.Tensor, numel: int) -> Compaction:
-        with on_device(mask.device, "compaction"):
-            kept = torch.zeros(-(-numel // BLOCK) + 1, dtype=torch.int64, device=mask.device)
-            self._launch("count_kept", len(kept) - 1, mask, numel, kept, BLOCK=BLOCK)
-            ranks = kept.cumsum(0) - kept
-            return Compaction(mask, ranks, int(ranks[-1]))
+    def compactions(self, masks: Sequence[tuple[torch.Tensor, int]]) -> list[Compaction]:
+        if not masks:
+            return []
+        device = masks[0][0].device
+        ranks = []
+        with on_device(device, "compactions"):
+            for mask, numel in masks:
+                kept = torch.zeros(-(-numel // BLOCK) + 1, dtype=torch.int64, device=device)
+                self._launch("count_kept", len(kept) - 1, mask, numel, kept, BLOCK=BLOCK)
+                ranks.append(kept.cumsum(0) - kept)
+            totals = torch.stack([own[-1] for own in ranks]).tolist()
+        return [Compaction(mask, own, kept) for (mask, _), own, kept in zip(masks, ranks, totals, strict=True)]
 
     def move_state(self, moves: Sequence[StateMove]) -> None:
         rows: dict[int, list[list[int]]] = defaultdict(list)

@@ -143,7 +143,7 @@ class Shards:
         hints = previous if scope == "layer" else previous[:1]
         facts: dict[str, object] = {"step": step, "num_prune": list(num_prune)}
         if self.are_copies:
-            chosen = [] if failure else implementation.select(checked, num_prune, hints)
+            chosen = [] if failure else implementation.select(checked, num_prune, hints, prunes=True)
             facts["thresholds"] = [(*selection.threshold, *selection.cuts) for selection in chosen]
             found = [index for selection in chosen for index in selection.nonfinite]
             self._begin(facts, failure, names, found if nonfinite == "error" else [], [])

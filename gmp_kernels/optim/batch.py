@@ -144,7 +144,7 @@ class Batch:
             else:
                 if lazy[part.index]:
                     moved |= part.counts.move_to(self.ready[start].parameter.device)
-                if lazy[part.index] or not part.counts.is_on_host:
+                if lazy[part.index] or part.counts.device.type != "cpu":
                     numbers = part.counts.tensor().double() + 1
                 else:
                     numbers = [count + 1 for count in part.counts.tolist()]
@@ -154,6 +154,10 @@ class Batch:
             self._counts = [state.get("step") for state in self._states]
             self._values = list(chain.from_iterable(map(dict.values, self._states)))
         return result
+
+    def has_counts_elsewhere(self, device: torch.device) -> bool:
+        """Whether step counts would have to be moved to ``device``."""
+        return any(part.counts is not None and part.counts.device != device for part in self.parts)
 
     def count(self, amount: int | torch.Tensor) -> None:
         """Raise the step counts."""

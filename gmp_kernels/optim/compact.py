@@ -65,12 +65,15 @@ class Layouts:
 
         Nothing has changed when memory runs out.
         """
+        if not masks:
+            return
+        implementation = choose(self._backend, next(iter(masks)).device)
+        sizes = [local(p).numel() for p in masks]
+        bits = [(mask.packed, n) for mask, n in zip(masks.values(), sizes, strict=True)]
+        layouts = dict(zip(masks, implementation.compactions(bits), strict=True))
         moves: list[StateMove] = []
         targets: list[tuple[dict[str, Any], str, torch.Tensor]] = []
-        layouts: dict[torch.Tensor, Compaction] = {}
-        for p, mask in masks.items():
-            numel = local(p).numel()
-            layout = layouts[p] = choose(self._backend, p.device).compaction(mask.packed, numel)
+        for (p, layout), numel in zip(layouts.items(), sizes, strict=True):
             state = states.get(p, {})
             for key, value in state.items():
                 if key != MASTER and is_per_weight(key, value):
@@ -78,7 +81,7 @@ class Layouts:
                     moves.append(StateMove(local(value), self._layouts.get(p), packed, layout, numel))
                     targets.append((state, key, packed))
         if moves:
-            choose(self._backend, moves[0].source.device).move_state(moves)
+            implementation.move_state(moves)
         for state, key, packed in targets:
             state[key] = packed
         self._layouts.update(layouts)

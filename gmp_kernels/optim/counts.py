@@ -37,13 +37,14 @@ class StepCounts:
         return [state["step"] for state in self._states]
 
     @property
-    def is_on_host(self) -> bool:
-        """Whether reading them waits for nothing."""
-        return bool(self._states[0]["step"].device.type == "cpu")
+    def device(self) -> torch.device:
+        """Where all of them are."""
+        found: torch.device = self._states[0]["step"].device
+        return found
 
     def move_to(self, device: torch.device) -> bool:
         """Move them to ``device``; return whether they were elsewhere."""
-        if self._states[0]["step"].device == device:
+        if self.device == device:
             return False
         if self._whole is not None:
             self._replace(self._whole.to(device))

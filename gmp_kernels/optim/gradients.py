@@ -119,7 +119,7 @@ def _scale_(gradients: Sequence[torch.Tensor], factor: torch.Tensor) -> None:
     for g in gradients:
         if g.dtype not in (torch.float32, torch.float64):
             on_host = g.device.type == "cpu"  # a GPU converts as it multiplies
-            pieces = g.as_strided((g.numel(),), (1,)).split(PIECE) if on_host and is_dense(g) else [g]
+            pieces = torch.split(g.as_strided((g.numel(),), (1,)), PIECE) if on_host and is_dense(g) else [g]
             for piece in pieces:
                 # With as many dimensions as the other, the factor counts for the dtype of the product.
                 piece.mul_(factor.reshape([1] * piece.ndim))

@@ -11,12 +11,13 @@ import torch
 
 from gmp_kernels import capture
 from gmp_kernels.backends import UpdateTensor, choose
-from gmp_kernels.errors import CaptureError, LayoutError, ShapeError, StateError, TargetError
+from gmp_kernels.errors import LayoutError, ShapeError, StateError, TargetError
 from gmp_kernels.masks import BitMask
 from gmp_kernels.ops import apply_masks_
 from gmp_kernels.optim.batch import Batch
 from gmp_kernels.optim.compact import Layouts
 from gmp_kernels.optim.constants import constants_of, is_on_gpu
+from gmp_kernels.optim.graphs import Graphs
 from gmp_kernels.optim.ready import MASTER, Ready, check_state, checked_grad, is_per_weight, state_dtype
 from gmp_kernels.sharding import is_sharded, local, local_grad
 
@@ -52,15 +53,14 @@ class MaskedOptimizer(torch.optim.Optimizer):
         self._layouts = Layouts(backend)  # of the parameters whose state is compact now
         self._ready: dict[int, Ready] = {}  # by the id of the parameter, which it holds
         self._batch: Batch | None = None  # of the latest step
-        self._captured: list[torch.Tensor] = []  # what CUDA graphs of steps read, beside parameters and state
-        self._captured_bits: dict[torch.Tensor, int] = {}  # and where they found the mask of which parameter
+        self._graphs = Graphs()
         if any(group.get("differentiable") for group in self.param_groups):
             raise ValueError(f"{self._name}: differentiable=True is not supported; use torch.optim")
 
     def __getstate__(self) -> dict[str, Any]:
         # What copies and pickles carry: torch names three attributes and would drop these.
-        ours = ("_compact_state", "_master_weights", "_backend", "_masks", "_layouts")
-        anew: dict[str, Any] = {"_ready": {}, "_batch": None, "_captured": [], "_captured_bits": {}}
+        ours = ("_compact_state", "_master_weights", "_backend", "_masks", "_layouts", "_graphs")
+        anew: dict[str, Any] = {"_ready": {}, "_batch": None}
         return super().__getstate__() | {name: getattr(self, name) for name in ours} | anew
 
     @property
@@ -175,12 +175,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
                 )
             if mask.shape != (held := local(p).shape):
                 raise ShapeError(f"{self._name}.set_masks: expected shape {tuple(held)}, got {tuple(mask.shape)}")
-            if (captured := self._captured_bits.get(p)) is not None and captured != mask.packed.data_ptr():
-                raise CaptureError(
-                    f"{self._name}.set_masks: expected the mask that a parameter of shape {tuple(p.shape)} had when a "
-                    f"CUDA graph captured its step, got {'another one' if captured else 'one where it had none'}; set "
-                    "masks, or build the GMPScheduler, before capturing, and change their bits in place"
-                )
+            self._graphs.check_mask(self._name, p, mask)
 
     def master_weight(self, parameter: torch.Tensor) -> torch.Tensor | None:
         """Return the float32 copy that the arithmetic of ``parameter`` runs on; None if there is none (yet)."""
@@ -208,7 +203,9 @@ class MaskedOptimizer(torch.optim.Optimizer):
             Sparse gradients, as in torch.
         DTypeError, LayoutError, ShapeError, StateError
             A parameter or gradient the kernels do not take, or a parameter that was converted or reshaped since its
-            mask or state was made. Nothing has been updated when one is raised.
+            mask or state was made.
+        CaptureError
+            A step that a CUDA graph cannot hold, while one is captured. Nothing has been updated when one is raised.
 
         Notes
         -----
@@ -255,7 +252,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
             if not members:
                 return
             if batch is None or not batch.consists_of(members):
-                batch = Batch(groups, keys, members, self._captured, counts_steps=self.counts_steps)
+                batch = Batch(groups, keys, members, self._graphs.memory, counts_steps=self.counts_steps)
             elif given is None:
                 batch.remember(groups, keys)
             self._batch = batch
@@ -264,6 +261,8 @@ class MaskedOptimizer(torch.optim.Optimizer):
         capturing = capture.is_capturing(device)
         if capturing:
             self._check_capture(device, [lazy[part.index] for part in batch.parts])
+            if batch.has_counts_elsewhere(device):
+                self._graphs.refuse_first_step(self._name)
         numbers = batch.steps(groups, lazy, fresh)
         skips = found_inf if any(lazy) else None
         constants, rows = constants_of(self._constants, numbers, grad_scale, skips)
@@ -272,9 +271,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
         torch.autograd.graph.increment_version(batch.written)
         batch.count(1 if skips is None else (skips == 0).to(torch.float32).reshape(()))
         if capturing:
-            self._captured_bits.update(
-                (r.parameter, 0 if r.bits is None else r.bits.data_ptr()) for r in batch.ready if not r.is_empty
-            )
+            self._graphs.note(ready for ready in batch.ready if not ready.is_empty)
 
     def _checked(
         self,
@@ -320,10 +317,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
             if capture.is_capturing(found[0][1].device):
                 self._check_capture(found[0][1].device, [lazy[index] for index, *_ in found])
                 if any(self._lacks_state(p, keys[index]) for index, p in unready):
-                    raise CaptureError(
-                        f"{self._name}: expected state that is there before a CUDA graph captures a step, got a "
-                        "parameter without; take a step outside of the graph first"
-                    )
+                    self._graphs.refuse_first_step(self._name)
         members: list[tuple[int, Ready]] = []
         fresh: list[bool] = []
         for index, p, weight, ready in found:
@@ -335,17 +329,16 @@ class MaskedOptimizer(torch.optim.Optimizer):
 
     def _check_capture(self, device: torch.device, lazy: Iterable[bool]) -> None:
         """Refuse steps that a CUDA graph would repeat wrongly."""
-        found = None
         if self._compact_state:
-            found = "compact state, which every update lays out anew; build it with compact_state=False"
-        elif not (implementation := choose(self._backend, device)).capturable:
-            found = f"the backend {type(implementation).__name__.lower()}; build it with backend='cuda'"
-        elif self.counts_steps and not all(lazy):
-            found = "step counts on the host, which would stand still; build it with capturable=True"
-        if found is not None:
-            raise CaptureError(
-                f"{self._name}: expected a step that a CUDA graph can hold, got {found}, or take the step outside of "
-                "the graph"
+            self._graphs.refuse(
+                self._name, "compact state, which every update lays out anew; build it with compact_state=False"
+            )
+        if not (implementation := choose(self._backend, device)).capturable:
+            name = type(implementation).__name__.lower()
+            self._graphs.refuse(self._name, f"the backend {name}; build it with backend='cuda'")
+        if self.counts_steps and not all(lazy):
+            self._graphs.refuse(
+                self._name, "step counts on the host, which would stand still; build it with capturable=True"
             )
 
     def _check_device(self, parameters: Sequence[torch.Tensor]) -> None:

@@ -106,7 +106,7 @@ def checked_grad(
     DTypeError, LayoutError, ShapeError
         Weight, gradient or mask that the kernels do not take, or that do not fit each other.
     """
-    if grad.is_sparse:
+    if grad.layout is not torch.strided:
         raise RuntimeError(f"{optimizer} does not support sparse gradients; use torch.optim.SparseAdam")
     if p.dtype not in DTYPES:
         raise DTypeError(f"{optimizer}: expected float32, float64, bfloat16 or float16 parameters, got {p.dtype}")
