@@ -272,12 +272,6 @@ def other_group(params, optimizer):
     optimizer.add_param_group({"params": [params[2]], "lr": 0.3})
 
 
-def other_parameter(params, optimizer):
-    p = nn.Parameter(params[1].detach() * 2)
-    p.grad = torch.ones_like(p)
-    optimizer.param_groups[0]["params"][1] = p
-
-
 def other_rule(params, optimizer):
     optimizer.param_groups[0].update(amsgrad=True, lr=0.5, weight_decay=0.2)
 
@@ -302,7 +296,6 @@ def other_count_tensor(params, optimizer):
         *(
             other_order,
             other_group,
-            other_parameter,
             other_rule,
             other_count,
             other_count_and_order,
@@ -379,6 +372,17 @@ def test_parameters_without_a_gradient_now_and_then_count_steps_of_their_own(cap
         for p, q, old in zip(params[:4], mirror[:4], before[:4], strict=True):
             assert_within_ulps(p.detach(), q.detach(), old.detach())
         assert_same_state(optimizer.state_dict()["state"], reference.state_dict()["state"])
+
+
+def test_a_parameter_that_takes_the_place_of_another_is_stepped_instead():
+    params, optimizer = started()
+    before = params[1].detach().clone()
+    p = nn.Parameter(before.clone())
+    p.grad = params[1].grad = torch.ones_like(p)
+    optimizer.param_groups[0]["params"][1] = p
+    optimizer.step()
+    assert_bitwise_equal(params[1].detach(), before)
+    assert (p != before).all() and optimizer.state[p]["step"] == 1
 
 
 def test_other_parameters_of_the_same_shape_have_gradients_in_turn():
