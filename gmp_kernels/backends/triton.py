@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,11 +20,12 @@ from gmp_kernels.backends import (
     Bracket,
     Census,
     Compaction,
-    Gradient,
+    Constants,
     Layer,
     Selection,
     StateMove,
     Threshold,
+    UpdateBatch,
     UpdateTensor,
     Written,
     has_nonfinite,
@@ -96,6 +97,8 @@ def _aligned(layers: Sequence[Layer]) -> bool:
 
 class Triton:
     """Implementation by launches of _triton_kernels."""
+
+    capturable = False
 
     def __init__(self) -> None:
         # Not before somebody wants it: importing triton takes longer than importing all of this package.
@@ -331,25 +334,27 @@ class Triton:
     def update(
         self,
         rule: str,
-        tensors: Sequence[UpdateTensor],
-        gradients: Sequence[Gradient],
-        constants: Sequence[Mapping[str, float | torch.Tensor]],
+        batch: UpdateBatch,
+        gradients: Sequence[torch.Tensor],
+        rows: Sequence[int],
+        constants: Constants,
     ) -> None:
         k = self._kernels
-        rows: dict[_Kind, list[list[int]]] = defaultdict(list)
-        for t, gradient in zip(tensors, gradients, strict=True):
-            if constants[gradient.constants].get("skip"):
+        given = constants.on_host()
+        rows_of: dict[_Kind, list[list[int]]] = defaultdict(list)
+        for t, gradient, index in zip(batch.tensors, gradients, rows, strict=True):
+            if given[index].get("skip"):
                 continue
             row = t.row if isinstance(t.row, _Row) else _prepared(t)
-            grad = gradient.tensor.data_ptr()
+            grad = gradient.data_ptr()
             kind = row.kind._replace(aligned=row.kind.aligned and grad % 16 == 0)
-            rows[kind].append([*row.before, grad, *row.after, gradient.constants])
-        if rows:
-            device = tensors[0].weight.device
+            rows_of[kind].append([*row.before, grad, *row.after, index])
+        if rows_of:
+            device = batch.tensors[0].weight.device
             with on_device(device, "update"):
-                given = [[float(c.get(name, otherwise)) for name, otherwise in CONSTANTS.items()] for c in constants]
-                values = torch.tensor(given, dtype=torch.float64).to(device, non_blocking=True)
-                for kind, kind_rows in rows.items():
+                ordered = [[c.get(name, otherwise) for name, otherwise in CONSTANTS.items()] for c in given]
+                values = torch.tensor(ordered, dtype=torch.float64).to(device, non_blocking=True)
+                for kind, kind_rows in rows_of.items():
                     table = self._table(kind_rows, device)
                     self._launch(
                         "update",

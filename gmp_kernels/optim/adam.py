@@ -19,7 +19,8 @@ class Adam(MaskedOptimizer, torch.optim.Adam):
     ----------
     *args, **kwargs
         Those of ``torch.optim.Adam``. ``foreach`` and ``fused`` are accepted and change nothing; with ``capturable``
-        the step count stays on the device, so that a CUDA graph can hold the step; ``differentiable`` is refused.
+        the step count stays on the device, so that a CUDA graph can hold the step of dense state; ``differentiable`` is
+        refused.
     compact_state : bool
         Keep exp_avg, exp_avg_sq (and max_exp_avg_sq) for the kept weights only: 8 bytes per weight become
         8 x density. ``state_dict`` still speaks torch's dense format.

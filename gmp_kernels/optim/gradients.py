@@ -6,13 +6,16 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from gmp_kernels.backends import Gradient, UpdateTensor, choose
+from gmp_kernels.backends import Constants, UpdateBatch, UpdateTensor, choose
 from gmp_kernels.checks import check_tensors
 from gmp_kernels.errors import ShapeError, SparsityError
 from gmp_kernels.masks import BitMask
+from gmp_kernels.optim.ready import is_dense
 from gmp_kernels.sharding import local_grad, sharding_of, sum_over_shards
 
 __all__ = ["clip_grad_norm_", "ema_update_"]
+
+PIECE = 1 << 18  # elements of a 16-bit gradient that are scaled at a time where torch makes float32 copies
 
 
 @torch.no_grad()
@@ -97,12 +100,29 @@ def clip_gradients_(
         squares = squares + sum_over_shards(here, owners[members[0]])
     if not isinstance(squares, torch.Tensor):
         squares = torch.tensor(squares, dtype=torch.float64, device="cpu")  # whatever torch's default device is
-    norm = squares.sqrt().to(torch.float32)
+    norm = squares.to(torch.float64).sqrt().to(torch.float32)
     if error_if_nonfinite and not torch.isfinite(norm):
         raise RuntimeError(f"clip_grad_norm_: the norm of the kept gradients is {float(norm)}; nothing was scaled")
     if gradients:
-        torch._foreach_mul_(list(gradients), torch.clamp(max_norm / (norm + 1e-6), max=1.0))
+        _scale_(gradients, torch.clamp(max_norm / (norm + 1e-6), max=1.0))
     return norm
+
+
+def _scale_(gradients: Sequence[torch.Tensor], factor: torch.Tensor) -> None:
+    """Multiply by a 0-d float32 factor, in float32 at least: the same bits on every device.
+
+    Of a 16-bit tensor and a 0-d one torch keeps the 16 bits, and on CUDA it rounds the factor to them first.
+    """
+    wide = [g for g in gradients if g.dtype in (torch.float32, torch.float64)]
+    if wide:
+        torch._foreach_mul_(wide, factor)
+    for g in gradients:
+        if g.dtype not in (torch.float32, torch.float64):
+            on_host = g.device.type == "cpu"  # a GPU converts as it multiplies
+            pieces = torch.split(g.as_strided((g.numel(),), (1,)), PIECE) if on_host and is_dense(g) else [g]
+            for piece in pieces:
+                # With as many dimensions as the other, the factor counts for the dtype of the product.
+                piece.mul_(factor.reshape([1] * piece.ndim))
 
 
 @torch.no_grad()
@@ -159,9 +179,10 @@ def ema_update_(
             )
     choose(backend, targets[0].weight.device).update(
         "average",
-        [UpdateTensor(t.weight, mask=t.mask) for t in targets],
-        [Gradient(s.weight, 0) for s in sources],
-        [{"one_minus_beta1": 1.0 - decay}],
+        UpdateBatch([UpdateTensor(t.weight, mask=t.mask) for t in targets]),
+        [s.weight for s in sources],
+        [0] * len(sources),
+        Constants([({"one_minus_beta1": 1.0 - decay}, 1)], []),
     )
     torch.autograd.graph.increment_version([target.weight for target in targets])
 

@@ -1,0 +1,67 @@
+"""CUDA graphs that hold steps of an optimizer: what they cannot hold, and what they read at every replay."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from gmp_kernels.errors import CaptureError
+from gmp_kernels.masks import BitMask
+from gmp_kernels.optim.ready import Ready
+
+__all__ = ["Graphs"]
+
+
+class Graphs:
+    """What the graphs captured of an optimizer's steps rely on. Nothing tells when one is gone.
+
+    Attributes
+    ----------
+    memory : list of torch.Tensor
+        What they read beside parameters, gradients, state and masks.
+    """
+
+    def __init__(self) -> None:
+        self.memory: list[torch.Tensor] = []
+        self._bits: dict[torch.Tensor, int] = {}  # addresses of masks; 0: none
+
+    def __getstate__(self) -> dict[str, Any]:
+        # No graph holds a copy.
+        return {"memory": [], "_bits": {}}
+
+    def note(self, parameters: Iterable[Ready]) -> None:
+        """Remember where a graph finds the masks of these parameters."""
+        self._bits.update((r.parameter, 0 if r.bits is None else r.bits.data_ptr()) for r in parameters)
+
+    def check_mask(self, optimizer: str, p: torch.Tensor, mask: BitMask) -> None:
+        """Refuse a mask other than the one that a graph reads.
+
+        Raises
+        ------
+        CaptureError
+        """
+        bits = self._bits.get(p)
+        if bits is not None and bits != mask.packed.data_ptr():
+            raise CaptureError(
+                f"{optimizer}.set_masks: expected the mask that a parameter of shape {tuple(p.shape)} had when a CUDA "
+                f"graph captured its step, got {'another one' if bits else 'one where it had none'}; set masks, or "
+                "build the GMPScheduler, before capturing, and change their bits in place"
+            )
+
+    @staticmethod
+    def refuse(optimizer: str, reason: str) -> None:
+        """Raise CaptureError for a step that a graph would repeat wrongly, ``reason`` saying what to build instead."""
+        raise CaptureError(
+            f"{optimizer}: expected a step that a CUDA graph can hold, got {reason}, or take the step outside of the "
+            "graph"
+        )
+
+    @staticmethod
+    def refuse_first_step(optimizer: str) -> None:
+        """Raise CaptureError for a step that would make state, or bring it to the device."""
+        raise CaptureError(
+            f"{optimizer}: expected state that is on the device before a CUDA graph captures a step, got a parameter "
+            "without; take a step outside of the graph first"
+        )
