@@ -1,9 +1,9 @@
 """What the CUDA kernels cost, found without a GPU; writes ``results/cuda-static.json`` and ``results/cuda-static.md``.
 
 ``python benchmarks/cuda_static.py`` counts launches and bytes with the host execution layer, which runs the kernels
-themselves and counts every load and store of device memory; and it asks nvcc for registers and spills. Bytes are set
-against the fewest that any kernel could move (expected over random masks), where memory is read and written in
-sectors of 32 bytes.
+themselves and counts every load and store of device memory, in sectors of 32 bytes, one that a block meets again only
+once; and it asks nvcc for registers and spills, and reads the machine code. Bytes are set against the fewest that any
+kernel could move (expected over random masks).
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ sys.path.insert(0, str(ROOT / "csrc"))
 import cuda_toolkit  # noqa: E402
 
 RESULTS = ROOT / "benchmarks/results"
+SOURCES = [*sorted((ROOT / "csrc/cuda").glob("*.cu")), ROOT / "benchmarks/whole_tiles.cu"]
+WITHOUT_MASK_BYTES = 90  # compiled for this one a second time without the accesses to masks, which alone are bytes
 N = 1 << 18
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SIMT = {"backend": "simt"}
@@ -66,7 +68,9 @@ class Compiled(NamedTuple):
     spill_loads: int
     stack: int
     shared: int
+    instructions: int | None
     loads_of_16_bytes: int | None
+    bytewide: int | None  # loads and stores of single bytes, but for those of masks; None where that was not looked at
 
 
 def weights(n: int = N, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
@@ -104,7 +108,8 @@ def prune_phases() -> Iterator[Phase]:
         yield Phase(
             f"prune step, {name}, 0.88 to 0.9",
             partial(prune_, pruned, sparsity=0.9, masks=masks, **SIMT),
-            (2 * live(0.88, size) + dirty(0.02, size)) * size + 2 / 8,
+            # Every weight is looked at once, because no pruned one may have come back.
+            (1 + 2 * dirty(0.02, size)) * size + 2 / 8,
         )
         bits = mask(0.9)
         changed = dense.clone()
@@ -173,11 +178,6 @@ def counted() -> list[Counted]:
     return rows
 
 
-def nvcc_flags() -> list[str]:
-    """Those of setup.py, which cannot be imported without building; one architecture's report after the other."""
-    return [*cuda_toolkit.FLAGS, *cuda_toolkit.gencode("nvcc")]
-
-
 REPORT = re.compile(
     r"Compiling entry function '(?P<kernel>\w+)' for '(?P<arch>\w+)'"
     r".*?(?P<stack>\d+) bytes stack frame, (?P<spill_stores>\d+) bytes spill stores, (?P<spill_loads>\d+) bytes spill"
@@ -191,25 +191,43 @@ def parsed(report: str) -> list[dict[str, str]]:
     return [{key: value or "0" for key, value in match.groupdict().items()} for match in REPORT.finditer(report)]
 
 
-def wide_loads(objects: list[Path]) -> Counter[tuple[str, str]] | None:
-    """Loads of 16 bytes in the machine code of every (kernel, architecture); None without cuobjdump."""
+class Code(NamedTuple):
+    """What is counted in a kernel's machine code."""
+
+    instructions: int
+    loads_of_16_bytes: int
+    bytewide: int
+
+
+INSTRUCTION = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)")
+
+
+def counted_code(listing: str) -> dict[str, Code]:
+    """Count the instructions of every kernel in what cuobjdump prints; padding is none."""
+    found: dict[str, Counter[str]] = {}
+    for line in listing.splitlines():
+        if name := re.search(r"Function : (\w+)", line):
+            counts = found[name[1]] = Counter()
+        elif (match := INSTRUCTION.match(line)) and match[1] != "NOP":
+            counts["instructions"] += 1
+            operation, *kinds = match[1].split(".")
+            if operation in ("LD", "LDG", "ST", "STG"):
+                counts["wide"] += operation.startswith("LD") and "128" in kinds
+                counts["bytewide"] += "U8" in kinds or "S8" in kinds
+    return {
+        kernel: Code(*(counts[key] for key in ("instructions", "wide", "bytewide"))) for kernel, counts in found.items()
+    }
+
+
+def disassembled(path: Path) -> dict[str, Code]:
+    """Count what is in a compiled file; empty without cuobjdump."""
     triton = importlib.util.find_spec("triton")  # brings one along
     brought = Path(triton.origin).parent / "backends/nvidia/bin/cuobjdump" if triton else None
     cuobjdump = shutil.which("cuobjdump") or brought
     if cuobjdump is None:
-        return None
-    loads: Counter[tuple[str, str]] = Counter()
-    for path in objects:
-        listing = subprocess.run([cuobjdump, "--dump-sass", path], capture_output=True, text=True, check=True).stdout
-        arch = kernel = ""
-        for line in listing.splitlines():
-            if found := re.match(r"arch = (\w+)", line):
-                arch = found[1]
-            elif found := re.search(r"Function : (\w+)", line):
-                kernel = found[1]
-            elif re.search(r"\bLDG?\.\S*\.128\b", line):
-                loads[kernel, arch] += 1
-    return loads
+        return {}
+    run = subprocess.run([cuobjdump, "--dump-sass", path], capture_output=True, text=True, check=True)
+    return counted_code(run.stdout)
 
 
 def readable(mangled: str) -> str:
@@ -217,28 +235,41 @@ def readable(mangled: str) -> str:
     name = subprocess.run(["c++filt", mangled], capture_output=True, text=True, check=True).stdout.strip()
     name = name.replace("(anonymous namespace)::", "").removeprefix("void ")
     name = re.sub(r"\((?:gmp::cuda::|gmp::)*(\w+)\)(\d+)", r"\1 \2", name)
-    return re.sub(r"\b(?:gmp|cuda|kernels)::", "", name.partition("(")[0])
+    return re.sub(r"\b(?:gmp|cuda|kernels)::", "", name.partition("(")[0]).replace("> >", ">>")
+
+
+def compile_one(source: Path, arch: int, *flags: str) -> tuple[list[dict[str, str]], dict[str, Code]]:
+    """Compile one file for one architecture; return the compiler's report and what is in the code."""
+    with tempfile.TemporaryDirectory() as scratch:
+        target = Path(scratch) / "code.cubin"
+        gencode = f"-gencode=arch=compute_{arch},code=sm_{arch}"
+        command = ["nvcc", *cuda_toolkit.FLAGS, gencode, *flags, f"-I{ROOT / 'csrc'}", "-cubin", source, "-o", target]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        return parsed(report), disassembled(target)
 
 
 def compiled() -> list[Compiled]:
-    """Compile every .cu file as setup.py does and read the compiler's report."""
-    with tempfile.TemporaryDirectory() as scratch:
-        found, objects = [], []
-        for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
-            objects.append(Path(scratch) / f"{source.stem}.o")
-            command = ["nvcc", *nvcc_flags(), f"-I{ROOT / 'csrc'}", "-c", source, "-o", objects[-1]]
-            found += parsed(subprocess.run(command, capture_output=True, text=True, check=True).stderr)
-        loads = wide_loads(objects)
-    rows = [
-        Compiled(
-            readable(row["kernel"]),
-            row["arch"],
-            *(int(row[key]) for key in ("registers", "spill_stores", "spill_loads", "stack", "shared")),
-            None if loads is None else loads[row["kernel"], row["arch"]],
-        )
-        for row in found
-    ]
-    return sorted(rows)
+    """Compile every .cu file as setup.py does and read the compiler's report and the machine code."""
+    rows = []
+    for source in SOURCES:
+        for arch in cuda_toolkit.ARCHS:
+            report, code = compile_one(source, arch)
+            others = {}
+            if arch == WITHOUT_MASK_BYTES:
+                others = compile_one(source, arch, "-DGMP_WITHOUT_MASK_BYTES")[1]
+            for row in report:
+                found = code.get(row["kernel"])
+                rows.append(
+                    Compiled(
+                        readable(row["kernel"]),
+                        row["arch"],
+                        *(int(row[key]) for key in ("registers", "spill_stores", "spill_loads", "stack", "shared")),
+                        found and found.instructions,
+                        found and found.loads_of_16_bytes,
+                        others[row["kernel"]].bytewide if others else None,
+                    )
+                )
+    return sorted(rows, key=lambda row: (row.kernel, int(row.arch.removeprefix("sm_"))))
 
 
 def markdown(document: dict[str, Any]) -> str:
@@ -264,18 +295,18 @@ def markdown(document: dict[str, Any]) -> str:
             lines.append(f"| {row.name} | {row.launches} | " + " | ".join(f"{x:.2f}" for x in numbers) + " |")
     lines += [
         "",
-        f"## Registers and memory by the compiler's report ({document['nvcc']})",
+        f"## Registers, memory and machine code by the compiler's report ({document['nvcc']})",
         "",
-        "| kernel | arch | registers | spilled bytes | stack | shared memory | loads of 16 bytes |",
-        "|---|---|---|---|---|---|---|",
+        "Single bytes: loads and stores one byte wide, but for those of masks. `whole_tiles`: whole tiles in `update`.",
+        "",
+        "| kernel | arch | registers | spilled bytes | stack | shared | instructions | 16-byte loads | single bytes |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for kernel in (Compiled(**values) for values in document["compiled"]):
         spilled = kernel.spill_stores + kernel.spill_loads
-        loads = "" if kernel.loads_of_16_bytes is None else kernel.loads_of_16_bytes
-        lines.append(
-            f"| `{kernel.kernel}` | {kernel.arch} | {kernel.registers} | {spilled} | {kernel.stack} | {kernel.shared} "
-            f"| {loads} |"
-        )
+        code = (kernel.instructions, kernel.loads_of_16_bytes, kernel.bytewide)
+        numbers = (kernel.registers, spilled, kernel.stack, kernel.shared, *("" if x is None else x for x in code))
+        lines.append(f"| `{kernel.kernel}` | {kernel.arch} | " + " | ".join(map(str, numbers)) + " |")
     return "\n".join(lines) + "\n"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+from typing import Any
 
 import pytest
 from subprocesses import ROOT
@@ -43,9 +44,43 @@ def test_no_phase_moves_much_more_than_it_must(counted) -> None:
             assert 0.95 < (row.loaded + row.stored) / row.floor < 1.4, row
 
 
+def test_a_prune_step_reads_weights_once_and_little_more(counted) -> None:
+    (row,) = (row for row in counted if row.name == "prune step, float32, 0.88 to 0.9")
+    assert 4.0 < row.loaded + row.stored <= 6.5
+
+
 def test_nothing_spills() -> None:
-    assert {kernel.arch for kernel in COMPILED} >= {"sm_80", "sm_90"}
+    assert {kernel.arch for kernel in COMPILED} == {"sm_80", "sm_90", "sm_100", "sm_120"}
     assert not [kernel for kernel in COMPILED if kernel.spill_stores or kernel.spill_loads]
+
+
+def on_hopper(name: str) -> Any:
+    (kernel,) = (kernel for kernel in COMPILED if (kernel.kernel, kernel.arch) == (name, "sm_90"))
+    return kernel
+
+
+def test_only_masks_are_read_and_written_by_the_byte() -> None:
+    looked_at = [kernel for kernel in COMPILED if kernel.bytewide is not None]
+    assert {kernel.kernel for kernel in looked_at} == {kernel.kernel for kernel in COMPILED}
+    assert not [kernel for kernel in looked_at if kernel.bytewide]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "most"),
+    [
+        ("count<unsigned int>", 72),
+        ("count<unsigned long>", 80),
+        ("apply<unsigned long>", 68),
+        ("update<Rule 1, Wide<float>>", 116),
+    ],
+)
+def test_registers_leave_room_for_other_blocks(kernel: str, most: int) -> None:
+    assert on_hopper(kernel).registers <= most
+
+
+def test_whole_tiles_of_a_step_are_few_instructions() -> None:
+    assert on_hopper("whole_tiles<Rule 1, Wide<float>>").instructions <= 1800
+    assert on_hopper("whole_tiles<Rule 1, Wide<float>>").loads_of_16_bytes == 10  # weights, gradients, three of state
 
 
 def test_the_page_shows_the_table() -> None:
@@ -73,7 +108,19 @@ def test_the_compilers_report_is_read() -> None:
     assert [cuda_static.readable(row["kernel"]) for row in (first, second)] == ["repack", "start"]
 
 
-def test_the_flags_are_those_of_the_build(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda_static.cuda_toolkit, "known_archs", lambda nvcc: [80, 90])
-    flags = cuda_static.nvcc_flags()
-    assert "-Xptxas=-v" in flags and any("sm_90" in flag for flag in flags)
+LISTING = """\
+\t\tFunction : _ZN3gmp4cuda7kernels6repackEPKNS0_9RepackRowEll
+        /*0000*/                   LDC R1, c[0x0][0x28] ;                    /* 0x00000a00ff017b82 */
+                                                                             /* 0x000fe20000000800 */
+        /*0010*/              @!P0 LDG.E.U8 R2, desc[UR6][R8.64] ;           /* 0x0000000608027981 */
+        /*0020*/                   LDG.E.128 R4, desc[UR6][R8.64] ;          /* 0x0000000608047981 */
+        /*0030*/             @!UP1 ULDC UR4, c[0x0][0x4] ;                   /* 0x0000000608047981 */
+        /*0040*/                   STG.E.U8 desc[UR6][R8.64], R2 ;           /* 0x0000000608047981 */
+        /*0050*/                   LDS.U8 R2, [R3] ;                         /* 0x0000000608047981 */
+        /*0060*/                   NOP;                                      /* 0x0000000000007918 */
+"""
+
+
+def test_the_machine_code_is_read() -> None:
+    (code,) = cuda_static.counted_code(LISTING).values()
+    assert code == cuda_static.Code(instructions=6, loads_of_16_bytes=1, bytewide=2)

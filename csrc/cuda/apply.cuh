@@ -70,7 +70,7 @@ template <typename Key>
 __global__ void GMP_REGISTERS((sizeof(Key) == 8   ? 64
                                : sizeof(Key) == 4 ? 72
                                                   : 80),
-                              kReaders)
+                              (sizeof(Key) == 8 ? 96 : 80))
     apply(LayerRow* layers, int64_t num_layers, int64_t num_chunks, const GroupRow* groups, const uint64_t* out,
           const int64_t* stop, Key infinity) {
   if (stop != nullptr && *stop != 0) return;

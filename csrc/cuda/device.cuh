@@ -21,12 +21,14 @@ static_assert(kChunk % (4 * kTile) == 0, "whole chunks are read several tiles at
 // Blocks of the kernels that read weights which a multiprocessor holds at once, and so the size of the grids.
 inline constexpr unsigned kReaders = 3;
 
-// A kernel whose threads get so many registers, few enough for so many blocks. That alone would let the compiler take
-// more than it needs.
-#if defined(__CUDACC__) && (__CUDACC_VER_MAJOR__ > 12 || (__CUDACC_VER_MAJOR__ == 12 && __CUDACC_VER_MINOR__ >= 4))
-#define GMP_REGISTERS(registers, blocks) __maxnreg__(registers)
+// A kernel whose threads get so many registers on sm_90, or so many elsewhere, few enough for kReaders blocks. That
+// alone would let the compiler take more than it needs; and with fewer it would spill some.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ != 900
+#define GMP_REGISTERS(on_sm_90, elsewhere) __maxnreg__(elsewhere)
+#elif defined(__CUDACC__)
+#define GMP_REGISTERS(on_sm_90, elsewhere) __maxnreg__(on_sm_90)
 #else
-#define GMP_REGISTERS(registers, blocks) __launch_bounds__(kThreads, blocks)
+#define GMP_REGISTERS(on_sm_90, elsewhere)
 #endif
 
 #if defined(__CUDACC__)

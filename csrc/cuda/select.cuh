@@ -273,7 +273,7 @@ __device__ __forceinline__ void for_each_listed(const Workspace& space, int firs
 }
 
 template <typename Key>
-__global__ void GMP_REGISTERS((sizeof(Key) == 8 ? 80 : 72), kReaders)
+__global__ void GMP_REGISTERS((sizeof(Key) == 8 ? 80 : 72), 80)
     count(LayerRow* layers, GroupRow* groups, int64_t num_groups, int64_t num_chunks, Workspace space, Key infinity) {
   __shared__ Counts<Key> shared;
   Counter<Key> counter(shared, space.capacity, infinity);

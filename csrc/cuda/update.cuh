@@ -181,7 +181,7 @@ __device__ __forceinline__ void update_singly(const UpdateRow& row, const Update
       }
     }
   }
-  __syncwarp();  // the places are written again
+  __syncwarp();  // the places are written again: shuffles hold lanes together, and order no memory
 }
 
 // Blocks that a multiprocessor holds at once: 128 registers are enough for a thread but in double.

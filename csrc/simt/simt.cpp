@@ -53,7 +53,53 @@ constexpr size_t kStackBytes = 256 << 10;
 std::atomic<uint64_t> global_seed{0};
 std::mutex traffic_mutex;
 std::map<std::string, Traffic> traffic;
-thread_local int64_t bytes_loaded = 0, bytes_stored = 0;
+
+// The sectors that a block has met, and how many bytes they are.
+class Sectors {
+ public:
+  static constexpr uint64_t kBytes = 32;
+
+  void add(const void* address, int64_t bytes) {
+    if (bytes <= 0) return;
+    const uint64_t first = reinterpret_cast<uint64_t>(address);
+    for (uint64_t s = first / kBytes; s <= (first + static_cast<uint64_t>(bytes) - 1) / kBytes; ++s) {
+      if (insert(s)) ++count_;
+    }
+  }
+
+  int64_t take() {
+    const int64_t bytes = static_cast<int64_t>(count_ * kBytes);
+    if (count_ > 0) std::fill(slots_.begin(), slots_.end(), 0);
+    count_ = 0;
+    return bytes;
+  }
+
+ private:
+  // Open addressing, at most half full; 0 is no sector of anybody's.
+  bool insert(uint64_t sector) {
+    if (2 * count_ >= slots_.size()) {
+      std::vector<uint64_t> old(std::max<size_t>(256, 4 * slots_.size()), 0);
+      old.swap(slots_);
+      for (uint64_t s : old) {
+        if (s != 0) slots_[place_of(s)] = s;
+      }
+    }
+    uint64_t& slot = slots_[place_of(sector)];
+    const bool is_new = slot == 0;
+    slot = sector;
+    return is_new;
+  }
+
+  size_t place_of(uint64_t sector) const {
+    size_t place = (sector * 0x9e3779b97f4a7c15ull >> 20) & (slots_.size() - 1);
+    while (slots_[place] != 0 && slots_[place] != sector) place = (place + 1) & (slots_.size() - 1);
+    return place;
+  }
+
+  std::vector<uint64_t> slots_;
+  size_t count_ = 0;
+};
+thread_local Sectors sectors_loaded, sectors_stored;
 
 struct Fiber {
   std::unique_ptr<char[]> stack{new char[kStackBytes]};
@@ -231,8 +277,8 @@ void set_seed(uint64_t seed) { global_seed = seed; }
 void barrier() { block.barrier(); }
 const uint64_t* exchange(uint64_t value) { return block.exchange(value); }
 void interruption() { block.interruption(); }
-void count_load(int64_t bytes) { bytes_loaded += bytes; }
-void count_store(int64_t bytes) { bytes_stored += bytes; }
+void count_load(const void* address, int64_t bytes) { sectors_loaded.add(address, bytes); }
+void count_store(const void* address, int64_t bytes) { sectors_stored.add(address, bytes); }
 
 void launch(const char* kernel, unsigned grid, unsigned size, const std::function<void()>& body) {
   if (size == 0 || size % kWarp != 0) throw std::invalid_argument("a block needs whole warps");
@@ -249,15 +295,14 @@ void launch(const char* kernel, unsigned grid, unsigned size, const std::functio
   const int num_threads = seed != 0 ? std::max(2, omp_get_max_threads()) : omp_get_max_threads();
 #pragma omp parallel for schedule(dynamic, 1) reduction(+ : loaded, stored) num_threads(num_threads) if (grid > 1)
   for (unsigned i = 0; i < grid; ++i) {
-    bytes_loaded = bytes_stored = 0;
     try {
       block.run(blocks[i], grid, size, body, seed);
     } catch (const std::exception& caught) {
 #pragma omp critical(gmp_kernels_simt)
       error = caught.what();
     }
-    loaded += bytes_loaded;
-    stored += bytes_stored;
+    loaded += sectors_loaded.take();
+    stored += sectors_stored.take();
   }
   if (!error.empty()) throw std::runtime_error(std::string(kernel) + ": " + error);
   const std::lock_guard<std::mutex> lock(traffic_mutex);

@@ -49,10 +49,11 @@ void launch(const char* kernel, unsigned grid, unsigned block, const std::functi
 // 0: blocks and fibers in order; else shuffled by it.
 void set_seed(uint64_t seed);
 
-// What went through load and store of device.cuh since the last call, by kernel.
+// What went through load and store of device.cuh since the last call, by kernel: whole sectors of 32 bytes, one that a
+// block meets again in a launch only once.
 std::vector<Traffic> take_traffic();
-void count_load(int64_t bytes);
-void count_store(int64_t bytes);
+void count_load(const void* address, int64_t bytes);
+void count_store(const void* address, int64_t bytes);
 
 void barrier();
 // Every lane's value, once all lanes of the warp have brought theirs.
