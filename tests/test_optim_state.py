@@ -385,6 +385,18 @@ def test_a_parameter_that_takes_the_place_of_another_is_stepped_instead():
     assert (p != before).all() and optimizer.state[p]["step"] == 1
 
 
+def test_a_parameter_that_moves_to_the_group_before_is_stepped_as_that_says():
+    params = parameters(SHAPES)
+    optimizer = masked("sgd", [{"params": params[:1], "lr": 0.5}, {"params": params[1:], "lr": 0.1}])
+    for lr in (0.1, 0.5):
+        set_gradients(params, random_gradients(params, 0), {})
+        expected = params[1].detach() - lr * params[1].grad
+        optimizer.step()
+        torch.testing.assert_close(params[1].detach(), expected)
+        optimizer.param_groups[0]["params"] = params[:2]
+        optimizer.param_groups[1]["params"] = params[2:]
+
+
 def test_other_parameters_of_the_same_shape_have_gradients_in_turn():
     params = parameters([(9,)] * 3)
     mirror = clones(params)
