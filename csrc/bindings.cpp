@@ -33,8 +33,16 @@ std::vector<LayerView> views_of(const std::vector<LayerTuple>& layers) {
   return views;
 }
 
+// Layers of one dtype, checked and converted once for as many calls as they stay where they are.
+struct Rows {
+  gmp::DType dtype;
+  std::vector<LayerView> views;
+
+  Rows(const std::string& dtype_name, const std::vector<LayerTuple>& layers)
+      : dtype(dtype_of(dtype_name)), views(views_of(layers)) {}
+};
+
 using ThresholdTuple = std::tuple<double, int64_t, int64_t, int64_t>;
-using SelectionTuple = std::tuple<ThresholdTuple, std::vector<int64_t>, std::vector<int64_t>>;
 
 void check_counts(const std::vector<LayerView>& layers, const std::vector<int64_t>& num_prune) {
   const bool global = num_prune.size() == 1;
@@ -50,37 +58,35 @@ void check_counts(const std::vector<LayerView>& layers, const std::vector<int64_
   }
 }
 
-SelectionTuple tuple_of(gmp::cpu::Selection selection) {
-  const auto& t = selection.threshold;
-  return {
-      {t.value, t.num_below, t.num_ties, t.num_ties_kept}, std::move(selection.cuts), std::move(selection.nonfinite)};
-}
+// By column: value, num_below, num_ties and num_ties_kept of every selection; cut and nonfinite of every layer.
+using SelectionColumns = std::tuple<std::vector<double>, std::vector<int64_t>, std::vector<int64_t>,
+                                    std::vector<int64_t>, std::vector<int64_t>, std::vector<int64_t>>;
 
-std::vector<SelectionTuple> select_thresholds(const std::string& dtype, const std::vector<LayerTuple>& layers,
-                                              const std::vector<int64_t>& num_prune,
-                                              const std::vector<std::optional<ThresholdTuple>>& hints,
-                                              int num_threads) {
-  const std::vector<LayerView> views = views_of(layers);
-  check_counts(views, num_prune);
-  if (hints.size() != num_prune.size() || num_threads < 1) {
+// hints: one per entry of num_prune, or none at all.
+SelectionColumns select_thresholds(const Rows& rows, const std::vector<int64_t>& num_prune,
+                                   const std::vector<std::optional<ThresholdTuple>>& hints, int num_threads) {
+  check_counts(rows.views, num_prune);
+  if ((!hints.empty() && hints.size() != num_prune.size()) || num_threads < 1) {
     throw std::invalid_argument("hints need one entry per count");
   }
-  std::vector<std::optional<gmp::cpu::Threshold>> typed_hints;
-  for (const auto& hint : hints) {
-    typed_hints.push_back(std::nullopt);
-    if (hint) {
-      const auto& [value, num_below, num_ties, num_ties_kept] = *hint;
-      typed_hints.back() = gmp::cpu::Threshold{value, num_below, num_ties, num_ties_kept};
-    }
+  std::vector<std::optional<gmp::cpu::Threshold>> typed_hints(num_prune.size());
+  for (size_t i = 0; i < hints.size(); ++i) {
+    if (!hints[i]) continue;
+    const auto& [value, num_below, num_ties, num_ties_kept] = *hints[i];
+    typed_hints[i] = gmp::cpu::Threshold{value, num_below, num_ties, num_ties_kept};
   }
-  std::vector<gmp::cpu::Selection> selections;
-  {
-    py::gil_scoped_release release;
-    selections = gmp::cpu::select(dtype_of(dtype), views, num_prune, typed_hints, num_threads);
+  py::gil_scoped_release release;
+  SelectionColumns columns;
+  auto& [values, num_below, num_ties, num_ties_kept, cuts, nonfinite] = columns;
+  for (const auto& found : gmp::cpu::select(rows.dtype, rows.views, num_prune, typed_hints, num_threads)) {
+    values.push_back(found.threshold.value);
+    num_below.push_back(found.threshold.num_below);
+    num_ties.push_back(found.threshold.num_ties);
+    num_ties_kept.push_back(found.threshold.num_ties_kept);
+    cuts.insert(cuts.end(), found.cuts.begin(), found.cuts.end());
+    nonfinite.insert(nonfinite.end(), found.nonfinite.begin(), found.nonfinite.end());
   }
-  std::vector<SelectionTuple> result;
-  for (auto& selection : selections) result.push_back(tuple_of(std::move(selection)));
-  return result;
+  return columns;
 }
 
 using BracketTuple = std::pair<uint64_t, uint64_t>;
@@ -122,26 +128,34 @@ std::vector<CensusTuple> count(const std::string& dtype, const std::vector<Layer
   return result;
 }
 
-// Returns (kept before, kept) per layer.
-std::vector<std::pair<int64_t, int64_t>> apply_cuts(const std::string& dtype, const std::vector<LayerTuple>& layers,
-                                                    const std::vector<std::pair<double, int64_t>>& cuts,
-                                                    const std::vector<uintptr_t>& kept, int num_threads) {
-  const std::vector<LayerView> views = views_of(layers);
-  if ((!cuts.empty() && cuts.size() != views.size()) || kept.size() != cuts.size() || num_threads < 1) {
-    throw std::invalid_argument("cuts and kept need one entry per layer, or none");
+// Per layer the weights kept before, and now. Their bits go to the addresses `out`; if there are none, to the masks.
+using KeptColumns = std::pair<std::vector<int64_t>, std::vector<int64_t>>;
+
+KeptColumns prune(const Rows& rows, const std::vector<double>& values, const std::vector<int64_t>& cuts,
+                  const std::vector<uintptr_t>& out, int num_threads) {
+  const size_t n = rows.views.size();
+  if (values.size() != n || cuts.size() != n || (!out.empty() && out.size() != n) || num_threads < 1) {
+    throw std::invalid_argument("values and cuts need one entry per layer, and so does out if there are any");
   }
   std::vector<gmp::cpu::Cut> typed_cuts;
-  for (const auto& [value, index] : cuts) typed_cuts.push_back({value, index});
   std::vector<uint8_t*> outputs;
-  for (uintptr_t address : kept) outputs.push_back(reinterpret_cast<uint8_t*>(address));
-  std::vector<gmp::cpu::ApplyCounts> counts;
-  {
-    py::gil_scoped_release release;
-    counts = gmp::cpu::apply(dtype_of(dtype), views, typed_cuts, outputs, num_threads);
+  for (size_t i = 0; i < n; ++i) {
+    typed_cuts.push_back({values[i], cuts[i]});
+    outputs.push_back(out.empty() ? const_cast<uint8_t*>(rows.views[i].mask) : reinterpret_cast<uint8_t*>(out[i]));
+    if (outputs.back() == nullptr) throw std::invalid_argument("bits need a place to go");
   }
-  std::vector<std::pair<int64_t, int64_t>> result;
-  for (const auto& c : counts) result.emplace_back(c.kept_before, c.kept);
-  return result;
+  py::gil_scoped_release release;
+  KeptColumns kept;
+  for (const auto& counts : gmp::cpu::apply(rows.dtype, rows.views, typed_cuts, outputs, num_threads)) {
+    kept.first.push_back(counts.kept_before);
+    kept.second.push_back(counts.kept);
+  }
+  return kept;
+}
+
+void apply_masks(const Rows& rows, int num_threads) {
+  py::gil_scoped_release release;
+  gmp::cpu::apply(rows.dtype, rows.views, {}, {}, num_threads);
 }
 
 template <typename T = void>
@@ -221,10 +235,12 @@ PYBIND11_MODULE(_C, m) {
   py::class_<UpdateRow>(m, "UpdateRow")
       .def(py::init<const std::string&, int64_t, uintptr_t, uintptr_t, const std::array<uintptr_t, 3>&, uintptr_t,
                     uintptr_t>());
+  py::class_<Rows>(m, "Rows").def(py::init<const std::string&, const std::vector<LayerTuple>&>());
   m.def("select", &select_thresholds);
   m.def("sample", &sample);
   m.def("count", &count);
-  m.def("apply", &apply_cuts);
+  m.def("prune", &prune);
+  m.def("apply_masks", &apply_masks);
   m.def("update", &update);
   m.def("sum_squares", &sum_squares);
   m.def("repack", &repack);

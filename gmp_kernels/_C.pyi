@@ -1,15 +1,19 @@
+from collections.abc import Sequence
 from typing import TypeAlias
 
 # (address of the weights, number of weights, address of the packed mask or 0); the caller keeps the memory alive.
 _Layer: TypeAlias = tuple[int, int, int]
 _Threshold: TypeAlias = tuple[float, int, int, int]
-_Selection: TypeAlias = tuple[_Threshold, list[int], list[int]]
 # from, its mask and ranks (0: dense), to, its mask and ranks, n, bytes per value
 _Move: TypeAlias = tuple[int, int, int, int, int, int, int, int]
 
+class Rows:
+    def __init__(self, dtype: str, layers: list[_Layer]) -> None: ...
+
+# value, num_below, num_ties and num_ties_kept per selection; cut and nonfinite per layer
 def select(
-    dtype: str, layers: list[_Layer], num_prune: list[int], hints: list[_Threshold | None], num_threads: int
-) -> list[_Selection]: ...
+    rows: Rows, num_prune: Sequence[int], hints: Sequence[_Threshold | None], num_threads: int
+) -> tuple[list[float], list[int], list[int], list[int], list[int], list[int]]: ...
 def sample(dtype: str, layers: list[_Layer], num_prune: list[int], num_threads: int) -> list[tuple[int, int]]: ...
 def count(
     dtype: str,
@@ -20,9 +24,12 @@ def count(
     num_bins: int,
     num_threads: int,
 ) -> list[tuple[int, int, int, int]]: ...
-def apply(
-    dtype: str, layers: list[_Layer], cuts: list[tuple[float, int]], kept: list[int], num_threads: int
-) -> list[tuple[int, int]]: ...
+
+# kept before and kept, per layer
+def prune(
+    rows: Rows, values: Sequence[float], cuts: Sequence[int], out: Sequence[int], num_threads: int
+) -> tuple[list[int], list[int]]: ...
+def apply_masks(rows: Rows, num_threads: int) -> None: ...
 
 class UpdateRow:
     # Addresses, 0: not there.

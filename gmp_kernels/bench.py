@@ -22,6 +22,7 @@ from torch import nn
 from torch.nn.utils import prune as torch_prune
 
 from gmp_kernels.bench_checkpoints import checkpoint_cases
+from gmp_kernels.bench_host import host_cases
 from gmp_kernels.masks import BitMask
 from gmp_kernels.measurement import Case, Pair, Timed
 from gmp_kernels.ops import Threshold, magnitude_threshold, prune_
@@ -131,6 +132,7 @@ def all_cases() -> list[Case]:
         *optimizer_cases(),
         *demo_cases(),
         *scheduler_cases(),
+        *host_cases(),
         *memory_cases(),
         *checkpoint_cases(),
     ]

@@ -41,11 +41,13 @@ def _returns_nothing(*_: object, **__: object) -> None:
 
 
 def _bit_masks(packed: Sequence[torch.Tensor], weights: Sequence[torch.Tensor]) -> list[BitMask]:
-    return [BitMask(bits, weight.shape) for bits, weight in zip(packed, weights, strict=True)]
+    return [BitMask.of(bits, weight.shape) for bits, weight in zip(packed, weights, strict=True)]
 
 
 def _optional_bit_masks(packed: Sequence[torch.Tensor | None], weights: Sequence[torch.Tensor]) -> list[BitMask | None]:
-    return [None if bits is None else BitMask(bits, weight.shape) for bits, weight in zip(packed, weights, strict=True)]
+    return [
+        None if bits is None else BitMask.of(bits, weight.shape) for bits, weight in zip(packed, weights, strict=True)
+    ]
 
 
 def _magnitude_threshold(

@@ -29,6 +29,10 @@ class BitMask:
     ------
     DTypeError, ShapeError
         ``packed`` is not a contiguous 1-d uint8 tensor of the right length, or has a bit set past the end.
+
+    Notes
+    -----
+    To look at the bits would wait for a GPU. There, bits past the end are cleared instead, in place.
     """
 
     __slots__ = ("packed", "shape")
@@ -41,13 +45,17 @@ class BitMask:
             raise DTypeError(f"BitMask: expected packed bits as uint8, got {packed.dtype}; use BitMask.from_bool")
         self.packed = packed
         self.shape = torch.Size(shape)
-        num_bytes = -(-self.numel // 8)
-        if packed.ndim != 1 or packed.numel() != num_bytes or not packed.is_contiguous():
+        if not self.is_packed:
             raise ShapeError(
-                f"BitMask: expected {num_bytes} contiguous bytes for shape {tuple(self.shape)}, "
+                f"BitMask: expected {-(-self.numel // 8)} contiguous bytes for shape {tuple(self.shape)}, "
                 f"got a tensor of shape {tuple(packed.shape)}; use BitMask.from_bool to pack"
             )
-        if self.numel % 8 and int(packed[-1]) >> (self.numel % 8):
+        used = self.numel % 8
+        if used and packed.device.type != "cpu":
+            # Outside this mode torch refuses to write to inference tensors.
+            with torch.inference_mode():
+                packed[-1] &= (1 << used) - 1
+        elif used and int(packed[-1]) >> used:
             raise ShapeError(
                 f"BitMask: bits past element {self.numel} are set; expected zeros there, as numpy.packbits leaves them"
             )
@@ -59,32 +67,45 @@ class BitMask:
         packed = torch.full((-(-numel // 8),), 0xFF, dtype=torch.uint8, device=device)
         if numel % 8:
             packed[-1] = (1 << (numel % 8)) - 1
-        return cls(packed, shape)
+        return cls.of(packed, torch.Size(shape))
 
     @classmethod
-    def empty(cls, shape: torch.Size, device: torch.device) -> Self:
-        """Return a mask whose bits a kernel is about to write, tail zeros included; reading it before is undefined."""
+    def of(cls, packed: torch.Tensor, shape: torch.Size) -> Self:
+        """Return a mask of bits that are known to be as the constructor wants them, without a look at them."""
         mask = cls.__new__(cls)
-        mask.packed = torch.empty(-(-shape.numel() // 8), dtype=torch.uint8, device=device)
+        mask.packed = packed
         mask.shape = shape
         return mask
 
     @classmethod
+    def empty(cls, shape: torch.Size, device: torch.device) -> Self:
+        """Return a mask whose bits a kernel is about to write, tail zeros included; reading it before is undefined."""
+        return cls.of(torch.empty(-(-shape.numel() // 8), dtype=torch.uint8, device=device), shape)
+
+    @classmethod
     def from_bool(cls, kept: torch.Tensor | np.ndarray) -> Self:
         """Pack a bool tensor or array (True = kept) of any shape. Temporary memory: 2 bytes per weight."""
-        kept = torch.as_tensor(kept)
+        if not isinstance(kept, torch.Tensor):
+            kept = torch.as_tensor(kept, device="cpu")
         if kept.dtype != torch.bool:
             raise DTypeError(f"BitMask.from_bool: expected bool, got {kept.dtype}; write e.g. `weight != 0`")
         padded = torch.zeros(-(-kept.numel() // 8) * 8, dtype=torch.uint8, device=kept.device)
         padded[: kept.numel()] = kept.reshape(-1)
         bit = torch.arange(8, dtype=torch.uint8, device=kept.device)
-        return cls((padded.view(-1, 8) << bit).sum(1, dtype=torch.uint8), kept.shape)
+        return cls.of((padded.view(-1, 8) << bit).sum(1, dtype=torch.uint8), kept.shape)
 
     def to_bool(self) -> torch.Tensor:
         """Unpack to a bool tensor of ``shape`` (True = kept). Memory: 1 byte per weight, 2 while unpacking."""
         bit = torch.arange(8, dtype=torch.uint8, device=self.packed.device)
         bits = (self.packed.unsqueeze(1) >> bit).bitwise_and_(1)
         return bits.view(torch.bool).view(-1)[: self.numel].view(self.shape)
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether ``packed`` has the form described above; the bits themselves are not looked at."""
+        packed = self.packed
+        expected = torch.uint8, 1, -(-self.numel // 8)
+        return (packed.dtype, packed.ndim, packed.numel()) == expected and packed.is_contiguous()
 
     @property
     def numel(self) -> int:
@@ -107,12 +128,12 @@ class BitMask:
 
     def clone(self) -> BitMask:
         """Return an independent copy."""
-        return BitMask(self.packed.clone(), self.shape)
+        return BitMask.of(self.packed.clone(), self.shape)
 
     def to(self, device: torch.device | str) -> BitMask:
         """Return this mask on ``device``; itself when it is already there, as ``torch.Tensor.to`` does."""
         packed = self.packed.to(device)
-        return self if packed is self.packed else BitMask(packed, self.shape)
+        return self if packed is self.packed else BitMask.of(packed, self.shape)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, BitMask):

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from gmp_kernels.checks import DTYPES
 from gmp_kernels.masks import BitMask
-from gmp_kernels.ops import DTYPES, PruneResult, prune_
+from gmp_kernels.ops import PruneResult, prune_
 
 __all__ = ["DTYPES", "GuardedCopy", "adversarial_cases", "assert_bitwise_equal", "assert_same_pruning", "device_of"]
 

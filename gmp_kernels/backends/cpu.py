@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
+from operator import sub
+from typing import NamedTuple, TypeVar
 
 # Before _C: the process then has one OpenMP runtime, torch's, and our loops run on the threads torch keeps warm.
 import torch
@@ -19,10 +22,11 @@ from gmp_kernels.backends import (
     Threshold,
     UpdateTensor,
     Written,
-    has_nonfinite,
     register,
 )
-from gmp_kernels.backends._rows import address, by_dtype, dtype_name, parts
+from gmp_kernels.backends._layers import Columns, Layers, Selections, columns_of, prepared
+from gmp_kernels.backends._rows import address, by_dtype, dtype_name
+from gmp_kernels.backends._rows import parts as split
 
 try:
     from gmp_kernels import _C
@@ -31,13 +35,43 @@ except ImportError as error:
     _import_error = str(error)
 
 
+T = TypeVar("T")
+
+
 def _row(layer: Layer) -> tuple[int, int, int]:
     return layer.weight.data_ptr(), layer.weight.numel(), address(layer.mask)
 
 
-def _selection(found: tuple[tuple[float, int, int, int], list[int], list[int]]) -> Selection:
-    threshold, cuts, nonfinite = found
-    return Selection(Threshold(*threshold), tuple(cuts), tuple(nonfinite))
+class _Part(NamedTuple):
+    """The layers of one dtype."""
+
+    rows: _C.Rows
+    positions: list[int]
+    sizes: list[int]
+
+
+def _parts(layers: Sequence[Layer]) -> list[_Part]:
+    def make() -> list[_Part]:
+        found = []
+        for dtype, positions in by_dtype(layers).items():
+            rows = [_row(layers[i]) for i in positions]
+            found.append(_Part(_C.Rows(dtype, rows), positions, [n for _, n, _ in rows]))
+        return found
+
+    return prepared(layers, "cpu", make)
+
+
+def _taken(column: Sequence[T], positions: Sequence[int]) -> Sequence[T]:
+    """The entries of one part in a column of all layers; a column of none, or of one for all, stays as it is."""
+    return [column[i] for i in positions] if len(positions) < len(column) else column
+
+
+def _merged(parts: Sequence[_Part], pieces: Sequence[list[T]]) -> list[T]:
+    """A column of all layers, from that of each part."""
+    if len(parts) == 1:
+        return pieces[0]
+    found = dict(zip(chain.from_iterable(part.positions for part in parts), chain.from_iterable(pieces), strict=True))
+    return [found[i] for i in range(len(found))]
 
 
 def _floats(constants: Mapping[str, float | torch.Tensor]) -> dict[str, float]:
@@ -66,22 +100,19 @@ class Cpu:
 
     def select(
         self, layers: Sequence[Layer], num_prune: Sequence[int], hints: Sequence[Threshold | None]
-    ) -> list[Selection]:
-        found: dict[int, Selection] = {}
-        for dtype, positions, groups in parts(layers, num_prune):
-            selections = _C.select(
-                dtype,
-                [_row(layers[i]) for i in positions],
-                [num_prune[g] for g in groups],
-                [hints[g] for g in groups],
-                torch.get_num_threads(),
-            )
-            found.update(zip(groups, map(_selection, selections), strict=True))
-        return [found[g] for g in range(len(num_prune))]
+    ) -> Selections:
+        hints = hints if any(hints) else []
+        parts, num_threads = _parts(layers), torch.get_num_threads()
+        found = []
+        for rows, positions, _ in parts:
+            columns = _C.select(rows, _taken(num_prune, positions), _taken(hints, positions), num_threads)
+            found.append((list(map(Threshold, *columns[:4])), *columns[4:]))
+        thresholds, cuts, nonfinite = zip(*found, strict=True)
+        return Selections(Columns(_merged(parts, thresholds), _merged(parts, cuts), _merged(parts, nonfinite)))
 
     def sample(self, layers: Sequence[Layer], shares: Sequence[float]) -> list[Bracket]:
         found: dict[int, Bracket] = {}
-        for dtype, positions, groups in parts(layers, shares):
+        for dtype, positions, groups in split(layers, shares):
             sizes = [layers[i].weight.numel() for i in positions]
             sizes = sizes if len(groups) == len(sizes) else [sum(sizes)]
             num_prune = [round(shares[g] * n) for g, n in zip(groups, sizes, strict=True)]
@@ -120,25 +151,23 @@ class Cpu:
         *,
         finite: bool = False,
     ) -> list[Written]:
-        if finite and has_nonfinite(selections):
+        thresholds, cuts, nonfinite = columns_of(selections)
+        if finite and max(nonfinite) >= 0:
             return []
-        cuts = [(selection.threshold.value, cut) for selection in selections for cut in selection.cuts]
-        written: dict[int, Written] = {}
-        for dtype, positions in by_dtype(layers).items():
-            counts = _C.apply(
-                dtype,
-                [_row(layers[i]) for i in positions],
-                [cuts[i] for i in positions],
-                [out[i].data_ptr() for i in positions],
-                torch.get_num_threads(),
-            )
-            for i, (kept_before, kept) in zip(positions, counts, strict=True):
-                written[i] = Written(layers[i].weight.numel() - kept, kept_before - kept)
-        return [written[i] for i in range(len(layers))]
+        values = [threshold.value for threshold in thresholds]
+        values = values if len(values) == len(cuts) else values * len(cuts)
+        out_rows = [] if isinstance(layers, Layers) and out is layers.masks else [bits.data_ptr() for bits in out]
+        parts, num_threads = _parts(layers), torch.get_num_threads()
+        written = []
+        for rows, positions, sizes in parts:
+            columns = _taken(values, positions), _taken(cuts, positions), _taken(out_rows, positions)
+            before, kept = _C.prune(rows, *columns, num_threads)
+            written.append(list(map(Written, map(sub, sizes, kept), map(sub, before, kept))))
+        return _merged(parts, written)
 
     def apply(self, layers: Sequence[Layer]) -> None:
-        for dtype, positions in by_dtype(layers).items():
-            _C.apply(dtype, [_row(layers[i]) for i in positions], [], [], torch.get_num_threads())
+        for rows, _, _ in _parts(layers):
+            _C.apply_masks(rows, torch.get_num_threads())
 
     def update(
         self,

@@ -21,8 +21,9 @@ from gmp_kernels.checkpoints.staging import Staging, check_target, output_errors
 from gmp_kernels.checkpoints.stream import PIECE_UNIT, Source, Stream
 from gmp_kernels.checkpoints.targets import select_tensors
 from gmp_kernels.checkpoints.writing import ShardWriter, Target, size_of
+from gmp_kernels.checks import check_sparsity
 from gmp_kernels.errors import DTypeError
-from gmp_kernels.ops import Scope, check_sparsity
+from gmp_kernels.ops import Scope
 from gmp_kernels.reports import LayerReport
 
 __all__ = ["DEFAULT_MEMORY", "PruneJob", "PruneReport"]

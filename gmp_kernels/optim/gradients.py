@@ -7,9 +7,9 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from gmp_kernels.backends import Gradient, UpdateTensor, choose
+from gmp_kernels.checks import check_tensors
 from gmp_kernels.errors import ShapeError, SparsityError
 from gmp_kernels.masks import BitMask
-from gmp_kernels.ops import check_tensors
 from gmp_kernels.sharding import local_grad, sharding_of, sum_over_shards
 
 __all__ = ["clip_grad_norm_", "ema_update_"]

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from gmp_kernels.backends import Compaction, UpdateTensor
+from gmp_kernels.checks import DTYPES
 from gmp_kernels.errors import DTypeError, LayoutError, ShapeError, StateError
 from gmp_kernels.masks import BitMask
-from gmp_kernels.ops import DTYPES
 from gmp_kernels.sharding import local
 
 __all__ = ["MASTER", "Ready", "check_state", "checked_grad", "is_per_weight", "state_dtype"]

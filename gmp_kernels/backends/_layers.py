@@ -1,0 +1,126 @@
+"""Many layers as one thing: what ``ops`` hands to backends in one call, and what a selection found, column by column.
+
+A backend takes any sequence of layers and may return any sequence of selections. These save the time that 291 small
+layers take as objects of their own: a GPU would wait for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeVar, overload
+
+import torch
+
+from gmp_kernels.backends import Layer, Selection, Threshold
+
+__all__ = ["Columns", "Facts", "Layers", "Selections", "columns_of", "prepared"]
+
+T = TypeVar("T")
+
+
+class Facts:
+    """What follows from the addresses, shapes and dtypes of a call's tensors alone; holds none of them.
+
+    Attributes
+    ----------
+    sizes : list of int
+    dtypes : list of torch.dtype
+    device : torch.device
+    prepared : dict
+        What backends make of the same: rows, templates of tables. Never memory that a call writes, as calls may run in
+        several threads or on several streams.
+    """
+
+    __slots__ = ("device", "dtypes", "prepared", "sizes")
+
+    def __init__(self, layers: Sequence[Layer]) -> None:
+        self.sizes = [layer.weight.numel() for layer in layers]
+        self.dtypes = [layer.weight.dtype for layer in layers]
+        self.device = layers[0].weight.device
+        self.prepared: dict[str, object] = {}
+
+
+class Layers(Sequence[Layer]):
+    """Validated layers of one call.
+
+    Attributes
+    ----------
+    weights : sequence of torch.Tensor
+        Not detached yet: a kernel that gets their addresses never asks.
+    masks : sequence of torch.Tensor or None
+        Packed bits; None where nothing is pruned yet.
+    facts : Facts
+        Those of earlier calls, if there were any on the same addresses, shapes and dtypes.
+    """
+
+    __slots__ = ("facts", "masks", "weights")
+
+    def __init__(self, weights: Sequence[torch.Tensor], masks: Sequence[torch.Tensor] | None, facts: Facts) -> None:
+        self.weights, self.masks, self.facts = weights, masks, facts
+
+    def __len__(self) -> int:
+        return len(self.weights)
+
+    @overload
+    def __getitem__(self, index: int) -> Layer: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Layer]: ...
+    def __getitem__(self, index: int | slice) -> Layer | Sequence[Layer]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        return Layer(self.weights[index].detach(), None if self.masks is None else self.masks[index])
+
+
+def prepared(layers: Sequence[Layer], name: str, make: Callable[[], T]) -> T:
+    """Return what ``make`` makes of the layers' addresses, sizes and dtypes: made once for as long as these stay."""
+    if not isinstance(layers, Layers):
+        return make()
+    known = layers.facts.prepared
+    if name not in known:
+        known[name] = make()
+    return known[name]  # type: ignore[return-value]
+
+
+class Columns(NamedTuple):
+    """Selections by column: one threshold per selection, and per layer what ``Selection`` keeps per layer."""
+
+    thresholds: list[Threshold]
+    cuts: list[int]
+    nonfinite: list[int]
+
+
+class Selections(Sequence[Selection]):
+    """Selections kept as columns."""
+
+    def __init__(self, columns: Columns) -> None:
+        self._columns = columns
+
+    @property
+    def columns(self) -> Columns:
+        """All there is to know of them."""
+        return self._columns
+
+    def __len__(self) -> int:
+        return len(self.columns.thresholds)
+
+    @overload
+    def __getitem__(self, index: int) -> Selection: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Selection]: ...
+    def __getitem__(self, index: int | slice) -> Selection | Sequence[Selection]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        thresholds, cuts, nonfinite = self.columns
+        own = slice(None) if len(thresholds) == 1 else slice(range(len(cuts))[index], range(len(cuts))[index] + 1)
+        return Selection(thresholds[index], tuple(cuts[own]), tuple(nonfinite[own]))
+
+
+def columns_of(selections: Sequence[Selection]) -> Columns:
+    """Return selections by column, however they are kept."""
+    if isinstance(selections, Selections):
+        return selections.columns
+    return Columns(
+        [selection.threshold for selection in selections],
+        [cut for selection in selections for cut in selection.cuts],
+        [index for selection in selections for index in selection.nonfinite],
+    )

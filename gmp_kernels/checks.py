@@ -1,0 +1,283 @@
+"""Everything a user can get wrong with weights, masks and counts, found before any memory is written.
+
+Most calls come with the tensors of an earlier one. Whether a call may write to them follows from their addresses,
+shapes and dtypes; so these are compared with those that were found good, and only what differs is looked at in full.
+"""
+
+from __future__ import annotations
+
+import itertools
+import numbers
+import warnings
+from collections.abc import Iterable, Sequence
+from operator import attrgetter
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import torch
+
+from gmp_kernels.backends import Layer
+from gmp_kernels.backends._layers import Facts, Layers
+from gmp_kernels.errors import DTypeError, LayoutError, NonFiniteError, ShapeError, SparsityError
+from gmp_kernels.masks import BitMask
+
+__all__ = [
+    "Weight",
+    "bump_versions",
+    "check_choice",
+    "check_disjoint",
+    "check_finite",
+    "check_sparsity",
+    "check_tensors",
+    "check_writable",
+    "checked_layers",
+    "checked_names",
+    "counts_to_prune",
+]
+
+Weight: TypeAlias = torch.Tensor | np.ndarray
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+# Tensors of other types may be anything: shards, wrappers.
+PLAIN = {torch.Tensor, torch.nn.Parameter}
+MOST_KNOWN = 64
+
+_known: dict[tuple[object, ...], tuple[list[Any], Facts]] = {}
+_dtype, _shape, _packed = attrgetter("dtype"), attrgetter("shape"), attrgetter("packed")
+
+
+def checked_layers(
+    op: str,
+    weights: Sequence[Weight],
+    masks: Sequence[BitMask] | None,
+    names: Sequence[str] | None,
+    *,
+    writes: Literal["nothing", "weights", "weights and masks"],
+) -> Layers | None:
+    """Check the tensors of a call and bring them into the form backends take, without copying; None of no weights."""
+    signature = _signature(weights, masks)
+    key = None if signature is None else (writes, len(weights), signature[0][0])
+    known = _known.get(key) if key is not None else None
+    if known is not None and known[0] == signature:
+        return Layers(weights, None if masks is None else list(map(_packed, masks)), known[1])  # type: ignore[arg-type]
+    layers = check_tensors(op, weights, masks, names)
+    packed = None if masks is None else [mask.packed for mask in masks]
+    if writes != "nothing":
+        check_writable(op, weights, layers, names)
+    if writes == "weights and masks" and packed is not None:
+        check_disjoint(op, "masks", packed, names)
+    if not layers:
+        return None
+    facts = Facts(layers)
+    if key is not None:
+        if len(_known) >= MOST_KNOWN:
+            _known.clear()
+        _known[key] = signature, facts  # type: ignore[assignment]
+    return Layers([layer.weight for layer in layers], packed, facts)
+
+
+def _signature(weights: Sequence[Weight], masks: Sequence[BitMask] | None) -> list[Any] | None:
+    """All that the checks of a call look at, as cheap as can be; None where that is not enough.
+
+    Only memory of the CPU or a GPU has an address, and only one of them has this one.
+    """
+    if not weights or not PLAIN.issuperset(map(type, weights)) or not {BitMask}.issuperset(map(type, masks or ())):
+        return None
+    tensors: Sequence[torch.Tensor] = weights  # type: ignore[assignment]
+    of = torch.Tensor
+    try:
+        signature: list[Any] = [list(map(of.data_ptr, tensors))]
+        if not all(signature[0]):
+            return None
+        signature += [list(map(_dtype, tensors)), list(map(_shape, tensors))]
+        signature += [list(map(of.is_contiguous, tensors)), list(map(of.is_neg, tensors))]
+        if masks is not None:
+            packed = list(map(_packed, masks))
+            signature += [list(map(_shape, masks)), list(map(of.data_ptr, packed)), list(map(of.numel, packed))]
+    except RuntimeError:
+        return None  # a tensor without an address: what it is instead, the check of each alone will tell
+    return signature
+
+
+def checked_names(op: str, names: Sequence[str] | None, num_weights: int) -> list[str] | None:
+    if names is not None and len(names) != num_weights:
+        raise ShapeError(f"{op}: expected one name per weight, got {len(names)} names for {num_weights} weights")
+    return None if names is None else list(names)
+
+
+def _label(names: Sequence[str] | None, i: int) -> str:
+    return f"weights[{i}]" if names is None else f"'{names[i]}'"
+
+
+def check_tensors(
+    op: str,
+    weights: Sequence[Weight],
+    masks: Sequence[BitMask | None] | None,
+    names: Sequence[str] | None = None,
+    *,
+    optional_masks: bool = False,
+) -> list[Layer]:
+    """Check weights and masks and bring them into the form backends take, without copying.
+
+    With ``optional_masks``, an entry of ``masks`` may be None.
+    """
+    if masks is not None and len(masks) != len(weights):
+        raise ShapeError(f"{op}: expected one mask per weight, got {len(masks)} masks for {len(weights)} weights")
+    layers = []
+    for i, weight in enumerate(weights):
+        tensor = _tensor(op, weight, names, i)
+        mask = None
+        if masks is not None and not (optional_masks and masks[i] is None):
+            mask = masks[i]
+            if not isinstance(mask, BitMask):
+                raise DTypeError(
+                    f"{op}: expected a BitMask for {_label(names, i)}, got {type(mask).__name__}; "
+                    "use BitMask.from_bool(...)"
+                )
+            if mask.shape != tensor.shape:
+                raise ShapeError(
+                    f"{op}: expected a mask of shape {tuple(tensor.shape)} for {_label(names, i)}, "
+                    f"got {tuple(mask.shape)}; a mask belongs to one weight"
+                )
+            if mask.packed.device != tensor.device:
+                raise LayoutError(
+                    f"{op}: expected the mask of {_label(names, i)} on {tensor.device}, got {mask.packed.device}; "
+                    "use mask.to(device)"
+                )
+            if not mask.is_packed:
+                raise ShapeError(
+                    f"{op}: expected {-(-mask.numel // 8)} contiguous bytes as the mask of {_label(names, i)}, got "
+                    f"{mask.packed.dtype} of shape {tuple(mask.packed.shape)}; make a new BitMask"
+                )
+        layers.append(Layer(tensor, None if mask is None else mask.packed))
+    devices = {layer.weight.device for layer in layers}
+    if len(devices) > 1:
+        raise LayoutError(f"{op}: expected all weights on one device, got {sorted(map(str, devices))}; call per device")
+    return layers
+
+
+def _tensor(op: str, weight: Weight, names: Sequence[str] | None, i: int) -> torch.Tensor:
+    label = _label(names, i)
+    if isinstance(weight, np.ndarray):
+        # Checked before torch sees it: from_numpy refuses some of these in words of its own, and warns on read-only.
+        if weight.dtype not in (np.float16, np.float32, np.float64) or not weight.dtype.isnative:
+            raise DTypeError(
+                f"{op}: expected float32, float64 or float16 in native byte order for {label}, got {weight.dtype.str}; "
+                "use .astype(numpy.float32)"
+            )
+        if not weight.flags.c_contiguous:
+            raise LayoutError(f"{op}: expected a C-contiguous array for {label}, got strides {weight.strides}; copy it")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            tensor = torch.from_numpy(weight)
+    elif isinstance(weight, torch.Tensor):
+        tensor = weight.detach()
+    else:
+        raise DTypeError(f"{op}: expected a torch.Tensor or numpy.ndarray for {label}, got {type(weight).__name__}")
+    if tensor.dtype not in DTYPES:
+        raise DTypeError(
+            f"{op}: expected float32, float64, bfloat16 or float16 for {label}, got {tensor.dtype}; "
+            "prune before quantizing, or cast"
+        )
+    if hasattr(tensor, "to_local"):
+        raise LayoutError(
+            f"{op}: expected a plain tensor for {label}, got a DTensor, whose local shard is not the layer"
+        )
+    if tensor.layout != torch.strided or not tensor.is_contiguous() or tensor.is_neg():
+        found = f"strides {tensor.stride()}" if tensor.layout == torch.strided else f"layout {tensor.layout}"
+        raise LayoutError(
+            f"{op}: expected a contiguous tensor for {label} (shape {tuple(tensor.shape)}), got {found}; "
+            "use .contiguous(), or model.to(memory_format=torch.contiguous_format)"
+        )
+    if tensor.numel() == 0:
+        raise ShapeError(
+            f"{op}: expected at least one weight in {label}, got shape {tuple(tensor.shape)}; leave it out"
+        )
+    return tensor
+
+
+def check_writable(op: str, weights: Sequence[Weight], layers: Sequence[Layer], names: Sequence[str] | None) -> None:
+    """Refuse weights that cannot be written, one by one or together."""
+    for i, weight in enumerate(weights):
+        if isinstance(weight, np.ndarray) and not weight.flags.writeable:
+            raise LayoutError(f"{op}: expected a writable array for {_label(names, i)}, got a read-only one; copy it")
+    check_disjoint(op, "weights", [layer.weight for layer in layers], names)
+
+
+def check_disjoint(op: str, what: str, tensors: Sequence[torch.Tensor], names: Sequence[str] | None) -> None:
+    """Refuse tensors that share memory: writing them one after another or in parallel would not mean one thing."""
+    spans = sorted((tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes, i) for i, tensor in enumerate(tensors))
+    for (_, end, i), (start, _, j) in itertools.pairwise(spans):
+        if start < end:
+            raise LayoutError(
+                f"{op}: expected {what} that share no memory, but those of {_label(names, i)} and {_label(names, j)} "
+                "overlap (tied parameters?); pass each once"
+            )
+
+
+def check_choice(op: str, name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{op}: expected {name} to be one of {choices}, got {value!r}")
+
+
+def counts_to_prune(
+    op: str,
+    sizes: Sequence[int],
+    sparsity: float | Sequence[float] | None,
+    num_prune: int | Sequence[int] | None,
+    scope: str,
+) -> list[int]:
+    """Counts to prune: one per layer, or a single one in global scope."""
+    if (sparsity is None) == (num_prune is None):
+        number = "neither" if sparsity is None else "both"
+        raise SparsityError(f"{op}: expected exactly one of sparsity and num_prune, got {number}")
+    if scope == "global":
+        sizes = [sum(sizes)]
+    given = num_prune if sparsity is None else sparsity
+    if not isinstance(given, (Sequence, np.ndarray)):
+        if sparsity is None:
+            return [_exact_count(op, given, n) for n in sizes]
+        share = check_sparsity(op, given)
+        return [round(share * n) for n in sizes]
+    if len(given) != len(sizes):
+        expected = "a single value for scope='global'" if scope == "global" else f"1 or {len(sizes)} values"
+        raise ShapeError(f"{op}: expected {expected} of sparsity or num_prune, got {len(given)}")
+    if sparsity is None:
+        return [_exact_count(op, value, n) for value, n in zip(given, sizes, strict=True)]
+    return [round(check_sparsity(op, value) * n) for value, n in zip(given, sizes, strict=True)]
+
+
+def check_sparsity(op: str, value: object) -> float:
+    """Return ``value`` as a float if it is a sparsity, i.e. a real number in [0, 1]."""
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, (float, int, np.number, numbers.Real))
+        or not 0.0 <= float(value) <= 1.0
+    ):
+        raise SparsityError(f"{op}: expected a sparsity in [0, 1] (a fraction, not a percentage), got {value!r}")
+    return float(value)
+
+
+def _exact_count(op: str, value: object, n: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer, numbers.Integral)):
+        raise SparsityError(f"{op}: expected an integer num_prune, got {value!r}; a fraction goes in sparsity=")
+    if not 0 <= int(value) <= n:
+        raise SparsityError(f"{op}: expected 0 <= num_prune <= {n} (the number of weights), got {int(value)}")
+    return int(value)
+
+
+def check_finite(op: str, nonfinite: Iterable[int], names: Sequence[str] | None) -> None:
+    """Refuse NaN and Inf, given the flat index of the first unpruned one in each weight, or -1."""
+    for layer, index in enumerate(nonfinite):
+        if index >= 0:
+            raise NonFiniteError(
+                f"{op}: expected finite weights, got NaN or Inf in {_label(names, layer)} at flat index {index}; "
+                "nothing was changed. Find what diverged, or rank them above every number with nonfinite='keep'",
+                layer=layer,
+                index=index,
+            )
+
+
+def bump_versions(tensors: Iterable[torch.Tensor]) -> None:
+    """Tell autograd about writes it cannot see: a stale saved tensor then raises instead of giving wrong gradients."""
+    torch.autograd.graph.increment_version(tensors)
