@@ -3,17 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, overload
+from itertools import chain
+from typing import NamedTuple, TypeVar
 
 import torch
 
-from gmp_kernels.backends import Layer, Selection, Threshold
-from gmp_kernels.backends._rows import address
+from gmp_kernels.backends import Layer, Threshold
+from gmp_kernels.backends._layers import Columns, Selections
+from gmp_kernels.backends._rows import INTEGERS, address
 from gmp_kernels.backends._tables import upload
 from gmp_kernels.backends._triton_tables import BLOCK, Table, table_of
-from gmp_kernels.keys import key_of, largest_key, magnitude_of
+from gmp_kernels.keys import key_of, largest_key
 
-__all__ = ["MAX_SLOTS", "Part", "Selections", "parts_of", "slots_for"]
+__all__ = [
+    "COUNTERS",
+    "HEADER",
+    "LAYER_FIELDS",
+    "MAX_SLOTS",
+    "NO_INDEX",
+    "FoundSelections",
+    "Part",
+    "counts_of",
+    "in_order",
+    "parts_of",
+    "slots_for",
+]
+
+T = TypeVar("T")
 
 MAX_BIN_BITS = 11  # 2048 bins: each pass narrows a key by so many bits
 MAX_BINS = 1 << 18  # of all groups together: 2 MB
@@ -124,7 +140,7 @@ def _part(layers: Sequence[Layer], positions: list[int], is_global: bool, larges
     return part._replace(capacity=max(0, min(MAX_CAPACITY, capacity)))
 
 
-class Selections(Sequence[Selection]):
+class FoundSelections(Selections):
     """Selections whose numbers stay on the device; the first access synchronizes, and reads them all.
 
     Parameters
@@ -139,22 +155,21 @@ class Selections(Sequence[Selection]):
         self.layers, self.parts = layers, parts
         # Set once a NaN or Inf is found; then the state of the parts.
         self.buffer = torch.zeros(parts[-1].end, dtype=torch.int64, device=parts[0].device)
-        self._num_groups = sum(len(part.groups) for part in parts)
         self._values: torch.Tensor | None = None
-        self._selections: list[Selection] | None = None
+        self._found: Columns | None = None
 
     @classmethod
-    def given(cls, layers: Sequence[Layer], parts: list[Part], selections: Sequence[Selection]) -> Selections:
+    def of(cls, layers: Sequence[Layer], parts: list[Part], columns: Columns) -> FoundSelections:
         """Bring selections that were made elsewhere to the device."""
         result = cls(layers, parts)
+        result._found = columns
         for part in parts:
-            chosen = [selections[g] for g in part.groups]
-            keys = [key_of(selection.threshold.value, part.dtype) for selection in chosen]
-            cuts = [cut for selection in chosen for cut in selection.cuts]
-            first = part.start + HEADER + KEY * len(keys)
-            uploaded = upload([*keys, *cuts], torch.int64, part.device)
-            result.buffer[first : first + len(keys)] = uploaded[: len(keys)]
-            result.buffer[part.layers_start : part.counts_start : LAYER_FIELDS] = uploaded[len(keys) :]
+            groups = len(part.groups)
+            keys = [key_of(columns.thresholds[g].value, part.dtype) for g in part.groups]
+            uploaded = upload([*keys, *(columns.cuts[i] for i in part.positions)], torch.int64, part.device)
+            first = part.start + HEADER + KEY * groups
+            result.buffer[first : first + groups] = uploaded[:groups]
+            result.buffer[part.layers_start : part.counts_start : LAYER_FIELDS] = uploaded[groups:]
         return result
 
     def read(self) -> torch.Tensor:
@@ -162,40 +177,40 @@ class Selections(Sequence[Selection]):
         self._values = self.buffer.cpu()
         return self._values
 
-    def counts(self) -> list[list[list[int]]]:
-        """Weights kept before and after ``apply``, of each layer of each part as last read."""
-        values = self.read() if self._values is None else self._values
-        return [
-            values[part.counts_start : part.end].view(part.num_layers, -1, COUNTERS).sum(1)[:, :2].tolist()
-            for part in self.parts
-        ]
-
-    def _found(self) -> list[Selection]:
-        if self._selections is None:
+    @property
+    def columns(self) -> Columns:
+        """All there is to know of them."""
+        if self._found is None:
             values = self.read() if self._values is None else self._values
-            found: dict[int, Selection] = {}
-            for part in self.parts:
-                state = values[part.start + HEADER : part.layers_start].view(STATE_FIELDS, -1)
-                layers = values[part.layers_start : part.counts_start].view(-1, LAYER_FIELDS)
-                cuts, nonfinite = layers.t().tolist()
-                nonfinite = [NO_INDEX - found if found else -1 for found in nonfinite]
-                answers = zip(part.groups, part.members, *state[KEY:].tolist(), strict=True)
-                for g, members, key, num_below, num_ties, num_ties_kept in answers:
-                    value = magnitude_of(key, part.dtype) if num_ties else 0.0
-                    found[g] = Selection(
-                        Threshold(value, num_below, num_ties, num_ties_kept),
-                        tuple([cuts[i] for i in members]),
-                        tuple([nonfinite[i] for i in members]),
-                    )
-            self._selections = [found[g] for g in range(self._num_groups)]
-        return self._selections
+            thresholds, cuts, nonfinite = zip(*(_columns(part, values) for part in self.parts), strict=True)
+            groups, positions = ([getattr(part, name) for part in self.parts] for name in ("groups", "positions"))
+            self._found = Columns(
+                in_order(groups, thresholds), in_order(positions, cuts), in_order(positions, nonfinite)
+            )
+        return self._found
 
     def __len__(self) -> int:
-        return self._num_groups
+        return sum(len(part.groups) for part in self.parts)
 
-    @overload
-    def __getitem__(self, index: int) -> Selection: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Selection]: ...
-    def __getitem__(self, index: int | slice) -> Selection | Sequence[Selection]:
-        return self._found()[index]
+
+def counts_of(part: Part, values: torch.Tensor) -> tuple[list[int], list[int]]:
+    """Weights kept before and after ``apply``, of each layer, in the buffer as read."""
+    slots = values[part.counts_start : part.end].view(part.num_layers, -1, COUNTERS)
+    before, after, *_ = slots.sum(1).t().tolist()
+    return before, after
+
+
+def _columns(part: Part, values: torch.Tensor) -> tuple[list[Threshold], list[int], list[int]]:
+    state = values[part.start + HEADER : part.layers_start].view(STATE_FIELDS, -1)
+    cuts, nonfinite = values[part.layers_start : part.counts_start].view(-1, LAYER_FIELDS).t().tolist()
+    magnitudes = state[KEY].to(INTEGERS[part.dtype.itemsize]).view(part.dtype).double()  # all at once
+    thresholds = list(map(Threshold, magnitudes.tolist(), *state[KEY + 1 :].tolist()))
+    return thresholds, cuts, [NO_INDEX - index if index else -1 for index in nonfinite]
+
+
+def in_order(positions: Sequence[Sequence[int]], columns: Sequence[list[T]]) -> list[T]:
+    """A column of all layers, from that of each part."""
+    if len(columns) == 1:
+        return columns[0]
+    found = dict(zip(chain.from_iterable(positions), chain.from_iterable(columns), strict=True))
+    return [found[i] for i in range(len(found))]

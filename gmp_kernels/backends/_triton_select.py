@@ -11,7 +11,6 @@ import triton.language as tl
 
 from gmp_kernels.backends._triton_tiles import (
     FIELDS,
-    FIRST,
     GROUP,
     MASK,
     NO_INDEX,
@@ -155,7 +154,7 @@ def _count(
     tl.atomic_add(counters + 1, pruned.to(tl.int64), mask=pruned > 0)
     if tl.max(tl.where(kept, keys, 0)) >= INFINITY:
         first = tl.min(tl.where(kept & (keys >= INFINITY), index, NO_INDEX))
-        tl.atomic_max(nonfinite, NO_INDEX - first)  # so that zeros say there is none
+        tl.atomic_max(nonfinite, -first + NO_INDEX)  # so that zeros say there is none
         tl.store(stop, 1)
     inside = kept & (keys >= lo) & (keys <= hi)
     _list_bracket(keys, inside, chunk, group, state, num_groups, bins, lists, capacity, sizes, BLOCK, LISTS)

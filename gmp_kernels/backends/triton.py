@@ -1,17 +1,20 @@
 """Triton kernels: the GPU path where no CUDA compiler was at hand, and for AMD.
 
 A call is a few tables of rows in device memory, which most calls find as the last one left them, and a fixed number of
-launches on torch's current stream, for every dtype there is. What it finds stays on the device until it is needed. With
-``TRITON_INTERPRET=1`` in the environment the same kernels run on the host, for the tests: milliseconds for 16384 weights.
+launches on torch's current stream, for every dtype there is. What it finds stays on the device until it is needed.
+With ``TRITON_INTERPRET=1`` in the environment the same kernels run on the host, for the tests: milliseconds for 16384
+weights.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple
+from itertools import chain
+from operator import sub
+from typing import Any
 
 import torch
 
@@ -27,23 +30,26 @@ from gmp_kernels.backends import (
     Threshold,
     UpdateTensor,
     Written,
-    has_nonfinite,
     register,
 )
+from gmp_kernels.backends._layers import Layers, columns_of, prepared
 from gmp_kernels.backends._rows import INTEGERS, address, on_device
 from gmp_kernels.backends._tables import upload
-from gmp_kernels.backends._triton_constants import ConstantTables
 from gmp_kernels.backends._triton_search import (
     COUNTERS,
     HEADER,
+    LAYER_FIELDS,
     MAX_SLOTS,
     NO_INDEX,
+    FoundSelections,
     Part,
-    Selections,
+    counts_of,
+    in_order,
     parts_of,
     slots_for,
 )
-from gmp_kernels.backends._triton_tables import BLOCK, INTERPRETED, Recent, Table, Uploads, stream_of, table_of
+from gmp_kernels.backends._triton_steps import Batch, ConstantTables, Row, batches_of, prepared_row
+from gmp_kernels.backends._triton_tables import BLOCK, INTERPRETED, Recent, Uploads, stream_of, table_of
 from gmp_kernels.errors import DeviceError
 from gmp_kernels.keys import largest_key
 
@@ -67,6 +73,10 @@ def _on(device: torch.device, what: str) -> Iterator[None]:
         yield
 
 
+def _device_of(layers: Sequence[Layer]) -> torch.device:
+    return layers.facts.device if isinstance(layers, Layers) else layers[0].weight.device
+
+
 class Triton:
     """Implementation by launches of _triton_kernels."""
 
@@ -84,7 +94,7 @@ class Triton:
         self._uploads = Uploads()
         self._constants = ConstantTables(self._uploads)
         self._parts_of: Recent[list[Part]] = Recent()
-        self._batches_of: Recent[list[_Batch]] = Recent()
+        self._batches_of: Recent[list[Batch]] = Recent()
 
     def _launch(self, name: str, num_programs: int, *args: Any, **constants: Any) -> None:
         if num_programs == 0:
@@ -95,18 +105,14 @@ class Triton:
 
     def _parts(self, layers: Sequence[Layer], *, is_global: bool = False) -> list[Part]:
         """Layers in groups of one or all together, as tables; made when their addresses change."""
-        device = layers[0].weight.device
-        weights = [weight for weight, _ in layers]
-        key = (
-            is_global,
-            device,
-            stream_of(device),
-            [weight.data_ptr() for weight in weights],
-            [0 if mask is None else mask.data_ptr() for _, mask in layers],
-            [weight.numel() for weight in weights],
-            [weight.dtype for weight in weights],
-        )
-        return self._parts_of.get(key, partial(parts_of, layers, is_global=is_global))
+        device = _device_of(layers)
+        stream = stream_of(device)
+        make = partial(parts_of, layers, is_global=is_global)
+        if isinstance(layers, Layers):
+            return prepared(layers, f"triton, {is_global}, {stream}", make)
+        addresses = [(weight.data_ptr(), address(mask)) for weight, mask in layers]
+        shapes = [(weight.dtype, weight.numel()) for weight, _ in layers]
+        return self._parts_of.get((is_global, device, stream, addresses, shapes), make)
 
     def _tile(self, part: Part) -> dict[str, Any]:
         return {
@@ -124,9 +130,9 @@ class Triton:
 
     def select(
         self, layers: Sequence[Layer], num_prune: Sequence[int], hints: Sequence[Threshold | None]
-    ) -> Selections:
-        with _on(layers[0].weight.device, "select"):
-            found = Selections(layers, self._parts(layers, is_global=len(num_prune) != len(layers)))
+    ) -> FoundSelections:
+        with _on(_device_of(layers), "select"):
+            found = FoundSelections(layers, self._parts(layers, is_global=len(num_prune) != len(layers)))
             for part in found.parts:
                 self._select(part, [num_prune[g] for g in part.groups], found.buffer)
         return found
@@ -152,20 +158,21 @@ class Triton:
         programs = min(PROGRAMS, -(-table.num_chunks // LISTS_PER_PROGRAM))
 
         self._bracket(part, state, wanted)
-        arguments = (table.rows, table.owners, state, groups, buffer, *counted)
+        chunks = (table.rows, table.owners)
+        arguments: tuple[Any, ...] = (*chunks, state, groups, buffer, *counted)
         self._launch("count", table.num_chunks, *arguments, **tile, ALIGNED=part.aligned, LISTS=True)
         self._launch("narrow", groups, *narrowed, **constants, AFTER_COUNT=True)
         for _ in range(-(-part.key_bits // bits)):
-            arguments = (table.rows, table.owners, table.num_chunks, state, groups, *counted)
+            arguments = (*chunks, table.num_chunks, state, groups, *counted)
             self._launch("recount", programs, *arguments, **shared)
             self._launch("narrow", groups, *narrowed, **constants, AFTER_COUNT=False)
-        arguments = (table.rows, table.owners, table.num_chunks, part.group_table, state, groups, *counted)
+        arguments = (*chunks, table.num_chunks, part.group_table, state, groups, *counted)
         self._launch("count_ties", programs, *arguments, **shared)
-        arguments = (table.rows, table.owners, part.group_table, state, groups, work, slots, sizes)
+        arguments = (*chunks, part.group_table, state, groups, work, slots, sizes)
         self._launch("place_cuts", groups, *arguments, **tile, BIN_BITS=bits, SCAN=SCANNED)
 
     def sample(self, layers: Sequence[Layer], shares: Sequence[float]) -> list[Bracket]:
-        device = layers[0].weight.device
+        device = _device_of(layers)
         found: dict[int, Bracket] = {}
         with _on(device, "sample"):
             for part in self._parts(layers, is_global=len(shares) != len(layers)):
@@ -186,7 +193,7 @@ class Triton:
         rooms: Sequence[torch.Tensor | None] | None = None,
     ) -> list[Census]:
         found: dict[int, Census] = {}
-        with _on(layers[0].weight.device, "count"):
+        with _on(_device_of(layers), "count"):
             for part in self._parts(layers):
                 given = [brackets[i] for i in part.positions]
                 counted, state = self._count(part, given, num_bins)
@@ -203,19 +210,20 @@ class Triton:
         """Counts of each layer, and the state with its bracket."""
         table, device, groups = part.table, part.device, len(part.groups)
         slots = slots_for(groups)
-        columns = [*map(list, zip(*brackets, strict=True)), [b.shift(num_bins) for b in brackets]]
+        columns = *zip(*brackets, strict=True), [bracket.shift(num_bins) for bracket in brackets]
         width = num_bins + COUNTERS * slots
         # A word for the flag that selections look at, the state, and what is counted: read back in one piece.
         buffer = torch.zeros(part.counts_start - part.start + 1 + groups * width, dtype=torch.int64, device=device)
         state, work = buffer[1:], buffer[part.counts_start - part.start + 1 :]
-        state[HEADER : HEADER + 3 * groups] = upload(sum(columns, []), torch.int64, device)
+        state[HEADER : HEADER + 3 * groups] = upload(list(chain(*columns)), torch.int64, device)
         sizes = torch.empty(0, dtype=torch.int16, device=device)  # no lists
         arguments = (table.rows, table.owners, state, groups, buffer, work, num_bins, slots, sizes, 0, sizes)
         self._launch("count", table.num_chunks, *arguments, **self._tile(part), ALIGNED=part.aligned, LISTS=False)
         values = buffer.cpu()
         first = 1 + part.layers_start - part.start
-        nonfinite = values[first : first + 2 * groups].view(-1, 2)[:, 1].tolist()
-        bins, counters = values[-groups * width :].view(groups, width).split([num_bins, COUNTERS * slots], 1)
+        nonfinite = values[first : first + LAYER_FIELDS * groups].view(-1, LAYER_FIELDS)[:, 1].tolist()
+        counted = values[-groups * width :].view(groups, width)
+        bins, counters = counted[:, :num_bins], counted[:, num_bins:]
         sums = counters.reshape(groups, slots, COUNTERS).sum(1)[:, :2].tolist()
         inside = bins.sum(1).tolist()
         rows = zip(sums, inside, nonfinite, bins, strict=True)
@@ -241,15 +249,16 @@ class Triton:
         *,
         finite: bool = False,
     ) -> list[Written]:
-        with _on(layers[0].weight.device, "prune"):
-            if isinstance(selections, Selections) and selections.layers is layers:
+        with _on(_device_of(layers), "prune"):
+            if isinstance(selections, FoundSelections) and selections.layers is layers:
                 found = selections
             else:
-                if finite and has_nonfinite(selections):
+                columns = columns_of(selections)
+                if finite and max(columns.nonfinite) >= 0:
                     return []
                 parts = self._parts(layers, is_global=len(selections) != len(layers))
-                found = Selections.given(layers, parts, selections)
-            addresses = [bits.data_ptr() for bits in out]
+                found = FoundSelections.of(layers, parts, columns)
+            addresses = list(map(torch.Tensor.data_ptr, out))
             outs = [
                 self._uploads.at([addresses[i] for i in part.positions], torch.int64, part.device)
                 for part in found.parts
@@ -257,13 +266,14 @@ class Triton:
             # Everything there has to be memory for is there: from here on weights are written.
             for part, own in zip(found.parts, outs, strict=True):
                 self._apply(part, own, found.buffer, SELECTED=True, STOPS=finite)
-            if finite and found.read()[0]:
-                return []
-            written: dict[int, Written] = {}
-            for part, counts in zip(found.parts, found.counts(), strict=True):
-                for i, n, (before, after) in zip(part.positions, part.numels, counts, strict=True):
-                    written[i] = Written(n - after, before - after)
-        return [written[i] for i in range(len(layers))]
+            values = found.read()
+        if finite and values[0]:
+            return []
+        written: list[list[Written]] = []
+        for part in found.parts:
+            before, after = counts_of(part, values)
+            written.append(list(map(Written, map(sub, part.numels, after), map(sub, before, after))))
+        return in_order([part.positions for part in found.parts], written)
 
     def _apply(self, part: Part, outs: torch.Tensor, buffer: torch.Tensor, **constants: bool) -> None:
         table, layers = part.table, part.num_layers
@@ -272,7 +282,7 @@ class Triton:
         self._launch("apply", table.num_chunks, table.rows, table.owners, *arguments, **self._tile(part), **constants)
 
     def apply(self, layers: Sequence[Layer]) -> None:
-        with _on(layers[0].weight.device, "apply_masks_"):
+        with _on(_device_of(layers), "apply_masks_"):
             for part in self._parts(layers):
                 # The masks say it all.
                 self._apply(part, part.group_table, part.group_table, SELECTED=False, STOPS=False)
@@ -290,13 +300,13 @@ class Triton:
             return
         k, device = self._kernels, tensors[0].weight.device
         with _on(device, "update"):
-            rows = [t.row if isinstance(t.row, _Row) else _prepared(t) for t in tensors]
+            rows = [t.row if isinstance(t.row, Row) else prepared_row(t) for t in tensors]
             grads = [tensor.data_ptr() for tensor, _ in gradients]
             which = [index for _, index in gradients]
             # Few gradients are not aligned; those that are not get launches of their own.
             unaligned = [i for i, pointer in enumerate(grads) if pointer & 15]
             key = (device, stream_of(device), unaligned, rows)
-            batches = self._batches_of.get(key, partial(_batches, rows, unaligned, device))
+            batches = self._batches_of.get(key, partial(batches_of, rows, unaligned, device))
             values = self._constants.at(constants, device)
             steps = [
                 self._uploads.at(
@@ -328,7 +338,7 @@ class Triton:
     def sum_squares(self, gradients: Sequence[Layer]) -> float | torch.Tensor:
         if not gradients:
             return 0.0
-        device = gradients[0].weight.device
+        device = _device_of(gradients)
         totals = []
         with _on(device, "sum_squares"):
             for part in self._parts(gradients):
@@ -359,7 +369,7 @@ class Triton:
             kept = torch.zeros(len(masks), dtype=torch.int64, device=device).index_add_(0, table.owners, counts)
             running -= counts
             running -= running[firsts][table.owners]
-            ranks = running.split(chunks)
+            ranks = torch.split(running, chunks)
             return [Compaction(m, r, n) for (m, _), r, n in zip(masks, ranks, kept.tolist(), strict=True)]
 
     def move_state(self, moves: Sequence[StateMove]) -> None:
@@ -387,61 +397,6 @@ class Triton:
 
 def _layout(compaction: Compaction | None) -> tuple[int, int]:
     return (0, 0) if compaction is None else (compaction.mask.data_ptr(), compaction.ranks.data_ptr())
-
-
-class _Kind(NamedTuple):
-    """Tensors that one launch of the update may serve together."""
-
-    dtype: torch.dtype
-    num_states: int
-    is_compact: bool
-    has_master: bool
-    aligned: bool
-
-
-class _Row(NamedTuple):
-    """A tensor's row of the table, less its gradient and constants: those may change with every step."""
-
-    kind: _Kind
-    numel: int
-    fields: tuple[int, ...]
-
-
-class _Batch(NamedTuple):
-    """Tensors of one launch, by their positions in the step, and their table."""
-
-    kind: _Kind
-    positions: list[int]
-    table: Table
-
-
-def _prepared(t: UpdateTensor) -> _Row:
-    """Make the tensor's row, once."""
-    state = [s.data_ptr() for s in t.state]
-    pointers = [t.weight.data_ptr(), address(t.master), *([] if t.compaction else state)]
-    kind = _Kind(
-        t.weight.dtype,
-        len(t.state),
-        t.compaction is not None and bool(state),
-        t.master is not None,
-        all(pointer % 16 == 0 for pointer in pointers),
-    )
-    ranks = None if t.compaction is None else t.compaction.ranks
-    fields = (t.weight.data_ptr(), address(t.mask), address(t.master), *[*state, 0, 0, 0][:3], address(ranks))
-    t.row = row = _Row(kind, t.weight.numel(), fields)
-    return row
-
-
-def _batches(rows: Sequence[_Row], unaligned: Iterable[int], device: torch.device) -> list[_Batch]:
-    positions: dict[_Kind, list[int]] = {}
-    unaligned = set(unaligned)
-    for i, row in enumerate(rows):
-        kind = row.kind._replace(aligned=False) if i in unaligned else row.kind
-        positions.setdefault(kind, []).append(i)
-    return [
-        _Batch(kind, own, table_of([rows[i].numel for i in own], [rows[i].fields for i in own], device))
-        for kind, own in positions.items()
-    ]
 
 
 def _probe() -> str | None:
