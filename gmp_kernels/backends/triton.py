@@ -57,7 +57,7 @@ from gmp_kernels.keys import largest_key
 OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
 LISTS_PER_PROGRAM = 16
 PROGRAMS = 1024  # that share a pass which mostly has nothing to do: as many as a GPU holds
-SAMPLED_EIGHTS = 2048  # per group, at most: 16384 keys
+SAMPLED_EIGHTS = 256 if INTERPRETED else 2048  # per group, at most: 16384 keys on a GPU
 SCANNED = 256  # chunks at a time, for the one with the first tie that does not stay
 
 
