@@ -183,22 +183,30 @@ struct UpdateRow {
   }
 };
 
-// address of the gradients, index into the constants
-using StepTuple = std::pair<uintptr_t, size_t>;
+// Tensors that step together, less their gradients.
+struct UpdateBatch {
+  std::vector<gmp::cpu::UpdateTensor> tensors;
+
+  explicit UpdateBatch(const std::vector<const UpdateRow*>& rows) {
+    for (const UpdateRow* row : rows) tensors.push_back(row->tensor);
+  }
+};
+
 using ConstantsDict = std::map<std::string, double>;
 
-void update(const std::string& rule, const std::vector<UpdateRow*>& rows, const std::vector<StepTuple>& steps,
-            const std::vector<ConstantsDict>& constants, int num_threads) {
+// gradients: an address per tensor; rows: an index into the constants per tensor.
+void update(const std::string& rule, const UpdateBatch& batch, const std::vector<uintptr_t>& gradients,
+            const std::vector<size_t>& rows, const std::vector<ConstantsDict>& constants, int num_threads) {
   std::vector<gmp::UpdateConstants<double>> typed_constants;
   for (const ConstantsDict& given : constants) typed_constants.push_back(gmp::constants_of(given));
-  std::vector<gmp::cpu::UpdateTensor> typed;
-  if (steps.size() != rows.size()) throw std::invalid_argument("an update needs one gradient per tensor");
-  for (size_t i = 0; i < rows.size(); ++i) {
-    const auto& [gradients, index] = steps[i];
-    if (gradients == 0 || index >= constants.size()) throw std::invalid_argument("a tensor needs its constants");
-    typed.push_back(rows[i]->tensor);
-    typed.back().run.grads = pointer(gradients);
-    typed.back().constants = index;
+  std::vector<gmp::cpu::UpdateTensor> typed = batch.tensors;
+  if (gradients.size() != typed.size() || rows.size() != typed.size()) {
+    throw std::invalid_argument("an update needs one gradient and one row of constants per tensor");
+  }
+  for (size_t i = 0; i < typed.size(); ++i) {
+    if (gradients[i] == 0 || rows[i] >= constants.size()) throw std::invalid_argument("a tensor needs its constants");
+    typed[i].run.grads = pointer(gradients[i]);
+    typed[i].constants = rows[i];
   }
   py::gil_scoped_release release;
   gmp::cpu::update(gmp::rule_of(rule), typed, typed_constants, num_threads);
@@ -236,6 +244,7 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init<const std::string&, int64_t, uintptr_t, uintptr_t, const std::array<uintptr_t, 3>&, uintptr_t,
                     uintptr_t>());
   py::class_<Rows>(m, "Rows").def(py::init<const std::string&, const std::vector<LayerTuple>&>());
+  py::class_<UpdateBatch>(m, "UpdateBatch").def(py::init<const std::vector<const UpdateRow*>&>());
   m.def("select", &select_thresholds);
   m.def("sample", &sample);
   m.def("count", &count);

@@ -1,4 +1,4 @@
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
 # (address of the weights, number of weights, address of the packed mask or 0); the caller keeps the memory alive.
@@ -37,11 +37,15 @@ class UpdateRow:
         self, dtype: str, n: int, weights: int, master: int, state: list[int], mask: int, ranks: int
     ) -> None: ...
 
+class UpdateBatch:
+    def __init__(self, rows: list[UpdateRow]) -> None: ...
+
 def update(
     rule: str,
-    rows: list[UpdateRow],
-    steps: list[tuple[int, int]],
-    constants: list[dict[str, float]],
+    batch: UpdateBatch,
+    gradients: Sequence[int],
+    rows: Sequence[int],
+    constants: Sequence[Mapping[str, float]],
     num_threads: int,
 ) -> None: ...
 def sum_squares(gradients: list[tuple[str, int, int, int]], num_threads: int) -> float: ...

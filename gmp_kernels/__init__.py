@@ -4,6 +4,7 @@ import gmp_kernels.library  # noqa: F401  its import defines torch.ops.gmp_kerne
 from gmp_kernels import optim, schedules
 from gmp_kernels.errors import (
     BackendUnavailableError,
+    CaptureError,
     DeviceError,
     DistributedError,
     DTypeError,
@@ -26,6 +27,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BackendUnavailableError",
     "BitMask",
+    "CaptureError",
     "DTypeError",
     "DeviceError",
     "DistributedError",

@@ -318,8 +318,9 @@ def _state_bytes(shrink: int) -> Pair:
     n = parameter.numel()
     state = [optimizer.state[parameter][key] for key in ("exp_avg", "exp_avg_sq")]
     # The mask itself is counted too; the ranks that address the state come on top of it.
-    ranks = optimizer._compactions[parameter].ranks.nbytes
-    return Pair(float(sum(tensor.nbytes for tensor in state) + ranks + n / 8), 0.105 * 8 * n + n / 8)
+    layout = optimizer._layouts.get(parameter)
+    assert layout is not None
+    return Pair(float(sum(tensor.nbytes for tensor in state) + layout.ranks.nbytes + n / 8), 0.105 * 8 * n + n / 8)
 
 
 def _idle_step(_shrink: int) -> Pair:

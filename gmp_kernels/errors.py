@@ -10,6 +10,7 @@ from typing import Any
 
 __all__ = [
     "BackendUnavailableError",
+    "CaptureError",
     "CheckpointError",
     "DTypeError",
     "DeviceError",
@@ -85,6 +86,10 @@ class NonFiniteError(GMPError, ValueError):
 
 class DeviceError(GMPError, RuntimeError):
     """The GPU reports an error, or has no memory left."""
+
+
+class CaptureError(GMPError, RuntimeError):
+    """A call that a CUDA graph cannot hold, or one that would make a graph that was captured wrong."""
 
 
 class DistributedError(GMPError, RuntimeError):

@@ -23,14 +23,17 @@ from gmp_kernels.optim.masked import MaskedOptimizer
 
 __all__: list[str] = []
 
+# A CUDA graph would freeze what kernels get from the host: counts, thresholds, learning rates. torch 2.8 does not know
+# the tag.
+_TAGS = tuple(tag for tag in [getattr(torch.Tag, "cudagraph_unsafe", None)] if tag is not None)
+
 # What it defines lives as long as it does.
 _library = torch.library.Library("gmp_kernels", "DEF")  # type: ignore[no-untyped-call]
 
 
 def _define(schema: str, kernel: Callable[..., object], fake: Callable[..., object]) -> None:
     name = schema.partition("(")[0]
-    # A CUDA graph would freeze what kernels get from the host: counts, thresholds, learning rates.
-    _library.define(schema, tags=(torch.Tag.cudagraph_unsafe,))  # type: ignore[no-untyped-call]
+    _library.define(schema, tags=_TAGS)  # type: ignore[no-untyped-call]
     for key in ("CPU", "CUDA"):
         _library.impl(name, kernel, key)  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"gmp_kernels::{name}", fake, lib=_library)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -15,6 +15,7 @@ from gmp_kernels.distributions import DISTRIBUTIONS, Distribution, uniform
 from gmp_kernels.errors import StateError, TargetError
 from gmp_kernels.masks import BitMask
 from gmp_kernels.ops import NonFinite, PruneResult, Scope, Threshold, apply_masks_, prune_
+from gmp_kernels.optim.masked import MaskedOptimizer
 from gmp_kernels.reports import LayerReport, StepReport
 from gmp_kernels.schedules import Schedule
 from gmp_kernels.sharding import local, local_mask, whole_mask
@@ -33,23 +34,15 @@ class _Group(NamedTuple):
     distribute: Distribution
 
 
-@runtime_checkable
-class _MaskedOptimizer(Protocol):
-    """What ``gmp_kernels.optim`` offers: the mask is part of the step, nothing has to be enforced after it."""
-
-    def set_masks(self, masks: Mapping[torch.Tensor, BitMask]) -> None: ...
-
-    def master_weight(self, parameter: torch.Tensor) -> torch.Tensor | None: ...
-
-
 class GMPScheduler:
     """Prunes a model by magnitude while it trains, and keeps what is pruned at zero.
 
     Call ``step()`` after every ``optimizer.step()``. At the schedule's update steps it prunes; between them a hook of
     the optimizer sets pruned weights and their optimizer state (momentum, Adam's averages, whatever has the shape of
     the weight) back to zero after each step, for as long as the optimizer lives. The model itself carries nothing.
-    With an optimizer of ``gmp_kernels.optim`` the mask is part of the step itself and there is no such hook; where that
-    keeps master weights, they are what is ranked.
+    With an optimizer of ``gmp_kernels.optim`` the mask is part of the step itself and there is no such hook: both read
+    the same bits, which an update changes in place, so that a CUDA graph of the step stays right. Where it keeps master
+    weights, they are what is ranked.
 
     Parameters
     ----------
@@ -86,6 +79,7 @@ class GMPScheduler:
     ----------
     masks : dict of str to BitMask
         1 bit per weight, 1 = kept; all ones before the first update. Of a sharded parameter: for the shard held here.
+        To be read: under compact state, an optimizer refuses to step once somebody else has written them.
     history : list of StepReport
         One per update; its figures are those of whole layers.
     step_count : int
@@ -139,7 +133,7 @@ class GMPScheduler:
         self.model = model
         self.optimizer = optimizer
         self.schedule = schedule
-        self._masked_optimizer = optimizer if isinstance(optimizer, _MaskedOptimizer) else None
+        self._masked_optimizer = optimizer if isinstance(optimizer, MaskedOptimizer) else None
         self._scope: Scope = scope
         self._distribution = distribution
         self._nonfinite: NonFinite = nonfinite
@@ -165,6 +159,12 @@ class GMPScheduler:
         if self._masked_optimizer is None:
             # What it does depends on the masks: compiled into the step, it would be compiled again at every update.
             optimizer.register_step_post_hook(torch.compiler.disable(self._after_optimizer_step))  # type: ignore[no-untyped-call]
+        elif not self._masked_optimizer.compact_state:
+            # Before the first update already, for graphs captured until then. Masks that are there stay until then.
+            new = {p: self.masks[name] for name, p in self._parameters.items()}
+            self._masked_optimizer.share_masks(
+                {p: mask for p, mask in new.items() if not self._masked_optimizer.has_mask(p)}, ranked_is_pruned=True
+            )
 
     def step(self) -> StepReport | None:
         """Count one optimizer step and, at the schedule's update steps, prune; call it after ``optimizer.step()``.
@@ -265,7 +265,9 @@ class GMPScheduler:
                 f"load_state_dict: expected what state_dict() returned, got damaged data ({error!r}); load another file"
             ) from error
         for name, mask in masks.items():
-            self.masks[name].packed.copy_(mask.packed)
+            written = self._written_masks([name])[0]
+            written.packed.copy_(mask.packed)
+            self.masks[name].packed = written.packed
         self._thresholds, self.step_count, self._is_agreed = thresholds, step_count, False
         self.history[:] = history
         self._apply_masks(self._parameters, with_weights=True)
@@ -337,17 +339,28 @@ class GMPScheduler:
             "previous": [self._thresholds.get(name) for name in names],
             "backend": self._backend,
         }
-        weights, masks = [self._ranked(name) for name in names], [self.masks[name] for name in names]
+        weights, masks = [self._ranked(name) for name in names], self._written_masks(names)
         if self._shards is not None:
-            return self._shards.prune_(weights, masks, num_prune, step=self.step_count, **request)
-        return prune_(weights, num_prune=num_prune, masks=masks, **request)
+            result = self._shards.prune_(weights, masks, num_prune, step=self.step_count, **request)
+        else:
+            result = prune_(weights, num_prune=num_prune, masks=masks, **request)
+        for name, mask in zip(names, masks, strict=True):
+            self.masks[name].packed = mask.packed
+        return result
+
+    def _written_masks(self, names: Iterable[str]) -> list[BitMask]:
+        """The masks as an update may write them: compact state needs the old bits until it has been repacked."""
+        masks = [self.masks[name] for name in names]
+        if self._masked_optimizer is not None and self._masked_optimizer.compact_state:
+            return [mask.clone() for mask in masks]
+        return masks
 
     def _prune_nothing(self, names: Sequence[str]) -> None:
         names = [name for name in names if self.masks[name].numel or self._shards is None]
         prune_(
             [self._ranked(name) for name in names],
             num_prune=0,
-            masks=[self.masks[name] for name in names],
+            masks=self._written_masks(names),
             scope=self._scope,
             # One rank must not fail where the others go on: together they look at the first update.
             nonfinite=self._nonfinite if self._shards is None else "keep",
@@ -403,11 +416,13 @@ class GMPScheduler:
         self._apply_masks(self._parameters, with_weights=True)
 
     def _apply_masks(self, names: Iterable[str], *, with_weights: bool) -> None:
-        """Zero what is pruned in the optimizer's state, and in the weights: one call per device."""
+        """Zero what is pruned in the optimizer's state, and in the weights where asked: one call per device."""
         # Nothing pruned yet, or never: nothing to hold at zero.
         names = [name for name in names if name in self._thresholds and self._thresholds[name].num_pruned]
         if self._masked_optimizer is not None:
-            self._masked_optimizer.set_masks({self._parameters[name]: self.masks[name] for name in names})
+            self._masked_optimizer.share_masks(
+                {self._parameters[name]: self.masks[name] for name in names}, ranked_is_pruned=not with_weights
+            )
             return
         calls: dict[torch.device, tuple[list[torch.Tensor], list[BitMask]]] = {}
         for name in names:

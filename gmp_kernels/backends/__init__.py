@@ -11,7 +11,7 @@ import logging
 import os
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import NamedTuple, Protocol
 
@@ -24,11 +24,13 @@ __all__ = [
     "Bracket",
     "Census",
     "Compaction",
+    "Constants",
     "Implementation",
     "Layer",
     "Selection",
     "StateMove",
     "Threshold",
+    "UpdateBatch",
     "UpdateTensor",
     "Written",
     "available",
@@ -199,15 +201,61 @@ class UpdateTensor:
     row: object = None
 
 
-class Gradient(NamedTuple):
-    """What a step does to one of its tensors: the gradient, of the weight's dtype, and which of the constants apply."""
+@dataclass(eq=False, slots=True)
+class UpdateBatch:
+    """Parameters that step together, for as long as their tensors stay.
 
-    tensor: torch.Tensor
-    constants: int
+    Attributes
+    ----------
+    tensors : list of UpdateTensor
+    captured : list
+        Receives what CUDA graphs of a step read at every replay. It lives as long as the tensors have an owner, which
+        is as long as a replay makes sense.
+    prepared : object
+        What a backend makes of the tensors and would rather not make again.
+    """
+
+    tensors: list[UpdateTensor]
+    captured: list[torch.Tensor] = field(default_factory=list)
+    prepared: object = None
+
+
+class Constants(NamedTuple):
+    """Numbers of a step, in rows; each tensor uses one of them.
+
+    Attributes
+    ----------
+    blocks : list of (mapping of str to float, int)
+        Runs of that many equal rows. Absent constants change nothing.
+    on_device : list of (str, int, int, torch.Tensor)
+        Name, first row, row after the last, and float64 values (0-d, or one per row) that replace what the blocks say
+        and that the host does not look at.
+    """
+
+    blocks: list[tuple[Mapping[str, float], int]]
+    on_device: list[tuple[str, int, int, torch.Tensor]]
+
+    def on_host(self) -> list[Mapping[str, float]]:
+        """Return one mapping per row, for kernels on the host; waits for what is on a device."""
+        if not self.on_device:
+            return [given for given, count in self.blocks for _ in range(count)]
+        rows = [dict(given) for given, count in self.blocks for _ in range(count)]
+        for name, first, end, values in self.on_device:
+            for row, value in zip(rows[first:end], values.expand(end - first).tolist(), strict=True):
+                row[name] = value
+        return [*rows]
 
 
 class Implementation(Protocol):
-    """The operations of a backend. None of them validates; none of them may fail halfway through a write."""
+    """The operations of a backend. None of them validates; none of them may fail halfway through a write.
+
+    Attributes
+    ----------
+    capturable : bool
+        Whether a CUDA graph can hold an ``update``.
+    """
+
+    capturable: bool
 
     def select(
         self, layers: Sequence[Layer], num_prune: Sequence[int], hints: Sequence[Threshold | None]
@@ -264,13 +312,15 @@ class Implementation(Protocol):
     def update(
         self,
         rule: str,
-        tensors: Sequence[UpdateTensor],
-        gradients: Sequence[Gradient],
-        constants: Sequence[Mapping[str, float | torch.Tensor]],
+        batch: UpdateBatch,
+        gradients: Sequence[torch.Tensor],
+        rows: Sequence[int],
+        constants: Constants,
     ) -> None:
-        """Take one optimizer step. ``rule`` is "sgd", "adam" or "average"; absent constants change nothing.
+        """Take one optimizer step. ``rule`` is "sgd", "adam" or "average".
 
-        A constant that is a 0-d float64 tensor is not looked at on the host. "skip" not 0: nothing is written.
+        ``gradients`` and ``rows`` (of the constants) have one entry per tensor of the batch; a gradient is laid out as
+        its weight is. "skip" not 0: nothing is written.
 
         Pruned weights and their state stay zero whatever their gradient; the arithmetic is that of torch.optim.
         """

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, overload
 
 import torch
 
+from gmp_kernels import capture
 from gmp_kernels.backends import Layer, Selection, Threshold
 from gmp_kernels.backends._rows import address, parts
+from gmp_kernels.errors import CaptureError
 from gmp_kernels.keys import key_of, largest_key, magnitude_of
 
 __all__ = ["MEMORY_BYTES", "LayerField", "Part", "SelectionTables", "Table", "num_chunks_of", "upload"]
@@ -17,9 +19,6 @@ _NO_INDEX = (1 << 63) - 1
 MEMORY_BYTES = 4 << 20  # for the workspace of a selection, and a share of the largest layer
 MEMORY_SHARE = 0.05
 DRIFT_BITS = 6  # a threshold is expected within 1/64 of an octave of the last one
-
-# What CUDA graphs read at every replay. Nothing tells when a graph is gone.
-_captured: list[torch.Tensor] = []
 
 
 class LayerField:
@@ -37,47 +36,63 @@ def num_chunks_of(n: int, chunk: int) -> int:
     return -(-n // chunk)
 
 
-def _is_capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
-def upload(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def upload(values: Sequence[Any] | torch.Tensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Copy numbers to a device without waiting for it. Torch keeps the memory copied from until that is done."""
-    if device.type == "cpu":
-        return torch.tensor(values, dtype=dtype)
-    return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
+    if capture.is_capturing(device):
+        raise CaptureError(
+            "expected an operation that a CUDA graph can hold, got one that uploads numbers of this call; call it "
+            "outside of the capture"
+        )
+    # The host whatever torch's default device is.
+    host = values if isinstance(values, torch.Tensor) else torch.tensor(values, dtype=dtype, device="cpu")
+    return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
+
+
+def pinned_like(table: torch.Tensor) -> torch.Tensor:
+    """Host memory for a table, from which its device copies without the host waiting."""
+    return torch.empty_like(table, device="cpu", pin_memory=table.device.type == "cuda")
 
 
 class Table:
     """A table that is uploaded only when it changes, so that most steps upload nothing.
 
-    While a CUDA graph is captured no memory can be pinned: it is set aside at the first upload, which happens before.
+    A CUDA graph uploads its own at every replay, from memory that stays as long as ``captured``. While one is captured
+    no memory can be pinned: uploads before set it aside, for ``SPARES`` captures without a step between them.
     """
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self._dtype = dtype
+    SPARES = 2
+
+    def __init__(self) -> None:
         self._contents: object = None
         self._table: torch.Tensor | None = None
-        self._spare: torch.Tensor | None = None
+        self._spares: list[torch.Tensor] = []
 
-    def at(self, rows: list[Any], device: torch.device, filled: object = None) -> torch.Tensor:
-        """Return the table with these rows; ``filled`` says where the caller is going to write to it."""
-        capturing = _is_capturing(device)
+    def at(
+        self, contents: object, make: Callable[[], torch.Tensor], device: torch.device, captured: list[torch.Tensor]
+    ) -> torch.Tensor:
+        """Return the table that ``make`` returns on the host, and that is the same for as long as ``contents`` is."""
+        if capture.is_capturing(device):
+            # Even if nothing has changed: what another graph uploads is there after its replays only, and what the
+            # caller writes to the table of other steps has to stay out of the graph.
+            host = make()
+            spare = next((spare for spare in self._spares if spare.shape == host.shape), None)
+            if spare is None:
+                raise CaptureError(
+                    "expected a step outside of CUDA graphs, with these parameters, before one is captured, and after "
+                    f"every {self.SPARES} captures; take one"
+                )
+            self._spares = [other for other in self._spares if other is not spare]
+            captured.append(spare.copy_(host))
+            return spare.to(device, non_blocking=True)
         # Another stream gets another table: freed memory is used again in the order of its own stream.
-        contents = (rows, filled, device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0)
+        contents = (contents, device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0)
         if self._table is None or self._contents != contents:
-            if capturing and self._spare is not None and self._spare.shape == (len(rows), len(rows[0])):
-                self._spare.copy_(torch.tensor(rows, dtype=self._dtype))
-                self._table = self._spare.to(device, non_blocking=True)
-                _captured.append(self._spare)
-                self._spare = None
-            else:
-                self._table = upload(rows, self._dtype, device)
+            host = make()
+            self._table = upload(host, host.dtype, device)
             self._contents = contents
-        if capturing:
-            _captured.append(self._table)
-        elif device.type == "cuda" and (self._spare is None or self._spare.shape != self._table.shape):
-            self._spare = torch.empty_like(self._table, device="cpu", pin_memory=True)
+            self._spares = [spare for spare in self._spares if spare.shape == host.shape]
+        while len(self._spares) < self.SPARES:
+            self._spares.append(pinned_like(self._table))
         return self._table
 
 

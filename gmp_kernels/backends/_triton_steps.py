@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 
-from gmp_kernels.backends import UpdateTensor
+from gmp_kernels.backends import Constants, UpdateTensor
 from gmp_kernels.backends._rows import address
-from gmp_kernels.backends._triton_tables import Table, Uploads, table_of
+from gmp_kernels.backends._tables import upload
+from gmp_kernels.backends._triton_tables import Recent, Table, stream_of, table_of
 
-__all__ = ["Batch", "ConstantTables", "Row", "batches_of", "prepared_row"]
+__all__ = ["ConstantTables", "Rows", "StepPart", "row_of", "step_parts"]
 
 # In the order of _triton_update.py, with the values that change nothing.
 CONSTANTS = {
@@ -31,7 +33,6 @@ CONSTANTS = {
     "step_size": 0.0,
     "skip": 0.0,
 }
-_ABSENT = list(CONSTANTS.values())
 _COLUMNS = {name: column for column, name in enumerate(CONSTANTS)}
 
 
@@ -53,7 +54,11 @@ class Row(NamedTuple):
     fields: tuple[int, ...]
 
 
-class Batch(NamedTuple):
+class Rows(list[Row]):
+    """Rows of a batch's tensors."""
+
+
+class StepPart(NamedTuple):
     """Tensors of one launch, by their positions in the step, and their table."""
 
     kind: Kind
@@ -61,8 +66,10 @@ class Batch(NamedTuple):
     table: Table
 
 
-def prepared_row(t: UpdateTensor) -> Row:
+def row_of(t: UpdateTensor) -> Row:
     """Make the tensor's row, once."""
+    if isinstance(t.row, Row):
+        return t.row
     state = [s.data_ptr() for s in t.state]
     pointers = [t.weight.data_ptr(), address(t.master), *([] if t.compaction else state)]
     kind = Kind(
@@ -78,47 +85,45 @@ def prepared_row(t: UpdateTensor) -> Row:
     return row
 
 
-def batches_of(rows: Sequence[Row], unaligned: Iterable[int], device: torch.device) -> list[Batch]:
+def step_parts(rows: Sequence[Row], unaligned: Iterable[int], device: torch.device) -> list[StepPart]:
+    """Split the rows of a step by what a launch is compiled for; ``unaligned`` are those of gradients."""
     positions: dict[Kind, list[int]] = {}
     unaligned = set(unaligned)
     for i, row in enumerate(rows):
         kind = row.kind._replace(aligned=False) if i in unaligned else row.kind
         positions.setdefault(kind, []).append(i)
     return [
-        Batch(kind, own, table_of([rows[i].numel for i in own], [rows[i].fields for i in own], device))
+        StepPart(kind, own, table_of([rows[i].numel for i in own], [rows[i].fields for i in own], device))
         for kind, own in positions.items()
     ]
 
 
 class ConstantTables:
-    """Tables of a step's constants, a row to each set of them."""
+    """Tables of a step's constants; those of the same numbers are uploaded once."""
 
-    def __init__(self, uploads: Uploads) -> None:
-        self._uploads = uploads
+    def __init__(self) -> None:
+        self._numbers: Recent[torch.Tensor] = Recent()
+        self._places: Recent[torch.Tensor] = Recent()
 
-    def at(self, constants: Sequence[Mapping[str, float | torch.Tensor]], device: torch.device) -> torch.Tensor:
-        """Return the table. Tensors among the constants are copied on their device, each once, and not looked at."""
-        numbers: list[float] = []
-        places: list[int] = []
-        sources: list[int] = []  # of the places, in ``tensors``
-        tensors: list[torch.Tensor] = []
-        numbering: dict[int, int] = {}
-        for given in constants:
-            row = _ABSENT.copy()
-            for name, value in given.items():
-                if isinstance(value, torch.Tensor):
-                    source = numbering.setdefault(id(value), len(tensors))
-                    if source == len(tensors):
-                        tensors.append(value)
-                    places.append(len(numbers) + _COLUMNS[name])
-                    sources.append(source)
-                else:
-                    row[_COLUMNS[name]] = value
-            numbers += row
-        table = self._uploads.at(numbers, torch.float64, device)
-        if not places:
+    def at(self, constants: Constants, device: torch.device) -> torch.Tensor:
+        """Return the table, row after row. Constants that are on the device stay there and are not looked at."""
+        where = (device, stream_of(device))
+        table = self._numbers.get((where, constants.blocks), partial(_upload_blocks, constants, device))
+        if not constants.on_device:
             return table
-        found = torch.stack(tensors)
-        if sources != list(range(len(tensors))):
-            found = found[self._uploads.at(sources, torch.int64, device)]
-        return table.index_copy(0, self._uploads.at(places, torch.int64, device), found)
+        columns = [(_COLUMNS[name], first, end) for name, first, end, _ in constants.on_device]
+        places = self._places.get((where, columns), partial(_upload_places, columns, device))
+        found = [values.expand(end - first) for _, first, end, values in constants.on_device]
+        return table.index_copy(0, places, torch.cat(found))
+
+
+def _upload_blocks(constants: Constants, device: torch.device) -> torch.Tensor:
+    numbers: list[float] = []
+    for given, count in constants.blocks:
+        numbers += [given.get(name, absent) for name, absent in CONSTANTS.items()] * count
+    return upload(numbers, torch.float64, device)
+
+
+def _upload_places(columns: Sequence[tuple[int, int, int]], device: torch.device) -> torch.Tensor:
+    places = [row * len(CONSTANTS) + column for column, first, end in columns for row in range(first, end)]
+    return upload(places, torch.int64, device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import chain
 from operator import sub
 from typing import NamedTuple, TypeVar
@@ -15,11 +15,12 @@ from gmp_kernels.backends import (
     Bracket,
     Census,
     Compaction,
-    Gradient,
+    Constants,
     Layer,
     Selection,
     StateMove,
     Threshold,
+    UpdateBatch,
     UpdateTensor,
     Written,
     register,
@@ -74,10 +75,6 @@ def _merged(parts: Sequence[_Part], pieces: Sequence[list[T]]) -> list[T]:
     return [found[i] for i in range(len(found))]
 
 
-def _floats(constants: Mapping[str, float | torch.Tensor]) -> dict[str, float]:
-    return {name: float(value) for name, value in constants.items()}
-
-
 def _prepared(t: UpdateTensor) -> _C.UpdateRow:
     """Make the tensor's row, once."""
     state = [address(s) for s in t.state] + [0] * (3 - len(t.state))
@@ -97,6 +94,8 @@ def _prepared(t: UpdateTensor) -> _C.UpdateRow:
 
 class Cpu:
     """Implementation with one call per dtype at most, which nearly always means one call."""
+
+    capturable = False
 
     def select(
         self, layers: Sequence[Layer], num_prune: Sequence[int], hints: Sequence[Threshold | None]
@@ -172,13 +171,17 @@ class Cpu:
     def update(
         self,
         rule: str,
-        tensors: Sequence[UpdateTensor],
-        gradients: Sequence[Gradient],
-        constants: Sequence[Mapping[str, float | torch.Tensor]],
+        batch: UpdateBatch,
+        gradients: Sequence[torch.Tensor],
+        rows: Sequence[int],
+        constants: Constants,
     ) -> None:
-        rows = [t.row if isinstance(t.row, _C.UpdateRow) else _prepared(t) for t in tensors]
-        steps = [(g.tensor.data_ptr(), g.constants) for g in gradients]
-        _C.update(rule, rows, steps, [_floats(c) for c in constants], torch.get_num_threads())
+        if not isinstance(batch.prepared, _C.UpdateBatch):
+            batch.prepared = _C.UpdateBatch(
+                [t.row if isinstance(t.row, _C.UpdateRow) else _prepared(t) for t in batch.tensors]
+            )
+        addresses = [gradient.data_ptr() for gradient in gradients]
+        _C.update(rule, batch.prepared, addresses, rows, constants.on_host(), torch.get_num_threads())
 
     def sum_squares(self, gradients: Sequence[Layer]) -> float:
         rows = [(dtype_name(g.weight), g.weight.data_ptr(), g.weight.numel(), address(g.mask)) for g in gradients]

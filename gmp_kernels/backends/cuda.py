@@ -10,9 +10,9 @@ import itertools
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from functools import partial
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -21,11 +21,12 @@ from gmp_kernels.backends import (
     Bracket,
     Census,
     Compaction,
-    Gradient,
+    Constants,
     Layer,
     Selection,
     StateMove,
     Threshold,
+    UpdateBatch,
     UpdateTensor,
     Written,
     has_nonfinite,
@@ -33,7 +34,7 @@ from gmp_kernels.backends import (
 )
 from gmp_kernels.backends._rows import address, by_dtype, dtype_name
 from gmp_kernels.backends._tables import LayerField, SelectionTables, Table, num_chunks_of, upload
-from gmp_kernels.errors import DeviceError
+from gmp_kernels.errors import CaptureError, DeviceError
 
 _modules: dict[str, ModuleType] = {}
 _missing: dict[str, str] = {}
@@ -60,6 +61,8 @@ _NO_INDEX = (1 << 63) - 1
 class Launches:
     """Implementation by launches of one of the two modules."""
 
+    capturable = True
+
     def __init__(self, module: ModuleType) -> None:
         self._module: Any = module
         self._multiprocessors: dict[torch.device, int] = {}
@@ -79,6 +82,8 @@ class Launches:
                 f"{what}: no memory left on {device} for the workspace, nothing was changed ({error}); free some, or "
                 "prune fewer layers at a time"
             ) from error
+        except CaptureError as error:
+            raise CaptureError(f"{what}: {error}") from None
         except RuntimeError as error:
             raise DeviceError(
                 f"{what}: {device} reports an error, of this call or of an earlier one ({error}); run again with "
@@ -191,53 +196,46 @@ class Launches:
     def update(
         self,
         rule: str,
-        tensors: Sequence[UpdateTensor],
-        gradients: Sequence[Gradient],
-        constants: Sequence[Mapping[str, float | torch.Tensor]],
+        batch: UpdateBatch,
+        gradients: Sequence[torch.Tensor],
+        rows: Sequence[int],
+        constants: Constants,
     ) -> None:
-        if not tensors:
+        if not batch.tensors:
             return
-        device = tensors[0].weight.device
+        device = batch.tensors[0].weight.device
         with self._on(device, "update") as launch:
-            parts_of: dict[str, list[int]] = defaultdict(list)
-            for i, t in enumerate(tensors):
-                parts_of[t.row.dtype if isinstance(t.row, _Row) else _prepared(t).dtype].append(i)
-            steps = []
-            for dtype, positions in parts_of.items():
-                first: _Row = tensors[positions[0]].row  # type: ignore[assignment]
-                values = self._constants(first.constants, constants, device)
-                rows, num_chunks = [], 0
-                for i in positions:
-                    row: _Row = tensors[i].row  # type: ignore[assignment]
-                    gradient = gradients[i]
-                    rows.append((row.weight, gradient.tensor.data_ptr(), *row.others, num_chunks, gradient.constants))
-                    num_chunks += num_chunks_of(row.others[-1], self._module.CHUNK)
-                table = first.table.at(rows, device)
-                steps.append((dtype, table, len(rows), num_chunks, values))
+            if not isinstance(batch.prepared, _Steps):
+                batch.prepared = _Steps(batch.tensors, self._module.CHUNK)
+            steps = batch.prepared
+            values = self._constants(steps, constants, device, batch.captured)
+            addresses = [gradient.data_ptr() for gradient in gradients]
+            tables = [
+                part.table.at((addresses, rows), partial(part.rows_with, addresses, rows), device, batch.captured)
+                for part in steps.parts
+            ]
             # Everything there has to be memory for is there: from here on weights are written.
-            for dtype, table, num_rows, num_chunks, values in steps:
-                self._module.update(launch, dtype, rule, table.data_ptr(), num_rows, num_chunks, values.data_ptr())
+            for part, table in zip(steps.parts, tables, strict=True):
+                num_rows, num_chunks = len(part.positions), part.num_chunks
+                self._module.update(launch, part.dtype, rule, table.data_ptr(), num_rows, num_chunks, values.data_ptr())
 
     def _constants(
-        self, table: Table, constants: Sequence[Mapping[str, float | torch.Tensor]], device: torch.device
+        self, steps: _Steps, constants: Constants, device: torch.device, captured: list[torch.Tensor]
     ) -> torch.Tensor:
         """The constants as the kernels read them; those that are on the device do not leave it."""
         names: Mapping[str, float] = self._module.CONSTANTS
-        rows = []
-        on_device: dict[int, list[tuple[int, torch.Tensor]]] = defaultdict(list)  # by column
-        for i, given in enumerate(constants):
-            values = [given.get(name, absent) for name, absent in names.items()]
-            rows.append([0.0 if isinstance(value, torch.Tensor) else value for value in values])
-            for column, value in enumerate(values):
-                if isinstance(value, torch.Tensor):
-                    on_device[column].append((i, value))
-        filled = {column: [i for i, _ in found] for column, found in on_device.items()}
-        result = table.at(rows, device, filled)
-        for column, found in on_device.items():
-            # Runs of rows, each in one copy.
-            for _, run in itertools.groupby(enumerate(found), lambda pair: pair[1][0] - pair[0]):
-                where, values_there = zip(*(pair for _, pair in run), strict=True)
-                result[where[0] : where[-1] + 1, column].copy_(torch.stack(values_there))
+
+        def make() -> torch.Tensor:
+            blocks = [[given.get(name, absent) for name, absent in names.items()] for given, _ in constants.blocks]
+            counts = [count for _, count in constants.blocks]
+            values = torch.tensor(blocks, dtype=torch.float64, device="cpu")
+            return values.repeat_interleave(torch.tensor(counts, device="cpu"), 0)
+
+        filled = [where for *where, _ in constants.on_device]
+        result = steps.constants.at((constants.blocks, filled), make, device, captured)
+        columns = {name: i for i, name in enumerate(names)}
+        for name, first, end, values in constants.on_device:
+            result[first:end, columns[name]] = values
         return result
 
     def sum_squares(self, gradients: Sequence[Layer]) -> float | torch.Tensor:
@@ -278,28 +276,62 @@ class Launches:
             self._module.repack(launch, table.data_ptr(), len(rows), first_chunk)
 
 
-@dataclass(slots=True)
-class _Row:
-    """A tensor's row of csrc/cuda/tables.h less what changes with every step; and the tables of steps that it heads."""
+class _Row(NamedTuple):
+    """A tensor's row of csrc/cuda/tables.h; what changes with every step, and where it lies in the table, is 0."""
 
     dtype: str
-    weight: int
-    others: tuple[int, ...]
-    table: Table = field(default_factory=lambda: Table(torch.int64))
-    constants: Table = field(default_factory=lambda: Table(torch.float64))
+    values: tuple[int, ...]
+    numel: int
 
 
-def _prepared(t: UpdateTensor) -> _Row:
+def _row(t: UpdateTensor) -> _Row:
     """Make the tensor's row, once."""
+    if isinstance(t.row, _Row):
+        return t.row
     state = [*(s.data_ptr() for s in t.state), 0, 0, 0][:3]
     ranks = None if t.compaction is None else t.compaction.ranks
-    row = _Row(
-        dtype_name(t.weight),
-        t.weight.data_ptr(),
-        (address(t.master), *state, address(t.mask), address(ranks), t.weight.numel()),
-    )
+    addresses = (t.weight.data_ptr(), 0, address(t.master), *state, address(t.mask), address(ranks))
+    row = _Row(dtype_name(t.weight), (*addresses, t.weight.numel(), 0, 0), t.weight.numel())
     t.row = row
     return row
+
+
+class _Part:
+    """The tensors of one dtype in a batch, and their table."""
+
+    GRADIENT, FIRST_CHUNK, CONSTANTS = 1, 9, 10  # fields of a row
+
+    def __init__(self, dtype: str, positions: list[int], rows: Sequence[_Row], chunk: int) -> None:
+        self.dtype = dtype
+        self.positions = positions
+        chunks = [num_chunks_of(row.numel, chunk) for row in rows]
+        self.num_chunks = sum(chunks)
+        self.table = Table()
+        self._rows = torch.tensor([row.values for row in rows], dtype=torch.int64, device="cpu")
+        first_chunks = [0, *itertools.accumulate(chunks)][:-1]
+        self._rows[:, self.FIRST_CHUNK] = torch.tensor(first_chunks, dtype=torch.int64, device="cpu")
+
+    def rows_with(self, gradients: Sequence[int], constants: Sequence[int]) -> torch.Tensor:
+        """Return the rows on the host, given addresses of gradients and rows of constants for the whole batch."""
+        rows = self._rows.clone()
+        for column, values in ((self.GRADIENT, gradients), (self.CONSTANTS, constants)):
+            own = values if len(self.positions) == len(values) else [values[i] for i in self.positions]
+            rows[:, column] = torch.tensor(own, dtype=torch.int64, device="cpu")
+        return rows
+
+
+class _Steps:
+    """A batch as its steps are launched: one part per dtype, and the table of constants."""
+
+    def __init__(self, tensors: Sequence[UpdateTensor], chunk: int) -> None:
+        rows = [_row(t) for t in tensors]
+        positions_of: dict[str, list[int]] = defaultdict(list)
+        for i, row in enumerate(rows):
+            positions_of[row.dtype].append(i)
+        self.parts = [
+            _Part(dtype, positions, [rows[i] for i in positions], chunk) for dtype, positions in positions_of.items()
+        ]
+        self.constants = Table()
 
 
 def _probe() -> str | None:

@@ -18,12 +18,12 @@ from gmp_kernels.backends import (
     Bracket,
     Census,
     Compaction,
-    Gradient,
+    Constants,
     Layer,
     Selection,
     StateMove,
     Threshold,
-    UpdateTensor,
+    UpdateBatch,
     Written,
     has_nonfinite,
     register,
@@ -46,6 +46,8 @@ def _kept(layer: Layer) -> np.ndarray:
 
 class Reference:
     """Implementation with numpy, and torch's plain operators for the optimizer step."""
+
+    capturable = False
 
     def select(
         self, layers: Sequence[Layer], num_prune: Sequence[int], hints: Sequence[Threshold | None]
@@ -129,12 +131,14 @@ class Reference:
     def update(
         self,
         rule: str,
-        tensors: Sequence[UpdateTensor],
-        gradients: Sequence[Gradient],
-        constants: Sequence[Mapping[str, float | torch.Tensor]],
+        batch: UpdateBatch,
+        gradients: Sequence[torch.Tensor],
+        rows: Sequence[int],
+        constants: Constants,
     ) -> None:
-        for t, (gradient, index) in zip(tensors, gradients, strict=True):
-            c = {name: float(value) for name, value in constants[index].items()}
+        given = constants.on_host()
+        for t, gradient, row in zip(batch.tensors, gradients, rows, strict=True):
+            c = given[row]
             if c.get("skip"):
                 continue
             kept = torch.ones(t.weight.shape, dtype=torch.bool)

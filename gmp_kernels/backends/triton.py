@@ -9,7 +9,7 @@ weights.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain
@@ -18,17 +18,18 @@ from typing import Any
 
 import torch
 
+from gmp_kernels import capture
 from gmp_kernels.backends import (
     Backend,
     Bracket,
     Census,
     Compaction,
-    Gradient,
+    Constants,
     Layer,
     Selection,
     StateMove,
     Threshold,
-    UpdateTensor,
+    UpdateBatch,
     Written,
     register,
 )
@@ -48,9 +49,9 @@ from gmp_kernels.backends._triton_search import (
     parts_of,
     slots_for,
 )
-from gmp_kernels.backends._triton_steps import Batch, ConstantTables, Row, batches_of, prepared_row
+from gmp_kernels.backends._triton_steps import ConstantTables, Rows, StepPart, row_of, step_parts
 from gmp_kernels.backends._triton_tables import BLOCK, INTERPRETED, Recent, Uploads, stream_of, table_of
-from gmp_kernels.errors import DeviceError
+from gmp_kernels.errors import CaptureError
 from gmp_kernels.keys import largest_key
 
 # Contraction would round once what csrc/update_rule.h rounds twice.
@@ -64,10 +65,10 @@ SCANNED = 256  # chunks at a time, for the one with the first tie that does not 
 @contextmanager
 def _on(device: torch.device, what: str) -> Iterator[None]:
     """Make the device current and name its errors; refuse what no CUDA graph could replay."""
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise DeviceError(
-            f"{what}: expected no capture, got the current stream in one; backend 'triton' makes its tables on the "
-            "host, which a CUDA graph does not replay; run it outside the graph, or use backend='cuda'"
+    if capture.is_capturing(device):
+        raise CaptureError(
+            f"{what}: expected an operation that a CUDA graph can hold, got one of backend 'triton', which makes its "
+            "tables on the host; call it outside of the capture, or use backend 'cuda'"
         )
     with on_device(device, what):
         yield
@@ -92,9 +93,9 @@ class Triton:
             _interpreter.put_right()
         self._kernels: Any = _triton_kernels
         self._uploads = Uploads()
-        self._constants = ConstantTables(self._uploads)
+        self._constants = ConstantTables()
         self._parts_of: Recent[list[Part]] = Recent()
-        self._batches_of: Recent[list[Batch]] = Recent()
+        self._step_parts: Recent[list[StepPart]] = Recent()
 
     def _launch(self, name: str, num_programs: int, *args: Any, **constants: Any) -> None:
         if num_programs == 0:
@@ -292,36 +293,35 @@ class Triton:
     def update(
         self,
         rule: str,
-        tensors: Sequence[UpdateTensor],
-        gradients: Sequence[Gradient],
-        constants: Sequence[Mapping[str, float | torch.Tensor]],
+        batch: UpdateBatch,
+        gradients: Sequence[torch.Tensor],
+        rows: Sequence[int],
+        constants: Constants,
     ) -> None:
-        if not tensors:
+        if not batch.tensors:
             return
-        k, device = self._kernels, tensors[0].weight.device
+        k, device = self._kernels, batch.tensors[0].weight.device
         with _on(device, "update"):
-            rows = [t.row if isinstance(t.row, Row) else prepared_row(t) for t in tensors]
-            grads = [tensor.data_ptr() for tensor, _ in gradients]
-            which = [index for _, index in gradients]
+            if not isinstance(batch.prepared, Rows):
+                batch.prepared = Rows(map(row_of, batch.tensors))
+            addresses = list(map(torch.Tensor.data_ptr, gradients))
             # Few gradients are not aligned; those that are not get launches of their own.
-            unaligned = [i for i, pointer in enumerate(grads) if pointer & 15]
-            key = (device, stream_of(device), unaligned, rows)
-            batches = self._batches_of.get(key, partial(batches_of, rows, unaligned, device))
+            unaligned = [i for i, pointer in enumerate(addresses) if pointer & 15]
+            key = (device, stream_of(device), unaligned, batch.prepared)
+            parts = self._step_parts.get(key, partial(step_parts, batch.prepared, unaligned, device))
             values = self._constants.at(constants, device)
-            steps = [
-                self._uploads.at(
-                    [*(grads[i] for i in b.positions), *(which[i] for i in b.positions)], torch.int64, device
-                )
-                for b in batches
+            columns = [
+                self._uploads.at([c[i] for c in (addresses, rows) for i in part.positions], torch.int64, device)
+                for part in parts
             ]
             # Everything there has to be memory for is there: from here on weights are written.
-            for (kind, positions, table), own in zip(batches, steps, strict=True):
+            for (kind, positions, table), column in zip(parts, columns, strict=True):
                 self._launch(
                     "update",
                     table.num_chunks,
                     table.rows,
                     table.owners,
-                    own,
+                    column,
                     len(positions),
                     values,
                     RULE=rule,

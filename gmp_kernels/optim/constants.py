@@ -2,14 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
-__all__ = ["Group", "constants_of", "is_on_gpu", "scalar"]
+from gmp_kernels.backends import Constants
+
+__all__ = ["Group", "Steps", "constants_of", "is_on_gpu", "scalar"]
 
 Group: TypeAlias = dict[str, Any]
+
+
+class Steps(NamedTuple):
+    """Parameters of one group about to take a step.
+
+    Attributes
+    ----------
+    group : dict
+    numbers : list of int, or torch.Tensor
+        The number of the step of each, 1 being the first; a float64 tensor where the host does not look at it.
+    members : sequence of int
+        Indices into ``numbers`` of those that need constants.
+    """
+
+    group: Group
+    numbers: list[int] | torch.Tensor
+    members: Sequence[int]
 
 
 def is_on_gpu(value: object) -> bool:
@@ -24,19 +43,17 @@ def scalar(value: Any) -> Any:
 
 def constants_of(
     rule: Callable[[Group, Any], dict[str, Any]],
-    ages: Sequence[tuple[Group, int | torch.Tensor]],
+    steps: Iterable[Steps],
     grad_scale: torch.Tensor | None,
     found_inf: torch.Tensor | None,
-) -> list[dict[str, float | torch.Tensor]]:
-    """Return the kernel's constants for each of ``ages``.
+) -> tuple[Constants, list[int]]:
+    """Return the constants of a step, computed once per group and number, and which row is each member's.
 
     Parameters
     ----------
     rule : callable
         (parameter group, number of the step) to constants; the number may be a float64 tensor of several.
-    ages : sequence of (parameter group, int or torch.Tensor)
-        The number of the step, or a tensor on the parameter's device that holds the number of steps before it: what
-        depends on that becomes a tensor as well.
+    steps : iterable of Steps
     grad_scale, found_inf : torch.Tensor, optional
         Of a GradScaler. With ``found_inf``, neither is looked at on the host.
     """
@@ -44,23 +61,27 @@ def constants_of(
     if grad_scale is not None:
         factor = 1.0 / (float(grad_scale) if found_inf is None else grad_scale.double().reshape(()))
     skip = {} if found_inf is None else {"skip": found_inf.double().reshape(())}
+    constants = Constants([], [])
+    rows: list[int] = []
+    num_rows = 0
 
-    def completed(group: Group, found: dict[str, Any]) -> dict[str, Any]:
-        return {**found, "grad_factor": -factor if group["maximize"] else factor, **skip}
+    def add(group: Group, number: Any, count: int) -> None:
+        nonlocal num_rows
+        values = {**rule(group, number), "grad_factor": -factor if group["maximize"] else factor, **skip}
+        host = {name: value for name, value in values.items() if not isinstance(value, torch.Tensor)}
+        constants.blocks.append((host, count))
+        end = num_rows + count
+        constants.on_device.extend((k, num_rows, end, v) for k, v in values.items() if isinstance(v, torch.Tensor))
+        num_rows = end
 
-    constants: list[dict[str, float | torch.Tensor]] = [
-        {} if isinstance(step, torch.Tensor) else completed(group, rule(group, step)) for group, step in ages
-    ]
-    counted: dict[int, list[int]] = {}
-    for i, (group, step) in enumerate(ages):
-        if isinstance(step, torch.Tensor):
-            counted.setdefault(id(group), []).append(i)
-    # One computation per group, whatever the number of its parameters.
-    for positions in counted.values():
-        group, n = ages[positions[0]][0], len(positions)
-        counts = [step for i in positions if isinstance(step := ages[i][1], torch.Tensor)]
-        found = rule(group, torch.stack(counts).double() + 1)
-        columns = [v.expand(n).unbind() if isinstance(v, torch.Tensor) else [v] * n for v in found.values()]
-        for i, *values in zip(positions, *columns, strict=True):
-            constants[i] = completed(group, dict(zip(found, values, strict=True)))
-    return constants
+    for group, numbers, members in steps:
+        start = num_rows
+        if isinstance(numbers, torch.Tensor):
+            add(group, numbers, len(numbers))
+            rows.extend(start + member for member in members)
+            continue
+        row_of = {number: start + i for i, number in enumerate(dict.fromkeys(numbers))}
+        for number in row_of:
+            add(group, number, 1)
+        rows.extend(row_of[numbers[member]] for member in members)
+    return constants, rows

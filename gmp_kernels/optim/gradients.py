@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from gmp_kernels.backends import Gradient, UpdateTensor, choose
+from gmp_kernels.backends import Constants, UpdateBatch, UpdateTensor, choose
 from gmp_kernels.checks import check_tensors
 from gmp_kernels.errors import ShapeError, SparsityError
 from gmp_kernels.masks import BitMask
@@ -157,9 +157,10 @@ def ema_update_(
             )
     choose(backend, targets[0].weight.device).update(
         "average",
-        [UpdateTensor(t.weight, mask=t.mask) for t in targets],
-        [Gradient(s.weight, 0) for s in sources],
-        [{"one_minus_beta1": 1.0 - decay}],
+        UpdateBatch([UpdateTensor(t.weight, mask=t.mask) for t in targets]),
+        [s.weight for s in sources],
+        [0] * len(sources),
+        Constants([({"one_minus_beta1": 1.0 - decay}, 1)], []),
     )
     torch.autograd.graph.increment_version([target.weight for target in targets])
 

@@ -9,13 +9,16 @@ from weakref import WeakValueDictionary
 
 import torch
 
-from gmp_kernels.backends import Compaction, Gradient, StateMove, UpdateTensor, choose
-from gmp_kernels.errors import LayoutError, ShapeError, StateError, TargetError
+from gmp_kernels import capture
+from gmp_kernels.backends import UpdateTensor, choose
+from gmp_kernels.errors import CaptureError, LayoutError, ShapeError, StateError, TargetError
 from gmp_kernels.masks import BitMask
 from gmp_kernels.ops import apply_masks_
-from gmp_kernels.optim.constants import Group, constants_of, is_on_gpu
+from gmp_kernels.optim.batch import Batch
+from gmp_kernels.optim.compact import Layouts
+from gmp_kernels.optim.constants import constants_of, is_on_gpu
 from gmp_kernels.optim.ready import MASTER, Ready, check_state, checked_grad, is_per_weight, state_dtype
-from gmp_kernels.sharding import is_sharded, local, local_grad, sharded_like
+from gmp_kernels.sharding import is_sharded, local, local_grad
 
 __all__ = ["MaskedOptimizer"]
 
@@ -46,15 +49,19 @@ class MaskedOptimizer(torch.optim.Optimizer):
         self._master_weights = master_weights
         self._backend = backend
         self._masks: dict[torch.Tensor, BitMask] = {}
-        self._compactions: dict[torch.Tensor, Compaction] = {}  # of the parameters whose state is compact now
+        self._layouts = Layouts(backend)  # of the parameters whose state is compact now
         self._ready: dict[int, Ready] = {}  # by the id of the parameter, which it holds
+        self._batch: Batch | None = None  # of the latest step
+        self._captured: list[torch.Tensor] = []  # what CUDA graphs of steps read, beside parameters and state
+        self._captured_bits: dict[torch.Tensor, int] = {}  # and where they found the mask of which parameter
         if any(group.get("differentiable") for group in self.param_groups):
             raise ValueError(f"{self._name}: differentiable=True is not supported; use torch.optim")
 
     def __getstate__(self) -> dict[str, Any]:
         # What copies and pickles carry: torch names three attributes and would drop these.
-        ours = ("_compact_state", "_master_weights", "_backend", "_masks", "_compactions")
-        return super().__getstate__() | {name: getattr(self, name) for name in ours} | {"_ready": {}}
+        ours = ("_compact_state", "_master_weights", "_backend", "_masks", "_layouts")
+        anew: dict[str, Any] = {"_ready": {}, "_batch": None, "_captured": [], "_captured_bits": {}}
+        return super().__getstate__() | {name: getattr(self, name) for name in ours} | anew
 
     @property
     def _name(self) -> str:
@@ -78,12 +85,18 @@ class MaskedOptimizer(torch.optim.Optimizer):
 
     # -- masks -------------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
+    @property
+    def compact_state(self) -> bool:
+        """Whether state is kept for the kept weights only."""
+        return self._compact_state
+
     def set_masks(self, masks: Mapping[torch.Tensor, BitMask]) -> None:
         """Take over masks, zero what they prune in weights and state, and repack compact state.
 
-        ``GMPScheduler`` calls this after every update. The bits are copied: masks that change later have to be set
-        again. Parameters not named keep the mask they have.
+        Every step reads the mask it was given: bits that ``prune_`` changes in place count from the next step on. State
+        of what they prune is zeroed when the masks are set again. Compact state is laid out by the bits it was given,
+        of which it keeps a copy: there, masks that change have to be set again. Parameters not named keep the mask they
+        have. ``GMPScheduler`` hands over its masks by itself.
 
         Parameters
         ----------
@@ -95,8 +108,64 @@ class MaskedOptimizer(torch.optim.Optimizer):
         TargetError
             A parameter this optimizer does not have.
         ShapeError, LayoutError, DTypeError
-            A mask that does not fit. Nothing has changed when one is raised.
+            A mask that does not fit.
+        CaptureError
+            A CUDA graph holds a step of a parameter that had no mask then, or another one. Nothing has changed when one
+            of these is raised.
         """
+        self._check_masks(masks)
+        self.share_masks({p: mask.clone() for p, mask in masks.items()} if self._compact_state else masks)
+
+    @torch.no_grad()
+    def share_masks(self, masks: Mapping[torch.Tensor, BitMask], *, ranked_is_pruned: bool = False) -> None:
+        """``set_masks`` for an owner that gives a mask other bits, in another tensor, rather than write under a layout.
+
+        Parameters
+        ----------
+        masks : mapping of parameter to BitMask
+            As in ``set_masks``; compact state is laid out by their bits themselves.
+        ranked_is_pruned : bool
+            What decides about a weight, its master copy or else itself, is zero already where the masks say so.
+
+        Raises
+        ------
+        StateError
+            Bits by which state is laid out have been written; and as ``set_masks``.
+        """
+        self._check_masks(masks)
+        tensors: list[torch.Tensor] = []
+        bits: list[BitMask] = []
+        for p, mask in masks.items():
+            self._layouts.check(self._name, p)
+            state = self.state.get(p, {})
+            found = [p.detach(), *([state[MASTER]] if MASTER in state else [])]
+            if ranked_is_pruned:
+                found.pop()
+            if not self._compact_state:
+                # Of compact state, what is pruned goes when it is repacked.
+                found += [v for key, v in state.items() if is_per_weight(key, v) and key != MASTER]
+            found = [local(tensor) for tensor in found if local(tensor).numel()]
+            tensors += found
+            bits += [mask] * len(found)
+        apply_masks_(tensors, bits, backend=self._backend)
+        for p, mask in masks.items():
+            self._masks[p] = mask
+            if self._compact_state:
+                self._ready.pop(id(p), None)
+                self._batch = None
+            elif (ready := self._ready.get(id(p))) is not None and ready.bits is not mask.packed:
+                del self._ready[id(p)]
+                self._batch = None
+            elif ready is not None:
+                ready.mask = mask
+        if self._compact_state:
+            self._layouts.repack(self.state, masks)
+
+    def has_mask(self, parameter: torch.Tensor) -> bool:
+        """Whether a mask was set for ``parameter``."""
+        return parameter in self._masks
+
+    def _check_masks(self, masks: Mapping[torch.Tensor, BitMask]) -> None:
         owned = {p for group in self.param_groups for p in group["params"]}
         for p, mask in masks.items():
             if p not in owned:
@@ -106,44 +175,17 @@ class MaskedOptimizer(torch.optim.Optimizer):
                 )
             if mask.shape != (held := local(p).shape):
                 raise ShapeError(f"{self._name}.set_masks: expected shape {tuple(held)}, got {tuple(mask.shape)}")
-        tensors: list[torch.Tensor] = []
-        bits: list[BitMask] = []
-        for p, mask in masks.items():
-            # Compact state has another shape: what is pruned in it goes when it is repacked.
-            state = self.state.get(p, {})
-            found = [p.detach(), *(v for key, v in state.items() if is_per_weight(key, v) and v.shape == p.shape)]
-            found = [local(tensor) for tensor in found if local(tensor).numel()]
-            tensors += found
-            bits += [mask] * len(found)
-        apply_masks_(tensors, bits, backend=self._backend)
-        for p, mask in masks.items():
-            self._masks[p] = mask.clone()
-            self._ready.pop(id(p), None)
-        if self._compact_state:
-            self._repack(masks)
+            if (captured := self._captured_bits.get(p)) is not None and captured != mask.packed.data_ptr():
+                raise CaptureError(
+                    f"{self._name}.set_masks: expected the mask that a parameter of shape {tuple(p.shape)} had when a "
+                    f"CUDA graph captured its step, got {'another one' if captured else 'one where it had none'}; set "
+                    "masks, or build the GMPScheduler, before capturing, and change their bits in place"
+                )
 
     def master_weight(self, parameter: torch.Tensor) -> torch.Tensor | None:
         """Return the float32 copy that the arithmetic of ``parameter`` runs on; None if there is none (yet)."""
         master: torch.Tensor | None = self.state.get(parameter, {}).get(MASTER)
         return None if master is None else local(master)
-
-    def _repack(self, parameters: Iterable[torch.Tensor]) -> None:
-        """Store the state of these parameters for the weights their masks keep, whatever its layout was."""
-        moves: list[StateMove] = []
-        layouts: dict[torch.Tensor, Compaction] = {}
-        for p in parameters:
-            implementation = choose(self._backend, p.device)
-            numel = local(p).numel()
-            layouts[p] = implementation.compaction(self._masks[p].packed, numel)
-            for key, value in self.state.get(p, {}).items():
-                if key == MASTER or not is_per_weight(key, value):
-                    continue
-                packed = torch.empty(layouts[p].num_kept, dtype=value.dtype, device=value.device)
-                moves.append(StateMove(local(value), self._compactions.get(p), packed, layouts[p], numel))
-                self.state[p][key] = packed
-        if moves:
-            choose(self._backend, moves[0].source.device).move_state(moves)
-        self._compactions.update(layouts)
 
     # -- the step ----------------------------------------------------------------------------------------------------
 
@@ -197,17 +239,62 @@ class MaskedOptimizer(torch.optim.Optimizer):
         """
         found_inf: torch.Tensor | None = getattr(self, "found_inf", None)
         grad_scale: torch.Tensor | None = getattr(self, "grad_scale", None)
+        groups = self.param_groups
         # What is on the GPU stays there: looking at it would make the step wait.
         waits = found_inf is not None and found_inf.device.type != "cpu"
-        on_device = [waits or bool(group.get("capturable")) or is_on_gpu(group["lr"]) for group in self.param_groups]
-        if found_inf is not None and not all(on_device) and found_inf.item():
+        lazy = [waits or bool(group.get("capturable")) or is_on_gpu(group["lr"]) for group in groups]
+        if found_inf is not None and not all(lazy) and found_inf.item():
             return
 
-        # A small step is mostly this loop: what was found good the last time is looked at and no more.
-        found: list[tuple[Group, bool, torch.Tensor, torch.Tensor, torch.Tensor, Ready | None]] = []
-        unready: list[tuple[Group, torch.Tensor]] = []
-        for group, stays in zip(self.param_groups, on_device, strict=True):
-            keys = self._state_keys(group)
+        keys = [self._state_keys(group) for group in groups]
+        batch, fresh = self._batch, None
+        gradients = None if batch is None or given is not None else batch.gradients(groups, keys, self.state)
+        if gradients is None:
+            # What the brief look does not settle is looked at parameter by parameter.
+            members, gradients, fresh = self._checked(given, keys, lazy)
+            if not members:
+                return
+            if batch is None or not batch.consists_of(members):
+                batch = Batch(groups, keys, members, self._captured, counts_steps=self.counts_steps)
+            elif given is None:
+                batch.remember(groups, keys)
+            self._batch = batch
+        assert batch is not None
+        device = batch.ready[0].parameter.device
+        capturing = capture.is_capturing(device)
+        if capturing:
+            self._check_capture(device, [lazy[part.index] for part in batch.parts])
+        numbers = batch.steps(groups, lazy, fresh)
+        skips = found_inf if any(lazy) else None
+        constants, rows = constants_of(self._constants, numbers, grad_scale, skips)
+        present = batch.present(gradients)
+        choose(self._backend, device).update(self.rule, batch.updates, present, rows, constants)
+        torch.autograd.graph.increment_version(batch.written)
+        batch.count(1 if skips is None else (skips == 0).to(torch.float32).reshape(()))
+        if capturing:
+            self._captured_bits.update(
+                (r.parameter, 0 if r.bits is None else r.bits.data_ptr()) for r in batch.ready if not r.is_empty
+            )
+
+    def _checked(
+        self,
+        given: Mapping[torch.Tensor, tuple[torch.Tensor, torch.Tensor]] | None,
+        keys: Sequence[tuple[str, ...]],
+        lazy: Sequence[bool],
+    ) -> tuple[list[tuple[int, Ready]], list[torch.Tensor], list[bool]]:
+        """Check every parameter that has a gradient, and create the state that it lacks.
+
+        Returns
+        -------
+        members : list of (int, Ready)
+            With the indices of their groups.
+        gradients : list of torch.Tensor
+        fresh : list of bool
+            Whether state was created, which is before the first step.
+        """
+        found: list[tuple[int, torch.Tensor, torch.Tensor, Ready | None]] = []
+        gradients: list[torch.Tensor] = []
+        for index, group in enumerate(self.param_groups):
             for p in group["params"]:
                 if given is not None:
                     weight, grad = given.get(p, (p, None))
@@ -217,53 +304,49 @@ class MaskedOptimizer(torch.optim.Optimizer):
                     weight, grad = p, p.grad
                 if grad is None:
                     continue
+                self._layouts.check(self._name, p)
                 ready = self._ready.get(id(p))
-                if ready is None or not ready.holds(weight, grad, self.state.get(p), keys):
-                    ready, grad = None, checked_grad(self._name, p, weight, grad, self._masks.get(p))
-                    unready.append((group, p))
-                found.append((group, stays, p, weight, grad, ready))
-        if not found:
-            return
+                if ready is not None and not ready.holds(weight, self.state.get(p), keys[index]):
+                    ready = None
+                if ready is None or not ready.fits(grad):
+                    grad = checked_grad(self._name, p, weight, grad, self._masks.get(p))
+                found.append((index, p, weight, ready))
+                gradients.append(grad)
+        unready = [(index, p) for index, p, _, ready in found if ready is None]
+        for index, p in unready:
+            check_state(self._name, p, self.state.get(p, {}), keys[index], self._layouts.get(p))
         if unready:
-            for group, p in unready:
-                check_state(self._name, p, self.state.get(p, {}), self._state_keys(group), self._compactions.get(p))
-            self._check_device([p for _, _, p, _, _, _ in found])
-        implementation = choose(self._backend, found[0][2].device)
-        rows: list[Ready] = []
-        gradients: list[Gradient] = []
-        ages: list[tuple[Group, int | torch.Tensor]] = []
-        position: dict[tuple[int, int], int] = {}  # in ages
-        steps: list[torch.Tensor] = []
-        for group, stays, p, weight, grad, ready in found:
-            step: int | torch.Tensor = 2  # where steps are not counted: not the first
+            self._check_device([p for _, p, _, _ in found])
+            if capture.is_capturing(found[0][1].device):
+                self._check_capture(found[0][1].device, [lazy[index] for index, *_ in found])
+                if any(self._lacks_state(p, keys[index]) for index, p in unready):
+                    raise CaptureError(
+                        f"{self._name}: expected state that is there before a CUDA graph captures a step, got a "
+                        "parameter without; take a step outside of the graph first"
+                    )
+        members: list[tuple[int, Ready]] = []
+        fresh: list[bool] = []
+        for index, p, weight, ready in found:
+            fresh.append(ready is None and self._init_state(keys[index], p, weight))
             if ready is None:
-                step = 1 if self._init_state(group, p, weight) else step
-                ready = self._ready[id(p)] = self._prepare(group, p, weight)
-            if self.counts_steps:
-                counted = self._step_count(p, ready.state, stays)
-                steps.append(counted)
-                step = counted if stays or counted.device.type != "cpu" else int(counted.item()) + 1
-            if ready.is_empty:
-                continue
-            index = len(ages) if isinstance(step, torch.Tensor) else position.setdefault((id(group), step), len(ages))
-            if index == len(ages):
-                ages.append((group, step))
-            rows.append(ready)
-            gradients.append(Gradient(grad, index))
-        constants = constants_of(self._constants, ages, grad_scale, found_inf if any(on_device) else None)
-        implementation.update(self.rule, [ready.tensor for ready in rows], gradients, constants)
-        torch.autograd.graph.increment_version(list(chain.from_iterable(ready.written for ready in rows)))
-        if steps and found_inf is not None and any(on_device):
-            torch._foreach_add_(steps, (found_inf == 0).to(steps[0]).reshape(()))
-        elif steps:
-            torch._foreach_add_(steps, 1)
+                ready = self._ready[id(p)] = self._prepare(keys[index], p, weight)
+            members.append((index, ready))
+        return members, gradients, fresh
 
-    def _step_count(self, p: torch.Tensor, state: dict[str, Any], stays: bool) -> torch.Tensor:
-        """Return the count of the steps before this one, on the parameter's device if it is to stay there."""
-        count: torch.Tensor = state["step"]
-        if stays and count.device != p.device:
-            count = state["step"] = count.to(p.device)
-        return count
+    def _check_capture(self, device: torch.device, lazy: Iterable[bool]) -> None:
+        """Refuse steps that a CUDA graph would repeat wrongly."""
+        found = None
+        if self._compact_state:
+            found = "compact state, which every update lays out anew; build it with compact_state=False"
+        elif not (implementation := choose(self._backend, device)).capturable:
+            found = f"the backend {type(implementation).__name__.lower()}; build it with backend='cuda'"
+        elif self.counts_steps and not all(lazy):
+            found = "step counts on the host, which would stand still; build it with capturable=True"
+        if found is not None:
+            raise CaptureError(
+                f"{self._name}: expected a step that a CUDA graph can hold, got {found}, or take the step outside of "
+                "the graph"
+            )
 
     def _check_device(self, parameters: Sequence[torch.Tensor]) -> None:
         """Refuse several devices; parameters that are ready are on the one of the latest step."""
@@ -275,27 +358,37 @@ class MaskedOptimizer(torch.optim.Optimizer):
             )
         self._ready = {key: ready for key, ready in self._ready.items() if ready.tensor.weight.device in devices}
 
-    def _prepare(self, group: dict[str, Any], p: torch.Tensor, weight: torch.Tensor) -> Ready:
-        mask, keys, state = self._masks.get(p), self._state_keys(group), self.state[p]
+    def _prepare(self, keys: tuple[str, ...], p: torch.Tensor, weight: torch.Tensor) -> Ready:
+        mask, layout, state = self._masks.get(p), self._layouts.get(p), self.state[p]
+        bits = None if mask is None else mask.packed
         tensor = UpdateTensor(
             weight=weight.detach(),
             master=self.master_weight(p),
             state=tuple(local(state[key]) for key in keys),
-            mask=None if mask is None else mask.packed,
-            compaction=self._compactions.get(p),
+            mask=bits if layout is None else layout.mask,
+            compaction=layout,
         )
-        return Ready(p, weight, state, keys, tensor)
+        return Ready(p, weight, state, keys, tensor, mask, self._layouts.version(p))
 
-    def _init_state(self, group: dict[str, Any], p: torch.Tensor, weight: torch.Tensor) -> bool:
+    def _lacks_state(self, p: torch.Tensor, keys: tuple[str, ...]) -> bool:
+        state = self.state.get(p, {})
+        names = (*keys, *(["step"] if self.counts_steps else []), *([MASTER] if self._has_master(p) else []))
+        return any(state.get(name) is None for name in names)
+
+    def _has_master(self, p: torch.Tensor) -> bool:
+        return self._master_weights and p.dtype in (torch.bfloat16, torch.float16)
+
+    def _init_state(self, keys: tuple[str, ...], p: torch.Tensor, weight: torch.Tensor) -> bool:
         """Create what the state lacks; return whether this is the first step of the parameter."""
         state = self.state[p]
         if self.counts_steps and "step" not in state:
-            state["step"] = torch.tensor(0.0)
-        if self._master_weights and p.dtype in (torch.bfloat16, torch.float16) and MASTER not in state:
+            # On the host whatever torch's default device is.
+            state["step"] = torch.tensor(0.0, device="cpu")
+        if self._has_master(p) and MASTER not in state:
             value = p if is_sharded(p) else weight
             state[MASTER] = value.detach().to(torch.float32, memory_format=torch.preserve_format)
-        missing = [name for name in self._state_keys(group) if state.get(name) is None]
-        layout = self._compactions.get(p)
+        missing = [name for name in keys if state.get(name) is None]
+        layout = self._layouts.get(p)
         for name in missing:
             state[name] = (
                 torch.zeros_like(p, dtype=state_dtype(p), memory_format=torch.preserve_format)
@@ -319,21 +412,8 @@ class MaskedOptimizer(torch.optim.Optimizer):
         for index, p in self._indexed().items():
             if index in result["state"]:
                 # torch hands out the dictionaries it goes on with: one that is being loaded must not turn compact.
-                result["state"][index] = self._dense_state(p) if p in self._compactions else dict(self.state[p])
+                result["state"][index] = self._layouts.dense(p, self.state[p])
         return result
-
-    def _dense_state(self, p: torch.Tensor) -> dict[str, Any]:
-        layout = self._compactions[p]
-        dense = dict(self.state[p])
-        moves = []
-        for key, value in self.state[p].items():
-            if key == MASTER or not is_per_weight(key, value):
-                continue
-            values = torch.empty(local(p).shape, dtype=value.dtype, device=value.device)
-            moves.append(StateMove(value, layout, values, None, values.numel()))
-            dense[key] = sharded_like(values, p)
-        choose(self._backend, p.device).move_state(moves)
-        return dense
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict`` of this class or of the ``torch.optim`` class returned.
@@ -364,12 +444,13 @@ class MaskedOptimizer(torch.optim.Optimizer):
                     f"{index}, got {tuple(value.shape)}; is it the state of another model?"
                 )
         super().load_state_dict(state_dict)
-        self._compactions.clear()
+        self._layouts.clear()
         self._ready.clear()
+        self._batch = None
         # torch casts state to the parameter's dtype, which would round what is kept in float32 on purpose.
         for _, p, key, value in found:
             self.state[p][key] = torch.empty_like(p, dtype=state_dtype(p)).copy_(value)
-        self.set_masks(self._masks)
+        self.share_masks(self._masks)
 
     def _indexed(self) -> dict[int, torch.Tensor]:
         """Parameters by the number ``state_dict`` gives them."""

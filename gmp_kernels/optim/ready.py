@@ -13,7 +13,7 @@ from gmp_kernels.errors import DTypeError, LayoutError, ShapeError, StateError
 from gmp_kernels.masks import BitMask
 from gmp_kernels.sharding import local
 
-__all__ = ["MASTER", "Ready", "check_state", "checked_grad", "is_per_weight", "state_dtype"]
+__all__ = ["MASTER", "Ready", "check_state", "checked_grad", "is_per_weight", "state_dtype", "version_of"]
 
 MASTER = "master_weight"  # the name of the float32 copy in the state
 
@@ -27,15 +27,21 @@ class Ready:
     state : dict
         Its entry in the optimizer's state.
     tensor : UpdateTensor
+    mask : BitMask or None
+        Its mask; ``bits`` are the packed ones that were there.
+    layout : Compaction or None
+        Of compact state; its bits were at ``version``.
     written : list of torch.Tensor
         All that a step changes.
     is_empty : bool
         Whether there is nothing of it here.
+    pointer, shape, stride, dtype, device
+        Of what is here of the parameter, and therefore of its gradient.
     """
 
     __slots__ = (
-        *("parameter", "state", "tensor", "written", "is_empty"),
-        *("_pointer", "_shape", "_stride", "_dtype", "_keys", "_names", "_held"),
+        *("parameter", "state", "tensor", "mask", "bits", "layout", "version", "written", "is_empty"),
+        *("pointer", "shape", "stride", "dtype", "device", "_keys", "_names", "_held"),
     )
 
     def __init__(
@@ -45,31 +51,46 @@ class Ready:
         state: dict[str, Any],
         keys: tuple[str, ...],
         tensor: UpdateTensor,
+        mask: BitMask | None,
+        version: int,
     ) -> None:
         self.parameter = parameter
         self.state = state
         self.tensor = tensor
+        self.mask, self.bits = mask, tensor.mask
+        self.layout, self.version = tensor.compaction, version
         # A plain parameter and what is detached from it count versions together.
         own = [parameter] if weight is parameter else [parameter, tensor.weight]
         self.written = [t for t in (*own, tensor.master, *tensor.state) if t is not None]
         self.is_empty = weight.numel() == 0
-        self._pointer = weight.data_ptr()
-        self._shape, self._stride, self._dtype = weight.shape, weight.stride(), weight.dtype
+        self.pointer = weight.data_ptr()
+        self.shape, self.stride, self.dtype = weight.shape, weight.stride(), weight.dtype
+        self.device = weight.get_device()
         self._keys = keys
         self._names = (MASTER, *keys) if MASTER in state else keys
         self._held = tuple(map(state.get, self._names))
 
-    def holds(self, p: torch.Tensor, grad: torch.Tensor, state: dict[str, Any] | None, keys: tuple[str, ...]) -> bool:
-        """Whether parameter and state are still those that were checked, and the gradient is like them."""
+    def holds(self, weight: torch.Tensor, state: dict[str, Any] | None, keys: tuple[str, ...]) -> bool:
+        """Whether parameter, mask and state are still those that were checked."""
         return (
             state is self.state
-            and p.data_ptr() == self._pointer
-            and not grad.is_sparse
-            and grad.dtype is self._dtype
-            and grad.stride() == self._stride
-            and p.shape == self._shape  # its strides and dtype are the gradient's
+            and weight.data_ptr() == self.pointer
+            and weight.shape == self.shape
+            and weight.stride() == self.stride
+            and weight.dtype is self.dtype
             and keys == self._keys
+            and (self.mask is None or self.layout is not None or self.mask.packed is self.bits)
             and all(map(operator.is_, map(state.get, self._names), self._held))
+        )
+
+    def fits(self, grad: torch.Tensor) -> bool:
+        """Whether a kernel can walk this gradient beside the parameter."""
+        return (
+            grad.layout is torch.strided
+            and grad.dtype is self.dtype
+            and grad.shape == self.shape
+            and grad.stride() == self.stride
+            and grad.get_device() == self.device
         )
 
 
@@ -91,6 +112,16 @@ def checked_grad(
         raise DTypeError(f"{optimizer}: expected float32, float64, bfloat16 or float16 parameters, got {p.dtype}")
     if grad.dtype != p.dtype:
         raise DTypeError(f"{optimizer}: expected gradients of their parameter's {p.dtype}, got {grad.dtype}; cast")
+    if grad.shape != weight.shape:
+        raise ShapeError(
+            f"{optimizer}: expected gradients of their parameter's shape {tuple(weight.shape)}, got "
+            f"{tuple(grad.shape)}; compute them again after reshaping a parameter"
+        )
+    if grad.device != weight.device:
+        raise LayoutError(
+            f"{optimizer}: expected gradients on their parameter's {weight.device}, got {grad.device}; compute them "
+            "again after moving a model"
+        )
     if mask is not None and mask.shape != weight.shape:
         raise ShapeError(
             f"{optimizer}: expected the shape {tuple(mask.shape)} that the mask was made for, got a parameter of "
@@ -132,6 +163,11 @@ def check_state(
                 f"that is now {p.dtype} of shape {tuple(p.shape)}, got {value.dtype} of shape {tuple(value.shape)} "
                 f"on {value.device}; load the state again after converting or moving a model"
             )
+
+
+def version_of(tensor: torch.Tensor) -> int:
+    """Return how often it was written in place; inference tensors do not count that."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def is_per_weight(key: str, value: object) -> bool:
