@@ -38,7 +38,7 @@ CUT, NONFINITE, LAYER_FIELDS = map(tl.constexpr, range(3))
 # needed, the lists' sizes being the ties or not.
 LISTED, UNLISTED, DONE, TIES_COUNTED = map(tl.constexpr, range(4))
 
-COUNTERS = tl.constexpr(4)  # below and pruned, a cache sector to the slot
+COUNTERS = tl.constexpr(4)  # below, pruned and inside, a cache sector to the slot
 
 
 @triton.jit
@@ -117,23 +117,29 @@ def begin(
 
 
 @triton.jit
-def _list_bracket(
-    keys, inside, chunk, group, state, num_groups, bins, lists, capacity, sizes,
-    BLOCK: tl.constexpr, LISTS: tl.constexpr,
-):  # fmt: skip
-    """Bins of the keys inside, and a list of them if it fits; its size says whether."""
-    num_inside = tl.sum(inside.to(tl.int32))
-    lo = tl.load(state + HEADER + LO * num_groups + group)
-    if lo == tl.load(state + HEADER + HI * num_groups + group):  # all in one bin: no need to go there one by one
-        tl.atomic_add(bins, num_inside.to(tl.int64), mask=num_inside > 0)
-    elif num_inside > 0:
-        shift = tl.load(state + HEADER + SHIFT * num_groups + group)
-        bin = (keys - lo.to(keys.dtype)) >> shift.to(keys.dtype)
-        tl.atomic_add(bins + bin, tl.full(bin.shape, 1, tl.int64), mask=inside)
-    if LISTS:
-        if (num_inside > 0) & (num_inside <= capacity):
-            tl.store(lists + chunk * capacity + flags_before(inside, BLOCK), keys, mask=inside)
-        tl.store(sizes + chunk, num_inside)
+def _list(keys, inside, num_inside, chunk, lists, capacity, sizes, BLOCK: tl.constexpr):
+    """Keep the keys inside the bracket, in any order, if they fit; the size of the list says whether."""
+    if (num_inside > 0) & (num_inside <= capacity):
+        tl.store(lists + chunk * capacity + flags_before(inside, BLOCK), keys, mask=inside)
+    tl.store(sizes + chunk, num_inside)
+
+
+@triton.jit
+def _bin(keys, inside, lo, state, num_groups, group, bins):
+    bin = (keys - lo) >> tl.load(state + HEADER + SHIFT * num_groups + group).to(keys.dtype)
+    tl.atomic_add(bins + bin, tl.full(bin.shape, 1, tl.int64), mask=inside)
+
+
+@triton.jit
+def _sums(keys, lo, hi, INFINITY: tl.constexpr):
+    """How many keys are at or above ``lo``, how many above ``hi``, and in how many rows one is NaN or Inf.
+
+    In 16 bits each of one sum, because a sum over a tile waits for all of its threads; one over a row is a thread's.
+    """
+    rows = tl.sum((keys >= lo).to(tl.int32) + ((keys > hi).to(tl.int32) << 16), axis=1)
+    strange = (tl.max(keys, axis=1) >= INFINITY).to(tl.int64)
+    total = tl.sum(rows.to(tl.int64) | (strange << 32))
+    return total & 0xFFFF, (total >> 16) & 0xFFFF, total >> 32
 
 
 @triton.jit
@@ -144,21 +150,30 @@ def _count(
 ):  # fmt: skip
     n, group = tl.load(row + N), tl.load(row + GROUP)
     keys, kept, index = keys_of_chunk(row, begin, BITS, INFINITY, BLOCK, ALIGNED, FULL)
+    num_kept = tl.minimum(n - begin, BLOCK)
+    if tl.load(row + MASK) != 0:
+        num_kept = tl.sum(kept.to(tl.int32)).to(tl.int64)
+    keys = tl.where(kept, keys, -1)
     lo = tl.load(state + HEADER + LO * num_groups + group).to(keys.dtype)
     hi = tl.load(state + HEADER + HI * num_groups + group).to(keys.dtype)
+    not_below, above, num_strange = _sums(keys, lo, hi, INFINITY)
+    inside = (keys >= lo) & (keys <= hi)
+    below, num_inside, pruned = num_kept - not_below, tl.maximum(not_below - above, 0), n - begin
+    pruned = tl.minimum(pruned, BLOCK) - num_kept
     bins = work + group * (num_bins + COUNTERS * slots)
     # Sums of one address wait for one another: neighbours add to different ones.
     counters = bins + num_bins + chunk % slots * COUNTERS
-    below = tl.sum((kept & (keys < lo)).to(tl.int32))
-    tl.atomic_add(counters, below.to(tl.int64), mask=below > 0)
-    pruned = tl.minimum(n - begin, BLOCK).to(tl.int32) - tl.sum(kept.to(tl.int32))
-    tl.atomic_add(counters + 1, pruned.to(tl.int64), mask=pruned > 0)
-    if tl.max(tl.where(kept, keys, 0)) >= INFINITY:
-        first = tl.min(tl.where(kept & (keys >= INFINITY), index, NO_INDEX))
+    tl.atomic_add(counters, below, mask=below > 0)
+    tl.atomic_add(counters + 1, pruned, mask=pruned > 0)
+    if num_strange > 0:
+        first = tl.min(tl.where(keys >= INFINITY, index, NO_INDEX))
         tl.atomic_max(nonfinite, -first + NO_INDEX)  # so that zeros say there is none
         tl.store(stop, 1)
-    inside = kept & (keys >= lo) & (keys <= hi)
-    _list_bracket(keys, inside, chunk, group, state, num_groups, bins, lists, capacity, sizes, BLOCK, LISTS)
+    if LISTS:
+        tl.atomic_add(counters + 2, num_inside, mask=num_inside > 0)
+        _list(keys, inside, num_inside, chunk, lists, capacity, sizes, BLOCK)
+    elif num_inside > 0:
+        _bin(keys, inside, lo, state, num_groups, group, bins)
 
 
 @triton.jit(
@@ -168,7 +183,7 @@ def count(
     table, owners, state, num_groups, stop, work, num_bins, slots, lists, capacity, sizes,
     BITS: tl.constexpr, INFINITY: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr, LISTS: tl.constexpr,
 ):  # fmt: skip
-    """One read of the weights: how many lie below the bracket, the bins of those inside, and a list of them.
+    """One read of the weights: how many lie below the bracket and in it, and a list of those; without LISTS their bins.
 
     ``stop`` is set where a weight is NaN or Inf.
     """
@@ -193,38 +208,43 @@ def narrow(
     KEY_BITS: tl.constexpr, LARGEST: tl.constexpr, BIN_BITS: tl.constexpr, MAX_SLOTS: tl.constexpr,
     AFTER_COUNT: tl.constexpr,
 ):  # fmt: skip
-    """Prove one group's bracket by what was counted, shrink it to the bin with the wanted key, and clear the bins."""
+    """Prove one group's bracket by what was counted; after a recount, shrink it to the bin with the wanted key."""
     group = tl.program_id(0).to(tl.int64)
     header = state
     state += HEADER + group
     mode = tl.load(state + MODE * num_groups)
     if mode < DONE:
-        number = tl.arange(0, 1 << BIN_BITS)
         bins = work + group * ((1 << BIN_BITS) + COUNTERS * slots)
-        counts = tl.load(bins + number)
+        lo, hi = tl.load(state + LO * num_groups), tl.load(state + HI * num_groups)
+        shift, num_prune = tl.load(state + SHIFT * num_groups), tl.load(wanted + group)
         if AFTER_COUNT:
             slot = tl.arange(0, MAX_SLOTS)
             counters = bins + (1 << BIN_BITS) + slot * COUNTERS
             below = tl.sum(tl.load(counters, mask=slot < slots, other=0))
             pruned = tl.sum(tl.load(counters + 1, mask=slot < slots, other=0))
+            inside = tl.sum(tl.load(counters + 2, mask=slot < slots, other=0))
             tl.store(state + PRUNED * num_groups, pruned)
+            rank = num_prune - pruned - 1 - below  # in the bracket
+            first, last, ties, lower = lo, hi, inside, below
+            is_key, finer = lo == hi, shift
         else:
-            below = tl.load(state + BELOW * num_groups)
-            pruned = tl.load(state + PRUNED * num_groups)
-        tl.store(bins + number, tl.zeros([1 << BIN_BITS], tl.int64))
-        lo, hi = tl.load(state + LO * num_groups), tl.load(state + HI * num_groups)
-        shift, num_prune = tl.load(state + SHIFT * num_groups), tl.load(wanted + group)
+            below, pruned = tl.load(state + BELOW * num_groups), tl.load(state + PRUNED * num_groups)
+            number = tl.arange(0, 1 << BIN_BITS)
+            counts = tl.load(bins + number)
+            tl.store(bins + number, tl.zeros([1 << BIN_BITS], tl.int64))
+            inside = tl.sum(counts)
+            rank = num_prune - pruned - 1 - below
+            bin = tl.minimum(tl.sum((tl.cumsum(counts, 0) <= rank).to(tl.int64)), (1 << BIN_BITS) - 1)
+            first = lo + (bin << shift)
+            last = tl.minimum(first + (tl.full([], 1, tl.int64) << shift) - 1, hi)
+            ties = tl.sum(tl.where(number == bin, counts, 0))
+            lower = below + tl.sum(tl.where(number < bin, counts, 0))
+            is_key, finer = shift == 0, tl.maximum(shift - BIN_BITS, 0)
 
-        inside = tl.sum(counts)
-        rank = num_prune - pruned - 1 - below  # in the bracket
-        bin = tl.minimum(tl.sum((tl.cumsum(counts, 0) <= rank).to(tl.int64)), (1 << BIN_BITS) - 1)
-        ties = tl.sum(tl.where(number == bin, counts, 0))
-        lower = below + tl.sum(tl.where(number < bin, counts, 0))
-        first = lo + (bin << shift)
         too_high = rank < 0
         proven = (rank >= 0) & (rank < inside)
         nothing = num_prune <= pruned
-        exact = proven & (shift == 0)
+        exact = proven & is_key
         ties_kept = pruned + lower + ties - num_prune
         if nothing | exact:
             tl.store(state + KEY * num_groups, tl.where(nothing, 0, first))
@@ -237,11 +257,10 @@ def narrow(
             if (ties_kept > 0) & (nothing == 0):
                 tl.atomic_add(header + NUM_WITH_TIES, 1)
         else:
-            last = tl.minimum(first + (tl.full([], 1, tl.int64) << shift) - 1, hi)
             tl.store(state + LO * num_groups, tl.where(proven, first, tl.where(too_high, 0, hi + 1)))
             tl.store(state + HI * num_groups, tl.where(proven, last, tl.where(too_high, lo - 1, LARGEST)))
             widest = KEY_BITS - BIN_BITS if KEY_BITS > BIN_BITS else 0
-            tl.store(state + SHIFT * num_groups, tl.where(proven, tl.maximum(shift - BIN_BITS, 0), widest))
+            tl.store(state + SHIFT * num_groups, tl.where(proven, finer, widest))
             tl.store(state + BELOW * num_groups, tl.where(proven, lower, tl.where(too_high, 0, below + inside)))
             tl.store(state + MODE * num_groups, tl.where(proven, LISTED, UNLISTED).to(tl.int64))
 
@@ -256,7 +275,10 @@ def _recount(
     lo = tl.load(state + HEADER + LO * num_groups + group).to(keys.dtype)
     hi = tl.load(state + HEADER + HI * num_groups + group).to(keys.dtype)
     inside = kept & (keys >= lo) & (keys <= hi)
-    _list_bracket(keys, inside, chunk, group, state, num_groups, bins, lists, capacity, sizes, BLOCK, True)
+    num_inside = tl.sum(inside.to(tl.int32))
+    if num_inside > 0:
+        _bin(keys, inside, lo, state, num_groups, group, bins)
+    _list(keys, inside, num_inside, chunk, lists, capacity, sizes, BLOCK)
 
 
 @triton.jit(
