@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import chain
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, TypeAlias, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from gmp_kernels.backends import Layer, Threshold
-from gmp_kernels.backends._layers import Columns, Selections
-from gmp_kernels.backends._rows import INTEGERS, address
+from gmp_kernels.backends._layers import Columns, Selections, merged, records
+from gmp_kernels.backends._rows import address, on_device
 from gmp_kernels.backends._tables import upload
 from gmp_kernels.backends._triton_tables import BLOCK, Table, table_of
 from gmp_kernels.keys import key_of, largest_key
@@ -24,12 +25,12 @@ __all__ = [
     "FoundSelections",
     "Part",
     "counts_of",
-    "in_order",
     "parts_of",
-    "slots_for",
+    "taken",
 ]
 
 T = TypeVar("T")
+Numbers: TypeAlias = npt.NDArray[np.int64]
 
 MAX_BIN_BITS = 11  # 2048 bins: each pass narrows a key by so many bits
 MAX_BINS = 1 << 18  # of all groups together: 2 MB
@@ -41,9 +42,14 @@ NO_INDEX = (1 << 63) - 1
 HEADER, STATE_FIELDS, KEY, LAYER_FIELDS, COUNTERS = 2, 10, 6, 2, 4
 
 
-def slots_for(number: int) -> int:
+def _slots(number: int, most_chunks: int) -> int:
     """Slots of each of so many sums: many where there are few of them, for then each is added to often."""
-    return max(1, min(MAX_SLOTS, 4096 // number))
+    return max(1, min(MAX_SLOTS, 4096 // number, most_chunks))
+
+
+def taken(column: Sequence[T], positions: Sequence[int]) -> Sequence[T]:
+    """Return the entries of one part in a column of all layers; most calls have one part."""
+    return [column[i] for i in positions] if len(positions) < len(column) else column
 
 
 class Part(NamedTuple):
@@ -58,6 +64,8 @@ class Part(NamedTuple):
     aligned: bool
     table: Table
     group_table: torch.Tensor
+    group_slots: int
+    layer_slots: int
     bin_bits: int
     capacity: int
     start: int  # of its state in the buffer
@@ -85,7 +93,7 @@ class Part(NamedTuple):
     @property
     def end(self) -> int:
         """End of its state in the buffer."""
-        return self.counts_start + self.num_layers * slots_for(self.num_layers) * COUNTERS
+        return self.counts_start + self.num_layers * self.layer_slots * COUNTERS
 
 
 def parts_of(layers: Sequence[Layer], *, is_global: bool) -> list[Part]:
@@ -128,12 +136,14 @@ def _part(layers: Sequence[Layer], positions: list[int], is_global: bool, larges
         all(weight.data_ptr() % 16 == 0 for weight in weights),
         table,
         upload(group_rows, torch.int64, device),
+        _slots(len(members), max(row[-1] for row in group_rows)),
+        _slots(len(layers), -(-max(numels) // BLOCK)),
         bin_bits,
         0,
         start,
     )
     # Lists get what memory the rest leaves.
-    num_bins = len(members) * ((1 << bin_bits) + COUNTERS * slots_for(len(members)))
+    num_bins = len(members) * ((1 << bin_bits) + COUNTERS * part.group_slots)
     tables = table.rows.nbytes + table.owners.nbytes + part.group_table.nbytes + 32 * len(layers)
     left = MEMORY_SHARE * largest + MEMORY_BYTES - 8 * (num_bins + part.end) - tables - 2 * table.num_chunks
     capacity = int(left) // (table.num_chunks * dtype.itemsize)
@@ -155,7 +165,8 @@ class FoundSelections(Selections):
         self.layers, self.parts = layers, parts
         # Set once a NaN or Inf is found; then the state of the parts.
         self.buffer = torch.zeros(parts[-1].end, dtype=torch.int64, device=parts[0].device)
-        self._values: torch.Tensor | None = None
+        self.states = [self.buffer[part.start : part.end] for part in parts]
+        self._values: Numbers | None = None
         self._found: Columns | None = None
 
     @classmethod
@@ -172,10 +183,11 @@ class FoundSelections(Selections):
             result.buffer[part.layers_start : part.counts_start : LAYER_FIELDS] = uploaded[groups:]
         return result
 
-    def read(self) -> torch.Tensor:
+    def read(self) -> Numbers:
         """Read the buffer as it is now; waits for the device."""
-        self._values = self.buffer.cpu()
-        return self._values
+        with on_device(self.buffer.device, "select"):
+            self._values = values = self.buffer.cpu().numpy()
+        return values
 
     @property
     def columns(self) -> Columns:
@@ -184,33 +196,31 @@ class FoundSelections(Selections):
             values = self.read() if self._values is None else self._values
             thresholds, cuts, nonfinite = zip(*(_columns(part, values) for part in self.parts), strict=True)
             groups, positions = ([getattr(part, name) for part in self.parts] for name in ("groups", "positions"))
-            self._found = Columns(
-                in_order(groups, thresholds), in_order(positions, cuts), in_order(positions, nonfinite)
-            )
+            self._found = Columns(merged(groups, thresholds), merged(positions, cuts), merged(positions, nonfinite))
         return self._found
 
     def __len__(self) -> int:
         return sum(len(part.groups) for part in self.parts)
 
 
-def counts_of(part: Part, values: torch.Tensor) -> tuple[list[int], list[int]]:
+def counts_of(part: Part, values: Numbers) -> tuple[list[int], list[int]]:
     """Weights kept before and after ``apply``, of each layer, in the buffer as read."""
-    slots = values[part.counts_start : part.end].view(part.num_layers, -1, COUNTERS)
-    before, after, *_ = slots.sum(1).t().tolist()
+    slots = values[part.counts_start : part.end].reshape(part.num_layers, -1, COUNTERS)
+    before, after, *_ = slots.sum(1).T.tolist()
     return before, after
 
 
-def _columns(part: Part, values: torch.Tensor) -> tuple[list[Threshold], list[int], list[int]]:
-    state = values[part.start + HEADER : part.layers_start].view(STATE_FIELDS, -1)
-    cuts, nonfinite = values[part.layers_start : part.counts_start].view(-1, LAYER_FIELDS).t().tolist()
-    magnitudes = state[KEY].to(INTEGERS[part.dtype.itemsize]).view(part.dtype).double()  # all at once
-    thresholds = list(map(Threshold, magnitudes.tolist(), *state[KEY + 1 :].tolist()))
-    return thresholds, cuts, [NO_INDEX - index if index else -1 for index in nonfinite]
+def _columns(part: Part, values: Numbers) -> tuple[list[Threshold], list[int], list[int]]:
+    state = values[part.start + HEADER : part.layers_start].reshape(STATE_FIELDS, -1)
+    cuts, nonfinite = values[part.layers_start : part.counts_start].reshape(-1, LAYER_FIELDS).T
+    thresholds = records(Threshold, _magnitudes(state[KEY], part.dtype), *state[KEY + 1 :].tolist())
+    return thresholds, cuts.tolist(), np.where(nonfinite, NO_INDEX - nonfinite, -1).tolist()
 
 
-def in_order(positions: Sequence[Sequence[int]], columns: Sequence[list[T]]) -> list[T]:
-    """A column of all layers, from that of each part."""
-    if len(columns) == 1:
-        return columns[0]
-    found = dict(zip(chain.from_iterable(positions), chain.from_iterable(columns), strict=True))
-    return [found[i] for i in range(len(found))]
+def _magnitudes(keys: Numbers, dtype: torch.dtype) -> list[float]:
+    """``keys.magnitude_of`` for many keys."""
+    if dtype == torch.bfloat16:
+        keys, dtype = keys << 16, torch.float32
+    integers, floats = f"i{dtype.itemsize}", f"f{dtype.itemsize}"
+    magnitudes: list[float] = keys.astype(integers).view(floats).tolist()
+    return magnitudes

@@ -177,7 +177,8 @@ def _count(
 
 
 @triton.jit(
-    do_not_specialize=["num_groups", "num_bins", "slots", "capacity"], do_not_specialize_on_alignment=["state", "stop"]
+    do_not_specialize=["num_groups", "num_bins", "slots", "capacity"],
+    do_not_specialize_on_alignment=["state", "work"],
 )
 def count(
     table, owners, state, num_groups, stop, work, num_bins, slots, lists, capacity, sizes,

@@ -33,7 +33,7 @@ from gmp_kernels.backends import (
     Written,
     register,
 )
-from gmp_kernels.backends._layers import Layers, columns_of, prepared
+from gmp_kernels.backends._layers import Layers, columns_of, device_of, merged, prepared, records
 from gmp_kernels.backends._rows import INTEGERS, address, on_device
 from gmp_kernels.backends._tables import upload
 from gmp_kernels.backends._triton_search import (
@@ -45,9 +45,8 @@ from gmp_kernels.backends._triton_search import (
     FoundSelections,
     Part,
     counts_of,
-    in_order,
     parts_of,
-    slots_for,
+    taken,
 )
 from gmp_kernels.backends._triton_steps import ConstantTables, Rows, StepPart, row_of, step_parts
 from gmp_kernels.backends._triton_tables import BLOCK, INTERPRETED, Recent, Uploads, stream_of, table_of
@@ -72,10 +71,6 @@ def _on(device: torch.device, what: str) -> Iterator[None]:
         )
     with on_device(device, what):
         yield
-
-
-def _device_of(layers: Sequence[Layer]) -> torch.device:
-    return layers.facts.device if isinstance(layers, Layers) else layers[0].weight.device
 
 
 class Triton:
@@ -106,11 +101,11 @@ class Triton:
 
     def _parts(self, layers: Sequence[Layer], *, is_global: bool = False) -> list[Part]:
         """Layers in groups of one or all together, as tables; made when their addresses change."""
-        device = _device_of(layers)
+        device = device_of(layers)
         stream = stream_of(device)
         make = partial(parts_of, layers, is_global=is_global)
         if isinstance(layers, Layers):
-            return prepared(layers, f"triton, {is_global}, {stream}", make)
+            return prepared(layers, ("triton", is_global, stream), make)
         addresses = [(weight.data_ptr(), address(mask)) for weight, mask in layers]
         shapes = [(weight.dtype, weight.numel()) for weight, _ in layers]
         return self._parts_of.get((is_global, device, stream, addresses, shapes), make)
@@ -130,22 +125,27 @@ class Triton:
         self._launch("begin", groups, part.table.rows, part.group_table, wanted, state, groups, **tile, **constants)
 
     def select(
-        self, layers: Sequence[Layer], num_prune: Sequence[int], hints: Sequence[Threshold | None]
+        self,
+        layers: Sequence[Layer],
+        num_prune: Sequence[int],
+        hints: Sequence[Threshold | None],
+        *,
+        prunes: bool = False,
     ) -> FoundSelections:
-        with _on(_device_of(layers), "select"):
+        with _on(device_of(layers), "select"):
             found = FoundSelections(layers, self._parts(layers, is_global=len(num_prune) != len(layers)))
-            for part in found.parts:
-                self._select(part, [num_prune[g] for g in part.groups], found.buffer)
+            for part, state in zip(found.parts, found.states, strict=True):
+                self._select(part, taken(num_prune, part.groups), state, found.buffer)
         return found
 
-    def _select(self, part: Part, num_prune: list[int], buffer: torch.Tensor) -> None:
+    def _select(self, part: Part, num_prune: Sequence[int], state: torch.Tensor, stop: torch.Tensor) -> None:
         """Bracket each group's threshold by a sample, and count until the bracket has shrunk to one key.
 
         However wrong the brackets are, so many passes do; those of groups that are done cost next to nothing, where
         asking which are would cost a wait for the GPU.
         """
         table, device, groups, bits = part.table, part.device, len(part.groups), part.bin_bits
-        slots, state = slots_for(groups), buffer[part.start :]
+        slots = part.group_slots
         wanted = self._uploads.at(num_prune, torch.int64, device)
         work = torch.zeros(groups * ((1 << bits) + COUNTERS * slots), dtype=torch.int64, device=device)
         lists = torch.empty(table.num_chunks * part.capacity, dtype=INTEGERS[part.dtype.itemsize], device=device)
@@ -160,7 +160,7 @@ class Triton:
 
         self._bracket(part, state, wanted)
         chunks = (table.rows, table.owners)
-        arguments: tuple[Any, ...] = (*chunks, state, groups, buffer, *counted)
+        arguments: tuple[Any, ...] = (*chunks, state, groups, stop, *counted)
         self._launch("count", table.num_chunks, *arguments, **tile, ALIGNED=part.aligned, LISTS=True)
         self._launch("narrow", groups, *narrowed, **constants, AFTER_COUNT=True)
         for _ in range(-(-part.key_bits // bits)):
@@ -173,7 +173,7 @@ class Triton:
         self._launch("place_cuts", groups, *arguments, **tile, BIN_BITS=bits, SCAN=SCANNED)
 
     def sample(self, layers: Sequence[Layer], shares: Sequence[float]) -> list[Bracket]:
-        device = _device_of(layers)
+        device = device_of(layers)
         found: dict[int, Bracket] = {}
         with _on(device, "sample"):
             for part in self._parts(layers, is_global=len(shares) != len(layers)):
@@ -194,7 +194,7 @@ class Triton:
         rooms: Sequence[torch.Tensor | None] | None = None,
     ) -> list[Census]:
         found: dict[int, Census] = {}
-        with _on(_device_of(layers), "count"):
+        with _on(device_of(layers), "count"):
             for part in self._parts(layers):
                 given = [brackets[i] for i in part.positions]
                 counted, state = self._count(part, given, num_bins)
@@ -210,7 +210,7 @@ class Triton:
     def _count(self, part: Part, brackets: Sequence[Bracket], num_bins: int) -> tuple[list[Census], torch.Tensor]:
         """Counts of each layer, and the state with its bracket."""
         table, device, groups = part.table, part.device, len(part.groups)
-        slots = slots_for(groups)
+        slots = part.group_slots
         columns = *zip(*brackets, strict=True), [bracket.shift(num_bins) for bracket in brackets]
         width = num_bins + COUNTERS * slots
         # A word for the flag that selections look at, the state, and what is counted: read back in one piece.
@@ -250,7 +250,7 @@ class Triton:
         *,
         finite: bool = False,
     ) -> list[Written]:
-        with _on(_device_of(layers), "prune"):
+        with _on(device_of(layers), "prune"):
             if isinstance(selections, FoundSelections) and selections.layers is layers:
                 found = selections
             else:
@@ -261,32 +261,33 @@ class Triton:
                 found = FoundSelections.of(layers, parts, columns)
             addresses = list(map(torch.Tensor.data_ptr, out))
             outs = [
-                self._uploads.at([addresses[i] for i in part.positions], torch.int64, part.device)
-                for part in found.parts
+                self._uploads.at(taken(addresses, part.positions), torch.int64, part.device) for part in found.parts
             ]
             # Everything there has to be memory for is there: from here on weights are written.
-            for part, own in zip(found.parts, outs, strict=True):
-                self._apply(part, own, found.buffer, SELECTED=True, STOPS=finite)
+            for part, own, state in zip(found.parts, outs, found.states, strict=True):
+                self._apply(part, own, state, found.buffer, SELECTED=True, STOPS=finite)
             values = found.read()
         if finite and values[0]:
             return []
         written: list[list[Written]] = []
         for part in found.parts:
             before, after = counts_of(part, values)
-            written.append(list(map(Written, map(sub, part.numels, after), map(sub, before, after))))
-        return in_order([part.positions for part in found.parts], written)
+            written.append(records(Written, map(sub, part.numels, after), map(sub, before, after)))
+        return merged([part.positions for part in found.parts], written)
 
-    def _apply(self, part: Part, outs: torch.Tensor, buffer: torch.Tensor, **constants: bool) -> None:
+    def _apply(
+        self, part: Part, outs: torch.Tensor, state: torch.Tensor, stop: torch.Tensor, **constants: bool
+    ) -> None:
         table, layers = part.table, part.num_layers
-        arguments = (outs, buffer[part.start :], len(part.groups), layers, slots_for(layers), buffer)
+        arguments = (outs, state, len(part.groups), layers, part.layer_slots, stop)
         constants["ALIGNED"] = part.aligned
         self._launch("apply", table.num_chunks, table.rows, table.owners, *arguments, **self._tile(part), **constants)
 
     def apply(self, layers: Sequence[Layer]) -> None:
-        with _on(_device_of(layers), "apply_masks_"):
+        with _on(device_of(layers), "apply_masks_"):
             for part in self._parts(layers):
-                # The masks say it all.
-                self._apply(part, part.group_table, part.group_table, SELECTED=False, STOPS=False)
+                nothing = part.group_table  # for the masks say it all
+                self._apply(part, nothing, nothing, nothing, SELECTED=False, STOPS=False)
 
     # -- optimizers --------------------------------------------------------------------------------------------------
 
@@ -311,8 +312,8 @@ class Triton:
             parts = self._step_parts.get(key, partial(step_parts, batch.prepared, unaligned, device))
             values = self._constants.at(constants, device)
             columns = [
-                self._uploads.at([c[i] for c in (addresses, rows) for i in part.positions], torch.int64, device)
-                for part in parts
+                self._uploads.at([*taken(addresses, own), *taken(rows, own)], torch.int64, device)
+                for _, own, _ in parts
             ]
             # Everything there has to be memory for is there: from here on weights are written.
             for (kind, positions, table), column in zip(parts, columns, strict=True):
@@ -338,7 +339,7 @@ class Triton:
     def sum_squares(self, gradients: Sequence[Layer]) -> float | torch.Tensor:
         if not gradients:
             return 0.0
-        device = _device_of(gradients)
+        device = device_of(gradients)
         totals = []
         with _on(device, "sum_squares"):
             for part in self._parts(gradients):
