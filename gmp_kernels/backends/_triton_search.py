@@ -1,4 +1,4 @@
-"""What a selection by Triton kernels needs besides them: its layers as tables, and its numbers once they are read."""
+"""Host side of a selection by Triton kernels: its layers as tables, and its numbers once they are read."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ __all__ = [
     "COUNTERS",
     "HEADER",
     "LAYER_FIELDS",
+    "MAX_CAPACITY",
     "MAX_SLOTS",
     "NO_INDEX",
     "FoundSelections",

@@ -125,14 +125,17 @@ def _list(keys, inside, num_inside, chunk, lists, capacity, sizes, BLOCK: tl.con
 
 
 @triton.jit
-def _bin(keys, inside, lo, state, num_groups, group, bins):
-    bin = (keys - lo) >> tl.load(state + HEADER + SHIFT * num_groups + group).to(keys.dtype)
-    tl.atomic_add(bins + bin, tl.full(bin.shape, 1, tl.int64), mask=inside)
+def _bin(keys, inside, num_inside, lo, hi, state, num_groups, group, bins):
+    if lo == hi:  # all in one bin: no need to go there one by one
+        tl.atomic_add(bins, num_inside.to(tl.int64))
+    else:
+        bin = (keys - lo) >> tl.load(state + HEADER + SHIFT * num_groups + group).to(keys.dtype)
+        tl.atomic_add(bins + bin, tl.full(bin.shape, 1, tl.int64), mask=inside)
 
 
 @triton.jit
 def _sums(keys, lo, hi, INFINITY: tl.constexpr):
-    """How many keys are at or above ``lo``, how many above ``hi``, and in how many rows one is NaN or Inf.
+    """Number of keys at or above ``lo``, of keys above ``hi``, and of rows with NaN or Inf.
 
     In 16 bits each of one sum, because a sum over a tile waits for all of its threads; one over a row is a thread's.
     """
@@ -158,8 +161,8 @@ def _count(
     hi = tl.load(state + HEADER + HI * num_groups + group).to(keys.dtype)
     not_below, above, num_strange = _sums(keys, lo, hi, INFINITY)
     inside = (keys >= lo) & (keys <= hi)
-    below, num_inside, pruned = num_kept - not_below, tl.maximum(not_below - above, 0), n - begin
-    pruned = tl.minimum(pruned, BLOCK) - num_kept
+    below, num_inside = num_kept - not_below, tl.maximum(not_below - above, 0)
+    pruned = tl.minimum(n - begin, BLOCK) - num_kept
     bins = work + group * (num_bins + COUNTERS * slots)
     # Sums of one address wait for one another: neighbours add to different ones.
     counters = bins + num_bins + chunk % slots * COUNTERS
@@ -173,7 +176,7 @@ def _count(
         tl.atomic_add(counters + 2, num_inside, mask=num_inside > 0)
         _list(keys, inside, num_inside, chunk, lists, capacity, sizes, BLOCK)
     elif num_inside > 0:
-        _bin(keys, inside, lo, state, num_groups, group, bins)
+        _bin(keys, inside, num_inside, lo, hi, state, num_groups, group, bins)
 
 
 @triton.jit(
@@ -278,7 +281,7 @@ def _recount(
     inside = kept & (keys >= lo) & (keys <= hi)
     num_inside = tl.sum(inside.to(tl.int32))
     if num_inside > 0:
-        _bin(keys, inside, lo, state, num_groups, group, bins)
+        _bin(keys, inside, num_inside, lo, hi, state, num_groups, group, bins)
     _list(keys, inside, num_inside, chunk, lists, capacity, sizes, BLOCK)
 
 
@@ -370,7 +373,7 @@ def count_ties(
 
 @triton.jit
 def _first_reached(counts, number, target):
-    """Where the running sum exceeds ``target``, and what of it is left there."""
+    """Position where the running sum exceeds ``target``, and what of it is left there."""
     at = tl.sum((tl.cumsum(counts, 0) <= target).to(tl.int64))
     return at, target - tl.sum(tl.where(number < at, counts, 0))
 

@@ -1,4 +1,4 @@
-"""What an optimizer step by Triton kernels needs besides them: rows of its tensors, and its constants."""
+"""Host side of an optimizer step by Triton kernels: rows of its tensors, and its constants."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ def magnitude_keys(raw, INFINITY: tl.constexpr):
 
 @triton.jit
 def flags_before(flags, BLOCK: tl.constexpr):
-    """How many flags are set before each, in the order of the weights."""
+    """Number of flags set before each, in the order of the weights."""
     flat = tl.reshape(flags.to(tl.int32), [BLOCK])
     return tl.reshape(tl.cumsum(flat, 0) - flat, [BLOCK // 8, 8])
 

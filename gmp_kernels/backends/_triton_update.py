@@ -200,7 +200,7 @@ def count_kept(table, owners, counts, BLOCK: tl.constexpr):
 
 @triton.jit
 def _layout(mask, ranks, index, begin, n, BLOCK: tl.constexpr):
-    """Which weights a layout holds, and where."""
+    """Weights that a layout holds, and their places."""
     if mask != 0:
         held = spread(mask_bytes(mask, begin, n, BLOCK, False), index, n, False)
         place = tl.load(ranks.to(tl.pointer_type(tl.int64)) + begin // BLOCK) + flags_before(held, BLOCK)

@@ -40,6 +40,7 @@ from gmp_kernels.backends._triton_search import (
     COUNTERS,
     HEADER,
     LAYER_FIELDS,
+    MAX_CAPACITY,
     MAX_SLOTS,
     NO_INDEX,
     FoundSelections,
@@ -155,7 +156,7 @@ class Triton:
         narrowed = (part.group_table, wanted, state, groups, work, slots)
         constants = {"KEY_BITS": part.key_bits, "LARGEST": largest_key(part.dtype), "BIN_BITS": bits}
         constants["MAX_SLOTS"] = MAX_SLOTS
-        shared = {**tile, "WIDTH": max(16, 1 << (part.capacity - 1).bit_length()), "ROWS": LISTS_PER_PROGRAM}
+        shared = {**tile, "WIDTH": MAX_CAPACITY, "ROWS": LISTS_PER_PROGRAM}
         programs = min(PROGRAMS, -(-table.num_chunks // LISTS_PER_PROGRAM))
 
         self._bracket(part, state, wanted)
