@@ -296,7 +296,7 @@ class Implementation(Protocol):
         out: Sequence[torch.Tensor],
         *,
         finite: bool = False,
-    ) -> list[Written]:
+    ) -> Sequence[Written]:
         """Zero what the selections prune and write the new packed bits, zeros after the last weight, to ``out``.
 
         ``out[i]`` may be ``layers[i].mask`` itself. With ``finite``, nothing is written if any selection found a NaN

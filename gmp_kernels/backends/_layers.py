@@ -8,16 +8,42 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from itertools import chain, repeat
+from operator import sub
 from typing import NamedTuple, TypeVar, overload
 
 import torch
 
 from gmp_kernels.backends import Layer, Selection, Threshold, Written
 
-__all__ = ["Columns", "Facts", "Layers", "Selections", "columns_of", "device_of", "merged", "prepared", "records"]
+__all__ = [
+    "Columns",
+    "Facts",
+    "Layers",
+    "PruneCounts",
+    "Selections",
+    "columns_of",
+    "device_of",
+    "merged",
+    "prepared",
+    "thresholds_of",
+]
 
 T = TypeVar("T")
-R = TypeVar("R", Threshold, Written)
+
+
+class ByColumn(Sequence[T]):
+    """Rows that are kept as columns, and made when somebody wants one."""
+
+    def _row(self, index: int) -> T:
+        raise NotImplementedError
+
+    @overload
+    def __getitem__(self, index: int) -> T: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[T]: ...
+    def __getitem__(self, index: int | slice) -> T | Sequence[T]:
+        found = range(len(self))[index]
+        return self._row(found) if isinstance(found, int) else [self._row(i) for i in found]
 
 
 class Facts:
@@ -42,7 +68,7 @@ class Facts:
         self.prepared: dict[Hashable, object] = {}
 
 
-class Layers(Sequence[Layer]):
+class Layers(ByColumn[Layer]):
     """Validated layers of one call.
 
     Attributes
@@ -63,13 +89,7 @@ class Layers(Sequence[Layer]):
     def __len__(self) -> int:
         return len(self.weights)
 
-    @overload
-    def __getitem__(self, index: int) -> Layer: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Layer]: ...
-    def __getitem__(self, index: int | slice) -> Layer | Sequence[Layer]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+    def _row(self, index: int) -> Layer:
         return Layer(self.weights[index].detach(), None if self.masks is None else self.masks[index])
 
 
@@ -96,7 +116,7 @@ class Columns(NamedTuple):
     nonfinite: list[int]
 
 
-class Selections(Sequence[Selection]):
+class Selections(ByColumn[Selection]):
     """Selections kept as columns."""
 
     def __init__(self, columns: Columns) -> None:
@@ -110,16 +130,35 @@ class Selections(Sequence[Selection]):
     def __len__(self) -> int:
         return len(self.columns.thresholds)
 
-    @overload
-    def __getitem__(self, index: int) -> Selection: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Selection]: ...
-    def __getitem__(self, index: int | slice) -> Selection | Sequence[Selection]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+    def _row(self, index: int) -> Selection:
         thresholds, cuts, nonfinite = self.columns
-        own = slice(None) if len(thresholds) == 1 else slice(range(len(cuts))[index], range(len(cuts))[index] + 1)
+        own = slice(None) if len(thresholds) == 1 else slice(index, index + 1)
         return Selection(thresholds[index], tuple(cuts[own]), tuple(nonfinite[own]))
+
+
+class PruneCounts(ByColumn[Written]):
+    """What ``prune`` left behind, kept as columns."""
+
+    def __init__(self, num_pruned: list[int], num_newly_pruned: list[int]) -> None:
+        self.num_pruned, self.num_newly_pruned = num_pruned, num_newly_pruned
+
+    @classmethod
+    def of(cls, written: Sequence[Written]) -> PruneCounts:
+        """Return them by column, however they are kept."""
+        if isinstance(written, PruneCounts):
+            return written
+        return cls([count.num_pruned for count in written], [count.num_newly_pruned for count in written])
+
+    @classmethod
+    def from_kept(cls, sizes: Sequence[int], before: Sequence[int], now: Sequence[int]) -> PruneCounts:
+        """Return them for layers of these sizes, given how many weights each kept before, and keeps now."""
+        return cls(list(map(sub, sizes, now)), list(map(sub, before, now)))
+
+    def __len__(self) -> int:
+        return len(self.num_pruned)
+
+    def _row(self, index: int) -> Written:
+        return Written(self.num_pruned[index], self.num_newly_pruned[index])
 
 
 def columns_of(selections: Sequence[Selection]) -> Columns:
@@ -133,9 +172,9 @@ def columns_of(selections: Sequence[Selection]) -> Columns:
     )
 
 
-def records(kind: type[R], *columns: Iterable[object]) -> list[R]:
-    """Return the named tuples that have these columns; their own constructor takes twice as long."""
-    return list(map(tuple.__new__, repeat(kind), zip(*columns, strict=True)))
+def thresholds_of(*columns: Iterable[float]) -> list[Threshold]:
+    """Return the thresholds that have these columns; their own constructor takes twice as long."""
+    return list(map(tuple.__new__, repeat(Threshold), zip(*columns, strict=True)))
 
 
 def merged(positions: Sequence[Sequence[int]], pieces: Sequence[list[T]]) -> list[T]:

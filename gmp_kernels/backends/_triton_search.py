@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 
 from gmp_kernels.backends import Layer, Threshold
-from gmp_kernels.backends._layers import Columns, Selections, merged, records
+from gmp_kernels.backends._layers import Columns, Selections, merged, thresholds_of
 from gmp_kernels.backends._rows import address, on_device
 from gmp_kernels.backends._tables import upload
 from gmp_kernels.backends._triton_tables import BLOCK, Table, table_of
@@ -214,7 +214,7 @@ def counts_of(part: Part, values: Numbers) -> tuple[list[int], list[int]]:
 def _columns(part: Part, values: Numbers) -> tuple[list[Threshold], list[int], list[int]]:
     state = values[part.start + HEADER : part.layers_start].reshape(STATE_FIELDS, -1)
     cuts, nonfinite = values[part.layers_start : part.counts_start].reshape(-1, LAYER_FIELDS).T
-    thresholds = records(Threshold, _magnitudes(state[KEY], part.dtype), *state[KEY + 1 :].tolist())
+    thresholds = thresholds_of(_magnitudes(state[KEY], part.dtype), *state[KEY + 1 :].tolist())
     return thresholds, cuts.tolist(), np.where(nonfinite, NO_INDEX - nonfinite, -1).tolist()
 
 

@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain
-from operator import sub
 from typing import Any
 
 import torch
@@ -33,7 +32,7 @@ from gmp_kernels.backends import (
     Written,
     register,
 )
-from gmp_kernels.backends._layers import Layers, columns_of, device_of, merged, prepared, records
+from gmp_kernels.backends._layers import Layers, PruneCounts, columns_of, device_of, merged, prepared
 from gmp_kernels.backends._rows import INTEGERS, address, on_device
 from gmp_kernels.backends._tables import upload
 from gmp_kernels.backends._triton_search import (
@@ -250,7 +249,7 @@ class Triton:
         out: Sequence[torch.Tensor],
         *,
         finite: bool = False,
-    ) -> list[Written]:
+    ) -> Sequence[Written]:
         with _on(device_of(layers), "prune"):
             if isinstance(selections, FoundSelections) and selections.layers is layers:
                 found = selections
@@ -270,11 +269,11 @@ class Triton:
             values = found.read()
         if finite and values[0]:
             return []
-        written: list[list[Written]] = []
-        for part in found.parts:
-            before, after = counts_of(part, values)
-            written.append(records(Written, map(sub, part.numels, after), map(sub, before, after)))
-        return merged([part.positions for part in found.parts], written)
+        counts = [counts_of(part, values) for part in found.parts]
+        positions = [part.positions for part in found.parts]
+        sizes = merged(positions, [part.numels for part in found.parts])
+        before, after = (merged(positions, list(column)) for column in zip(*counts, strict=True))
+        return PruneCounts.from_kept(sizes, before, after)
 
     def _apply(
         self, part: Part, outs: torch.Tensor, state: torch.Tensor, stop: torch.Tensor, **constants: bool
