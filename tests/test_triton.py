@@ -18,12 +18,12 @@ from subprocesses import run_python
 
 import gmp_kernels
 from gmp_kernels import prune_
-from gmp_kernels.backends import Bracket, Layer, choose
+from gmp_kernels.backends import Bracket, Layer, _triton_kernels, _triton_search, choose
 from gmp_kernels.backends._interpreter import _fma
 from gmp_kernels.backends.triton import Triton
-from gmp_kernels.keys import largest_key
+from gmp_kernels.keys import key_of, largest_key
 from gmp_kernels.optim import clip_grad_norm_, ema_update_
-from gmp_kernels.testing import DTYPES, GuardedCopy, device_of
+from gmp_kernels.testing import DTYPES, GuardedCopy, adversarial_cases, assert_same_pruning, device_of
 
 DEVICE = device_of("triton")
 COMPILE = Path(__file__).with_name("triton_compile.py")
@@ -96,7 +96,7 @@ def test_every_launch_compiles_for_real_gpus_and_fits_their_registers(
 ) -> None:
     """The interpreter takes programs that no compiler does."""
     names = {name for name, *_ in launches}
-    assert names >= {"sample", "count", "recount", "place_cut", "apply", "update", "repack"}
+    assert names == set(_triton_kernels.__all__) - {"FLOATS", "INTEGERS"}
     launches = launches[::every]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
@@ -113,6 +113,49 @@ def test_every_launch_compiles_for_real_gpus_and_fits_their_registers(
     for name, constants, resources in compiled:
         # A word or two the compiler may give away for one more block at a time.
         assert resources["spilled"] <= 16, (name, constants, resources)
+
+
+# What the kernels may be wrong about, or short of, without the result being so.
+HINDRANCES = ["bracket_below", "bracket_above", "bracket_empty", "no_lists", "short_lists", "few_bins", "one_bin_bit"]
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("hindrance", HINDRANCES)
+def test_a_selection_is_exact_whatever_hinders_it(
+    monkeypatch: pytest.MonkeyPatch, hindrance: str, dtype: torch.dtype, scope: str
+) -> None:
+    launch, part_of = Triton._launch, _triton_search._part
+    one = key_of(1.0, dtype)
+    wrong = {"bracket_below": (0, 3), "bracket_above": (one * 2, largest_key(dtype)), "bracket_empty": (one, one - 1)}
+    passes = []
+
+    def launching(backend: Triton, name: str, num_programs: int, *args: Any, **constants: Any) -> None:
+        if name == "place_cuts":
+            constants["SCAN"] = 2
+        launch(backend, name, num_programs, *args, **constants)
+        passes.append(name)
+        if name == "begin" and hindrance in wrong:
+            state, groups = args[3], args[4]
+            fields = state[_triton_search.HEADER :][: 3 * groups].view(3, groups)
+            lo, hi = wrong[hindrance]
+            for row, value in zip(fields, (lo, hi, Bracket(lo, hi).shift(2048)), strict=True):
+                row.fill_(value)
+
+    def part(*args: Any) -> _triton_search.Part:
+        made = part_of(*args)
+        changes = {"no_lists": {"capacity": 0}, "short_lists": {"capacity": 3}, "few_bins": {"bin_bits": 4}}
+        return made._replace(**(changes | {"one_bin_bit": {"bin_bits": 1}}).get(hindrance, {}))
+
+    monkeypatch.setattr(Triton, "_launch", launching)
+    monkeypatch.setattr(_triton_search, "_part", part)
+    names = ("small_integers", "random") if hindrance != "one_bin_bit" else ("small_integers",)
+    for name in names:
+        sizes = (70_000, 5, 20_000) if name == "small_integers" else (20_000, 300)
+        layers = [adversarial_cases(n, dtype)[name] for n in sizes]
+        assert_same_pruning(layers, backend="triton", sparsity=0.6, scope=scope)
+    bits = {"few_bins": 4, "one_bin_bit": 1}.get(hindrance, 11)
+    assert passes.count("recount") == len(names) * -(-largest_key(dtype).bit_length() // bits)
 
 
 def test_the_interpreter_rounds_a_fused_multiply_add_once() -> None:

@@ -21,7 +21,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import MockTensor
 
 from gmp_kernels.backends import _triton_kernels
-from gmp_kernels.backends.triton import BLOCK, CAPACITY, OPTIONS
+from gmp_kernels.backends._triton_search import MAX_CAPACITY
+from gmp_kernels.backends._triton_tables import BLOCK
+from gmp_kernels.backends.triton import OPTIONS, SAMPLED_EIGHTS
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -33,8 +35,8 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 def constant(name: str, value: Any) -> Any:
     """As launched on a GPU: the interpreter's sizes are its own."""
-    if name in ("BLOCK", "CAPACITY"):
-        return BLOCK if name == "BLOCK" else min(value, CAPACITY)
+    if name in (own := {"BLOCK": BLOCK, "EIGHTS": SAMPLED_EIGHTS, "WIDTH": MAX_CAPACITY}):
+        return own[name]
     return tl.dtype(value["tl"]) if isinstance(value, dict) else value
 
 

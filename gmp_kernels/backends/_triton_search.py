@@ -1,113 +1,227 @@
-"""What selection by Triton kernels does between their reads of the weights: per group, on the device, with torch.
-
-A group is the layers that share a threshold. Keys are those of csrc/magnitude_key.h, in int64.
-"""
+"""Host side of a selection by Triton kernels: its layers as tables, and its numbers once they are read."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple, TypeAlias, TypeVar
+
+import numpy as np
+import numpy.typing as npt
 import torch
 
-__all__ = ["BIN_BITS", "DONE", "READ_LISTS", "READ_WEIGHTS", "Search", "bracket", "sample_places"]
+from gmp_kernels.backends import Layer, Threshold
+from gmp_kernels.backends._layers import Columns, Selections, merged, thresholds_of
+from gmp_kernels.backends._rows import address, on_device
+from gmp_kernels.backends._tables import upload
+from gmp_kernels.backends._triton_tables import BLOCK, Table, table_of
+from gmp_kernels.keys import key_of, largest_key
 
-BIN_BITS = 11  # 2048 bins: each pass narrows a key by so many bits
-SAMPLED_EIGHTS = 2048  # per group, at most: 16384 keys
-NOWHERE = (1 << 63) - 9
-# What a group's next pass reads; as in _triton_kernels.py.
-READ_WEIGHTS, READ_LISTS, DONE = range(3)
+__all__ = [
+    "COUNTERS",
+    "HEADER",
+    "LAYER_FIELDS",
+    "MAX_CAPACITY",
+    "MAX_SLOTS",
+    "NO_INDEX",
+    "FoundSelections",
+    "Part",
+    "counts_of",
+    "parts_of",
+    "taken",
+]
+
+T = TypeVar("T")
+Numbers: TypeAlias = npt.NDArray[np.int64]
+
+MAX_BIN_BITS = 11  # 2048 bins: each pass narrows a key by so many bits
+MAX_BINS = 1 << 18  # of all groups together: 2 MB
+MAX_CAPACITY = BLOCK // 16  # candidates kept per chunk
+MEMORY_BYTES, MEMORY_SHARE = 4_000_000, 0.05  # for all that a selection allocates, and a share of the largest layer
+MAX_SLOTS = 32  # that neighbouring chunks add to in turn
+NO_INDEX = (1 << 63) - 1
+# As in _triton_select.py.
+HEADER, STATE_FIELDS, KEY, LAYER_FIELDS, COUNTERS = 2, 10, 6, 2, 4
 
 
-def sample_places(ends: torch.Tensor, sizes: torch.Tensor, largest_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where eights of weights are sampled: layers and places in them, a row to the group.
+def _slots(number: int, most_chunks: int) -> int:
+    """Slots of each of so many sums: many where there are few of them, for then each is added to often."""
+    return max(1, min(MAX_SLOTS, 4096 // number, most_chunks))
 
-    All over each group, whose layers end at ``ends`` in it; of a group of one small layer all there are. Places behind
-    the end of the group lie nowhere.
+
+def taken(column: Sequence[T], positions: Sequence[int]) -> Sequence[T]:
+    """Return the entries of one part in a column of all layers; most calls have one part."""
+    return [column[i] for i in positions] if len(positions) < len(column) else column
+
+
+class Part(NamedTuple):
+    """The layers of one dtype in a selection, and what the kernels get of it."""
+
+    positions: list[int]  # of its layers
+    groups: list[int]  # of its entries in num_prune
+    members: list[list[int]]  # the layers of each group, as indices into positions
+    numels: list[int]
+    dtype: torch.dtype
+    device: torch.device
+    aligned: bool
+    table: Table
+    group_table: torch.Tensor
+    group_slots: int
+    layer_slots: int
+    bin_bits: int
+    capacity: int
+    start: int  # of its state in the buffer
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of all groups."""
+        return len(self.numels)
+
+    @property
+    def key_bits(self) -> int:
+        """Length of a key."""
+        return largest_key(self.dtype).bit_length()
+
+    @property
+    def layers_start(self) -> int:
+        """Start of the layers' state in the buffer; counts of kept weights follow it."""
+        return self.start + HEADER + STATE_FIELDS * len(self.groups)
+
+    @property
+    def counts_start(self) -> int:
+        """Start of the counts that ``apply`` leaves."""
+        return self.layers_start + LAYER_FIELDS * self.num_layers
+
+    @property
+    def end(self) -> int:
+        """End of its state in the buffer."""
+        return self.counts_start + self.num_layers * self.layer_slots * COUNTERS
+
+
+def parts_of(layers: Sequence[Layer], *, is_global: bool) -> list[Part]:
+    """Split layers by dtype, and upload what of them stays as long as their addresses do."""
+    by_dtype: dict[torch.dtype, list[int]] = {}
+    for i, layer in enumerate(layers):
+        by_dtype.setdefault(layer.weight.dtype, []).append(i)
+    largest = max(layer.weight.nbytes for layer in layers)
+    parts: list[Part] = []
+    for positions in by_dtype.values():
+        part = _part([layers[i] for i in positions], positions, is_global, largest, parts[-1].end if parts else 1)
+        parts.append(part)
+    return parts
+
+
+def _part(layers: Sequence[Layer], positions: list[int], is_global: bool, largest: int, start: int) -> Part:
+    weights = [layer.weight for layer in layers]
+    device, dtype = weights[0].device, weights[0].dtype
+    numels = [weight.numel() for weight in weights]
+    members = [list(range(len(layers)))] if is_global else [[i] for i in range(len(layers))]
+    fields, group_rows, first_chunk = [], [], 0
+    for g, indices in enumerate(members):
+        offset, chunks = 0, 0
+        for i in indices:
+            fields.append([weights[i].data_ptr(), address(layers[i].mask), g, offset])
+            offset += numels[i]
+            chunks += -(-numels[i] // BLOCK)
+        row_bits = (len(indices) - 1).bit_length()
+        group_rows.append([offset, indices[0], len(indices), row_bits, first_chunk, chunks])
+        first_chunk += chunks
+    table = table_of(numels, fields, device)
+    bin_bits = max(2, min(MAX_BIN_BITS, (MAX_BINS // len(members)).bit_length() - 1))
+    part = Part(
+        positions,
+        [0] if is_global else positions,
+        members,
+        numels,
+        dtype,
+        device,
+        all(weight.data_ptr() % 16 == 0 for weight in weights),
+        table,
+        upload(group_rows, torch.int64, device),
+        _slots(len(members), max(row[-1] for row in group_rows)),
+        _slots(len(layers), -(-max(numels) // BLOCK)),
+        bin_bits,
+        0,
+        start,
+    )
+    # Lists get what memory the rest leaves.
+    num_bins = len(members) * ((1 << bin_bits) + COUNTERS * part.group_slots)
+    tables = table.rows.nbytes + table.owners.nbytes + part.group_table.nbytes + 32 * len(layers)
+    left = MEMORY_SHARE * largest + MEMORY_BYTES - 8 * (num_bins + part.end) - tables - 2 * table.num_chunks
+    capacity = int(left) // (table.num_chunks * dtype.itemsize)
+    return part._replace(capacity=max(0, min(MAX_CAPACITY, capacity)))
+
+
+class FoundSelections(Selections):
+    """Selections whose numbers stay on the device; the first access synchronizes, and reads them all.
+
+    Parameters
+    ----------
+    layers
+        As for ``Implementation.select``.
+    parts : list of Part
+        Of these layers.
     """
-    eights = min(SAMPLED_EIGHTS, -(-largest_size // 8))
-    number = torch.arange(eights, dtype=torch.float64, device=ends.device)
-    stride = (sizes.double()[:, None] / eights).clamp(min=8)
-    jitter = number * 0.6180339887498949 % 1  # in step with no period of the weights
-    place = (number * stride + jitter * (stride - 8)).long()
-    exists = place < sizes[:, None]
-    starts = torch.cat([ends.new_zeros(1), ends[:-1]])
-    place = place + (ends[-len(sizes) :] - sizes)[:, None]
-    layers = (torch.searchsorted(starts, place, right=True) - 1).clamp(max=len(starts) - 1)
-    return layers, torch.where(exists, (place - starts[layers]) & ~7, NOWHERE)
+
+    def __init__(self, layers: Sequence[Layer], parts: list[Part]) -> None:
+        self.layers, self.parts = layers, parts
+        # Set once a NaN or Inf is found; then the state of the parts.
+        self.buffer = torch.zeros(parts[-1].end, dtype=torch.int64, device=parts[0].device)
+        self.states = [self.buffer[part.start : part.end] for part in parts]
+        self._values: Numbers | None = None
+        self._found: Columns | None = None
+
+    @classmethod
+    def of(cls, layers: Sequence[Layer], parts: list[Part], columns: Columns) -> FoundSelections:
+        """Bring selections that were made elsewhere to the device."""
+        result = cls(layers, parts)
+        result._found = columns
+        for part in parts:
+            groups = len(part.groups)
+            keys = [key_of(columns.thresholds[g].value, part.dtype) for g in part.groups]
+            uploaded = upload([*keys, *(columns.cuts[i] for i in part.positions)], torch.int64, part.device)
+            first = part.start + HEADER + KEY * groups
+            result.buffer[first : first + groups] = uploaded[:groups]
+            result.buffer[part.layers_start : part.counts_start : LAYER_FIELDS] = uploaded[groups:]
+        return result
+
+    def read(self) -> Numbers:
+        """Read the buffer as it is now; waits for the device."""
+        with on_device(self.buffer.device, "select"):
+            self._values = values = self.buffer.cpu().numpy()
+        return values
+
+    @property
+    def columns(self) -> Columns:
+        """All there is to know of them."""
+        if self._found is None:
+            values = self.read() if self._values is None else self._values
+            thresholds, cuts, nonfinite = zip(*(_columns(part, values) for part in self.parts), strict=True)
+            groups, positions = ([getattr(part, name) for part in self.parts] for name in ("groups", "positions"))
+            self._found = Columns(merged(groups, thresholds), merged(positions, cuts), merged(positions, nonfinite))
+        return self._found
+
+    def __len__(self) -> int:
+        return sum(len(part.groups) for part in self.parts)
 
 
-def bracket(
-    keys: torch.Tensor, wanted: torch.Tensor, sizes: torch.Tensor, largest: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys that the wanted one very probably lies between; itself, where the sample is the group.
-
-    Source: Floyd and Rivest, CACM 18(3), 1975.
-    """
-    ordered = keys.sort(1).values.long()
-    valid = (ordered <= largest).sum(1)
-    share = wanted.double() / sizes
-    rank = share * valid
-    half = torch.where(valid == sizes, 0.0, 2 + 4 * (rank * (1 - share)).sqrt())  # fails once in 10^4 selections
-    rank = torch.where(valid == sizes, wanted, rank) - 1
-    low, high = (rank - half).floor().long(), (rank + half).ceil().long()
-    at = torch.stack([low, high], 1).clamp(0, keys.shape[1] - 1)
-    lo, hi = ordered.gather(1, at).unbind(1)
-    # Below the sample and above it anything may lie; pruned weights have keys below 0.
-    return torch.where(low < 0, 0, lo.clamp(min=0)), torch.where(high >= valid, largest, hi)
+def counts_of(part: Part, values: Numbers) -> tuple[list[int], list[int]]:
+    """Weights kept before and after ``apply``, of each layer, in the buffer as read."""
+    slots = values[part.counts_start : part.end].reshape(part.num_layers, -1, COUNTERS)
+    before, after, *_ = slots.sum(1).T.tolist()
+    return before, after
 
 
-class Search:
-    """The brackets of all groups, on the device: a group is the layers that share a threshold.
+def _columns(part: Part, values: Numbers) -> tuple[list[Threshold], list[int], list[int]]:
+    state = values[part.start + HEADER : part.layers_start].reshape(STATE_FIELDS, -1)
+    cuts, nonfinite = values[part.layers_start : part.counts_start].reshape(-1, LAYER_FIELDS).T
+    thresholds = thresholds_of(_magnitudes(state[KEY], part.dtype), *state[KEY + 1 :].tolist())
+    return thresholds, cuts.tolist(), np.where(nonfinite, NO_INDEX - nonfinite, -1).tolist()
 
-    Keys are int64 here, ranks run through a group's unpruned keys from 0.
-    """
 
-    def __init__(
-        self, lo: torch.Tensor, hi: torch.Tensor, wanted: torch.Tensor, sizes: torch.Tensor, largest: int
-    ) -> None:
-        self._wanted, self._sizes, self._largest = wanted, sizes, largest
-        # frexp gives the length of the span in bits, or one more where float64 rounds it up.
-        shift = (torch.frexp((hi - lo).clamp(min=0).double()).exponent - BIN_BITS).clamp(min=0)
-        self.state = torch.stack([lo, hi, shift.to(torch.int64), torch.full_like(lo, READ_WEIGHTS)])
-        self._below = torch.zeros_like(lo)
-        self._pruned = torch.zeros_like(lo)
-        self.answers = torch.zeros(4, lo.numel(), dtype=torch.int64, device=lo.device)  # key, below, ties, ties kept
-
-    def narrow(self, bins: torch.Tensor, counters: torch.Tensor, capacity: int) -> set[int]:
-        """Prove the brackets by what was counted, and shrink them to the bin with the wanted key; return all modes."""
-        lo, hi, shift, mode = self.state
-        reads = mode == READ_WEIGHTS
-        below = torch.where(reads, counters[:, 0], self._below)
-        self._pruned = torch.where(reads, self._sizes - counters[:, 1], self._pruned)
-        rank = self._wanted - self._pruned - 1 - below
-        running = bins.cumsum(1)
-        inside = running[:, -1]
-        bin = torch.searchsorted(running, rank[:, None], right=True).clamp(max=bins.shape[1] - 1)
-        ties = bins.gather(1, bin)[:, 0]
-        lower = below + running.gather(1, bin)[:, 0] - ties
-        first = lo + (bin[:, 0] << shift)
-
-        proven = (rank >= 0) & (rank < inside)
-        exact = proven & (shift == 0)
-        ties_kept = self._pruned + lower + ties - self._wanted
-        nothing = self._wanted <= self._pruned
-        # Of ties that stay one has to know in which chunks they lie: the bracket must hold nothing else.
-        done = nothing | (exact & ((ties_kept == 0) | (lo == hi)))
-        answers = torch.stack([first, self._pruned + lower, ties, ties_kept])
-        nothing_more = torch.stack([torch.zeros_like(lo), self._pruned, torch.zeros_like(lo), torch.zeros_like(lo)])
-        was_done = mode == DONE
-        self.answers = torch.where(was_done, self.answers, torch.where(nothing, nothing_more, answers))
-
-        listed = (mode == READ_LISTS) | (reads & (lo < hi) & (counters[:, 2] <= capacity))
-        too_high = rank < 0
-        narrowed = torch.stack(
-            [
-                torch.where(proven, first, torch.where(too_high, 0, hi + 1)),
-                torch.where(
-                    proven, torch.minimum(first + (1 << shift) - 1, hi), torch.where(too_high, lo - 1, self._largest)
-                ),
-                torch.where(proven, (shift - BIN_BITS).clamp(min=0), self._largest.bit_length() - BIN_BITS),
-                torch.where(done, DONE, torch.where(proven & listed, READ_LISTS, READ_WEIGHTS)),
-            ]
-        )
-        self.state = torch.where(was_done, self.state, narrowed)
-        self._below = lower
-        return set(self.state[3].tolist())
+def _magnitudes(keys: Numbers, dtype: torch.dtype) -> list[float]:
+    """``keys.magnitude_of`` for many keys."""
+    if dtype == torch.bfloat16:
+        keys, dtype = keys << 16, torch.float32
+    integers, floats = f"i{dtype.itemsize}", f"f{dtype.itemsize}"
+    magnitudes: list[float] = keys.astype(integers).view(floats).tolist()
+    return magnitudes

@@ -1,20 +1,23 @@
 """Triton kernels: the GPU path where no CUDA compiler was at hand, and for AMD.
 
-A step is one table of rows in device memory and one launch per phase on torch's current stream, for every dtype there
-is; what is done once per layer and not per weight is torch's. With ``TRITON_INTERPRET=1`` in the environment the same
-kernels run on the host, for the tests: milliseconds for 16384 weights.
+A call is a few tables of rows in device memory, which most calls find as the last one left them, and a fixed number of
+launches on torch's current stream, for every dtype there is. What it finds stays on the device until it is needed.
+With ``TRITON_INTERPRET=1`` in the environment the same kernels run on the host, for the tests: milliseconds for 16384
+weights.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import os
-from collections import defaultdict
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from itertools import chain
+from typing import Any
 
 import torch
 
+from gmp_kernels import capture
 from gmp_kernels.backends import (
     Backend,
     Bracket,
@@ -26,73 +29,48 @@ from gmp_kernels.backends import (
     StateMove,
     Threshold,
     UpdateBatch,
-    UpdateTensor,
     Written,
-    has_nonfinite,
     register,
 )
-from gmp_kernels.backends._rows import INTEGERS, address, by_dtype, on_device, parts
+from gmp_kernels.backends._layers import Layers, PruneCounts, columns_of, device_of, merged, prepared
+from gmp_kernels.backends._rows import INTEGERS, address, on_device
+from gmp_kernels.backends._tables import upload
 from gmp_kernels.backends._triton_search import (
-    BIN_BITS,
-    DONE,
-    READ_LISTS,
-    READ_WEIGHTS,
-    Search,
-    bracket,
-    sample_places,
+    COUNTERS,
+    HEADER,
+    LAYER_FIELDS,
+    MAX_CAPACITY,
+    MAX_SLOTS,
+    NO_INDEX,
+    FoundSelections,
+    Part,
+    counts_of,
+    parts_of,
+    taken,
 )
-from gmp_kernels.keys import key_of, largest_key, magnitude_of
+from gmp_kernels.backends._triton_steps import ConstantTables, Rows, StepPart, row_of, step_parts
+from gmp_kernels.backends._triton_tables import BLOCK, INTERPRETED, Recent, Uploads, stream_of, table_of
+from gmp_kernels.errors import CaptureError
+from gmp_kernels.keys import largest_key
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
-# Weights per program: as many as registers hold; under the interpreter a program takes milliseconds of whatever size,
-# and the tests' sizes lie around this one.
-BLOCK = 16384 if INTERPRETED else 2048
 # Contraction would round once what csrc/update_rule.h rounds twice.
 OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
-CAPACITY = BLOCK // 32  # candidates kept per chunk: 3 % of the bytes of the weights
 LISTS_PER_PROGRAM = 16
-NO_INDEX = (1 << 63) - 1
-# Constants of an optimizer step in the order of _triton_kernels.py, and the values that change nothing.
-CONSTANTS = {
-    "grad_factor": 1.0,
-    "decay": 1.0,
-    "weight_decay": 0.0,
-    "lr": 0.0,
-    "momentum": 0.0,
-    "one_minus_dampening": 1.0,
-    "nesterov": 0.0,
-    "first_step": 0.0,
-    "one_minus_beta1": 0.0,
-    "beta2": 0.0,
-    "one_minus_beta2": 0.0,
-    "bias_correction2_sqrt": 1.0,
-    "eps": 0.0,
-    "step_size": 0.0,
-}
+PROGRAMS = 1024  # that share a pass which mostly has nothing to do: as many as a GPU holds
+SAMPLED_EIGHTS = 256 if INTERPRETED else 2048  # per group, at most: 16384 keys on a GPU
+SCANNED = 256  # chunks at a time, for the one with the first tie that does not stay
 
 
-class _Table(NamedTuple):
-    """Rows in device memory, and whose row each chunk is; chunks of all rows are numbered through."""
-
-    rows: torch.Tensor
-    owners: torch.Tensor
-    num_chunks: int
-
-
-class _Batch(NamedTuple):
-    """Layers of one dtype that are ranked, and what kernels that read their weights are compiled for."""
-
-    table: _Table
-    numels: list[int]
-    sizes: list[int]  # of the groups
-    dtype: torch.dtype
-    device: torch.device
-    kernel: dict[str, Any]
-
-
-def _aligned(layers: Sequence[Layer]) -> bool:
-    """Whether all weights can be read in vectors."""
-    return all(layer.weight.data_ptr() % 16 == 0 for layer in layers)
+@contextmanager
+def _on(device: torch.device, what: str) -> Iterator[None]:
+    """Make the device current and name its errors; refuse what no CUDA graph could replay."""
+    if capture.is_capturing(device):
+        raise CaptureError(
+            f"{what}: expected an operation that a CUDA graph can hold, got one of backend 'triton', which makes its "
+            "tables on the host; call it outside of the capture, or use backend 'cuda'"
+        )
+    with on_device(device, what):
+        yield
 
 
 class Triton:
@@ -109,49 +87,42 @@ class Triton:
 
             _interpreter.put_right()
         self._kernels: Any = _triton_kernels
+        self._uploads = Uploads()
+        self._constants = ConstantTables()
+        self._parts_of: Recent[list[Part]] = Recent()
+        self._step_parts: Recent[list[StepPart]] = Recent()
 
     def _launch(self, name: str, num_programs: int, *args: Any, **constants: Any) -> None:
         if num_programs == 0:
             return
         getattr(self._kernels, name)[(num_programs,)](*args, **constants, **OPTIONS)
 
-    def _table(self, rows: list[list[int]], device: torch.device) -> _Table:
-        k = self._kernels
-        chunks, total = [], 0
-        for row in rows:
-            row.extend([0] * (k.FIELDS.value - len(row)))
-            row[k.FIRST.value] = total
-            chunks.append(-(-row[k.N.value] // BLOCK))
-            total += chunks[-1]
-        table = torch.tensor(rows, dtype=torch.int64).to(device, non_blocking=True)
-        counts = torch.tensor(chunks, dtype=torch.int64).to(device, non_blocking=True)
-        return _Table(table, torch.repeat_interleave(counts, output_size=total), total)
+    # -- selections --------------------------------------------------------------------------------------------------
 
-    def _tiles(self, dtype: torch.dtype) -> dict[str, Any]:
-        return {"BITS": self._kernels.INTEGERS[dtype.itemsize], "BLOCK": BLOCK}
+    def _parts(self, layers: Sequence[Layer], *, is_global: bool = False) -> list[Part]:
+        """Layers in groups of one or all together, as tables; made when their addresses change."""
+        device = device_of(layers)
+        stream = stream_of(device)
+        make = partial(parts_of, layers, is_global=is_global)
+        if isinstance(layers, Layers):
+            return prepared(layers, ("triton", is_global, stream), make)
+        addresses = [(weight.data_ptr(), address(mask)) for weight, mask in layers]
+        shapes = [(weight.dtype, weight.numel()) for weight, _ in layers]
+        return self._parts_of.get((is_global, device, stream, addresses, shapes), make)
 
-    def _batch(self, layers: Sequence[Layer], *, is_global: bool = False, out: Sequence[int] = ()) -> _Batch:
-        """Layers of one dtype, in groups of one or all together, that are read to be ranked."""
-        device, dtype = layers[0].weight.device, layers[0].weight.dtype
-        numels = [layer.weight.numel() for layer in layers]
-        rows = [
-            [layer.weight.data_ptr(), address(layer.mask), out[i] if out else 0, numels[i], 0, 0 if is_global else i]
-            for i, layer in enumerate(layers)
-        ]
-        kernel = {"INFINITY": largest_key(dtype) - 1, **self._tiles(dtype)}
-        return _Batch(self._table(rows, device), numels, [sum(numels)] if is_global else numels, dtype, device, kernel)
+    def _tile(self, part: Part) -> dict[str, Any]:
+        return {
+            "BITS": self._kernels.INTEGERS[part.dtype.itemsize],
+            "INFINITY": largest_key(part.dtype) - 1,
+            "BLOCK": BLOCK,
+        }
 
-    def _sample(self, batch: _Batch, wanted: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Brackets of the keys at these ranks."""
-        ends = torch.tensor(batch.numels, device=batch.device).cumsum(0)
-        sizes = torch.tensor(batch.sizes, device=batch.device)
-        owners, places = sample_places(ends, sizes, max(batch.sizes))
-        integer = torch.int64 if batch.dtype.itemsize == 8 else torch.int32
-        keys = torch.empty(*places.shape, 8, dtype=integer, device=batch.device)
-        arguments = (batch.table.rows, owners, places, places.numel(), keys)
-        self._launch("sample", -(-places.numel() * 8 // BLOCK), *arguments, **batch.kernel)
-        largest = largest_key(batch.dtype)
-        return bracket(keys.flatten(1), torch.tensor(wanted, device=batch.device), sizes, largest)
+    def _bracket(self, part: Part, state: torch.Tensor, wanted: torch.Tensor) -> None:
+        tile = self._tile(part)
+        del tile["BLOCK"]
+        constants = {"KEY_BITS": part.key_bits, "BIN_BITS": part.bin_bits, "EIGHTS": SAMPLED_EIGHTS}
+        groups = len(part.groups)
+        self._launch("begin", groups, part.table.rows, part.group_table, wanted, state, groups, **tile, **constants)
 
     def select(
         self,
@@ -160,76 +131,59 @@ class Triton:
         hints: Sequence[Threshold | None],
         *,
         prunes: bool = False,
-    ) -> list[Selection]:
-        found: dict[int, Selection] = {}
-        for _, positions, groups in parts(layers, num_prune):
-            members = [layers[i] for i in positions]
-            with on_device(members[0].weight.device, "select"):
-                batch = self._batch(members, is_global=len(num_prune) != len(layers))
-                selections = self._select(batch, [num_prune[g] for g in groups], _aligned(members))
-            found.update(zip(groups, selections, strict=True))
-        return [found[g] for g in range(len(num_prune))]
+    ) -> FoundSelections:
+        with _on(device_of(layers), "select"):
+            found = FoundSelections(layers, self._parts(layers, is_global=len(num_prune) != len(layers)))
+            for part, state in zip(found.parts, found.states, strict=True):
+                self._select(part, taken(num_prune, part.groups), state, found.buffer)
+        return found
 
-    def _select(self, batch: _Batch, num_prune: Sequence[int], aligned: bool) -> list[Selection]:
-        """Bracket each group's threshold by a sample, and count until the bracket has shrunk to one key."""
-        table, device, num_groups = batch.table, batch.device, len(num_prune)
-        wanted, sizes = (torch.tensor(values, device=device) for values in (num_prune, batch.sizes))
-        search = Search(*self._sample(batch, num_prune), wanted, sizes, largest_key(batch.dtype))
-        nonfinite = torch.full((len(batch.numels),), NO_INDEX, device=device)
-        lists = torch.empty(table.num_chunks, CAPACITY, dtype=INTEGERS[batch.dtype.itemsize], device=device)
-        list_sizes, matches = (torch.empty(table.num_chunks, dtype=torch.int32, device=device) for _ in range(2))
-        modes = {READ_WEIGHTS}
-        while modes != {DONE}:
-            bins = torch.zeros(num_groups, 1 << BIN_BITS, dtype=torch.int64, device=device)
-            counters = torch.zeros(num_groups, 3, dtype=torch.int64, device=device)
-            state = (search.state, num_groups, bins, 1 << BIN_BITS)
-            listed = (lists, list_sizes, matches)
-            if READ_WEIGHTS in modes:
-                counted = (table.rows, table.owners, *state, counters, nonfinite, *listed)
-                constants = {"CAPACITY": CAPACITY, "ALIGNED": aligned}
-                self._launch("count", table.num_chunks, *counted, **batch.kernel, **constants)
-            if READ_LISTS in modes:
-                arguments = (table.rows, table.owners, table.num_chunks, *state, *listed)
-                constants = {"CAPACITY": CAPACITY, "ROWS": LISTS_PER_PROGRAM}
-                self._launch("recount", -(-table.num_chunks // LISTS_PER_PROGRAM), *arguments, **constants)
-            modes = search.narrow(bins, counters, CAPACITY)
+    def _select(self, part: Part, num_prune: Sequence[int], state: torch.Tensor, stop: torch.Tensor) -> None:
+        """Bracket each group's threshold by a sample, and count until the bracket has shrunk to one key.
 
-        answers = list(zip(*search.answers.tolist(), strict=True))
-        ends = self._ends_of_ties(batch, matches, search.answers) if any(kept for *_, kept in answers) else []
-        indices = [-1 if index == NO_INDEX else index for index in nonfinite.tolist()]
-        selections = []
-        for group, (key, num_below, num_ties, num_ties_kept) in enumerate(answers):
-            members = range(len(batch.numels)) if num_groups == 1 else range(group, group + 1)
-            layer, cut = ends[group] if num_ties_kept else (-1, 0)
-            cuts = [batch.numels[i] if i < layer or num_ties == 0 else cut if i == layer else 0 for i in members]
-            value = magnitude_of(key, batch.dtype) if num_ties else 0.0
-            threshold = Threshold(value, num_below, num_ties, num_ties_kept)
-            selections.append(Selection(threshold, tuple(cuts), tuple(indices[i] for i in members)))
-        return selections
+        However wrong the brackets are, so many passes do; those of groups that are done cost next to nothing, where
+        asking which are would cost a wait for the GPU.
+        """
+        table, device, groups, bits = part.table, part.device, len(part.groups), part.bin_bits
+        slots = part.group_slots
+        wanted = self._uploads.at(num_prune, torch.int64, device)
+        work = torch.zeros(groups * ((1 << bits) + COUNTERS * slots), dtype=torch.int64, device=device)
+        lists = torch.empty(table.num_chunks * part.capacity, dtype=INTEGERS[part.dtype.itemsize], device=device)
+        sizes = torch.empty(table.num_chunks, dtype=torch.int16, device=device)
+        tile = self._tile(part)
+        counted = (work, 1 << bits, slots, lists, part.capacity, sizes)
+        narrowed = (part.group_table, wanted, state, groups, work, slots)
+        constants = {"KEY_BITS": part.key_bits, "LARGEST": largest_key(part.dtype), "BIN_BITS": bits}
+        constants["MAX_SLOTS"] = MAX_SLOTS
+        shared = {**tile, "WIDTH": MAX_CAPACITY, "ROWS": LISTS_PER_PROGRAM}
+        programs = min(PROGRAMS, -(-table.num_chunks // LISTS_PER_PROGRAM))
 
-    def _ends_of_ties(self, batch: _Batch, matches: torch.Tensor, answers: torch.Tensor) -> list[tuple[int, int]]:
-        """For each group the layer with the first tie that does not stay, and its index there."""
-        table = batch.table
-        key, _, _, kept = answers
-        after = matches.cumsum(0, dtype=torch.int64)
-        before = after - matches
-        target = before[table.rows[: len(batch.sizes), self._kernels.FIRST.value]] + kept
-        chunks = torch.searchsorted(after, target, right=True).clamp(max=table.num_chunks - 1)
-        ranks = torch.where(kept > 0, target - before[chunks], -1)
-        cuts = torch.zeros_like(ranks)
-        arguments = (table.rows, table.owners, chunks, ranks, key, cuts)
-        self._launch("place_cut", len(cuts), *arguments, **batch.kernel)
-        return list(zip(table.owners[chunks].tolist(), cuts.tolist(), strict=True))
+        self._bracket(part, state, wanted)
+        chunks = (table.rows, table.owners)
+        arguments: tuple[Any, ...] = (*chunks, state, groups, stop, *counted)
+        self._launch("count", table.num_chunks, *arguments, **tile, ALIGNED=part.aligned, LISTS=True)
+        self._launch("narrow", groups, *narrowed, **constants, AFTER_COUNT=True)
+        for _ in range(-(-part.key_bits // bits)):
+            arguments = (*chunks, table.num_chunks, state, groups, *counted)
+            self._launch("recount", programs, *arguments, **shared)
+            self._launch("narrow", groups, *narrowed, **constants, AFTER_COUNT=False)
+        arguments = (*chunks, table.num_chunks, part.group_table, state, groups, *counted)
+        self._launch("count_ties", programs, *arguments, **shared)
+        arguments = (*chunks, part.group_table, state, groups, work, slots, sizes)
+        self._launch("place_cuts", groups, *arguments, **tile, BIN_BITS=bits, SCAN=SCANNED)
 
     def sample(self, layers: Sequence[Layer], shares: Sequence[float]) -> list[Bracket]:
+        device = device_of(layers)
         found: dict[int, Bracket] = {}
-        for _, positions, groups in parts(layers, shares):
-            members = [layers[i] for i in positions]
-            with on_device(members[0].weight.device, "sample"):
-                batch = self._batch(members, is_global=len(shares) != len(layers))
-                wanted = [round(shares[g] * n) for g, n in zip(groups, batch.sizes, strict=True)]
-                lo, hi = self._sample(batch, wanted)
-                found.update(zip(groups, map(Bracket, lo.tolist(), hi.tolist()), strict=True))
+        with _on(device, "sample"):
+            for part in self._parts(layers, is_global=len(shares) != len(layers)):
+                groups = len(part.groups)
+                sizes = [sum(part.numels[i] for i in members) for members in part.members]
+                wanted = [round(shares[g] * n) for g, n in zip(part.groups, sizes, strict=True)]
+                state = torch.zeros(part.end - part.start, dtype=torch.int64, device=device)
+                self._bracket(part, state, upload(wanted, torch.int64, device))
+                lo, hi = state[HEADER : HEADER + 2 * groups].view(2, -1).tolist()
+                found.update(zip(part.groups, map(Bracket, lo, hi), strict=True))
         return [found[g] for g in range(len(shares))]
 
     def count(
@@ -240,76 +194,53 @@ class Triton:
         rooms: Sequence[torch.Tensor | None] | None = None,
     ) -> list[Census]:
         found: dict[int, Census] = {}
-        for positions in by_dtype(layers).values():
-            members, given = [layers[i] for i in positions], [brackets[i] for i in positions]
-            with on_device(members[0].weight.device, "count"):
-                counted = self._count(members, given, num_bins)
+        with _on(device_of(layers), "count"):
+            for part in self._parts(layers):
+                given = [brackets[i] for i in part.positions]
+                counted, state = self._count(part, given, num_bins)
                 if rooms is not None:
-                    fits = [rooms[i] for i in positions]
-                    self._collect(
-                        members,
-                        given,
-                        [
-                            room if room is not None and census.inside <= room.numel() else None
-                            for room, census in zip(fits, counted, strict=True)
-                        ],
-                    )
-            found.update(zip(positions, counted, strict=True))
+                    fits = [
+                        room if room is not None and census.inside <= room.numel() else None
+                        for room, census in zip([rooms[i] for i in part.positions], counted, strict=True)
+                    ]
+                    self._collect(part, state, fits)
+                found.update(zip(part.positions, counted, strict=True))
         return [found[i] for i in range(len(layers))]
 
-    def _count(self, layers: Sequence[Layer], brackets: Sequence[Bracket], num_bins: int) -> list[Census]:
-        batch = self._batch(layers)
-        table, device = batch.table, batch.device
-        shifts = [b.shift(num_bins) for b in brackets]
-        columns = zip(*brackets, strict=True)
-        state = torch.tensor([*columns, shifts, [READ_WEIGHTS] * len(layers)], device=device)
-        bins = torch.zeros(len(layers), num_bins, dtype=torch.int64, device=device)
-        counters = torch.zeros(len(layers), 3, dtype=torch.int64, device=device)
-        nonfinite = torch.full((len(layers),), NO_INDEX, device=device)
-        sizes = torch.empty(table.num_chunks, dtype=torch.int32, device=device)
-        arguments = (table.rows, table.owners, state, len(layers), bins, num_bins, counters, nonfinite)
-        constants = {"CAPACITY": 0, "ALIGNED": _aligned(layers)}  # no lists
-        self._launch("count", table.num_chunks, *arguments, sizes, sizes, sizes, **batch.kernel, **constants)
-        rows = zip(batch.numels, counters.tolist(), nonfinite.tolist(), bins.cpu(), strict=True)
+    def _count(self, part: Part, brackets: Sequence[Bracket], num_bins: int) -> tuple[list[Census], torch.Tensor]:
+        """Counts of each layer, and the state with its bracket."""
+        table, device, groups = part.table, part.device, len(part.groups)
+        slots = part.group_slots
+        columns = *zip(*brackets, strict=True), [bracket.shift(num_bins) for bracket in brackets]
+        width = num_bins + COUNTERS * slots
+        # A word for the flag that selections look at, the state, and what is counted: read back in one piece.
+        buffer = torch.zeros(part.counts_start - part.start + 1 + groups * width, dtype=torch.int64, device=device)
+        state, work = buffer[1:], buffer[part.counts_start - part.start + 1 :]
+        state[HEADER : HEADER + 3 * groups] = upload(list(chain(*columns)), torch.int64, device)
+        sizes = torch.empty(0, dtype=torch.int16, device=device)  # no lists
+        arguments = (table.rows, table.owners, state, groups, buffer, work, num_bins, slots, sizes, 0, sizes)
+        self._launch("count", table.num_chunks, *arguments, **self._tile(part), ALIGNED=part.aligned, LISTS=False)
+        values = buffer.cpu()
+        first = 1 + part.layers_start - part.start
+        nonfinite = values[first : first + LAYER_FIELDS * groups].view(-1, LAYER_FIELDS)[:, 1].tolist()
+        counted = values[-groups * width :].view(groups, width)
+        bins, counters = counted[:, :num_bins], counted[:, num_bins:]
+        sums = counters.reshape(groups, slots, COUNTERS).sum(1)[:, :2].tolist()
+        inside = bins.sum(1).tolist()
+        rows = zip(sums, inside, nonfinite, bins, strict=True)
         return [
-            Census(below, int(row.sum()), n - kept, -1 if index == NO_INDEX else index, row)
-            for n, (below, kept, _), index, row in rows
-        ]
+            Census(below, within, pruned, NO_INDEX - index if index else -1, row)
+            for (below, pruned), within, index, row in rows
+        ], state
 
-    def _collect(
-        self, layers: Sequence[Layer], brackets: Sequence[Bracket], rooms: Sequence[torch.Tensor | None]
-    ) -> None:
+    def _collect(self, part: Part, state: torch.Tensor, rooms: Sequence[torch.Tensor | None]) -> None:
         """Write the magnitudes inside the brackets to the rooms."""
         if not any(room is not None and room.numel() for room in rooms):
             return
-        batch = self._batch(layers, out=[address(room) for room in rooms])
-        state = torch.tensor(list(zip(*brackets, strict=True)), device=batch.device)
-        cursors = torch.zeros(len(layers), dtype=torch.int64, device=batch.device)
-        arguments = (batch.table.rows, batch.table.owners, state, len(layers), cursors)
-        self._launch("collect", batch.table.num_chunks, *arguments, **batch.kernel)
-
-    def _apply(
-        self, layers: Sequence[Layer], cuts: Sequence[tuple[float, int]], out: Sequence[torch.Tensor | None]
-    ) -> list[tuple[list[int], torch.Tensor]]:
-        """Launch apply for each dtype; return its layers and, on the device, their (kept before, kept)."""
-        counts = []
-        for positions in by_dtype(layers).values():
-            members = [layers[i] for i in positions]
-            device, dtype = members[0].weight.device, members[0].weight.dtype
-            rows = [
-                [
-                    *(layers[i].weight.data_ptr(), address(layers[i].mask), address(out[i])),
-                    *(layers[i].weight.numel(), 0, 0, key_of(cuts[i][0], dtype), cuts[i][1]),
-                ]
-                for i in positions
-            ]
-            with on_device(device, "prune"):
-                table = self._table(rows, device)
-                kept = torch.zeros(len(rows), 2, dtype=torch.int64, device=device)
-                constants = {"INFINITY": largest_key(dtype) - 1, **self._tiles(dtype), "ALIGNED": _aligned(members)}
-                self._launch("apply", table.num_chunks, table.rows, table.owners, kept, **constants)
-            counts.append((positions, kept))
-        return counts
+        outs = upload([address(room) for room in rooms], torch.int64, part.device)
+        cursors = torch.zeros(part.num_layers, dtype=torch.int64, device=part.device)
+        arguments = (part.table.rows, part.table.owners, outs, state, part.num_layers, cursors)
+        self._launch("collect", part.table.num_chunks, *arguments, **self._tile(part))
 
     def prune(
         self,
@@ -318,18 +249,47 @@ class Triton:
         out: Sequence[torch.Tensor],
         *,
         finite: bool = False,
-    ) -> list[Written]:
-        if finite and has_nonfinite(selections):
+    ) -> Sequence[Written]:
+        with _on(device_of(layers), "prune"):
+            if isinstance(selections, FoundSelections) and selections.layers is layers:
+                found = selections
+            else:
+                columns = columns_of(selections)
+                if finite and max(columns.nonfinite) >= 0:
+                    return []
+                parts = self._parts(layers, is_global=len(selections) != len(layers))
+                found = FoundSelections.of(layers, parts, columns)
+            addresses = list(map(torch.Tensor.data_ptr, out))
+            outs = [
+                self._uploads.at(taken(addresses, part.positions), torch.int64, part.device) for part in found.parts
+            ]
+            # Everything there has to be memory for is there: from here on weights are written.
+            for part, own, state in zip(found.parts, outs, found.states, strict=True):
+                self._apply(part, own, state, found.buffer, SELECTED=True, STOPS=finite)
+            values = found.read()
+        if finite and values[0]:
             return []
-        cuts = [(selection.threshold.value, cut) for selection in selections for cut in selection.cuts]
-        written: dict[int, Written] = {}
-        for positions, counts in self._apply(layers, cuts, out):
-            for i, (before, after) in zip(positions, counts.tolist(), strict=True):
-                written[i] = Written(layers[i].weight.numel() - after, before - after)
-        return [written[i] for i in range(len(layers))]
+        counts = [counts_of(part, values) for part in found.parts]
+        positions = [part.positions for part in found.parts]
+        sizes = merged(positions, [part.numels for part in found.parts])
+        before, after = (merged(positions, list(column)) for column in zip(*counts, strict=True))
+        return PruneCounts.from_kept(sizes, before, after)
+
+    def _apply(
+        self, part: Part, outs: torch.Tensor, state: torch.Tensor, stop: torch.Tensor, **constants: bool
+    ) -> None:
+        table, layers = part.table, part.num_layers
+        arguments = (outs, state, len(part.groups), layers, part.layer_slots, stop)
+        constants["ALIGNED"] = part.aligned
+        self._launch("apply", table.num_chunks, table.rows, table.owners, *arguments, **self._tile(part), **constants)
 
     def apply(self, layers: Sequence[Layer]) -> None:
-        self._apply(layers, [(0.0, layer.weight.numel()) for layer in layers], [None] * len(layers))
+        with _on(device_of(layers), "apply_masks_"):
+            for part in self._parts(layers):
+                nothing = part.group_table  # for the masks say it all
+                self._apply(part, nothing, nothing, nothing, SELECTED=False, STOPS=False)
+
+    # -- optimizers --------------------------------------------------------------------------------------------------
 
     def update(
         self,
@@ -339,123 +299,102 @@ class Triton:
         rows: Sequence[int],
         constants: Constants,
     ) -> None:
-        k = self._kernels
-        given = constants.on_host()
-        rows_of: dict[_Kind, list[list[int]]] = defaultdict(list)
-        for t, gradient, index in zip(batch.tensors, gradients, rows, strict=True):
-            if given[index].get("skip"):
-                continue
-            row = t.row if isinstance(t.row, _Row) else _prepared(t)
-            grad = gradient.data_ptr()
-            kind = row.kind._replace(aligned=row.kind.aligned and grad % 16 == 0)
-            rows_of[kind].append([*row.before, grad, *row.after, index])
-        if rows_of:
-            device = batch.tensors[0].weight.device
-            with on_device(device, "update"):
-                ordered = [[c.get(name, otherwise) for name, otherwise in CONSTANTS.items()] for c in given]
-                values = torch.tensor(ordered, dtype=torch.float64).to(device, non_blocking=True)
-                for kind, kind_rows in rows_of.items():
-                    table = self._table(kind_rows, device)
-                    self._launch(
-                        "update",
-                        table.num_chunks,
-                        table.rows,
-                        table.owners,
-                        values,
-                        RULE=rule,
-                        STATES=kind.num_states,
-                        COMPACT=kind.is_compact,
-                        HAS_MASTER=kind.has_master,
-                        dtype=k.FLOATS[kind.dtype],
-                        BITS=k.INTEGERS[kind.dtype.itemsize],
-                        T=k.FLOATS[torch.float64 if kind.dtype == torch.float64 else torch.float32],
-                        BLOCK=BLOCK,
-                        ALIGNED=kind.aligned,
-                    )
+        if not batch.tensors:
+            return
+        k, device = self._kernels, batch.tensors[0].weight.device
+        with _on(device, "update"):
+            if not isinstance(batch.prepared, Rows):
+                batch.prepared = Rows(map(row_of, batch.tensors))
+            addresses = list(map(torch.Tensor.data_ptr, gradients))
+            # Few gradients are not aligned; those that are not get launches of their own.
+            unaligned = [i for i, pointer in enumerate(addresses) if pointer & 15]
+            key = (device, stream_of(device), unaligned, batch.prepared)
+            parts = self._step_parts.get(key, partial(step_parts, batch.prepared, unaligned, device))
+            values = self._constants.at(constants, device)
+            columns = [
+                self._uploads.at([*taken(addresses, own), *taken(rows, own)], torch.int64, device)
+                for _, own, _ in parts
+            ]
+            # Everything there has to be memory for is there: from here on weights are written.
+            for (kind, positions, table), column in zip(parts, columns, strict=True):
+                self._launch(
+                    "update",
+                    table.num_chunks,
+                    table.rows,
+                    table.owners,
+                    column,
+                    len(positions),
+                    values,
+                    RULE=rule,
+                    STATES=kind.num_states,
+                    COMPACT=kind.is_compact,
+                    HAS_MASTER=kind.has_master,
+                    dtype=k.FLOATS[kind.dtype],
+                    BITS=k.INTEGERS[kind.dtype.itemsize],
+                    T=k.FLOATS[torch.float64 if kind.dtype == torch.float64 else torch.float32],
+                    BLOCK=BLOCK,
+                    ALIGNED=kind.aligned,
+                )
 
-    def sum_squares(self, gradients: Sequence[Layer]) -> float:
-        device = gradients[0].weight.device
-        total = torch.zeros((), dtype=torch.float64, device=device)
-        with on_device(device, "sum_squares"):
-            for positions in by_dtype(gradients).values():
-                members = [gradients[i] for i in positions]
-                rows = [[g.weight.data_ptr(), address(g.mask), 0, g.weight.numel()] for g in members]
-                table = self._table(rows, device)
-                sums = torch.empty(table.num_chunks, dtype=torch.float64, device=device)
-                dtype = members[0].weight.dtype
-                constants = {"dtype": self._kernels.FLOATS[dtype], **self._tiles(dtype), "ALIGNED": _aligned(members)}
-                self._launch("sum_squares", table.num_chunks, table.rows, table.owners, sums, **constants)
-                total += sums.sum()
-            return float(total)
+    def sum_squares(self, gradients: Sequence[Layer]) -> float | torch.Tensor:
+        if not gradients:
+            return 0.0
+        device = device_of(gradients)
+        totals = []
+        with _on(device, "sum_squares"):
+            for part in self._parts(gradients):
+                sums = torch.empty(part.table.num_chunks, dtype=torch.float64, device=device)
+                tile = self._tile(part)
+                del tile["INFINITY"]
+                constants = {"dtype": self._kernels.FLOATS[part.dtype], **tile, "ALIGNED": part.aligned}
+                self._launch("sum_squares", len(sums), part.table.rows, part.table.owners, sums, **constants)
+                totals.append(sums.sum())
+            return sum(totals[1:], totals[0])
 
     def compactions(self, masks: Sequence[tuple[torch.Tensor, int]]) -> list[Compaction]:
+        """Address compact state by these packed bits; waits for the device once."""
         if not masks:
             return []
         device = masks[0][0].device
-        ranks = []
-        with on_device(device, "compactions"):
-            for mask, numel in masks:
-                kept = torch.zeros(-(-numel // BLOCK) + 1, dtype=torch.int64, device=device)
-                self._launch("count_kept", len(kept) - 1, mask, numel, kept, BLOCK=BLOCK)
-                ranks.append(kept.cumsum(0) - kept)
-            totals = torch.stack([own[-1] for own in ranks]).tolist()
-        return [Compaction(mask, own, kept) for (mask, _), own, kept in zip(masks, ranks, totals, strict=True)]
+        with _on(device, "compactions"):
+            sizes = [numel for _, numel in masks]
+            table = table_of(sizes, [(0, mask.data_ptr()) for mask, _ in masks], device)
+            counts = torch.empty(table.num_chunks, dtype=torch.int64, device=device)
+            self._launch("count_kept", table.num_chunks, table.rows, table.owners, counts, BLOCK=BLOCK)
+            chunks = [-(-n // BLOCK) for n in sizes]
+            running = counts.cumsum(0)
+            firsts = table.rows[:, 1]
+            kept = torch.zeros(len(masks), dtype=torch.int64, device=device).index_add_(0, table.owners, counts)
+            running -= counts
+            running -= running[firsts][table.owners]
+            ranks = torch.split(running, chunks)
+            return [Compaction(m, r, n) for (m, _), r, n in zip(masks, ranks, kept.tolist(), strict=True)]
 
     def move_state(self, moves: Sequence[StateMove]) -> None:
-        rows: dict[int, list[list[int]]] = defaultdict(list)
+        by_size: dict[int, list[StateMove]] = {}
         for move in moves:
-            source, target = (
-                (0, 0) if layout is None else (layout.mask.data_ptr(), layout.ranks.data_ptr())
-                for layout in (move.source_layout, move.target_layout)
-            )
-            row = [move.source.data_ptr(), *source, move.numel, 0, move.target.data_ptr(), *target]
-            rows[move.source.element_size()].append(row)
-        for size, size_rows in rows.items():
-            device = moves[0].source.device
-            with on_device(device, "move_state"):
-                table = self._table(size_rows, device)
+            by_size.setdefault(move.source.element_size(), []).append(move)
+        if not moves:
+            return
+        device = moves[0].source.device
+        with _on(device, "move_state"):
+            tables = []
+            for alike in by_size.values():
+                fields = [
+                    [
+                        *(move.source.data_ptr(), *_layout(move.source_layout)),
+                        *(move.target.data_ptr(), *_layout(move.target_layout)),
+                    ]
+                    for move in alike
+                ]
+                tables.append(table_of([move.numel for move in alike], fields, device))
+            for size, table in zip(by_size, tables, strict=True):
                 constants = {"BITS": self._kernels.INTEGERS[size], "BLOCK": BLOCK}
                 self._launch("repack", table.num_chunks, table.rows, table.owners, **constants)
 
 
-class _Kind(NamedTuple):
-    """Tensors that one launch of the update may serve together."""
-
-    dtype: torch.dtype
-    num_states: int
-    is_compact: bool
-    has_master: bool
-    aligned: bool
-
-
-class _Row(NamedTuple):
-    """A tensor's row less what changes with every step: the gradient comes between, the constants after it."""
-
-    kind: _Kind
-    before: tuple[int, ...]
-    after: tuple[int, ...]
-
-
-def _prepared(t: UpdateTensor) -> _Row:
-    """Make the tensor's row, once."""
-    state = [s.data_ptr() for s in t.state]
-    pointers = [t.weight.data_ptr(), address(t.master), *([] if t.compaction else state)]
-    row = _Row(
-        _Kind(
-            t.weight.dtype,
-            len(t.state),
-            t.compaction is not None and bool(state),
-            t.master is not None,
-            all(pointer % 16 == 0 for pointer in pointers),
-        ),
-        (t.weight.data_ptr(), address(t.mask)),
-        (
-            *(t.weight.numel(), 0, address(t.master), *[*state, 0, 0, 0][:3]),
-            0 if t.compaction is None else t.compaction.ranks.data_ptr(),
-        ),
-    )
-    t.row = row
-    return row
+def _layout(compaction: Compaction | None) -> tuple[int, int]:
+    return (0, 0) if compaction is None else (compaction.mask.data_ptr(), compaction.ranks.data_ptr())
 
 
 def _probe() -> str | None:
