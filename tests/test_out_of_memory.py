@@ -11,7 +11,7 @@ import torch
 from optim_cases import parameters, random_gradients, set_gradients
 
 from gmp_kernels import BitMask, DeviceError, prune_
-from gmp_kernels.backends import _tables
+from gmp_kernels.backends import _selection_tables, _tables
 from gmp_kernels.optim import AdamW
 from gmp_kernels.testing import assert_bitwise_equal
 
@@ -19,12 +19,13 @@ NO_MEMORY = torch.OutOfMemoryError("CUDA out of memory")
 
 
 class Memory:
-    """torch's functions that allocate; after ``left`` more there is none left."""
+    """torch's functions that allocate, and uploads of rows; after ``left`` more there is none left."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, left: int) -> None:
         self.left = left
         for name in ("empty", "zeros", "ones", "full", "tensor", "empty_like", "zeros_like"):
             monkeypatch.setattr(torch, name, partial(self._allocate, getattr(torch, name)))
+        monkeypatch.setattr(_selection_tables, "upload", partial(self._allocate, _selection_tables.upload))
 
     def _allocate(self, function: Callable[..., torch.Tensor], *args: object, **kwargs: object) -> torch.Tensor:
         self.left -= 1

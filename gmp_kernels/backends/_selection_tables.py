@@ -12,7 +12,7 @@ import torch
 from gmp_kernels.backends import Bracket, Layer, Threshold
 from gmp_kernels.backends._layers import Columns, Selections, merged, thresholds_of
 from gmp_kernels.backends._rows import address, by_dtype
-from gmp_kernels.backends._tables import num_chunks_of
+from gmp_kernels.backends._tables import num_chunks_of, upload
 from gmp_kernels.keys import keys_of_magnitudes, largest_key, magnitudes_of_keys
 
 __all__ = ["SelectionTables", "Template"]
@@ -200,9 +200,7 @@ class SelectionTables(Selections):
         self._read: Columns | None = None
         self.workspace = torch.empty(template.workspace_bytes, dtype=torch.uint8, device=device)
         self.bins = torch.zeros(template.total_bins, dtype=torch.int64, device=device)
-        host = torch.empty(template.rows.size, dtype=torch.int64, device="cpu", pin_memory=device.type != "cpu")
-        rows: Integers = host.numpy()
-        rows[:] = template.rows
+        rows = template.rows.copy()
         hinted = any(hints)
         for part in template.parts:
             if template.has_flags:
@@ -216,8 +214,7 @@ class SelectionTables(Selections):
                 part.layers(rows)[:, LayerField.CUT] = part.taken(found.cuts)
                 values = [threshold.value for threshold in part.taken(found.thresholds)]
                 part.groups(rows)[:, GroupField.KEY] = keys_of_magnitudes(values, part.dtype)
-        # Torch keeps the memory copied from until that is done.
-        self.buffer = host.to(device, non_blocking=True)
+        self.buffer = upload(torch.from_numpy(rows), torch.int64, device)
         self.tables = [(part.name, self._tables(module, part)) for part in template.parts]
 
     def _tables(self, module: Any, part: Part) -> Any:
