@@ -1,4 +1,4 @@
-"""The bits that tell apply which weights to look at (see count_chunk in csrc/cuda) are never too few."""
+"""The bits that tell apply which weights to look at after a selection are never too few (see csrc/cuda/count.cuh)."""
 
 from __future__ import annotations
 
