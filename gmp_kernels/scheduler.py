@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,9 +12,10 @@ from torch import nn
 
 from gmp_kernels.distributed import Shards
 from gmp_kernels.distributions import DISTRIBUTIONS, Distribution, uniform
+from gmp_kernels.enforcement import enforce_masks_
 from gmp_kernels.errors import StateError, TargetError
 from gmp_kernels.masks import BitMask
-from gmp_kernels.ops import NonFinite, PruneResult, Scope, Threshold, apply_masks_, prune_
+from gmp_kernels.ops import NonFinite, PruneResult, Scope, Threshold, prune_
 from gmp_kernels.optim.masked import MaskedOptimizer
 from gmp_kernels.reports import LayerReport, StepReport
 from gmp_kernels.schedules import Schedule
@@ -416,40 +417,14 @@ class GMPScheduler:
         self._apply_masks(self._parameters, with_weights=True)
 
     def _apply_masks(self, names: Iterable[str], *, with_weights: bool) -> None:
-        """Zero what is pruned in the optimizer's state, and in the weights where asked: one call per device."""
+        """Zero what is pruned in the optimizer's state, and in the weights where asked."""
         # Nothing pruned yet, or never: nothing to hold at zero.
         names = [name for name in names if name in self._thresholds and self._thresholds[name].num_pruned]
+        masks: dict[torch.Tensor, BitMask] = {self._parameters[name]: self.masks[name] for name in names}
         if self._masked_optimizer is not None:
-            self._masked_optimizer.share_masks(
-                {self._parameters[name]: self.masks[name] for name in names}, ranked_is_pruned=not with_weights
-            )
-            return
-        calls: dict[torch.device, tuple[list[torch.Tensor], list[BitMask]]] = {}
-        for name in names:
-            mask = self.masks[name]
-            for tensor in map(local, self._tensors(name, with_weights)):
-                if not tensor.numel():
-                    continue
-                if tensor.is_contiguous():
-                    tensors, masks = calls.setdefault(tensor.device, ([], []))
-                    tensors.append(tensor)
-                    masks.append(mask.to(tensor.device))
-                else:
-                    # Momentum takes over the strides of the first gradient, whatever they are.
-                    tensor.masked_fill_(~mask.to_bool().to(tensor.device), 0.0)
-        for tensors, masks in calls.values():
-            apply_masks_(tensors, masks, backend=self._backend)
-
-    def _tensors(self, name: str, with_weights: bool) -> Iterator[torch.Tensor]:
-        parameter = self._parameters[name]
-        if with_weights:
-            yield parameter.detach()
-        for value in self.optimizer.state.get(parameter, {}).values():
-            if not isinstance(value, torch.Tensor) or value.shape != parameter.shape:
-                continue
-            # Counters such as Adam's ``step`` are floating tensors too, without dimensions.
-            if value.ndim and value.is_floating_point():
-                yield value
+            self._masked_optimizer.share_masks(masks, ranked_is_pruned=not with_weights)
+        else:
+            enforce_masks_(self.optimizer, masks, with_weights=with_weights, backend=self._backend)
 
     def _settings(self) -> dict[str, Any]:
         return {

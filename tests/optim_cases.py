@@ -31,6 +31,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "adamw_amsgrad": ("AdamW", {"lr": 0.01, "amsgrad": True, "weight_decay": 0.2, "maximize": True}),
 }
 
+SHAPES = [(24, 33), (7,), (65, 9)]
+LAYOUTS = pytest.mark.parametrize("compact", [False, True], ids=["dense", "compact"])
+
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
@@ -156,3 +159,22 @@ def assert_same_run(
     for i, (p, q) in enumerate(zip(params, expected_params, strict=True)):
         assert_bitwise_equal(p, q, f"params[{i}]")
     assert_same_state(optimizer.state_dict()["state"], expected.state_dict()["state"])
+
+
+def masks_of(params, sparsity=0.6):
+    return random_masks([params[0], params[2]], sparsity)
+
+
+def run(params, optimizer, steps):
+    masks = masks_of(params)
+    optimizer.set_masks(masks)
+    for step in steps:
+        set_gradients(params, random_gradients(params, step), masks)
+        optimizer.step()
+
+
+def started(case="adamw", compact=False, steps=3, dtype=torch.float32, **options):
+    params = parameters(SHAPES, dtype)
+    optimizer = masked(case, params, compact_state=compact, **options)
+    run(params, optimizer, range(steps))
+    return params, optimizer

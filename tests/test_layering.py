@@ -25,7 +25,7 @@ FLOORS = [
     {"checks", "selection"},
     {"ops"},
     {"distributed"},
-    {"optim", "stages", "testing"},
+    {"enforcement", "optim", "stages", "testing"},
     {"library", "scheduler"},
     {FACADE},
     {"plan", "plots"},
