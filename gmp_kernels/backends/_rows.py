@@ -9,9 +9,9 @@ from contextlib import contextmanager
 import torch
 
 from gmp_kernels.backends import Layer
-from gmp_kernels.errors import DeviceError
+from gmp_kernels.errors import DeviceError, LayoutError
 
-__all__ = ["INTEGERS", "address", "by_dtype", "dtype_name", "on_device", "parts"]
+__all__ = ["INTEGERS", "address", "by_dtype", "dtype_name", "element_address", "on_device", "parts"]
 
 # Which hold the bits of a weight, by its bytes.
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -28,6 +28,22 @@ _DTYPE_NAMES = {
 def address(tensor: torch.Tensor | None) -> int:
     """Address of the first element; 0 for None."""
     return 0 if tensor is None else tensor.data_ptr()
+
+
+def element_address(tensor: torch.Tensor | None) -> int:
+    """``address`` for kernels whose loads have the type of what they load: elsewhere than on its multiples they fail.
+
+    Raises
+    ------
+    LayoutError
+        The tensor begins between two of them, as views of raw bytes can.
+    """
+    if tensor is not None and tensor.data_ptr() % tensor.itemsize:
+        raise LayoutError(
+            f"expected tensors that begin on a multiple of their element size, got a {tensor.dtype} one at address "
+            f"{tensor.data_ptr():#x}; copy it, or use backend 'cpu'"
+        )
+    return address(tensor)
 
 
 def dtype_name(tensor: torch.Tensor) -> str:

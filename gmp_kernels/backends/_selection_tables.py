@@ -11,7 +11,7 @@ import torch
 
 from gmp_kernels.backends import Bracket, Layer, Threshold
 from gmp_kernels.backends._layers import Columns, Selections, merged, thresholds_of
-from gmp_kernels.backends._rows import address, by_dtype
+from gmp_kernels.backends._rows import address, by_dtype, element_address
 from gmp_kernels.backends._tables import num_chunks_of, upload
 from gmp_kernels.keys import keys_of_magnitudes, largest_key, magnitudes_of_keys
 
@@ -143,7 +143,7 @@ class Template:
                 used = counts + 8 * num_chunks
                 bins += self._num_bins(num_chunks)
             rows, groups = part.layers(self.rows), part.groups(self.rows)
-            rows[:, LayerField.WEIGHTS] = [layers[i].weight.data_ptr() for i in positions]
+            rows[:, LayerField.WEIGHTS] = [element_address(layers[i].weight) for i in positions]
             rows[:, LayerField.MASK] = [masks[i] for i in positions]
             rows[:, LayerField.N] = rows[:, LayerField.CUT] = [sizes[i] for i in positions]
             rows[:, LayerField.FIRST_CHUNK] = own_chunks.cumsum() - own_chunks

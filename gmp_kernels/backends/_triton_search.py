@@ -11,7 +11,7 @@ import torch
 
 from gmp_kernels.backends import Layer, Threshold
 from gmp_kernels.backends._layers import Columns, Selections, merged, thresholds_of
-from gmp_kernels.backends._rows import address, on_device
+from gmp_kernels.backends._rows import address, element_address, on_device
 from gmp_kernels.backends._tables import upload
 from gmp_kernels.backends._triton_tables import BLOCK, Table, table_of
 from gmp_kernels.keys import key_of, largest_key
@@ -119,7 +119,7 @@ def _part(layers: Sequence[Layer], positions: list[int], is_global: bool, larges
     for g, indices in enumerate(members):
         offset, chunks = 0, 0
         for i in indices:
-            fields.append([weights[i].data_ptr(), address(layers[i].mask), g, offset])
+            fields.append([element_address(weights[i]), address(layers[i].mask), g, offset])
             offset += numels[i]
             chunks += -(-numels[i] // BLOCK)
         row_bits = (len(indices) - 1).bit_length()

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from gmp_kernels.backends import Constants, UpdateTensor
-from gmp_kernels.backends._rows import address
+from gmp_kernels.backends._rows import address, element_address
 from gmp_kernels.backends._tables import upload
 from gmp_kernels.backends._triton_tables import Recent, Table, stream_of, table_of
 
@@ -70,7 +70,7 @@ def row_of(t: UpdateTensor) -> Row:
     """Make the tensor's row, once."""
     if isinstance(t.row, Row):
         return t.row
-    state = [s.data_ptr() for s in t.state]
+    state = list(map(element_address, t.state))
     pointers = [t.weight.data_ptr(), address(t.master), *([] if t.compaction else state)]
     kind = Kind(
         t.weight.dtype,
@@ -80,7 +80,13 @@ def row_of(t: UpdateTensor) -> Row:
         all(pointer % 16 == 0 for pointer in pointers),
     )
     ranks = None if t.compaction is None else t.compaction.ranks
-    fields = (t.weight.data_ptr(), address(t.mask), address(t.master), *[*state, 0, 0, 0][:3], address(ranks))
+    fields = (
+        element_address(t.weight),
+        address(t.mask),
+        element_address(t.master),
+        *[*state, 0, 0, 0][:3],
+        address(ranks),
+    )
     t.row = row = Row(kind, t.weight.numel(), fields)
     return row
 

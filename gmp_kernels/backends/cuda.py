@@ -33,7 +33,7 @@ from gmp_kernels.backends import (
     register,
 )
 from gmp_kernels.backends._layers import Layers, PruneCounts, columns_of, device_of, prepared
-from gmp_kernels.backends._rows import address, by_dtype, dtype_name
+from gmp_kernels.backends._rows import address, by_dtype, dtype_name, element_address
 from gmp_kernels.backends._selection_tables import SelectionTables, Template
 from gmp_kernels.backends._tables import Table, num_chunks_of, upload
 from gmp_kernels.errors import CaptureError, DeviceError
@@ -155,7 +155,7 @@ class Launches:
                     room = None if rooms is None else rooms[i]
                     rows.append(
                         [
-                            *(weight.data_ptr(), address(mask), weight.numel(), first_chunk),
+                            *(element_address(weight), address(mask), weight.numel(), first_chunk),
                             *(*brackets[i], brackets[i].shift(num_bins)),
                             *(address(room), 0 if room is None else room.numel(), own.data_ptr(), num_bins),
                             *(0, 0, 0, _NO_INDEX),
@@ -274,7 +274,7 @@ class Launches:
         rows, first_chunk = [], 0
         for g in gradients:
             n = g.weight.numel()
-            rows.append([_DTYPE_CODES[g.weight.dtype], g.weight.data_ptr(), address(g.mask), n, first_chunk])
+            rows.append([_DTYPE_CODES[g.weight.dtype], element_address(g.weight), address(g.mask), n, first_chunk])
             first_chunk += num_chunks_of(n, self._module.CHUNK)
         with self._on(device, "sum_squares") as launch:
             table = upload(rows, torch.int64, device)
@@ -332,9 +332,9 @@ def _row(t: UpdateTensor) -> _Row:
     """Make the tensor's row, once."""
     if isinstance(t.row, _Row):
         return t.row
-    state = [*(s.data_ptr() for s in t.state), 0, 0, 0][:3]
+    state = [*map(element_address, t.state), 0, 0, 0][:3]
     ranks = None if t.compaction is None else t.compaction.ranks
-    addresses = (t.weight.data_ptr(), 0, address(t.master), *state, address(t.mask), address(ranks))
+    addresses = (element_address(t.weight), 0, element_address(t.master), *state, address(t.mask), address(ranks))
     row = _Row(dtype_name(t.weight), (*addresses, t.weight.numel(), 0, 0), t.weight.numel())
     t.row = row
     return row

@@ -33,7 +33,7 @@ from gmp_kernels.backends import (
     register,
 )
 from gmp_kernels.backends._layers import Layers, PruneCounts, columns_of, device_of, merged, prepared
-from gmp_kernels.backends._rows import INTEGERS, address, on_device
+from gmp_kernels.backends._rows import INTEGERS, address, element_address, on_device
 from gmp_kernels.backends._tables import upload
 from gmp_kernels.backends._triton_search import (
     COUNTERS,
@@ -106,7 +106,7 @@ class Triton:
         make = partial(parts_of, layers, is_global=is_global)
         if isinstance(layers, Layers):
             return prepared(layers, ("triton", is_global, stream), make)
-        addresses = [(weight.data_ptr(), address(mask)) for weight, mask in layers]
+        addresses = [(element_address(weight), address(mask)) for weight, mask in layers]
         shapes = [(weight.dtype, weight.numel()) for weight, _ in layers]
         return self._parts_of.get((is_global, device, stream, addresses, shapes), make)
 
