@@ -97,7 +97,8 @@ def _signature(
     try:
         signature: list[Any] = [list(map(f, weights)) for f in (of.data_ptr, _dtype, _shape, of.is_contiguous)]
         if masks is not None and packed is not None:
-            signature += [list(map(_shape, masks)), list(map(of.data_ptr, packed)), list(map(of.numel, packed))]
+            signature.append(list(map(_shape, masks)))
+            signature += [list(map(f, packed)) for f in (of.data_ptr, of.numel, _dtype, of.is_contiguous)]
     except RuntimeError:
         return None  # a tensor without an address: what it is instead, the check of each alone will tell
     return signature if all(signature[0]) else None
@@ -111,6 +112,13 @@ def checked_names(op: str, names: Sequence[str] | None, num_weights: int) -> lis
 
 def _label(names: Sequence[str] | None, i: int) -> str:
     return f"weights[{i}]" if names is None else f"'{names[i]}'"
+
+
+def has_memory(tensor: torch.Tensor) -> bool:
+    """Whether the storage reaches to the tensor's last element: sharded training frees it in between."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    needed = (tensor.storage_offset() + last + 1) * tensor.itemsize
+    return tensor.numel() == 0 or tensor.untyped_storage().nbytes() >= needed
 
 
 def check_tensors(
@@ -196,6 +204,10 @@ def _tensor(op: str, weight: Weight, names: Sequence[str] | None, i: int) -> tor
     if tensor.numel() == 0:
         raise ShapeError(
             f"{op}: expected at least one weight in {label}, got shape {tuple(tensor.shape)}; leave it out"
+        )
+    if not has_memory(tensor):
+        raise LayoutError(
+            f"{op}: expected {label} in memory, got a tensor whose storage was freed or cut; gather it first"
         )
     return tensor
 

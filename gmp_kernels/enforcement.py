@@ -6,11 +6,19 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
+from gmp_kernels import capture
+from gmp_kernels.errors import CaptureError
 from gmp_kernels.masks import BitMask
 from gmp_kernels.ops import apply_masks_
 from gmp_kernels.sharding import local
 
-__all__ = ["enforce_masks_"]
+__all__ = ["enforce_masks_", "refuse_capture"]
+
+
+def refuse_capture(device: torch.device, what: str, use: str) -> None:
+    """Raise CaptureError while a CUDA graph is captured, whose replays do not run what Python does here."""
+    if capture.is_capturing(device):
+        raise CaptureError(f"expected nothing that a CUDA graph would leave out, got {what}; use {use}")
 
 
 def enforce_masks_(

@@ -12,7 +12,7 @@ from torch import nn
 
 from gmp_kernels.distributed import Shards
 from gmp_kernels.distributions import DISTRIBUTIONS, Distribution, uniform
-from gmp_kernels.enforcement import enforce_masks_
+from gmp_kernels.enforcement import enforce_masks_, refuse_capture
 from gmp_kernels.errors import StateError, TargetError
 from gmp_kernels.masks import BitMask
 from gmp_kernels.ops import NonFinite, PruneResult, Scope, Threshold, prune_
@@ -20,7 +20,7 @@ from gmp_kernels.optim.masked import MaskedOptimizer
 from gmp_kernels.reports import LayerReport, StepReport
 from gmp_kernels.schedules import Schedule
 from gmp_kernels.sharding import local, local_mask, whole_mask
-from gmp_kernels.targets import Entry, ParameterIndex, named_parameters
+from gmp_kernels.targets import Entry, ParameterIndex, check_optimized, check_present
 
 __all__ = ["GMPScheduler", "StepReport"]
 
@@ -141,7 +141,7 @@ class GMPScheduler:
         self._backend = backend
         index = ParameterIndex(model)
         self._parameters = index.select(targets, ignore)
-        self._check_optimizer()
+        check_optimized(optimizer, self._parameters)
         self._overrides = self._override_groups(index, overrides or {})
         overridden = {name for group in self._overrides for name in group.names}
         rest = [name for name in self._parameters if name not in overridden]
@@ -154,6 +154,7 @@ class GMPScheduler:
         self._thresholds: dict[str, Threshold] = {}
         self._shards = Shards.of(model, self._parameters)
         self._is_agreed = False
+        self._device = next(iter(self._parameters.values())).device
         # Pruning nothing finds every tensor prune_ would refuse now rather than epochs later.
         for names in self._batches(self._parameters):
             self._prune_nothing(names)
@@ -185,6 +186,8 @@ class GMPScheduler:
             A parameter was changed into one that ``prune_`` does not take, or moved to another device.
         StateError
             The ranks differ in arguments, layers, step or masks; on every rank, at the first step or the next update.
+        CaptureError
+            A CUDA graph is being captured, whose replays would not call this.
         DistributedError
             A rank does not answer, within the time-out of the process group.
 
@@ -193,6 +196,7 @@ class GMPScheduler:
         When it raises nothing has changed and the step is not counted: repair the weights and call it again. (Copies
         whose weights had drifted apart are the exception: their masks are compared after they were made.)
         """
+        refuse_capture(self._device, "GMPScheduler.step()", "it outside of the graph, after optimizer.step()")
         if self._shards is not None and not self._is_agreed:
             thresholds = {f"threshold of '{name}'": threshold for name, threshold in self._thresholds.items()}
             self._shards.agree({**self._settings(), "step": self.step_count, **thresholds})
@@ -265,6 +269,8 @@ class GMPScheduler:
             raise StateError(
                 f"load_state_dict: expected what state_dict() returned, got damaged data ({error!r}); load another file"
             ) from error
+        if self._masked_optimizer is not None:
+            self._masked_optimizer.check_masks({p: self.masks[name] for name, p in self._parameters.items()})
         for name, mask in masks.items():
             written = self._written_masks([name])[0]
             written.packed.copy_(mask.packed)
@@ -272,15 +278,6 @@ class GMPScheduler:
         self._thresholds, self.step_count, self._is_agreed = thresholds, step_count, False
         self.history[:] = history
         self._apply_masks(self._parameters, with_weights=True)
-
-    def _check_optimizer(self) -> None:
-        held = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
-        for name, parameter in self._parameters.items():
-            if id(parameter) not in held:
-                raise TargetError(
-                    f"GMPScheduler: expected every target among the optimizer's parameters, got '{name}', which is not "
-                    "(frozen?), so that nothing would keep it pruned; add it to the optimizer, or to ignore="
-                )
 
     def _override_groups(self, index: ParameterIndex, overrides: Mapping[Entry, float | Schedule]) -> list[_Group]:
         left = set(self._parameters)
@@ -377,8 +374,10 @@ class GMPScheduler:
 
     def _update(self, num_prune: Mapping[str, int]) -> StepReport:
         start = time.perf_counter()
-        self._check_present()
+        check_present(self.model, self._parameters, self._shapes)
         names = list(num_prune)
+        if self._masked_optimizer is not None:
+            self._masked_optimizer.check_masks({self._parameters[name]: self.masks[name] for name in names})
         batches = self._batches(names)
         if len(batches) > 1:
             # One call per device: let each find its NaN before the first one writes.
@@ -403,23 +402,18 @@ class GMPScheduler:
         self.history.append(report)
         return report
 
-    def _check_present(self) -> None:
-        live = named_parameters(self.model)
-        for name, parameter in self._parameters.items():
-            if live.get(name) is not parameter or parameter.shape != self._shapes[name]:
-                found = "nothing" if name not in live else f"one replaced or reshaped to {tuple(live[name].shape)}"
-                raise TargetError(
-                    f"GMPScheduler: expected the parameter '{name}' of shape {tuple(self._shapes[name])} that the "
-                    f"scheduler was built with, got {found}; build a new GMPScheduler when the model changes"
-                )
-
     def _after_optimizer_step(self, *_: object) -> None:
+        name = type(self.optimizer).__name__
+        refuse_capture(
+            self._device, f"a step of {name}, after which masks are applied from Python", "gmp_kernels.optim"
+        )
         self._apply_masks(self._parameters, with_weights=True)
 
     def _apply_masks(self, names: Iterable[str], *, with_weights: bool) -> None:
         """Zero what is pruned in the optimizer's state, and in the weights where asked."""
-        # Nothing pruned yet, or never: nothing to hold at zero.
-        names = [name for name in names if name in self._thresholds and self._thresholds[name].num_pruned]
+        if self._masked_optimizer is None:
+            # Nothing pruned yet, or never: nothing to hold at zero.
+            names = [name for name in names if name in self._thresholds and self._thresholds[name].num_pruned]
         masks: dict[torch.Tensor, BitMask] = {self._parameters[name]: self.masks[name] for name in names}
         if self._masked_optimizer is not None:
             self._masked_optimizer.share_masks(masks, ranked_is_pruned=not with_weights)

@@ -5,16 +5,26 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeAlias
 
+import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
 from gmp_kernels.errors import TargetError
 
-__all__ = ["Entry", "ParameterIndex", "compile_pattern", "is_pattern", "matches", "named_parameters"]
+__all__ = [
+    "Entry",
+    "ParameterIndex",
+    "check_optimized",
+    "check_present",
+    "compile_pattern",
+    "is_pattern",
+    "matches",
+    "named_parameters",
+]
 
 Entry: TypeAlias = str | type[nn.Module]
 
@@ -24,6 +34,29 @@ PRUNABLE = (nn.Linear, _ConvNd)
 def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return every parameter under every name it has, without what ``torch.compile`` adds to the names."""
     return {_plain(name): parameter for name, parameter in model.named_parameters(remove_duplicate=False)}
+
+
+def check_optimized(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> None:
+    """Raise TargetError for a target that is not among the optimizer's parameters."""
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for name, parameter in parameters.items():
+        if id(parameter) not in held:
+            raise TargetError(
+                f"GMPScheduler: expected every target among the optimizer's parameters, got '{name}', which is not "
+                "(frozen?), so that nothing would keep it pruned; add it to the optimizer, or to ignore="
+            )
+
+
+def check_present(model: nn.Module, parameters: Mapping[str, nn.Parameter], shapes: Mapping[str, torch.Size]) -> None:
+    """Raise TargetError for a target that was removed from the model, replaced or reshaped."""
+    live = named_parameters(model)
+    for name, parameter in parameters.items():
+        if live.get(name) is not parameter or parameter.shape != shapes[name]:
+            found = "nothing" if name not in live else f"one replaced or reshaped to {tuple(live[name].shape)}"
+            raise TargetError(
+                f"GMPScheduler: expected the parameter '{name}' of shape {tuple(shapes[name])} that the scheduler was "
+                f"built with, got {found}; build a new GMPScheduler when the model changes"
+            )
 
 
 class ParameterIndex:

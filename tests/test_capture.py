@@ -266,6 +266,37 @@ def test_a_mask_that_a_graph_does_not_read_is_refused(runtime: Runtime) -> None:
     assert int((optimizer.state[params[0]]["momentum_buffer"] == 0).sum()) == round(0.9 * 24 * 33)
 
 
+def test_an_update_whose_masks_a_graph_does_not_read_changes_nothing(runtime: Runtime) -> None:
+    params, optimizer = started()
+    optimizer.set_masks(random_masks(params, 0.5))
+    schedule = schedules.Constant(0.9, begin_step=0)
+    pruner = GMPScheduler(as_model(params), optimizer, schedule, targets="*")
+    optimizer.step()
+    with runtime.capture():
+        optimizer.step()
+    before = clones(params), copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(CaptureError, match="got another one"):
+        pruner.step()
+    assert_unchanged(params, optimizer, before)
+    assert (pruner.step_count, pruner.history, pruner.sparsity) == (0, [], 0.0)
+
+
+@pytest.mark.parametrize("update", [0, 50], ids=["after an update", "before the first update"])
+def test_masks_that_python_applies_are_not_left_out_of_a_graph(runtime: Runtime, update: int) -> None:
+    params = parameters([(24, 33)])
+    optimizer = torch.optim.SGD(params, lr=0.1)
+    pruner = GMPScheduler(as_model(params), optimizer, schedules.Constant(0.5, begin_step=update), targets="*")
+    set_gradients(params, random_gradients(params, 0), {})
+    optimizer.step()
+    pruner.step()
+    count = pruner.step_count
+    with runtime.capture(), pytest.raises(CaptureError, match=r"applied from Python; use gmp_kernels\.optim"):
+        optimizer.step()
+    with runtime.capture(), pytest.raises(CaptureError, match=r"GMPScheduler.step\(\); use it outside of the graph"):
+        pruner.step()
+    assert pruner.step_count == count
+
+
 def test_what_uploads_numbers_of_its_own_is_refused_in_a_capture(runtime: Runtime) -> None:
     weight, mask = torch.randn(1000), BitMask.ones((1000,))
     before = weight.clone()

@@ -110,6 +110,19 @@ def bits_of_other_type(weights: list[torch.Tensor], masks: list[BitMask]) -> Non
     masks[1].packed = masks[1].packed.to(torch.int64)
 
 
+def every_second_byte(weights: list[torch.Tensor], masks: list[BitMask]) -> None:
+    """The same address and number of bytes."""
+    masks[1].packed = masks[1].packed.as_strided((5,), (0,))
+
+
+def signed_bits(weights: list[torch.Tensor], masks: list[BitMask]) -> None:
+    masks[1].packed = masks[1].packed.view(torch.int8)
+
+
+def freed(weights: list[torch.Tensor], masks: list[BitMask]) -> None:
+    weights[1].untyped_storage().resize_(0)
+
+
 def mask_reshaped(weights: list[torch.Tensor], masks: list[BitMask]) -> None:
     masks[0].shape = torch.Size((64,))
 
@@ -133,6 +146,9 @@ CHANGES: list[tuple[Change, type[GMPError], str]] = [
         r"expected 5 contiguous bytes as the mask of weights\[1\], got torch.uint8 of shape \(4,\)",
     ),
     (bits_of_other_type, ShapeError, r"expected 5 contiguous bytes as the mask of weights\[1\], got torch.int64"),
+    (every_second_byte, ShapeError, r"expected 5 contiguous bytes as the mask of weights\[1\], got torch.uint8"),
+    (signed_bits, ShapeError, r"expected 5 contiguous bytes as the mask of weights\[1\], got torch.int8"),
+    (freed, LayoutError, r"expected weights\[1\] in memory, got a tensor whose storage was freed"),
     (mask_reshaped, ShapeError, r"expected a mask of shape \(8, 8\) for weights\[0\], got \(64,\)"),
     (mask_elsewhere, LayoutError, r"the mask of weights\[1\] on cpu, got meta"),
 ]

@@ -23,8 +23,8 @@ from optim_cases import (
 from optim_cases import one_thread as one_thread
 from torch import nn
 
-from gmp_kernels import BitMask
-from gmp_kernels.errors import DTypeError, ShapeError
+from gmp_kernels import BitMask, optim
+from gmp_kernels.errors import DTypeError, LayoutError, ShapeError
 from gmp_kernels.testing import assert_bitwise_equal
 
 
@@ -107,6 +107,37 @@ def test_what_changes_between_two_steps_is_seen(change):
         change(*run_of)
         run_of[1].step()
     assert_same_run(params, optimizer, *copied)
+
+
+def test_a_square_parameter_that_was_transposed_in_place_is_seen():
+    """Address and shape stay; the gradient belongs to the new order."""
+    runs = []
+    for copied in (False, True):
+        p = nn.Parameter(torch.randn(24, 24, generator=torch.Generator().manual_seed(0)))
+        optimizer = optim.AdamW([p], lr=0.1)
+        for step in range(2):
+            p.grad = torch.randn(24, 24, generator=torch.Generator().manual_seed(step + 1))
+            optimizer.step()
+        if copied:  # has seen no parameter yet
+            p, optimizer = copy.deepcopy((p, optimizer))
+        p.data = p.data.t()
+        p.grad = torch.randn(24, 24, generator=torch.Generator().manual_seed(9))
+        optimizer.step()
+        runs.append(p.detach().contiguous())
+    assert_bitwise_equal(*runs, "weights")
+
+
+def test_parameters_and_gradients_whose_storage_was_freed_are_refused():
+    params, optimizer = started()
+    params[0].grad.untyped_storage().resize_(0)
+    before = clones(params)
+    with pytest.raises((LayoutError, ValueError)):
+        optimizer.step()
+    fresh = masked("adamw", params)
+    with pytest.raises(LayoutError, match="in memory, got a tensor of shape"):
+        fresh.step()
+    for p, q in zip(params, before, strict=True):
+        assert_bitwise_equal(p.detach(), q.detach(), "weights")
 
 
 def test_a_gradient_of_another_dtype_is_refused_also_after_good_ones():

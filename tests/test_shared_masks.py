@@ -211,6 +211,57 @@ def test_a_layout_whose_bits_were_written_is_refused() -> None:
     assert optimizer.state[params[0]]["step"] == 5
 
 
+def test_a_copy_cannot_forget_that_bits_were_written() -> None:
+    """Its own would count their versions anew, and the kernel walk past the end of the state."""
+    params, optimizer, pruner = training(ours("adamw", compact_state=True))
+    go(params, optimizer, pruner, range(1, 5))
+    pruner.masks["weights.1"].packed.fill_(0)
+    for again in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(StateError, match=r"copying an optimizer: .* written in place"):
+            again((params, optimizer))
+
+
+def test_an_update_that_the_optimizer_refuses_changes_nothing() -> None:
+    params, optimizer, pruner = training(ours("adamw", compact_state=True))
+    go(params, optimizer, pruner, range(1, 4))
+    pruner.masks["weights.0"].packed.bitwise_and_(0xFF)  # the same bits, written
+    before, bits = clones(params), [mask.packed.clone() for mask in pruner.masks.values()]
+    saved = pruner.state_dict()
+    count, updates = pruner.step_count, len(pruner.history)
+    for refused in (*[pruner.step] * 4, lambda: pruner.load_state_dict(saved)):
+        if refused == pruner.step and pruner._due() == {}:
+            pruner.step_count += 1
+            continue
+        count = pruner.step_count
+        with pytest.raises(StateError, match="written in place"):
+            refused()
+        assert (pruner.step_count, len(pruner.history)) == (count, updates)
+        for p, q in zip(params, before, strict=True):
+            assert torch.equal(p, q)
+        assert all(torch.equal(m.packed, b) for m, b in zip(pruner.masks.values(), bits, strict=True))
+
+
+@LAYOUTS
+def test_state_from_before_the_first_update_brings_all_weights_back_to_life(compact: bool) -> None:
+    params = parameters(SHAPES)
+    optimizer = masked("adamw", params, compact_state=compact)
+    pruner = GMPScheduler(model_of(params), optimizer, schedules.Constant(0.9, begin_step=2), targets="*")
+    go(params, optimizer, pruner, range(1))
+    saved = copy.deepcopy((pruner.state_dict(), [p.detach() for p in params]))
+    go(params, optimizer, pruner, range(1, 5))
+    assert pruner.sparsity > 0.8
+    pruner.load_state_dict(saved[0])
+    with torch.no_grad():
+        for p, weights in zip(params, saved[1], strict=True):
+            p.copy_(weights)
+    set_gradients(params, random_gradients(params, 9), {})
+    optimizer.step()
+    assert pruner.sparsity == 0.0
+    assert all((p != 0).all() for p in params)
+    state = optimizer.state_dict()["state"]
+    assert all((state[i]["exp_avg"] != 0).all() for i in state)
+
+
 @pytest.mark.parametrize("again", [copy.deepcopy, lambda run: pickle.loads(pickle.dumps(run))], ids=["copy", "pickle"])
 def test_copies_of_a_compact_run_go_on(again: Callable[[Any], Any]) -> None:
     """Copied bits begin to count their versions anew."""

@@ -36,7 +36,7 @@ from gmp_kernels.backends._layers import Layers, PruneCounts, columns_of, device
 from gmp_kernels.backends._rows import address, by_dtype, dtype_name, element_address
 from gmp_kernels.backends._selection_tables import SelectionTables, Template
 from gmp_kernels.backends._tables import Table, num_chunks_of, upload
-from gmp_kernels.errors import CaptureError, DeviceError
+from gmp_kernels.errors import CaptureError, DeviceError, LayoutError
 
 _modules: dict[str, ModuleType] = {}
 _missing: dict[str, str] = {}
@@ -227,6 +227,8 @@ class Launches:
             argument = self._argument(constants)
             values = None if argument else self._constants(steps, constants, device, batch.captured)
             addresses = [gradient.data_ptr() for gradient in gradients]
+            if not all(addresses):
+                raise LayoutError("update: expected gradients in memory, got one whose storage was freed; gather it")
             tables = [
                 part.table.at((addresses, rows), partial(part.rows_with, addresses, rows), device, batch.captured)
                 for part in steps.parts

@@ -106,6 +106,7 @@ class Batch:
         holds = (
             [p.data_ptr() for p in parameters] == self._pointers
             and [p.shape for p in parameters] == self._shapes
+            and [p.stride() for p in parameters] == self._strides
             and [grad.shape for grad in grads] == self._shapes
             and [grad.stride() for grad in grads] == self._strides
             and [grad.dtype for grad in grads] == self._dtypes

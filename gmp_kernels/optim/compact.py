@@ -28,7 +28,9 @@ class Layouts:
         self._versions: dict[torch.Tensor, int] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        # Copies of the bits count their versions from 0.
+        # Copies of the bits count their versions from 0, so that a copy could not tell that they were written before.
+        for p in self._layouts:
+            self.check("copying an optimizer", p)
         return {**self.__dict__, "_versions": {}}
 
     def get(self, p: torch.Tensor) -> Compaction | None:

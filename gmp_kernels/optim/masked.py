@@ -113,7 +113,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
             A CUDA graph holds a step of a parameter that had no mask then, or another one. Nothing has changed when one
             of these is raised.
         """
-        self._check_masks(masks)
+        self.check_masks(masks)
         self.share_masks({p: mask.clone() for p, mask in masks.items()} if self._compact_state else masks)
 
     @torch.no_grad()
@@ -132,11 +132,10 @@ class MaskedOptimizer(torch.optim.Optimizer):
         StateError
             Bits by which state is laid out have been written; and as ``set_masks``.
         """
-        self._check_masks(masks)
+        self.check_masks(masks)
         tensors: list[torch.Tensor] = []
         bits: list[BitMask] = []
         for p, mask in masks.items():
-            self._layouts.check(self._name, p)
             state = self.state.get(p, {})
             found = [p.detach(), *([state[MASTER]] if MASTER in state else [])]
             if ranked_is_pruned:
@@ -165,7 +164,8 @@ class MaskedOptimizer(torch.optim.Optimizer):
         """Whether a mask was set for ``parameter``."""
         return parameter in self._masks
 
-    def _check_masks(self, masks: Mapping[torch.Tensor, BitMask]) -> None:
+    def check_masks(self, masks: Mapping[torch.Tensor, BitMask]) -> None:
+        """Raise what ``set_masks`` would, and StateError where bits by which state is laid out have been written."""
         owned = {p for group in self.param_groups for p in group["params"]}
         for p, mask in masks.items():
             if p not in owned:
@@ -176,6 +176,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
             if mask.shape != (held := local(p).shape):
                 raise ShapeError(f"{self._name}.set_masks: expected shape {tuple(held)}, got {tuple(mask.shape)}")
             self._graphs.check_mask(self._name, p, mask)
+            self._layouts.check(self._name, p)
 
     def master_weight(self, parameter: torch.Tensor) -> torch.Tensor | None:
         """Return the float32 copy that the arithmetic of ``parameter`` runs on; None if there is none (yet)."""
@@ -209,8 +210,9 @@ class MaskedOptimizer(torch.optim.Optimizer):
 
         Notes
         -----
-        One pass: weights, gradients and state are read and written once; blocks of 64 bytes of weights that are all
-        pruned are not written, and where more than a third of the blocks are, not read.
+        One pass: weights, gradients and state are read and written once; where all of a block is pruned it is not
+        written, and mostly not read. Blocks are 64 bytes of weights on the CPU and eight weights on a GPU, which writes
+        no pruned weight at all in compact state: what others write under a mask, ``set_masks`` zeroes.
 
         In a ``torch.compile``d region the step is one operation of the graph, which looks up masks, state and
         hyperparameters when it runs: pruning does not make torch compile again, learning rates that change do once.

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from gmp_kernels.backends import Compaction, UpdateTensor
-from gmp_kernels.checks import DTYPES
+from gmp_kernels.checks import DTYPES, has_memory
 from gmp_kernels.errors import DTypeError, LayoutError, ShapeError, StateError
 from gmp_kernels.masks import BitMask
 from gmp_kernels.sharding import local
@@ -138,6 +138,11 @@ def checked_grad(
         raise LayoutError(
             f"{optimizer}: expected {wanted}, got strides {weight.stride()} for shape {tuple(weight.shape)}; "
             "use .contiguous()"
+        )
+    if not (has_memory(weight) and has_memory(grad)):
+        raise LayoutError(
+            f"{optimizer}: expected parameters and gradients in memory, got a tensor of shape {tuple(weight.shape)} "
+            "whose storage was freed or cut; gather it"
         )
     # The kernel walks memory: a gradient laid out differently is brought into the parameter's order.
     return grad if grad.stride() == weight.stride() else torch.empty_like(weight).copy_(grad)
