@@ -29,7 +29,7 @@ from gpu_stages.running import GRACE, ROOT, Outcome, Stage, Stopped, run
 from gpu_stages.stages import STAGES, chosen
 
 BUDGET = 520.0
-RESERVE = GRACE + 2  # seconds to end the last stage and print what was found
+RESERVE = 2 * GRACE + 2  # seconds to end the last stage and print what was found
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 

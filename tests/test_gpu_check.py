@@ -101,6 +101,26 @@ def test_a_stage_that_fails_does_not_hide_the_later_ones(check, capsys: pytest.C
     assert all(f"{name}  " in summary and words in summary for name, words in result.results.items())
 
 
+def test_a_signal_without_a_name_is_told_by_its_number(check) -> None:
+    result = check(stage("crash", "import os; os.kill(os.getpid(), 35)"), stage("last", ""))
+    assert result.results == {"info": "passed", "crash": "killed by signal 35", "last": "passed"}
+
+
+def test_a_process_that_no_signal_ends_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(running, "GRACE", 0.2)
+    monkeypatch.setattr(running, "_signal", lambda process, number: None)
+    lines: list[str] = []
+    outcome = run(stage("stuck", "import time; time.sleep(5)"), 0.3, lines.append)
+    assert outcome.result == "still running 0.2 s after SIGKILL" and outcome.seconds < 4
+    assert any("is still there" in line for line in lines)
+
+
+def test_stages_import_from_where_the_user_does(check, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", "/of/the/user:/and/another")
+    program = "import sys, gpu_stages; sys.exit(not {'/of/the/user', '/and/another'} <= {*sys.path})"
+    assert check(stage("path", program)).code == 0
+
+
 def test_all_passed_is_exit_code_0(check) -> None:
     assert check(stage("build", ""), stage("bench", "")).code == 0
 
@@ -164,7 +184,7 @@ def test_the_budget_is_for_all_stages(check) -> None:
         arguments=["--budget", str(gpu_check.RESERVE + 2)],
     )
     assert result.results["hangs"] == "out of time"
-    assert result.results["needs more"].startswith("not run: ") and "of 6 s left" in result.results["needs more"]
+    assert result.results["needs more"].startswith("not run: ") and "of 8 s left" in result.results["needs more"]
     assert "ran" not in result.log
 
 
@@ -222,6 +242,14 @@ def test_what_was_known_outlives_a_hard_kill(tmp_path: Path) -> None:
     assert "known" in (tmp_path / f"{SLUG}.md").read_text()
     log = (tmp_path / f"{SLUG}.log").read_text()
     assert "begun\n" in log and "known\n" in log
+
+
+def test_a_hard_kill_of_the_driver_ends_its_stage(tmp_path: Path) -> None:
+    hangs = f"import os, pathlib, time; pathlib.Path({str(tmp_path / 'pid')!r}).write_text(str(os.getpid()));"
+    process = started(tmp_path, ("killer", hangs + "os.kill(os.getppid(), 9); time.sleep(20)"))
+    assert process.wait(30) == -signal.SIGKILL
+    assert wait_until_gone(int((tmp_path / "pid").read_text()))
+    process.communicate()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
