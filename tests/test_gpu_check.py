@@ -101,6 +101,17 @@ def test_a_stage_that_fails_does_not_hide_the_later_ones(check, capsys: pytest.C
     assert all(f"{name}  " in summary and words in summary for name, words in result.results.items())
 
 
+def test_what_an_encoding_lacks_is_written_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    program = TELL + "tell('5 \\u00b5s \\ud800'); import sys; sys.stdout.buffer.write('\\u00d7'.encode())"
+    process = started(tmp_path, ("bench", program))
+    out, _ = process.communicate(timeout=30)
+    assert process.returncode == 0 and "5 \\xb5s \\ud800" in out
+    log = (tmp_path / f"{SLUG}.log").read_text(encoding="utf-8")
+    assert "5 \u00b5s \\ud800" in log and "\u00d7" in log
+    assert "5 \u00b5s \\ud800" in (tmp_path / f"{SLUG}.md").read_text(encoding="utf-8")
+
+
 def test_a_signal_without_a_name_is_told_by_its_number(check) -> None:
     result = check(stage("crash", "import os; os.kill(os.getpid(), 35)"), stage("last", ""))
     assert result.results == {"info": "passed", "crash": "killed by signal 35", "last": "passed"}
@@ -301,6 +312,22 @@ def test_an_unknown_stage_is_refused(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "no stage everything; expected some of info" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("budget", ["nan", "0", "-5"])
+def test_a_budget_that_is_no_time_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], budget: str) -> None:
+    with pytest.raises(SystemExit):
+        gpu_check.main([f"--budget={budget}"], stages=[INFO], results=tmp_path)
+    assert f"expected seconds above 0, got {budget}" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written_is_told_in_a_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    for folder, reason in (("file", "File exists"), ("file/results", "Not a directory")):
+        assert gpu_check.main([], stages=[INFO], results=tmp_path / folder) == 2
+        assert capsys.readouterr().err == f"gpu_check: cannot write to {tmp_path / folder}: {reason}\n"
+
+
 def test_without_a_gpu_one_sentence_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     info = stage("info", TELL + "import sys; tell(machine={'gpu': None, 'reason': 'torch 2.11.0+cpu'}); sys.exit(1)")
     assert gpu_check.main([], stages=[info, stage("build", "print('built')")], results=tmp_path) == 1
@@ -319,6 +346,13 @@ def test_a_machine_that_stays_unknown_is_checked_all_the_same(tmp_path: Path) ->
 def record(tmp_path: Path):
     with records.Record(tmp_path, "gpu-check") as record:
         yield record
+
+
+def test_two_runs_leave_each_other_what_they_are_writing(record, tmp_path: Path) -> None:
+    (tmp_path / "gpu-check.json.new").write_text("of another run")
+    record.save()
+    assert (tmp_path / "gpu-check.json.new").read_text() == "of another run"
+    assert json.loads((tmp_path / "gpu-check.json").read_text())["stages"] == []
 
 
 def test_a_summary_has_room_for_every_stage(record, capsys: pytest.CaptureFixture[str]) -> None:
