@@ -13,6 +13,7 @@ machine that need not have a GPU, in ``build/gpu-pack``. Take that folder along 
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import signal
 import sys
@@ -29,7 +30,7 @@ from gpu_stages.running import GRACE, ROOT, Outcome, Stage, Stopped, run
 from gpu_stages.stages import STAGES, chosen
 
 BUDGET = 520.0
-RESERVE = GRACE + 2  # seconds to end the last stage and print what was found
+RESERVE = 2 * GRACE + 2  # seconds to end the last stage and print what was found
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -100,13 +101,23 @@ def stopping_on_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def seconds(text: str) -> float:
+    """A time that the command line gives."""
+    value = float(text)
+    if not value > 0:  # nor is NaN
+        raise argparse.ArgumentTypeError(f"expected seconds above 0, got {text}")
+    return value
+
+
 def main(arguments: Sequence[str], *, stages: Sequence[Stage] = STAGES, results: Path | None = None) -> int:
     """Run the stages that ``arguments`` name; return the exit code, 0 if every one of them passed."""
     assert __doc__ is not None
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     parser = argparse.ArgumentParser(prog="gpu_check.py", description=__doc__.partition("\n")[0])
     names = [stage.name for stage in stages]
     parser.add_argument("stage", nargs="*", metavar="STAGE", help=f"one of {', '.join(names)}; default: all")
-    parser.add_argument("--budget", type=float, default=BUDGET, help="seconds for everything (default: %(default)g)")
+    parser.add_argument("--budget", type=seconds, default=BUDGET, help="seconds for everything (default: %(default)g)")
     carried = "make a build to carry, in FOLDER"
     parser.add_argument("--pack", nargs="?", type=Path, const=pack.FOLDER, metavar="FOLDER", help=carried)
     options = parser.parse_args(arguments)
@@ -115,7 +126,12 @@ def main(arguments: Sequence[str], *, stages: Sequence[Stage] = STAGES, results:
     if options.pack is not None:
         return pack.make(options.pack)
     folder = results or Path(os.environ.get("OUT") or ROOT / "benchmarks/results")
-    with Record(folder, "-".join(["gpu-check", *options.stage])) as record:
+    try:
+        opened = Record(folder, "-".join(["gpu-check", *options.stage]))
+    except OSError as error:
+        print(f"gpu_check: cannot write to {folder}: {error.strerror}", file=sys.stderr)
+        return 2
+    with opened as record:
         check = Check(record, options.budget)
         try:
             with stopping_on_signals():

@@ -101,6 +101,37 @@ def test_a_stage_that_fails_does_not_hide_the_later_ones(check, capsys: pytest.C
     assert all(f"{name}  " in summary and words in summary for name, words in result.results.items())
 
 
+def test_what_an_encoding_lacks_is_written_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    program = TELL + "tell('5 \\u00b5s \\ud800'); import sys; sys.stdout.buffer.write('\\u00d7'.encode())"
+    process = started(tmp_path, ("bench", program))
+    out, _ = process.communicate(timeout=30)
+    assert process.returncode == 0 and "5 \\xb5s \\ud800" in out
+    log = (tmp_path / f"{SLUG}.log").read_text(encoding="utf-8")
+    assert "5 \u00b5s \\ud800" in log and "\u00d7" in log
+    assert "5 \u00b5s \\ud800" in (tmp_path / f"{SLUG}.md").read_text(encoding="utf-8")
+
+
+def test_a_signal_without_a_name_is_told_by_its_number(check) -> None:
+    result = check(stage("crash", "import os; os.kill(os.getpid(), 35)"), stage("last", ""))
+    assert result.results == {"info": "passed", "crash": "killed by signal 35", "last": "passed"}
+
+
+def test_a_process_that_no_signal_ends_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(running, "GRACE", 0.2)
+    monkeypatch.setattr(running, "_signal", lambda process, number: None)
+    lines: list[str] = []
+    outcome = run(stage("stuck", "import time; time.sleep(5)"), 0.3, lines.append)
+    assert outcome.result == "still running 0.2 s after SIGKILL" and outcome.seconds < 4
+    assert any("is still there" in line for line in lines)
+
+
+def test_stages_import_from_where_the_user_does(check, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", "/of/the/user:/and/another")
+    program = "import sys, gpu_stages; sys.exit(not {'/of/the/user', '/and/another'} <= {*sys.path})"
+    assert check(stage("path", program)).code == 0
+
+
 def test_all_passed_is_exit_code_0(check) -> None:
     assert check(stage("build", ""), stage("bench", "")).code == 0
 
@@ -164,7 +195,7 @@ def test_the_budget_is_for_all_stages(check) -> None:
         arguments=["--budget", str(gpu_check.RESERVE + 2)],
     )
     assert result.results["hangs"] == "out of time"
-    assert result.results["needs more"].startswith("not run: ") and "of 6 s left" in result.results["needs more"]
+    assert result.results["needs more"].startswith("not run: ") and "of 8 s left" in result.results["needs more"]
     assert "ran" not in result.log
 
 
@@ -224,6 +255,14 @@ def test_what_was_known_outlives_a_hard_kill(tmp_path: Path) -> None:
     assert "begun\n" in log and "known\n" in log
 
 
+def test_a_hard_kill_of_the_driver_ends_its_stage(tmp_path: Path) -> None:
+    hangs = f"import os, pathlib, time; pathlib.Path({str(tmp_path / 'pid')!r}).write_text(str(os.getpid()));"
+    process = started(tmp_path, ("killer", hangs + "os.kill(os.getppid(), 9); time.sleep(20)"))
+    assert process.wait(30) == -signal.SIGKILL
+    assert wait_until_gone(int((tmp_path / "pid").read_text()))
+    process.communicate()
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_stage_and_still_gets_its_summary(tmp_path: Path, number: signal.Signals) -> None:
     child = tmp_path / "child"
@@ -273,6 +312,22 @@ def test_an_unknown_stage_is_refused(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "no stage everything; expected some of info" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("budget", ["nan", "0", "-5"])
+def test_a_budget_that_is_no_time_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], budget: str) -> None:
+    with pytest.raises(SystemExit):
+        gpu_check.main([f"--budget={budget}"], stages=[INFO], results=tmp_path)
+    assert f"expected seconds above 0, got {budget}" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written_is_told_in_a_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    for folder, reason in (("file", "File exists"), ("file/results", "Not a directory")):
+        assert gpu_check.main([], stages=[INFO], results=tmp_path / folder) == 2
+        assert capsys.readouterr().err == f"gpu_check: cannot write to {tmp_path / folder}: {reason}\n"
+
+
 def test_without_a_gpu_one_sentence_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     info = stage("info", TELL + "import sys; tell(machine={'gpu': None, 'reason': 'torch 2.11.0+cpu'}); sys.exit(1)")
     assert gpu_check.main([], stages=[info, stage("build", "print('built')")], results=tmp_path) == 1
@@ -291,6 +346,13 @@ def test_a_machine_that_stays_unknown_is_checked_all_the_same(tmp_path: Path) ->
 def record(tmp_path: Path):
     with records.Record(tmp_path, "gpu-check") as record:
         yield record
+
+
+def test_two_runs_leave_each_other_what_they_are_writing(record, tmp_path: Path) -> None:
+    (tmp_path / "gpu-check.json.new").write_text("of another run")
+    record.save()
+    assert (tmp_path / "gpu-check.json.new").read_text() == "of another run"
+    assert json.loads((tmp_path / "gpu-check.json").read_text())["stages"] == []
 
 
 def test_a_summary_has_room_for_every_stage(record, capsys: pytest.CaptureFixture[str]) -> None:

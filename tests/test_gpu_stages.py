@@ -274,6 +274,57 @@ def test_a_build_that_does_not_belong_here_is_not_taken(carried, change: dict[st
     assert list(package.iterdir()) == []
 
 
+@pytest.mark.parametrize("text", ["{", "{}", "[]", "\xff"], ids=["cut", "empty", "list", "bytes"])
+def test_a_damaged_build_is_not_taken(carried, text: str) -> None:
+    folder, package = carried
+    (folder / "pack.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(pack.PackError, match="the build carried is damaged: "):
+        pack.install(folder, package, "this-python.so")
+    assert list(package.iterdir()) == []
+
+
+def test_an_extension_in_use_keeps_its_bytes(carried) -> None:
+    folder, package = carried
+    (package / "_C.this-python.so").write_text("mapped")
+    with (package / "_C.this-python.so").open() as mapped:
+        pack.install(folder, package, "this-python.so")
+        assert mapped.read() == "mapped"
+    assert (package / "_C.this-python.so").read_text() == "C"
+
+
+@pytest.mark.parametrize("step", ["copy", "rename"])
+def test_an_interrupted_pack_leaves_the_last_one(carried, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+    folder, _ = carried
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    rename = Path.rename
+
+    def interrupted(path: Path, target: Path) -> Path:
+        if path.name.endswith(".new"):
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    def copy(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    if step == "copy":
+        monkeypatch.setattr(pack.shutil, "copy", copy)
+    else:
+        monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pack.replace(folder, folder.parent / "built", {})
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert {path.name for path in folder.parent.iterdir()} == {"pack", "built", "gmp_kernels"}
+
+
+def test_a_file_is_refused_before_anything_is_compiled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(pack, "build", lambda scratch: pytest.fail("compiled"))
+    assert pack.make(tmp_path / "file") == pack.make(tmp_path / "file/pack") == 1
+    assert "no pack was made: " in capsys.readouterr().out
+
+
 def test_a_pack_takes_the_place_of_a_pack_and_of_nothing_else(carried, tmp_path: Path) -> None:
     folder, _ = carried
     (folder / "old.so").touch()

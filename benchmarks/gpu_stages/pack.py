@@ -39,11 +39,12 @@ def make(folder: Path) -> int:
     """Make a pack in ``folder``, in place of the one there; print its size, or what is missing."""
     start = time.monotonic()
     try:
+        check_place(folder)
         with tempfile.TemporaryDirectory() as name:
             scratch = Path(name)
             description = build(scratch)
             replace(folder, scratch / "lib/gmp_kernels", description)
-    except PackError as error:
+    except (PackError, OSError) as error:
         print(f"gpu_check: no pack was made: {error}")
         return 1
     files = sorted(folder.rglob("*.so"))
@@ -144,37 +145,80 @@ def run(command: list[str], message: str, **options: Any) -> str:
         It failed; with the end of its output.
     """
     done = subprocess.run(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False, **options
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        check=False,
+        **options,
     )
     if done.returncode:
         raise PackError(f"{message}:\n{done.stdout[-3000:]}")
     return done.stdout
 
 
-def replace(folder: Path, built: Path, description: dict[str, Any]) -> None:
-    """Put the extensions and their description where the last pack was."""
-    if folder.exists() and not (folder / "pack.json").exists() and any(folder.iterdir()):
-        raise PackError(f"{folder} is there and no pack; name another folder")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    for path in built.glob("*.so"):
-        shutil.copy(path, folder)
-    (folder / "pack.json").write_text(json.dumps(description, indent=1) + "\n")
-
-
-def install(folder: Path, package: Path, suffix: str) -> list[Path]:
-    """Copy the extensions of a pack into the package; return the copies.
+def check_place(folder: Path) -> None:
+    """See that a pack may be put there, before the minutes that making one takes.
 
     Raises
     ------
     PackError
-        There is no pack, or it is of another Python, machine or source.
+        Something else is there.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise PackError(f"{folder} is a file; name a folder")
+    if folder.exists() and not (folder / "pack.json").exists() and any(folder.iterdir()):
+        raise PackError(f"{folder} is there and no pack; name another folder")
+    folder.resolve().parent.mkdir(parents=True, exist_ok=True)
+
+
+def replace(folder: Path, built: Path, description: dict[str, Any]) -> None:
+    """Put the extensions and their description where the last pack was, which stays until the new one is whole."""
+    check_place(folder)
+    folder = folder.resolve()
+    new, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{age}") for age in ("new", "old"))
+    try:
+        new.mkdir()
+        for path in built.glob("*.so"):
+            shutil.copy(path, new)
+        (new / "pack.json").write_text(json.dumps(description, indent=1) + "\n")
+        if folder.exists():
+            folder.rename(old)
+        new.rename(folder)
+    finally:
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        for rest in (new, old):
+            shutil.rmtree(rest, ignore_errors=True)
+
+
+def install(folder: Path, package: Path, suffix: str) -> list[Path]:
+    """Put copies of a pack's extensions into the package, and return them; a process that uses the last keeps those.
+
+    Raises
+    ------
+    PackError
+        There is no pack, it is damaged, or it is of another Python, machine or source.
     """
     if not (folder / "pack.json").exists():
         raise PackError(f"no build was carried in {folder}")
-    description = json.loads((folder / "pack.json").read_text())
-    if description["suffix"] != suffix:
-        raise PackError(f"the build carried is for {description['suffix']}, this Python takes {suffix}")
-    if description["sources"] != sources_digest():
+    try:
+        description = json.loads((folder / "pack.json").read_text())
+        carried_suffix, sources = description["suffix"], description["sources"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise PackError(f"the build carried is damaged: {folder / 'pack.json'}: {error!r}") from error
+    if carried_suffix != suffix:
+        raise PackError(f"the build carried is for {carried_suffix}, this Python takes {suffix}")
+    if sources != sources_digest():
         raise PackError("the build carried was made of other sources")
-    return [Path(shutil.copy(path, package)) for path in sorted(folder.glob("*.so"))]
+    copies = []
+    for path in sorted(folder.glob("*.so")):
+        scratch = package / f"{path.name}.{os.getpid()}.new"
+        try:
+            shutil.copy(path, scratch)
+            copies.append(scratch.replace(package / path.name))
+        finally:
+            scratch.unlink(missing_ok=True)
+    return copies

@@ -15,6 +15,7 @@ from gpu_stages.running import Outcome
 
 MOST_CHARACTERS = 12_000  # of a summary: what one sees of a long output is often its end
 LONGEST_TEXT = 600
+AS_TEXT: Any = {"encoding": "utf-8", "errors": "backslashreplace"}  # whatever the locale, and whatever is told
 HEADINGS = ("ours", "median", "baseline", "median", "ratio", "must", "aim", "verdict", "GB/s")
 
 
@@ -56,7 +57,7 @@ class Record:
     def __init__(self, folder: Path, name: str) -> None:
         self._folder, self._name = folder, name
         folder.mkdir(parents=True, exist_ok=True)
-        self._log = self._path("log").open("w")
+        self._log = self._path("log").open("w", **AS_TEXT)
         self.machine: dict[str, Any] = {}
         self.stages: list[StageRecord] = []
 
@@ -85,7 +86,7 @@ class Record:
         try:
             print(text, flush=True)
         except BrokenPipeError:
-            sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115
+            sys.stdout = open(os.devnull, "w", **AS_TEXT)  # noqa: PTH123, SIM115
         self.log(text + "\n")
 
     def begin(self, stage: str) -> None:
@@ -136,8 +137,8 @@ class Record:
     def save(self) -> None:
         """Replace the JSON and the Markdown file."""
         for kind, text in (("json", json.dumps(self.to_dict(), indent=1) + "\n"), ("md", self._markdown())):
-            scratch = self._path(kind + ".new")
-            scratch.write_text(text)
+            scratch = self._path(f"{kind}.{os.getpid()}.new")  # another run may write to the same folder
+            scratch.write_text(text, **AS_TEXT)
             scratch.replace(self._path(kind))
 
     def _markdown(self) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import select
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +25,7 @@ LONGEST_LINE = 1 << 16
 HEAD, TAIL = 1 << 17, 1 << 16  # bytes of a stage's output that the log keeps
 LAST_LINES = 15  # that the summary shows of a stage that failed
 MOST_FACTS = 400
+PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -148,7 +151,9 @@ def run(
     log(" ".join(stage.command) + "\n")
     environment = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "benchmarks")]),
+        "PYTHONPATH": os.pathsep.join(
+            filter(None, (str(ROOT), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH")))
+        ),
         "PYTHONUNBUFFERED": "1",
         LISTENING: "1",
         **stage.environment,
@@ -164,6 +169,7 @@ def run(
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             process_group=0,
+            preexec_fn=_ending_with(os.getpid()),
         )
     except OSError as error:
         log(f"{error}\n")
@@ -177,19 +183,46 @@ def run(
     finally:
         # Before the exit status is collected: until then no other process can get this group's number.
         _signal(process, signal.SIGKILL)
-        process.wait()
+        with suppress(subprocess.TimeoutExpired):  # a driver that hangs keeps it
+            process.wait(GRACE)
+        if process.returncode is None:
+            log(f"process {process.pid} is still there {GRACE:g} s after SIGKILL\n")
         _drain(process, output)
         process.stdout.close()
         last_lines = output.close()
     return Outcome(_result(process.returncode, in_time), time.monotonic() - start, limit, last_lines)
 
 
-def _result(code: int, in_time: bool) -> str:
+def _ending_with(parent: int) -> Callable[[], None] | None:
+    """What a child does first to be killed when its parent ends, however that ends; None where this cannot be had."""
+    try:
+        prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
+    except (OSError, AttributeError):
+        return None
+
+    def end_with_parent() -> None:
+        prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+        if os.getppid() != parent:  # it has ended already
+            os._exit(1)
+
+    return end_with_parent if prctl else None
+
+
+def _result(code: int | None, in_time: bool) -> str:
+    if code is None:
+        return f"still running {GRACE:g} s after SIGKILL"
     if not in_time:
         return "out of time"
     if code < 0:
-        return f"killed by {signal.Signals(-code).name}"
+        return f"killed by {_name(-code)}"
     return f"exit code {code}" if code else "passed"
+
+
+def _name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # most real-time signals have none
+        return f"signal {number}"
 
 
 def _follow(process: subprocess.Popen[bytes], output: Output, end: float) -> bool:
