@@ -1,4 +1,4 @@
-"""What setup.py asks of the CUDA toolkit: which GPUs its compiler knows, and where its runtime lies.
+"""Questions of setup.py to the CUDA toolkit: which GPUs its compiler knows, and where its runtime lies.
 
 Apart from setup.py, which cannot be imported without what builds need; this needs only Python.
 """

@@ -62,7 +62,7 @@ def host_cases() -> list[Case]:
 
 
 def _nothing(*_: object, **__: object) -> None:
-    """What a launch does here."""
+    """Stand in for a launch."""
 
 
 def _four(_: int) -> int:

@@ -88,7 +88,7 @@ def build(scratch: Path) -> dict[str, Any]:
 
 
 def suffix_of(path: Path) -> str:
-    """What follows the first dot of an extension's name: for which Python and machine it is."""
+    """Return what follows the first dot of an extension's name: the Python and the machine that it is for."""
     return path.name.partition(".")[2]
 
 

@@ -38,14 +38,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def message(report: pytest.TestReport | pytest.CollectReport) -> str:
-    """What went wrong, in a line: the exception's message, or the end of what there is."""
+    """Say what went wrong in a line: the exception's message, or the end of what there is."""
     crash = getattr(report.longrepr, "reprcrash", None)
     text = str(crash.message) if crash is not None else str(report.longrepr or "")[-MOST_CHARACTERS:]
     return " ".join(text.split())[:MOST_CHARACTERS]
 
 
 class Facts:
-    """What is counted, in the process that prints."""
+    """Counts of tests, kept in the process that prints."""
 
     def __init__(self) -> None:
         self._counts: Counter[str] = Counter()
@@ -76,7 +76,7 @@ class Facts:
         os._exit(128 + number)
 
     def counts(self) -> str:
-        """What became of the tests so far, and which took longest."""
+        """Describe what became of the tests so far, and which took longest."""
         longest = sorted(self._seconds.items(), key=lambda entry: -entry[1])[:5]
         times = "".join(f"\n  {seconds:.1f} s {test}" for test, seconds in longest if seconds > 1)
         return (", ".join(f"{number} {result}" for result, number in self._counts.items()) or "no tests") + times

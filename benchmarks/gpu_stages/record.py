@@ -1,4 +1,4 @@
-"""What is known so far: on disk after every fact, and as the summary that ends a run."""
+"""The record of a run: on disk after every fact, and as the summary that ends a run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ HEADINGS = ("ours", "median", "baseline", "median", "ratio", "must", "aim", "ver
 
 @dataclass
 class StageRecord:
-    """What a stage has told, and how it ended once it has."""
+    """Facts that a stage has told, and how it ended once it has."""
 
     name: str
     outcome: Outcome | None = None
@@ -33,7 +33,7 @@ class StageRecord:
         return self.outcome.result if self.outcome else "running"
 
     def lines(self) -> list[str]:
-        """What people want to read of it: its facts' texts; of a stage that failed the end of its output as well."""
+        """Its text for people: that of its facts; of a stage that failed the end of its output as well."""
         texts = [short(fact["text"]) for fact in self.facts if fact.get("text")]
         failed = self.outcome is not None and not self.outcome.passed
         if failed and self.outcome.last_lines:

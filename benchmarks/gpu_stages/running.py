@@ -62,7 +62,7 @@ class Stage:
 
 
 class Outcome(NamedTuple):
-    """How a stage ended: "passed", or what went wrong. ``limit`` is the time it had."""
+    """The end of a stage: "passed", or what went wrong. ``limit`` is the time it had."""
 
     result: str
     seconds: float = 0.0
@@ -194,7 +194,7 @@ def run(
 
 
 def _ending_with(parent: int) -> Callable[[], None] | None:
-    """What a child does first to be killed when its parent ends, however that ends; None where this cannot be had."""
+    """Return what a child calls first to be killed when its parent ends, in whatever way; None where there is none."""
     try:
         prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
     except (OSError, AttributeError):

@@ -29,7 +29,7 @@ CPU = torch.device("cpu")
 
 
 class Side(NamedTuple):
-    """Where something is computed, and by which backend."""
+    """A device and the backend that computes on it."""
 
     device: torch.device
     backend: str

@@ -1,4 +1,4 @@
-"""What the stages ``profile`` and ``ncu`` look into: one call each, on a large tensor or on all tensors of a model."""
+"""Work for the stages ``profile`` and ``ncu``: one call each, on a large tensor or on all tensors of a model."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Work:
         }
 
     def all(self) -> dict[str, Callable[[], Timed]]:
-        """What allocates and returns each call, by name."""
+        """Functions that allocate and return each call, by name."""
         return self.large | self.models
 
     def _weights(self, sizes: Sequence[int], dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:

@@ -53,7 +53,7 @@ class Layer(NamedTuple):
 
 
 class Threshold(NamedTuple):
-    """Where the cut between pruned and kept weights falls.
+    """The cut between pruned and kept weights.
 
     Attributes
     ----------
@@ -80,7 +80,7 @@ class Threshold(NamedTuple):
 
 
 class Selection(NamedTuple):
-    """What a selection found for one layer (layer scope) or for all of them together (global scope).
+    """Result of a selection for one layer (layer scope) or for all of them together (global scope).
 
     Attributes
     ----------
@@ -109,7 +109,7 @@ class Bracket(NamedTuple):
 
 
 class Census(NamedTuple):
-    """What counting one layer, or a piece of one, against a bracket found. Those of all pieces add up.
+    """Counts of one layer or a piece of it relative to a bracket; counts of disjoint pieces sum.
 
     Attributes
     ----------
@@ -138,14 +138,14 @@ def has_nonfinite(selections: Sequence[Selection]) -> bool:
 
 
 class Written(NamedTuple):
-    """What ``prune`` left behind in one layer: zeros in the mask, and those among them that are new."""
+    """Zeros in the mask of one layer after ``prune``, and those among them that are new."""
 
     num_pruned: int
     num_newly_pruned: int
 
 
 class Compaction(NamedTuple):
-    """How compact state is addressed: the values of the kept weights only, in the order of the weights.
+    """Layout of compact state: the values of the kept weights only, in the order of the weights.
 
     Attributes
     ----------

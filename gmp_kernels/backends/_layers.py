@@ -6,6 +6,7 @@ layers take as objects of their own: a GPU would wait for it.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from itertools import chain, repeat
 from operator import sub
@@ -34,8 +35,9 @@ T = TypeVar("T")
 class ByColumn(Sequence[T]):
     """Rows that are kept as columns, and made when somebody wants one."""
 
+    @abstractmethod
     def _row(self, index: int) -> T:
-        raise NotImplementedError
+        """Make one of them."""
 
     @overload
     def __getitem__(self, index: int) -> T: ...
@@ -47,7 +49,7 @@ class ByColumn(Sequence[T]):
 
 
 class Facts:
-    """What follows from the addresses, shapes and dtypes of a call's tensors alone; holds none of them.
+    """Facts that follow from the addresses, shapes and dtypes of a call's tensors alone; holds none of them.
 
     Attributes
     ----------
@@ -137,7 +139,7 @@ class Selections(ByColumn[Selection]):
 
 
 class PruneCounts(ByColumn[Written]):
-    """What ``prune`` left behind, kept as columns."""
+    """Counts of a prune step, kept as columns."""
 
     def __init__(self, num_pruned: list[int], num_newly_pruned: list[int]) -> None:
         self.num_pruned, self.num_newly_pruned = num_pruned, num_newly_pruned

@@ -1,4 +1,4 @@
-"""What backends share in handing layers to kernels: names of dtypes, addresses, one call per dtype, GPU errors."""
+"""Helpers of backends that hand layers to kernels: names of dtypes, addresses, one call per dtype, GPU errors."""
 
 from __future__ import annotations
 

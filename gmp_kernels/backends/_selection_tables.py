@@ -68,7 +68,7 @@ class Part(NamedTuple):
 
 
 class Template:
-    """What tables of a selection hold that follows from the addresses, sizes and dtypes of its layers.
+    """Contents of a selection's tables that follow from the addresses, sizes and dtypes of its layers.
 
     Parameters
     ----------
@@ -165,7 +165,7 @@ class Template:
         self.rows[start:] = [masks[i] for part in self.parts for i in part.positions]
 
     def _num_bins(self, num_chunks: int) -> int:
-        """How many bins so many chunks are counted in."""
+        """Return the number of bins that so many chunks are counted in."""
         return int(self._bins * min(self._blocks, num_chunks))
 
 

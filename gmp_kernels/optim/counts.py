@@ -38,7 +38,7 @@ class StepCounts:
 
     @property
     def device(self) -> torch.device:
-        """Where all of them are."""
+        """The device that holds all of them."""
         found: torch.device = self._states[0]["step"].device
         return found
 

@@ -15,7 +15,7 @@ __all__ = ["Graphs"]
 
 
 class Graphs:
-    """What the graphs captured of an optimizer's steps rely on. Nothing tells when one is gone.
+    """Memory and masks that the graphs captured of an optimizer's steps rely on. Nothing tells when one is gone.
 
     Attributes
     ----------

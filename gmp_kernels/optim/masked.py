@@ -1,4 +1,4 @@
-"""What SGD, Adam and AdamW share: masks, compact state, torch's state_dict, and one kernel call per step."""
+"""The base of SGD, Adam and AdamW: masks, compact state, torch's state_dict, and one kernel call per step."""
 
 from __future__ import annotations
 
@@ -140,8 +140,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
             found = [p.detach(), *([state[MASTER]] if MASTER in state else [])]
             if ranked_is_pruned:
                 found.pop()
-            if not self._compact_state:
-                # Of compact state, what is pruned goes when it is repacked.
+            if not self._compact_state:  # where what is pruned goes when it is repacked
                 found += [v for key, v in state.items() if is_per_weight(key, v) and key != MASTER]
             found = [local(tensor) for tensor in found if local(tensor).numel()]
             tensors += found

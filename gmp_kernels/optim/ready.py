@@ -1,4 +1,4 @@
-"""What a parameter, its gradient and its state must be before a kernel walks them, and that it was all looked at."""
+"""Checks of a parameter, its gradient and its state before a kernel walks them, and a record that they were made."""
 
 from __future__ import annotations
 
