@@ -211,6 +211,24 @@ def test_a_layout_whose_bits_were_written_is_refused() -> None:
     assert optimizer.state[params[0]]["step"] == 5
 
 
+def test_a_layer_that_has_grown_is_refused_where_its_state_is_compact() -> None:
+    """The kernel would walk past the end of the state."""
+    (p,) = params = parameters([(24, 33)])
+    optimizer = masked("adamw", params, compact_state=True)
+    set_gradients(params, random_gradients(params, 0), {})
+    optimizer.step()
+    optimizer.set_masks({p: BitMask.ones(p.shape)})
+    state = dict(optimizer.state[p])
+    p.grad, p.data = None, torch.ones(300, 1000)
+    with pytest.raises(StateError, match=r"laid out, got one of shape \(300, 1000\)"):
+        optimizer.set_masks({p: BitMask.from_bool(torch.rand(300, 1000) > 0.5)})
+    p.grad = torch.ones_like(p)
+    with pytest.raises(StateError, match=r"laid out, got one of shape \(300, 1000\)"):
+        optimizer.step()
+    assert (p == 1).all()
+    assert all(optimizer.state[p][key] is value for key, value in state.items())
+
+
 def test_a_copy_cannot_forget_that_bits_were_written() -> None:
     """Its own would count their versions anew, and the kernel walk past the end of the state."""
     params, optimizer, pruner = training(ours("adamw", compact_state=True))

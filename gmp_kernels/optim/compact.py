@@ -48,7 +48,7 @@ class Layouts:
         self._versions.clear()
 
     def check(self, optimizer: str, p: torch.Tensor) -> None:
-        """Refuse to walk state by bits that are not those it was laid out by.
+        """Refuse to walk state by bits that are not those it was laid out by, or that are not of this many weights.
 
         Raises
         ------
@@ -60,6 +60,11 @@ class Layouts:
                 f"{optimizer}: expected the mask of a parameter of shape {tuple(p.shape)} as it was when its compact "
                 "state was laid out, got one that was written in place; let the scheduler prune, or prune a clone of "
                 "its mask and give that to set_masks"
+            )
+        if layout is not None and layout.mask.numel() != -(-local(p).numel() // 8):
+            raise StateError(
+                f"{optimizer}: expected a parameter of the size for which its compact state was laid out, got one of "
+                f"shape {tuple(p.shape)}; make a new optimizer, or a new parameter group, for a layer that has grown"
             )
 
     def repack(self, states: Mapping[torch.Tensor, dict[str, Any]], masks: Mapping[torch.Tensor, BitMask]) -> None:
