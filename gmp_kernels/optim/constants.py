@@ -38,7 +38,13 @@ def is_on_gpu(value: object) -> bool:
 
 def scalar(value: Any) -> Any:
     """Return a hyperparameter as a float, or as a float64 tensor if it is on a GPU."""
-    return value.double().reshape(()) if is_on_gpu(value) else float(value)
+    return _number(value) if is_on_gpu(value) else float(value)
+
+
+def _number(value: torch.Tensor) -> torch.Tensor:
+    """Return a tensor of one element as a float64 tensor without dimensions, by as few operations as can be."""
+    number = value.double()
+    return number if number.ndim == 0 else number.reshape(())
 
 
 def constants_of(
@@ -59,8 +65,8 @@ def constants_of(
     """
     factor: float | torch.Tensor = 1.0
     if grad_scale is not None:
-        factor = 1.0 / (float(grad_scale) if found_inf is None else grad_scale.double().reshape(()))
-    skip = {} if found_inf is None else {"skip": found_inf.double().reshape(())}
+        factor = 1.0 / float(grad_scale) if found_inf is None else _number(grad_scale).reciprocal()
+    skip = {} if found_inf is None else {"skip": _number(found_inf)}
     constants = Constants([], [])
     rows: list[int] = []
     num_rows = 0
