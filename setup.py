@@ -61,14 +61,14 @@ class BuildExtension(build_ext):
 
 
 class Distribution(setuptools.Distribution):
-    """What a setuptools that rejects pyproject.toml's license (before 77) still builds in place, without reading it.
+    """Builds extensions without pyproject.toml, whose license a setuptools before 77 rejects.
 
     GPU machines without network often have one. Wheels are built in isolation, where pyproject.toml asks for a newer.
     """
 
     def parse_config_files(self, filenames=None, ignore_option_errors=False):
         too_old = int(setuptools.__version__.partition(".")[0]) < 77
-        only_extensions = "build_ext" in sys.argv and "--inplace" in sys.argv
+        only_extensions = "build_ext" in sys.argv
         super().parse_config_files([] if too_old and only_extensions else filenames, ignore_option_errors)
 
 

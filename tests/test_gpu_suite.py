@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from stage_runs import executed
 from subprocesses import ROOT
 
 sys.path.append(str(ROOT / "benchmarks"))
-from gpu_stages import facts, stages
+from gpu_stages import facts, ptx, stages
 from gpu_stages.pytest_facts import has_parameter
 from gpu_stages.running import Stage, Stopped, run
 
@@ -119,3 +120,42 @@ def test_the_stages_are_told_apart_and_what_matters_most_comes_first() -> None:
 def test_every_program_is_there(stage: Stage) -> None:
     name = stage.command[2]
     assert name == "pytest" or (ROOT / "benchmarks" / f"{name.replace('.', '/')}.py").exists()
+
+
+COPY_EXTENSIONS = """
+import pathlib, shutil, sys, os
+assert os.environ["GMP_KERNELS_CUDA_ARCHS"] == "80"
+target = pathlib.Path(sys.argv[sys.argv.index("--build-lib") + 1]) / "gmp_kernels"
+assert not list(target.glob("*.so"))
+for path in pathlib.Path("gmp_kernels").glob("*.so"):
+    shutil.copy(path, target)
+"""
+WHERE = "import gmp_kernels, sys; print(gmp_kernels.__file__); sys.exit(int(sys.argv[1]))"
+
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_the_smoke_test_runs_with_a_build_for_other_gpus(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], code: int
+) -> None:
+    monkeypatch.setattr(ptx, "capability", lambda: "90")
+    monkeypatch.setattr(ptx, "BUILD", (sys.executable, "-c", COPY_EXTENSIONS))
+    monkeypatch.setattr(ptx, "SMOKE", (sys.executable, "-c", WHERE, str(code)))
+    assert ptx.main() == (code != 0)
+    out = capfd.readouterr().out
+    assert out.splitlines()[0].startswith(tempfile.gettempdir())
+    assert ("PTX of compute_80 on sm_90: the CPU's bits" in out) == (code == 0)
+
+
+def test_a_build_that_fails_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(ptx, "capability", lambda: "90")
+    monkeypatch.setattr(ptx, "BUILD", (sys.executable, "-c", "import sys; sys.exit(4)"))
+    assert ptx.main() == 1
+    assert capsys.readouterr().out.splitlines()[-1] == "building for sm_80 failed with exit code 4"
+
+
+def test_there_is_no_ptx_to_compile_where_code_runs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(ptx, "capability", lambda: "86")
+    assert ptx.main() == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "code for sm_80 runs on sm_86 as it is: nothing to compile"

@@ -133,7 +133,8 @@ runpy.run_path("setup.py", run_name="__main__")
     [
         ("70.0.0", ["build_ext", "--inplace"], "UNKNOWN"),
         ("77.0.1", ["build_ext", "--inplace"], "gmp-kernels"),
-        ("70.0.0", ["build_ext"], "gmp-kernels"),
+        ("70.0.0", ["build_ext"], "UNKNOWN"),
+        ("70.0.0", ["build"], "gmp-kernels"),
     ],
 )
 def test_an_old_setuptools_reads_no_license_where_it_need_not(version: str, options: list[str], name: str) -> None:

@@ -79,6 +79,7 @@ STAGES = (
     Stage("triton-bench", 40, program("bench", "--only", "triton"), least=15),
     Stage("torch", 90, tests(*parallel(4), "tests/gpu/test_torch.py", timeout=80), CUDA_TESTS, least=20),
     Stage("triton-suite", 120, suite("triton"), TRITON_TESTS, least=30),
+    Stage("ptx", 150, program("ptx"), least=60),
 )
 ALWAYS = ("info", "build")  # whatever was asked for
 
