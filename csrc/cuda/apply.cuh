@@ -20,80 +20,149 @@ struct Kept {
   unsigned before = 0, now = 0;
 };
 
-// `cut` is an index in the chunk here. `touched`: see count_chunk; null where everything has to be looked at.
+// Zeroes what goes of eight weights, of which `num_before` are in front of the cut. Takes their old bits, leaves the
+// new ones; returns whether any weight has changed.
+template <typename Key>
+__device__ __forceinline__ bool prune_eight(Key (&raw)[kEach], unsigned& bits, const Cut<Key>& cut, int num_before) {
+  const Key least = num_before > 0 ? cut.before : cut.after;
+  unsigned above = 0;
+#pragma unroll
+  for (int j = 0; j < kEach; ++j) above |= static_cast<unsigned>(magnitude_bits(raw[j]) >= least) << j;
+  if (num_before > 0 && num_before < kEach) {  // the one eight that the cut goes through
+#pragma unroll
+    for (int j = 0; j < kEach; ++j) {
+      if (j >= num_before && magnitude_bits(raw[j]) < cut.after) above &= ~(1u << j);
+    }
+  }
+  bits &= above;
+  Key changed = 0;
+#pragma unroll
+  for (int j = 0; j < kEach; ++j) {
+    changed |= bits >> j & 1 ? Key(0) : raw[j];
+    raw[j] = bits >> j & 1 ? raw[j] : Key(0);
+  }
+  return changed != 0;
+}
+
+// All of a chunk. `cut_index` is an index in the chunk.
 template <bool kWhole, typename Key>
-__device__ __forceinline__ void apply_chunk(Key* weights, const uint8_t* mask, const unsigned* touched, uint8_t* out,
-                                            int size, const Cut<Key>& cut, int cut_index, Kept& kept) {
+__device__ __forceinline__ void apply_chunk(Key* weights, const uint8_t* mask, uint8_t* out, int size,
+                                            const Cut<Key>& cut, int cut_index, Kept& kept) {
   constexpr int kEights = kWhole && sizeof(Key) < 8 ? 8 / sizeof(Key) : 1;  // four loads of 16 bytes are under way
+#pragma unroll 1
   for (int first = static_cast<int>(threadIdx.x) * kEach; first < size; first += kEights * static_cast<int>(kTile)) {
-    Key raw[kEights][kEach] = {};
-    unsigned before[kEights];
-    bool looks[kEights];  // or nothing changes there
+    Key raw[kEights][kEach];
+    unsigned bits[kEights];
 #pragma unroll
     for (int e = 0; e < kEights; ++e) {
       const int i = first + e * static_cast<int>(kTile), there = kWhole ? kEach : count_from(i, size);
-      before[e] = load_bits(mask, i, there);
-      looks[e] = touched == nullptr || is_touched(touched, i);
-      load8<kWhole>(weights + i, looks[e] ? there : 0, raw[e]);
+      load8<kWhole>(weights + i, there, raw[e]);
+      bits[e] = load_bits(mask, i, there);
     }
 #pragma unroll
     for (int e = 0; e < kEights; ++e) {
       const int i = first + e * static_cast<int>(kTile);
-      const int num_before = count_from(i, cut_index);  // of the eight, in front of the cut
-      const Key least = num_before > 0 ? cut.before : cut.after;
-      unsigned above = looks[e] ? 0 : 0xff;
-#pragma unroll
-      for (int j = 0; j < kEach; ++j) above |= static_cast<unsigned>(magnitude_bits(raw[e][j]) >= least) << j;
-      if (looks[e] && num_before > 0 && num_before < kEach) {  // the one eight that the cut goes through
-#pragma unroll
-        for (int j = 0; j < kEach; ++j) {
-          if (j >= num_before && magnitude_bits(raw[e][j]) < cut.after) above &= ~(1u << j);
-        }
-      }
-      const unsigned bits = before[e] & above;
-      Key changed = 0;
-#pragma unroll
-      for (int j = 0; j < kEach; ++j) {
-        changed |= bits >> j & 1 ? Key(0) : raw[e][j];
-        raw[e][j] = bits >> j & 1 ? raw[e][j] : Key(0);
-      }
-      if (changed != 0) store8<kWhole>(weights + i, kWhole ? kEach : count_from(i, size), raw[e]);
-      if (out != nullptr && (looks[e] || out != mask)) store_bits(out, i, bits);
-      kept.before += count_bits(before[e]);
-      kept.now += count_bits(bits);
+      kept.before += count_bits(bits[e]);
+      const bool changed = prune_eight(raw[e], bits[e], cut, count_from(i, cut_index));
+      if (changed) store8<kWhole>(weights + i, kWhole ? kEach : count_from(i, size), raw[e]);
+      if (out != nullptr) store_bits(out, i, bits[e]);
+      kept.now += count_bits(bits[e]);
     }
   }
 }
 
+// Chunks whose eights that can change are looked up together, so that there is work for all threads.
+inline constexpr int kTogether = 4;
+
+// The eights of `num_chunks` whole chunks that are marked in `touched` (see Flags in count.cuh); the bits are written
+// where they were. `places` is shared by the block.
+template <typename Key>
+__device__ __forceinline__ void apply_touched(Key* weights, uint8_t* mask, const unsigned* touched, int num_chunks,
+                                              uint16_t* places, const Cut<Key>& cut, int64_t cut_index, Kept& kept) {
+  constexpr int kWords = kChunk / kTouchedBy;  // of flags, to the chunk
+  constexpr int kAtOnce = 8 / sizeof(Key);
+  static_assert(kTogether * kWords == kThreads && kTogether * kChunk / kEach <= 1 << 16);
+  const bool is_one = threadIdx.x < static_cast<unsigned>(num_chunks * kWords);
+  unsigned flags = is_one ? load1(touched + threadIdx.x) : 0;
+  unsigned here = 0;  // that are kept, of the 256 weights whose flags these are
+  if (is_one) {
+#pragma unroll
+    for (unsigned v = 0; v < kTouchedBy / 8 / sizeof(uint4); ++v) {
+      const uint4 words = load_words(mask + threadIdx.x * (kTouchedBy / 8), v);
+      here += count_bits(words.x) + count_bits(words.y) + count_bits(words.z) + count_bits(words.w);
+    }
+  }
+  kept.before += here;
+  kept.now += here;
+  int total;
+  int place = block_scan(count_bits(flags), total);
+  for (; flags != 0; flags &= flags - 1) {
+    places[place++] = static_cast<uint16_t>(threadIdx.x * kWarpSize + lowest_bit(flags));
+  }
+  __syncthreads();  // all places are there, and all of the mask has been read
+#pragma unroll 1
+  for (int first = static_cast<int>(threadIdx.x); first < total; first += kAtOnce * static_cast<int>(kThreads)) {
+    Key raw[kAtOnce][kEach];
+    unsigned bits[kAtOnce];
+    int at[kAtOnce];
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u) {
+      const int k = first + u * static_cast<int>(kThreads);
+      at[u] = k < total ? places[k] * kEach : -1;
+      if (at[u] < 0) continue;
+      load8<true>(weights + at[u], kEach, raw[u]);
+      bits[u] = load_bits(mask, at[u], kEach);
+    }
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u) {
+      if (at[u] < 0) continue;
+      const unsigned before = bits[u];
+      const bool changed = prune_eight(raw[u], bits[u], cut, count_from(at[u], cut_index));
+      if (changed) store8<true>(weights + at[u], kEach, raw[u]);
+      if (bits[u] != before) store_bits(mask, at[u], bits[u]);
+      kept.now -= count_bits(before ^ bits[u]);
+    }
+  }
+  __syncthreads();  // the places are written again
+}
+
 // `out` says where the new bits of each layer go, if they go anywhere. Nothing is written if *stop is set.
 template <typename Key>
-__global__ void GMP_REGISTERS((sizeof(Key) == 8   ? 64
-                               : sizeof(Key) == 4 ? 72
-                                                  : 80),
-                              (sizeof(Key) == 8 ? 96 : 80))
+__global__ void GMP_REGISTERS(80, (sizeof(Key) == 8 ? 96 : 80))
     apply(LayerRow* layers, int64_t num_layers, int64_t num_chunks, const GroupRow* groups, const uint64_t* out,
           const int64_t* stop, Key infinity) {
+  __shared__ uint16_t places[kTogether * kChunk / kEach];
   if (stop != nullptr && *stop != 0) return;
   for_each_run(layers, num_layers, num_chunks, [&](int l, int first, int last) {
     LayerRow& layer = layers[l];
     const Cut<Key> cut(groups == nullptr ? 0 : groups[layer.group].key, infinity);
-    const int64_t index = layer.cut, n = layer.n;
     const bool has_mask = layer.mask != 0, has_out = out != nullptr;
+    const bool has_flags = layer.touched != 0 && has_out && out[l] == layer.mask &&
+                           is_aligned(pointer<const Key>(layer.weights)) &&
+                           is_aligned(pointer<const uint8_t>(layer.mask));
     Kept kept;
-    for (int chunk = first; chunk < last; ++chunk) {
+    for (int chunk = first; chunk < last;) {
       const int64_t begin = (chunk - layer.first_chunk) * kChunk;
       Key* const weights = pointer<Key>(layer.weights) + begin;
       const uint8_t* const mask = has_mask ? pointer<const uint8_t>(layer.mask) + begin / 8 : nullptr;
-      const unsigned* const touched =
-          layer.touched == 0 ? nullptr : pointer<const unsigned>(layer.touched) + begin / kTouchedBy;
       uint8_t* const bits = has_out ? pointer<uint8_t>(out[l]) + begin / 8 : nullptr;
+      const int64_t n = layer.n, index = layer.cut;
+      if (has_flags && n - begin >= kChunk) {
+        const int whole = static_cast<int>((n - begin) / kChunk < kTogether ? (n - begin) / kChunk : kTogether);
+        const int count = whole < last - chunk ? whole : last - chunk;
+        apply_touched(weights, bits, pointer<const unsigned>(layer.touched) + begin / kTouchedBy, count, places, cut,
+                      index - begin, kept);
+        chunk += count;
+        continue;
+      }
       const int size = size_of_chunk(n, begin);
       const int cut_index = static_cast<int>(index < begin ? 0 : index - begin < kChunk ? index - begin : kChunk);
       if (size == kChunk && is_aligned(weights)) {
-        apply_chunk<true>(weights, mask, touched, bits, size, cut, cut_index, kept);
+        apply_chunk<true>(weights, mask, bits, size, cut, cut_index, kept);
       } else {
-        apply_chunk<false>(weights, mask, touched, bits, size, cut, cut_index, kept);
+        apply_chunk<false>(weights, mask, bits, size, cut, cut_index, kept);
       }
+      ++chunk;
     }
     if (!has_out) return;
     const unsigned before = block_sum(kept.before), now = block_sum(kept.now);

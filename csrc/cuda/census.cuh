@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(kThreads, kReaders)
     if (r != current) {
       leave();
       current = r;
-      counter.aim(row.lo, row.hi, row.shift);
+      counter.aim(row.lo, row.hi, row.shift, false);
     }
     const auto keep = [&](Key key) {
       const unsigned long long place = atomicAdd(counter_at(&row.inside), 1ull);

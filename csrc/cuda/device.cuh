@@ -201,13 +201,6 @@ __device__ __forceinline__ uint4 load_words(const uint8_t* mask, unsigned v) {
 
 static_assert(kTouchedBy == kWarpSize * kEach, "the lanes of a warp make a word");
 
-__device__ __forceinline__ bool is_touched(const unsigned* touched, int64_t i) {
-#if !defined(__CUDACC__)
-  simt::count_load(touched + i / kTouchedBy, sizeof(unsigned));
-#endif
-  return touched[i / kTouchedBy] >> (i / kEach % kWarpSize) & 1;
-}
-
 // How many of the eight weights from `i` on are there.
 __device__ inline int count_from(int64_t i, int64_t n) {
   const int64_t left = n - i;
@@ -271,9 +264,10 @@ __device__ __forceinline__ T block_scan(T value, T& total) {
 // Blocks take contiguous runs of chunks, so that most of them meet one layer only. Block b begins at b * chunks /
 // blocks.
 __device__ inline int64_t first_chunk_of(int64_t block, int64_t num_chunks) { return block * num_chunks / gridDim.x; }
-__device__ inline int64_t block_of(int64_t chunk, int64_t num_chunks) {
-  return ((chunk + 1) * gridDim.x - 1) / num_chunks;
+__device__ inline int64_t block_of(int64_t chunk, int64_t num_chunks, int64_t num_blocks) {
+  return ((chunk + 1) * num_blocks - 1) / num_chunks;
 }
+__device__ inline int64_t block_of(int64_t chunk, int64_t num_chunks) { return block_of(chunk, num_chunks, gridDim.x); }
 
 // The row that a chunk belongs to: the last one that begins at or before it. Rows are never empty.
 template <typename Row>

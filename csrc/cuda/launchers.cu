@@ -40,7 +40,8 @@ unsigned num_counting_blocks(unsigned multiprocessors) { return multiprocessors 
 void begin(const Launch& launch, DType dtype, const Tables& t) {
   with_dtype(launch, dtype, [&](auto infinity) {
     using Key = decltype(infinity);
-    GMP_LAUNCH(kernels::begin<Key>, static_cast<unsigned>(t.num_groups), launch, t.layers, t.groups, infinity);
+    GMP_LAUNCH(kernels::begin<Key>, static_cast<unsigned>(t.num_groups), launch, t.layers, t.groups, t.num_chunks,
+               int64_t{grid_of(launch, kReaders, t.num_chunks)}, reinterpret_cast<uint64_t*>(t.space.bins), infinity);
   });
 }
 

@@ -15,8 +15,15 @@
 
 namespace gmp::cuda::kernels {
 
-inline constexpr int64_t kSampleEights = 8192;  // at most: 65536 keys
-inline constexpr int64_t kSampleShare = 16;     // of smaller groups one key in so many
+// A larger sample gives a narrower bracket, and so shorter lists: worth its time where the lists are many.
+inline constexpr int64_t kSampleEights = 2048, kLargeSampleEights = 8192;  // at most
+inline constexpr int64_t kLargeSampleFrom = int64_t{1} << 28;              // weights
+inline constexpr int64_t kSampleShare = 16;                                // of smaller groups one key in so many
+// Standard deviations of the wanted key's rank in the sample that lie between it and the edges of the bracket: random
+// weights fail in 3 selections of 1000, or 6 of 100000. Many groups get the wider bracket, because one that fails is
+// read again by the few blocks that it belongs to while all others wait.
+inline constexpr float kDeviations = 3.0f, kDeviationsOfMany = 4.0f;
+inline constexpr unsigned kMany = 16;
 
 // Keys in 2048 bins that saturate: 64 to the octave from 2^-24 on for wide keys, one per key from 2^-13 on for
 // bfloat16.
@@ -77,7 +84,8 @@ __device__ inline int64_t num_blocks_of(const GroupRow& group, int64_t num_chunk
 
 // One block per group. With room for more of them to a multiprocessor, the compiler would have registers spilled.
 template <typename Key>
-__global__ void __launch_bounds__(kThreads, 2) begin(LayerRow* layers, GroupRow* groups, Key infinity) {
+__global__ void __launch_bounds__(kThreads, 2) begin(LayerRow* layers, GroupRow* groups, int64_t num_chunks,
+                                                     int64_t num_counting, uint64_t* bins_of_blocks, Key infinity) {
   constexpr int kPerThread = kMostBins / kThreads;
   __shared__ unsigned hist[kMostBins];
   __shared__ int64_t edges[2];
@@ -87,6 +95,9 @@ __global__ void __launch_bounds__(kThreads, 2) begin(LayerRow* layers, GroupRow*
     layers[group.first_layer + l].nonfinite = kNoIndex;
     layers[group.first_layer + l].cut = rows[l].n;
   }
+  // Where the blocks that count this group will add their bins up.
+  uint64_t* const own = bins_of_blocks + block_of(group.first_chunk, num_chunks, num_counting) * kBins;
+  for (int64_t b = threadIdx.x; b < kBins; b += kThreads) own[b] = 0;
   uint64_t lo = group.lo, hi = group.hi;
   if (hi == 0) {
     const SampleBins<Key> bins(infinity);
@@ -94,29 +105,40 @@ __global__ void __launch_bounds__(kThreads, 2) begin(LayerRow* layers, GroupRow*
     if (threadIdx.x < 2) edges[threadIdx.x] = threadIdx.x == 0 ? 0 : kMostBins - 1;
     __syncthreads();
 
-    // Eights at pseudo-random places of evenly spread chunks: in step with no period of the weights.
+    // Eights at pseudo-random places of evenly spread chunks: in step with no period of the weights. All that a thread
+    // asks for at a time is under way together.
+    constexpr int kAtOnce = 32 / sizeof(Key);
+    const int64_t most = group.n < kLargeSampleFrom ? kSampleEights : kLargeSampleEights;
     const int64_t share = group.n / kEach / kSampleShare + 1;
-    const int64_t eights = share < kSampleEights ? share : kSampleEights;
+    const int64_t eights = share < most ? share : most;
+    const uint64_t step = (static_cast<uint64_t>(group.num_chunks) << 32) / static_cast<uint64_t>(eights);
     unsigned sampled = 0, pruned = 0;
-#pragma unroll 4
-    for (int64_t e = threadIdx.x; e < eights; e += kThreads) {
-      const int64_t chunk = group.first_chunk + e * group.num_chunks / eights;
-      const LayerRow& row = rows[row_of(rows, group.num_layers, chunk)];
-      const int64_t start = (chunk - row.first_chunk) * kChunk;
-      const int64_t size = row.n - start < kChunk ? row.n - start : kChunk;
-      uint64_t random = static_cast<uint64_t>(e + 1) * 0x9e3779b97f4a7c15ull;
-      random ^= random >> 29;
-      const int64_t i =
-          start + static_cast<int64_t>(random * 0xbf58476d1ce4e5b9ull >> 33) % ((size + kEach - 1) / kEach) * kEach;
-      const int count = count_from(i, row.n);
-      const unsigned bits = load_bits(pointer<const uint8_t>(row.mask), i, count);
-      Key raw[kEach];
-      load8(pointer<const Key>(row.weights) + i, count, raw);
-      sampled += count;
-      pruned += count - count_bits(bits);
+    for (int64_t first = threadIdx.x; first < eights; first += kAtOnce * kThreads) {
+      Key raw[kAtOnce][kEach];
+      unsigned bits[kAtOnce];
 #pragma unroll
-      for (int j = 0; j < kEach; ++j) {
-        if (bits >> j & 1) atomicAdd(&hist[bins.bin(magnitude_key(raw[j], infinity))], 1u);
+      for (int u = 0; u < kAtOnce; ++u) {
+        const uint64_t e = static_cast<uint64_t>(first) + u * kThreads;
+        const bool is_one = static_cast<int64_t>(e) < eights;
+        const int64_t chunk = group.first_chunk + (is_one ? static_cast<int64_t>(e * step >> 32) : 0);
+        const LayerRow& row = rows[row_of(rows, group.num_layers, chunk)];
+        const int64_t start = (chunk - row.first_chunk) * kChunk;
+        uint64_t random = (e + 1) * 0x9e3779b97f4a7c15ull;
+        random = (random ^ random >> 29) * 0xbf58476d1ce4e5b9ull >> 32;
+        const int64_t num_eights = (size_of_chunk(row.n, start) + kEach - 1) / kEach;
+        const int64_t i = start + static_cast<int64_t>(random * static_cast<uint64_t>(num_eights) >> 32) * kEach;
+        const int count = is_one ? count_from(i, row.n) : 0;
+        bits[u] = load_bits(pointer<const uint8_t>(row.mask), i, count);
+        load8(pointer<const Key>(row.weights) + i, count, raw[u]);
+        sampled += count;
+        pruned += count - count_bits(bits[u]);
+      }
+#pragma unroll
+      for (int u = 0; u < kAtOnce; ++u) {
+#pragma unroll
+        for (int j = 0; j < kEach; ++j) {
+          if (bits[u] >> j & 1) atomicAdd(&hist[bins.bin(magnitude_key(raw[u][j], infinity))], 1u);
+        }
       }
     }
     sampled = block_sum(sampled);
@@ -124,8 +146,7 @@ __global__ void __launch_bounds__(kThreads, 2) begin(LayerRow* layers, GroupRow*
 
     const float wanted = static_cast<float>(static_cast<double>(group.num_prune) / static_cast<double>(group.n));
     const float rank = wanted * static_cast<float>(sampled);
-    const float half =
-        2.0f + 3.0f * sqrtf(rank * (1.0f - wanted));  // fails in 3 selections of 1000, for random weights
+    const float half = 2.0f + (gridDim.x < kMany ? kDeviations : kDeviationsOfMany) * sqrtf(rank * (1.0f - wanted));
     unsigned counts[kPerThread], sum = 0, total;
 #pragma unroll
     for (int b = 0; b < kPerThread; ++b) sum += counts[b] = hist[threadIdx.x * kPerThread + b];
@@ -159,7 +180,7 @@ __device__ inline unsigned long long take_bin(unsigned long long* bin) {
 
 // Proves the bracket of a group by what was counted, and narrows it. take(bin) gives a count and sets it to zero.
 template <typename Key, typename Take>
-__device__ void narrow(LayerRow* layers, GroupRow& group, Key infinity, Take take) {
+__device__ void narrow(LayerRow* layers, GroupRow& group, bool counts_each, Key infinity, Take take) {
   constexpr int kPerThread = kBins / kThreads;
   __shared__ bool finished;
   const uint64_t lo = group.lo, hi = group.hi;
@@ -199,7 +220,7 @@ __device__ void narrow(LayerRow* layers, GroupRow& group, Key infinity, Take tak
         group.num_below = pruned + lower;
         group.num_ties = crossing.count;
         group.num_ties_kept = group.num_below + group.num_ties - group.num_prune;
-        group.listed = listed;
+        group.listed = !listed ? kNotListed : counts_each ? kCounts : kKeys;
         finished = true;
       } else {
         const uint64_t last = first + ((uint64_t{1} << shift) - 1);
@@ -245,29 +266,46 @@ __device__ __forceinline__ void end_chunk(Counter<Key>& counter, LayerRow& layer
 }
 
 // Calls visit(key) for all that is listed of the chunks [first, last), and done(chunk) behind the last key of each. A
-// warp takes a run of chunks, of which it looks up 32 sizes at once: so that many lists are under way, not one.
+// warp takes a run of chunks, of which it looks up 32 sizes at once; the lists of four chunks are under way together.
 template <typename Key, typename Visit, typename Done>
 __device__ __forceinline__ void for_each_listed(const Workspace& space, int first, int last, Visit visit, Done done) {
-  constexpr unsigned kAtOnce = 4;
+  constexpr int kLists = 4, kParts = 4, kSize = kParts * static_cast<int>(kWarpSize);
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize, warps = kWarps;
   const int until = first + static_cast<int>(int64_t{warp + 1} * (last - first) / warps);
+  // Keys of a list, a lane's `from` one and those a warp's width further on.
+  const auto load = [&](Key(&keys)[kParts], const Key* list, int from, int size) {
+#pragma unroll
+    for (int u = 0; u < kParts; ++u) {
+      const int k = from + u * static_cast<int>(kWarpSize);
+      if (k < size) keys[u] = load1(list + k);
+    }
+  };
+  const auto visit_all = [&](const Key(&keys)[kParts], int from, int size) {
+#pragma unroll
+    for (int u = 0; u < kParts; ++u) {
+      if (from + u * static_cast<int>(kWarpSize) < size) visit(keys[u]);
+    }
+  };
   for (int base = first + static_cast<int>(int64_t{warp} * (last - first) / warps); base < until; base += kWarpSize) {
     const unsigned sizes = base + lane < until ? pointer<const unsigned>(space.list_counts)[base + lane] : 0;
-    for (int c = 0; c < static_cast<int>(kWarpSize) && base + c < until; ++c) {
-      const unsigned size = __shfl_sync(~0u, sizes, c);
-      const Key* const list = pointer<const Key>(space.lists) + (base + c) * space.capacity;
-      for (unsigned k = lane; k < size; k += kAtOnce * kWarpSize) {
-        Key keys[kAtOnce] = {};
+    for (int c = 0; c < static_cast<int>(kWarpSize) && base + c < until; c += kLists) {
+      Key keys[kLists][kParts] = {};
+      int size[kLists];
+      const Key* const lists = pointer<const Key>(space.lists) + (base + c) * space.capacity;
 #pragma unroll
-        for (unsigned u = 0; u < kAtOnce; ++u) {
-          if (k + u * kWarpSize < size) keys[u] = load1(list + k + u * kWarpSize);
-        }
-#pragma unroll
-        for (unsigned u = 0; u < kAtOnce; ++u) {
-          if (k + u * kWarpSize < size) visit(keys[u]);
-        }
+      for (int l = 0; l < kLists; ++l) {
+        size[l] = static_cast<int>(__shfl_sync(~0u, sizes, c + l));
+        load(keys[l], lists + l * space.capacity, lane, size[l]);
       }
-      done(base + c);
+#pragma unroll
+      for (int l = 0; l < kLists; ++l) {
+        visit_all(keys[l], lane, size[l]);
+        for (int from = lane + kSize; from < size[l]; from += kSize) {
+          load(keys[l], lists + l * space.capacity, from, size[l]);
+          visit_all(keys[l], from, size[l]);
+        }
+        if (base + c + l < until) done(base + c + l);
+      }
     }
   }
 }
@@ -281,7 +319,7 @@ __global__ void GMP_REGISTERS((sizeof(Key) == 8 ? 80 : 72), 80)
     GroupRow& group = groups[g];
     const int64_t mode = group.mode;
     if (mode == kDone) return;
-    counter.aim(group.lo, group.hi, group.shift);
+    counter.aim(group.lo, group.hi, group.shift, mode == kRead);
     if (mode == kList) {
       for_each_listed<Key>(space, first, last, [&](Key key) { counter.take_listed(key); }, [](int) {});
     } else {
@@ -304,67 +342,87 @@ __global__ void GMP_REGISTERS((sizeof(Key) == 8 ? 80 : 72), 80)
       counter.move_bins(bins, kBins);
       if (!is_last_block(&group.blocks_done, num_blocks)) return;
     }
-    narrow(layers, group, infinity,
+    narrow(layers, group, counter.counts_each(), infinity,
            [&](int64_t b) -> unsigned long long { return num_blocks > 1 ? take_bin(bins + b) : counter.take_bin(b); });
   });
 }
 
-// The last block of a group: the chunk in which the ties that stay end, and where in it.
-template <typename Key>
-__device__ void place_cut(LayerRow* layers, const GroupRow& group, const unsigned* tie_counts, Key infinity) {
+// Where a running sum of counts first exceeds `rank`, which is less than their sum; the whole block comes here. Gives
+// the position, and takes what comes before it from the rank; -1 if the sum is no larger.
+template <typename CountAt>
+__device__ int64_t find_crossing(int64_t size, int64_t& rank, CountAt count_at) {
   __shared__ int64_t crossing, left;
-  int64_t kept = group.num_ties_kept;
+  constexpr int kCounts = 8;  // of each thread at a time
   if (threadIdx.x == 0) crossing = -1;
   __syncthreads();
-  constexpr int kCounts = 8;  // of each thread at a time
-  for (int64_t first = 0; crossing < 0 && first < group.num_chunks; first += kCounts * kThreads) {
+  for (int64_t first = 0; crossing < 0 && first < size; first += kCounts * kThreads) {
     const int64_t own = first + threadIdx.x * kCounts;
-    unsigned counts[kCounts];
-    int64_t ties = 0;
+    int64_t counts[kCounts], sum = 0, total;
+#pragma unroll
+    for (int c = 0; c < kCounts; ++c) sum += counts[c] = own + c < size ? count_at(own + c) : 0;
+    int64_t before = block_scan(sum, total);
 #pragma unroll
     for (int c = 0; c < kCounts; ++c) {
-      counts[c] = own + c < group.num_chunks ? __ldcg(&tie_counts[group.first_chunk + own + c]) : 0;
-      ties += counts[c];
-    }
-    int64_t total;
-    int64_t before = block_scan(ties, total);
-#pragma unroll
-    for (int c = 0; c < kCounts; ++c) {
-      if (before <= kept && kept < before + counts[c]) {
-        crossing = group.first_chunk + own + c;
-        left = kept - before;
+      if (before <= rank && rank < before + counts[c]) {
+        crossing = own + c;
+        left = rank - before;
       }
       before += counts[c];
     }
-    kept -= total;
+    rank -= total;
     __syncthreads();
   }
-  if (crossing < 0) return;  // the weights have changed meanwhile
-  const LayerRow* const rows = layers + group.first_layer;
-  const int64_t l = row_of(rows, group.num_layers, crossing);
-  const LayerRow& row = rows[l];
-  const int64_t begin = (crossing - row.first_chunk) * kChunk;
-  const int64_t end = begin + kChunk < row.n ? begin + kChunk : row.n;
-  int64_t rank = left;
-  for (int64_t tile = begin; tile < end; tile += kTile) {
-    const int64_t i = tile + threadIdx.x * kEach;
-    const int size = count_from(i, row.n);
-    const unsigned bits = load_bits(pointer<const uint8_t>(row.mask), i, size);
+  const int64_t found = crossing;
+  if (found >= 0) rank = left;
+  __syncthreads();  // both are used again
+  return found;
+}
+
+// Which of the 64 weights from `begin` on, or fewer, tie.
+template <typename Key>
+__device__ uint64_t ties_of(const LayerRow& layer, int64_t begin, Key threshold, Key infinity) {
+  const int64_t left = layer.n - begin;
+  const int size = left < 0 ? 0 : left < 64 ? static_cast<int>(left) : 64;
+  uint64_t ties = 0;
+#pragma unroll 2
+  for (int e = 0; e < 64 / kEach; ++e) {
     Key raw[kEach];
-    load8(pointer<const Key>(row.weights) + i, size, raw);
-    unsigned ties = 0;
+    load8(pointer<const Key>(layer.weights) + begin + e * kEach, count_from(e * kEach, size), raw);
+#pragma unroll
     for (int j = 0; j < kEach; ++j) {
-      ties |= static_cast<unsigned>((bits >> j & 1) && magnitude_key(raw[j], infinity) == static_cast<Key>(group.key))
-              << j;
+      ties |= static_cast<uint64_t>(magnitude_key(raw[j], infinity) == threshold) << (e * kEach + j);
     }
-    int64_t total;
-    int64_t before = block_scan(static_cast<int64_t>(count_bits(ties)), total);
-    for (int j = 0; j < kEach; ++j) {
-      if (!(ties >> j & 1)) continue;
-      if (before == rank) layers[group.first_layer + l].cut = i + j;
-      ++before;
-    }
-    rank -= total;
+  }
+  return ties & load_word(pointer<const uint8_t>(layer.mask), begin, size);
+}
+
+// The last block of a group: the block, the chunk and the weight from which on ties go.
+template <typename Key>
+__device__ void place_cut(LayerRow* layers, const GroupRow& group, const uint64_t* block_ties,
+                          const unsigned* tie_counts, int64_t num_chunks, Key infinity) {
+  static_assert(kChunk == 64 * kThreads);
+  int64_t rank = group.num_ties_kept;
+  const int64_t first_block = block_of(group.first_chunk, num_chunks);
+  const int64_t block = find_crossing(num_blocks_of(group, num_chunks), rank,
+                                      [&](int64_t b) { return static_cast<int64_t>(__ldcg(&block_ties[b])); });
+  if (block < 0) return;  // the weights have changed meanwhile
+  const int64_t from = first_chunk_of(first_block + block, num_chunks);
+  const int64_t first = from < group.first_chunk ? group.first_chunk : from;
+  const int64_t until = first_chunk_of(first_block + block + 1, num_chunks), end = group.first_chunk + group.num_chunks;
+  const int64_t found = find_crossing((until < end ? until : end) - first, rank,
+                                      [&](int64_t c) { return int64_t{__ldcg(&tie_counts[first + c])}; });
+  if (found < 0) return;
+  const int64_t chunk = first + found;
+  const LayerRow* const rows = layers + group.first_layer;
+  const int64_t l = row_of(rows, group.num_layers, chunk);
+  const LayerRow& row = rows[l];
+  const int64_t begin = (chunk - row.first_chunk) * kChunk + threadIdx.x * 64;
+  uint64_t ties = ties_of(row, begin, static_cast<Key>(group.key), infinity);
+  int64_t total;
+  const int64_t before = block_scan(static_cast<int64_t>(count_word(ties)), total);
+  if (before <= rank && rank < before + count_word(ties)) {
+    for (int64_t skip = rank - before; skip > 0; --skip) ties &= ties - 1;
+    layers[group.first_layer + l].cut = begin + lowest_of(ties);
   }
   for (int64_t other = threadIdx.x; other < group.num_layers; other += kThreads) {
     if (other < l) layers[group.first_layer + other].cut = rows[other].n;
@@ -398,12 +456,22 @@ __global__ void __launch_bounds__(kThreads, kReaders)
     if (group.num_ties_kept == 0) return;
     const Key threshold = static_cast<Key>(group.key);
     unsigned matches = 0;
+    unsigned long long sum = 0;
     const auto leave = [&](int chunk) {
       matches = warp_sum(matches);
-      if (threadIdx.x % kWarpSize == 0) tie_counts[chunk] = matches;
+      if (threadIdx.x % kWarpSize == 0) {
+        tie_counts[chunk] = matches;
+        sum += matches;
+      }
       matches = 0;
     };
-    if (group.listed) {
+    if (group.listed == kCounts) {
+      const Key* const counts = pointer<const Key>(space.lists) + (group.key - group.lo);
+      for (int chunk = first + static_cast<int>(threadIdx.x); chunk < last; chunk += kThreads) {
+        tie_counts[chunk] = load1(counts + chunk * space.capacity);
+        sum += tie_counts[chunk];
+      }
+    } else if (group.listed == kKeys) {
       for_each_listed<Key>(space, first, last, [&](Key key) { matches += key == threshold; }, leave);
     } else {
       const LayerRow* const rows = layers + group.first_layer;
@@ -413,9 +481,15 @@ __global__ void __launch_bounds__(kThreads, kReaders)
         leave(chunk);
       }
     }
+    // Where the bins of this group were: no other group with several blocks has its first one in common with it.
+    const int64_t first_block = block_of(group.first_chunk, num_chunks);
+    uint64_t* const block_ties = pointer<uint64_t>(space.bins) + first_block * kBins;
+    sum = block_sum(sum);
+    if (threadIdx.x == 0) block_ties[blockIdx.x - first_block] = sum;
     if (is_last_block(&group.blocks_done, num_blocks_of(group, num_chunks))) {
-      place_cut<Key>(layers, group, tie_counts, infinity);
+      place_cut<Key>(layers, group, block_ties, tie_counts, num_chunks, infinity);
     }
+    __syncthreads();
   });
 }
 

@@ -29,6 +29,12 @@ enum Mode : int64_t {
   kDone,
 };
 
+enum Listed : int64_t {
+  kNotListed,
+  kKeys,    // they hold all of them
+  kCounts,  // they hold how many there are, among the counts of all keys from lo on
+};
+
 // Layers that share one threshold.
 struct GroupRow {
   int64_t first_layer, num_layers, n, num_prune, first_chunk, num_chunks;
@@ -37,7 +43,7 @@ struct GroupRow {
   int64_t mode, passes;
   int64_t below, pruned;  // unpruned keys below lo; mask bits that are 0
   int64_t overflow;       // a chunk had more keys in the bracket than its list holds
-  int64_t listed;         // the lists hold every key that ties with the threshold
+  int64_t listed;         // a Listed: what the lists know of the keys that tie with the threshold
   int64_t blocks_done;
   uint64_t key;
   int64_t num_below, num_ties, num_ties_kept;
@@ -45,8 +51,8 @@ struct GroupRow {
 
 // Where the kernels of a selection leave what the next one needs.
 struct Workspace {
-  uint64_t bins;                     // uint64_t, kBins per block that counts, or per group
-  uint64_t lists;                    // keys, `capacity` per chunk
+  uint64_t bins;                     // uint64_t, kBins per block that counts; ties leaves sums of blocks there
+  uint64_t lists;                    // keys, or counts of keys, `capacity` per chunk
   uint64_t list_counts, tie_counts;  // uint32_t, one per chunk
   int64_t capacity;
   uint64_t nonfinite;  // int64_t, set once there is an unpruned NaN or Inf in any layer
