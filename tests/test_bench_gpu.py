@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import needs_simt
 from typer.testing import CliRunner
 
 from gmp_kernels import bench_gpu, cli, measurement
@@ -33,6 +34,7 @@ def ran(side: Timed) -> object:
     return side.run()
 
 
+@needs_simt
 @pytest.mark.parametrize("case", TIMED, ids=named)
 def test_every_timed_row_runs_twice(case: Case) -> None:
     for side in case.build(SHRINK):
@@ -40,6 +42,7 @@ def test_every_timed_row_runs_twice(case: Case) -> None:
             ran(side)
 
 
+@needs_simt
 @pytest.mark.parametrize("case", PRUNE, ids=named)
 def test_every_round_prunes_the_same(case: Case) -> None:
     ours, _ = case.build(SHRINK)
@@ -50,6 +53,7 @@ def test_every_round_prunes_the_same(case: Case) -> None:
         assert sum(first.num_newly_pruned) == pytest.approx(0.02 * first.masks[0].numel, abs=1)
 
 
+@needs_simt
 @pytest.mark.parametrize("rival", ["topk", "sort", "kthvalue"])
 def test_the_others_keep_as_many_weights(rival: str) -> None:
     ours, baseline = of("4096", rival).build(SHRINK // 256)
@@ -77,6 +81,7 @@ def test_models_have_their_parameters() -> None:
     assert len(resnet50_layers()) == 54
 
 
+@needs_simt
 def test_launches_are_the_kernels_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     class Event:
         def __init__(self, name: str, device_type: object) -> None:
@@ -96,10 +101,12 @@ def test_launches_are_the_kernels_of_the_device(monkeypatch: pytest.MonkeyPatch)
     assert of("prune step, resnet50", "12 launches").build(SHRINK) == Pair(2.0, 12.0)
 
 
+@needs_simt
 def test_the_real_profiler_sees_no_kernels_on_a_cpu() -> None:
     assert of("prune step, resnet50", "12 launches").build(SHRINK) == Pair(0.0, 12.0)
 
 
+@needs_simt
 def test_memory_is_the_growth_of_the_peak(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 1000)
