@@ -30,6 +30,7 @@ SPARSITY = 0.9
 STD = 0.02
 MAX_LAUNCHES = 12
 EVENT = 0.02  # by how much one update of a schedule raises the sparsity
+UPDATE = "0.88 to 0.9"  # in the names of rows that start from masks and equally pruned weights
 SECTOR = 32  # bytes that memory is written in, at the least
 FEWER = 64  # times the weights of Llama 8B in the row of its optimizer step, whose state would not fit otherwise
 ADAMW_BYTES = 28  # per float32 weight: weights, gradients and both averages in, all but the gradients out
@@ -84,7 +85,7 @@ def _large_cases(run: _Builder) -> list[Case]:
             "prune step fp32, 1e9, 0 to 0.9", moved, 1.5, 1.15, partial(run.prune, 0.0, step), min_bytes=step * BILLION
         ),
         Case(
-            "prune step fp32, 1e9, 0.88 to 0.9",
+            f"prune step fp32, 1e9, {UPDATE}",
             moved,
             1.5,
             1.15,
@@ -95,11 +96,20 @@ def _large_cases(run: _Builder) -> list[Case]:
 
 
 def _model_cases(run: _Builder) -> list[Case]:
-    """As many tensors as models have, where the host has most to do."""
+    """As many tensors as models have, where the host has most to do and is timed as well.
+
+    A schedule has masks already when it prunes further; the first time there are none.
+    """
     whole, fused = "the same in one tensor", "torch fused, no mask"
     return [
-        Case("prune step fp32, ResNet-50", whole, 2.0, 1.3, partial(run.layers, "resnet50")),
-        Case("prune step bf16, Llama 8B", whole, 1.3, 1.1, partial(run.layers, "llama_8b")),
+        *(
+            Case(f"prune step {model}, {how}", whole, must, aim, partial(run.layers, name, before), wall=True)
+            for how, before in ((UPDATE, SPARSITY - EVENT), ("first, 0 to 0.9", 0.0))
+            for model, name, must, aim in (
+                ("fp32, ResNet-50", "resnet50", 2.0, 1.3),
+                ("bf16, Llama 8B", "llama_8b", 1.3, 1.1),
+            )
+        ),
         *(
             Case(f"AdamW fp32, 0, {tensors}", fused, 1.1, 0.9, partial(run.adamw_of_model, name), wall=True)
             for name, tensors in (("resnet50", "161 tensors"), ("llama_8b", f"291 tensors, Llama 8B / {FEWER}"))
@@ -112,10 +122,28 @@ def _model_cases(run: _Builder) -> list[Case]:
 
 
 def _rival_cases(run: _Builder) -> list[Case]:
+    """What people write instead: a loop over the tensors. Of 1e9 weights kthvalue takes minutes."""
+
+    def rows(what: str, name: str, before: float, rivals: Sequence[str], wall: bool = False) -> list[Case]:
+        each = ", per layer" if name in MODELS else ""
+        return [
+            Case(
+                f"prune step fp32, {what}",
+                RIVALS[rival][0] + each,
+                1 / 10,
+                1 / 30,
+                partial(run.beside_rival, rival, name, before),
+                wall=wall,
+            )
+            for rival in rivals
+        ]
+
+    layer, update = "4096 x 4096", SPARSITY - EVENT
     return [
-        Case("prune step fp32, 4096 x 4096, 0.9", "torch.topk + scatter", 1 / 10, 1 / 30, run.prune_and_topk),
-        Case("prune step fp32, 4096 x 4096, 0.9", "torch.sort + mul_", 1 / 10, 1 / 30, run.prune_and_sort),
-        Case("prune step fp32, 4096 x 4096, 0.9", "torch.kthvalue + mul_", 1 / 10, 1 / 30, run.prune_and_kthvalue),
+        *rows(f"ResNet-50, {UPDATE}", "resnet50", update, tuple(RIVALS), wall=True),
+        *rows(f"1e9, {UPDATE}", "1e9 fp32", update, ("topk", "sort")),
+        *rows(f"{layer}, 0.9", layer, 0.0, tuple(RIVALS)),
+        *rows(f"{layer}, 0.9, with the host", layer, 0.0, tuple(RIVALS), wall=True),
     ]
 
 
@@ -130,6 +158,52 @@ def _memory_cases(run: _Builder) -> list[Case]:
 MODELS: dict[str, tuple[Callable[[], list[int]], torch.dtype]] = {
     "resnet50": (resnet50_sizes, torch.float32),
     "llama_8b": (llama_8b_sizes, torch.bfloat16),
+}
+WEIGHTS: dict[str, tuple[Callable[[], list[int]], torch.dtype]] = {
+    "1e9 fp32": (lambda: [BILLION], torch.float32),
+    "4096 x 4096": (lambda: [LAYER], torch.float32),
+    **MODELS,
+}
+
+
+# The others get their best form: the magnitudes are there before the clock starts, and so are the outputs.
+
+
+def _topk(weight: torch.Tensor) -> Callable[[], object]:
+    magnitude, kept = weight.abs(), torch.empty_like(weight)
+    num_kept = weight.numel() - round(SPARSITY * weight.numel())  # the smaller side
+
+    def topk() -> None:
+        indices = torch.topk(magnitude, num_kept, sorted=False).indices
+        weight.mul_(kept.zero_().scatter_(0, indices, 1.0))
+
+    return topk
+
+
+def _sort(weight: torch.Tensor) -> Callable[[], object]:
+    magnitude, num_prune = weight.abs(), round(SPARSITY * weight.numel())
+    out = (torch.empty_like(magnitude), torch.empty(magnitude.shape, dtype=torch.int64, device=weight.device))
+
+    def sort() -> None:
+        ordered, _ = torch.sort(magnitude, out=out)
+        weight.mul_(magnitude > ordered[num_prune - 1])
+
+    return sort
+
+
+def _kthvalue(weight: torch.Tensor) -> Callable[[], object]:
+    magnitude, num_prune = weight.abs(), round(SPARSITY * weight.numel())
+
+    def kthvalue() -> None:
+        weight.mul_(magnitude > torch.kthvalue(magnitude, num_prune).values)
+
+    return kthvalue
+
+
+RIVALS: dict[str, tuple[str, Callable[[torch.Tensor], Callable[[], object]]]] = {
+    "topk": ("torch.topk + scatter", _topk),
+    "sort": ("torch.sort + mul_", _sort),
+    "kthvalue": ("torch.kthvalue + mul_", _kthvalue),
 }
 
 
@@ -149,10 +223,8 @@ class _Builder:
         return torch.empty(n, dtype=dtype, device=self._device).normal_(0.0, STD, generator=generator)
 
     def _model(self, name: str, shrink: int) -> tuple[torch.Tensor, list[int]]:
-        """All parameters of a model in one tensor, and their sizes."""
-        if name not in MODELS:
-            return self._weights(BILLION // shrink), [BILLION // shrink]
-        sizes_of, dtype = MODELS[name]
+        """All weights in one tensor, and the sizes of those they consist of."""
+        sizes_of, dtype = WEIGHTS[name]
         sizes = [max(1, n // shrink) for n in sizes_of()]
         return self._weights(sum(sizes), dtype), sizes
 
@@ -175,15 +247,21 @@ class _Builder:
 
     def prune(self, pruned_before: float, bytes_per_weight: float, shrink: int) -> Pair:
         weight = self._weights(BILLION // shrink)
-        masks = prune_(weight, sparsity=pruned_before, backend=self._cuda).masks if pruned_before else None
-        ours = self._prune([weight], weight, masks)
+        ours = self._prune([weight], weight, self._masks([weight], pruned_before))
         return Pair(ours, self._copy(bytes_per_weight * weight.numel()))
 
     def _prune(
-        self, layers: Sequence[torch.Tensor], whole: torch.Tensor, masks: Sequence[BitMask] | None = None
+        self,
+        layers: Sequence[torch.Tensor],
+        whole: torch.Tensor,
+        masks: Sequence[BitMask] | None = None,
+        before: torch.Tensor | None = None,
     ) -> Timed:
-        """A prune step of ``layers``, parts of ``whole``, that starts from the same weights and masks every time."""
-        weights_before = whole.clone()
+        """A prune step of ``layers``, parts of ``whole``, that starts from the same weights and masks every time.
+
+        ``before`` is a copy of the weights, where there is one.
+        """
+        weights_before = whole.clone() if before is None else before
         bits_before = [mask.packed.clone() for mask in masks or []]
 
         def restore() -> None:
@@ -193,10 +271,19 @@ class _Builder:
 
         return Timed(lambda: prune_(layers, sparsity=SPARSITY, masks=masks, backend=self._cuda), restore)
 
-    def layers(self, model: str, shrink: int) -> Pair:
+    def _masks(self, layers: Sequence[torch.Tensor], pruned_before: float) -> list[BitMask] | None:
+        """What a prune to ``pruned_before`` leaves, once the weights have been through it; None of no pruning."""
+        return prune_(layers, sparsity=pruned_before, backend=self._cuda).masks if pruned_before else None
+
+    def layers(self, model: str, pruned_before: float, shrink: int) -> Pair:
         whole, sizes = self._model(model, shrink)
-        many = self._prune(torch.split(whole, sizes), whole)
-        return Pair(many, Timed(lambda: prune_(whole, sparsity=SPARSITY, backend=self._cuda), many.prepare))
+        layers = torch.split(whole, sizes)
+        masks, mask_of_whole = self._masks(layers, pruned_before), None
+        if masks is not None:
+            # The same weights are gone on both sides.
+            mask_of_whole = [BitMask.from_bool(torch.cat([mask.to_bool() for mask in masks]))]
+        before = whole.clone()
+        return Pair(self._prune(layers, whole, masks, before), self._prune([whole], whole, mask_of_whole, before))
 
     def launches(self, model: str, shrink: int) -> Pair:
         whole, sizes = self._model(model, shrink)
@@ -263,39 +350,14 @@ class _Builder:
         ours, baseline = (partial(apply_masks_, weight, mask, backend=name) for name in (self._triton, self._cuda))
         return Pair(Timed(ours, restore), Timed(baseline, restore))
 
-    def _layer(self, shrink: int) -> tuple[torch.Tensor, Timed]:
-        weight = self._weights(LAYER // shrink)
-        return weight, self._prune([weight], weight)
+    def beside_rival(self, rival: str, name: str, pruned_before: float, shrink: int) -> Pair:
+        whole, sizes = self._model(name, shrink)
+        layers = torch.split(whole, sizes)
+        ours = self._prune(layers, whole, self._masks(layers, pruned_before))
+        theirs = [RIVALS[rival][1](layer) for layer in layers]
 
-    # The others get their best form: the magnitudes are there before the clock starts, and so are the outputs.
+        def one_by_one() -> None:
+            for prune_layer in theirs:
+                prune_layer()
 
-    def prune_and_topk(self, shrink: int) -> Pair:
-        weight, ours = self._layer(shrink)
-        magnitude, kept = weight.abs(), torch.empty_like(weight)
-        num_kept = weight.numel() - round(SPARSITY * weight.numel())  # the smaller side
-
-        def topk() -> None:
-            indices = torch.topk(magnitude, num_kept, sorted=False).indices
-            weight.mul_(kept.zero_().scatter_(0, indices, 1.0))
-
-        return Pair(ours, Timed(topk, ours.prepare))
-
-    def prune_and_sort(self, shrink: int) -> Pair:
-        weight, ours = self._layer(shrink)
-        magnitude, num_prune = weight.abs(), round(SPARSITY * weight.numel())
-        out = (torch.empty_like(magnitude), torch.empty(magnitude.shape, dtype=torch.int64, device=self._device))
-
-        def sort() -> None:
-            ordered, _ = torch.sort(magnitude, out=out)
-            weight.mul_(magnitude > ordered[num_prune - 1])
-
-        return Pair(ours, Timed(sort, ours.prepare))
-
-    def prune_and_kthvalue(self, shrink: int) -> Pair:
-        weight, ours = self._layer(shrink)
-        magnitude, num_prune = weight.abs(), round(SPARSITY * weight.numel())
-
-        def kthvalue() -> None:
-            weight.mul_(magnitude > torch.kthvalue(magnitude, num_prune).values)
-
-        return Pair(ours, Timed(kthvalue, ours.prepare))
+        return Pair(ours, Timed(one_by_one, ours.prepare))

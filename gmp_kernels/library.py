@@ -136,8 +136,10 @@ def _clip_gradients(
     return clip_gradients_(gradients, max_norm, bits, gradients, error_if_nonfinite=error_if_nonfinite, backend=backend)
 
 
-def _fake_clip_gradients(*_: object, **__: object) -> torch.Tensor:
-    return torch.empty(())
+def _fake_clip_gradients(gradients: Sequence[torch.Tensor], *_: object, **__: object) -> torch.Tensor:
+    # The norm is where the squares were summed. Of empty gradients no backend sums any.
+    device = next((gradient.device for gradient in gradients if gradient.numel()), torch.device("cpu"))
+    return torch.empty((), dtype=torch.float32, device=device)
 
 
 # SymInt: a num_prune that changes makes a graph dynamic, once, instead of being compiled into it each time.

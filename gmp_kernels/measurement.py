@@ -2,7 +2,12 @@
 
 The two sides of a ``Case`` are run in turn (ours, baseline, ours, baseline, ...), so that whatever else happens on the
 machine happens to both, and compared by their medians. Ratios are always ours / baseline: below 1 ours is the faster or
-smaller one. On a GPU the time is that between two of its events, from when the device begins to when it is done.
+smaller one.
+
+On a GPU the time is that between two of its events, while the host is ahead of it: what comes before a run keeps the
+device busy for longer than a call takes to launch its kernels. So these rows say what the device does, and what the
+host does only where a call waits for a result and goes on. Rows with ``wall`` say what a caller waits for: the host's
+clock runs from a device that has nothing to do until it has done everything, and the launches are part of it.
 """
 
 from __future__ import annotations
@@ -42,6 +47,8 @@ __all__ = [
 
 MIN_ROUNDS = 5
 SETTLE_BYTES = {"cpu": 1 << 26, "cuda": 1 << 28}  # more than the caches of the devices this is read for
+# A millisecond at the rate of the fastest memory; to launch a step of one tensor takes a third of that.
+READS_AHEAD = 20
 CPU = torch.device("cpu")
 HEADINGS = ("ours", "median", "baseline", "median", "ratio", "must", "aim", "verdict", "GB/s")
 
@@ -105,7 +112,7 @@ class Case:
     min_bytes : float, optional
         The fewest that ours could read and write at full size, where that is known.
     wall : bool
-        Time a GPU by the host's clock, so that what the host does before the first launch is part of it.
+        Time a GPU by the host's clock, so that what the host does for each launch is part of it.
     """
 
     name: str
@@ -320,11 +327,11 @@ def measure(
     clock : callable
         Seconds from any fixed moment.
     device : torch.device
-        What the sides run on. A GPU times them by its own events.
+        What the sides run on. A GPU times them by its own events, unless the case says otherwise.
     """
-    stopwatch = clock
+    stopwatch, num_reads = clock, 1
     if device.type == "cuda":
-        stopwatch = _idle_device if case.wall else _Event
+        stopwatch, num_reads = (_idle_device, 1) if case.wall else (_Event, READS_AHEAD)
     pair = case.build(shrink)
     timed = [side for side in pair if isinstance(side, Timed)]
     for side in timed:
@@ -332,7 +339,12 @@ def measure(
         time_once(side, stopwatch)
     # Before every run the machine is brought into the same state: no lines of the other side in the caches, least of
     # all modified ones still to be written back, and every thread awake.
-    settle = torch.ones(SETTLE_BYTES[device.type] // 4, device=device).sum
+    buffer = torch.ones(SETTLE_BYTES[device.type] // 4, device=device)
+
+    def settle() -> None:
+        for _ in range(num_reads):
+            buffer.sum()
+
     samples: list[list[float]] = [[] for _ in timed]
     end = clock() + seconds
     while timed and (len(samples[0]) < MIN_ROUNDS or clock() < end):

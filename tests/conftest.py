@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
+from types import ModuleType
 from typing import TypeVar
 
 import pytest
@@ -26,6 +27,22 @@ HOST_BACKENDS = [name for name in BACKENDS if device_of(name).type == "cpu"]
 
 settings.register_profile("gmp_kernels", deadline=None, max_examples=60, derandomize=os.environ.get("CI") == "true")
 settings.load_profile("gmp_kernels")
+
+
+# What runs the CUDA kernels on the host. Only where other backends were asked for can it be missing: a GPU's machine
+# gets no build of it. By default it is asked for, and then tests that cannot import it fail.
+WITHOUT_SIMT = "simt" not in BACKENDS
+NEEDS_SIMT = "needs the backend simt, which GMP_KERNELS_TEST_BACKENDS leaves out"
+needs_simt = pytest.mark.skipif(WITHOUT_SIMT, reason=NEEDS_SIMT)
+
+
+def simt_extension() -> ModuleType:
+    """The extension of the backend simt; the module that calls this while it is imported is skipped without it."""
+    if WITHOUT_SIMT:
+        pytest.skip(NEEDS_SIMT, allow_module_level=True)
+    from gmp_kernels import _simt
+
+    return _simt
 
 
 # Triton's interpreter takes milliseconds for what a kernel does in microseconds, and on one thread only. So under it

@@ -15,15 +15,17 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import simt_extension
 from optim_cases import assert_same_run, clones, masked, parameters, random_gradients, random_masks, set_gradients
 from subprocesses import run_python
 from torch import nn
 
-from gmp_kernels import BitMask, CaptureError, GMPScheduler, _simt, capture, prune_, schedules
+from gmp_kernels import BitMask, CaptureError, GMPScheduler, capture, prune_, schedules
 from gmp_kernels.backends import _tables, choose
 from gmp_kernels.optim import SGD, clip_grad_norm_
 from gmp_kernels.testing import assert_bitwise_equal
 
+_simt = simt_extension()
 SHAPES = [(24, 33), (7,), (65, 9), (16384 + 5,)]
 RAMP = schedules.Cubic(0.2, 0.9, begin_step=1, end_step=7, frequency=2)
 Graph = list[Callable[[], object]]

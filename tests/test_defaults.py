@@ -122,8 +122,12 @@ def scheduled(own_optimizer: bool, backend: str) -> Callable[[], Any]:
         for p in model.parameters():
             p.copy_(torch.randn(p.shape, generator=generator))
             p.grad = torch.ones_like(p)
-    kind = optim.AdamW if own_optimizer else torch.optim.AdamW
-    optimizer = kind(model.parameters(), **({"backend": backend} if own_optimizer else {}))
+    # Unless it is fused, torch's AdamW counts its steps on the default device; on a GPU it then refuses to step.
+    optimizer = (
+        optim.AdamW(model.parameters(), backend=backend)
+        if own_optimizer
+        else torch.optim.AdamW(model.parameters(), fused=True)
+    )
 
     def run() -> Any:
         pruner = GMPScheduler(model, optimizer, schedules.Cubic(0.1, 0.8, begin_step=0, end_step=4), backend=backend)

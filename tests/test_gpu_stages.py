@@ -53,7 +53,21 @@ def test_the_smoke_test_compares_every_dtype_and_state(told) -> None:
 
 
 def test_without_graphs_none_is_captured(told) -> None:
-    assert "captured steps, prunes between" not in smoke.checks(smoke.FEW_SIZES, 4, False)
+    assert "captured steps, prunes between" not in smoke.checks(smoke.FEW_SIZES, 4, False, smoke.DTYPES)
+
+
+def test_a_process_for_each_dtype_tells_all_that_one_would() -> None:
+    outcome, found, log = executed(Stage("smoke", 60, stages.program("smoke", *SIMT, "--few", "--processes")))
+    assert outcome.passed, log
+    assert {fact["check"] for fact in found} == set(smoke.checks(smoke.FEW_SIZES, 4, True, smoke.DTYPES))
+    assert all(fact["passed"] for fact in found) and len(found) == 4 * 3 + 1
+
+
+def test_one_process_that_fails_fails_the_smoke_test(told, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(smoke, "passed_on", lambda command: int(command[-2:] == ["--dtype", "bfloat16"]) * 5)
+    assert smoke.main([*SIMT, "--processes"]) == 1
+    monkeypatch.setattr(smoke, "passed_on", lambda command: int("--processes" in command))
+    assert smoke.main([*SIMT, "--processes"]) == 0
 
 
 @pytest.mark.parametrize("operation", ["prune_", "apply_masks_", "optimizer"])
@@ -109,12 +123,6 @@ def test_the_profile_goes_through_every_call(told) -> None:
     assert profile.main([*SIMT, "--shrink", "4000000"]) == 0
     names = [fact["profiled"] for fact in told()]
     assert names[:2] == ["prune fp32", "prune bf16"] and "AdamW, 291 tensors" in names and len(names) == 9
-
-
-def test_kernels_are_told_by_their_short_names() -> None:
-    mangled = "void gmp::cuda::kernels::count<unsigned int>(gmp::cuda::LayerRow*, long)"
-    assert profile.short(mangled) == "count<unsigned int>"
-    assert profile.short("void (anonymous namespace)::softmax<float>(int)") == "softmax<float>"
 
 
 NCU_CSV = """==PROF== Connected to process 1234

@@ -103,6 +103,18 @@ def test_the_suite_finds_tests_of_every_kind() -> None:
     assert not set(collected) & set(stages.NOT_IN_SUITE)
 
 
+def test_the_suite_can_do_without_what_is_built_for_tests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The GPU's machine has _C and _cuda alone."""
+    (tmp_path / "without_simt.py").write_text("import sys\nsys.modules['gmp_kernels._simt'] = None\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    command = [word for word in stages.suite("cpu") if word not in ("-n", "6", "--maxschedchunk", "1")]
+    command += ["-p", "without_simt", "--collect-only"]
+    environment = {**stages.CUDA_TESTS, "GMP_KERNELS_TEST_BACKENDS": "reference,cpu"}
+    outcome, found, log = executed(Stage("suite", 60, command, environment))
+    assert outcome.passed, [fact["text"] for fact in found]
+    assert "tests/test_select.py::" in log and "tests/test_simt.py::" not in log
+
+
 def test_what_the_suite_leaves_out_is_there() -> None:
     assert all((ROOT / name).exists() for name in stages.NOT_IN_SUITE)
 

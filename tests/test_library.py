@@ -12,6 +12,7 @@ import torch
 from optim_cases import masked, parameters, random_gradients, random_masks
 from torch import nn
 from torch._dynamo.utils import counters
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gmp_kernels import BitMask, GMPScheduler, apply_masks_, magnitude_threshold, optim, prune_, schedules
 from gmp_kernels.errors import NonFiniteError, ShapeError, TargetError
@@ -78,6 +79,26 @@ CALLS: dict[str, Callable[[str], tuple[Any, tuple[Any, ...], dict[str, Any]]]] =
 @pytest.mark.parametrize("call", CALLS)
 def test_schemas_and_fake_kernels_hold(backend: str, call: str) -> None:
     torch.library.opcheck(*CALLS[call](backend))
+
+
+@pytest.mark.parametrize("default_dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("device", ["cpu", "cuda:0"])
+def test_fake_results_are_where_the_real_ones_are(device: str, default_dtype: torch.dtype) -> None:
+    """On a GPU, too, for which the fake tensors need none: a graph would go on on the wrong device."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default_dtype)
+    try:
+        with FakeTensorMode():
+            weight, empty = (torch.empty(n, dtype=torch.bfloat16, device=device) for n in (40, 0))
+            norm = OPS.clip_gradients_([empty, weight], 0.5, [None, None])
+            norm_of_nothing = OPS.clip_gradients_([empty], 0.5, [None])
+            value, counts = OPS.magnitude_threshold(weight, 20)
+    finally:
+        torch.set_default_dtype(before)
+    assert (norm.device, norm.dtype, norm.shape) == (torch.device(device), torch.float32, ())
+    assert (norm_of_nothing.device, norm_of_nothing.dtype) == (torch.device("cpu"), torch.float32)
+    assert (value.device, value.dtype, value.shape) == (torch.device(device), torch.bfloat16, ())
+    assert (counts.device, counts.dtype, counts.shape) == (torch.device(device), torch.int64, (3,))
 
 
 @pytest.mark.parametrize("case", ["sgd", "nesterov", "amsgrad", "adamw"])

@@ -8,6 +8,7 @@ from functools import partial
 
 import pytest
 import torch
+from conftest import needs_simt
 from optim_cases import parameters, random_gradients, set_gradients
 
 from gmp_kernels import BitMask, DeviceError, prune_
@@ -15,6 +16,7 @@ from gmp_kernels.backends import _selection_tables, _tables
 from gmp_kernels.optim import AdamW
 from gmp_kernels.testing import assert_bitwise_equal
 
+pytestmark = needs_simt
 NO_MEMORY = torch.OutOfMemoryError("CUDA out of memory")
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from conftest import simt_extension
 from optim_cases import assert_same_run, masked, parameters, random_gradients, random_masks, set_gradients
 from subprocesses import ROOT
 
@@ -20,7 +21,6 @@ from gmp_kernels import (
     DeviceError,
     NonFiniteError,
     StateError,
-    _simt,
     magnitude_threshold,
     prune_,
 )
@@ -31,6 +31,7 @@ from gmp_kernels.keys import key_of, largest_key
 from gmp_kernels.optim import AdamW
 from gmp_kernels.testing import adversarial_cases, assert_bitwise_equal, assert_same_pruning, device_of
 
+_simt = simt_extension()
 SIMT = ROOT / "csrc/simt"
 
 

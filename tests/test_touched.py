@@ -6,10 +6,13 @@ import math
 
 import pytest
 import torch
+from conftest import needs_simt
 
 from gmp_kernels import BitMask, Threshold, checks
 from gmp_kernels.backends import _selection_tables
 from gmp_kernels.testing import adversarial_cases, assert_same_pruning
+
+pytestmark = needs_simt
 
 
 @pytest.mark.parametrize("lies", ["in dead eights", "in living eights", "everywhere"])

@@ -7,9 +7,11 @@ message that says where. ``sanitize.py`` runs it with fewer weights, because a s
 from __future__ import annotations
 
 import argparse
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import NamedTuple
 
@@ -146,11 +148,18 @@ def check(name: str, side: Side, compute: Callable[[Side], list[torch.Tensor]]) 
     return True
 
 
-def checks(sizes: Sequence[int], steps: int, graph: bool) -> dict[str, Callable[[Side], list[torch.Tensor]]]:
+def name_of(dtype: torch.dtype) -> str:
+    """Its name on the command line and in what is told."""
+    return str(dtype).removeprefix("torch.")
+
+
+def checks(
+    sizes: Sequence[int], steps: int, graph: bool, dtypes: Sequence[torch.dtype]
+) -> dict[str, Callable[[Side], list[torch.Tensor]]]:
     """Everything that is compared, by name."""
     found: dict[str, Callable[[Side], list[torch.Tensor]]] = {}
-    for dtype in DTYPES:
-        name = str(dtype).removeprefix("torch.")
+    for dtype in dtypes:
+        name = name_of(dtype)
         found[f"prune {name}"] = lambda side, dtype=dtype: pruned(side, sizes, dtype)
         for compact in (False, True):
             state = "compact" if compact else "dense"
@@ -162,19 +171,43 @@ def checks(sizes: Sequence[int], steps: int, graph: bool) -> dict[str, Callable[
     return found
 
 
+def passed_on(command: Sequence[str]) -> int:
+    """Run a process and print its lines as they come, each as a whole; return its exit code."""
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            sys.stdout.write(line)
+            sys.stdout.flush()
+    return process.returncode
+
+
+def in_processes(arguments: Sequence[str]) -> int:
+    """Run the checks of all dtypes side by side: what is compiled for one is of no use to another."""
+    command = [sys.executable, "-m", "gpu_stages.smoke", *arguments]
+    with ThreadPoolExecutor(len(DTYPES)) as threads:
+        codes = list(threads.map(lambda dtype: passed_on([*command, "--dtype", name_of(dtype)]), DTYPES))
+    return int(any(codes))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run every check, even after one that failed: which fail together says what is wrong."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--backend", default="cuda")
     parser.add_argument("--few", action="store_true", help="few weights and steps")
     parser.add_argument("--no-graph", action="store_true", help="capture none")
-    options = parser.parse_args(arguments)
+    parser.add_argument("--dtype", choices=[name_of(dtype) for dtype in DTYPES], help="this one alone")
+    parser.add_argument("--processes", action="store_true", help="one for each dtype")
+    options = parser.parse_args(given)
+    if options.processes:
+        return in_processes([argument for argument in given if argument != "--processes"])
     side = Side(torch.device(options.device), options.backend)
     # Triton uploads tables from pageable memory in every step, which a graph cannot hold.
-    graph = not options.no_graph and side.backend != "triton"
+    dtypes = [dtype for dtype in DTYPES if options.dtype in (None, name_of(dtype))]
+    graph = not options.no_graph and side.backend != "triton" and torch.float32 in dtypes
     sizes, steps = (FEW_SIZES, 4) if options.few else (SIZES, STEPS)
-    results = [check(name, side, compute) for name, compute in checks(sizes, steps, graph).items()]
+    results = [check(name, side, compute) for name, compute in checks(sizes, steps, graph, dtypes).items()]
     return int(not all(results))
 
 

@@ -20,7 +20,7 @@ TRITON_TESTS = {**CUDA_TESTS, "GMP_KERNELS_TEST_BACKENDS": "reference,triton"}
 NOT_IN_SUITE = (
     *("tests/gpu/test_large.py", "tests/gpu/test_torch.py"),
     *("tests/test_build.py", "tests/test_setup.py", "tests/test_cuda_toolkit.py", "tests/test_sanitizers.py"),
-    *("tests/test_gpu_check.py", "tests/test_gpu_stages.py", "tests/test_gpu_suite.py"),
+    *("tests/test_gpu_check.py", "tests/test_gpu_profile.py", "tests/test_gpu_stages.py", "tests/test_gpu_suite.py"),
     *("tests/test_cuda_static.py", "tests/test_triton.py"),
 )
 
@@ -75,10 +75,11 @@ STAGES = (
     MEMCHECK,
     Stage("racecheck", 70, program("sanitize", "racecheck"), least=20, tool="compute-sanitizer"),
     Stage("large", 60, tests("tests/gpu/test_large.py"), CUDA_TESTS, least=20),
-    Stage("triton", 60, program("smoke", "--backend", "triton"), least=15),
+    # Compiling takes most of the time. The threads are those that each of its processes computes what it expects on.
+    Stage("triton", 100, program("smoke", "--backend", "triton", "--processes"), {"OMP_NUM_THREADS": "4"}, least=15),
     Stage("triton-bench", 40, program("bench", "--only", "triton"), least=15),
     Stage("torch", 90, tests(*parallel(4), "tests/gpu/test_torch.py", timeout=80), CUDA_TESTS, least=20),
-    Stage("triton-suite", 120, suite("triton"), TRITON_TESTS, least=30),
+    Stage("triton-suite", 150, suite("triton"), TRITON_TESTS, least=30),
     Stage("ptx", 150, program("ptx"), least=60),
 )
 ALWAYS = ("info", "build")  # whatever was asked for

@@ -16,6 +16,7 @@ from gmp_kernels.errors import DeviceError, LayoutError
 from gmp_kernels.testing import DTYPES, adversarial_cases, assert_same_pruning
 
 OTHER_DEVICES = ["cpu", *(f"cuda:{i}" for i in range(1, torch.cuda.device_count()))]
+ROOM = 1e6  # bytes, less than the allocator takes of the device at a time
 
 
 @pytest.fixture(params=ON_GPU)
@@ -92,19 +93,23 @@ def test_a_step_does_not_wait_for_the_device(gpu: str, case: str) -> None:
     assert not torch.equal(averages[0], params[0])
 
 
-def test_out_of_memory_is_named_and_changes_nothing(gpu: str) -> None:
+@pytest.mark.parametrize("what", ["masks", "workspace"])
+def test_out_of_memory_is_named_and_changes_nothing(gpu: str, what: str) -> None:
     weight = random_weight(1 << 28)
     before = weight.clone()
+    # New masks come first and take 32 MiB; where they are given, what is allocated is the workspace.
+    masks = BitMask.ones(weight.shape, GPU) if what == "workspace" else None
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(GPU).total_memory
-    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved(GPU) + 4e6) / total, GPU)
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved(GPU) + ROOM) / total, GPU)
     try:
-        with pytest.raises(DeviceError, match="no memory left on cuda:0 for the workspace"):
-            prune_(weight, sparsity=0.9, backend=gpu)
+        with pytest.raises(DeviceError, match=f"no memory left on cuda:0 for the {what}"):
+            prune_(weight, sparsity=0.9, masks=masks, backend=gpu)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0, GPU)
     assert torch.equal(weight, before)
-    assert prune_(weight, sparsity=0.9, backend=gpu).num_pruned == [round(0.9 * weight.numel())]
+    assert masks is None or masks.num_kept == masks.numel
+    assert prune_(weight, sparsity=0.9, masks=masks, backend=gpu).num_pruned == [round(0.9 * weight.numel())]
 
 
 EARLIER_ERROR = """
