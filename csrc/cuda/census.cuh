@@ -36,9 +36,10 @@ __global__ void __launch_bounds__(kThreads, kReaders)
       const unsigned long long place = atomicAdd(counter_at(&row.inside), 1ull);
       if (place < static_cast<unsigned long long>(row.room_size)) store1(pointer<Key>(row.room) + place, key);
     };
-    count_chunk(row.weights, row.mask, 0, row.n, begin, counter, keep);
-    counter.report_nonfinite(&row.nonfinite, begin);
-    counter.end_chunk([&](unsigned, Key key) { keep(key); });
+    count_chunks(row.weights, row.mask, 0, row.n, begin, 1, counter, keep, [&](int) {
+      counter.report_nonfinite(&row.nonfinite, begin);
+      counter.end_chunk([&](unsigned, Key key) { keep(key); });
+    });
   });
   leave();
 }

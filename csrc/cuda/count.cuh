@@ -1,9 +1,7 @@
 // Keys counted against a bracket, by a block, a chunk of one layer after another.
 #pragma once
 
-#include <type_traits>
-
-#include "pairs.cuh"
+#include "answers.cuh"
 
 namespace gmp::cuda::kernels {
 
@@ -11,23 +9,6 @@ inline constexpr int64_t kNoIndex = INT64_MAX;
 inline constexpr int64_t kMostBins = 2048;     // that a block counts in
 inline constexpr unsigned kMostCounted = 384;  // keys with a counter of their own: see Counter::aim
 static_assert(kMostCounted <= kBins && kMostCounted <= kListCapacity);
-
-// Keys in registers: those of 16 bits take 32. kNone stands for a weight that is pruned already, or not there: it is
-// larger than every key, and smaller as a signed integer.
-template <typename Key>
-using Word = std::conditional_t<sizeof(Key) == 8, uint64_t, uint32_t>;
-template <typename Key>
-inline constexpr Word<Key> kNone = static_cast<Word<Key>>(~Word<Key>{0});
-
-// Keys of eight weights of which `bits` says which count. NaNs still differ here.
-template <typename Key>
-__device__ __forceinline__ void keys_of(const Key (&raw)[kEach], unsigned bits, Word<Key>* keys) {
-#pragma unroll
-  for (int j = 0; j < kEach; ++j) {
-    const Word<Key> key = magnitude_bits(raw[j]);
-    keys[j] = bits >> j & 1 ? key : kNone<Key>;
-  }
-}
 
 // What the threads of a block share.
 template <typename Key>
@@ -46,7 +27,8 @@ struct Counts {
 template <typename Key>
 class Counter {
  public:
-  using Signed = std::make_signed_t<Word<Key>>;
+  using Ask = Answers<Key>;
+  using Word = typename Ask::Operand;
 
   // The whole block comes here, to aim(), to end_chunk() and to move_bins().
   __device__ Counter(Counts<Key>& shared, int64_t capacity, Key infinity)
@@ -59,10 +41,10 @@ class Counter {
   // With `may_count_each`, lists hold how often each key of the bracket is there, instead of keys, where it is narrow
   // enough for that: of 16-bit keys so many are alike that lists of them overflow.
   __device__ void aim(uint64_t lo, uint64_t hi, int64_t shift, bool may_count_each) {
-    lo_ = static_cast<Word<Key>>(lo);
+    lo_ = static_cast<Word>(lo);
     // Above every number all NaN are alike, whatever their bits.
     const uint64_t last = hi > infinity_ ? static_cast<Key>(~kSignBit<Key>) : hi;
-    size_ = static_cast<Word<Key>>(lo <= last ? last - lo + 1 : 0);
+    size_ = static_cast<Word>(lo <= last ? last - lo + 1 : 0);
     shift_ = static_cast<int>(shift);
     below = pruned = 0;
     counts_each_ = may_count_each && shift == 0 && size_ <= capacity_ && size_ <= kMostCounted;
@@ -74,53 +56,24 @@ class Counter {
 
   __device__ bool counts_each() const { return sizeof(Key) == 2 && counts_each_; }
 
-  // Keys of eights that are a tile apart, the first of them beginning at index i of the chunk; bit k of `present` says
-  // whether the k-th is one. The few that are needed again come from load(k): indices that vary would take the keys out
-  // of their registers. Those inside for which there is no room are counted at once, and go to spill(key).
-  template <int kCount, typename Load, typename Spill>
-  __device__ __forceinline__ void take(const Word<Key> (&keys)[kCount], unsigned present, int i, Load load,
-                                       Spill spill) {
-    constexpr int kTopBit = sizeof(Word<Key>) * 8 - 1;
-    unsigned inside = 0;
-    Signed top = -1;
-    below += count_bits(present) - kCount;  // kNone looks like a key below
-#pragma unroll
-    for (int k = 0; k < kCount; ++k) {
-      const Word<Key> above_lo = keys[k] - lo_;
-      below += static_cast<unsigned>(above_lo >> kTopBit);
-      inside |= above_lo < size_ ? 1u << k : 0u;
-      top = static_cast<Signed>(keys[k]) > top ? static_cast<Signed>(keys[k]) : top;
-    }
-    if (top >= static_cast<Signed>(infinity_)) find_nonfinite(present, i, load);
-    append(inside, load, spill);
-  }
-
-  // The same for 32 keys of 16 bits, two to a word. Returns which of them are present and not above the bracket; as all
-  // that has a bit for each key here, in the order of answers (see pairs.cuh).
+  // Keys of eights that are a tile apart, the first of them beginning at index i of the chunk; `present` says, in the
+  // order of answers, which of them count. The few that are needed again come from load(k): indices that vary would
+  // take the keys out of their registers. Those inside for which there is no room are counted at once, and go to
+  // spill(key). Returns which of them are not above the bracket.
   template <typename Load, typename Spill>
-  __device__ __forceinline__ unsigned take_pairs(const unsigned (&pairs)[kPairs], unsigned present, int i, Load load,
-                                                 Spill spill) {
-    const unsigned lo = both(lo_), past = both(lo_ + size_), infinity = both(infinity_);
-    unsigned reach_lo = 0, reach_past = 0, reach_infinity = 0;
+  __device__ __forceinline__ unsigned take(const Word (&raw)[Ask::kOperands], unsigned present, int i, Load load,
+                                           Spill spill) {
+    const Word lo = Ask::all(lo_), past = Ask::all(lo_ + size_), infinity = Ask::all(infinity_);
+    const unsigned reach_lo = Ask::ask(raw, [&](Word w) { return Ask::guarded(w) - lo; });
+    const unsigned reach_past = Ask::ask(raw, [&](Word w) { return Ask::guarded(w) - past; });
+    Word reach_infinity = 0;  // it says only whether any does
 #pragma unroll
-    for (int p = 0; p < kPairs; ++p) {
-      const unsigned keys = guarded(pairs[p]);
-      add_answers(reach_lo, keys - lo);
-      add_answers(reach_past, keys - past);
-      reach_infinity |= keys - infinity;  // of no use but to say whether there is any
-    }
+    for (const Word w : raw) reach_infinity |= Ask::guarded(w) - infinity;
     below += count_bits(present & ~reach_lo);
-    const auto load_answer = [&](int bit) { return load(key_of_answer(bit)); };
-    if ((reach_infinity & kSigns) != 0) {
-      for (unsigned left = present; left != 0; left &= left - 1)
-        look_for_nonfinite(key_of_answer(lowest_bit(left)), i, load);
-    }
-    append(present & reach_lo & ~reach_past, load_answer, spill);
+    if ((reach_infinity & Ask::kSigns) != 0) find_nonfinite(present, i, load);
+    append(present & reach_lo & ~reach_past, load, spill);
     return present & ~reach_past;
   }
-
-  // Whether the key is not above the bracket, which is not empty; kNone is.
-  __device__ bool is_not_above(Word<Key> key) const { return key < lo_ + size_; }
 
   // Counts a key that was in a list, if it is inside.
   __device__ void take_listed(Key key) {
@@ -184,27 +137,30 @@ class Counter {
   unsigned below = 0, pruned = 0;
 
  private:
-  __device__ bool is_inside(Word<Key> key) const { return static_cast<Word<Key>>(key - lo_) < size_; }
-  __device__ void add(Key key) { atomicAdd(&shared_.bins[static_cast<Word<Key>>(key - lo_) >> shift_], 1u); }
+  __device__ bool is_inside(Word key) const { return static_cast<Word>(key - lo_) < size_; }
+  __device__ void add(Key key) { atomicAdd(&shared_.bins[static_cast<Word>(key - lo_) >> shift_], 1u); }
 
   template <typename Load>
-  __device__ void look_for_nonfinite(int k, int i, Load load) {
-    const int index = i + k / kEach * static_cast<int>(kTile) + k % kEach;
-    if (magnitude_key(load(k), infinity_) >= infinity_ && index < nonfinite_) nonfinite_ = index;
+  __device__ Key next_key(unsigned inside, Load load) {
+    return magnitude_key(load(Ask::key_of(lowest_bit(inside))), infinity_);
   }
+
   template <typename Load>
   __device__ void find_nonfinite(unsigned present, int i, Load load) {
-    for (unsigned left = present; left != 0; left &= left - 1) look_for_nonfinite(lowest_bit(left), i, load);
+    for (unsigned left = present; left != 0; left &= left - 1) {
+      const int k = Ask::key_of(lowest_bit(left));
+      const int index = i + k / kEach * static_cast<int>(kTile) + k % kEach;
+      if (magnitude_key(load(k), infinity_) >= infinity_ && index < nonfinite_) nonfinite_ = index;
+    }
   }
 
-  // Takes the keys inside: load(bit) for each bit that is set.
   template <typename Load, typename Spill>
   __device__ __forceinline__ void append(unsigned inside, Load load, Spill spill) {
     if (inside == 0) return;
     if (counts_each()) {
       for (; inside != 0; inside &= inside - 1) {
-        const Key key = magnitude_key(load(lowest_bit(inside)), infinity_);
-        atomicAdd(&shared_.each[half_][static_cast<Word<Key>>(key - lo_)], 1u);
+        const Key key = next_key(inside, load);
+        atomicAdd(&shared_.each[half_][static_cast<Word>(key - lo_)], 1u);
       }
       return;
     }
@@ -213,12 +169,12 @@ class Counter {
     if (base + mine <= capacity_) {
       unsigned place = base;
       for (; inside != 0; inside &= inside - 1) {
-        shared_.staged[half_][place++] = magnitude_key(load(lowest_bit(inside)), infinity_);
+        shared_.staged[half_][place++] = next_key(inside, load);
       }
     } else {
       if (base <= capacity_) shared_.num_staged[half_] = base;
       for (; inside != 0; inside &= inside - 1) {
-        const Key key = magnitude_key(load(lowest_bit(inside)), infinity_);
+        const Key key = next_key(inside, load);
         add(key);
         spill(key);
       }
@@ -231,97 +187,122 @@ class Counter {
   Counts<Key>& shared_;
   const unsigned capacity_;
   const Key infinity_;
-  Word<Key> lo_ = 0, size_ = 0;
+  Word lo_ = 0, size_ = 0;
   int shift_ = 0;
   bool counts_each_ = false;
   unsigned half_ = 0, third_ = 0;  // of what is shared, for the chunk that is read
   int nonfinite_ = kNowhere;       // index in the chunk
 };
 
-// Which eights of a layer with a mask apply can have anything to do in: a bit each, in `touched`. That is so where an
-// unpruned key is not above the bracket, or where something other than +0 lies under a pruned bit; so here dead eights
-// are looked at too. It is never too few: the threshold is a key of the bracket of the last read, because a bracket is
-// moved only by reading all weights again, which writes all bits again, and from then on becomes only narrower; all
-// layers of a group are read against one bracket; a layer that has enough pruned already gets a threshold of 0, below
-// which is nothing; above Inf, where all NaN tie, the bracket ends at the last of them.
-enum class Flags { none, written };
+// What a thread takes of some tiles of a layer. Nothing waits for what is loaded before it is used.
+template <typename Key>
+struct Strip {
+  using Ask = Answers<Key>;
 
-template <bool kWhole>
-__device__ __forceinline__ void write_flag(unsigned* touched, int i, int size, bool flag) {
-  const unsigned word = __ballot_sync(~0u, flag);
-  if (threadIdx.x % kWarpSize == 0 && (kWhole || i < size)) store1(touched + i / kTouchedBy, word);
-}
+  Key raw[Ask::kEights][kEach];
+  unsigned bits[Ask::kEights];
 
-// One chunk of weights. kWhole: see load8. With flags, weights are asked for before it is known whether any of an eight
-// is left: most are, and the loads of bits and weights are under way together.
-template <bool kWhole, bool kMasked, Flags kFlags, typename Key, typename Spill>
-__device__ __forceinline__ void count_chunk(const Key* weights, const uint8_t* mask, unsigned* touched, int size,
-                                            Counter<Key>& counter, Spill spill) {
-  constexpr bool kPaired = sizeof(Key) == 2;
-  constexpr int kEights = kPaired ? kPairEights : sizeof(Key) == 8 ? 1 : 2;
-  for (int tile = 0; tile < size; tile += kEights * static_cast<int>(kTile)) {
-    const int first = tile + static_cast<int>(threadIdx.x) * kEach;
-    const auto index = [&](int e) { return first + e * static_cast<int>(kTile); };
-    const Key* const again = weights + first;
-    const auto load = [&](int k) { return again[k / kEach * kTile + k % kEach]; };
-    Key raw[kEights][kEach] = {};
-    unsigned present = 0;
+  // `i` is the index of the thread's first weight, of `size`; kWhole: see load8.
+  template <bool kWhole, bool kMasked>
+  __device__ __forceinline__ void load(const Key* weights, const uint8_t* mask, int i, int size) {
 #pragma unroll
-    for (int e = 0; e < kEights; ++e) {
-      const int there = kWhole ? kEach : count_from(index(e), size);
-      const unsigned bits = kMasked ? load_bits(mask, index(e), there) : (1u << there) - 1;
-      if (kMasked) counter.pruned += there - count_bits(bits);
-      load8<kWhole>(weights + index(e), kFlags == Flags::written || bits != 0 ? there : 0, raw[e]);
-      present |= bits << e * kEach;
+    for (int e = 0; e < Ask::kEights; ++e) {
+      const int own = i + e * static_cast<int>(kTile), there = kWhole ? kEach : count_from(own, size);
+      load8<kWhole>(weights + own, there, raw[e]);
+      bits[e] = kMasked ? load_bits(mask, own, there) : (1u << there) - 1;
     }
-    if constexpr (kPaired) {
-      unsigned pairs[kPairs];
-      memcpy(pairs, raw, sizeof(pairs));
-      if (kMasked) present = as_answers(present);
-      const unsigned not_above = counter.take_pairs(pairs, present, first, load, spill);
-      if (kFlags == Flags::none) continue;
-      unsigned something = 0;
+  }
+};
+
+// Counts a strip of which the thread's first weight is at `weights`, and `i` is its index in the chunk. What a warp
+// leaves at `touched` is about its first eights, and so on.
+//
+// `touched`, if given, receives a bit per eight weights of a layer with a mask: whether apply can have anything to do
+// there. That is so where an unpruned key is not above the bracket, or where something other than +0 lies under a
+// pruned bit. It is never too few: the threshold is a key of the bracket of the last read, because a bracket is moved
+// only by reading all weights again, which writes all bits again, and from then on becomes only narrower; all layers of
+// a group are read against one bracket; a layer that has enough pruned already gets a threshold of 0, below which is
+// nothing; above Inf, where all NaN tie, the bracket ends at the last of them.
+template <bool kWhole, bool kMasked, typename Key, typename Spill>
+__device__ __forceinline__ void count_strip(const Strip<Key>& strip, const Key* weights, unsigned* touched, int i,
+                                            int size, Counter<Key>& counter, Spill spill) {
+  using Ask = Answers<Key>;
+  unsigned present = 0;
 #pragma unroll
-      for (int p = 0; p < kPairs; ++p) add_answers(something, (guarded(pairs[p]) - both(1)) | pairs[p]);
-      something = not_above | (something & ~present);
+  for (int e = 0; e < Ask::kEights; ++e) {
+    const int own = i + e * static_cast<int>(kTile);
+    if (kMasked) counter.pruned += (kWhole ? kEach : count_from(own, size)) - count_bits(strip.bits[e]);
+    present |= strip.bits[e] << e * kEach;
+  }
+  if (kMasked) present = Ask::arranged(present);
+  typename Ask::Operand operands[Ask::kOperands];
+  static_assert(sizeof(operands) == sizeof(strip.raw));
+  memcpy(operands, strip.raw, sizeof(operands));
+  const auto load = [&](int k) { return weights[k / kEach * kTile + k % kEach]; };
+  const unsigned not_above = counter.take(operands, present, i, load, spill);
+  if (!kMasked || touched == nullptr) return;
+  // A key that is at least 1, or a sign.
+  const auto is_something = [](auto raw) { return (Ask::guarded(raw) - Ask::all(1)) | raw; };
+  const unsigned something = not_above | (Ask::ask(operands, is_something) & ~present);
 #pragma unroll
-      for (int e = 0; e < kEights; ++e) {
-        write_flag<kWhole>(touched, index(e), size, answers_of_eight(something, e) != 0);
-      }
-    } else {
-      Word<Key> keys[kEights * kEach];
-#pragma unroll
-      for (int e = 0; e < kEights; ++e) {
-        keys_of(raw[e], present >> e * kEach, keys + e * kEach);
-        if (kFlags == Flags::none) continue;
-        Key garbage = 0;
-        Word<Key> least = kNone<Key>;
-#pragma unroll
-        for (int j = 0; j < kEach; ++j) {
-          garbage |= present >> (e * kEach + j) & 1 ? Key(0) : raw[e][j];
-          least = keys[e * kEach + j] < least ? keys[e * kEach + j] : least;
-        }
-        write_flag<kWhole>(touched, index(e), size, garbage != 0 || counter.is_not_above(least));
-      }
-      counter.take(keys, present, first, load, spill);
-    }
+  for (int e = 0; e < Ask::kEights; ++e) {
+    const int own = i + e * static_cast<int>(kTile);
+    const unsigned word = __ballot_sync(~0u, Ask::of_eight(something, e) != 0);
+    if (threadIdx.x % kWarpSize == 0 && (kWhole || own < size)) store1(touched + e * (kTile / kTouchedBy), word);
   }
 }
 
-// The chunk that begins at `begin` in a layer of n weights.
-template <typename Key, typename Spill>
-__device__ __forceinline__ void count_chunk(uint64_t weights, uint64_t mask, uint64_t touched, int64_t n, int64_t begin,
-                                            Counter<Key>& counter, Spill spill) {
+// A chunk of `size` weights. Whole ones (see load8) have each strip under way while the one before is counted, and find
+// their first in `next`; behind their last, with `more`, comes the first of the next chunk.
+template <bool kWhole, bool kMasked, typename Key, typename Spill>
+__device__ __forceinline__ void count_chunk(const Key* weights, const uint8_t* mask, unsigned* touched, int size,
+                                            bool more, Strip<Key>& next, Counter<Key>& counter, Spill spill) {
+  constexpr int kStep = Answers<Key>::kEights * static_cast<int>(kTile);
+  const int own = static_cast<int>(threadIdx.x) * kEach;
+#pragma unroll 1
+  for (int tile = 0; tile < size; tile += kStep) {
+    const int i = tile + own;
+    unsigned* const flags = kMasked && touched != nullptr ? touched + i / kTouchedBy : nullptr;
+    if (!kWhole) next.template load<false, kMasked>(weights, mask, i, size);
+    const Strip<Key> strip = next;
+    if (kWhole && (more || tile + kStep < size)) next.template load<true, kMasked>(weights, mask, i + kStep, size);
+    count_strip<kWhole, kMasked>(strip, weights + i, flags, i, size, counter, spill);
+  }
+}
+
+// The chunks from the one that begins at `begin` on, in a layer of n weights; done(c) ends the c-th.
+template <typename Key, typename Spill, typename Done>
+__device__ __forceinline__ void count_chunks(uint64_t weights, uint64_t mask_address, uint64_t touched, int64_t n,
+                                             int64_t begin, int num_chunks, Counter<Key>& counter, Spill spill,
+                                             Done done) {
   const Key* const w = pointer<const Key>(weights) + begin;
-  const uint8_t* const bits = mask == 0 ? nullptr : pointer<const uint8_t>(mask) + begin / 8;
+  const uint8_t* const bits = mask_address == 0 ? nullptr : pointer<const uint8_t>(mask_address) + begin / 8;
   unsigned* const t = touched == 0 ? nullptr : pointer<unsigned>(touched) + begin / kTouchedBy;
-  const int size = size_of_chunk(n, begin);
-  const bool whole = size == kChunk && is_aligned(w);
-  if (bits == nullptr && whole) return count_chunk<true, false, Flags::none>(w, bits, t, size, counter, spill);
-  if (t == nullptr && whole) return count_chunk<true, true, Flags::none>(w, bits, t, size, counter, spill);
-  if (t == nullptr) return count_chunk<false, true, Flags::none>(w, bits, t, size, counter, spill);
-  if (whole) return count_chunk<true, true, Flags::written>(w, bits, t, size, counter, spill);
-  count_chunk<false, true, Flags::written>(w, bits, t, size, counter, spill);
+  const bool aligned = is_aligned(w);
+  Strip<Key> next;
+  if (aligned && n - begin >= kChunk) {
+    if (bits == nullptr) {
+      next.template load<true, false>(w, bits, static_cast<int>(threadIdx.x) * kEach, kChunk);
+    } else {
+      next.template load<true, true>(w, bits, static_cast<int>(threadIdx.x) * kEach, kChunk);
+    }
+  }
+  for (int c = 0; c < num_chunks; ++c) {
+    const int64_t first = c * kChunk, left = n - begin - first;
+    const Key* const chunk = w + first;
+    const uint8_t* const mask = bits == nullptr ? nullptr : bits + first / 8;
+    unsigned* const flags = t == nullptr ? nullptr : t + first / kTouchedBy;
+    const bool more = c + 1 < num_chunks && left >= 2 * kChunk;
+    if (left < kChunk || !aligned) {
+      const int size = size_of_chunk(n, begin + first);
+      count_chunk<false, true>(chunk, mask, flags, size, false, next, counter, spill);
+    } else if (bits == nullptr) {
+      count_chunk<true, false>(chunk, mask, flags, kChunk, more, next, counter, spill);
+    } else {
+      count_chunk<true, true>(chunk, mask, flags, kChunk, more, next, counter, spill);
+    }
+    done(c);
+  }
 }
 
 }  // namespace gmp::cuda::kernels

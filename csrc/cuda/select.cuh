@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(kThreads, 2) begin(LayerRow* layers, GroupRow*
                                                      int64_t num_counting, uint64_t* bins_of_blocks, Key infinity) {
   constexpr int kPerThread = kMostBins / kThreads;
   __shared__ unsigned hist[kMostBins];
-  __shared__ int64_t edges[2];
+  __shared__ Key edges[2];
   GroupRow& group = groups[blockIdx.x];
   const LayerRow* const rows = layers + group.first_layer;
   for (int64_t l = threadIdx.x; l < group.num_layers; l += kThreads) {
@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(kThreads, 2) begin(LayerRow* layers, GroupRow*
   if (hi == 0) {
     const SampleBins<Key> bins(infinity);
     for (int64_t b = threadIdx.x; b < kMostBins; b += kThreads) hist[b] = 0;
-    if (threadIdx.x < 2) edges[threadIdx.x] = threadIdx.x == 0 ? 0 : kMostBins - 1;
+    if (threadIdx.x < 2) edges[threadIdx.x] = threadIdx.x == 0 ? Key(0) : static_cast<Key>(infinity + 1);
     __syncthreads();
 
     // Eights at pseudo-random places of evenly spread chunks: in step with no period of the weights. All that a thread
@@ -151,16 +151,26 @@ __global__ void __launch_bounds__(kThreads, 2) begin(LayerRow* layers, GroupRow*
 #pragma unroll
     for (int b = 0; b < kPerThread; ++b) sum += counts[b] = hist[threadIdx.x * kPerThread + b];
     const unsigned before = pruned + block_scan(sum, total);
+    const Key largest = static_cast<Key>(infinity + 1);
     for (int side = 0; side < 2; ++side) {
       const float edge = side == 0 ? rank - half : rank + half;
       if (edge < static_cast<float>(pruned) || edge >= static_cast<float>(sampled)) continue;
       const Crossing crossing(counts, before, static_cast<unsigned>(edge));
-      if (crossing.bin >= 0) edges[side] = crossing.bin;
+      if (crossing.bin < 0) continue;
+      // As if the keys of a bin were evenly spread in it: bins are wider than brackets are to be.
+      const Key lower = bins.lower(crossing.bin), upper = bins.upper(crossing.bin, largest);
+      const bool is_bounded = crossing.bin > 0 && crossing.bin < kMostBins - 1;
+      const unsigned from = static_cast<unsigned>(edge) - crossing.before;
+      const auto at = [&](unsigned k) {
+        return static_cast<Key>(static_cast<double>(upper - lower) * k / crossing.count);
+      };
+      edges[side] = side == 0    ? is_bounded ? static_cast<Key>(lower + at(from)) : lower
+                    : is_bounded ? static_cast<Key>(lower + at(from + 1))
+                                 : upper;
     }
     __syncthreads();
-    const Key largest = static_cast<Key>(infinity + 1);
-    lo = bins.lower(edges[0]);
-    hi = bins.upper(edges[1], largest);
+    lo = edges[0];
+    hi = edges[1];
     if (rank + half < static_cast<float>(pruned)) hi = bins.upper(0, largest);  // all that is wanted is pruned
   }
   if (threadIdx.x > 0) return;
@@ -265,53 +275,53 @@ __device__ __forceinline__ void end_chunk(Counter<Key>& counter, LayerRow& layer
   if (inside > space.capacity) atomicOr(counter_at(&group.overflow), 1ull);
 }
 
-// Calls visit(key) for all that is listed of the chunks [first, last), and done(chunk) behind the last key of each. A
-// warp takes a run of chunks, of which it looks up 32 sizes at once; the lists of four chunks are under way together.
+// Calls visit(key, l) for all that is listed of the chunks [first, last), and done(chunk, l) behind the last key of
+// each. A warp takes a run of chunks, of which it looks up 32 sizes at once; kLists lists are under way together, by l.
+inline constexpr int kLists = 4;
 template <typename Key, typename Visit, typename Done>
 __device__ __forceinline__ void for_each_listed(const Workspace& space, int first, int last, Visit visit, Done done) {
-  constexpr int kLists = 4, kParts = 4, kSize = kParts * static_cast<int>(kWarpSize);
+  constexpr int kParts = 4;  // keys of each list that a lane has under way
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize, warps = kWarps;
   const int until = first + static_cast<int>(int64_t{warp + 1} * (last - first) / warps);
-  // Keys of a list, a lane's `from` one and those a warp's width further on.
-  const auto load = [&](Key(&keys)[kParts], const Key* list, int from, int size) {
-#pragma unroll
-    for (int u = 0; u < kParts; ++u) {
-      const int k = from + u * static_cast<int>(kWarpSize);
-      if (k < size) keys[u] = load1(list + k);
-    }
-  };
-  const auto visit_all = [&](const Key(&keys)[kParts], int from, int size) {
-#pragma unroll
-    for (int u = 0; u < kParts; ++u) {
-      if (from + u * static_cast<int>(kWarpSize) < size) visit(keys[u]);
-    }
-  };
   for (int base = first + static_cast<int>(int64_t{warp} * (last - first) / warps); base < until; base += kWarpSize) {
     const unsigned sizes = base + lane < until ? pointer<const unsigned>(space.list_counts)[base + lane] : 0;
     for (int c = 0; c < static_cast<int>(kWarpSize) && base + c < until; c += kLists) {
-      Key keys[kLists][kParts] = {};
-      int size[kLists];
       const Key* const lists = pointer<const Key>(space.lists) + (base + c) * space.capacity;
+      int size[kLists], longest = 0;
 #pragma unroll
       for (int l = 0; l < kLists; ++l) {
         size[l] = static_cast<int>(__shfl_sync(~0u, sizes, c + l));
-        load(keys[l], lists + l * space.capacity, lane, size[l]);
+        longest = size[l] > longest ? size[l] : longest;
+      }
+#pragma unroll 1
+      for (int k = lane; k - lane < longest; k += kParts * static_cast<int>(kWarpSize)) {
+        Key keys[kLists][kParts] = {};
+#pragma unroll
+        for (int l = 0; l < kLists; ++l) {
+#pragma unroll
+          for (int u = 0; u < kParts; ++u) {
+            const int own = k + u * static_cast<int>(kWarpSize);
+            if (own < size[l]) keys[l][u] = load1(lists + l * space.capacity + own);
+          }
+        }
+#pragma unroll
+        for (int l = 0; l < kLists; ++l) {
+#pragma unroll
+          for (int u = 0; u < kParts; ++u) {
+            if (k + u * static_cast<int>(kWarpSize) < size[l]) visit(keys[l][u], l);
+          }
+        }
       }
 #pragma unroll
       for (int l = 0; l < kLists; ++l) {
-        visit_all(keys[l], lane, size[l]);
-        for (int from = lane + kSize; from < size[l]; from += kSize) {
-          load(keys[l], lists + l * space.capacity, from, size[l]);
-          visit_all(keys[l], from, size[l]);
-        }
-        if (base + c + l < until) done(base + c + l);
+        if (base + c + l < until) done(base + c + l, l);
       }
     }
   }
 }
 
 template <typename Key>
-__global__ void GMP_REGISTERS((sizeof(Key) == 8 ? 80 : 72), 80)
+__global__ void __launch_bounds__(kThreads, kReaders)
     count(LayerRow* layers, GroupRow* groups, int64_t num_groups, int64_t num_chunks, Workspace space, Key infinity) {
   __shared__ Counts<Key> shared;
   Counter<Key> counter(shared, space.capacity, infinity);
@@ -321,16 +331,15 @@ __global__ void GMP_REGISTERS((sizeof(Key) == 8 ? 80 : 72), 80)
     if (mode == kDone) return;
     counter.aim(group.lo, group.hi, group.shift, mode == kRead);
     if (mode == kList) {
-      for_each_listed<Key>(space, first, last, [&](Key key) { counter.take_listed(key); }, [](int) {});
+      for_each_listed<Key>(space, first, last, [&](Key key, int) { counter.take_listed(key); }, [](int, int) {});
     } else {
       LayerRow* const rows = layers + group.first_layer;
       for_each_run(rows, group.num_layers, first, last, [&](int l, int from, int until) {
         LayerRow& layer = rows[l];
-        for (int chunk = from; chunk < until; ++chunk) {
-          const int64_t begin = (chunk - layer.first_chunk) * kChunk;
-          count_chunk(layer.weights, layer.mask, layer.touched, layer.n, begin, counter, [](Key) {});
-          end_chunk(counter, layer, begin, group, space, chunk);
-        }
+        const int64_t begin = (from - layer.first_chunk) * kChunk;
+        count_chunks(
+            layer.weights, layer.mask, layer.touched, layer.n, begin, until - from, counter, [](Key) {},
+            [&](int c) { end_chunk(counter, layer, begin + c * kChunk, group, space, from + c); });
       });
       if (group.passes == 0) add_sums(group, counter);
     }
@@ -455,15 +464,12 @@ __global__ void __launch_bounds__(kThreads, kReaders)
     GroupRow& group = groups[g];
     if (group.num_ties_kept == 0) return;
     const Key threshold = static_cast<Key>(group.key);
-    unsigned matches = 0;
     unsigned long long sum = 0;
-    const auto leave = [&](int chunk) {
+    const auto leave = [&](int chunk, unsigned matches) {
       matches = warp_sum(matches);
-      if (threadIdx.x % kWarpSize == 0) {
-        tie_counts[chunk] = matches;
-        sum += matches;
-      }
-      matches = 0;
+      if (threadIdx.x % kWarpSize != 0) return;
+      tie_counts[chunk] = matches;
+      sum += matches;
     };
     if (group.listed == kCounts) {
       const Key* const counts = pointer<const Key>(space.lists) + (group.key - group.lo);
@@ -472,13 +478,18 @@ __global__ void __launch_bounds__(kThreads, kReaders)
         sum += tie_counts[chunk];
       }
     } else if (group.listed == kKeys) {
-      for_each_listed<Key>(space, first, last, [&](Key key) { matches += key == threshold; }, leave);
+      unsigned matches[kLists] = {};
+      for_each_listed<Key>(
+          space, first, last, [&](Key key, int l) { matches[l] += key == threshold; },
+          [&](int chunk, int l) {
+            leave(chunk, matches[l]);
+            matches[l] = 0;
+          });
     } else {
       const LayerRow* const rows = layers + group.first_layer;
       for (int chunk = first + static_cast<int>(threadIdx.x / kWarpSize); chunk < last; chunk += kWarps) {
         const LayerRow& layer = rows[row_of(rows, group.num_layers, chunk)];
-        matches = ties_in(layer, (chunk - layer.first_chunk) * kChunk, threshold, infinity);
-        leave(chunk);
+        leave(chunk, ties_in(layer, (chunk - layer.first_chunk) * kChunk, threshold, infinity));
       }
     }
     // Where the bins of this group were: no other group with several blocks has its first one in common with it.
