@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import subprocess
+import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +24,7 @@ from gmp_kernels import (
     NonFiniteError,
     StateError,
     _simt,
+    apply_masks_,
     magnitude_threshold,
     prune_,
 )
@@ -140,7 +144,7 @@ def traffic_of(run: Callable[[], object]) -> tuple[int, float]:
     """Launches, and bytes loaded and stored by them."""
     _simt.take_traffic()
     run()
-    rows = _simt.take_traffic()
+    rows = [row for row in _simt.take_traffic() if "store<" not in row[0]]  # uploads, which read no weights
     return sum(row[1] for row in rows), sum(row[2] + row[3] for row in rows)
 
 
@@ -183,7 +187,7 @@ def test_a_prune_update_reads_back_once(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(SelectionTables, "rows", counting)
     _simt.take_traffic()
     prune_([torch.randn(1000), torch.randn(70)], sparsity=0.5, backend="simt")
-    assert reads == [4]  # begin, count, ties and apply have been launched by then
+    assert reads == [5]  # store, begin, count, ties and apply have been launched by then
 
 
 def test_selections_that_were_looked_at_are_counted_when_they_are_applied(kernels: str) -> None:
@@ -209,8 +213,9 @@ def test_a_nan_in_any_layer_of_any_dtype_leaves_all_as_they_were() -> None:
 
 def workspace_of(layers: list[Layer]) -> int:
     template = Template(_simt, 132, layers, is_global=False, selects=True, prunes=True)
-    tables = SelectionTables(_simt, template, layers, [1] * len(layers), [None] * len(layers))
-    return tables.buffer.nbytes + tables.workspace.nbytes + tables.bins.nbytes
+    launch = _simt.Launch(0, 0, 132)
+    tables = SelectionTables(_simt, launch, template, layers, [1] * len(layers), [None] * len(layers))
+    return tables.buffer.nbytes + tables.bins.nbytes
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -385,6 +390,41 @@ def test_state_on_another_device_than_its_parameter_is_refused() -> None:
     with pytest.raises(StateError, match="on meta"):
         optimizer.step()
     assert_bitwise_equal(params[0].detach(), before)
+
+
+def test_numbers_are_put_into_tables_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small ones by a launch or several, large ones by a copy."""
+    stored = []
+    runtime = SimpleNamespace(
+        MOST_STORED=_simt.MOST_STORED, store=lambda *args: (stored.append(args[2].size), _simt.store(*args))
+    )
+    launch, most = _simt.Launch(0, 0, 4), _simt.MOST_STORED
+    for size in (1, 255, 480, 481, 1000, most, most + 1):
+        numbers = np.random.default_rng(size).integers(-(1 << 63), (1 << 63) - 1, size)
+        table = torch.zeros(size + 1, dtype=torch.int64)
+        _tables.put(runtime, launch, numbers, table)
+        found = np.empty(size + 1, np.int64)
+        _simt.fetch(launch, table.data_ptr(), found)
+        assert np.array_equal(found[:-1], numbers) and found[-1] == 0
+    assert stored == [1, 255, 480, 481, 1000, most]
+
+
+def test_masks_are_applied_from_tables_that_stay_and_hold_no_tensor() -> None:
+    """One call after another, on tensors at the same addresses; they are free once their owner lets go of them."""
+    weights = [torch.randn(1000), torch.randn(300).bfloat16()]
+    masks = [BitMask.from_bool(torch.rand(weight.shape) < 0.5) for weight in weights]
+    apply_masks_(weights, masks, backend="simt")
+    _simt.take_traffic()
+    for weight in weights:
+        weight.fill_(1.0)
+    apply_masks_(weights, masks, backend="simt")
+    assert {row[0].partition("<")[0] for row in _simt.take_traffic()} == {"kernels::apply"}
+    for weight, mask in zip(weights, masks, strict=True):
+        assert torch.equal(weight != 0, mask.to_bool())
+    known = [weakref.ref(weight) for weight in weights]
+    del weights, weight
+    gc.collect()
+    assert [ref() for ref in known] == [None, None]
 
 
 def test_nothing_to_do_is_done() -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from gmp_kernels import capture
 from gmp_kernels.errors import CaptureError
 
-__all__ = ["Table", "num_chunks_of", "pinned_like", "upload"]
+__all__ = ["Table", "num_chunks_of", "pinned_like", "put", "refuse_capture", "upload"]
 
 
 def num_chunks_of(n: int, chunk: int) -> int:
@@ -18,16 +20,35 @@ def num_chunks_of(n: int, chunk: int) -> int:
     return -(-n // chunk)
 
 
-def upload(values: Sequence[Any] | torch.Tensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Copy numbers to a device without waiting for it. Torch keeps the memory copied from until that is done."""
+def refuse_capture(device: torch.device) -> None:
+    """Raise CaptureError while a CUDA graph is captured: its replays would find the numbers of this call."""
     if capture.is_capturing(device):
         raise CaptureError(
             "expected an operation that a CUDA graph can hold, got one that uploads numbers of this call; call it "
             "outside of the capture"
         )
+
+
+def upload(values: Sequence[Any] | torch.Tensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Copy numbers to a device without waiting for it. Torch keeps the memory copied from until that is done."""
+    refuse_capture(device)
     # The host whatever torch's default device is.
     host = values if isinstance(values, torch.Tensor) else torch.tensor(values, dtype=dtype, device="cpu")
     return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
+
+
+def put(module: Any, launch: Any, values: npt.NDArray[np.int64], table: torch.Tensor) -> None:
+    """Copy numbers to the front of a table as ``upload`` does; few of them in a launch, which takes half the time.
+
+    ``module`` is _cuda or _simt.
+    """
+    device = table.device
+    refuse_capture(device)
+    if values.size <= module.MOST_STORED:
+        module.store(launch, table.data_ptr(), values)
+    else:
+        host = torch.from_numpy(values)
+        table[: values.size].copy_(host if device.type == "cpu" else host.pin_memory(), non_blocking=True)
 
 
 def pinned_like(table: torch.Tensor) -> torch.Tensor:
