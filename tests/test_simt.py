@@ -30,7 +30,7 @@ from gmp_kernels import (
 )
 from gmp_kernels.backends import Bracket, Layer, StateMove, _tables, choose, cuda
 from gmp_kernels.backends._selection_tables import SelectionTables, Template
-from gmp_kernels.backends._tables import upload
+from gmp_kernels.backends._tables import put
 from gmp_kernels.keys import key_of, largest_key
 from gmp_kernels.optim import AdamW
 from gmp_kernels.testing import adversarial_cases, assert_bitwise_equal, assert_same_pruning, device_of
@@ -260,7 +260,7 @@ def test_chunk_offsets_of_many_masks_come_in_one_call() -> None:
 def test_constants_as_arguments_or_from_a_table_give_the_same_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     most = _simt.MAX_ARGUMENT_CONSTANTS
     uploads = []
-    monkeypatch.setattr(_tables, "upload", lambda *args: uploads.append(args) or upload(*args))
+    monkeypatch.setattr(_tables, "put", lambda *args: uploads.append(args) or put(*args))
     for groups in (1, most, most + 1):
         runs = []
         for backend in ("simt", "cpu"):
@@ -273,7 +273,7 @@ def test_constants_as_arguments_or_from_a_table_give_the_same_steps(monkeypatch:
         (params, optimizer), (expected_params, expected) = runs
         assert_same_run(params, optimizer, expected_params, expected)
         # Rows once for other gradients; constants change with every step, and only those that do not fit go in a table.
-        assert sum(dtype is torch.float64 for _, dtype, _ in uploads) == (2 if groups > most else 0)
+        assert sum(table.dtype is torch.float64 for *_, table in uploads) == (2 if groups > most else 0)
 
 
 def test_constants_that_are_no_rows_are_refused() -> None:
@@ -317,7 +317,7 @@ def test_numbers_kept_on_the_device_give_the_same_steps(case: str) -> None:
 
 def test_tables_are_uploaded_only_when_they_change(monkeypatch: pytest.MonkeyPatch) -> None:
     uploads = []
-    monkeypatch.setattr(_tables, "upload", lambda *args: uploads.append(args) or upload(*args))
+    monkeypatch.setattr(_tables, "put", lambda *args: uploads.append(args) or put(*args))
     params = parameters([(300,), (20_000,)])
     optimizer = AdamW(params, backend="simt", capturable=True)
     set_gradients(params, random_gradients(params, 0), {})

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 
 from gmp_kernels.backends import Bracket, Layer, Threshold
-from gmp_kernels.backends._layers import Columns, Selections, merged, thresholds_of
+from gmp_kernels.backends._layers import Columns, PruneCounts, Selections, merged, thresholds_of
 from gmp_kernels.backends._rows import address, by_dtype, element_address
 from gmp_kernels.backends._tables import num_chunks_of, put
 from gmp_kernels.keys import keys_of_magnitudes, largest_key, magnitudes_of_keys
@@ -18,9 +18,9 @@ from gmp_kernels.keys import keys_of_magnitudes, largest_key, magnitudes_of_keys
 __all__ = ["SelectionTables", "Template"]
 
 _NO_INDEX = (1 << 63) - 1
-# For the workspace of a selection, and a share of the largest layer. A call may take 4 MB and that share; measured on an
-# H200 it took 1.00 to 1.04 of this where all of the 4 MB were planned for: torch's allocator rounds sizes up, and hands
-# out blocks that are up to 1 MB too large.
+# For the workspace of a selection, and a share of the largest layer. Promised are 4e6 bytes and that share; with all of
+# them planned for, an H200 used 1.00 to 1.04 of it, because torch's allocator rounds sizes up and leaves blocks unsplit
+# that are up to 1 MB too large.
 MEMORY_BYTES = 3 << 20
 MEMORY_SHARE = 0.05
 ALIGNMENT = 128  # bytes, of what follows the rows: a cache line
@@ -266,10 +266,14 @@ class SelectionTables(Selections):
         """Whether no unpruned weight is NaN or Inf."""
         return bool(self.rows()[0] == 0)
 
-    def kept(self) -> tuple[list[int], list[int]]:
-        """Weights kept before and now, per layer, once they have been pruned."""
-        before, after = self._fields(Part.layers, LayerField.KEPT_BEFORE, 2)
-        return before, after
+    def counts(self) -> PruneCounts:
+        """What pruning changed, once it is done."""
+
+        def pruned_and_newly(part: Part, rows: Integers) -> Integers:
+            own = part.layers(rows)
+            return own[:, [LayerField.N, LayerField.KEPT_BEFORE]] - own[:, LayerField.KEPT, None]
+
+        return PruneCounts(*self._fields(pruned_and_newly, 0, 2))
 
     def brackets(self) -> list[Bracket]:
         """The bracket of every group."""

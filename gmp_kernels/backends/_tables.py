@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 import torch
 
@@ -37,18 +36,18 @@ def upload(values: Sequence[Any] | torch.Tensor, dtype: torch.dtype, device: tor
     return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
 
 
-def put(module: Any, launch: Any, values: npt.NDArray[np.int64], table: torch.Tensor) -> None:
-    """Copy numbers to the front of a table as ``upload`` does; few of them in a launch, which takes half the time.
+def put(module: Any, launch: Any, values: npt.NDArray[Any], table: torch.Tensor) -> None:
+    """Copy eight-byte numbers to the front of a table as ``upload`` does, few of them in launches of _cuda or _simt.
 
-    ``module`` is _cuda or _simt.
+    Those take less of the host's time than memory that has to be pinned first.
     """
     device = table.device
     refuse_capture(device)
     if values.size <= module.MOST_STORED:
         module.store(launch, table.data_ptr(), values)
     else:
-        host = torch.from_numpy(values)
-        table[: values.size].copy_(host if device.type == "cpu" else host.pin_memory(), non_blocking=True)
+        host = torch.from_numpy(values.reshape(-1))
+        table.view(-1)[: values.size].copy_(host if device.type == "cpu" else host.pin_memory(), non_blocking=True)
 
 
 def pinned_like(table: torch.Tensor) -> torch.Tensor:
@@ -71,7 +70,13 @@ class Table:
         self._spares: list[torch.Tensor] = []
 
     def at(
-        self, contents: object, make: Callable[[], torch.Tensor], device: torch.device, captured: list[torch.Tensor]
+        self,
+        contents: object,
+        make: Callable[[], torch.Tensor],
+        device: torch.device,
+        captured: list[torch.Tensor],
+        module: Any,
+        launch: Any,
     ) -> torch.Tensor:
         """Return the table that ``make`` returns on the host, and that is the same for as long as ``contents`` is."""
         if capture.is_capturing(device):
@@ -91,8 +96,9 @@ class Table:
         contents = (contents, device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0)
         if self._table is None or self._contents != contents:
             host = make()
-            self._table = upload(host, host.dtype, device)
-            self._contents = contents
+            table = torch.empty(host.shape, dtype=host.dtype, device=device)
+            put(module, launch, host.numpy(), table)
+            self._table, self._contents = table, contents
             self._spares = [spare for spare in self._spares if spare.shape == host.shape]
         while len(self._spares) < self.SPARES:
             self._spares.append(pinned_like(self._table))

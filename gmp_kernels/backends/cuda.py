@@ -33,7 +33,7 @@ from gmp_kernels.backends import (
     Written,
     register,
 )
-from gmp_kernels.backends._layers import Layers, PruneCounts, columns_of, device_of, prepared
+from gmp_kernels.backends._layers import Layers, columns_of, device_of, prepared
 from gmp_kernels.backends._rows import address, by_dtype, dtype_name, element_address
 from gmp_kernels.backends._selection_tables import SelectionTables, Template
 from gmp_kernels.backends._tables import Table, num_chunks_of, put, refuse_capture, upload
@@ -207,8 +207,7 @@ class Launches:
             found.forget(launch)
             if finite and not found.is_finite:
                 return []
-            before, kept = found.kept()
-        return PruneCounts.from_kept(found.template.sizes, before, kept)
+            return found.counts()
 
     def apply(self, layers: Sequence[Layer]) -> None:
         device = device_of(layers)
@@ -239,12 +238,13 @@ class Launches:
                 batch.prepared = _Steps(batch.tensors, self._module.CHUNK)
             steps = batch.prepared
             argument = self._argument(constants)
-            values = None if argument else self._constants(steps, constants, device, batch.captured)
-            addresses = [gradient.data_ptr() for gradient in gradients]
+            upload_to = device, batch.captured, self._module, launch
+            values = None if argument else self._constants(steps, constants, *upload_to)
+            addresses = list(map(torch.Tensor.data_ptr, gradients))
             if not all(addresses):
                 raise LayoutError("update: expected gradients in memory, got one whose storage was freed; gather it")
             tables = [
-                part.table.at((addresses, rows), partial(part.rows_with, addresses, rows), device, batch.captured)
+                part.table.at((addresses, rows), partial(part.rows_with, addresses, rows), *upload_to)
                 for part in steps.parts
             ]
             # Everything there has to be memory for is there: from here on weights are written.
@@ -266,9 +266,7 @@ class Launches:
         blocks = zip(self._rows_of_constants(constants), constants.blocks, strict=True)
         return b"".join(array("d", row).tobytes() * count for row, (_, count) in blocks)
 
-    def _constants(
-        self, steps: _Steps, constants: Constants, device: torch.device, captured: list[torch.Tensor]
-    ) -> torch.Tensor:
+    def _constants(self, steps: _Steps, constants: Constants, *upload_to: Any) -> torch.Tensor:
         """The constants as the kernels read them; those that are on the device do not leave it."""
 
         def make() -> torch.Tensor:
@@ -277,7 +275,7 @@ class Launches:
             return values.repeat_interleave(torch.tensor(counts, device="cpu"), 0)
 
         filled = [where for *where, _ in constants.on_device]
-        result = steps.constants.at((constants.blocks, filled), make, device, captured)
+        result = steps.constants.at((constants.blocks, filled), make, *upload_to)
         columns = {name: i for i, name in enumerate(self._module.CONSTANTS)}
         for name, first, end, values in constants.on_device:
             result[first:end, columns[name]] = values
