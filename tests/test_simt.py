@@ -7,6 +7,7 @@ import itertools
 import subprocess
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -226,7 +227,8 @@ def test_the_workspace_keeps_to_the_memory_promised(dtype: torch.dtype) -> None:
                 Layer(torch.empty(n, dtype=dtype), torch.empty(-(-n // 8), dtype=torch.uint8) if share else None)
                 for n in sizes
             ]
-            assert workspace_of(layers) <= 0.05 * max(layer.weight.nbytes for layer in layers) + 4 * 2**20
+            # Less than the 4 MB promised, of which torch's allocator takes some.
+            assert workspace_of(layers) <= 0.05 * max(layer.weight.nbytes for layer in layers) + 3 * 2**20
 
 
 def test_apply_writes_only_what_changes() -> None:
@@ -434,6 +436,18 @@ def test_nothing_to_do_is_done() -> None:
     empty = torch.empty(0)
     simt.move_state([StateMove(empty, None, empty.clone(), None, 0)])
     assert float(simt.sum_squares([])) == 0.0
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_only_another_gpu_than_the_current_one_is_made_current(monkeypatch: pytest.MonkeyPatch, index: int) -> None:
+    made_current = []
+    streams = {0: SimpleNamespace(cuda_stream=70), 1: SimpleNamespace(cuda_stream=71)}
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext(made_current.append(device.index)))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: streams[device.index])
+    with cuda.Launches(_simt)._on(torch.device("cuda", index), "select") as launch:
+        assert launch.stream == 70 + index
+    assert made_current == [1] * index
 
 
 def test_a_gpu_too_old_is_refused_whatever_the_first_one_is(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ import torch
 from gmp_kernels.backends import Bracket, Layer, Threshold
 from gmp_kernels.backends._layers import Columns, PruneCounts, Selections, merged, thresholds_of
 from gmp_kernels.backends._rows import address, by_dtype, element_address
-from gmp_kernels.backends._tables import num_chunks_of, put
+from gmp_kernels.backends._tables import current, num_chunks_of, put
 from gmp_kernels.keys import keys_of_magnitudes, largest_key, magnitudes_of_keys
 
 __all__ = ["SelectionTables", "Template"]
@@ -253,7 +253,8 @@ class SelectionTables(Selections):
         """Read everything back; waits for the device the first time."""
         if self._rows is None:
             rows: Integers = np.empty(self.template.rows.size, np.int64)
-            self._module.fetch(self._launch, self.address, rows)
+            with current(self.template.device):
+                self._module.fetch(self._launch, self.address, rows)
             self._rows = rows
         return self._rows
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy.typing as npt
@@ -11,12 +12,22 @@ import torch
 from gmp_kernels import capture
 from gmp_kernels.errors import CaptureError
 
-__all__ = ["Table", "num_chunks_of", "pinned_like", "put", "refuse_capture", "upload"]
+__all__ = ["Table", "current", "num_chunks_of", "pinned_like", "put", "refuse_capture", "upload"]
 
 
 def num_chunks_of(n: int, chunk: int) -> int:
     """Chunks of a tensor of ``n`` elements."""
     return -(-n // chunk)
+
+
+def current(device: torch.device) -> AbstractContextManager[object]:
+    """Make a device current: launches and copies do so, and torch's would stay another one.
+
+    To make current what is so already takes longer than to ask.
+    """
+    if device.type == "cpu" or torch.cuda.current_device() == device.index:
+        return nullcontext()
+    return torch.cuda.device(device)
 
 
 def refuse_capture(device: torch.device) -> None:

@@ -36,7 +36,7 @@ from gmp_kernels.backends import (
 from gmp_kernels.backends._layers import Layers, columns_of, device_of, prepared
 from gmp_kernels.backends._rows import address, by_dtype, dtype_name, element_address
 from gmp_kernels.backends._selection_tables import SelectionTables, Template
-from gmp_kernels.backends._tables import Table, num_chunks_of, put, refuse_capture, upload
+from gmp_kernels.backends._tables import Table, current, num_chunks_of, put, refuse_capture, upload
 from gmp_kernels.errors import CaptureError, DeviceError, LayoutError
 
 _modules: dict[str, ModuleType] = {}
@@ -74,12 +74,8 @@ class Launches:
     def _on(self, device: torch.device, what: str) -> Iterator[Any]:
         """Have ``device`` current, and give what launches need of it. Errors get a name."""
         try:
-            # To make current what is so already takes longer than to ask.
-            if device.type == "cpu" or torch.cuda.current_device() == device.index:
+            with current(device):
                 yield self._launch(device)
-            else:
-                with torch.cuda.device(device):
-                    yield self._launch(device)
         except torch.OutOfMemoryError as error:
             raise DeviceError(
                 f"{what}: no memory left on {device} for the workspace, nothing was changed ({error}); free some, or "
