@@ -269,12 +269,13 @@ class SelectionTables(Selections):
 
     def counts(self) -> PruneCounts:
         """What pruning changed, once it is done."""
-
-        def pruned_and_newly(part: Part, rows: Integers) -> Integers:
-            own = part.layers(rows)
-            return own[:, [LayerField.N, LayerField.KEPT_BEFORE]] - own[:, LayerField.KEPT, None]
-
-        return PruneCounts(*self._fields(pruned_and_newly, 0, 2))
+        positions = [part.positions for part in self.template.parts]
+        of_parts = [part.layers(self.rows()).T for part in self.template.parts]
+        pruned, newly = (
+            merged(positions, [(own[field] - own[LayerField.KEPT]).tolist() for own in of_parts])
+            for field in (LayerField.N, LayerField.KEPT_BEFORE)
+        )
+        return PruneCounts(pruned, newly)
 
     def brackets(self) -> list[Bracket]:
         """The bracket of every group."""
