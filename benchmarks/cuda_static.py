@@ -173,7 +173,7 @@ def counted() -> list[Counted]:
             traffic = _simt.take_traffic()
             per_weight = N if phase.floor is not None else None
             loaded, stored = (sum(row[i] for row in traffic) / (per_weight or 1) for i in (2, 3))
-            launches = sum(row[1] for row in traffic)
+            launches = sum(row[1] for row in traffic if "store<" not in row[0])  # those are uploads
             rows.append(Counted(phase.name, launches, loaded, stored, phase.floor))
     return rows
 

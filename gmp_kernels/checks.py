@@ -44,7 +44,7 @@ PLAIN = {torch.Tensor, torch.nn.Parameter}
 MOST_LAYERS = 4096  # that are known at a time; about 1 KB each
 
 _known: dict[tuple[str, int, int], tuple[list[Any], Facts]] = {}  # by kind of call, number and address of weights
-_dtype, _shape, _packed = attrgetter("dtype"), attrgetter("shape"), attrgetter("packed")
+_dtype, _shape = attrgetter("dtype"), attrgetter("shape")
 
 
 def checked_layers(
@@ -58,7 +58,7 @@ def checked_layers(
     """Check the tensors of a call and bring them into the form backends take, without copying; None of no weights."""
     packed, signature = None, None
     if weights and PLAIN.issuperset(map(type, weights)) and {BitMask}.issuperset(map(type, masks or ())):
-        packed = None if masks is None else list(map(_packed, masks))
+        packed = None if masks is None else [mask.packed for mask in masks]
         signature = _signature(weights, masks, packed)  # type: ignore[arg-type]
     key = None if signature is None else (writes, len(weights), signature[0][0])
     known = _known.get(key) if key is not None else None
@@ -97,7 +97,7 @@ def _signature(
     try:
         signature: list[Any] = [list(map(f, weights)) for f in (of.data_ptr, _dtype, _shape, of.is_contiguous)]
         if masks is not None and packed is not None:
-            signature.append(list(map(_shape, masks)))
+            signature.append([mask.shape for mask in masks])
             signature += [list(map(f, packed)) for f in (of.data_ptr, of.numel, _dtype, of.is_contiguous)]
     except RuntimeError:
         return None  # a tensor without an address: what it is instead, the check of each alone will tell
@@ -252,7 +252,7 @@ def counts_to_prune(
     given = num_prune if sparsity is None else sparsity
     if not isinstance(given, (Sequence, np.ndarray)):
         if sparsity is None:
-            return [_exact_count(op, given, n) for n in sizes]
+            return [_exact_count(op, given, min(sizes))] * len(sizes) if sizes else []
         share = check_sparsity(op, given)
         return [round(share * n) for n in sizes]
     if len(given) != len(sizes):

@@ -187,13 +187,14 @@ def prune_(
         return PruneResult([], [], [], [])
 
     implementation = choose(backend, layers.facts.device)
+    chosen = implementation.select(layers, counts, hints, prunes=True)
+    # While a GPU selects.
     if masks_ is None:
         masks_ = _new_masks(op, layers)
         out: Sequence[torch.Tensor] = [mask.packed for mask in masks_]
     else:
         assert layers.masks is not None
         out = layers.masks
-    chosen = implementation.select(layers, counts, hints, prunes=True)
     written = implementation.prune(layers, chosen, out, finite=nonfinite == "error")
     thresholds, _, nonfinite_indices = columns_of(chosen)
     if nonfinite == "error":

@@ -12,7 +12,7 @@ from conftest import needs_simt
 from optim_cases import parameters, random_gradients, set_gradients
 
 from gmp_kernels import BitMask, DeviceError, prune_
-from gmp_kernels.backends import _selection_tables, _tables
+from gmp_kernels.backends import _tables
 from gmp_kernels.optim import AdamW
 from gmp_kernels.testing import assert_bitwise_equal
 
@@ -21,13 +21,12 @@ NO_MEMORY = torch.OutOfMemoryError("CUDA out of memory")
 
 
 class Memory:
-    """torch's functions that allocate, and uploads of rows; after ``left`` more there is none left."""
+    """torch's functions that allocate; after ``left`` more there is none left."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, left: int) -> None:
         self.left = left
         for name in ("empty", "zeros", "ones", "full", "tensor", "empty_like", "zeros_like"):
             monkeypatch.setattr(torch, name, partial(self._allocate, getattr(torch, name)))
-        monkeypatch.setattr(_selection_tables, "upload", partial(self._allocate, _selection_tables.upload))
 
     def _allocate(self, function: Callable[..., torch.Tensor], *args: object, **kwargs: object) -> torch.Tensor:
         self.left -= 1
@@ -58,8 +57,8 @@ def test_whatever_there_is_no_memory_for_nothing_changes(
         for weight, was in zip(weights, before, strict=True):
             assert_bitwise_equal(weight, was)
         assert all(mask.num_kept == mask.numel for mask in masks or [])
-    # Rows, bins and the rest; without masks two of those, and where their bits are.
-    assert failed == (3 if given else 6)
+    # Bins and the rest; without masks two of those, and where their bits are.
+    assert failed == (2 if given else 5)
 
 
 def test_a_step_that_there_is_no_memory_for_leaves_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,7 +68,7 @@ def test_a_step_that_there_is_no_memory_for_leaves_the_weights(monkeypatch: pyte
     params = parameters([(300,)])
     set_gradients(params, random_gradients(params, 0), {})
     before = params[0].detach().clone()
-    monkeypatch.setattr(_tables, "upload", fail)
+    monkeypatch.setattr(_tables, "put", fail)
     with pytest.raises(DeviceError, match="no memory left on cpu"):
         AdamW(params, backend="simt").step()
     assert_bitwise_equal(params[0].detach(), before)

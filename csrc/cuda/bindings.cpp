@@ -8,6 +8,7 @@
 
 #include "../names.h"
 #include "launchers.h"
+#include "transfers.h"
 
 #if defined(GMP_SIMT)
 #include "../simt/simt.h"
@@ -83,6 +84,24 @@ void sum_squares(const Launch& launch, uint64_t rows, int64_t num_rows, int64_t 
   gmp::cuda::sum_squares(launch, pointer<gmp::cuda::GradRow>(rows), num_rows, num_chunks, pointer<double>(sums));
 }
 
+// `values` are eight-byte numbers in a row.
+void store(const Launch& launch, uint64_t to, const py::buffer& values) {
+  const py::buffer_info given = values.request();
+  gmp::cuda::store(launch, static_cast<const uint64_t*>(given.ptr),
+                   given.size * given.itemsize / static_cast<py::ssize_t>(sizeof(uint64_t)), pointer<uint64_t>(to));
+}
+
+void fetch(const Launch& launch, uint64_t from, const py::buffer& into) {
+  const py::buffer_info taken = into.request(true);
+  const py::gil_scoped_release waiting;
+  gmp::cuda::fetch(launch, pointer<void>(from), static_cast<size_t>(taken.size * taken.itemsize), taken.ptr);
+}
+
+void load_kernels(const Launch& launch) {
+  gmp::cuda::load_kernels(launch);
+  gmp::cuda::load_transfers(launch);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(GMP_MODULE, m) {
@@ -91,12 +110,15 @@ PYBIND11_MODULE(GMP_MODULE, m) {
   m.attr("BINS") = gmp::cuda::kBins;
   m.attr("MAX_ARGUMENT_CONSTANTS") = gmp::cuda::kMaxArgumentConstants;
   m.attr("TOUCHED_BY") = gmp::cuda::kTouchedBy;
+  m.attr("MOST_STORED") = gmp::cuda::most_stored();
   // Names in order, and the values of those that are absent.
   py::dict constants;
   for (const auto& [name, value] : gmp::kConstants) constants[name] = value;
   m.attr("CONSTANTS") = constants;
   // Local to the module: _cuda and _simt may be in one process.
-  py::class_<Launch>(m, "Launch", py::module_local()).def(py::init<uint64_t, int, unsigned>());
+  py::class_<Launch>(m, "Launch", py::module_local())
+      .def(py::init<uint64_t, int, unsigned>())
+      .def_readonly("stream", &Launch::stream);
   py::class_<Tables>(m, "Tables", py::module_local()).def(py::init(&tables_of));
   m.def("num_counting_blocks", &gmp::cuda::num_counting_blocks);
   m.def("begin", &begin);
@@ -107,7 +129,9 @@ PYBIND11_MODULE(GMP_MODULE, m) {
   m.def("repack", &repack);
   m.def("chunk_offsets", &chunk_offsets);
   m.def("sum_squares", &sum_squares);
-  m.def("load_kernels", &gmp::cuda::load_kernels);
+  m.def("store", &store);
+  m.def("fetch", &fetch);
+  m.def("load_kernels", &load_kernels);
   m.def("multiprocessors_of", &gmp::cuda::multiprocessors_of);
 #if defined(GMP_SIMT)
   m.def("set_seed", &simt::set_seed);

@@ -2,3 +2,4 @@
 #include "../cuda/launchers.cu"
 
 #include "../cuda/steps.cu"
+#include "../cuda/transfers.cu"

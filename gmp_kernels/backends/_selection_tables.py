@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,16 +10,20 @@ import numpy.typing as npt
 import torch
 
 from gmp_kernels.backends import Bracket, Layer, Threshold
-from gmp_kernels.backends._layers import Columns, Selections, merged, thresholds_of
+from gmp_kernels.backends._layers import Columns, PruneCounts, Selections, merged, thresholds_of
 from gmp_kernels.backends._rows import address, by_dtype, element_address
-from gmp_kernels.backends._tables import num_chunks_of, upload
+from gmp_kernels.backends._tables import current, num_chunks_of, put
 from gmp_kernels.keys import keys_of_magnitudes, largest_key, magnitudes_of_keys
 
 __all__ = ["SelectionTables", "Template"]
 
 _NO_INDEX = (1 << 63) - 1
-MEMORY_BYTES = 4 << 20  # for the workspace of a selection, and a share of the largest layer
+# For the workspace of a selection, and a share of the largest layer. Promised are 4e6 bytes and that share; with all of
+# them planned for, an H200 used 1.00 to 1.04 of it, because torch's allocator rounds sizes up and leaves blocks unsplit
+# that are up to 1 MB too large.
+MEMORY_BYTES = 3 << 20
 MEMORY_SHARE = 0.05
+ALIGNMENT = 128  # bytes, of what follows the rows: a cache line
 LEAST_CAPACITY = 256  # keys per chunk that come before the flags of what is touched: a list that overflows costs a read
 DRIFT_BITS = 6  # a threshold is expected within 1/64 of an octave of the last one
 
@@ -48,9 +52,8 @@ class Part(NamedTuple):
     start: int
     num_groups: int
     num_chunks: int
-    touched: Integers  # per layer: where its flags begin in the workspace, in bytes, -1 if it has none
     bins: int  # where they begin among all
-    lists: tuple[int, int, int]  # where candidates and both counts per chunk begin in the workspace, in bytes
+    lists: tuple[int, int, int]  # where candidates and both counts per chunk begin in the buffer, in bytes
 
     def layers(self, rows: Integers) -> Integers:
         """The rows of its layers."""
@@ -105,18 +108,18 @@ class Template:
 
         # What there is memory for: bins, a count per chunk in either list, the rows; then flags; then candidates.
         left = MEMORY_BYTES + int(MEMORY_SHARE * max(n * size for n, size in zip(sizes, item_sizes, strict=True)))
-        left -= 8 * self._num_bins(sum(chunks)) + 8 * sum(chunks) + 8 * num_values
+        front = -(-8 * num_values // ALIGNMENT) * ALIGNMENT  # what the rows take of the buffer, in bytes
+        left -= 8 * self._num_bins(sum(chunks)) + 8 * sum(chunks) + front
         key_bytes = sum(n * size for n, size in zip(chunks, item_sizes, strict=True))
-        touched, used = [-1] * len(layers), 0
+        touched, used = {}, front
         if prunes:
-            room = left - LEAST_CAPACITY * key_bytes
+            room = front + left - LEAST_CAPACITY * key_bytes
             for i, n in enumerate(sizes):
                 flag_bytes = 4 * num_chunks_of(n, module.TOUCHED_BY)
                 if masks[i] and used + flag_bytes <= room:
                     touched[i] = used
                     used += flag_bytes
-        self.has_flags = used > 0
-        left -= used
+        left -= used - front
         self.capacity = min(module.LIST_CAPACITY, max(0, left // key_bytes)) if selects else 0
 
         self.rows: Integers = np.zeros(num_values, np.int64)  # the first is set once a NaN or Inf is found
@@ -135,7 +138,6 @@ class Template:
                 start,
                 1 if is_global else len(positions),
                 num_chunks,
-                np.array([touched[i] for i in positions]),
                 bins,
                 (lists, counts, counts + 4 * num_chunks),
             )
@@ -159,10 +161,20 @@ class Template:
                 groups[:, GroupField.NUM_CHUNKS] = own_chunks
             self.parts.append(part)
             start += rows.size + groups.size
-        self.workspace_bytes, self.total_bins = used, bins
+        self.num_words, self.total_bins = -(-used // 8), bins
         # Where the new bits go, part by part: to the masks, unless there are none.
         self.out_start = start
         self.rows[start:] = [masks[i] for part in self.parts for i in part.positions]
+        # Places in the rows of what every call fills in: counts to prune, and addresses of flags, which `touched` gives
+        # less that of the buffer.
+        places = np.arange(num_values)
+        self.num_prune_at = np.concatenate([part.groups(places)[:, GroupField.NUM_PRUNE] for part in self.parts])
+        touched_at = np.concatenate([part.layers(places)[:, LayerField.TOUCHED] for part in self.parts])
+        order = np.argsort([i for part in self.parts for i in part.positions])
+        if not is_global:
+            self.num_prune_at = self.num_prune_at[order]
+        self.touched_at = touched_at[order][list(touched)]
+        self.touched = np.array(list(touched.values()), np.int64)
 
     def _num_bins(self, num_chunks: int) -> int:
         """Return the number of bins that so many chunks are counted in."""
@@ -176,8 +188,11 @@ class SelectionTables(Selections):
     ----------
     module : module
         _cuda or _simt.
+    launch : Launch
+        The stream that all of it happens on.
     template : Template
-    layers : sequence of Layer
+    layers : sequence of Layer, optional
+        Those that ``prune`` may take these for, as they are.
     num_prune, hints : sequence, optional
         As for ``Implementation.select``.
     found : Columns, optional
@@ -187,85 +202,92 @@ class SelectionTables(Selections):
     def __init__(
         self,
         module: Any,
+        launch: Any,
         template: Template,
-        layers: Sequence[Layer],
+        layers: Sequence[Layer] | None = None,
         num_prune: Sequence[int] = (),
         hints: Sequence[Threshold | None] = (),
         found: Columns | None = None,
     ) -> None:
         self.layers = layers
         self.template = template
-        device = template.device
+        self._module, self._launch = module, launch
         self._rows: Integers | None = None
         self._read: Columns | None = None
-        self.workspace = torch.empty(template.workspace_bytes, dtype=torch.uint8, device=device)
-        self.bins = torch.zeros(template.total_bins, dtype=torch.int64, device=device)
+        self.buffer = torch.empty(template.num_words, dtype=torch.int64, device=template.device)
+        self.address = self.buffer.data_ptr()
+        self.bins: torch.Tensor | None = None
+        if template.total_bins:
+            self.bins = torch.zeros(template.total_bins, dtype=torch.int64, device=template.device)
         rows = template.rows.copy()
-        hinted = any(hints)
-        for part in template.parts:
-            if template.has_flags:
-                flags = self.workspace.data_ptr() + part.touched
-                part.layers(rows)[:, LayerField.TOUCHED] = np.where(part.touched >= 0, flags, 0)
-            if num_prune:
-                part.groups(rows)[:, GroupField.NUM_PRUNE] = part.taken(num_prune)
-            if hinted:
+        if template.touched.size:
+            rows[template.touched_at] = template.touched + self.address
+        if num_prune:
+            rows[template.num_prune_at] = num_prune
+        if any(hints):
+            for part in template.parts:
                 _fill_brackets(part.groups(rows), part.taken(hints), part.dtype)
-            if found is not None:
+        if found is not None:
+            for part in template.parts:
                 part.layers(rows)[:, LayerField.CUT] = part.taken(found.cuts)
                 values = [threshold.value for threshold in part.taken(found.thresholds)]
                 part.groups(rows)[:, GroupField.KEY] = keys_of_magnitudes(values, part.dtype)
-        self.buffer = upload(torch.from_numpy(rows), torch.int64, device)
-        self.tables = [(part.name, self._tables(module, part)) for part in template.parts]
+        put(module, launch, rows, self.buffer)
+        self.tables = [(part.name, self._tables(part)) for part in template.parts]
 
-    def _tables(self, module: Any, part: Part) -> Any:
-        rows, workspace = self.buffer.data_ptr(), self.workspace.data_ptr()
-        layers = rows + 8 * part.start
-        return module.Tables(
+    def _tables(self, part: Part) -> Any:
+        layers = self.address + 8 * part.start
+        return self._module.Tables(
             layers,
             len(part.positions),
             layers + 8 * LayerField.COUNT * len(part.positions),
             part.num_groups,
             part.num_chunks,
-            self.bins.data_ptr() + 8 * part.bins,
-            *[workspace + place for place in part.lists],
+            0 if self.bins is None else self.bins.data_ptr() + 8 * part.bins,
+            *[self.address + place for place in part.lists],
             self.template.capacity,
-            rows,
+            self.address,
         )
 
     def rows(self) -> Integers:
         """Read everything back; waits for the device the first time."""
         if self._rows is None:
-            self._rows = self.buffer.to("cpu", copy=True).numpy()
+            rows: Integers = np.empty(self.template.rows.size, np.int64)
+            with current(self.template.device):
+                self._module.fetch(self._launch, self.address, rows)
+            self._rows = rows
         return self._rows
 
-    def forget(self) -> None:
-        """Read again next time: more has been launched."""
-        self._rows = None
+    def forget(self, launch: Any) -> None:
+        """Read again next time, behind what has been launched now."""
+        self._launch, self._rows = launch, None
 
     @property
     def is_finite(self) -> bool:
         """Whether no unpruned weight is NaN or Inf."""
         return bool(self.rows()[0] == 0)
 
-    def kept(self) -> tuple[list[int], list[int]]:
-        """Weights kept before and now, per layer, once they have been pruned."""
-        before, after = self._fields(
-            [part.layers(self.rows()) for part in self.template.parts], LayerField.KEPT_BEFORE, 2
+    def counts(self) -> PruneCounts:
+        """What pruning changed, once it is done."""
+        positions = [part.positions for part in self.template.parts]
+        of_parts = [part.layers(self.rows()).T for part in self.template.parts]
+        pruned, newly = (
+            merged(positions, [(own[field] - own[LayerField.KEPT]).tolist() for own in of_parts])
+            for field in (LayerField.N, LayerField.KEPT_BEFORE)
         )
-        return before, after
+        return PruneCounts(pruned, newly)
 
     def brackets(self) -> list[Bracket]:
         """The bracket of every group."""
-        return list(
-            map(Bracket, *self._fields([part.groups(self.rows()) for part in self.template.parts], GroupField.LO, 2))
-        )
+        return list(map(Bracket, *self._fields(Part.groups, GroupField.LO, 2)))
 
-    def _fields(self, rows: Sequence[Integers], first: int, number: int) -> list[list[int]]:
-        """So many columns of all parts, from the first on."""
-        pieces: list[list[list[int]]] = [own[:, first : first + number].T.tolist() for own in rows]
+    def _fields(self, rows_of: Callable[[Part, Integers], Integers], first: int, number: int) -> list[list[int]]:
+        """So many columns of the layers or groups of all parts, from the first on."""
+        parts, rows = self.template.parts, self.rows()
+        pieces: list[list[list[int]]] = [rows_of(part, rows)[:, first : first + number].T.tolist() for part in parts]
         if len(pieces) == 1:
             return pieces[0]
-        positions = [part.positions for part in self.template.parts]
+        positions = [part.positions for part in parts]
         return [merged(positions, column) for column in zip(*pieces, strict=True)]
 
     @property
@@ -273,21 +295,16 @@ class SelectionTables(Selections):
         """All that was found; waits for the device the first time."""
         if self._read is None:
             parts, rows = self.template.parts, self.rows()
-            groups = [part.groups(rows) for part in parts]
-            cuts, nonfinite = self._fields([part.layers(rows) for part in parts], LayerField.CUT, 2)
-            counts = self._fields(groups, GroupField.NUM_BELOW, 3)
-            values = [
-                np.where(
-                    own[:, GroupField.NUM_TIES], magnitudes_of_keys(own[:, GroupField.KEY], part.dtype), 0.0
-                ).tolist()
-                for own, part in zip(groups, parts, strict=True)
-            ]
+            cuts, nonfinite = self._fields(Part.layers, LayerField.CUT, 2)
+            counts = self._fields(Part.groups, GroupField.NUM_BELOW, 3)
+            # Where there is nothing to prune, the key is 0, and so is the value.
+            values = [magnitudes_of_keys(part.groups(rows)[:, GroupField.KEY], part.dtype).tolist() for part in parts]
             all_values = merged([part.positions for part in parts], values)
-            self._read = Columns(
-                thresholds_of(all_values, *counts),
-                cuts,
-                [-1 if index == _NO_INDEX else index for index in nonfinite],
-            )
+            if self.is_finite:
+                nonfinite = [-1] * len(nonfinite)
+            else:
+                nonfinite = [-1 if index == _NO_INDEX else index for index in nonfinite]
+            self._read = Columns(thresholds_of(all_values, *counts), cuts, nonfinite)
         return self._read
 
 

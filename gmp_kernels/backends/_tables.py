@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import numpy.typing as npt
 import torch
 
 from gmp_kernels import capture
 from gmp_kernels.errors import CaptureError
 
-__all__ = ["Table", "num_chunks_of", "pinned_like", "upload"]
+__all__ = ["Table", "current", "num_chunks_of", "pinned_like", "put", "refuse_capture", "upload"]
 
 
 def num_chunks_of(n: int, chunk: int) -> int:
@@ -18,16 +20,45 @@ def num_chunks_of(n: int, chunk: int) -> int:
     return -(-n // chunk)
 
 
-def upload(values: Sequence[Any] | torch.Tensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Copy numbers to a device without waiting for it. Torch keeps the memory copied from until that is done."""
+def current(device: torch.device) -> AbstractContextManager[object]:
+    """Make a device current: launches and copies do so, and torch's would stay another one.
+
+    To make current what is so already takes longer than to ask.
+    """
+    if device.type == "cpu" or torch.cuda.current_device() == device.index:
+        return nullcontext()
+    return torch.cuda.device(device)
+
+
+def refuse_capture(device: torch.device) -> None:
+    """Raise CaptureError while a CUDA graph is captured: its replays would find the numbers of this call."""
     if capture.is_capturing(device):
         raise CaptureError(
             "expected an operation that a CUDA graph can hold, got one that uploads numbers of this call; call it "
             "outside of the capture"
         )
+
+
+def upload(values: Sequence[Any] | torch.Tensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Copy numbers to a device without waiting for it. Torch keeps the memory copied from until that is done."""
+    refuse_capture(device)
     # The host whatever torch's default device is.
     host = values if isinstance(values, torch.Tensor) else torch.tensor(values, dtype=dtype, device="cpu")
     return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
+
+
+def put(module: Any, launch: Any, values: npt.NDArray[Any], table: torch.Tensor) -> None:
+    """Copy eight-byte numbers to the front of a table as ``upload`` does, few of them in launches of _cuda or _simt.
+
+    Those take less of the host's time than memory that has to be pinned first.
+    """
+    device = table.device
+    refuse_capture(device)
+    if values.size <= module.MOST_STORED:
+        module.store(launch, table.data_ptr(), values)
+    else:
+        host = torch.from_numpy(values.reshape(-1))
+        table.view(-1)[: values.size].copy_(host if device.type == "cpu" else host.pin_memory(), non_blocking=True)
 
 
 def pinned_like(table: torch.Tensor) -> torch.Tensor:
@@ -50,7 +81,13 @@ class Table:
         self._spares: list[torch.Tensor] = []
 
     def at(
-        self, contents: object, make: Callable[[], torch.Tensor], device: torch.device, captured: list[torch.Tensor]
+        self,
+        contents: object,
+        make: Callable[[], torch.Tensor],
+        device: torch.device,
+        captured: list[torch.Tensor],
+        module: Any,
+        launch: Any,
     ) -> torch.Tensor:
         """Return the table that ``make`` returns on the host, and that is the same for as long as ``contents`` is."""
         if capture.is_capturing(device):
@@ -70,8 +107,9 @@ class Table:
         contents = (contents, device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0)
         if self._table is None or self._contents != contents:
             host = make()
-            self._table = upload(host, host.dtype, device)
-            self._contents = contents
+            table = torch.empty(host.shape, dtype=host.dtype, device=device)
+            put(module, launch, host.numpy(), table)
+            self._table, self._contents = table, contents
             self._spares = [spare for spare in self._spares if spare.shape == host.shape]
         while len(self._spares) < self.SPARES:
             self._spares.append(pinned_like(self._table))

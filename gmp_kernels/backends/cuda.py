@@ -15,6 +15,7 @@ from functools import partial
 from types import ModuleType
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from gmp_kernels.backends import (
@@ -32,10 +33,10 @@ from gmp_kernels.backends import (
     Written,
     register,
 )
-from gmp_kernels.backends._layers import Layers, PruneCounts, columns_of, device_of, prepared
+from gmp_kernels.backends._layers import Layers, columns_of, device_of, prepared
 from gmp_kernels.backends._rows import address, by_dtype, dtype_name, element_address
 from gmp_kernels.backends._selection_tables import SelectionTables, Template
-from gmp_kernels.backends._tables import Table, num_chunks_of, upload
+from gmp_kernels.backends._tables import Table, current, num_chunks_of, put, refuse_capture, upload
 from gmp_kernels.errors import CaptureError, DeviceError, LayoutError
 
 _modules: dict[str, ModuleType] = {}
@@ -71,14 +72,10 @@ class Launches:
 
     @contextmanager
     def _on(self, device: torch.device, what: str) -> Iterator[Any]:
-        """Make ``device`` current, and give what launches need of it. Errors get a name."""
+        """Have ``device`` current, and give what launches need of it. Errors get a name."""
         try:
-            if device.type == "cpu":
-                yield self._module.Launch(0, 0, self._size(device))
-            else:
-                with torch.cuda.device(device):
-                    stream = torch.cuda.current_stream().cuda_stream
-                    yield self._module.Launch(stream, torch.cuda.current_device(), self._size(device))
+            with current(device):
+                yield self._launch(device)
         except torch.OutOfMemoryError as error:
             raise DeviceError(
                 f"{what}: no memory left on {device} for the workspace, nothing was changed ({error}); free some, or "
@@ -92,9 +89,14 @@ class Launches:
                 "CUDA_LAUNCH_BLOCKING=1 to see which"
             ) from error
 
+    def _launch(self, device: torch.device) -> Any:
+        if device.type == "cpu":
+            return self._module.Launch(0, 0, self._size(device))
+        return self._module.Launch(torch.cuda.current_stream(device).cuda_stream, device.index, self._size(device))
+
     def _size(self, device: torch.device) -> int:
         if device not in self._multiprocessors:
-            index = torch.cuda.current_device() if device.type == "cuda" else 0
+            index = device.index or 0
             self._multiprocessors[device] = self._module.multiprocessors_of(index)
             self._module.load_kernels(self._module.Launch(0, index, self._multiprocessors[device]))
         return self._multiprocessors[device]
@@ -118,7 +120,7 @@ class Launches:
     ) -> Sequence[Selection]:
         with self._on(device_of(layers), "select") as launch:
             template = self._template(layers, is_global=len(num_prune) != len(layers), prunes=prunes)
-            found = SelectionTables(self._module, template, layers, num_prune, hints)
+            found = SelectionTables(self._module, launch, template, layers, num_prune, hints)
             for dtype, tables in found.tables:
                 self._module.begin(launch, dtype, tables)
                 self._module.select(launch, dtype, tables)
@@ -130,7 +132,7 @@ class Launches:
         num_prune = [round(share * n) for share, n in zip(shares, sizes, strict=True)]
         with self._on(layers[0].weight.device, "sample") as launch:
             template = self._template(layers, is_global=len(shares) != len(layers))
-            found = SelectionTables(self._module, template, layers, num_prune)
+            found = SelectionTables(self._module, launch, template, layers, num_prune)
             for dtype, tables in found.tables:
                 self._module.begin(launch, dtype, tables)
             return found.brackets()
@@ -186,26 +188,33 @@ class Launches:
                 if finite and max(columns.nonfinite) >= 0:
                     return []
                 template = self._template(layers, is_global=len(selections) != len(layers), selects=False)
-                found = SelectionTables(self._module, template, layers, found=columns)
-            stop = found.buffer.data_ptr() if finite else 0
+                found = SelectionTables(self._module, launch, template, layers, found=columns)
+            stop = found.address if finite else 0
             if isinstance(layers, Layers) and out is layers.masks:
-                first = found.buffer.data_ptr() + 8 * found.template.out_start
+                first = found.address + 8 * found.template.out_start
             else:
                 places = [out[i].data_ptr() for part in found.template.parts for i in part.positions]
-                addresses = upload(places, torch.int64, device)
+                addresses = torch.empty(len(places), dtype=torch.int64, device=device)
+                put(self._module, launch, np.array(places, np.int64), addresses)
                 first = addresses.data_ptr()
             for (dtype, tables), part in zip(found.tables, found.template.parts, strict=True):
                 self._module.apply(launch, dtype, tables, first, stop)
                 first += 8 * len(part.positions)
-            found.forget()
+            found.forget(launch)
             if finite and not found.is_finite:
                 return []
-            before, kept = found.kept()
-        return PruneCounts.from_kept(found.template.sizes, before, kept)
+            return found.counts()
 
     def apply(self, layers: Sequence[Layer]) -> None:
-        with self._on(device_of(layers), "apply_masks_") as launch:
-            found = SelectionTables(self._module, self._template(layers, selects=False), layers)
+        device = device_of(layers)
+        with self._on(device, "apply_masks_") as launch:
+            refuse_capture(device)
+
+            def make() -> SelectionTables:
+                return SelectionTables(self._module, launch, self._template(layers, selects=False))
+
+            # Without `out` apply writes nothing to them, so the next call on this stream needs no others.
+            found = prepared(layers, (self, "apply", launch.stream), make)
             for dtype, tables in found.tables:
                 self._module.apply(launch, dtype, tables, 0, 0)
 
@@ -225,12 +234,13 @@ class Launches:
                 batch.prepared = _Steps(batch.tensors, self._module.CHUNK)
             steps = batch.prepared
             argument = self._argument(constants)
-            values = None if argument else self._constants(steps, constants, device, batch.captured)
-            addresses = [gradient.data_ptr() for gradient in gradients]
+            upload_to = device, batch.captured, self._module, launch
+            values = None if argument else self._constants(steps, constants, *upload_to)
+            addresses = list(map(torch.Tensor.data_ptr, gradients))
             if not all(addresses):
                 raise LayoutError("update: expected gradients in memory, got one whose storage was freed; gather it")
             tables = [
-                part.table.at((addresses, rows), partial(part.rows_with, addresses, rows), device, batch.captured)
+                part.table.at((addresses, rows), partial(part.rows_with, addresses, rows), *upload_to)
                 for part in steps.parts
             ]
             # Everything there has to be memory for is there: from here on weights are written.
@@ -252,9 +262,7 @@ class Launches:
         blocks = zip(self._rows_of_constants(constants), constants.blocks, strict=True)
         return b"".join(array("d", row).tobytes() * count for row, (_, count) in blocks)
 
-    def _constants(
-        self, steps: _Steps, constants: Constants, device: torch.device, captured: list[torch.Tensor]
-    ) -> torch.Tensor:
+    def _constants(self, steps: _Steps, constants: Constants, *upload_to: Any) -> torch.Tensor:
         """The constants as the kernels read them; those that are on the device do not leave it."""
 
         def make() -> torch.Tensor:
@@ -263,7 +271,7 @@ class Launches:
             return values.repeat_interleave(torch.tensor(counts, device="cpu"), 0)
 
         filled = [where for *where, _ in constants.on_device]
-        result = steps.constants.at((constants.blocks, filled), make, device, captured)
+        result = steps.constants.at((constants.blocks, filled), make, *upload_to)
         columns = {name: i for i, name in enumerate(self._module.CONSTANTS)}
         for name, first, end, values in constants.on_device:
             result[first:end, columns[name]] = values
