@@ -26,6 +26,12 @@ def row_of(table, owners, chunk, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def end_of_segment(row, chunk, run, BLOCK: tl.constexpr):
+    """The end of the chunks that are both of this chunk's layer and of its run of ``run`` chunks."""
+    return tl.minimum((chunk // run + 1) * run, tl.load(row + FIRST) + (tl.load(row + N) + BLOCK - 1) // BLOCK)
+
+
+@triton.jit
 def pointer_to(address, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
     pointer = address.to(tl.pointer_type(TYPE))
     if ALIGNED:
