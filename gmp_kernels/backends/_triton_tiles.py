@@ -42,7 +42,7 @@ def pointer_to(address, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
 @triton.jit
 def places(begin, BLOCK: tl.constexpr):
     """Flat indices in rows of eight."""
-    return begin + (tl.arange(0, BLOCK // 8)[:, None] * 8 + tl.arange(0, 8)[None, :])
+    return (begin + tl.arange(0, BLOCK // 8) * 8)[:, None] + tl.arange(0, 8)[None, :]
 
 
 @triton.jit
