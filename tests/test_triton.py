@@ -54,7 +54,8 @@ def prune_everything(dtype: torch.dtype) -> None:
     weights = [torch.randn(n, dtype=dtype, device=DEVICE) for n in (40_000, 100)]
     for scope in ("layer", "global"):
         copies = [weight.clone() for weight in weights]
-        prune_(copies, sparsity=0.5, scope=scope, backend="triton")
+        masks = prune_(copies, sparsity=0.5, scope=scope, backend="triton").masks
+        prune_(copies, sparsity=0.6, scope=scope, masks=masks, backend="triton")
     prune_(GuardedCopy(weights[0], 1).view, sparsity=0.5, backend="triton")
     layers = [Layer(weight, None) for weight in weights]
     rooms = [torch.empty_like(weight) for weight in weights]

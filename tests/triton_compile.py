@@ -21,9 +21,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import MockTensor
 
 from gmp_kernels.backends import _triton_kernels
-from gmp_kernels.backends._triton_search import MAX_CAPACITY
 from gmp_kernels.backends._triton_tables import BLOCK
-from gmp_kernels.backends.triton import OPTIONS, SAMPLED_EIGHTS
+from gmp_kernels.backends.triton import SAMPLED_EIGHTS, options_of
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -35,7 +34,7 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 def constant(name: str, value: Any) -> Any:
     """As launched on a GPU: the interpreter's sizes are its own."""
-    if name in (own := {"BLOCK": BLOCK, "EIGHTS": SAMPLED_EIGHTS, "WIDTH": MAX_CAPACITY}):
+    if name in (own := {"BLOCK": BLOCK, "EIGHTS": SAMPLED_EIGHTS}):
         return own[name]
     return tl.dtype(value["tl"]) if isinstance(value, dict) else value
 
@@ -65,5 +64,5 @@ if __name__ == "__main__":
     for name, arguments, constants in json.load(sys.stdin):
         kernel = getattr(_triton_kernels, name)
         options = {key: constant(key, value) for key, value in constants.items()}
-        compiled = kernel.warmup(*map(argument, arguments), grid=(1,), **options, **OPTIONS)
+        compiled = kernel.warmup(*map(argument, arguments), grid=(1,), **options, **options_of(name))
         print(json.dumps([name, constants, resources(compiled.asm)]), flush=True)

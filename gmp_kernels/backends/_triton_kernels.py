@@ -6,7 +6,8 @@ import torch
 import triton.language as tl
 
 from gmp_kernels.backends._triton_apply import apply, collect
-from gmp_kernels.backends._triton_select import begin, count, count_ties, narrow, place_cuts, recount
+from gmp_kernels.backends._triton_count import count, count_ties, recount
+from gmp_kernels.backends._triton_select import begin, narrow, place_cuts
 from gmp_kernels.backends._triton_update import count_kept, repack, sum_squares, update
 
 __all__ = [

@@ -13,7 +13,7 @@ from gmp_kernels.backends import Layer, Threshold
 from gmp_kernels.backends._layers import Columns, Selections, merged, thresholds_of
 from gmp_kernels.backends._rows import address, element_address, on_device
 from gmp_kernels.backends._tables import upload
-from gmp_kernels.backends._triton_tables import BLOCK, Table, table_of
+from gmp_kernels.backends._triton_tables import BLOCK, INTERPRETED, Table, table_of
 from gmp_kernels.keys import key_of, largest_key
 
 __all__ = [
@@ -36,6 +36,9 @@ Numbers: TypeAlias = npt.NDArray[np.int64]
 MAX_BIN_BITS = 11  # 2048 bins: each pass narrows a key by so many bits
 MAX_BINS = 1 << 18  # of all groups together: 2 MB
 MAX_CAPACITY = BLOCK // 16  # candidates kept per chunk
+# Programs that share a read of all weights: so many more than a GPU holds that the last ones keep few of the others
+# waiting, and yet each has enough to do. Under the interpreter so few that each gets a run of chunks too.
+PROGRAMS = 3 if INTERPRETED else 4096
 MEMORY_BYTES, MEMORY_SHARE = 4_000_000, 0.05  # for all that a selection allocates, and a share of the largest layer
 MAX_SLOTS = 32  # that neighbouring chunks add to in turn
 NO_INDEX = (1 << 63) - 1
@@ -63,7 +66,9 @@ class Part(NamedTuple):
     dtype: torch.dtype
     device: torch.device
     aligned: bool
+    masked: bool  # some layer has a mask
     table: Table
+    run: int  # chunks per program that reads all weights
     group_table: torch.Tensor
     group_slots: int
     layer_slots: int
@@ -95,6 +100,17 @@ class Part(NamedTuple):
     def end(self) -> int:
         """End of its state in the buffer."""
         return self.counts_start + self.num_layers * self.layer_slots * COUNTERS
+
+    @property
+    def num_runs(self) -> int:
+        """Programs that share a read of all weights."""
+        return -(-self.table.num_chunks // self.run)
+
+    @property
+    def work_size(self) -> int:
+        """Numbers that a selection adds up: bins and counters of each group, and the ties of each segment."""
+        bins = len(self.groups) * ((1 << self.bin_bits) + COUNTERS * self.group_slots)
+        return bins + self.num_runs + self.num_layers
 
 
 def parts_of(layers: Sequence[Layer], *, is_global: bool) -> list[Part]:
@@ -135,7 +151,9 @@ def _part(layers: Sequence[Layer], positions: list[int], is_global: bool, larges
         dtype,
         device,
         all(weight.data_ptr() % 16 == 0 for weight in weights),
+        any(layer.mask is not None for layer in layers),
         table,
+        -(-table.num_chunks // PROGRAMS),
         upload(group_rows, torch.int64, device),
         _slots(len(members), max(row[-1] for row in group_rows)),
         _slots(len(layers), -(-max(numels) // BLOCK)),
@@ -144,9 +162,8 @@ def _part(layers: Sequence[Layer], positions: list[int], is_global: bool, larges
         start,
     )
     # Lists get what memory the rest leaves.
-    num_bins = len(members) * ((1 << bin_bits) + COUNTERS * part.group_slots)
     tables = table.rows.nbytes + table.owners.nbytes + part.group_table.nbytes + 32 * len(layers)
-    left = MEMORY_SHARE * largest + MEMORY_BYTES - 8 * (num_bins + part.end) - tables - 2 * table.num_chunks
+    left = MEMORY_SHARE * largest + MEMORY_BYTES - 8 * (part.work_size + part.end) - tables - 4 * table.num_chunks
     capacity = int(left) // (table.num_chunks * dtype.itemsize)
     return part._replace(capacity=max(0, min(MAX_CAPACITY, capacity)))
 
@@ -164,8 +181,11 @@ class FoundSelections(Selections):
 
     def __init__(self, layers: Sequence[Layer], parts: list[Part]) -> None:
         self.layers, self.parts = layers, parts
+        # At once with what the parts add up, which is not read: for a GPU, memory costs a launch to set to zero.
+        sizes = [parts[-1].end, *(part.work_size for part in parts)]
+        zeros = torch.zeros(sum(sizes), dtype=torch.int64, device=parts[0].device)
         # Set once a NaN or Inf is found; then the state of the parts.
-        self.buffer = torch.zeros(parts[-1].end, dtype=torch.int64, device=parts[0].device)
+        self.buffer, *self.works = torch.split(zeros, sizes)
         self.states = [self.buffer[part.start : part.end] for part in parts]
         self._values: Numbers | None = None
         self._found: Columns | None = None

@@ -1,7 +1,8 @@
-"""The kernels of a selection: bracket by a sample, count, narrow until one key is left, and place the cut among ties.
+"""The kernels of a selection by few programs: bracket by a sample, narrow until one key is left, and place the cut.
 
-A group is the layers that share a threshold; its state stays on the device from the first launch to the last. Sums are
-of integers and lists are used as sets, so nothing depends on the order in which programs run.
+What reads all weights is in _triton_count.py. A group is the layers that share a threshold; its state stays on the
+device from the first launch to the last. All sums are of integers and lists are used as sets of each chunk's keys, so
+nothing depends on the order in which programs run.
 """
 
 from __future__ import annotations
@@ -11,16 +12,15 @@ import triton.language as tl
 
 from gmp_kernels.backends._triton_tiles import (
     FIELDS,
-    GROUP,
+    FIRST,
     MASK,
-    NO_INDEX,
     OFFSET,
     WEIGHTS,
     N,
+    end_of_segment,
     flags_before,
     keys_of_chunk,
     magnitude_keys,
-    row_of,
 )
 
 # Fields of a group that stay: its weights, its rows in the table, their number in bits, and its chunks.
@@ -34,7 +34,7 @@ STATE_FIELDS = tl.constexpr(10)
 NUM_DONE, NUM_WITH_TIES, HEADER = map(tl.constexpr, range(3))
 CUT, NONFINITE, LAYER_FIELDS = map(tl.constexpr, range(3))
 
-# What is known of the keys inside a group's bracket: chunks list them, or have to be read again; or nothing more is
+# What is known of the keys inside a group's bracket: segments list them, or have to be read again; or nothing more is
 # needed, the lists' sizes being the ties or not.
 LISTED, UNLISTED, DONE, TIES_COUNTED = map(tl.constexpr, range(4))
 
@@ -44,6 +44,12 @@ COUNTERS = tl.constexpr(4)  # below, pruned and inside, a cache sector to the sl
 @triton.jit
 def state_of_layers(state, num_groups):
     return state + HEADER + STATE_FIELDS * num_groups
+
+
+@triton.jit
+def ties_of_segments(work, num_groups, num_bins, slots):
+    """The ties of each segment that count_ties found, behind the bins and counters of all groups."""
+    return work + num_groups * (num_bins + COUNTERS * slots)
 
 
 @triton.jit(do_not_specialize=["num_groups"], do_not_specialize_on_alignment=["state", "wanted"])
@@ -108,105 +114,15 @@ def begin(
     lo = tl.where(low < 0, 0, tl.maximum(lo, 0)).to(tl.int64)
     hi = tl.where(high.to(tl.float64) >= valid, INFINITY + 1, tl.minimum(hi, INFINITY + 1)).to(tl.int64)
     # The exponent of a float64 gives the length of the span in bits, or one more where it is rounded up.
-    length = (tl.maximum(hi - lo, 0).to(tl.float64).to(tl.int64, bitcast=True) >> 52) - 1022
+    length = tl.maximum((tl.maximum(hi - lo, 0).to(tl.float64).to(tl.int64, bitcast=True) >> 52) - 1022, 0)
     state += HEADER + group
     tl.store(state + LO * num_groups, lo)
     tl.store(state + HI * num_groups, hi)
-    tl.store(state + SHIFT * num_groups, tl.maximum(length - BIN_BITS, 0))
+    tl.store(state + SHIFT * num_groups, length - BIN_BITS)
     tl.store(state + MODE * num_groups, UNLISTED)
 
 
-@triton.jit
-def _list(keys, inside, num_inside, chunk, lists, capacity, sizes, BLOCK: tl.constexpr):
-    """Keep the keys inside the bracket, in any order, if they fit; the size of the list says whether."""
-    if (num_inside > 0) & (num_inside <= capacity):
-        tl.store(lists + chunk * capacity + flags_before(inside, BLOCK), keys, mask=inside)
-    tl.store(sizes + chunk, num_inside)
-
-
-@triton.jit
-def _bin(keys, inside, num_inside, lo, hi, state, num_groups, group, bins):
-    if lo == hi:  # all in one bin: no need to go there one by one
-        tl.atomic_add(bins, num_inside.to(tl.int64))
-    else:
-        bin = (keys - lo) >> tl.load(state + HEADER + SHIFT * num_groups + group).to(keys.dtype)
-        tl.atomic_add(bins + bin, tl.full(bin.shape, 1, tl.int64), mask=inside)
-
-
-@triton.jit
-def _sums(keys, lo, hi, INFINITY: tl.constexpr):
-    """Number of keys at or above ``lo``, of keys above ``hi``, and of rows with NaN or Inf.
-
-    In 16 bits each of one sum, because a sum over a tile waits for all of its threads; one over a row is a thread's.
-    """
-    rows = tl.sum((keys >= lo).to(tl.int32) + ((keys > hi).to(tl.int32) << 16), axis=1)
-    strange = (tl.max(keys, axis=1) >= INFINITY).to(tl.int64)
-    total = tl.sum(rows.to(tl.int64) | (strange << 32))
-    return total & 0xFFFF, (total >> 16) & 0xFFFF, total >> 32
-
-
-@triton.jit
-def _count(
-    row, begin, chunk, state, num_groups, nonfinite, stop, work, num_bins, slots, lists, capacity, sizes,
-    BITS: tl.constexpr, INFINITY: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr, LISTS: tl.constexpr,
-    FULL: tl.constexpr,
-):  # fmt: skip
-    n, group = tl.load(row + N), tl.load(row + GROUP)
-    keys, kept, index = keys_of_chunk(row, begin, BITS, INFINITY, BLOCK, ALIGNED, FULL)
-    num_kept = tl.minimum(n - begin, BLOCK)
-    if tl.load(row + MASK) != 0:
-        num_kept = tl.sum(kept.to(tl.int32)).to(tl.int64)
-    keys = tl.where(kept, keys, -1)
-    lo = tl.load(state + HEADER + LO * num_groups + group).to(keys.dtype)
-    hi = tl.load(state + HEADER + HI * num_groups + group).to(keys.dtype)
-    not_below, above, num_strange = _sums(keys, lo, hi, INFINITY)
-    inside = (keys >= lo) & (keys <= hi)
-    below, num_inside = num_kept - not_below, tl.maximum(not_below - above, 0)
-    pruned = tl.minimum(n - begin, BLOCK) - num_kept
-    bins = work + group * (num_bins + COUNTERS * slots)
-    # Sums of one address wait for one another: neighbours add to different ones.
-    counters = bins + num_bins + chunk % slots * COUNTERS
-    tl.atomic_add(counters, below, mask=below > 0)
-    tl.atomic_add(counters + 1, pruned, mask=pruned > 0)
-    if num_strange > 0:
-        first = tl.min(tl.where(keys >= INFINITY, index, NO_INDEX))
-        tl.atomic_max(nonfinite, -first + NO_INDEX)  # so that zeros say there is none
-        tl.store(stop, 1)
-    if LISTS:
-        tl.atomic_add(counters + 2, num_inside, mask=num_inside > 0)
-        _list(keys, inside, num_inside, chunk, lists, capacity, sizes, BLOCK)
-    elif num_inside > 0:
-        _bin(keys, inside, num_inside, lo, hi, state, num_groups, group, bins)
-
-
-@triton.jit(
-    do_not_specialize=["num_groups", "num_bins", "slots", "capacity"],
-    do_not_specialize_on_alignment=["state", "work"],
-)
-def count(
-    table, owners, state, num_groups, stop, work, num_bins, slots, lists, capacity, sizes,
-    BITS: tl.constexpr, INFINITY: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr, LISTS: tl.constexpr,
-):  # fmt: skip
-    """One read of the weights: how many lie below the bracket and in it, and a list of those; without LISTS their bins.
-
-    ``stop`` is set where a weight is NaN or Inf.
-    """
-    chunk = tl.program_id(0).to(tl.int64)
-    row, begin = row_of(table, owners, chunk, BLOCK)
-    nonfinite = state_of_layers(state, num_groups) + tl.load(owners + chunk) * LAYER_FIELDS + NONFINITE
-    if begin + BLOCK <= tl.load(row + N):
-        _count(
-            row, begin, chunk, state, num_groups, nonfinite, stop, work, num_bins, slots, lists, capacity, sizes,
-            BITS, INFINITY, BLOCK, ALIGNED, LISTS, True,
-        )  # fmt: skip
-    else:
-        _count(
-            row, begin, chunk, state, num_groups, nonfinite, stop, work, num_bins, slots, lists, capacity, sizes,
-            BITS, INFINITY, BLOCK, ALIGNED, LISTS, False,
-        )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["num_groups", "slots"], do_not_specialize_on_alignment=["state", "wanted"])
+@triton.jit(do_not_specialize=["num_groups", "slots"], do_not_specialize_on_alignment=["state", "wanted", "work"])
 def narrow(
     groups, wanted, state, num_groups, work, slots,
     KEY_BITS: tl.constexpr, LARGEST: tl.constexpr, BIN_BITS: tl.constexpr, MAX_SLOTS: tl.constexpr,
@@ -238,12 +154,14 @@ def narrow(
             tl.store(bins + number, tl.zeros([1 << BIN_BITS], tl.int64))
             inside = tl.sum(counts)
             rank = num_prune - pruned - 1 - below
-            bin = tl.minimum(tl.sum((tl.cumsum(counts, 0) <= rank).to(tl.int64)), (1 << BIN_BITS) - 1)
-            first = lo + (bin << shift)
-            last = tl.minimum(first + (tl.full([], 1, tl.int64) << shift) - 1, hi)
-            ties = tl.sum(tl.where(number == bin, counts, 0))
-            lower = below + tl.sum(tl.where(number < bin, counts, 0))
-            is_key, finer = shift == 0, tl.maximum(shift - BIN_BITS, 0)
+            # Where bins are more than keys, 2^left of them are one key's.
+            right, left = tl.maximum(shift, 0), tl.maximum(-shift, 0)
+            bin = tl.minimum(tl.sum((tl.cumsum(counts, 0) <= rank).to(tl.int64)), (1 << BIN_BITS) - 1) >> left
+            first = lo + (bin << right)
+            last = tl.minimum(first + (tl.full([], 1, tl.int64) << right) - 1, hi)
+            ties = tl.sum(tl.where(number >> left == bin, counts, 0))
+            lower = below + tl.sum(tl.where(number >> left < bin, counts, 0))
+            is_key, finer = shift <= 0, shift - BIN_BITS
 
         too_high = rank < 0
         proven = (rank >= 0) & (rank < inside)
@@ -270,153 +188,103 @@ def narrow(
 
 
 @triton.jit
-def _recount(
-    row, begin, chunk, state, num_groups, bins, lists, capacity, sizes,
-    BITS: tl.constexpr, INFINITY: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    group = tl.load(row + GROUP)
-    keys, kept, _ = keys_of_chunk(row, begin, BITS, INFINITY, BLOCK, False, False)
-    lo = tl.load(state + HEADER + LO * num_groups + group).to(keys.dtype)
-    hi = tl.load(state + HEADER + HI * num_groups + group).to(keys.dtype)
-    inside = kept & (keys >= lo) & (keys <= hi)
-    num_inside = tl.sum(inside.to(tl.int32))
-    if num_inside > 0:
-        _bin(keys, inside, num_inside, lo, hi, state, num_groups, group, bins)
-    _list(keys, inside, num_inside, chunk, lists, capacity, sizes, BLOCK)
-
-
-@triton.jit(
-    do_not_specialize=["num_chunks", "num_groups", "num_bins", "slots", "capacity"],
-    do_not_specialize_on_alignment=["state"],
-)
-def recount(
-    table, owners, num_chunks, state, num_groups, work, num_bins, slots, lists, capacity, sizes,
-    BITS: tl.constexpr, INFINITY: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """Bins of the keys inside the brackets, from the lists of ROWS chunks at a time.
-
-    Chunks whose list did not fit, and all where the bracket was wrong, are read again and listed again.
-    """
-    if tl.load(state + NUM_DONE) != num_groups:
-        for start in range(tl.program_id(0) * ROWS, num_chunks, tl.num_programs(0) * ROWS):
-            number = tl.arange(0, ROWS)
-            chunk = number.to(tl.int64) + start
-            exists = chunk < num_chunks
-            owner = tl.load(owners + chunk, mask=exists, other=0).to(tl.int64)
-            group = tl.load(table + owner * FIELDS + GROUP)
-            mode = tl.load(state + HEADER + MODE * num_groups + group, mask=exists, other=DONE)
-            size = tl.load(sizes + chunk, mask=exists, other=0).to(tl.int32)
-            again = (mode == UNLISTED) | ((mode == LISTED) & (size > capacity))
-            listed = (mode == LISTED) & (size <= capacity)
-            place = tl.arange(0, WIDTH)[None, :]
-            present = listed[:, None] & (place < size[:, None])
-            keys = tl.load(lists + chunk[:, None] * capacity + place, mask=present, other=0).to(tl.int64)
-            lo = tl.load(state + HEADER + LO * num_groups + group)[:, None]
-            inside = present & (keys >= lo) & (keys <= tl.load(state + HEADER + HI * num_groups + group)[:, None])
-            bin = (keys - lo) >> tl.load(state + HEADER + SHIFT * num_groups + group)[:, None]
-            bins = work + group * (num_bins + COUNTERS * slots)
-            tl.atomic_add(bins[:, None] + bin, tl.full([ROWS, WIDTH], 1, tl.int64), mask=inside)
-            if tl.max(again.to(tl.int32)) != 0:
-                for i in range(ROWS):
-                    if tl.max(tl.where(number == i, again.to(tl.int32), 0)) != 0:
-                        one = tl.max(tl.where(number == i, chunk, 0))
-                        row, begin = row_of(table, owners, one, BLOCK)
-                        own = work + tl.load(row + GROUP) * (num_bins + COUNTERS * slots)
-                        _recount(row, begin, one, state, num_groups, own, lists, capacity, sizes, BITS, INFINITY, BLOCK)
-
-
-@triton.jit
-def _ties(row, begin, key, BITS: tl.constexpr, INFINITY: tl.constexpr, BLOCK: tl.constexpr):
-    keys, kept, _ = keys_of_chunk(row, begin, BITS, INFINITY, BLOCK, False, False)
-    return tl.sum((kept & (keys == key)).to(tl.int32))
-
-
-@triton.jit(
-    do_not_specialize=["num_chunks", "num_groups", "num_bins", "slots", "capacity"],
-    do_not_specialize_on_alignment=["state"],
-)
-def count_ties(
-    table, owners, num_chunks, groups, state, num_groups, work, num_bins, slots, lists, capacity, sizes,
-    BITS: tl.constexpr, INFINITY: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """Ties of each chunk of the groups that keep some, in ``sizes``; in the bins those of runs of chunks."""
-    if tl.load(state + NUM_WITH_TIES) != 0:
-        for start in range(tl.program_id(0) * ROWS, num_chunks, tl.num_programs(0) * ROWS):
-            number = tl.arange(0, ROWS)
-            chunk = number.to(tl.int64) + start
-            exists = chunk < num_chunks
-            owner = tl.load(owners + chunk, mask=exists, other=0).to(tl.int64)
-            group = tl.load(table + owner * FIELDS + GROUP)
-            wanted = tl.load(state + HEADER + KEPT * num_groups + group, mask=exists, other=0) > 0
-            counted = tl.load(state + HEADER + MODE * num_groups + group) == TIES_COUNTED
-            size = tl.load(sizes + chunk, mask=exists, other=0).to(tl.int32)
-            key = tl.load(state + HEADER + KEY * num_groups + group)
-            place = tl.arange(0, WIDTH)[None, :]
-            present = (wanted & (counted == 0) & (size <= capacity))[:, None] & (place < size[:, None])
-            keys = tl.load(lists + chunk[:, None] * capacity + place, mask=present, other=0).to(tl.int64)
-            found = tl.sum((present & (keys == key[:, None])).to(tl.int32), axis=1)
-            found = tl.where(counted, size, found)
-            again = (wanted & (counted == 0) & (size > capacity)).to(tl.int32)
-            if tl.max(again) != 0:
-                for i in range(ROWS):
-                    if tl.max(tl.where(number == i, again, 0)) != 0:
-                        row, begin = row_of(table, owners, tl.max(tl.where(number == i, chunk, 0)), BLOCK)
-                        tie = tl.load(state + HEADER + KEY * num_groups + tl.load(row + GROUP))
-                        found = tl.where(number == i, _ties(row, begin, tie, BITS, INFINITY, BLOCK), found)
-            tl.store(sizes + chunk, found, mask=wanted)
-            info = groups + group * GROUP_FIELDS
-            run = (tl.load(info + NUM_CHUNKS) + num_bins - 1) // num_bins
-            at = (chunk - tl.load(info + FIRST_CHUNK)) // run
-            bins = work + group * (num_bins + COUNTERS * slots)
-            tl.atomic_add(bins + at, found.to(tl.int64), mask=wanted & (found > 0))
-
-
-@triton.jit
 def _first_reached(counts, number, target):
     """Position where the running sum exceeds ``target``, and what of it is left there."""
     at = tl.sum((tl.cumsum(counts, 0) <= target).to(tl.int64))
     return at, target - tl.sum(tl.where(number < at, counts, 0))
 
 
-@triton.jit(do_not_specialize=["num_groups", "slots"], do_not_specialize_on_alignment=["state"])
+@triton.jit
+def _segment_of(table, id, first_row, num_rows, row_bits, run):
+    """The row and the first chunk of a segment, given its number: that of its run plus that of its row."""
+    owner, last = first_row, first_row + num_rows - 1
+    for _ in range(row_bits):
+        middle = (owner + last + 1) // 2
+        reached = tl.load(table + middle * FIELDS + FIRST) // run + middle <= id
+        owner = tl.where(reached, middle, owner)
+        last = tl.where(reached, last, middle - 1)
+    return owner, tl.maximum((id - owner) * run, tl.load(table + owner * FIELDS + FIRST))
+
+
+@triton.jit
+def _chunk_of(ends, num_chunks, place, SCAN: tl.constexpr):
+    """The chunk of a place in a segment's list, counted from its first, and where the chunk's part of it starts."""
+    chunk, start = tl.full([], 0, tl.int64), tl.full([], 0, tl.int64)
+    number = tl.arange(0, SCAN)
+    for base in range(0, num_chunks, SCAN):
+        own = tl.load(ends + base + number, mask=base + number < num_chunks, other=0).to(tl.int64)
+        before = (base + number < num_chunks) & (own <= place)
+        chunk += tl.sum(before.to(tl.int64))
+        start = tl.maximum(start, tl.max(tl.where(before, own, 0)))
+    return chunk, start
+
+
+@triton.jit
+def _listed_chunk(list, size, ends, num_chunks, key, rank, SCAN: tl.constexpr):
+    """The chunk of a list's tie of this rank, counted from the segment's first, and the rank it has there."""
+    number = tl.arange(0, SCAN)
+    place, before = tl.full([], -1, tl.int64), tl.full([], 0, tl.int64)
+    for base in range(0, size, SCAN):
+        keys = tl.load(list + base + number, mask=base + number < size, other=0)
+        ties = ((base + number < size) & (keys == key.to(keys.dtype))).to(tl.int64)
+        at, _ = _first_reached(ties, number, rank - before)
+        place = tl.where((place < 0) & (at < SCAN), base + at, place)
+        before += tl.sum(ties)
+    chunk, start = _chunk_of(ends, num_chunks, place, SCAN)
+    before = tl.full([], 0, tl.int64)
+    for base in range(0, start, SCAN):
+        keys = tl.load(list + base + number, mask=base + number < start, other=0)
+        before += tl.sum(((base + number < start) & (keys == key.to(keys.dtype))).to(tl.int64))
+    return chunk, rank - before
+
+
+@triton.jit(
+    do_not_specialize=["run", "num_groups", "num_bins", "slots", "capacity"],
+    do_not_specialize_on_alignment=["state", "work"],
+)
 def place_cuts(
-    table, owners, groups, state, num_groups, work, slots, sizes,
-    BITS: tl.constexpr, INFINITY: tl.constexpr, BLOCK: tl.constexpr, BIN_BITS: tl.constexpr, SCAN: tl.constexpr,
+    table, groups, run, state, num_groups, work, num_bins, slots, lists, capacity, ends,
+    BITS: tl.constexpr, INFINITY: tl.constexpr, BLOCK: tl.constexpr, SCAN: tl.constexpr,
 ):  # fmt: skip
     """Cuts of one group's layers: all ties stay before the one that is the first not to, none behind it."""
     group = tl.program_id(0).to(tl.int64)
     info = groups + group * GROUP_FIELDS
     first_row, num_rows = tl.load(info + FIRST_ROW), tl.load(info + NUM_ROWS)
     kept = tl.load(state + HEADER + KEPT * num_groups + group)
-    ties = tl.load(state + HEADER + TIES * num_groups + group)
-    owner = tl.where(ties == 0, first_row + num_rows, first_row - 1)
+    owner = tl.where(tl.load(state + HEADER + TIES * num_groups + group) == 0, first_row + num_rows, first_row - 1)
     cut = tl.full([], 0, tl.int64)
+    number = tl.arange(0, SCAN)
     if kept > 0:
-        number = tl.arange(0, 1 << BIN_BITS)
-        bins = tl.load(work + group * ((1 << BIN_BITS) + COUNTERS * slots) + number)
-        at, target = _first_reached(bins, number, kept)
-        num_chunks = tl.load(info + NUM_CHUNKS)
-        run = (num_chunks + (1 << BIN_BITS) - 1) // (1 << BIN_BITS)
-        end = tl.minimum((at + 1) * run, num_chunks)
-        chunk, rank = at * run, target
-        searching = tl.full([], 1, tl.int32)
-        number = tl.arange(0, SCAN)
-        for base in range(at * run, end, SCAN):
-            place = base + number
-            counts = tl.load(sizes + tl.load(info + FIRST_CHUNK) + place, mask=place < end, other=0).to(tl.int64)
-            at, left = _first_reached(counts, number, target)
-            here = (searching != 0) & (at < SCAN)
-            chunk, rank = tl.where(here, base + at, chunk), tl.where(here, left, rank)
-            searching = tl.where(here, 0, searching)
-            target -= tl.sum(counts)
-        chunk += tl.load(info + FIRST_CHUNK)
-        row, begin = row_of(table, owners, chunk, BLOCK)
-        owner = tl.load(owners + chunk).to(tl.int64)
+        key = tl.load(state + HEADER + KEY * num_groups + group)
+        # The segment with the first tie that does not stay.
+        first_chunk = tl.load(info + FIRST_CHUNK)
+        last_chunk = first_chunk + tl.load(info + NUM_CHUNKS) - 1
+        ties = ties_of_segments(work, num_groups, num_bins, slots)
+        id, rank = tl.full([], -1, tl.int64), kept
+        target = kept
+        for base in range(first_chunk // run + first_row, last_chunk // run + first_row + num_rows, SCAN):
+            exists = base + number < last_chunk // run + first_row + num_rows
+            found = tl.load(ties + base + number, mask=exists, other=0)
+            at, left = _first_reached(found, number, target)
+            here = (id < 0) & (at < SCAN)
+            id, rank = tl.where(here, base + at, id), tl.where(here, left, rank)
+            target -= tl.sum(found)
+        owner, chunk = _segment_of(table, id, first_row, num_rows, tl.load(info + ROW_BITS), run)
+        row = table + owner * FIELDS
+        end = end_of_segment(row, chunk, run, BLOCK)
+        # Its chunk with that tie: from the list, or where ``ends`` has the ties, from those.
+        size = tl.load(ends + end - 1)
+        counted = tl.load(state + HEADER + MODE * num_groups + group) == TIES_COUNTED
+        if counted | (size > (end - chunk) * capacity):
+            at, start = _chunk_of(ends + chunk, end - chunk, rank, SCAN)
+            rank -= start
+        else:
+            at, rank = _listed_chunk(lists + chunk * capacity, size, ends + chunk, end - chunk, key, rank, SCAN)
+        begin = (chunk + at - tl.load(row + FIRST)) * BLOCK
         keys, stays, index = keys_of_chunk(row, begin, BITS, INFINITY, BLOCK, False, False)
-        tie = stays & (keys == tl.load(state + HEADER + KEY * num_groups + group))
+        tie = stays & (keys == key)
         cut = tl.sum(tl.where(tie & (flags_before(tie, BLOCK) == rank), index, 0))
     layers = state_of_layers(state, num_groups)
-    number = tl.arange(0, SCAN)
     for base in range(0, num_rows, SCAN):
         exists = base + number < num_rows
         row = first_row + base + number

@@ -26,6 +26,12 @@ def row_of(table, owners, chunk, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def end_of_segment(row, chunk, run, BLOCK: tl.constexpr):
+    """The end of the chunks that are both of this chunk's layer and of its run of ``run`` chunks."""
+    return tl.minimum((chunk // run + 1) * run, tl.load(row + FIRST) + (tl.load(row + N) + BLOCK - 1) // BLOCK)
+
+
+@triton.jit
 def pointer_to(address, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
     pointer = address.to(tl.pointer_type(TYPE))
     if ALIGNED:
@@ -36,7 +42,7 @@ def pointer_to(address, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
 @triton.jit
 def places(begin, BLOCK: tl.constexpr):
     """Flat indices in rows of eight."""
-    return begin + (tl.arange(0, BLOCK // 8)[:, None] * 8 + tl.arange(0, 8)[None, :])
+    return (begin + tl.arange(0, BLOCK // 8) * 8)[:, None] + tl.arange(0, 8)[None, :]
 
 
 @triton.jit

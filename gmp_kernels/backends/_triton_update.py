@@ -184,8 +184,13 @@ def update(
     if tl.load(c + SKIP) == 0:
         if begin + BLOCK <= tl.load(row + N):
             _update(row, begin, grads, c, RULE, STATES, COMPACT, HAS_MASTER, dtype, BITS, T, BLOCK, ALIGNED, True)
-        else:
+        elif COMPACT:
             _update(row, begin, grads, c, RULE, STATES, COMPACT, HAS_MASTER, dtype, BITS, T, BLOCK, ALIGNED, False)
+        else:
+            # In pieces: loads weight by weight take more registers than others, and every program has to have them.
+            PIECE: tl.constexpr = BLOCK // 4
+            for at in range(begin, tl.load(row + N), PIECE):
+                _update(row, at, grads, c, RULE, STATES, COMPACT, HAS_MASTER, dtype, BITS, T, PIECE, ALIGNED, False)
 
 
 @triton.jit

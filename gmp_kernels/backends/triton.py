@@ -39,7 +39,6 @@ from gmp_kernels.backends._triton_search import (
     COUNTERS,
     HEADER,
     LAYER_FIELDS,
-    MAX_CAPACITY,
     MAX_SLOTS,
     NO_INDEX,
     FoundSelections,
@@ -55,10 +54,17 @@ from gmp_kernels.keys import largest_key
 
 # Contraction would round once what csrc/update_rule.h rounds twice.
 OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
-LISTS_PER_PROGRAM = 16
-PROGRAMS = 1024  # that share a pass which mostly has nothing to do: as many as a GPU holds
+# Of the kernels that read all weights, and count them in columns of as many as a warp has threads: fewer warps leave
+# more weights to the column, and the sums over columns are what takes the time.
+COUNT_OPTIONS = OPTIONS | {"num_warps": 4}
+THREADS = 32 * COUNT_OPTIONS["num_warps"]
 SAMPLED_EIGHTS = 256 if INTERPRETED else 2048  # per group, at most: 16384 keys on a GPU
-SCANNED = 256  # chunks at a time, for the one with the first tie that does not stay
+SCANNED = 1024  # at a time, of segments, keys and chunks, for the first tie that does not stay
+
+
+def options_of(name: str) -> dict[str, Any]:
+    """Return what a kernel is compiled with."""
+    return COUNT_OPTIONS if name in ("count", "recount", "count_ties") else OPTIONS
 
 
 @contextmanager
@@ -95,7 +101,7 @@ class Triton:
     def _launch(self, name: str, num_programs: int, *args: Any, **constants: Any) -> None:
         if num_programs == 0:
             return
-        getattr(self._kernels, name)[(num_programs,)](*args, **constants, **OPTIONS)
+        getattr(self._kernels, name)[(num_programs,)](*args, **constants, **options_of(name))
 
     # -- selections --------------------------------------------------------------------------------------------------
 
@@ -133,44 +139,42 @@ class Triton:
         prunes: bool = False,
     ) -> FoundSelections:
         with _on(device_of(layers), "select"):
-            found = FoundSelections(layers, self._parts(layers, is_global=len(num_prune) != len(layers)))
-            for part, state in zip(found.parts, found.states, strict=True):
-                self._select(part, taken(num_prune, part.groups), state, found.buffer)
+            parts = self._parts(layers, is_global=len(num_prune) != len(layers))
+            found = FoundSelections(layers, parts)
+            for part, state, work in zip(parts, found.states, found.works, strict=True):
+                self._select(part, taken(num_prune, part.groups), state, found.buffer, work)
         return found
 
-    def _select(self, part: Part, num_prune: Sequence[int], state: torch.Tensor, stop: torch.Tensor) -> None:
+    def _select(
+        self, part: Part, num_prune: Sequence[int], state: torch.Tensor, stop: torch.Tensor, work: torch.Tensor
+    ) -> None:
         """Bracket each group's threshold by a sample, and count until the bracket has shrunk to one key.
 
         However wrong the brackets are, so many passes do; those of groups that are done cost next to nothing, where
         asking which are would cost a wait for the GPU.
         """
         table, device, groups, bits = part.table, part.device, len(part.groups), part.bin_bits
-        slots = part.group_slots
+        slots, run = part.group_slots, part.run
         wanted = self._uploads.at(num_prune, torch.int64, device)
-        work = torch.zeros(groups * ((1 << bits) + COUNTERS * slots), dtype=torch.int64, device=device)
         lists = torch.empty(table.num_chunks * part.capacity, dtype=INTEGERS[part.dtype.itemsize], device=device)
-        sizes = torch.empty(table.num_chunks, dtype=torch.int16, device=device)
+        ends = torch.empty(table.num_chunks, dtype=torch.int32, device=device)
         tile = self._tile(part)
-        counted = (work, 1 << bits, slots, lists, part.capacity, sizes)
+        chunks, listed = (table.rows, table.owners, table.num_chunks, run, state, groups), (lists, part.capacity, ends)
+        binned = (*chunks, work, 1 << bits, slots, *listed)
         narrowed = (part.group_table, wanted, state, groups, work, slots)
         constants = {"KEY_BITS": part.key_bits, "LARGEST": largest_key(part.dtype), "BIN_BITS": bits}
         constants["MAX_SLOTS"] = MAX_SLOTS
-        shared = {**tile, "WIDTH": MAX_CAPACITY, "ROWS": LISTS_PER_PROGRAM}
-        programs = min(PROGRAMS, -(-table.num_chunks // LISTS_PER_PROGRAM))
+        shared = {**tile, "THREADS": THREADS, "MASKED": part.masked}
 
         self._bracket(part, state, wanted)
-        chunks = (table.rows, table.owners)
-        arguments: tuple[Any, ...] = (*chunks, state, groups, stop, *counted)
-        self._launch("count", table.num_chunks, *arguments, **tile, ALIGNED=part.aligned, LISTS=True)
+        self._launch("count", part.num_runs, *chunks, stop, *binned[len(chunks) :], **shared, LISTS=True)
         self._launch("narrow", groups, *narrowed, **constants, AFTER_COUNT=True)
         for _ in range(-(-part.key_bits // bits)):
-            arguments = (*chunks, table.num_chunks, state, groups, *counted)
-            self._launch("recount", programs, *arguments, **shared)
+            self._launch("recount", part.num_runs, *binned, **shared)
             self._launch("narrow", groups, *narrowed, **constants, AFTER_COUNT=False)
-        arguments = (*chunks, table.num_chunks, part.group_table, state, groups, *counted)
-        self._launch("count_ties", programs, *arguments, **shared)
-        arguments = (*chunks, part.group_table, state, groups, work, slots, sizes)
-        self._launch("place_cuts", groups, *arguments, **tile, BIN_BITS=bits, SCAN=SCANNED)
+        self._launch("count_ties", part.num_runs, *binned, **shared)
+        arguments = (table.rows, part.group_table, run, state, groups, *binned[len(chunks) :])
+        self._launch("place_cuts", groups, *arguments, **tile, SCAN=SCANNED)
 
     def sample(self, layers: Sequence[Layer], shares: Sequence[float]) -> list[Bracket]:
         device = device_of(layers)
@@ -217,9 +221,12 @@ class Triton:
         buffer = torch.zeros(part.counts_start - part.start + 1 + groups * width, dtype=torch.int64, device=device)
         state, work = buffer[1:], buffer[part.counts_start - part.start + 1 :]
         state[HEADER : HEADER + 3 * groups] = upload(list(chain(*columns)), torch.int64, device)
-        sizes = torch.empty(0, dtype=torch.int16, device=device)  # no lists
-        arguments = (table.rows, table.owners, state, groups, buffer, work, num_bins, slots, sizes, 0, sizes)
-        self._launch("count", table.num_chunks, *arguments, **self._tile(part), ALIGNED=part.aligned, LISTS=False)
+        none = torch.empty(0, dtype=torch.int32, device=device)  # no lists
+        chunks = (table.rows, table.owners, table.num_chunks, part.run, state, groups)
+        shared = {**self._tile(part), "THREADS": THREADS, "MASKED": part.masked}
+        self._launch(
+            "count", part.num_runs, *chunks, buffer, work, num_bins, slots, none, 0, none, **shared, LISTS=False
+        )
         values = buffer.cpu()
         first = 1 + part.layers_start - part.start
         nonfinite = values[first : first + LAYER_FIELDS * groups].view(-1, LAYER_FIELDS)[:, 1].tolist()
