@@ -2,8 +2,8 @@
 #include "apply.cuh"
 #include "census.cuh"
 #include "launch.h"
-#include "select.cuh"
 #include "state.cuh"
+#include "ties.cuh"
 
 namespace gmp::cuda {
 namespace {
@@ -41,7 +41,7 @@ void begin(const Launch& launch, DType dtype, const Tables& t) {
   with_dtype(launch, dtype, [&](auto infinity) {
     using Key = decltype(infinity);
     GMP_LAUNCH(kernels::begin<Key>, static_cast<unsigned>(t.num_groups), launch, t.layers, t.groups, t.num_chunks,
-               int64_t{grid_of(launch, kReaders, t.num_chunks)}, reinterpret_cast<uint64_t*>(t.space.bins), infinity);
+               int64_t{grid_of(launch, kReaders, t.num_chunks)}, t.space, infinity);
   });
 }
 

@@ -51,7 +51,7 @@ struct GroupRow {
 
 // Where the kernels of a selection leave what the next one needs.
 struct Workspace {
-  uint64_t bins;                     // uint64_t, kBins per block that counts; ties leaves sums of blocks there
+  uint64_t bins;                     // uint64_t, kBins per group, or per block that counts if those are fewer
   uint64_t lists;                    // keys, or counts of keys, `capacity` per chunk
   uint64_t list_counts, tie_counts;  // uint32_t, one per chunk
   int64_t capacity;

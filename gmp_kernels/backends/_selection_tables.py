@@ -109,7 +109,7 @@ class Template:
         # What there is memory for: bins, a count per chunk in either list, the rows; then flags; then candidates.
         left = MEMORY_BYTES + int(MEMORY_SHARE * max(n * size for n, size in zip(sizes, item_sizes, strict=True)))
         front = -(-8 * num_values // ALIGNMENT) * ALIGNMENT  # what the rows take of the buffer, in bytes
-        left -= 8 * self._num_bins(sum(chunks)) + 8 * sum(chunks) + front
+        left -= 8 * self._num_bins(num_groups) + 8 * sum(chunks) + front
         key_bytes = sum(n * size for n, size in zip(chunks, item_sizes, strict=True))
         touched, used = {}, front
         if prunes:
@@ -124,13 +124,14 @@ class Template:
 
         self.rows: Integers = np.zeros(num_values, np.int64)  # the first is set once a NaN or Inf is found
         self.parts: list[Part] = []
-        start, bins = 1, 0
+        start = 1
         for name, positions in by_dtype(layers).items():
             own_chunks = np.array([chunks[i] for i in positions])
             dtype, num_chunks = layers[positions[0]].weight.dtype, int(own_chunks.sum())
             lists = -(-used // 8) * 8
             counts = lists + num_chunks * self.capacity * dtype.itemsize
             counts = -(-counts // 4) * 4
+            bins = -(-(counts + 8 * num_chunks) // 8) * 8
             part = Part(
                 dtype,
                 name,
@@ -142,8 +143,7 @@ class Template:
                 (lists, counts, counts + 4 * num_chunks),
             )
             if selects:
-                used = counts + 8 * num_chunks
-                bins += self._num_bins(num_chunks)
+                used = bins + 8 * self._num_bins(part.num_groups)
             rows, groups = part.layers(self.rows), part.groups(self.rows)
             rows[:, LayerField.WEIGHTS] = [element_address(layers[i].weight) for i in positions]
             rows[:, LayerField.MASK] = [masks[i] for i in positions]
@@ -161,7 +161,7 @@ class Template:
                 groups[:, GroupField.NUM_CHUNKS] = own_chunks
             self.parts.append(part)
             start += rows.size + groups.size
-        self.num_words, self.total_bins = -(-used // 8), bins
+        self.num_words = -(-used // 8)
         # Where the new bits go, part by part: to the masks, unless there are none.
         self.out_start = start
         self.rows[start:] = [masks[i] for part in self.parts for i in part.positions]
@@ -176,9 +176,9 @@ class Template:
         self.touched_at = touched_at[order][list(touched)]
         self.touched = np.array(list(touched.values()), np.int64)
 
-    def _num_bins(self, num_chunks: int) -> int:
-        """Return the number of bins that so many chunks are counted in."""
-        return int(self._bins * min(self._blocks, num_chunks))
+    def _num_bins(self, num_groups: int) -> int:
+        """Return the number of bins that so many groups are counted in."""
+        return int(self._bins * min(self._blocks, num_groups))
 
 
 class SelectionTables(Selections):
@@ -216,9 +216,6 @@ class SelectionTables(Selections):
         self._read: Columns | None = None
         self.buffer = torch.empty(template.num_words, dtype=torch.int64, device=template.device)
         self.address = self.buffer.data_ptr()
-        self.bins: torch.Tensor | None = None
-        if template.total_bins:
-            self.bins = torch.zeros(template.total_bins, dtype=torch.int64, device=template.device)
         rows = template.rows.copy()
         if template.touched.size:
             rows[template.touched_at] = template.touched + self.address
@@ -243,8 +240,7 @@ class SelectionTables(Selections):
             layers + 8 * LayerField.COUNT * len(part.positions),
             part.num_groups,
             part.num_chunks,
-            0 if self.bins is None else self.bins.data_ptr() + 8 * part.bins,
-            *[self.address + place for place in part.lists],
+            *[self.address + place for place in (part.bins, *part.lists)],
             self.template.capacity,
             self.address,
         )

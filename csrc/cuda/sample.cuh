@@ -1,0 +1,183 @@
+// A sample of each group's keys, and the bracket that follows from it.
+#pragma once
+
+#include "count.cuh"
+
+namespace gmp::cuda::kernels {
+
+// A larger sample gives a narrower bracket, and so shorter lists: worth its time where the lists are many.
+inline constexpr int64_t kSampleEights = 2048, kLargeSampleEights = 8192;  // at most
+inline constexpr int64_t kLargeSampleFrom = int64_t{1} << 28;              // weights
+inline constexpr int64_t kShortLists = 512;                                // or where there is room for no more keys
+inline constexpr int64_t kSampleShare = 16;                                // of smaller groups one key in so many
+// Standard deviations of the wanted key's rank in the sample that lie between it and the edges of the bracket: random
+// weights fail in 3 selections of 1000, or 6 of 100000. Many groups get the wider bracket, because one that fails is
+// read again by the few blocks that it belongs to while all others wait.
+inline constexpr float kDeviations = 3.0f, kDeviationsOfMany = 4.0f;
+inline constexpr unsigned kMany = 16;
+
+// Keys in 2048 bins that saturate: 64 to the octave from 2^-24 on for wide keys, one per key from 2^-13 on for
+// bfloat16.
+template <typename Key>
+struct SampleBins {
+  Key base;
+  int shift;
+
+  __device__ explicit SampleBins(Key infinity) {
+    const int mantissa = sizeof(Key) == 8 ? 52 : sizeof(Key) == 4 ? 23 : infinity == Key(0x7c00) ? 10 : 7;
+    const int64_t bias = (static_cast<int64_t>(infinity) >> mantissa) / 2;
+    const int resolution = mantissa == 7 ? 7 : 6;  // bits of the mantissa that a bin tells apart
+    const int64_t below_one = mantissa == 7 ? 13 : 24;
+    base = bias > below_one ? static_cast<Key>((bias - below_one) << mantissa) : Key(0);
+    shift = mantissa - resolution;
+  }
+  __device__ int64_t bin(Key key) const {
+    const int64_t d = key < base ? 0 : static_cast<int64_t>(static_cast<Key>(key - base) >> shift);
+    return d < kMostBins ? d : kMostBins - 1;
+  }
+  __device__ Key lower(int64_t bin) const {
+    return bin == 0 ? Key(0) : static_cast<Key>(base + (static_cast<Key>(bin) << shift));
+  }
+  __device__ Key upper(int64_t bin, Key largest) const {
+    return bin == kMostBins - 1 ? largest : static_cast<Key>(lower(bin + 1) - 1);
+  }
+};
+
+// Smallest shift that maps [lo, hi] into the bins.
+__device__ inline int64_t shift_of(uint64_t lo, uint64_t hi) {
+  int64_t shift = 0;
+  while ((hi - lo) >> shift >= static_cast<uint64_t>(kBins)) ++shift;
+  return shift;
+}
+
+// The bin where the running sum of counts first exceeds `rank`; each thread has kCount of them in a row.
+template <typename Count, int kCount>
+struct Crossing {
+  int64_t bin = -1;             // -1: it is another thread's
+  Count before = 0, count = 0;  // of the bins before it, and its own
+
+  __device__ __forceinline__ Crossing(const Count (&counts)[kCount], Count running, Count rank) {
+#pragma unroll
+    for (int b = 0; b < kCount; ++b) {
+      if (running <= rank && rank < running + counts[b]) {
+        bin = threadIdx.x * kCount + b;
+        before = running;
+        count = counts[b];
+      }
+      running += counts[b];
+    }
+  }
+};
+
+// Where the blocks that count a group add their bins up: there is a place for each group, or, where groups are more
+// than blocks, for each block, because no two groups that go on in another block begin in the same one.
+__device__ inline uint64_t* bins_of(const Workspace& space, const GroupRow* groups, int64_t num_groups, int64_t g,
+                                    int64_t num_chunks, int64_t num_blocks) {
+  const int64_t place = num_groups <= num_blocks ? g : block_of(groups[g].first_chunk, num_chunks, num_blocks);
+  return pointer<uint64_t>(space.bins) + place * kBins;
+}
+
+__device__ inline int64_t num_blocks_of(const GroupRow& group, int64_t num_chunks) {
+  return block_of(group.first_chunk + group.num_chunks - 1, num_chunks) - block_of(group.first_chunk, num_chunks) + 1;
+}
+
+// One block per group. With room for more of them to a multiprocessor, the compiler would have registers spilled.
+template <typename Key>
+__global__ void __launch_bounds__(kThreads, 2)
+    begin(LayerRow* layers, GroupRow* groups, int64_t num_chunks, int64_t num_counting, Workspace space, Key infinity) {
+  constexpr int kPerThread = kMostBins / kThreads;
+  __shared__ unsigned hist[kMostBins];
+  __shared__ Key edges[2];
+  GroupRow& group = groups[blockIdx.x];
+  const LayerRow* const rows = layers + group.first_layer;
+  for (int64_t l = threadIdx.x; l < group.num_layers; l += kThreads) {
+    layers[group.first_layer + l].nonfinite = kNoIndex;
+    layers[group.first_layer + l].cut = rows[l].n;
+  }
+  uint64_t* const own = bins_of(space, groups, gridDim.x, blockIdx.x, num_chunks, num_counting);
+  for (int64_t b = threadIdx.x; b < kBins; b += kThreads) own[b] = 0;
+  uint64_t lo = group.lo, hi = group.hi;
+  if (hi == 0) {
+    const SampleBins<Key> bins(infinity);
+    for (int64_t b = threadIdx.x; b < kMostBins; b += kThreads) hist[b] = 0;
+    if (threadIdx.x < 2) edges[threadIdx.x] = threadIdx.x == 0 ? Key(0) : static_cast<Key>(infinity + 1);
+    __syncthreads();
+
+    // Eights at pseudo-random places of evenly spread chunks: in step with no period of the weights. All that a thread
+    // asks for at a time is under way together.
+    constexpr int kAtOnce = 32 / sizeof(Key);
+    const bool is_large = group.n >= kLargeSampleFrom || space.capacity < kShortLists;
+    const int64_t most = is_large ? kLargeSampleEights : kSampleEights;
+    const int64_t share = group.n / kEach / kSampleShare + 1;
+    const int64_t eights = share < most ? share : most;
+    const uint64_t step = (static_cast<uint64_t>(group.num_chunks) << 32) / static_cast<uint64_t>(eights);
+    unsigned sampled = 0, pruned = 0;
+    for (int64_t first = threadIdx.x; first < eights; first += kAtOnce * kThreads) {
+      Key raw[kAtOnce][kEach];
+      unsigned bits[kAtOnce];
+#pragma unroll
+      for (int u = 0; u < kAtOnce; ++u) {
+        const uint64_t e = static_cast<uint64_t>(first) + u * kThreads;
+        const bool is_one = static_cast<int64_t>(e) < eights;
+        const int64_t chunk = group.first_chunk + (is_one ? static_cast<int64_t>(e * step >> 32) : 0);
+        const LayerRow& row = rows[row_of(rows, group.num_layers, chunk)];
+        const int64_t start = (chunk - row.first_chunk) * kChunk;
+        uint64_t random = (e + 1) * 0x9e3779b97f4a7c15ull;
+        random = (random ^ random >> 29) * 0xbf58476d1ce4e5b9ull >> 32;
+        const int64_t num_eights = (size_of_chunk(row.n, start) + kEach - 1) / kEach;
+        const int64_t i = start + static_cast<int64_t>(random * static_cast<uint64_t>(num_eights) >> 32) * kEach;
+        const int count = is_one ? count_from(i, row.n) : 0;
+        bits[u] = load_bits(pointer<const uint8_t>(row.mask), i, count);
+        load8(pointer<const Key>(row.weights) + i, count, raw[u]);
+        sampled += count;
+        pruned += count - count_bits(bits[u]);
+      }
+#pragma unroll
+      for (int u = 0; u < kAtOnce; ++u) {
+#pragma unroll
+        for (int j = 0; j < kEach; ++j) {
+          if (bits[u] >> j & 1) atomicAdd(&hist[bins.bin(magnitude_key(raw[u][j], infinity))], 1u);
+        }
+      }
+    }
+    sampled = block_sum(sampled);
+    pruned = block_sum(pruned);  // and all of hist is there
+
+    const float wanted = static_cast<float>(static_cast<double>(group.num_prune) / static_cast<double>(group.n));
+    const float rank = wanted * static_cast<float>(sampled);
+    const float half = 2.0f + (gridDim.x < kMany ? kDeviations : kDeviationsOfMany) * sqrtf(rank * (1.0f - wanted));
+    unsigned counts[kPerThread], sum = 0, total;
+#pragma unroll
+    for (int b = 0; b < kPerThread; ++b) sum += counts[b] = hist[threadIdx.x * kPerThread + b];
+    const unsigned before = pruned + block_scan(sum, total);
+    const Key largest = static_cast<Key>(infinity + 1);
+    for (int side = 0; side < 2; ++side) {
+      const float edge = side == 0 ? rank - half : rank + half;
+      if (edge < static_cast<float>(pruned) || edge >= static_cast<float>(sampled)) continue;
+      const Crossing crossing(counts, before, static_cast<unsigned>(edge));
+      if (crossing.bin < 0) continue;
+      // As if the keys of a bin were evenly spread in it: bins are wider than brackets are to be.
+      const Key lower = bins.lower(crossing.bin), upper = bins.upper(crossing.bin, largest);
+      const bool is_bounded = crossing.bin > 0 && crossing.bin < kMostBins - 1;
+      const unsigned from = static_cast<unsigned>(edge) - crossing.before;
+      const auto at = [&](unsigned k) {
+        return static_cast<Key>(static_cast<double>(upper - lower) * k / crossing.count);
+      };
+      edges[side] = side == 0    ? is_bounded ? static_cast<Key>(lower + at(from)) : lower
+                    : is_bounded ? static_cast<Key>(lower + at(from + 1))
+                                 : upper;
+    }
+    __syncthreads();
+    lo = edges[0];
+    hi = edges[1];
+    if (rank + half < static_cast<float>(pruned)) hi = bins.upper(0, largest);  // all that is wanted is pruned
+  }
+  if (threadIdx.x > 0) return;
+  group.lo = lo;
+  group.hi = hi;
+  group.shift = shift_of(lo, hi);
+  group.mode = kRead;
+  group.passes = group.below = group.pruned = group.overflow = group.listed = group.blocks_done = 0;
+}
+
+}  // namespace gmp::cuda::kernels

@@ -1,0 +1,158 @@
+// Of the weights that tie with a threshold, the one from which on they go.
+#pragma once
+
+#include "select.cuh"
+
+namespace gmp::cuda::kernels {
+
+// Where a running sum of counts first exceeds `rank`, which is less than their sum; the whole block comes here. Gives
+// the position, and takes what comes before it from the rank; -1 if the sum is no larger.
+template <typename CountAt>
+__device__ int64_t find_crossing(int64_t size, int64_t& rank, CountAt count_at) {
+  __shared__ int64_t crossing, left;
+  constexpr int kCounts = 8;  // of each thread at a time
+  if (threadIdx.x == 0) crossing = -1;
+  __syncthreads();
+  for (int64_t first = 0; crossing < 0 && first < size; first += kCounts * kThreads) {
+    const int64_t own = first + threadIdx.x * kCounts;
+    int64_t counts[kCounts], sum = 0, total;
+#pragma unroll
+    for (int c = 0; c < kCounts; ++c) sum += counts[c] = own + c < size ? count_at(own + c) : 0;
+    int64_t before = block_scan(sum, total);
+#pragma unroll
+    for (int c = 0; c < kCounts; ++c) {
+      if (before <= rank && rank < before + counts[c]) {
+        crossing = own + c;
+        left = rank - before;
+      }
+      before += counts[c];
+    }
+    rank -= total;
+    __syncthreads();
+  }
+  const int64_t found = crossing;
+  if (found >= 0) rank = left;
+  __syncthreads();  // both are used again
+  return found;
+}
+
+// Which of the 64 weights from `begin` on, or fewer, tie.
+template <typename Key>
+__device__ uint64_t ties_of(const LayerRow& layer, int64_t begin, Key threshold, Key infinity) {
+  const int64_t left = layer.n - begin;
+  const int size = left < 0 ? 0 : left < 64 ? static_cast<int>(left) : 64;
+  uint64_t ties = 0;
+#pragma unroll 2
+  for (int e = 0; e < 64 / kEach; ++e) {
+    Key raw[kEach];
+    load8(pointer<const Key>(layer.weights) + begin + e * kEach, count_from(e * kEach, size), raw);
+#pragma unroll
+    for (int j = 0; j < kEach; ++j) {
+      ties |= static_cast<uint64_t>(magnitude_key(raw[j], infinity) == threshold) << (e * kEach + j);
+    }
+  }
+  return ties & load_word(pointer<const uint8_t>(layer.mask), begin, size);
+}
+
+// The last block of a group: the block, the chunk and the weight from which on ties go.
+template <typename Key>
+__device__ void place_cut(LayerRow* layers, const GroupRow& group, const unsigned* block_ties,
+                          const unsigned* tie_counts, int64_t num_chunks, Key infinity) {
+  static_assert(kChunk == 64 * kThreads);
+  int64_t rank = group.num_ties_kept;
+  const int64_t first_block = block_of(group.first_chunk, num_chunks);
+  const auto first_of = [&](int64_t block) {  // of the group's chunks
+    const int64_t first = first_chunk_of(first_block + block, num_chunks);
+    return first < group.first_chunk ? group.first_chunk : first;
+  };
+  const int64_t block = find_crossing(num_blocks_of(group, num_chunks), rank,
+                                      [&](int64_t b) { return int64_t{__ldcg(&block_ties[first_of(b)])}; });
+  if (block < 0) return;  // the weights have changed meanwhile
+  const int64_t first = first_of(block);
+  const int64_t until = first_chunk_of(first_block + block + 1, num_chunks), end = group.first_chunk + group.num_chunks;
+  const int64_t found = find_crossing((until < end ? until : end) - first, rank,
+                                      [&](int64_t c) { return int64_t{__ldcg(&tie_counts[first + c])}; });
+  if (found < 0) return;
+  const int64_t chunk = first + found;
+  const LayerRow* const rows = layers + group.first_layer;
+  const int64_t l = row_of(rows, group.num_layers, chunk);
+  const LayerRow& row = rows[l];
+  const int64_t begin = (chunk - row.first_chunk) * kChunk + threadIdx.x * 64;
+  uint64_t ties = ties_of(row, begin, static_cast<Key>(group.key), infinity);
+  int64_t total;
+  const int64_t before = block_scan(static_cast<int64_t>(count_word(ties)), total);
+  if (before <= rank && rank < before + count_word(ties)) {
+    for (int64_t skip = rank - before; skip > 0; --skip) ties &= ties - 1;
+    layers[group.first_layer + l].cut = begin + lowest_of(ties);
+  }
+  for (int64_t other = threadIdx.x; other < group.num_layers; other += kThreads) {
+    if (other < l) layers[group.first_layer + other].cut = rows[other].n;
+  }
+}
+
+// How many weights of the chunk that begins at `begin` tie; a warp comes here.
+template <typename Key>
+__device__ __forceinline__ unsigned ties_in(const LayerRow& layer, int64_t begin, Key threshold, Key infinity) {
+  const Key* const weights = pointer<const Key>(layer.weights) + begin;
+  const uint8_t* const mask = layer.mask == 0 ? nullptr : pointer<const uint8_t>(layer.mask) + begin / 8;
+  const int size = size_of_chunk(layer.n, begin);
+  unsigned matches = 0;
+  for (int i = static_cast<int>(threadIdx.x % kWarpSize) * kEach; i < size; i += kTouchedBy) {
+    const int there = count_from(i, size);
+    const unsigned bits = load_bits(mask, i, there);
+    Key raw[kEach] = {};
+    load8(weights + i, bits != 0 ? there : 0, raw);
+#pragma unroll
+    for (int j = 0; j < kEach; ++j) matches += (bits >> j & 1) && magnitude_key(raw[j], infinity) == threshold;
+  }
+  return matches;
+}
+
+template <typename Key>
+__global__ void __launch_bounds__(kThreads, kReaders)
+    ties(LayerRow* layers, GroupRow* groups, int64_t num_groups, int64_t num_chunks, Workspace space, Key infinity) {
+  unsigned* const tie_counts = pointer<unsigned>(space.tie_counts);
+  for_each_run(groups, num_groups, num_chunks, [&](int g, int first, int last) {
+    GroupRow& group = groups[g];
+    if (group.num_ties_kept == 0) return;
+    const Key threshold = static_cast<Key>(group.key);
+    unsigned sum = 0;  // no GPU has memory for more weights to the block
+    const auto leave = [&](int chunk, unsigned matches) {
+      matches = warp_sum(matches);
+      if (threadIdx.x % kWarpSize != 0) return;
+      tie_counts[chunk] = matches;
+      sum += matches;
+    };
+    if (group.listed == kCounts) {
+      const Key* const counts = pointer<const Key>(space.lists) + (group.key - group.lo);
+      for (int chunk = first + static_cast<int>(threadIdx.x); chunk < last; chunk += kThreads) {
+        tie_counts[chunk] = load1(counts + chunk * space.capacity);
+        sum += tie_counts[chunk];
+      }
+    } else if (group.listed == kKeys) {
+      unsigned matches[kLists] = {};
+      for_each_listed<Key>(
+          space, first, last, [&](Key key, int l) { matches[l] += key == threshold; },
+          [&](int chunk, int l) {
+            leave(chunk, matches[l]);
+            matches[l] = 0;
+          });
+    } else {
+      const LayerRow* const rows = layers + group.first_layer;
+      for (int chunk = first + static_cast<int>(threadIdx.x / kWarpSize); chunk < last; chunk += kWarps) {
+        const LayerRow& layer = rows[row_of(rows, group.num_layers, chunk)];
+        leave(chunk, ties_in(layer, (chunk - layer.first_chunk) * kChunk, threshold, infinity));
+      }
+    }
+    // The lists have been read: the size of the first one of this block makes place for what it has found.
+    sum = block_sum(sum);
+    unsigned* const block_ties = pointer<unsigned>(space.list_counts);
+    if (threadIdx.x == 0) block_ties[first] = sum;
+    if (is_last_block(&group.blocks_done, num_blocks_of(group, num_chunks))) {
+      place_cut<Key>(layers, group, block_ties, tie_counts, num_chunks, infinity);
+    }
+    __syncthreads();
+  });
+}
+
+}  // namespace gmp::cuda::kernels
