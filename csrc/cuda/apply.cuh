@@ -128,7 +128,7 @@ __device__ __forceinline__ void apply_touched(Key* weights, uint8_t* mask, const
 
 // `out` says where the new bits of each layer go, if they go anywhere. Nothing is written if *stop is set.
 template <typename Key>
-__global__ void GMP_REGISTERS(80, (sizeof(Key) == 8 ? 96 : 80))
+__global__ void __launch_bounds__(kThreads, kReaders)
     apply(LayerRow* layers, int64_t num_layers, int64_t num_chunks, const GroupRow* groups, const uint64_t* out,
           const int64_t* stop, Key infinity) {
   __shared__ uint16_t places[kTogether * kChunk / kEach];

@@ -21,16 +21,6 @@ static_assert(kChunk % (4 * kTile) == 0, "whole chunks are read several tiles at
 // Blocks of the kernels that read weights which a multiprocessor holds at once, and so the size of the grids.
 inline constexpr unsigned kReaders = 3;
 
-// A kernel whose threads get so many registers on sm_90, or so many elsewhere, few enough for kReaders blocks. That
-// alone would let the compiler take more than it needs; and with fewer it would spill some.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ != 900
-#define GMP_REGISTERS(on_sm_90, elsewhere) __maxnreg__(elsewhere)
-#elif defined(__CUDACC__)
-#define GMP_REGISTERS(on_sm_90, elsewhere) __maxnreg__(on_sm_90)
-#else
-#define GMP_REGISTERS(on_sm_90, elsewhere)
-#endif
-
 #if defined(__CUDACC__)
 inline constexpr bool kOnDevice = true;
 #else

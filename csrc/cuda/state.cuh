@@ -43,7 +43,7 @@ __device__ void repack_chunk(const RepackRow& row, int64_t begin, int64_t end) {
   }
 }
 
-__global__ void GMP_REGISTERS(48, 48) repack(const RepackRow* rows, int64_t num_rows, int64_t num_chunks) {
+__global__ void __maxnreg__(48) repack(const RepackRow* rows, int64_t num_rows, int64_t num_chunks) {
   for_each_chunk(rows, num_rows, num_chunks, [&](int64_t r, int64_t, int64_t begin, int64_t end) {
     if (rows[r].value_bytes == 4) {
       repack_chunk<uint32_t>(rows[r], begin, end);

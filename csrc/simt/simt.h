@@ -18,6 +18,7 @@
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __maxnreg__(...)
 #define __grid_constant__
 // One host thread runs one block at a time. What a block finds in it is whatever the last one left, as on a GPU.
 #define __shared__ static thread_local
