@@ -122,7 +122,7 @@ def test_a_row_that_fails_is_told_and_the_next_is_measured(told) -> None:
 def test_the_profile_goes_through_every_call(told) -> None:
     assert profile.main([*SIMT, "--shrink", "4000000"]) == 0
     names = [fact["profiled"] for fact in told()]
-    assert names[:2] == ["prune fp32", "prune bf16"] and "AdamW, 291 tensors" in names and len(names) == 9
+    assert names[:2] == ["prune fp32", "prune bf16"] and "AdamW, 291 tensors" in names and len(names) == 11
 
 
 NCU_CSV = """==PROF== Connected to process 1234

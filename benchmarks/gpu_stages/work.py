@@ -25,6 +25,8 @@ class Work:
         self.large: dict[str, Callable[[], Timed]] = {
             "prune fp32": partial(self._prune, large),
             "prune bf16": partial(self._prune, large, torch.bfloat16),
+            "prune fp32, 0.88 to 0.9": partial(self._prune, large, before=0.88),
+            "prune bf16, 0.88 to 0.9": partial(self._prune, large, torch.bfloat16, before=0.88),
             "AdamW 0": partial(self._adamw, large, 0.0),
             "AdamW 0.9": partial(self._adamw, large, 0.9),
             "AdamW compact 0.9": partial(self._adamw, large, 0.9, True),
@@ -44,11 +46,17 @@ class Work:
     def _weights(self, sizes: Sequence[int], dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
         return [torch.randn(max(1, n // self._shrink), device=self._device).to(dtype) for n in sizes]
 
-    def _prune(self, sizes: Sequence[int], dtype: torch.dtype = torch.float32) -> Timed:
+    def _prune(self, sizes: Sequence[int], dtype: torch.dtype = torch.float32, before: float = 0.0) -> Timed:
         weights = self._weights(sizes, dtype)
-        dense = [weight.clone() for weight in weights]
-        restore = partial(torch._foreach_copy_, weights, dense)
-        return Timed(partial(prune_, weights, sparsity=0.9, backend=self._backend), restore)
+        masks = prune_(weights, sparsity=before, backend=self._backend).masks if before else None
+        tensors = [*weights, *(mask.packed for mask in masks or [])]
+        saved = [tensor.clone() for tensor in tensors]
+
+        def restore() -> None:
+            for tensor, old in zip(tensors, saved, strict=True):
+                tensor.copy_(old)
+
+        return Timed(partial(prune_, weights, sparsity=0.9, masks=masks, backend=self._backend), restore)
 
     def _adamw(self, sizes: Sequence[int], sparsity: float, compact: bool = False) -> Timed:
         params = [nn.Parameter(weight) for weight in self._weights(sizes)]
