@@ -1,0 +1,44 @@
+"""How long the lists are that a selection keeps of the keys in its bracket, and what they hold (csrc/cuda/count.cuh)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import simt_extension
+
+from gmp_kernels import checks, magnitude_threshold, prune_
+from gmp_kernels.backends import Layer, _selection_tables
+from gmp_kernels.backends._selection_tables import Template
+from gmp_kernels.testing import assert_same_pruning
+
+_simt = simt_extension()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_keys_of_16_bits_are_counted_where_lists_of_them_would_overflow(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    """Of many layers, each has room for few keys of so many that are alike."""
+    generator = torch.Generator().manual_seed(0)
+    layers = [(torch.randn(5 * 16384, generator=generator) * 0.02).to(dtype) for _ in range(4)]
+    monkeypatch.setattr(_selection_tables, "MEMORY_BYTES", 17_000)
+    checks.forget()
+    taken = Template(_simt, 4, [Layer(layer, None) for layer in layers], is_global=False, selects=True, prunes=True)
+    assert 64 < taken.capacity < 200 < 0.014 * 16384
+    _simt.take_traffic()
+    prune_(layers, sparsity=0.9, backend="simt")
+    moved = sum(row[2] + row[3] for row in _simt.take_traffic())
+    # Two reads, new weights and masks, samples and the chunks of the cuts; lists that overflow cost one more read.
+    assert moved / sum(layer.numel() for layer in layers) < 2 + 2 + 2.125 + 0.8
+    assert_same_pruning(layers, num_prune=[80_000] * 4, backend="simt")
+
+
+@pytest.mark.parametrize("std", [0.017, 0.02, 0.03, 1.0])
+def test_lists_are_as_short_as_the_sample_allows(std: float) -> None:
+    """Bins of the sample are wider than the bracket: where in them it ends is interpolated."""
+    n = 1 << 20
+    weight = torch.randn(n, generator=torch.Generator().manual_seed(0)) * std
+    _simt.take_traffic()
+    magnitude_threshold(weight, round(0.9 * n), backend="simt")
+    (listed,) = (row[3] / weight.itemsize / n for row in _simt.take_traffic() if "count<" in row[0])
+    assert 0.012 < listed < 0.017  # 6 standard deviations of a rank among 16384
