@@ -31,9 +31,10 @@ struct SampleBins {
     base = bias > below_one ? static_cast<Key>((bias - below_one) << mantissa) : Key(0);
     shift = mantissa - resolution;
   }
-  __device__ int64_t bin(Key key) const {
-    const int64_t d = key < base ? 0 : static_cast<int64_t>(static_cast<Key>(key - base) >> shift);
-    return d < kMostBins ? d : kMostBins - 1;
+  __device__ int bin(Key key) const {
+    constexpr Key kLast = static_cast<Key>(kMostBins - 1);
+    const Key d = key < base ? Key(0) : static_cast<Key>(static_cast<Key>(key - base) >> shift);
+    return static_cast<int>(d < kLast ? d : kLast);
   }
   __device__ Key lower(int64_t bin) const {
     return bin == 0 ? Key(0) : static_cast<Key>(base + (static_cast<Key>(bin) << shift));
