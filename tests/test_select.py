@@ -75,6 +75,22 @@ def test_larger_than_the_caches(kernels: str, dtype: torch.dtype) -> None:
         assert_same_pruning([weights[name]], backend=kernels, offset=1, **request)
 
 
+@pytest.mark.parametrize("share", [0.02, 0.1, 0.5, 1.0])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_threshold_may_be_nan(kernels: str, dtype: torch.dtype, share: float) -> None:
+    """And then the bracket lies among bit patterns that all are the same key."""
+    for n in (1000, 40_000):
+        generator = torch.Generator().manual_seed(n)
+        weight = torch.randn(n, generator=generator).to(dtype)
+        weight[torch.rand(n, generator=generator) < share] = math.nan
+        weight[torch.rand(n, generator=generator) < share / 10] = math.inf
+        weight.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize])[weight.isnan()] += torch.randint(
+            0, 2, (int(weight.isnan().sum()),), generator=generator
+        )
+        for num_prune in {n // 2, round(n * (1 - share / 2)), round(n * (1 - share)), n - 1}:
+            assert_same_pruning([weight], backend=kernels, num_prune=num_prune, nonfinite="keep")
+
+
 @st.composite
 def requests(draw: st.DrawFn) -> tuple[list[torch.Tensor], dict]:
     """A call of ``prune_`` without the backend."""

@@ -31,7 +31,7 @@ from gmp_kernels.backends._selection_tables import SelectionTables, Template
 from gmp_kernels.backends._tables import put
 from gmp_kernels.keys import key_of, largest_key
 from gmp_kernels.optim import AdamW
-from gmp_kernels.testing import adversarial_cases, assert_bitwise_equal, assert_same_pruning, device_of
+from gmp_kernels.testing import DTYPES, adversarial_cases, assert_bitwise_equal, assert_same_pruning, device_of
 
 _simt = simt_extension()
 SIMT = ROOT / "csrc/simt"
@@ -227,6 +227,12 @@ def test_the_workspace_keeps_to_the_memory_promised(dtype: torch.dtype) -> None:
             ]
             # Less than the 4 MB promised, of which torch's allocator takes some.
             assert workspace_of(layers) <= 0.05 * max(layer.weight.nbytes for layer in layers) + 3 * 2**20
+
+
+def test_layers_of_several_dtypes_share_the_memory_promised() -> None:
+    for number in (1, 200, 396):
+        layers = [Layer(torch.empty(16384, dtype=dtype), None) for dtype in DTYPES for _ in range(number)]
+        assert workspace_of(layers) <= 0.05 * 16384 * 8 + 3 * 2**20
 
 
 def test_apply_writes_only_what_changes() -> None:

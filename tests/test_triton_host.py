@@ -28,7 +28,7 @@ from gmp_kernels.backends import (
 from gmp_kernels.backends._triton_search import MEMORY_BYTES, MEMORY_SHARE
 from gmp_kernels.backends.triton import Triton
 from gmp_kernels.optim import AdamW, clip_grad_norm_, ema_update_
-from gmp_kernels.testing import assert_bitwise_equal, device_of
+from gmp_kernels.testing import DTYPES, assert_bitwise_equal, device_of
 
 DEVICE = device_of("triton")
 
@@ -216,15 +216,15 @@ def test_squares_are_summed_to_a_tensor_on_the_device() -> None:
     [[2**24], [2**28], [2**20] * 40, [20_000] * 1000, [64] * 10_000, [2**16] * 291, [2**26, *[2**25] * 60]],
     ids=["one", "large", "forty", "thousand", "tiny", "many", "language_model"],
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtypes", [(torch.float32,), (torch.bfloat16,), DTYPES], ids=str)
 def test_a_selection_stays_within_its_memory(
-    idle: Triton, monkeypatch: pytest.MonkeyPatch, sizes: list[int], dtype: torch.dtype
+    idle: Triton, monkeypatch: pytest.MonkeyPatch, sizes: list[int], dtypes: tuple[torch.dtype, ...]
 ) -> None:
     monkeypatch.setattr(_triton_tables, "BLOCK", 2048)  # as on a GPU, where chunks are many
     monkeypatch.setattr(_triton_search, "BLOCK", 2048)
     monkeypatch.setattr(_triton_search, "MAX_CAPACITY", 128)
-    layers = layers_of(*sizes, dtype=dtype)
-    for scope in (len(sizes), 1):
+    layers = [layer for i, n in enumerate(sizes) for layer in layers_of(n, dtype=dtypes[i % len(dtypes)])]
+    for scope in (len(sizes), 1) if len(dtypes) == 1 else (len(sizes),):
         with Operations() as operations:
             found = idle.select(layers, [1] * scope, [None] * scope)
             idle.prune(layers, found, [layer.mask for layer in layers], finite=True)

@@ -40,7 +40,9 @@ struct SampleBins {
     return bin == 0 ? Key(0) : static_cast<Key>(base + (static_cast<Key>(bin) << shift));
   }
   __device__ Key upper(int64_t bin, Key largest) const {
-    return bin == kMostBins - 1 ? largest : static_cast<Key>(lower(bin + 1) - 1);
+    if (bin == kMostBins - 1) return largest;
+    const Key last = static_cast<Key>(lower(bin + 1) - 1);
+    return last < largest ? last : largest;  // that of NaN: the bin goes on to bit patterns that are no keys
   }
 };
 

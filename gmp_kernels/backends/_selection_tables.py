@@ -52,7 +52,6 @@ class Part(NamedTuple):
     start: int
     num_groups: int
     num_chunks: int
-    bins: int  # where they begin among all
     lists: tuple[int, int, int]  # where candidates and both counts per chunk begin in the buffer, in bytes
 
     def layers(self, rows: Integers) -> Integers:
@@ -131,7 +130,6 @@ class Template:
             lists = -(-used // 8) * 8
             counts = lists + num_chunks * self.capacity * dtype.itemsize
             counts = -(-counts // 4) * 4
-            bins = -(-(counts + 8 * num_chunks) // 8) * 8
             part = Part(
                 dtype,
                 name,
@@ -139,11 +137,10 @@ class Template:
                 start,
                 1 if is_global else len(positions),
                 num_chunks,
-                bins,
                 (lists, counts, counts + 4 * num_chunks),
             )
             if selects:
-                used = bins + 8 * self._num_bins(part.num_groups)
+                used = counts + 8 * num_chunks
             rows, groups = part.layers(self.rows), part.groups(self.rows)
             rows[:, LayerField.WEIGHTS] = [element_address(layers[i].weight) for i in positions]
             rows[:, LayerField.MASK] = [masks[i] for i in positions]
@@ -161,7 +158,9 @@ class Template:
                 groups[:, GroupField.NUM_CHUNKS] = own_chunks
             self.parts.append(part)
             start += rows.size + groups.size
-        self.num_words = -(-used // 8)
+        # One part after the other counts in these, and clears them first.
+        self.bins = -(-used // 8) * 8
+        self.num_words = self.bins // 8 + (self._num_bins(num_groups) if selects else 0)
         # Where the new bits go, part by part: to the masks, unless there are none.
         self.out_start = start
         self.rows[start:] = [masks[i] for part in self.parts for i in part.positions]
@@ -240,7 +239,7 @@ class SelectionTables(Selections):
             layers + 8 * LayerField.COUNT * len(part.positions),
             part.num_groups,
             part.num_chunks,
-            *[self.address + place for place in (part.bins, *part.lists)],
+            *[self.address + place for place in (self.template.bins, *part.lists)],
             self.template.capacity,
             self.address,
         )

@@ -107,6 +107,11 @@ class Part(NamedTuple):
         return -(-self.table.num_chunks // self.run)
 
     @property
+    def table_bytes(self) -> int:
+        """Of what was uploaded, and stays."""
+        return int(self.table.rows.nbytes + self.table.owners.nbytes + self.group_table.nbytes)
+
+    @property
     def work_size(self) -> int:
         """Numbers that a selection adds up: bins and counters of each group, and the ties of each segment."""
         bins = len(self.groups) * ((1 << self.bin_bits) + COUNTERS * self.group_slots)
@@ -118,15 +123,25 @@ def parts_of(layers: Sequence[Layer], *, is_global: bool) -> list[Part]:
     by_dtype: dict[torch.dtype, list[int]] = {}
     for i, layer in enumerate(layers):
         by_dtype.setdefault(layer.weight.dtype, []).append(i)
-    largest = max(layer.weight.nbytes for layer in layers)
+    num_groups = len(by_dtype) if is_global else len(layers)
     parts: list[Part] = []
     for positions in by_dtype.values():
-        part = _part([layers[i] for i in positions], positions, is_global, largest, parts[-1].end if parts else 1)
-        parts.append(part)
-    return parts
+        own = [layers[i] for i in positions]
+        parts.append(_part(own, positions, is_global, num_groups, parts[-1].end if parts else 1))
+    # Lists get what memory the rest leaves; one part after the other has them.
+    left = int(MEMORY_SHARE * max(layer.weight.nbytes for layer in layers)) + MEMORY_BYTES - 32 * len(layers)
+    left -= 8 * (parts[-1].end + sum(part.work_size for part in parts)) + sum(part.table_bytes for part in parts)
+    return [part._replace(capacity=_capacity(part, left)) for part in parts]
 
 
-def _part(layers: Sequence[Layer], positions: list[int], is_global: bool, largest: int, start: int) -> Part:
+def _capacity(part: Part, memory: int) -> int:
+    """Keys that the list of a chunk has room for."""
+    chunks = part.table.num_chunks
+    return max(0, min(MAX_CAPACITY, (memory - 4 * chunks) // (chunks * part.dtype.itemsize)))
+
+
+def _part(layers: Sequence[Layer], positions: list[int], is_global: bool, num_groups: int, start: int) -> Part:
+    """Lay out a part of a call that has so many groups in all, but for its lists."""
     weights = [layer.weight for layer in layers]
     device, dtype = weights[0].device, weights[0].dtype
     numels = [weight.numel() for weight in weights]
@@ -142,8 +157,8 @@ def _part(layers: Sequence[Layer], positions: list[int], is_global: bool, larges
         group_rows.append([offset, indices[0], len(indices), row_bits, first_chunk, chunks])
         first_chunk += chunks
     table = table_of(numels, fields, device)
-    bin_bits = max(2, min(MAX_BIN_BITS, (MAX_BINS // len(members)).bit_length() - 1))
-    part = Part(
+    bin_bits = max(2, min(MAX_BIN_BITS, (MAX_BINS // num_groups).bit_length() - 1))
+    return Part(
         positions,
         [0] if is_global else positions,
         members,
@@ -161,11 +176,6 @@ def _part(layers: Sequence[Layer], positions: list[int], is_global: bool, larges
         0,
         start,
     )
-    # Lists get what memory the rest leaves.
-    tables = table.rows.nbytes + table.owners.nbytes + part.group_table.nbytes + 32 * len(layers)
-    left = MEMORY_SHARE * largest + MEMORY_BYTES - 8 * (part.work_size + part.end) - tables - 4 * table.num_chunks
-    capacity = int(left) // (table.num_chunks * dtype.itemsize)
-    return part._replace(capacity=max(0, min(MAX_CAPACITY, capacity)))
 
 
 class FoundSelections(Selections):
