@@ -57,8 +57,8 @@ def test_whatever_there_is_no_memory_for_nothing_changes(
         for weight, was in zip(weights, before, strict=True):
             assert_bitwise_equal(weight, was)
         assert all(mask.num_kept == mask.numel for mask in masks or [])
-    # Bins and the rest; without masks two of those, and where their bits are.
-    assert failed == (2 if given else 5)
+    # The tables and all that comes with them; without masks two of those, and where their bits are.
+    assert failed == (1 if given else 4)
 
 
 def test_a_step_that_there_is_no_memory_for_leaves_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
