@@ -2,9 +2,10 @@
 //
 //   begin  a sample of each group's keys gives the bracket [lo, hi], unless the caller did
 //   count  the first one reads every weight once: how many keys lie below the bracket, a histogram of those inside, and
-//          the keys themselves in a short list per chunk. The last block of a group checks the proof,
-//          below < wanted <= below + inside, and narrows the bracket to the bin with the wanted key. Further ones read
-//          the lists; where the proof failed or a list overflowed, all weights again; where all is done, nothing.
+//          the keys themselves in a short list per chunk, or, of 16-bit keys in a narrow bracket, how often each is
+//          there. The last block of a group checks the proof, below < wanted <= below + inside, and narrows the bracket
+//          to the bin with the wanted key. Further ones read the lists; where the proof failed or a list overflowed,
+//          all weights again; where all is done, nothing.
 //   ties   finds the index at which the tied weights that stay end
 //
 // Nothing here depends on the order in which blocks run: all sums are of integers, lists are used as sets.
