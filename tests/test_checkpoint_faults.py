@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import resource
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -246,6 +247,29 @@ def test_where_two_folders_cannot_be_swapped_in_one_step(tmp_path: Path, monkeyp
     PruneJob(folder, tmp_path / "out", sparsity=0.9, force=True).run()
     assert contents(tmp_path / "out") == contents(tmp_path / "other")
     assert names_in(tmp_path) == ["in", "other", "out"]
+
+
+@pytest.mark.parametrize("removed", ["nothing", "half"])
+def test_the_output_replaced_stays_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, removed: str) -> None:
+    """A run that ends while it clears away the old output does not put it back when it is resumed."""
+    source, target = write_folder(tmp_path / "in", model_tensors()), tmp_path / "out"
+    PruneJob(source, target, sparsity=0.9).run()
+    job = PruneJob(source, target, sparsity=0.5, force=True)
+    remove = shutil.rmtree
+
+    def stop(folder: Path, **_: object) -> None:
+        if removed == "half":
+            next(iter((folder / "files").glob("*.safetensors"))).unlink()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", stop)
+    with pytest.raises(KeyboardInterrupt):
+        job.run()
+    monkeypatch.setattr(shutil, "rmtree", remove)
+    expected = contents(target)
+    assert expected != {} and names_in(tmp_path) == [".out.partial", "in", "out"]
+    PruneJob(source, target, sparsity=0.5, force=True).run(resume=True)
+    assert contents(target) == expected and names_in(tmp_path) == ["in", "out"]
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from gmp_kernels.errors import OutputError, StateError
 
 __all__ = ["Staging", "check_target", "output_errors"]
 
+RUN = "run.json"
 AT_FDCWD = -100
 RENAME_EXCHANGE = 2
 
@@ -111,7 +112,7 @@ class Staging:
         with output_errors(self.target):
             self.folder.mkdir(exist_ok=True)
             self._hold()
-            run = self.folder / "run.json"
+            run = self.folder / RUN
             if resume and run.exists():
                 _check_same(self.target, json.loads(run.read_text()), settings)
                 return
@@ -149,10 +150,17 @@ class Staging:
         with output_errors(self.target):
             for folder, _, _ in os.walk(self.files):
                 _sync(Path(folder))
-            for source, target in renames.items():
-                if (self.folder / source).exists():
-                    _rename(self.folder / source, target)
-                    _sync(target.parent)
+            for name, target in renames.items():
+                source = self.folder / name
+                if not source.exists():
+                    continue
+                if source.is_dir() and target.exists():
+                    # Once they are swapped, the old output lies here until it is removed. A run that was stopped
+                    # meanwhile must not take it for its own: without its settings it begins anew.
+                    (self.folder / RUN).unlink(missing_ok=True)
+                    _sync(self.folder)
+                _rename(source, target)
+                _sync(target.parent)
             shutil.rmtree(self.folder)
 
     def _hold(self) -> None:
