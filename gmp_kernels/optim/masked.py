@@ -133,8 +133,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
             Bits by which state is laid out have been written; and as ``set_masks``.
         """
         self.check_masks(masks)
-        tensors: list[torch.Tensor] = []
-        bits: list[BitMask] = []
+        tensors, bits = list[torch.Tensor](), list[BitMask]()
         for p, mask in masks.items():
             state = self.state.get(p, {})
             found = [p.detach(), *([state[MASTER]] if MASTER in state else [])]
