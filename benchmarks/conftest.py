@@ -1,4 +1,4 @@
-"""How pytest-benchmark runs one side of a case of the speed table."""
+"""Adapter by which pytest-benchmark runs one side of a case of the speed table."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""What the CUDA kernels cost, found without a GPU; writes ``results/cuda-static.json`` and ``results/cuda-static.md``.
+"""Costs of the CUDA kernels, found without a GPU; writes ``results/cuda-static.json`` and ``results/cuda-static.md``.
 
 ``python benchmarks/cuda_static.py`` counts launches and bytes with the host execution layer, which runs the kernels
 themselves and counts every load and store of device memory, in sectors of 32 bytes, one that a block meets again only
@@ -187,12 +187,12 @@ REPORT = re.compile(
 
 
 def parsed(report: str) -> list[dict[str, str]]:
-    """What ptxas says of every kernel."""
+    """Return what ptxas says of every kernel."""
     return [{key: value or "0" for key, value in match.groupdict().items()} for match in REPORT.finditer(report)]
 
 
 class Code(NamedTuple):
-    """What is counted in a kernel's machine code."""
+    """Counts from a kernel's machine code."""
 
     instructions: int
     loads_of_16_bytes: int

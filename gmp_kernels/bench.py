@@ -1,4 +1,4 @@
-"""What the speed table measures: every operation beside what one would use instead, in one run.
+"""Rows of the speed table: every operation beside what one would use instead, in one run.
 
 A row of the table is a ``Case``; a new one goes into the function of its kind, or a new kind into ``all_cases``.
 

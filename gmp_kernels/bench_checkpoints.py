@@ -1,4 +1,4 @@
-"""What the speed table measures on disk: a checkpoint pruned beside ``cp`` of it, and the memory that takes.
+"""Rows of the speed table on disk: a checkpoint pruned beside ``cp`` of it, and the memory that takes.
 
 Ours waits until the disk has everything, ``cp`` does not: the bound is the stricter for it, and on a slow disk it
 says more about the disk than about us. The input is read from the page cache on both sides.

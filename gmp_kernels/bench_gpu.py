@@ -1,4 +1,4 @@
-"""What the speed table measures on a GPU: every operation beside a copy of the bytes it must move, or beside torch.
+"""Rows of the speed table on a GPU: every operation beside a copy of the bytes it must move, or beside torch.
 
 A copy within the device is the floor: reading and writing so many bytes at the rate that memory has in this very run.
 Sizes are those of large models: on small tensors a GPU shows how long launches take, and little else.
@@ -127,7 +127,7 @@ def _model_cases(run: _Builder) -> list[Case]:
 
 
 def _rival_cases(run: _Builder) -> list[Case]:
-    """What people write instead: a loop over the tensors. Of 1e9 weights kthvalue takes minutes."""
+    """Rows beside what people write instead: a loop over the tensors. Of 1e9 weights kthvalue takes minutes."""
 
     def rows(what: str, name: str, before: float, rivals: Sequence[str], wall: bool = False) -> list[Case]:
         each = ", per layer" if name in MODELS else ""
@@ -277,7 +277,7 @@ class _Builder:
         return Timed(lambda: prune_(layers, sparsity=SPARSITY, masks=masks, backend=self._cuda), restore)
 
     def _masks(self, layers: Sequence[torch.Tensor], pruned_before: float) -> list[BitMask] | None:
-        """What a prune to ``pruned_before`` leaves, once the weights have been through it; None of no pruning."""
+        """Masks that a prune to ``pruned_before`` leaves, once the weights have been through it; None of no pruning."""
         return prune_(layers, sparsity=pruned_before, backend=self._cuda).masks if pruned_before else None
 
     def layers(self, model: str, pruned_before: float, shrink: int) -> Pair:

@@ -131,7 +131,7 @@ def plan(
 
 
 class Device(StrEnum):
-    """What the benchmarks run on."""
+    """Devices that the benchmarks run on."""
 
     CPU = "cpu"
     CUDA = "cuda"

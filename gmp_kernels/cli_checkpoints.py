@@ -39,7 +39,7 @@ WORDS = "Names of tensors or modules, globs, or re: and a regular expression; on
 
 
 class Scope(StrEnum):
-    """What is ranked together."""
+    """Sets of weights that are ranked together."""
 
     LAYER = "layer"
     GLOBAL = "global"

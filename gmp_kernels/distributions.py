@@ -1,4 +1,4 @@
-"""How many weights each layer gives up so that together they reach one sparsity."""
+"""Counts of weights that each layer gives up so that together they reach one sparsity."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a row of the speed table is, and how it is measured.
+"""Rows of the speed table, and their measurement.
 
 The two sides of a ``Case`` are run in turn (ours, baseline, ours, baseline, ...), so that whatever else happens on the
 machine happens to both, and compared by their medians. Ratios are always ours / baseline: below 1 ours is the faster or
@@ -161,7 +161,7 @@ class Result:
 
     @property
     def bytes_per_second(self) -> float | None:
-        """What ours would move if it moved no more than it must; None where that is not known."""
+        """Rate of ours if it moved no more than it must; None where that is not known."""
         return None if self.case.min_bytes is None else self.case.min_bytes / self.shrink / self.ours.median
 
     def to_dict(self) -> dict[str, Any]:
@@ -231,7 +231,7 @@ def _as_ratio(ratio: float) -> str:
 
 @dataclass(frozen=True)
 class Machine:
-    """What the numbers were measured on, and with.
+    """Machine and versions that numbers were measured with.
 
     Attributes
     ----------

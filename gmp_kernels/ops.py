@@ -32,7 +32,7 @@ NonFinite: TypeAlias = Literal["error", "keep"]
 
 
 class PruneResult(NamedTuple):
-    """What ``prune_`` did; every list has one entry per weight, in the order given.
+    """Result of ``prune_``; every list has one entry per weight, in the order given.
 
     Attributes
     ----------

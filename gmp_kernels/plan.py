@@ -41,7 +41,7 @@ def resnet50_layers() -> dict[str, tuple[int, ...]]:
 
 
 class Trace(NamedTuple):
-    """What is in force at each step, 0 to ``total_steps`` inclusive; the last entry is what the run leaves behind.
+    """Values in force at each step, 0 to ``total_steps`` inclusive; the last entry is what the run leaves behind.
 
     Attributes
     ----------

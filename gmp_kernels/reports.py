@@ -1,4 +1,4 @@
-"""What an update of the scheduler did, as plain numbers."""
+"""Reports of the updates of the scheduler, as plain numbers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["LayerReport", "StepReport"]
 
 @dataclass(frozen=True)
 class LayerReport:
-    """What one update did to one layer.
+    """Report of one update on one layer.
 
     Attributes
     ----------
@@ -39,7 +39,7 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one update did.
+    """Report of one update.
 
     Attributes
     ----------

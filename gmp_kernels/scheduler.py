@@ -303,7 +303,7 @@ class GMPScheduler:
         return list(batches.values())
 
     def _due(self) -> dict[str, int]:
-        """How many weights of which layers are to be pruned after the step that ``step_count`` numbers."""
+        """Return how many weights of which layers are to be pruned after the step that ``step_count`` numbers."""
         step = self.step_count
         num_prune: dict[str, int] = {}
         for group in self._groups:
@@ -314,7 +314,7 @@ class GMPScheduler:
         return {name: num_prune[name] for name in self._parameters if name in num_prune} if num_prune else {}
 
     def _counts(self, num_prune: Mapping[str, int], names: Sequence[str]) -> list[int]:
-        """What ``prune_`` is told for these layers, which are due now."""
+        """Return what ``prune_`` is told for these layers, which are due now."""
         if self._scope == "layer":
             return [num_prune[name] for name in names]
         return [round(self.schedule.sparsity_at(self.step_count) * self._num_weights(names))]

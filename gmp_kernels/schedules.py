@@ -34,7 +34,7 @@ __all__ = [
 
 
 class Schedule(ABC):
-    """What every schedule answers. Subclass it to write your own; the scheduler asks nothing else.
+    """Interface of every schedule. Subclass it to write your own; the scheduler asks nothing else.
 
     Attributes
     ----------

@@ -39,7 +39,7 @@ SIGMAS = 2  # a tie outside its window, one in twenty, costs a look at the whole
 
 
 class Counted(NamedTuple):
-    """What a round has found of one group of layers, all its pieces added up.
+    """Counts that a round has found of one group of layers, all its pieces added up.
 
     Attributes
     ----------
@@ -56,7 +56,7 @@ class Counted(NamedTuple):
 
 
 class Cut(NamedTuple):
-    """Where a group of layers is cut.
+    """Cut of a group of layers.
 
     Attributes
     ----------

@@ -87,7 +87,7 @@ class Region(NamedTuple):
 
 
 class Holding:
-    """Who holds what of one layer, and which of it this process does.
+    """Parts of one layer that processes hold, and which of it this process does.
 
     Attributes
     ----------

@@ -1,4 +1,4 @@
-"""What every table of the command line looks like."""
+"""Look of every table of the command line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which parameters of a model a list of names, patterns and module types means."""
+"""Parameters of a model that a list of names, patterns and module types means."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every backend is tested with: weights chosen to hurt, and comparisons down to the bit."""
+"""Tools that every backend is tested with: weights chosen to hurt, and comparisons down to the bit."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ GUARD = 7.0  # neither a weight that gets pruned to zero nor a byte of its bits 
 
 
 def device_of(backend: str) -> torch.device:
-    """Where tests keep the tensors that ``backend`` works on.
+    """Return the device where tests keep the tensors that ``backend`` works on.
 
     The first GPU for "cuda", and for "triton" unless its interpreter runs the kernels (``TRITON_INTERPRET``); the CPU
     for everything else.

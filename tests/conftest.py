@@ -1,4 +1,4 @@
-"""Which backends are tested, how many threads, and how much hypothesis tries."""
+"""Choice of the backends tested, of threads, and of how much hypothesis tries."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def host_backend(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="session")
 def device(backend: str) -> torch.device:
-    """Where the tensors of ``backend`` live."""
+    """Device where the tensors of ``backend`` live."""
     return device_of(backend)
 
 

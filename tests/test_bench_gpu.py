@@ -234,7 +234,7 @@ def test_the_host_is_ahead_of_a_gpu_that_times_itself(monkeypatch: pytest.Monkey
 
 
 def test_a_row_on_the_hosts_clock_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What ours launches takes 2 s of the device and 0.5 s of the host; what went before it is not ours."""
+    """The launches of ours take 2 s of the device and 0.5 s of the host; what went before it is not ours."""
     now, pending = 0.0, 0.0
 
     def synchronize() -> None:

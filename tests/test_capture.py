@@ -161,7 +161,7 @@ def test_graphs_captured_one_after_another_have_tables_of_their_own(runtime: Run
 def test_a_graph_repeated_on_the_same_gradients_uploads_again(
     runtime: Runtime, case: str, options: dict[str, Any], tables: int
 ) -> None:
-    """What an earlier step uploaded may be gone or changed when a graph is replayed: rows, and constants' columns."""
+    """The uploads of an earlier step may be gone or changed when a graph is replayed: rows, and constants' columns."""
     _, optimizer = started(case, **options)
     for count in range(_tables.Table.SPARES):
         with runtime.capture():

@@ -1,4 +1,4 @@
-"""What inspect reports is what torch counts on the loaded tensors; what it draws and writes says the same."""
+"""Tests that inspect reports what torch counts on the loaded tensors; what it draws and writes says the same."""
 
 from __future__ import annotations
 

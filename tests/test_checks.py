@@ -1,4 +1,4 @@
-"""What a call knows from an earlier one on the same tensors, and that it notices whatever has changed since."""
+"""Knowledge that a call has from an earlier one on the same tensors, and that it notices whatever has changed since."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which GPUs are compiled for, and where the runtime is found: with compilers of other versions and packagings."""
+"""GPUs that are compiled for, and the runtime that is found: with compilers of other versions and packagings."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ SHAPES = [(9, 5), (40,), (300,)]
 
 @pytest.fixture(params=["meta device", "float64", "bfloat16"])
 def defaults(request: pytest.FixtureRequest) -> Iterator[Callable[[], None]]:
-    """What sets other defaults; they are as before after the test."""
+    """Context that sets other defaults; they are as before after the test."""
     before = torch.get_default_dtype()
 
     def set_them() -> None:

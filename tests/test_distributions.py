@@ -1,4 +1,4 @@
-"""How one sparsity is divided among layers: totals to the last weight, and counts that never fall."""
+"""Division of one sparsity among layers: totals to the last weight, and counts that never fall."""
 
 import math
 from fractions import Fraction

@@ -33,7 +33,7 @@ INFO = stage("info", TELL + f"tell(machine={{'gpu': {GPU!r}, 'torch': 'torch 2.1
 
 
 class Run:
-    """What a run left behind."""
+    """Files and output that a run left behind."""
 
     def __init__(self, code: int, folder: Path) -> None:
         self.code = code

@@ -1,4 +1,4 @@
-"""What stage ``profile`` of ``make gpu-check`` counts and times, told by a device that pretends."""
+"""Counts and times of stage ``profile`` of ``make gpu-check``, told by a device that pretends."""
 
 from __future__ import annotations
 

@@ -188,7 +188,7 @@ def test_a_compiled_model_trains_as_the_plain_one_and_compiles_once(
 
 
 def test_pruning_does_not_compile_a_torch_optimizer_again() -> None:
-    """What the scheduler hooks onto the step stays out of the graph."""
+    """The scheduler's hook on the step stays out of the graph."""
 
     def make_optimizer(params: Any) -> torch.optim.Optimizer:
         return torch.optim.SGD(params, lr=0.1, momentum=0.9)

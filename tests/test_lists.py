@@ -1,4 +1,4 @@
-"""How long the lists are that a selection keeps of the keys in its bracket, and what is in them (see count.cuh)."""
+"""Lists that a selection keeps of the keys in its bracket: their length, and what is in them (see count.cuh)."""
 
 from __future__ import annotations
 

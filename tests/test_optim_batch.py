@@ -1,4 +1,4 @@
-"""What a step sees of parameters that were good at the step before: it looks at them only briefly."""
+"""The look of a step at parameters that were good at the step before: it looks at them only briefly."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What prune_ promises, whatever the weights: exact counts, masks that only shrink, scopes, and manners around it."""
+"""Promises of prune_, whatever the weights: exact counts, masks that only shrink, scopes, and manners around it."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ def cut_by_counts(
 
 
 def kept_of(parts: list[Layer], threshold: Threshold, cuts: Sequence[int]) -> torch.Tensor:
-    """What stays, over all pieces, when each is pruned at its index."""
+    """Return what stays, over all pieces, when each is pruned at its index."""
     kept = []
     for part, cut in zip(parts, cuts, strict=True):
         copy = on(CPU, Layer(part.weight.clone(), part.mask))

@@ -1,4 +1,4 @@
-"""What setup.py asks of compilers, by compilers that only write it down."""
+"""Requests of setup.py to compilers, by compilers that only write it down."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Path(sys.argv[sys.argv.index("-o") + 1]).touch()
 
 
 class Build(NamedTuple):
-    """How a build ended, and the commands it ran."""
+    """Outcome of a build, and the commands it ran."""
 
     code: int
     errors: str

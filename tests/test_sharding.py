@@ -1,4 +1,4 @@
-"""Which part of a tensor a box is, against numpy's own slicing."""
+"""Parts of a tensor that boxes are, against numpy's own slicing."""
 
 from __future__ import annotations
 

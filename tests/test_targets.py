@@ -1,4 +1,4 @@
-"""Which parameters names, globs, regular expressions and module types reach."""
+"""Parameters that names, globs, regular expressions and module types reach."""
 
 import pytest
 import torch

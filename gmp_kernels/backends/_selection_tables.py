@@ -263,7 +263,7 @@ class SelectionTables(Selections):
         return bool(self.rows()[0] == 0)
 
     def counts(self) -> PruneCounts:
-        """What pruning changed, once it is done."""
+        """Return what pruning changed, once it is done."""
         positions = [part.positions for part in self.template.parts]
         of_parts = [part.layers(self.rows()).T for part in self.template.parts]
         pruned, newly = (

@@ -45,7 +45,7 @@ from gmp_kernels.backends._triton_tiles import (
 
 @triton.jit
 def _row_offsets(BLOCK: tl.constexpr, THREADS: tl.constexpr):
-    """Where the rows of a chunk's tile begin; its columns are a thread's each.
+    """Beginnings of the rows of a chunk's tile; its columns are a thread's each.
 
     Then sums over columns cost no exchange, and what is loaded is listed by the same thread: layouts that load 16 bytes
     at once would have the keys, their places and the conditions brought to another thread each to be stored. Added to
@@ -90,7 +90,7 @@ def _everywhere(condition, THREADS: tl.constexpr):
 
 @triton.jit
 def _there(begin, n, BLOCK: tl.constexpr, THREADS: tl.constexpr):
-    """Which weights of a chunk there are."""
+    """Mask of the weights of a chunk that are there."""
     offsets = _row_offsets(BLOCK, THREADS) + tl.arange(0, THREADS)[None, :]
     return offsets < tl.minimum(n - begin, BLOCK).to(tl.int32)
 

@@ -25,7 +25,7 @@ SAMPLE_BLOCK_BYTES = 1 << 14
 
 
 class Workspace(NamedTuple):
-    """What a run works with.
+    """Memory and threads of a run.
 
     Attributes
     ----------
@@ -51,7 +51,7 @@ class Located(NamedTuple):
 
 
 class Decision(NamedTuple):
-    """What is pruned of one tensor: keys below ``key``, and of the ``num_ties`` equal to it all but the first few.
+    """Cut of one tensor: pruned are keys below ``key``, and of the ``num_ties`` equal to it all but the first few.
 
     ``threshold`` is that of all tensors that were ranked together.
     """

@@ -1,4 +1,4 @@
-"""What a checkpoint holds: sparsity, ranges, and values that are none, tensor by tensor."""
+"""Statistics of a checkpoint: sparsity, ranges, and values that are none, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ INTEGERS = (
 
 @dataclass
 class TensorStatistics:
-    """What one tensor holds.
+    """Statistics of one tensor.
 
     Attributes
     ----------

@@ -36,7 +36,7 @@ MASKS = "masks"
 
 @dataclass(frozen=True)
 class PruneReport:
-    """What a run did.
+    """Results of a run.
 
     Attributes
     ----------

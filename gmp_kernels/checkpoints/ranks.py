@@ -17,7 +17,7 @@ __all__ = ["Ranks"]
 
 
 class Ranks(NamedTuple):
-    """Which of how many processes this is."""
+    """Place of this process among those of a run."""
 
     rank: int
     size: int

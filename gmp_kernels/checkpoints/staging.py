@@ -1,4 +1,4 @@
-"""Where a new checkpoint grows before it gets its name, so that its name never stands for half of one.
+"""The folder where a new checkpoint grows before it gets its name, so that its name never stands for half of one.
 
 Beside the output ``NAME`` there is, for as long as a run is not over, a folder ``.NAME.partial`` with
 

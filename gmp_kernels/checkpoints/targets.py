@@ -1,4 +1,4 @@
-"""Which tensors of a checkpoint to prune. Only names, dtypes and shapes are known there, no module types."""
+"""Choice of the tensors of a checkpoint to prune. Only names, dtypes and shapes are known there, no module types."""
 
 from __future__ import annotations
 

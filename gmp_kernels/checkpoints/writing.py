@@ -27,7 +27,7 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class Target(NamedTuple):
-    """What is asked of one tensor: its position among all targets, how many weights go, and if known already, which."""
+    """Request for one tensor: its position among all targets, how many weights go, and if known already, which."""
 
     position: int
     num_prune: int
@@ -35,7 +35,7 @@ class Target(NamedTuple):
 
 
 class _Output(NamedTuple):
-    """Where the bytes of a tensor go."""
+    """Destination of the bytes of a tensor."""
 
     descriptor: int
     begin: int
@@ -152,7 +152,7 @@ class ShardWriter:
 
 
 class _Cuts:
-    """Where each piece of a tensor is cut, in the order of the pieces."""
+    """Index at which each piece of a tensor is cut, in the order of the pieces."""
 
     def __init__(self, implementation: Implementation, decision: Decision) -> None:
         self._implementation = implementation

@@ -19,14 +19,14 @@ __all__ = ["Pruning", "Training", "evaluate", "train"]
 
 
 class Pruning(NamedTuple):
-    """What a pruning run adds to the loop."""
+    """Parts that a pruning run adds to the loop."""
 
     scheduler: GMPScheduler
     stages: Stages
 
 
 class Training(NamedTuple):
-    """What a run of ``train`` saw.
+    """Course of a run of ``train``.
 
     Attributes
     ----------

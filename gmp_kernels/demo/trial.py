@@ -52,7 +52,7 @@ WEIGHT_DECAY = 5e-4
 
 
 class Result(NamedTuple):
-    """What one method came to.
+    """Results of one method.
 
     Attributes
     ----------

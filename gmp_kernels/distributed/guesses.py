@@ -1,4 +1,4 @@
-"""Where thresholds lie, guessed from a sample of the unpruned weights that this rank holds."""
+"""Thresholds guessed from a sample of the unpruned weights that this rank holds."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MISS = NormalDist().cdf(-4)  # how often a threshold may lie above the union of 
 
 
 class Question(NamedTuple):
-    """What to guess.
+    """One threshold to guess.
 
     Attributes
     ----------

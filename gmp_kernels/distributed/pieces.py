@@ -1,4 +1,4 @@
-"""What a rank holds of the layers to be pruned."""
+"""Pieces of the layers to be pruned that a rank holds."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NO_BRACKET = Bracket(0, -1)
 
 @dataclass(slots=True, eq=False)
 class Piece:
-    """What this rank holds of a layer, and what is known of it in the search for the layer's threshold.
+    """Part of a layer that this rank holds, and what is known of it in the search for the layer's threshold.
 
     Attributes
     ----------

@@ -64,7 +64,7 @@ class Search:
         self.num_pruned = [0] * len(groups)
 
     def guess(self) -> list[Bracket]:
-        """Where the thresholds may lie, judging by the pieces here alone; an empty bracket where there are none."""
+        """Guess where the thresholds may lie, from the pieces here alone; an empty bracket where there are none."""
         brackets = [Bracket(largest_key(group[0].dtype), 0) for group in self._groups]
         present = {g: [p for p in group if p.layer is not None] for g, group in enumerate(self._groups)}
         present = {g: pieces for g, pieces in present.items() if pieces}
@@ -156,7 +156,7 @@ class Search:
         return counted
 
     def _inside(self, brackets: Mapping[int, Bracket]) -> int:
-        """What no count of this round can exceed, by the sums of the last one."""
+        """Return what no count of this round can exceed, by the sums of the last one."""
         bound = 0
         for g, bracket in brackets.items():
             last, until = self._counted.get(g, (NO_BRACKET, None))

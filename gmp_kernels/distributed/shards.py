@@ -1,4 +1,4 @@
-"""What all ranks hold of the parameters to be pruned: that they agree about it, and the update itself."""
+"""Shards that all ranks hold of the parameters to be pruned: that they agree about it, and the update itself."""
 
 from __future__ import annotations
 
@@ -239,7 +239,7 @@ def _ranks(ranks: Sequence[int]) -> str:
 
 
 def _group(model: nn.Module, parameters: Sequence[torch.Tensor]) -> dist.ProcessGroup | None:
-    """Who takes part: all processes that hold parts or copies of one of the parameters."""
+    """Return the group of those who take part: all processes that hold parts or copies of one of the parameters."""
     for module in model.modules():
         if type(module).__name__ == "FullyShardedDataParallel":
             raise LayoutError(

@@ -1,4 +1,4 @@
-"""Which of the ties stay, divided among the pieces: those of lowest flat index in the whole layer or group."""
+"""Ties that stay, divided among the pieces: those of lowest flat index in the whole layer or group."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ def everything(pruner: gmp.GMPScheduler) -> list[object]:
 
 
 def refusal(pruner: gmp.GMPScheduler, error: type[gmp.GMPError], match: str) -> str:
-    """What a step refuses with; the same on every rank, and nothing has changed."""
+    """Return what a step refuses with; the same on every rank, and nothing has changed."""
     before = everything(pruner)
     with pytest.raises(error, match=match) as caught:
         pruner.step()

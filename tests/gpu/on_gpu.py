@@ -1,4 +1,4 @@
-"""What the tests of this folder share: backends that run on a GPU, weights on it, and optimizers with a past."""
+"""Things that the tests of this folder share: backends that run on a GPU, weights on it, and optimizers with a past."""
 
 from __future__ import annotations
 

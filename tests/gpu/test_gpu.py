@@ -1,4 +1,4 @@
-"""What only a GPU can show: streams, its memory, its errors. Run by ``make gpu-check`` alone."""
+"""Tests of what only a GPU can show: streams, its memory, its errors. Run by ``make gpu-check`` alone."""
 
 from __future__ import annotations
 

@@ -86,7 +86,7 @@ def test_a_captured_step_knows_the_masks_of_every_update(gpu: str, case: str) ->
 @pytest.mark.parametrize("keep_first", [True, False], ids=["both", "the second alone"])
 @pytest.mark.parametrize("case", CASES)
 def test_a_second_capture_needs_no_step_between(gpu: str, case: str, keep_first: bool) -> None:
-    """What the second graph needs it must hold itself; the first may be gone."""
+    """The second graph must hold what it needs itself; the first may be gone."""
     params, optimizer, masks = started(gpu, case, **options_of(case))
     mirror, other, other_masks = started(gpu, case, **options_of(case))
     graphs = [captured(optimizer.step) for _ in range(2)]
