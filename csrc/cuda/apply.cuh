@@ -74,7 +74,7 @@ __device__ __forceinline__ void apply_chunk(Key* weights, const uint8_t* mask, u
 // Chunks whose eights that can change are looked up together, so that there is work for all threads.
 inline constexpr int kTogether = 4;
 
-// The eights of `num_chunks` whole chunks that are marked in `touched` (see Flags in count.cuh); the bits are written
+// The eights of `num_chunks` whole chunks that are marked in `touched` (see count_strip); the bits are written
 // where they were. `places` is shared by the block.
 template <typename Key>
 __device__ __forceinline__ void apply_touched(Key* weights, uint8_t* mask, const unsigned* touched, int num_chunks,

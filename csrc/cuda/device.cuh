@@ -312,12 +312,6 @@ __device__ __forceinline__ void for_each_run(const Row* rows, int64_t num_rows, 
                static_cast<int>(first_chunk_of(blockIdx.x + 1, num_chunks)), visit);
 }
 
-// Whether eights of these chunks can be loaded as they are.
-template <typename T>
-__device__ __forceinline__ bool is_whole(const T* values, int64_t begin, int64_t end) {
-  return end - begin == kChunk && is_aligned(values);
-}
-
 // Whether this block is the last of `expected` to get here; then it sees what the others wrote.
 __device__ __forceinline__ bool is_last_block(int64_t* arrived, int64_t expected) {
   __shared__ bool last;

@@ -20,7 +20,7 @@ struct LayerRow {
   int64_t cut;                // selection's answer: of the weights that tie, those from this index on go
   int64_t nonfinite;          // selection's answer: first unpruned NaN or Inf, INT64_MAX if there is none
   int64_t kept_before, kept;  // what apply counted
-  uint64_t touched;  // address: which eights apply has to look at, a bit for each (see count_chunk); 0: at all of them
+  uint64_t touched;  // address: which eights apply has to look at, a bit for each (see count_strip); 0: at all of them
 };
 
 enum Mode : int64_t {

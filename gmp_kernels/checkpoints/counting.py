@@ -25,7 +25,7 @@ SAMPLE_BLOCK_BYTES = 1 << 14
 
 
 class Workspace(NamedTuple):
-    """Memory and threads of a run.
+    """Stream, backend and memory of a run.
 
     Attributes
     ----------
