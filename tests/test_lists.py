@@ -42,3 +42,18 @@ def test_lists_are_as_short_as_the_sample_allows(std: float) -> None:
     magnitude_threshold(weight, round(0.9 * n), backend="simt")
     (listed,) = (row[3] / weight.itemsize / n for row in _simt.take_traffic() if "count<" in row[0])
     assert 0.012 < listed < 0.017  # 6 standard deviations of a rank among 16384
+
+
+def test_short_lists_get_a_large_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or they would overflow, and all weights be read once more."""
+    n = 1 << 20
+    weight = torch.randn(n, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(_selection_tables, "MEMORY_SHARE", 0.0)
+    monkeypatch.setattr(_selection_tables, "MEMORY_BYTES", 52_000)
+    checks.forget()
+    taken = Template(_simt, 4, [Layer(weight, None)], is_global=False, selects=True, prunes=False)
+    assert 150 < taken.capacity < 200 < 0.014 * 16384
+    _simt.take_traffic()
+    magnitude_threshold(weight, round(0.9 * n), backend="simt")
+    (read,) = (row[2] for row in _simt.take_traffic() if "count<" in row[0])
+    assert read < 1.1 * weight.nbytes
