@@ -9,6 +9,7 @@ from conftest import simt_extension
 from gmp_kernels import checks, magnitude_threshold, prune_
 from gmp_kernels.backends import Layer, _selection_tables
 from gmp_kernels.backends._selection_tables import Template
+from gmp_kernels.bench_gpu import resnet50_sizes
 from gmp_kernels.testing import assert_same_pruning
 
 _simt = simt_extension()
@@ -57,3 +58,11 @@ def test_short_lists_get_a_large_sample(monkeypatch: pytest.MonkeyPatch) -> None
     magnitude_threshold(weight, round(0.9 * n), backend="simt")
     (read,) = (row[2] for row in _simt.take_traffic() if "count<" in row[0])
     assert read < 1.1 * weight.nbytes
+
+
+def test_the_layers_of_a_model_have_room_for_lists_and_flags() -> None:
+    """Bins have a place for each group, not for each block, and leave many layers enough for both."""
+    layers = [Layer(torch.empty(n), torch.empty(-(-n // 8), dtype=torch.uint8)) for n in resnet50_sizes()]
+    taken = Template(_simt, 132, layers, is_global=False, selects=True, prunes=True)
+    assert taken.capacity > 1.25 * 8 * 0.3 / 65536**0.5 * 16384  # 8 standard deviations wide, of a large sample
+    assert len(taken.touched) == len(layers)
