@@ -1,18 +1,36 @@
-"""Holding pruned weights at zero under an optimizer that knows nothing of masks."""
+"""Holding pruned weights at zero, whichever code writes to them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
+from torch import nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from gmp_kernels import capture
-from gmp_kernels.errors import CaptureError
+from gmp_kernels.checks import DTYPES, PLAIN
+from gmp_kernels.errors import CaptureError, GMPWarning, StateError, TargetError
 from gmp_kernels.masks import BitMask
-from gmp_kernels.ops import apply_masks_
-from gmp_kernels.sharding import local
+from gmp_kernels.ops import apply_masks_, zero_where_pruned_
+from gmp_kernels.optim.masked import MaskedOptimizer
+from gmp_kernels.progress import StepCount
+from gmp_kernels.sharding import local, sum_over_shards
+from gmp_kernels.targets import Place
+from gmp_kernels.watch import Watch, compare
+from gmp_kernels.wrappers import has_hooks, optimizer_chain
 
-__all__ = ["enforce_masks_", "refuse_capture"]
+__all__ = ["Enforcement", "count_pruned", "refuse_capture"]
+
+# Of all weights: more of them are not zero by accident.
+MANY_ZEROS = 0.01
+
+# The enforcement that holds a parameter. Tensors compare by value, so ordinary weak dictionaries cannot have them as
+# keys.
+_owners: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def refuse_capture(device: torch.device, what: str, use: str) -> None:
@@ -21,48 +39,391 @@ def refuse_capture(device: torch.device, what: str, use: str) -> None:
         raise CaptureError(f"expected nothing that a CUDA graph would leave out, got {what}; use {use}")
 
 
-def enforce_masks_(
-    optimizer: torch.optim.Optimizer,
-    masks: Mapping[torch.Tensor, BitMask],
-    *,
-    with_weights: bool,
-    backend: str | None,
-) -> None:
-    """Zero what is pruned in the optimizer's state, and in the weights where asked: one call per device.
+def count_pruned(masks: Mapping[str, BitMask], parameters: Mapping[str, torch.Tensor]) -> dict[str, int]:
+    """Count the pruned weights of whole layers from the masks of what is here; all ranks take part."""
+    here = {name: mask.numel - mask.num_kept for name, mask in masks.items()}
+    return {name: int(sum_over_shards(n, parameters[name])) for name, n in here.items()}
+
+
+class Enforcement:
+    """Masks of a pruner, applied whenever something has written to its parameters.
+
+    A hook of the optimizer applies them after every step; under an optimizer of ``gmp_kernels.optim``, whose step
+    applies them itself, it only looks. ``check`` looks for what was written in between.
 
     Parameters
     ----------
-    optimizer : torch.optim.Optimizer
-        All of its floating state that has a parameter's shape is masked: momentum, averages of gradients.
-    masks : mapping of parameter to BitMask
-        Each for what this process holds of the parameter.
-    with_weights : bool
+    parameters : mapping of str to Parameter
+    places : mapping of str to Place
+    masks : mapping of str to BitMask
+        Shared with the pruner, which changes their bits.
+    optimizer : object
+        Perhaps a wrapper. Followed from ``own`` on.
     backend : str, optional
+    counts_steps : bool
+        Whether the pruner counts the optimizer's steps, which the replays of a CUDA graph hide.
+    expects_dense : bool
+        Whether zeros that the model has before its first step are worth a word.
+
+    Attributes
+    ----------
+    optimizer : object
+        As it was attached, perhaps a wrapper.
+    num_pruned : dict of str to int
+        Pruned weights of the whole layers.
+    steps : StepCount
+        Steps of the innermost optimizer.
+    masked_optimizer : MaskedOptimizer or None
+        The innermost optimizer, if it applies masks itself.
+    is_released : bool
+        Whether the parameters are let go.
     """
-    calls: dict[torch.device, tuple[list[torch.Tensor], list[BitMask]]] = {}
-    for parameter, mask in masks.items():
-        for tensor in map(local, _masked_tensors(optimizer, parameter, with_weights)):
+
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        places: Mapping[str, Place],
+        masks: Mapping[str, BitMask],
+        optimizer: Any,
+        *,
+        backend: str | None,
+        counts_steps: bool,
+        expects_dense: bool,
+    ) -> None:
+        self._parameters = dict(parameters)
+        self._names = list(parameters)
+        self._places = [places[name] for name in parameters]
+        self._masks = masks
+        self._backend = backend
+        self._counts_steps = counts_steps
+        self._expects_dense = expects_dense
+        self.num_pruned = dict.fromkeys(parameters, 0)
+        self._pruned: list[int] = []  # positions of targets that have pruned weights
+        self._said: set[str] = set()
+        self._has_repaired = False  # since the step that is under way began
+        self.steps = StepCount()
+        self.is_released = False
+        self._choose(optimizer)
+        self._watch = Watch(list(self._parameters.values()), self._places)
+        self._hooks: list[Any] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The optimizer's hooks, and versions, belong to the objects of the original.
+        return {name: value for name, value in self.__dict__.items() if name not in ("_watch", "_hooks")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._watch = Watch(list(self._parameters.values()), self._places)
+        self._hooks = []
+        if not self.is_released:
+            self.own()
+
+    # -- who holds what ----------------------------------------------------------------------------------------------
+
+    def follow(self, optimizer: Any) -> None:
+        """Follow this optimizer, and no longer the one before.
+
+        Raises
+        ------
+        TargetError
+            Its steps cannot be watched.
+        """
+        optimizer_chain(optimizer)
+        self._unhook()
+        self._choose(optimizer)
+        self._attach()
+
+    def _choose(self, optimizer: Any) -> None:
+        self.optimizer, self._innermost = optimizer, optimizer_chain(optimizer)[-1]
+        self.masked_optimizer = self._innermost if isinstance(self._innermost, MaskedOptimizer) else None
+
+    def _attach(self) -> None:
+        if self.masked_optimizer is not None:
+            self._hooks.append(self.masked_optimizer.watch_steps(self._before_step, self._after_masked_step))
+        else:
+            self._hooks.append(self._innermost.register_step_pre_hook(_left_alone_by_compilers(self._before_step)))
+            self._hooks.append(self._innermost.register_step_post_hook(_left_alone_by_compilers(self._after_step)))
+        for wrapper in filter(has_hooks, optimizer_chain(self.optimizer)[:-1]):
+            # It may write the weights itself once the step inside it is over.
+            self._hooks.append(wrapper.register_step_post_hook(_left_alone_by_compilers(self._after_wrapper)))
+
+    def _unhook(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+    def own(self) -> None:
+        """Begin to hold the parameters; a pruner that held them, and no others, lets go.
+
+        Raises
+        ------
+        TargetError
+            Another pruner holds some of them and other parameters too. Nothing has changed.
+        """
+        others = {id(other): other for p in self._parameters.values() if (other := _owner(p)) not in (None, self)}
+        mine = set(map(id, self._parameters.values()))
+        for other in others.values():
+            left = [name for name, p in other._parameters.items() if id(p) not in mine]
+            if left:
+                raise TargetError(
+                    f"GMPScheduler: expected parameters that no other pruner holds, got some of one that holds "
+                    f"'{left[0]}' as well; call remove() on it first"
+                )
+        for other in others.values():
+            other.release()
+        for parameter in self._parameters.values():
+            _owners[parameter] = weakref.ref(self)
+        self._attach()
+
+    def release(self) -> None:
+        """Let the parameters go, with the zeros they have.
+
+        Raises
+        ------
+        CaptureError
+            A CUDA graph holds their masks. Nothing has changed.
+        """
+        if self.masked_optimizer is not None:
+            self.masked_optimizer.forget_masks(self._parameters.values())
+        self.detach()
+
+    def detach(self) -> None:
+        """Let the parameters go, and leave their masks to the optimizer."""
+        self._unhook()
+        self.is_released = True
+        for parameter in self._parameters.values():
+            if _owner(parameter) is self:
+                del _owners[parameter]
+
+    # -- masks -------------------------------------------------------------------------------------------------------
+
+    def masks_changed(self, num_pruned: dict[str, int]) -> None:
+        """Go on with masks that have changed, of which so many weights are pruned."""
+        self.num_pruned = num_pruned
+        self._pruned = [i for i, name in enumerate(self._names) if num_pruned[name]]
+        self._expects_dense = False
+        self._watch.forget_samples()
+
+    def apply(self, names: Iterable[str], *, ranked_is_pruned: bool = False) -> None:
+        """Zero what is pruned of these targets and of their optimizer state.
+
+        Parameters
+        ----------
+        names : iterable of str
+        ranked_is_pruned : bool
+            The tensor whose magnitudes decided, the master copy or else the weight, is zero there already.
+        """
+        masks: dict[torch.Tensor, BitMask] = {self._parameters[name]: self._masks[name] for name in names}
+        if self.masked_optimizer is not None:
+            self.masked_optimizer.share_masks(masks, ranked_is_pruned=ranked_is_pruned)
+        else:
+            self._zero([] if ranked_is_pruned else masks, masks)
+        self._watch.record()
+
+    def _zero(self, weights: Iterable[torch.Tensor], masks: Mapping[torch.Tensor, BitMask]) -> None:
+        """Zero what is pruned of these weights and of the state of all parameters in ``masks``: one call per device."""
+        calls: dict[torch.device, tuple[list[torch.Tensor], list[BitMask]]] = {}
+        others: list[tuple[str, torch.Tensor, BitMask]] = []
+        found = [("", p.detach(), masks[p]) for p in weights]
+        found += [(key, value, mask) for p, mask in masks.items() for key, value in self._state(p)]
+        for key, whole, mask in found:
+            tensor = local(whole)
             if not tensor.numel():
                 continue
-            if tensor.is_contiguous():
+            if (type(tensor) in PLAIN and tensor.dtype in DTYPES and tensor.is_contiguous()) or not key:
                 tensors, bits = calls.setdefault(tensor.device, ([], []))
                 tensors.append(tensor)
                 bits.append(mask.to(tensor.device))
             else:
-                # Momentum takes over the strides of the first gradient, whatever they are.
-                tensor.masked_fill_(~mask.to_bool().to(tensor.device), 0.0)
-    for tensors, bits in calls.values():
-        apply_masks_(tensors, bits, backend=backend)
+                others.append((key, tensor, mask))
+        for tensors, bits in calls.values():
+            apply_masks_(tensors, bits, backend=self._backend)
+        left = {key: tensor for key, tensor, mask in others if not zero_where_pruned_(tensor, mask)}
+        for key, tensor in left.items():
+            self._say(
+                f"state '{key}'",
+                f"the optimizer's state '{key}' ({type(tensor).__name__} of {tensor.dtype}) cannot be set to zero "
+                "where weights are pruned and is left as it is; the weights themselves stay zero",
+            )
+
+    def _state(self, parameter: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
+        """Return the state of an optimizer that has a parameter's shape: momentum, averages of gradients."""
+        return [
+            (key, value)
+            for key, value in self._innermost.state.get(parameter, {}).items()
+            # Counters such as Adam's ``step`` are floating tensors too, without dimensions.
+            if isinstance(value, torch.Tensor) and value.ndim and value.shape == parameter.shape
+            if value.is_floating_point()
+        ]
+
+    # -- around the optimizer's steps --------------------------------------------------------------------------------
+
+    def _before_step(self, *_: object) -> None:
+        if self.masked_optimizer is None:
+            self._refuse_capture("after which masks are applied from Python", "gmp_kernels.optim")
+        elif self._counts_steps:
+            self._refuse_capture("that the pruner counts, whose replays would not tell it", "count='calls'")
+        self._has_repaired = False
+        self.check()
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+        self.steps.add(getattr(optimizer, "found_inf", None))
+        self._after_wrapper()
+
+    def _after_masked_step(self, found_inf: torch.Tensor | None, *, is_direct: bool) -> None:
+        self.steps.add(found_inf)
+        if is_direct:
+            self._watch.record()
+        elif not self._has_repaired:
+            # What stands in for a parameter in a compiled step is written back to it later. If the parameter had to be
+            # repaired the other was not, and that write is looked at like any.
+            self._watch.expect_writes()
+
+    def _after_wrapper(self, *_: object) -> None:
+        self.apply(self._names[i] for i in self._pruned)
+
+    def _refuse_capture(self, what: str, use: str) -> None:
+        refuse_capture(next(iter(self._parameters.values())).device, f"a step of {self._name} {what}", use)
+
+    # -- what others wrote -------------------------------------------------------------------------------------------
+
+    def check(self, *, sample: bool = False) -> None:
+        """Look whether anything but the optimizer has written to the parameters, and put right what contradicts a mask.
+
+        Parameters
+        ----------
+        sample : bool
+            Also look at a few weights, for writes that leave no trace.
+
+        Raises
+        ------
+        TargetError
+            A parameter is not the model's any more.
+
+        Notes
+        -----
+        Reads no weights unless something was written, and then those. What is found is said once, as ``GMPWarning``.
+        """
+        written = self._watch.written()
+        if self._expects_dense:
+            self._look_for_zeros()
+        elif sample and self._watch.sees_life(self._pruned, self._mask_at):
+            written = self._pruned
+        if written:
+            self._compare(written)
+
+    def verify(self) -> dict[str, int]:
+        """Return the number of zeros of each target, counted from the weights.
+
+        Raises
+        ------
+        StateError
+            A pruned weight is not zero.
+        """
+        zeros = {}
+        for name, found in zip(self._names, self._contradictions(range(len(self._names))), strict=True):
+            mask = self._masks[name]
+            if found[0]:
+                raise StateError(
+                    f"verify: expected {mask.numel - mask.num_kept} zeros in '{name}' where its mask says pruned, got "
+                    f"{found[0]} that are not zero; call step(), which repairs them and says what it knows of the cause"
+                )
+            zeros[name] = mask.numel - mask.num_kept + found[1]
+        return zeros
+
+    def say_idle(self, num_calls: int, step_count: int) -> None:
+        """Say that the schedule stands still."""
+        self._say(
+            "idle",
+            f"step() was called {num_calls} times in a row without a step of {self._name}, so that the schedule stays "
+            f"at step {step_count}. If another optimizer steps these parameters, set pruner.optimizer to it; "
+            "count='calls' is for loops whose optimizer cannot be watched",
+        )
+
+    def are_in_place(self) -> bool:
+        """Whether the model still has these very parameters."""
+        return self._watch.are_in_place()
+
+    def _contradictions(self, positions: Iterable[int]) -> list[tuple[int, int]]:
+        """Return, by parameter, how many pruned weights are not zero here and how many kept ones are."""
+        parameters = [self._parameters[self._names[i]] for i in positions]
+        found = [compare(local(p), self._mask_at(i)) for i, p in zip(positions, parameters, strict=True)]
+        return [(alive, zeros) for alive, zeros in (counts.tolist() for counts in found)]
+
+    def _compare(self, positions: Sequence[int]) -> None:
+        if "repair" in self._said:
+            # It happens at every step, perhaps: to count first would double the cost.
+            self._repair([self._names[i] for i in self._pruned if i in positions])
+            return
+        found = dict(zip(positions, self._contradictions(positions), strict=True))
+        damaged = {self._names[i]: alive for i, (alive, _) in found.items() if alive}
+        share = sum(zeros for _, zeros in found.values()) / max(1, sum(self._mask_at(i).numel for i in positions))
+        if damaged:
+            self._repair(damaged)
+            self._say("repair", self._describe_repair(damaged))
+        elif share > MANY_ZEROS:
+            self._say(
+                "zeros",
+                f"{share:.1%} of the weights to be pruned have become zero although their masks keep them, and are not "
+                "held at zero. After loading later weights, load the pruner's state_dict() of that time too",
+            )
+
+    def _look_for_zeros(self) -> None:
+        """Hold the zeros of a model that was pruned before: nobody else knows of them."""
+        self._expects_dense = False
+        counts = self._contradictions(range(len(self._names)))
+        zeros = {}
+        for (name, parameter), (_, here) in zip(self._parameters.items(), counts, strict=True):
+            number = int(sum_over_shards(here, parameter))
+            # Layers that start as zeros alone are another thing.
+            if 0 < number < parameter.numel():
+                zeros[name] = number
+        share = sum(zeros.values()) / sum(p.numel() for p in self._parameters.values())
+        if share <= MANY_ZEROS:
+            return
+        for name in zeros:
+            self._masks[name].packed.copy_(BitMask.from_zeros(local(self._parameters[name])).packed)
+        self.masks_changed(count_pruned(self._masks, self._parameters))
+        self.apply(zeros)
+        self._say(
+            "zeros",
+            f"{share:.1%} of the weights to be pruned are zero already and are held at zero from now on, as with "
+            "start='zeros'. To resume a run, load the pruner's state_dict() too; to let them train, pass start={}",
+        )
+
+    def _repair(self, names: Iterable[str]) -> None:
+        self._has_repaired = True
+        self.apply(names)
+
+    def _describe_repair(self, damaged: Mapping[str, int]) -> str:
+        first, *others = damaged
+        more = f" and {len(others)} more layers" if others else ""
+        return (
+            f"{sum(damaged.values())} pruned weights of '{first}'{more} were not zero any more and have been set to "
+            f"zero again: something other than {self._name}, the optimizer the pruner knows, wrote to them. After "
+            "loading earlier weights, load the pruner's state of that time as well; for a new optimizer, set "
+            "pruner.optimizer = new_optimizer; a wrapper that writes the weights itself is repaired at every step"
+        )
+
+    def _mask_at(self, position: int) -> BitMask:
+        return self._masks[self._names[position]]
+
+    @property
+    def _name(self) -> str:
+        return type(self._innermost).__name__
+
+    def _say(self, what: str, message: str) -> None:
+        """Warn once for each kind of thing."""
+        if what not in self._said:
+            self._said.add(what)
+            warnings.warn(f"GMPScheduler: {message}", GMPWarning, stacklevel=2)
 
 
-def _masked_tensors(
-    optimizer: torch.optim.Optimizer, parameter: torch.Tensor, with_weights: bool
-) -> Iterator[torch.Tensor]:
-    if with_weights:
-        yield parameter.detach()
-    for value in optimizer.state.get(parameter, {}).values():
-        if not isinstance(value, torch.Tensor) or value.shape != parameter.shape:
-            continue
-        # Counters such as Adam's ``step`` are floating tensors too, without dimensions.
-        if value.ndim and value.is_floating_point():
-            yield value
+def _left_alone_by_compilers(hook: Callable[..., None]) -> Callable[..., None]:
+    """Keep a hook out of compiled steps: it depends on the masks, and would be compiled again at every update."""
+    return torch.compiler.disable(hook)  # type: ignore[no-any-return,no-untyped-call]
+
+
+def _owner(parameter: nn.Parameter) -> Enforcement | None:
+    reference = _owners.get(parameter)  # type: ignore[no-untyped-call]
+    return None if reference is None else reference()

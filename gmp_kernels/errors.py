@@ -16,6 +16,7 @@ __all__ = [
     "DeviceError",
     "DistributedError",
     "GMPError",
+    "GMPWarning",
     "LayoutError",
     "NonFiniteError",
     "OutputError",
@@ -29,6 +30,10 @@ __all__ = [
 
 class GMPError(Exception):
     """Base class of every error raised on purpose by this package."""
+
+
+class GMPWarning(UserWarning):
+    """Category of every warning of this package: what was repaired, left out, or will not do what it seems to."""
 
 
 class DTypeError(GMPError, TypeError):

@@ -94,6 +94,14 @@ class BitMask:
         bit = torch.arange(8, dtype=torch.uint8, device=kept.device)
         return cls.of((padded.view(-1, 8) << bit).sum(1, dtype=torch.uint8), kept.shape)
 
+    @classmethod
+    def from_zeros(cls, weight: torch.Tensor) -> Self:
+        """Return the mask that keeps what is not zero in a tensor of any dtype. Temporary memory: about 4 MB."""
+        flat = weight.detach().reshape(-1)
+        # Slices are whole bytes of the mask.
+        parts = [cls.from_bool(part != 0).packed for part in torch.split(flat, 1 << 20)]
+        return cls.of(torch.cat(parts), weight.shape)
+
     def to_bool(self) -> torch.Tensor:
         """Unpack to a bool tensor of ``shape`` (True = kept). Memory: 1 byte per weight, 2 while unpacking."""
         bit = torch.arange(8, dtype=torch.uint8, device=self.packed.device)

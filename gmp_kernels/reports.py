@@ -44,7 +44,9 @@ class StepReport:
     Attributes
     ----------
     step : int
-        Optimizer steps done before the one this update followed: 0 at the first ``scheduler.step()``.
+        Step of the schedule, in optimizer steps: 0 at the first ``scheduler.step()``.
+    num_calls : int
+        Calls of ``scheduler.step()``, this one included.
     target_sparsity : float
         What the schedule asked for, overrides aside.
     sparsity : float
@@ -56,6 +58,7 @@ class StepReport:
     """
 
     step: int
+    num_calls: int
     target_sparsity: float
     sparsity: float
     seconds: float

@@ -4,35 +4,34 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
 
+from gmp_kernels.checks import check_choice
 from gmp_kernels.distributed import Shards
-from gmp_kernels.distributions import DISTRIBUTIONS, Distribution, uniform
-from gmp_kernels.enforcement import enforce_masks_, refuse_capture
+from gmp_kernels.distributions import DISTRIBUTIONS
+from gmp_kernels.enforcement import Enforcement, count_pruned, refuse_capture
 from gmp_kernels.errors import StateError, TargetError
+from gmp_kernels.groups import groups_of, weights_to_prune
 from gmp_kernels.masks import BitMask
-from gmp_kernels.ops import NonFinite, PruneResult, Scope, Threshold, prune_
+from gmp_kernels.ops import NonFinite, Scope, Threshold
 from gmp_kernels.optim.masked import MaskedOptimizer
+from gmp_kernels.progress import Position, Progress
+from gmp_kernels.pruning import LayerPruner
 from gmp_kernels.reports import LayerReport, StepReport
+from gmp_kernels.scheduler_state import Saved, Start, pack, starting_masks, unpack, unpack_masks
 from gmp_kernels.schedules import Schedule
-from gmp_kernels.sharding import local, local_mask, whole_mask
 from gmp_kernels.targets import Entry, ParameterIndex, check_optimized, check_present
+from gmp_kernels.wrappers import optimizer_chain
 
 __all__ = ["GMPScheduler", "StepReport"]
 
-STATE_VERSION = 2
+_T = TypeVar("_T")
 
-
-class _Group(NamedTuple):
-    """Layers that follow one schedule, and how its sparsity is divided among them."""
-
-    schedule: Schedule
-    names: list[str]
-    distribute: Distribution
+PATIENCE = 100  # calls in a row without an optimizer step before a word about it
 
 
 class GMPScheduler:
@@ -111,16 +110,16 @@ class GMPScheduler:
         overrides: Mapping[Entry, float | Schedule] | None = None,
         scope: Scope = "layer",
         distribution: str = "uniform",
+        start: Start = None,
+        count: Literal["optimizer_steps", "calls"] = "optimizer_steps",
         nonfinite: NonFinite = "error",
         backend: str | None = None,
     ) -> None:
-        for value, kind in ((model, nn.Module), (optimizer, torch.optim.Optimizer), (schedule, Schedule)):
+        for value, kind in ((model, nn.Module), (schedule, Schedule)):
             if not isinstance(value, kind):
                 raise TypeError(f"GMPScheduler: expected a {kind.__module__}.{kind.__name__}, got {value!r}")
-        if distribution not in DISTRIBUTIONS:
-            raise ValueError(
-                f"GMPScheduler: expected distribution to be one of {tuple(DISTRIBUTIONS)}, got {distribution!r}"
-            )
+        check_choice("GMPScheduler", "distribution", distribution, tuple(DISTRIBUTIONS))
+        check_choice("GMPScheduler", "count", count, ("optimizer_steps", "calls"))
         if scope == "global" and distribution != "uniform":
             raise ValueError(
                 f"GMPScheduler: expected distribution='uniform' with scope='global', got {distribution!r}; ranking all "
@@ -132,49 +131,80 @@ class GMPScheduler:
                 "ignore= for layers to leave alone"
             )
         self.model = model
-        self.optimizer = optimizer
         self.schedule = schedule
-        self._masked_optimizer = optimizer if isinstance(optimizer, MaskedOptimizer) else None
-        self._scope: Scope = scope
+        self._scope = scope
         self._distribution = distribution
-        self._nonfinite: NonFinite = nonfinite
-        self._backend = backend
         index = ParameterIndex(model)
         self._parameters = index.select(targets, ignore)
-        check_optimized(optimizer, self._parameters)
-        self._overrides = self._override_groups(index, overrides or {})
-        overridden = {name for group in self._overrides for name in group.names}
-        rest = [name for name in self._parameters if name not in overridden]
-        groups = [_Group(schedule, rest, DISTRIBUTIONS[distribution]), *self._overrides]
-        self._groups = [group for group in groups if group.names]
+        check_optimized(optimizer_chain(optimizer)[-1], self._parameters)
+        self._groups = groups_of(index, list(self._parameters), schedule, distribution, overrides or {})
         self._shapes = {name: p.shape for name, p in self._parameters.items()}
-        self.masks = {name: BitMask.ones(local(p).shape, p.device) for name, p in self._parameters.items()}
+        self.masks = starting_masks(start, self._parameters)
         self.history: list[StepReport] = []
-        self.step_count = 0
         self._thresholds: dict[str, Threshold] = {}
         self._shards = Shards.of(model, self._parameters)
         self._is_agreed = False
-        self._device = next(iter(self._parameters.values())).device
+        self._enforcement = Enforcement(
+            self._parameters,
+            index.places(self._parameters),
+            self.masks,
+            optimizer,
+            backend=backend,
+            counts_steps=count == "optimizer_steps",
+            expects_dense=start is None,
+        )
+        self._progress = Progress(self._enforcement.steps if count == "optimizer_steps" else None)
+        self._pruner = LayerPruner(
+            self._parameters, self.masks, self._shards, scope=scope, nonfinite=nonfinite, backend=backend
+        )
         # Pruning nothing finds every tensor prune_ would refuse now rather than epochs later.
-        for names in self._batches(self._parameters):
-            self._prune_nothing(names)
-        if self._masked_optimizer is None:
-            # What it does depends on the masks: compiled into the step, it would be compiled again at every update.
-            optimizer.register_step_post_hook(torch.compiler.disable(self._after_optimizer_step))  # type: ignore[no-untyped-call]
-        elif not self._masked_optimizer.compact_state:
-            # Before the first update already, for graphs captured until then. Masks that are there stay until then.
-            new = {p: self.masks[name] for name, p in self._parameters.items()}
-            self._masked_optimizer.share_masks(
-                {p: mask for p, mask in new.items() if not self._masked_optimizer.has_mask(p)}, ranked_is_pruned=True
-            )
+        for names in self._pruner.batches(self._parameters):
+            self._pruner.prune_nothing(names, self._masked_optimizer)
+        num_pruned = count_pruned(self.masks, self._parameters) if start is not None else {}
+        # From here on it has effects, the first of which can be refused.
+        self._enforcement.own()
+        try:
+            if start is not None:
+                self._enforcement.masks_changed(num_pruned)
+            if start is not None or not self._has_compact_state:
+                # Before the first update already, for graphs captured until then.
+                self._enforcement.apply(self._parameters, ranked_is_pruned=start is None)
+        except BaseException:
+            self._enforcement.detach()
+            raise
+
+    @property
+    def optimizer(self) -> Any:
+        """The optimizer that is followed. Assign the new one when a new one takes over; the count of steps goes on."""
+        return self._enforcement.optimizer
+
+    @optimizer.setter
+    def optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        self._check_alive("assigning optimizer")
+        check_optimized(optimizer_chain(optimizer)[-1], self._parameters)
+        self._enforcement.follow(optimizer)
+        self._enforcement.apply(self._parameters)
+
+    @property
+    def step_count(self) -> int:
+        """Optimizer steps counted by ``step()`` so far; calls, with ``count="calls"``."""
+        return self._progress.step_count
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last update of every schedule has been made."""
+        return all(self._progress.has_made(group.schedule.end_step) for group in self._groups)
 
     def step(self) -> StepReport | None:
-        """Count one optimizer step and, at the schedule's update steps, prune; call it after ``optimizer.step()``.
+        """Prune if an update is due, and make sure that pruned weights are zero; call it after ``optimizer.step()``.
+
+        The update of schedule step ``n`` is due once ``n`` optimizer steps are counted, be it before any training. A
+        call after a step that a GradScaler skipped, or in a micro-batch of an accumulation, does not count.
 
         Returns
         -------
         StepReport or None
-            None where the schedule has no update. Reports are also kept in ``history``.
+            None where no update was due. Reports are also kept in ``history``.
 
         Raises
         ------
@@ -186,24 +216,42 @@ class GMPScheduler:
             A parameter was changed into one that ``prune_`` does not take, or moved to another device.
         StateError
             The ranks differ in arguments, layers, step or masks; on every rank, at the first step or the next update.
+            Or the parameters were let go, by ``remove()`` or to another pruner.
         CaptureError
             A CUDA graph is being captured, whose replays would not call this.
         DistributedError
             A rank does not answer, within the time-out of the process group.
 
+        Warns
+        -----
+        GMPWarning
+            Once for each: something else has written to pruned weights, which are zero again now; the model has zeros
+            that no mask holds; calls keep coming without an optimizer step.
+
         Notes
         -----
         When it raises nothing has changed and the step is not counted: repair the weights and call it again. (Copies
-        whose weights had drifted apart are the exception: their masks are compared after they were made.)
+        whose weights had drifted apart are the exception: their masks are compared after they were made.) An interrupt
+        while an update writes lets it be finished first.
         """
-        refuse_capture(self._device, "GMPScheduler.step()", "it outside of the graph, after optimizer.step()")
+        self._check_alive("step()")
+        device = next(iter(self._parameters.values())).device
+        refuse_capture(device, "GMPScheduler.step()", "it outside of the graph, after optimizer.step()")
+        if not self._enforcement.are_in_place():
+            check_present(self.model, self._parameters, self._shapes)
+        self._enforcement.check(sample=True)
         if self._shards is not None and not self._is_agreed:
             thresholds = {f"threshold of '{name}'": threshold for name, threshold in self._thresholds.items()}
             self._shards.agree({**self._settings(), "step": self.step_count, **thresholds})
             self._is_agreed = True
-        num_prune = self._due()
-        report = self._update(num_prune) if num_prune else None
-        self.step_count += 1
+        steps, position = self._progress.due([group.schedule for group in self._groups])
+        report = None
+        if any(step is not None for step in steps):
+            report = self._update(steps, position)
+        else:
+            self._progress.advance(position)
+        if self._progress.num_idle == PATIENCE:
+            self._enforcement.say_idle(PATIENCE, self.step_count)
         return report
 
     @property
@@ -215,109 +263,115 @@ class GMPScheduler:
         """Return {name: fraction of pruned weights} of all targets."""
         return {name: 1.0 - kept / self._num_weights([name]) for name, kept in self._num_kept().items()}
 
+    def verify(self) -> dict[str, int]:
+        """Return {name: number of zeros} of all targets, counted from the weights (of a sharded one: those here).
+
+        Reads every weight once. Temporary memory: about 4 MB.
+
+        Raises
+        ------
+        StateError
+            A weight is not zero although its mask says so; the message names the layer.
+        """
+        return self._enforcement.verify()
+
+    def remove(self) -> None:
+        """Let go of model and optimizer: what is pruned is zero now, and nothing holds it there any more.
+
+        Raises
+        ------
+        CaptureError
+            A CUDA graph holds the masks.
+        """
+        if not self._enforcement.is_released:
+            self._enforcement.release()
+
     def state_dict(self) -> dict[str, Any]:
         """Return everything a bit-exact resume needs beside the model's and the optimizer's own state.
 
         Copies of the packed masks as uint8 tensors, the rest plain data, which ``torch.load(..., weights_only=True)``
         reads. Masks of sharded parameters are bool tensors sharded alike (1 byte per weight):
-        ``torch.distributed.checkpoint`` saves the scheduler and loads it on any number of ranks.
+        ``torch.distributed.checkpoint`` saves the scheduler and loads it on any number of ranks. Of ``history`` the
+        latest 64 reports are there, the layers of the last only: the size does not grow with the number of updates.
         """
-        # Tuples are what torch.distributed.checkpoint stores as they are, whatever they hold.
-        return {
-            "version": STATE_VERSION,
-            "settings": tuple(self._settings().items()),
-            "step_count": self.step_count,
-            "history": tuple(report.to_dict() for report in self.history),
-            "layers": {
-                name: {
-                    "shape": tuple(self._shapes[name]),
-                    "mask": whole_mask(mask, self._parameters[name]),
-                    "threshold": list(self._thresholds[name]) if name in self._thresholds else None,
-                }
-                for name, mask in self.masks.items()
-            },
-        }
+        saved = Saved(
+            self._settings(),
+            self.step_count,
+            self._progress.num_calls,
+            self._progress.is_current,
+            self.masks,
+            self._enforcement.num_pruned,
+            self._thresholds,
+            self.history,
+        )
+        return pack(saved, self._parameters)
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state_dict: Mapping[str, Any], masks_only: bool = False) -> None:
         """Continue where ``state_dict()`` was taken; the masks are applied to weights and optimizer state at once.
 
-        The order in which model, optimizer and pruner are loaded does not matter.
+        The order in which model, optimizer and pruner are loaded does not matter. Names may have had the prefixes of
+        ``DistributedDataParallel`` and ``torch.compile`` then and not now, or the other way round.
+
+        Parameters
+        ----------
+        state_dict : mapping
+        masks_only : bool
+            Take the masks over and leave schedule, step count and history as they are here: for a run of another
+            length, or with another number of steps per epoch.
 
         Raises
         ------
         StateError
             It comes from another version, other layers, or other settings. Nothing has been changed.
         """
-        if not isinstance(state_dict, Mapping) or state_dict.get("version") != STATE_VERSION:
-            found = state_dict.get("version") if isinstance(state_dict, Mapping) else type(state_dict).__name__
-            raise StateError(
-                f"load_state_dict: expected what GMPScheduler.state_dict() returned, of version {STATE_VERSION}, got "
-                f"{found!r}; load the pruner's own part of the checkpoint"
-            )
-        try:
-            layers = state_dict["layers"]
-            shapes = {name: torch.Size(layer["shape"]) for name, layer in layers.items()}
-            settings = dict(state_dict["settings"])
-            self._check_same_run(settings, shapes)
-            masks = {name: local_mask(layers[name]["mask"], p) for name, p in self._parameters.items()}
-            thresholds = {n: Threshold(*layer["threshold"]) for n, layer in layers.items() if layer["threshold"]}
-            history = [StepReport.from_dict(report) for report in state_dict["history"]]
-            step_count = int(state_dict["step_count"])
-        except StateError:
-            raise
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise StateError(
-                f"load_state_dict: expected what state_dict() returned, got damaged data ({error!r}); load another file"
-            ) from error
+        self._check_alive("load_state_dict()")
+        if masks_only:
+            masks, num_pruned = unpack_masks(state_dict, self._parameters)
+            saved = None
+        else:
+            saved = unpack(state_dict, self._parameters, self._settings())
+            masks, num_pruned = saved.masks, saved.num_pruned
         if self._masked_optimizer is not None:
             self._masked_optimizer.check_masks({p: self.masks[name] for name, p in self._parameters.items()})
+        self._finish(lambda: self._load(masks, num_pruned, saved))
+
+    def _load(self, masks: Mapping[str, BitMask], num_pruned: dict[str, int], saved: Saved | None) -> None:
         for name, mask in masks.items():
-            written = self._written_masks([name])[0]
+            written = self._pruner.writable_mask(name, self._masked_optimizer)
             written.packed.copy_(mask.packed)
             self.masks[name].packed = written.packed
-        self._thresholds, self.step_count, self._is_agreed = thresholds, step_count, False
-        self.history[:] = history
-        self._apply_masks(self._parameters, with_weights=True)
+        self._thresholds, self._is_agreed = {}, False
+        if saved is not None:
+            self._thresholds = saved.thresholds
+            self.history[:] = saved.history
+            self._progress.restore(saved.step_count, is_current=saved.is_current, num_calls=saved.num_calls)
+        self._enforcement.masks_changed(num_pruned)
+        self._enforcement.apply(self._parameters)
 
-    def _override_groups(self, index: ParameterIndex, overrides: Mapping[Entry, float | Schedule]) -> list[_Group]:
-        left = set(self._parameters)
-        groups = []
-        for entry, value in overrides.items():
-            reached = [name for name in index.find("overrides", entry) if name in self._parameters]
-            if not reached:
-                raise TargetError(
-                    f"overrides: expected entries that reach a target, got {entry!r}, which reaches only parameters "
-                    "that are not pruned; add them to targets="
-                )
-            schedule = value if isinstance(value, Schedule) else self.schedule.with_final_sparsity(value)
-            groups.append(_Group(schedule, [name for name in reached if name in left], uniform))
-            left.difference_update(reached)
-        return groups
+    def _finish(self, write: Callable[[], _T]) -> _T:
+        """Call what writes; if an interrupt comes in between, write it all again, which changes nothing twice."""
+        try:
+            return write()
+        except Exception:
+            raise
+        except BaseException:
+            # Other ranks would not take part.
+            if self._shards is None:
+                write()
+            raise
 
-    def _batches(self, names: Iterable[str]) -> list[list[str]]:
-        """Split ``names`` by device for layer scope; ``prune_`` itself refuses global scope over several."""
-        batches: dict[torch.device | None, list[str]] = {}
-        for name in names:
-            device = self._parameters[name].device if self._scope == "layer" else None
-            batches.setdefault(device, []).append(name)
-        return list(batches.values())
+    def _check_alive(self, what: str) -> None:
+        if self._enforcement.is_released:
+            raise StateError(
+                f"GMPScheduler: expected a pruner that holds its parameters, got {what} of one that let them go, by "
+                "remove() or because another pruner was built for them; use that one"
+            )
 
-    def _due(self) -> dict[str, int]:
-        """Return how many weights of which layers are to be pruned after the step that ``step_count`` numbers."""
-        step = self.step_count
-        num_prune: dict[str, int] = {}
-        for group in self._groups:
-            if group.schedule.is_update_step(step):
-                shapes = [self._shapes[name] for name in group.names]
-                counts = group.distribute(group.schedule.sparsity_at(step), shapes)
-                num_prune.update(zip(group.names, counts, strict=True))
-        return {name: num_prune[name] for name in self._parameters if name in num_prune} if num_prune else {}
-
-    def _counts(self, num_prune: Mapping[str, int], names: Sequence[str]) -> list[int]:
-        """Return what ``prune_`` is told for these layers, which are due now."""
+    def _counts(self, num_prune: Mapping[str, int], names: Sequence[str], step: int) -> list[int]:
+        """Return what ``prune_`` is told for these layers, which are due at ``step``."""
         if self._scope == "layer":
             return [num_prune[name] for name in names]
-        return [round(self.schedule.sparsity_at(self.step_count) * self._num_weights(names))]
+        return [round(self.schedule.sparsity_at(step) * self._num_weights(names))]
 
     def _num_weights(self, names: Iterable[str]) -> int:
         return sum(math.prod(self._shapes[name]) for name in names)
@@ -326,118 +380,72 @@ class GMPScheduler:
         """By layer: counted from the masks, where they are all here, or else what the last update of each counted."""
         if self._shards is None:
             return {name: mask.num_kept for name, mask in self.masks.items()}
-        pruned = {layer.name: layer.num_pruned for report in self.history for layer in report.layers}
-        return {name: self._num_weights([name]) - pruned.get(name, 0) for name in self._parameters}
+        return {name: self._num_weights([name]) - pruned for name, pruned in self._enforcement.num_pruned.items()}
 
-    def _prune(self, names: Sequence[str], num_prune: list[int]) -> PruneResult:
-        request: dict[str, Any] = {
-            "names": names,
-            "scope": self._scope,
-            "nonfinite": self._nonfinite,
-            "previous": [self._thresholds.get(name) for name in names],
-            "backend": self._backend,
-        }
-        weights, masks = [self._ranked(name) for name in names], self._written_masks(names)
-        if self._shards is not None:
-            result = self._shards.prune_(weights, masks, num_prune, step=self.step_count, **request)
-        else:
-            result = prune_(weights, num_prune=num_prune, masks=masks, **request)
-        for name, mask in zip(names, masks, strict=True):
-            self.masks[name].packed = mask.packed
-        return result
-
-    def _written_masks(self, names: Iterable[str]) -> list[BitMask]:
-        """The masks as an update may write them: compact state needs the old bits until it has been repacked."""
-        masks = [self.masks[name] for name in names]
-        if self._masked_optimizer is not None and self._masked_optimizer.compact_state:
-            return [mask.clone() for mask in masks]
-        return masks
-
-    def _prune_nothing(self, names: Sequence[str]) -> None:
-        names = [name for name in names if self.masks[name].numel or self._shards is None]
-        prune_(
-            [self._ranked(name) for name in names],
-            num_prune=0,
-            masks=self._written_masks(names),
-            scope=self._scope,
-            # One rank must not fail where the others go on: together they look at the first update.
-            nonfinite=self._nonfinite if self._shards is None else "keep",
-            names=names,
-            backend=self._backend,
-        )
-
-    def _ranked(self, name: str) -> torch.Tensor:
-        """The tensor whose magnitudes decide: the master copy where the optimizer keeps one."""
-        parameter = self._parameters[name]
-        master = None if self._masked_optimizer is None else self._masked_optimizer.master_weight(parameter)
-        return local(parameter) if master is None else master
-
-    def _update(self, num_prune: Mapping[str, int]) -> StepReport:
+    def _update(self, steps: Sequence[int | None], position: Position) -> StepReport:
         start = time.perf_counter()
         check_present(self.model, self._parameters, self._shapes)
+        num_prune = weights_to_prune(self._groups, steps, self._shapes)
         names = list(num_prune)
+        step = max(step for step in steps if step is not None)
         if self._masked_optimizer is not None:
             self._masked_optimizer.check_masks({self._parameters[name]: self.masks[name] for name in names})
-        batches = self._batches(names)
+        batches = self._pruner.batches(names)
         if len(batches) > 1:
             # One call per device: let each find its NaN before the first one writes.
             for batch in batches:
-                self._prune_nothing(batch)
+                self._pruner.prune_nothing(batch, self._masked_optimizer)
+        before, num_reports = self._enforcement.num_pruned, len(self.history)
+        after = dict(before)
         layers: dict[str, LayerReport] = {}
-        for batch in batches:
-            result = self._prune(batch, self._counts(num_prune, batch))
-            self._thresholds.update(zip(batch, result.thresholds, strict=True))
-            layers.update(
-                (name, LayerReport(name, cut.value, self._num_weights([name]), num_pruned, num_new, cut.num_ties))
-                for name, _, cut, num_pruned, num_new in zip(batch, *result, strict=True)
-            )
-        self._apply_masks(names, with_weights=False)
-        report = StepReport(
-            step=self.step_count,
-            target_sparsity=self.schedule.sparsity_at(self.step_count),
-            sparsity=sum(layer.num_pruned for layer in layers.values()) / self._num_weights(names),
-            seconds=time.perf_counter() - start,
-            layers=tuple(layers[name] for name in names),
-        )
-        self.history.append(report)
-        return report
 
-    def _after_optimizer_step(self, *_: object) -> None:
-        name = type(self.optimizer).__name__
-        refuse_capture(
-            self._device, f"a step of {name}, after which masks are applied from Python", "gmp_kernels.optim"
-        )
-        self._apply_masks(self._parameters, with_weights=True)
+        def write() -> StepReport:
+            for batch in batches:
+                if batch[0] in layers:
+                    continue
+                counts = self._counts(num_prune, batch, step)
+                result = self._pruner.prune_(
+                    batch, counts, self._masked_optimizer, step=step, previous=self._thresholds
+                )
+                self._thresholds.update(zip(batch, result.thresholds, strict=True))
+                after.update(zip(batch, result.num_pruned, strict=True))
+                layers.update(
+                    (name, LayerReport(name, cut.value, self._num_weights([name]), n, n - before[name], cut.num_ties))
+                    for name, cut, n in zip(batch, result.thresholds, result.num_pruned, strict=True)
+                )
+            self._enforcement.masks_changed(after)
+            try:
+                # Only the state of the optimizer can be missing now, and what zeroes it comes back to it.
+                self._enforcement.apply(names, ranked_is_pruned=True)
+            finally:
+                report = StepReport(
+                    step=step,
+                    num_calls=position.num_calls,
+                    target_sparsity=self.schedule.sparsity_at(step),
+                    sparsity=sum(layer.num_pruned for layer in layers.values()) / self._num_weights(names),
+                    seconds=time.perf_counter() - start,
+                    layers=tuple(layers[name] for name in names),
+                )
+                self.history[num_reports:] = [report]
+                self._progress.advance(position)
+            return report
 
-    def _apply_masks(self, names: Iterable[str], *, with_weights: bool) -> None:
-        """Zero what is pruned in the optimizer's state, and in the weights where asked."""
-        if self._masked_optimizer is None:
-            # Nothing pruned yet, or never: nothing to hold at zero.
-            names = [name for name in names if name in self._thresholds and self._thresholds[name].num_pruned]
-        masks: dict[torch.Tensor, BitMask] = {self._parameters[name]: self.masks[name] for name in names}
-        if self._masked_optimizer is not None:
-            self._masked_optimizer.share_masks(masks, ranked_is_pruned=not with_weights)
-        else:
-            enforce_masks_(self.optimizer, masks, with_weights=with_weights, backend=self._backend)
+        return self._finish(write)
+
+    @property
+    def _masked_optimizer(self) -> MaskedOptimizer | None:
+        return self._enforcement.masked_optimizer
+
+    @property
+    def _has_compact_state(self) -> bool:
+        return self._masked_optimizer is not None and self._masked_optimizer.compact_state
 
     def _settings(self) -> dict[str, Any]:
         return {
             "schedule": self.schedule.to_dict(),
-            "overrides": {name: group.schedule.to_dict() for group in self._overrides for name in group.names},
+            "overrides": {
+                name: group.schedule.to_dict() for group in self._groups if group.is_override for name in group.names
+            },
             "scope": self._scope,
             "distribution": self._distribution,
         }
-
-    def _check_same_run(self, settings: Mapping[str, Any], shapes: Mapping[str, torch.Size]) -> None:
-        expected, found = ({f"{name} {tuple(s)}" for name, s in ss.items()} for ss in (self._shapes, shapes))
-        if expected != found:
-            raise StateError(
-                f"load_state_dict: expected the layers of this scheduler, got missing: {sorted(expected - found)}, "
-                f"unexpected: {sorted(found - expected)}; load it into the same model with the same targets"
-            )
-        for setting, value in self._settings().items():
-            if settings.get(setting) != value:
-                raise StateError(
-                    f"load_state_dict: expected {setting} {value!r}, got {settings.get(setting)!r}; build the "
-                    "scheduler with the same arguments"
-                )

@@ -6,7 +6,7 @@ import difflib
 import fnmatch
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import nn
@@ -18,12 +18,14 @@ from gmp_kernels.errors import TargetError
 __all__ = [
     "Entry",
     "ParameterIndex",
+    "Place",
     "check_optimized",
     "check_present",
     "compile_pattern",
     "is_pattern",
     "matches",
     "named_parameters",
+    "plain_name",
 ]
 
 Entry: TypeAlias = str | type[nn.Module]
@@ -33,7 +35,7 @@ PRUNABLE = (nn.Linear, _ConvNd)
 
 def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return every parameter under every name it has, without what ``torch.compile`` adds to the names."""
-    return {_plain(name): parameter for name, parameter in model.named_parameters(remove_duplicate=False)}
+    return {plain_name(name): parameter for name, parameter in model.named_parameters(remove_duplicate=False)}
 
 
 def check_optimized(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> None:
@@ -59,6 +61,13 @@ def check_present(model: nn.Module, parameters: Mapping[str, nn.Parameter], shap
             )
 
 
+class Place(NamedTuple):
+    """Position of a parameter in a model: the parameters of its module, and its key among them."""
+
+    holder: dict[str, nn.Parameter | None]
+    key: str
+
+
 class ParameterIndex:
     """Every name by which the parameters of ``model`` can be meant.
 
@@ -74,7 +83,7 @@ class ParameterIndex:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._modules = {_plain(name): module for name, module in model.named_modules(remove_duplicate=False)}
+        self._modules = {plain_name(name): module for name, module in model.named_modules(remove_duplicate=False)}
         self._parameters = named_parameters(model)
         self._first_names: dict[nn.Parameter, str] = {}
         for name, parameter in self._parameters.items():
@@ -111,6 +120,14 @@ class ParameterIndex:
                     f"targets: expected initialized parameters, got '{name}' without a shape; run a forward pass first"
                 )
         return selected
+
+    def places(self, names: Iterable[str]) -> dict[str, Place]:
+        """Return where in the model the parameters of these names are."""
+        found = {}
+        for name in names:
+            path, _, key = name.rpartition(".")
+            found[name] = Place(self._modules[path]._parameters, key)
+        return found
 
     def find(self, what: str, entry: Entry) -> list[str]:
         """Return the names ``entry`` reaches; raise TargetError calling it an entry of ``what`` if there are none."""
@@ -175,7 +192,7 @@ class ParameterIndex:
         return ", ".join(f"'{name}'" for name in list(self._parameters)[:3]) or "(the model has no parameters)"
 
 
-def _plain(name: str) -> str:
+def plain_name(name: str) -> str:
     """Drop the level ``torch.compile`` puts between a module and its wrapper, so that names and checkpoints stay."""
     return ".".join(part for part in name.split(".") if part != "_orig_mod")
 

@@ -73,7 +73,7 @@ def test_any_rising_schedule_is_met_exactly(sparsities, distribution, seed):
     model = nn.Sequential(nn.Linear(7, 9), nn.Linear(9, 2))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     schedule = schedules.MultiStep(dict(enumerate(sparsities)))
-    pruner = GMPScheduler(model, optimizer, schedule, distribution=distribution)
+    pruner = GMPScheduler(model, optimizer, schedule, distribution=distribution, count="calls")
     for sparsity in sparsities:
         counts = [layer.num_pruned for layer in pruner.step().layers]
         if distribution == "erk":
@@ -86,7 +86,7 @@ def test_thresholds_ties_and_flips_are_reported():
     model = nn.Sequential(nn.Linear(4, 2, bias=False))
     model[0].weight.data = torch.tensor([[3.0, -1.0, 1.0, 4.0], [1.0, 0.5, 5.0, 6.0]])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    pruner = GMPScheduler(model, optimizer, schedules.MultiStep({0: 0.375, 1: 0.375, 2: 0.5}))
+    pruner = GMPScheduler(model, optimizer, schedules.MultiStep({0: 0.375, 1: 0.375, 2: 0.5}), count="calls")
     first, same, last = (pruner.step().layers[0] for _ in range(3))
     assert (first.threshold, first.num_ties, first.num_pruned, first.num_newly_pruned) == (1.0, 3, 3, 3)
     assert (same.threshold, same.num_ties, same.num_pruned, same.num_newly_pruned) == (0.0, 0, 3, 0)
@@ -104,7 +104,10 @@ def test_erk_keeps_small_layers_denser():
 def test_overrides_first_match_wins():
     late = schedules.OneShot(0.5, step=3)
     _, _, pruner = make(
-        schedules.MultiStep({0: 0.4, 2: 0.8}), overrides={"0": 0.0, nn.Conv2d: 0.9, "4*": late}, distribution="erk"
+        schedules.MultiStep({0: 0.4, 2: 0.8}),
+        overrides={"0": 0.0, nn.Conv2d: 0.9, "4*": late},
+        distribution="erk",
+        count="calls",
     )
     reports = [pruner.step() for _ in range(4)]
     reached = [None if r is None else {layer.name: layer.num_pruned for layer in r.layers} for r in reports]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, count
 from typing import Any, ClassVar, Self
 from weakref import WeakValueDictionary
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
 from gmp_kernels import capture
 from gmp_kernels.backends import UpdateTensor, choose
@@ -54,13 +56,14 @@ class MaskedOptimizer(torch.optim.Optimizer):
         self._ready: dict[int, Ready] = {}  # by the id of the parameter, which it holds
         self._batch: Batch | None = None  # of the latest step
         self._graphs = Graphs()
+        self._watchers: OrderedDict[int, tuple[Callable[[], None], Callable[..., None]]] = OrderedDict()
         if any(group.get("differentiable") for group in self.param_groups):
             raise ValueError(f"{self._name}: differentiable=True is not supported; use torch.optim")
 
     def __getstate__(self) -> dict[str, Any]:
         # What copies and pickles carry: torch names three attributes and would drop these.
         ours = ("_compact_state", "_master_weights", "_backend", "_masks", "_layouts", "_graphs")
-        anew: dict[str, Any] = {"_ready": {}, "_batch": None}
+        anew: dict[str, Any] = {"_ready": {}, "_batch": None, "_watchers": OrderedDict()}
         return super().__getstate__() | {name: getattr(self, name) for name in ours} | anew
 
     @property
@@ -158,6 +161,21 @@ class MaskedOptimizer(torch.optim.Optimizer):
         if self._compact_state:
             self._layouts.repack(self.state, masks)
 
+    def watch_steps(self, before: Callable[[], None], after: Callable[..., None]) -> RemovableHandle:
+        """Call these around every step that is taken, compiled or not; what the handle's ``remove`` ends.
+
+        Parameters
+        ----------
+        before : callable
+            Without arguments.
+        after : callable
+            Its argument is the flag by which a GPU decides whether the step is skipped, or None. ``is_direct`` says
+            whether the parameters themselves were written, or tensors that are copied to them later.
+        """
+        handle = RemovableHandle(self._watchers)
+        self._watchers[handle.id] = before, after
+        return handle
+
     def has_mask(self, parameter: torch.Tensor) -> bool:
         """Whether a mask was set for ``parameter``."""
         return parameter in self._masks
@@ -242,7 +260,22 @@ class MaskedOptimizer(torch.optim.Optimizer):
         lazy = [waits or bool(group.get("capturable")) or is_on_gpu(group["lr"]) for group in groups]
         if found_inf is not None and not all(lazy) and found_inf.item():
             return
+        watchers = list(self._watchers.values())
+        for before, _ in watchers:
+            before()
+        skips = found_inf if any(lazy) else None
+        self._take_step(given, lazy, grad_scale, skips)
+        for _, after in watchers:
+            after(skips, is_direct=given is None)
 
+    def _take_step(
+        self,
+        given: Mapping[torch.Tensor, tuple[torch.Tensor, torch.Tensor]] | None,
+        lazy: Sequence[bool],
+        grad_scale: torch.Tensor | None,
+        skips: torch.Tensor | None,
+    ) -> None:
+        groups = self.param_groups
         keys = [self._state_keys(group) for group in groups]
         batch, fresh = self._batch, None
         gradients = None if batch is None or given is not None else batch.gradients(groups, keys, self.state)
@@ -264,7 +297,6 @@ class MaskedOptimizer(torch.optim.Optimizer):
             if batch.has_counts_elsewhere(device):
                 self._graphs.refuse_first_step(self._name)
         numbers = batch.steps(groups, lazy, fresh)
-        skips = found_inf if any(lazy) else None
         constants, rows = constants_of(self._constants, numbers, grad_scale, skips)
         present = batch.present(gradients)
         choose(self._backend, device).update(self.rule, batch.updates, present, rows, constants)

@@ -1,0 +1,121 @@
+"""The pruner's calls of ``prune_``, on whole layers or on shards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from gmp_kernels.distributed import Shards
+from gmp_kernels.masks import BitMask
+from gmp_kernels.ops import NonFinite, PruneResult, Scope, Threshold, prune_
+from gmp_kernels.optim.masked import MaskedOptimizer
+from gmp_kernels.sharding import local
+
+__all__ = ["LayerPruner"]
+
+
+class LayerPruner:
+    """Prunes parameters by name, in place, and keeps their masks.
+
+    Parameters
+    ----------
+    parameters : mapping of str to Parameter
+    masks : mapping of str to BitMask
+        Changed in place; under compact state, whose layout needs the old bits, their ``packed`` is replaced.
+    shards : Shards, optional
+        Where parameters are shards or copies of those of other ranks.
+    scope, nonfinite, backend
+        As in ``prune_``.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, torch.nn.Parameter],
+        masks: Mapping[str, BitMask],
+        shards: Shards | None,
+        *,
+        scope: Scope,
+        nonfinite: NonFinite,
+        backend: str | None,
+    ) -> None:
+        self._parameters = parameters
+        self._masks = masks
+        self._shards = shards
+        self._scope: Scope = scope
+        self._nonfinite: NonFinite = nonfinite
+        self._backend = backend
+
+    def batches(self, names: Iterable[str]) -> list[list[str]]:
+        """Split ``names`` by device for layer scope; ``prune_`` itself refuses global scope over several."""
+        batches: dict[torch.device | None, list[str]] = {}
+        for name in names:
+            device = self._parameters[name].device if self._scope == "layer" else None
+            batches.setdefault(device, []).append(name)
+        return list(batches.values())
+
+    def prune_(
+        self,
+        names: Sequence[str],
+        num_prune: list[int],
+        optimizer: MaskedOptimizer | None,
+        *,
+        step: int,
+        previous: Mapping[str, Threshold],
+    ) -> PruneResult:
+        """Prune one batch.
+
+        Parameters
+        ----------
+        names : sequence of str
+        num_prune : list of int
+            One per name, or a single one in global scope.
+        optimizer : MaskedOptimizer, optional
+            Its master weights are ranked, where it keeps some.
+        step : int
+            What ranks compare.
+        previous : mapping of str to Threshold
+            Of earlier calls.
+        """
+        request: dict[str, Any] = {
+            "names": names,
+            "scope": self._scope,
+            "nonfinite": self._nonfinite,
+            "previous": [previous.get(name) for name in names],
+            "backend": self._backend,
+        }
+        weights = [self._ranked(name, optimizer) for name in names]
+        masks = [self.writable_mask(name, optimizer) for name in names]
+        if self._shards is not None:
+            result = self._shards.prune_(weights, masks, num_prune, step=step, **request)
+        else:
+            result = prune_(weights, num_prune=num_prune, masks=masks, **request)
+        for name, mask in zip(names, masks, strict=True):
+            self._masks[name].packed = mask.packed
+        return result
+
+    def prune_nothing(self, names: Sequence[str], optimizer: MaskedOptimizer | None) -> None:
+        """Raise what ``prune_`` would raise for these layers, and change nothing."""
+        names = [name for name in names if self._masks[name].numel or self._shards is None]
+        prune_(
+            [self._ranked(name, optimizer) for name in names],
+            num_prune=0,
+            masks=[self.writable_mask(name, optimizer) for name in names],
+            scope=self._scope,
+            # One rank must not fail where the others go on: together they look at the first update.
+            nonfinite=self._nonfinite if self._shards is None else "keep",
+            names=names,
+            backend=self._backend,
+        )
+
+    def writable_mask(self, name: str, optimizer: MaskedOptimizer | None) -> BitMask:
+        """Return a mask whose bits may be written; a copy where compact state is laid out by the bits there are."""
+        mask = self._masks[name]
+        return mask.clone() if optimizer is not None and optimizer.compact_state else mask
+
+    def _ranked(self, name: str, optimizer: MaskedOptimizer | None) -> torch.Tensor:
+        """Return the tensor whose magnitudes decide: the master copy where the optimizer keeps one."""
+        parameter = self._parameters[name]
+        master = None if optimizer is None else optimizer.master_weight(parameter)
+        return local(parameter) if master is None else master

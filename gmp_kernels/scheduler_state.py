@@ -1,0 +1,217 @@
+"""State of a scheduler as checkpoints hold it, and masks that a run starts from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from os import PathLike
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+
+from gmp_kernels.errors import ShapeError, StateError, TargetError
+from gmp_kernels.masks import BitMask
+from gmp_kernels.ops import Threshold
+from gmp_kernels.reports import StepReport
+from gmp_kernels.sharding import local, local_mask, whole_mask
+from gmp_kernels.targets import plain_name
+
+__all__ = ["Saved", "Start", "pack", "starting_masks", "unpack", "unpack_masks"]
+
+Start: TypeAlias = Mapping[str, BitMask] | str | PathLike[str] | None
+
+STATE_VERSION = 3
+MOST_REPORTS = 64  # that a checkpoint keeps, the latest, and layer by layer only the last
+
+
+class Saved(NamedTuple):
+    """Contents of a state, for the parameters of this process.
+
+    Attributes
+    ----------
+    settings : dict
+    step_count, num_calls : int
+    is_current : bool
+        Whether the updates of ``step_count`` have been made.
+    masks : dict of str to BitMask
+    num_pruned : dict of str to int
+        Of whole layers.
+    thresholds : dict of str to Threshold
+    history : list of StepReport
+    """
+
+    settings: dict[str, Any]
+    step_count: int
+    num_calls: int
+    is_current: bool
+    masks: dict[str, BitMask]
+    num_pruned: dict[str, int]
+    thresholds: dict[str, Threshold]
+    history: list[StepReport]
+
+
+def pack(saved: Saved, parameters: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """Return copies of the masks and plain data, whose size does not grow with the number of updates."""
+    history = saved.history[-MOST_REPORTS:]
+    reports = [report.to_dict() for report in history]
+    for report in reports[:-1]:
+        report["layers"] = ()
+    # Tuples are what torch.distributed.checkpoint stores as they are, whatever they hold.
+    return {
+        "version": STATE_VERSION,
+        "settings": tuple(saved.settings.items()),
+        "step_count": saved.step_count,
+        "num_calls": saved.num_calls,
+        "is_current": saved.is_current,
+        "history": tuple(reports),
+        "layers": {
+            name: {
+                "shape": tuple(parameter.shape),
+                "mask": whole_mask(saved.masks[name], parameter),
+                "num_pruned": saved.num_pruned[name],
+                "threshold": list(saved.thresholds[name]) if name in saved.thresholds else None,
+            }
+            for name, parameter in parameters.items()
+        },
+    }
+
+
+def unpack(state: Any, parameters: Mapping[str, torch.Tensor], settings: Mapping[str, Any]) -> Saved:
+    """Return what ``pack`` was given, for these parameters and a run of these settings.
+
+    Raises
+    ------
+    StateError
+        The state is of another version, of other layers or of other settings, or damaged.
+    """
+    try:
+        layers = _layers(state, parameters)
+        found = dict(state["settings"])
+        for setting, value in settings.items():
+            if found.get(setting) != value:
+                raise StateError(
+                    f"load_state_dict: expected {setting} {value!r}, got {found.get(setting)!r}; build the scheduler "
+                    "with the same arguments, or take only the masks along: load_state_dict(state, masks_only=True)"
+                )
+        thresholds = {n: Threshold(*layer["threshold"]) for n, layer in layers.items() if layer["threshold"]}
+        return Saved(
+            settings=found,
+            step_count=int(state["step_count"]),
+            num_calls=int(state["num_calls"]),
+            is_current=bool(state["is_current"]),
+            masks=_masks(layers, parameters),
+            num_pruned={name: int(layer["num_pruned"]) for name, layer in layers.items()},
+            thresholds=thresholds,
+            history=[StepReport.from_dict(report) for report in state["history"]],
+        )
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise _damaged(error) from error
+
+
+def unpack_masks(state: Any, parameters: Mapping[str, torch.Tensor]) -> tuple[dict[str, BitMask], dict[str, int]]:
+    """Return the masks of a state alone, and how many weights of the whole layers they prune.
+
+    Raises
+    ------
+    StateError
+        The state is of another version, of other layers, or damaged.
+    """
+    try:
+        layers = _layers(state, parameters)
+        return _masks(layers, parameters), {name: int(layer["num_pruned"]) for name, layer in layers.items()}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise _damaged(error) from error
+
+
+def _damaged(error: Exception) -> StateError:
+    if isinstance(error, StateError):
+        return error
+    return StateError(
+        f"load_state_dict: expected what state_dict() returned, got damaged data ({error!r}); load another file"
+    )
+
+
+def _layers(state: Any, parameters: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """Return the layers of a state under the names that the parameters have here."""
+    if not isinstance(state, Mapping) or state.get("version") != STATE_VERSION:
+        found = state.get("version") if isinstance(state, Mapping) else type(state).__name__
+        raise StateError(
+            f"load_state_dict: expected what GMPScheduler.state_dict() returned, of version {STATE_VERSION}, got "
+            f"{found!r}; load the pruner's own part of the checkpoint"
+        )
+    names = _names_here(state["layers"], parameters)
+    layers = {names[name]: layer for name, layer in state["layers"].items()}
+    found = {f"{name} {tuple(layer['shape'])}" for name, layer in layers.items()}
+    expected = {f"{name} {tuple(parameter.shape)}" for name, parameter in parameters.items()}
+    if expected != found:
+        raise StateError(
+            f"load_state_dict: expected the layers of this scheduler, got missing: {sorted(expected - found)}, "
+            f"unexpected: {sorted(found - expected)}; load it into the same model with the same targets"
+        )
+    return {name: layers[name] for name in parameters}
+
+
+def _masks(layers: Mapping[str, Any], parameters: Mapping[str, torch.Tensor]) -> dict[str, BitMask]:
+    return {name: local_mask(layers[name]["mask"], parameter) for name, parameter in parameters.items()}
+
+
+def _names_here(names: Iterable[str], known: Iterable[str]) -> dict[str, str]:
+    """Return {name: name here}: wrappers put parts in front of names, and may have been there then and not now."""
+    names, known = list(names), set(known)
+    plain = {name: plain_name(name) for name in names}
+    if not known.intersection(plain.values()):
+        for prefix in ("module.", "model."):
+            shorter = {name: inner.removeprefix(prefix) for name, inner in plain.items()}
+            if known.intersection(shorter.values()):
+                return shorter
+    return plain
+
+
+def starting_masks(start: Start, parameters: Mapping[str, torch.Tensor]) -> dict[str, BitMask]:
+    """Return the masks that a run of these parameters starts with; those of parameters not named keep everything.
+
+    Parameters
+    ----------
+    start : mapping of str to BitMask, path, "zeros" or None
+        As in ``GMPScheduler``.
+    parameters : mapping of str to Parameter
+
+    Raises
+    ------
+    TargetError
+        A mask is for no parameter here.
+    ShapeError
+        A mask is of another shape than the whole parameter.
+    CheckpointError
+        The file of masks cannot be read.
+    """
+    if start is None:
+        return {name: BitMask.ones(local(p).shape, p.device) for name, p in parameters.items()}
+    if isinstance(start, str) and start == "zeros":
+        return {name: BitMask.from_zeros(local(p).detach()) for name, p in parameters.items()}
+    if isinstance(start, (str, PathLike)):
+        # Reading files takes the safetensors package, which nothing else here needs.
+        from gmp_kernels.checkpoints.masks import read_masks
+
+        start = read_masks(start)
+    if not isinstance(start, Mapping) or not all(isinstance(mask, BitMask) for mask in start.values()):
+        raise TypeError(
+            f"GMPScheduler: expected start to be None, 'zeros', {{name: BitMask}} or the path of masks, got {start!r}"
+        )
+    names = _names_here(start, parameters)
+    masks = {names[name]: mask for name, mask in start.items()}
+    unknown = [name for name in masks if name not in parameters]
+    if unknown:
+        raise TargetError(
+            f"GMPScheduler: expected start to have masks of targets, got one of '{unknown[0]}'; add it to targets=, so "
+            "that something holds it, or leave its mask out"
+        )
+    for name, mask in masks.items():
+        if mask.shape != parameters[name].shape:
+            raise ShapeError(
+                f"GMPScheduler: expected the mask that starts '{name}' of shape {tuple(parameters[name].shape)}, got "
+                f"{tuple(mask.shape)}; is it of another model?"
+            )
+    ones = starting_masks(None, {name: p for name, p in parameters.items() if name not in masks})
+    own = {name: local_mask(mask.packed, parameters[name]).to(parameters[name].device) for name, mask in masks.items()}
+    # The pruner writes its masks: those given stay as they are.
+    return {name: own[name].clone() if name in own else ones[name] for name in parameters}

@@ -1,0 +1,169 @@
+"""Telling, without reading the weights, whether parameters are what they were."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from operator import attrgetter, is_, itemgetter
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from gmp_kernels.masks import BitMask
+from gmp_kernels.sharding import local
+from gmp_kernels.targets import Place
+
+__all__ = ["Watch", "compare"]
+
+SAMPLE = 32  # weights of a layer in a brief look
+SLICE = 1 << 20  # weights compared with their mask at a time
+GPU_INTERVAL = 16  # brief looks asked for, to one that is taken at a GPU's weights
+STRIDE = 0x9E3779B1  # odd, and near the golden ratio of 2^32: multiples spread evenly over any layer
+
+_version = attrgetter("_version")
+
+
+def compare(weight: torch.Tensor, mask: BitMask) -> torch.Tensor:
+    """Count the weights that contradict their mask.
+
+    Parameters
+    ----------
+    weight : torch.Tensor
+        Of any dtype and strides, on any device.
+    mask : BitMask
+        Of its shape.
+
+    Returns
+    -------
+    torch.Tensor
+        int64 of shape (2,) on the weight's device: pruned weights that are not zero, and kept weights that are.
+
+    Notes
+    -----
+    Temporary memory: about 4 MB, or a copy of the weight where it is not contiguous.
+    """
+    flat = weight.detach().reshape(-1)
+    found = torch.zeros(2, dtype=torch.int64, device=flat.device)
+    for start in range(0, flat.numel(), SLICE):
+        part = flat[start : start + SLICE]
+        bits = mask.packed[start // 8 : -(-(start + len(part)) // 8)]
+        kept = BitMask.of(bits.to(part.device), part.shape).to_bool()
+        # Both are wrong where only one of "zero" and "pruned" is true.
+        is_zero = part == 0
+        differs = is_zero == kept
+        found += torch.stack([differs.logical_and(is_zero.logical_not()).sum(), differs.logical_and_(is_zero).sum()])
+    return found
+
+
+class _Look(NamedTuple):
+    """Result of a brief look that a GPU may still be working on."""
+
+    is_done: Callable[[], bool]
+    has_found: torch.Tensor
+
+
+class Watch:
+    """Parameters at their places, and the versions they had when they were last seen.
+
+    Parameters
+    ----------
+    parameters : sequence of Parameter
+    places : sequence of Place
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], places: Sequence[Place]) -> None:
+        self._parameters = parameters
+        self._versions: list[int] | None = None
+        self._samples: dict[int, torch.Tensor] = {}
+        self._num_looks = 0
+        self._look: _Look | None = None
+        by_key: dict[str, list[int]] = {}
+        for i, place in enumerate(places):
+            by_key.setdefault(place.key, []).append(i)
+        self._holders = [
+            (itemgetter(key), [places[i].holder for i in members], [parameters[i] for i in members])
+            for key, members in by_key.items()
+        ]
+
+    def are_in_place(self) -> bool:
+        """Whether the model still has these very parameters."""
+        try:
+            return all(all(map(is_, map(get, holders), held)) for get, holders, held in self._holders)
+        except KeyError:
+            return False
+
+    def record(self) -> None:
+        """Take the parameters as they are now for unchanged."""
+        self._versions = list(map(_version, self._parameters))
+
+    def expect_writes(self) -> None:
+        """Take them as they will be when they are next looked at for unchanged."""
+        self._versions = None
+
+    def written(self) -> list[int]:
+        """Return the positions of the parameters that torch saw written since they were recorded, and record them."""
+        before, now = self._versions, list(map(_version, self._parameters))
+        if before is None or before == now:
+            self._versions = now
+            return []
+        self._versions = now
+        return [i for i, (old, new) in enumerate(zip(before, now, strict=True)) if old != new]
+
+    def forget_samples(self) -> None:
+        """Choose other weights for brief looks: masks have changed."""
+        self._samples.clear()
+        self._look = None
+
+    def sees_life(self, members: Sequence[int], mask_of: Callable[[int], BitMask]) -> bool:
+        """Whether a sample of weights of one of these parameters, another at every call, holds any that should be zero.
+
+        Shows writes that leave no trace in versions: through ``.data``, by memory that others share. On a GPU the
+        answer is that of an earlier call, and most calls do not look.
+        """
+        if not members:
+            return False
+        if self._look is not None:
+            if not self._look.is_done():
+                return False
+            look, self._look = self._look, None
+            return bool(look.has_found)
+        self._num_looks += 1
+        turn = self._num_looks
+        if self._parameters[members[0]].device.type != "cpu":
+            turn, rest = divmod(turn, GPU_INTERVAL)
+            if rest:
+                return False
+        i = members[turn % len(members)]
+        weight = local(self._parameters[i]).detach()
+        if not weight.is_contiguous():
+            return False
+        sample = self._samples.get(i)
+        if sample is None:
+            sample = self._samples[i] = _pruned_sample(mask_of(i), turn)
+        if not sample.numel():
+            return False
+        found = torch.take(weight, sample)
+        if found.device.type == "cpu":
+            return any(found.tolist())
+        self._look = _answered_later(found.any())
+        return False
+
+
+def _pruned_sample(mask: BitMask, offset: int) -> torch.Tensor:
+    """Return flat indices of some pruned weights, spread over the layer."""
+    device = mask.packed.device
+    if mask.numel <= SAMPLE:
+        indices = torch.arange(mask.numel, device=device)
+    else:
+        indices = (torch.arange(SAMPLE, device=device) + offset * SAMPLE).mul_(STRIDE).remainder_(mask.numel)
+    bits = mask.packed[indices >> 3] >> (indices & 7).to(torch.uint8)
+    return indices[(bits & 1) == 0]
+
+
+def _answered_later(found: torch.Tensor) -> _Look:
+    """Bring an answer from a GPU without waiting for it."""
+    answer = torch.empty((), dtype=torch.bool, device="cpu", pin_memory=True)
+    answer.copy_(found, non_blocking=True)
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record(torch.cuda.current_stream(found.device))
+    return _Look(event.query, answer)
