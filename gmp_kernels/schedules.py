@@ -12,7 +12,7 @@ import numbers
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Self
 
@@ -81,7 +81,7 @@ class Ramp(Schedule):
     begin_step, end_step : int
         In optimizer steps, 0 <= begin <= end. If they are equal there is one update, to ``final_sparsity``.
     frequency : int
-        Steps from one update to the next, >= 1, counted from ``begin_step``.
+        Steps from one update to the next, >= 1, counted from ``begin_step``. By name only, as is all that follows.
 
     Raises
     ------
@@ -100,7 +100,7 @@ class Ramp(Schedule):
     final_sparsity: float
     begin_step: int
     end_step: int
-    frequency: int = 1
+    frequency: int = field(default=1, kw_only=True)
 
     def __post_init__(self) -> None:
         kind = type(self).__name__
@@ -156,7 +156,7 @@ class Ramp(Schedule):
             final_sparsity,
             to_steps(f"{op}: begin", begin, steps_per_epoch),
             to_steps(f"{op}: end", end, steps_per_epoch),
-            max(1, to_steps(f"{op}: frequency", frequency, steps_per_epoch)),
+            frequency=max(1, to_steps(f"{op}: frequency", frequency, steps_per_epoch)),
             **shape,
         )
 
@@ -196,7 +196,7 @@ class Polynomial(Ramp):
     S. Gupta, "To prune, or not to prune", 2017, arXiv:1710.01878. ``power`` is a number > 0; otherwise as ``Ramp``.
     """
 
-    power: float = 3.0
+    power: float = field(default=3.0, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -357,8 +357,8 @@ class Constant(_Staircase):
 
     Parameters
     ----------
-    sparsity : float
-        In [0, 1].
+    sparsity : float or None
+        In [0, 1]. None: what a run starts with is held, and nothing more is pruned.
     begin_step : int
         In optimizer steps, >= 0.
 
@@ -368,23 +368,27 @@ class Constant(_Staircase):
         As ``MultiStep``.
     """
 
-    sparsity: float
+    sparsity: float | None
     begin_step: int = 0
 
     def __post_init__(self) -> None:
-        _store(self, "sparsity", _sparsity("Constant: sparsity", self.sparsity))
+        if self.sparsity is not None:
+            _store(self, "sparsity", _sparsity("Constant: sparsity", self.sparsity))
         _store(self, "begin_step", _whole("Constant: begin_step", self.begin_step, 0))
 
     @classmethod
-    def from_epochs(cls, sparsity: float, *, begin: float = 0, steps_per_epoch: int) -> Self:
+    def from_epochs(cls, sparsity: float | None, *, begin: float = 0, steps_per_epoch: int) -> Self:
         """Return the schedule that begins after ``begin`` epochs, rounded to whole steps."""
         return cls(sparsity, to_steps("Constant.from_epochs: begin", begin, steps_per_epoch))
+
+    def is_update_step(self, step: int) -> bool:
+        return self.sparsity is not None and super().is_update_step(step)
 
     def with_final_sparsity(self, sparsity: float) -> Self:
         return replace(self, sparsity=sparsity)
 
     def _values(self) -> dict[int, float]:
-        return {self.begin_step: self.sparsity}
+        return {self.begin_step: self.sparsity or 0.0}
 
 
 @dataclass(frozen=True)

@@ -177,7 +177,7 @@ def test_loading_prunes_weights_and_state_at_once():
         ({"scope": "global"}, "scope 'global', got 'layer'"),
         ({"distribution": "erk"}, "distribution"),
         ({"overrides": {"3": 0.5}}, "overrides"),
-        ({"schedule": schedules.Cubic(0.05, 0.8, 2, 10, 4)}, "schedule"),
+        ({"schedule": schedules.Cubic(0.05, 0.8, 2, 10, frequency=4)}, "schedule"),
     ],
 )
 def test_state_of_another_run_changes_nothing(options, message):

@@ -37,7 +37,8 @@ sparsities = st.floats(0.0, 1.0, exclude_max=True)
 def ramps(draw: st.DrawFn) -> Ramp:
     low, high = sorted((draw(sparsities), draw(sparsities)))
     begin = draw(st.integers(0, 50))
-    return draw(st.sampled_from(RAMPS))(low, high, begin, begin + draw(st.integers(0, 60)), draw(st.integers(1, 9)))
+    end, frequency = begin + draw(st.integers(0, 60)), draw(st.integers(1, 9))
+    return draw(st.sampled_from(RAMPS))(low, high, begin, end, frequency=frequency)
 
 
 @st.composite
@@ -185,13 +186,13 @@ def test_multi_step_rescales_every_value() -> None:
 @pytest.mark.parametrize("kind", RAMPS)
 def test_ramps_from_epochs(kind: type[Ramp]) -> None:
     schedule = kind.from_epochs(0.05, 0.9, begin=1, end=2.5, frequency=0.25, steps_per_epoch=10)
-    assert schedule == kind(0.05, 0.9, 10, 25, 2)
+    assert schedule == kind(0.05, 0.9, 10, 25, frequency=2)
     assert kind.from_epochs(0.05, 0.9, begin=0, end=1, frequency=0.001, steps_per_epoch=10).frequency == 1
 
 
 def test_the_others_from_epochs() -> None:
     made = Polynomial.from_epochs(0.0, 0.9, begin=0, end=1, steps_per_epoch=7, power=2.0)
-    assert made == Polynomial(0.0, 0.9, 0, 7, 7, power=2.0)
+    assert made == Polynomial(0.0, 0.9, 0, 7, frequency=7, power=2.0)
     assert MultiStep.from_epochs({2: 0.9, 0.5: 0.5}, steps_per_epoch=10) == MultiStep({5: 0.5, 20: 0.9})
     assert Constant.from_epochs(0.5, begin=1.5, steps_per_epoch=10) == Constant(0.5, 15)
     assert OneShot.from_epochs(0.5, epoch=2, steps_per_epoch=10) == OneShot(0.5, 20)
@@ -204,13 +205,26 @@ def test_plain_data_tells_schedules_apart(one: Schedule, other: Schedule) -> Non
     assert one.to_dict()["kind"] == type(one).__name__
 
 
+@pytest.mark.parametrize("kind", RAMPS)
+def test_what_other_libraries_order_otherwise_goes_by_name(kind: type[Ramp]) -> None:
+    with pytest.raises(TypeError, match="positional"):
+        kind(0.0, 0.9, 0, 10, 3)  # type: ignore[call-arg,misc]
+
+
+def test_none_prunes_nothing() -> None:
+    schedule = Constant(None)
+    assert not any(schedule.is_update_step(step) for step in range(5))
+    assert schedule.sparsity_at(3) == 0.0
+    assert schedule.with_final_sparsity(0.5) == Constant(0.5)
+
+
 def test_plain_data_is_a_copy() -> None:
     schedule = MultiStep({10: 0.5})
     schedule.to_dict()["milestones"].clear()
     assert schedule.to_dict() == {"kind": "MultiStep", "milestones": {10: 0.5}}
 
 
-@pytest.mark.parametrize("sparsity", [-0.1, 1.1, 90, math.nan, math.inf, True, "0.5", None, 1j])
+@pytest.mark.parametrize("sparsity", [-0.1, 1.1, 90, math.nan, math.inf, True, "0.5", 1j])
 def test_what_is_no_sparsity(sparsity: object) -> None:
     for make in (
         lambda: Cubic(sparsity, 0.9, 0, 1),
@@ -231,7 +245,7 @@ def test_what_is_no_step(step: object) -> None:
     for make in (
         lambda: Linear(0.1, 0.9, step, 10),
         lambda: Linear(0.1, 0.9, 0, step),
-        lambda: Linear(0.1, 0.9, 0, 10, step),
+        lambda: Linear(0.1, 0.9, 0, 10, frequency=step),
         lambda: MultiStep({step: 0.5}),
         lambda: Constant(0.5, step),
         lambda: OneShot(0.5, step),
@@ -245,7 +259,7 @@ def test_what_is_no_step(step: object) -> None:
     [
         (lambda: Cubic(0.0, 0.9, 10, 9), "begin_step <= end_step, got 10 and 9"),
         (lambda: Cubic(0.9, 0.5, 0, 9), "initial_sparsity <= final_sparsity, got 0.9 and 0.5; .*never come back"),
-        (lambda: Cubic(0.0, 0.9, 0, 9, 0), "frequency: expected a whole number >= 1, got 0"),
+        (lambda: Cubic(0.0, 0.9, 0, 9, frequency=0), "frequency: expected a whole number >= 1, got 0"),
         (lambda: Polynomial(0.0, 0.9, 0, 9, power=0.0), "power > 0, got 0.0"),
         (lambda: Polynomial(0.0, 0.9, 0, 9, power=-1.0), "power > 0, got -1.0"),
         (lambda: Polynomial(0.0, 0.9, 0, 9, power=math.nan), "power > 0, got nan"),

@@ -49,9 +49,9 @@ def test_steps_of_the_seed_run() -> None:
 
 def test_schedule_fills_the_pruning_stage() -> None:
     stages = Stages(1, 34, 25, steps_per_epoch=20)
-    assert stages.schedule() == Cubic(0.05, 0.9, 20, 700, 20)
+    assert stages.schedule() == Cubic(0.05, 0.9, 20, 700, frequency=20)
     half = stages.schedule(0.0, 0.8, kind=Linear, frequency=0.5)
-    assert half == Linear(0.0, 0.8, 20, 700, 10)
+    assert half == Linear(0.0, 0.8, 20, 700, frequency=10)
 
 
 @settings(deadline=None)
