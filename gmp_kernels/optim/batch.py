@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain, groupby
 from operator import is_
 from typing import Any
@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from gmp_kernels.backends import UpdateBatch
+from gmp_kernels.optim.compact import version_of
 from gmp_kernels.optim.constants import Group, Steps
 from gmp_kernels.optim.counts import StepCounts
-from gmp_kernels.optim.ready import Ready, version_of
+from gmp_kernels.optim.ready import Ready
 from gmp_kernels.sharding import is_sharded
 
 __all__ = ["Batch"]
@@ -83,8 +84,8 @@ class Batch:
         self._states = [r.state for r in ready]
         self._counts = [state.get("step") for state in self._states]
         self._values = list(chain.from_iterable(map(dict.values, self._states)))
-        self._masks = [(r.mask, r.bits) for r in ready if r.mask is not None and r.layout is None]
-        self._layouts = [(r.layout.mask, r.version) for r in ready if r.layout is not None]
+        self._masks = [(r.mask, r.bits) for r in ready if r.mask is not None]
+        self._frozen = [(r.bits, r.version) for r in ready if r.bits is not None and r.version is not None]
 
     def gradients(
         self, groups: Sequence[Group], keys: Sequence[tuple[str, ...]], state: Mapping[torch.Tensor, dict[str, Any]]
@@ -115,7 +116,8 @@ class Batch:
             and sum(map(len, states)) == len(self._values)
             and all(map(is_, chain.from_iterable(map(dict.values, states)), self._values))
             and all(mask.packed is bits for mask, bits in self._masks)
-            and all(version_of(mask) == version for mask, version in self._layouts)
+            and all(version_of(bits) == version for bits, version in self._frozen)
+            and not any(map(torch.Tensor.is_neg, grads))
         )
         return grads if holds else None
 
@@ -160,8 +162,6 @@ class Batch:
         """Whether step counts would have to be moved to ``device``."""
         return any(part.counts is not None and part.counts.device != device for part in self.parts)
 
-    def count(self, amount: int | torch.Tensor) -> None:
-        """Raise the step counts."""
-        for part in self.parts:
-            if part.counts is not None:
-                part.counts.add_(amount)
+    def counting(self, amount: int | torch.Tensor) -> list[Callable[[], object]]:
+        """Return C functions that raise the step counts."""
+        return [part.counts.adding(amount) for part in self.parts if part.counts is not None]
