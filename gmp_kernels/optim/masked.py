@@ -240,8 +240,8 @@ class MaskedOptimizer(Checkpointed):
         for index, p, weight, ready in found:
             is_first = False
             if ready is None:
-                state = self.state.get(p, {})
-                is_first = any(state.get(name) is None for name in keys[index])
+                state = self.state.get(p)
+                is_first = any(state is None or state.get(name) is None for name in keys[index])
                 if (completed := self._completed(keys[index], p, weight, layouts.get(p))) is not None:
                     state = created[p] = completed
                 ready = self._ready[id(p)] = self._prepare(keys[index], p, weight, state)
@@ -277,13 +277,16 @@ class MaskedOptimizer(Checkpointed):
             )
         self._ready = {key: ready for key, ready in self._ready.items() if ready.tensor.weight.device in devices}
 
-    def _prepare(self, keys: tuple[str, ...], p: torch.Tensor, weight: torch.Tensor, state: dict[str, Any]) -> Ready:
-        mask, layout, master = self._masks.get(p), layout_of(state), state.get(MASTER)
+    def _prepare(
+        self, keys: tuple[str, ...], p: torch.Tensor, weight: torch.Tensor, state: dict[str, Any] | None
+    ) -> Ready:
+        mask, layout, entries = self._masks.get(p), layout_of(state), state or {}
+        master = entries.get(MASTER)
         bits = None if mask is None else bits_beside(weight, mask)
         tensor = UpdateTensor(
             weight=weight.detach(),
             master=None if master is None else local(master),
-            state=tuple(local(state[key]) for key in keys),
+            state=tuple(local(entries[key]) for key in keys),
             mask=bits,
             compaction=layout,
         )

@@ -12,7 +12,7 @@ from gmp_kernels.checks import DTYPES, has_memory
 from gmp_kernels.errors import DTypeError, LayoutError, ShapeError
 from gmp_kernels.masks import BitMask
 from gmp_kernels.optim.compact import version_of
-from gmp_kernels.optim.entries import MASTER
+from gmp_kernels.optim.entries import MASTER, STEP
 
 __all__ = ["Ready", "bits_beside", "checked_grad", "is_dense"]
 
@@ -23,7 +23,7 @@ class Ready:
     Attributes
     ----------
     parameter : torch.Tensor
-    state : dict
+    state : dict or None
         Its entry in the optimizer's state.
     tensor : UpdateTensor
     mask : BitMask or None
@@ -48,7 +48,7 @@ class Ready:
         self,
         parameter: torch.Tensor,
         weight: torch.Tensor,
-        state: dict[str, Any],
+        state: dict[str, Any] | None,
         keys: tuple[str, ...],
         tensor: UpdateTensor,
         mask: BitMask | None,
@@ -67,8 +67,13 @@ class Ready:
         self.shape, self.stride, self.dtype = weight.shape, weight.stride(), weight.dtype
         self.device = weight.get_device()
         self._keys = keys
-        self._names = (MASTER, *keys) if MASTER in state else keys
-        self._held = tuple(map(state.get, self._names))
+        self._names = (MASTER, *keys) if tensor.master is not None else keys
+        self._held = () if state is None else tuple(map(state.get, self._names))
+
+    @property
+    def count(self) -> torch.Tensor | None:
+        """Its step count, if the state has one."""
+        return None if self.state is None else self.state.get(STEP)
 
     def holds(self, weight: torch.Tensor, state: dict[str, Any] | None, keys: tuple[str, ...]) -> bool:
         """Whether parameter, mask and state are still those that were checked."""
@@ -81,7 +86,7 @@ class Ready:
             and keys == self._keys
             and (self.mask is None or self.mask.packed is self.bits)
             and (self.version is None or self.bits is None or self.version == version_of(self.bits))
-            and all(map(operator.is_, map(state.get, self._names), self._held))
+            and (state is None or all(map(operator.is_, map(state.get, self._names), self._held)))
         )
 
     def fits(self, grad: torch.Tensor) -> bool:
