@@ -223,6 +223,9 @@ class MaskedOptimizer(Checkpointed):
                     grad = checked_grad(self._name, p, weight, dense, mask, is_compact=is_compact)
                 found.append((index, p, weight, ready))
                 gradients.append(grad)
+        if len({id(p) for _, p, *_ in found}) < len(found):
+            # Its two steps would be taken at once, in one piece of memory.
+            raise LayoutError(f"{self._name}: expected each parameter once, got one twice; remove it from its group")
         unready = [(index, p) for index, p, _, ready in found if ready is None]
         for _, p in unready:
             self._check_state(p)
