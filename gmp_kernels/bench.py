@@ -27,6 +27,7 @@ from gmp_kernels.masks import BitMask
 from gmp_kernels.measurement import Case, Pair, Timed
 from gmp_kernels.ops import Threshold, magnitude_threshold, prune_
 from gmp_kernels.optim import SGD, AdamW
+from gmp_kernels.optim.compact import layout_of
 from gmp_kernels.plan import resnet50_layers
 from gmp_kernels.scheduler import GMPScheduler
 from gmp_kernels.schedules import Polynomial
@@ -318,7 +319,7 @@ def _state_bytes(shrink: int) -> Pair:
     n = parameter.numel()
     state = [optimizer.state[parameter][key] for key in ("exp_avg", "exp_avg_sq")]
     # The mask itself is counted too; the ranks that address the state come on top of it.
-    layout = optimizer._layouts.get(parameter)
+    layout = layout_of(optimizer.state[parameter])
     assert layout is not None
     return Pair(float(sum(tensor.nbytes for tensor in state) + layout.ranks.nbytes + n / 8), 0.105 * 8 * n + n / 8)
 

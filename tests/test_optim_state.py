@@ -32,6 +32,7 @@ from torch import nn
 from gmp_kernels import BitMask, optim
 from gmp_kernels.errors import DTypeError, LayoutError, ShapeError, StateError, TargetError
 from gmp_kernels.optim import clip_grad_norm_, ema_update_
+from gmp_kernels.optim.compact import layout_of
 from gmp_kernels.testing import assert_bitwise_equal
 
 RULES = pytest.mark.parametrize("case", ["sgd", "nesterov", "adamw_amsgrad"])
@@ -119,7 +120,7 @@ def test_compact_state_takes_the_bytes_of_the_kept_weights():
     optimizer.set_masks(random_masks([p], 0.9))
     p.grad = torch.ones_like(p)
     optimizer.step()
-    layout = optimizer._layouts.get(p)
+    layout = layout_of(optimizer.state[p])
     ours = sum(v.nbytes for k, v in optimizer.state[p].items() if k != "step") + layout.ranks.nbytes
     assert ours <= 0.105 * 8 * p.numel() + p.numel() / 8
 
@@ -209,7 +210,7 @@ def test_bad_input_is_named_and_changes_nothing():
         optimizer.load_state_dict(state)
 
     def strided(params, optimizer):
-        params[2].data = params[2].data.t().contiguous().t()
+        params[2].data = torch.zeros(65, 18)[:, ::2].copy_(params[2].data)
         optimizer.step()
 
     assert "does not support sparse gradients" in str(broken(sparse))

@@ -25,6 +25,7 @@ from gmp_kernels import BitMask, GMPScheduler, StateError, prune_, schedules
 from gmp_kernels.backends import Layer, choose
 from gmp_kernels.backends.cpu import Cpu
 from gmp_kernels.errors import GMPWarning
+from gmp_kernels.optim.compact import layout_of
 
 SHAPES = [(24, 33), (65, 9)]
 NUM_WEIGHTS = 24 * 33 + 65 * 9
@@ -128,7 +129,7 @@ def test_scheduler_and_optimizer_read_the_same_bits(compact: bool) -> None:
         go(params, optimizer, pruner, range(start, start + 2))
         for p, mask in zip(params, pruner.masks.values(), strict=True):
             assert optimizer._masks[p] is mask
-            layout = optimizer._layouts.get(p)
+            layout = layout_of(optimizer.state[p])
             assert (layout is None) == (not compact)
             assert layout is None or layout.mask is mask.packed
     if not compact:

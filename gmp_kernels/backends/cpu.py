@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple, TypeVar
 
 # Before _C: the process then has one OpenMP runtime, torch's, and our loops run on the threads torch keeps warm.
@@ -23,6 +24,7 @@ from gmp_kernels.backends import (
     Written,
     register,
 )
+from gmp_kernels.backends._at_once import at_once
 from gmp_kernels.backends._layers import (
     Columns,
     Layers,
@@ -183,13 +185,16 @@ class Cpu:
         gradients: Sequence[torch.Tensor],
         rows: Sequence[int],
         constants: Constants,
+        *,
+        after: Sequence[Callable[[], object]] = (),
     ) -> None:
         if not isinstance(batch.prepared, _C.UpdateBatch):
             batch.prepared = _C.UpdateBatch(
                 [t.row if isinstance(t.row, _C.UpdateRow) else _prepared(t) for t in batch.tensors]
             )
         addresses = [gradient.data_ptr() for gradient in gradients]
-        _C.update(rule, batch.prepared, addresses, rows, constants.on_host(), torch.get_num_threads())
+        arguments = rule, batch.prepared, addresses, rows, constants.on_host(), torch.get_num_threads()
+        at_once([partial(_C.update, *arguments), *after])
 
     def sum_squares(self, gradients: Sequence[Layer]) -> float:
         rows = [(dtype_name(g.weight), g.weight.data_ptr(), g.weight.numel(), address(g.mask)) for g in gradients]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from array import array
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from types import ModuleType
@@ -33,6 +33,7 @@ from gmp_kernels.backends import (
     Written,
     register,
 )
+from gmp_kernels.backends._at_once import at_once
 from gmp_kernels.backends._layers import Layers, columns_of, device_of, prepared
 from gmp_kernels.backends._rows import address, by_dtype, dtype_name, element_address
 from gmp_kernels.backends._selection_tables import SelectionTables, Template
@@ -225,8 +226,11 @@ class Launches:
         gradients: Sequence[torch.Tensor],
         rows: Sequence[int],
         constants: Constants,
+        *,
+        after: Sequence[Callable[[], object]] = (),
     ) -> None:
         if not batch.tensors:
+            at_once(after)
             return
         device = batch.tensors[0].weight.device
         with self._on(device, "update") as launch:
@@ -244,11 +248,15 @@ class Launches:
                 for part in steps.parts
             ]
             # Everything there has to be memory for is there: from here on weights are written.
-            for part, table in zip(steps.parts, tables, strict=True):
-                self._module.update(
+            launches = [
+                partial(
+                    self._module.update,
                     *(launch, part.dtype, rule, table.data_ptr(), len(part.positions), part.num_chunks),
                     *(address(values), argument),
                 )
+                for part, table in zip(steps.parts, tables, strict=True)
+            ]
+            at_once([*launches, *after])
 
     def _rows_of_constants(self, constants: Constants) -> list[list[float]]:
         """One row per block, in the order of the kernels."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -38,6 +39,7 @@ class Adam(MaskedOptimizer, torch.optim.Adam):
     """
 
     rule: ClassVar[str] = "adam"
+    essential: ClassVar[Sequence[str]] = ("step", "exp_avg", "exp_avg_sq")
 
     def __init__(
         self,

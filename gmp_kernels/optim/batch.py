@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain, groupby
 from operator import is_
 from typing import Any
@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from gmp_kernels.backends import UpdateBatch
+from gmp_kernels.optim.compact import version_of
 from gmp_kernels.optim.constants import Group, Steps
 from gmp_kernels.optim.counts import StepCounts
-from gmp_kernels.optim.ready import Ready, version_of
+from gmp_kernels.optim.ready import Ready
 from gmp_kernels.sharding import is_sharded
 
 __all__ = ["Batch"]
@@ -25,7 +26,7 @@ class _Part:
         self.index = index
         self.size = len(ready)
         self.members = [i for i, r in enumerate(ready) if not r.is_empty]
-        self.counts = StepCounts([r.state for r in ready]) if counts_steps else None
+        self.counts = StepCounts([r.state for r in ready if r.state is not None]) if counts_steps else None
 
 
 class Batch:
@@ -67,7 +68,7 @@ class Batch:
             len(members) == len(self.ready)
             and all(map(is_, (ready for _, ready in members), self.ready))
             and [index for index, _ in members] == self._groups
-            and all(map(is_, (ready.state.get("step") for ready in self.ready), self._counts))
+            and all(map(is_, (ready.count for ready in self.ready), self._counts))
         )
 
     def remember(self, groups: Sequence[Group], keys: Sequence[tuple[str, ...]]) -> None:
@@ -81,10 +82,14 @@ class Batch:
         self._shapes, self._strides = [r.shape for r in ready], [r.stride for r in ready]
         self._dtypes, self._devices = [r.dtype for r in ready], [r.device for r in ready]
         self._states = [r.state for r in ready]
-        self._counts = [state.get("step") for state in self._states]
-        self._values = list(chain.from_iterable(map(dict.values, self._states)))
-        self._masks = [(r.mask, r.bits) for r in ready if r.mask is not None and r.layout is None]
-        self._layouts = [(r.layout.mask, r.version) for r in ready if r.layout is not None]
+        self._remember_entries()
+        self._masks = [(r.mask, r.bits) for r in ready if r.mask is not None]
+        self._frozen = [(r.bits, r.version) for r in ready if r.bits is not None and r.version is not None]
+
+    def _remember_entries(self) -> None:
+        self._entries = [state for state in self._states if state is not None]
+        self._counts = [r.count for r in self.ready]
+        self._values = list(chain.from_iterable(map(dict.values, self._entries)))
 
     def gradients(
         self, groups: Sequence[Group], keys: Sequence[tuple[str, ...]], state: Mapping[torch.Tensor, dict[str, Any]]
@@ -98,7 +103,7 @@ class Batch:
         if not all(map(is_, chain.from_iterable(group["params"] for group in groups), self._owned)):
             return None
         grads = [grad for p in self._owned if (grad := p.grad) is not None]
-        parameters, states = self._parameters, self._states
+        parameters, states = self._parameters, self._entries
         if len(grads) != len(parameters) or any(grad.layout is not torch.strided for grad in grads):
             return None
         if len(parameters) != len(self._owned) and any(p.grad is None for p in parameters):
@@ -111,11 +116,12 @@ class Batch:
             and [grad.stride() for grad in grads] == self._strides
             and [grad.dtype for grad in grads] == self._dtypes
             and [grad.get_device() for grad in grads] == self._devices
-            and all(map(is_, map(state.get, parameters), states))
+            and all(map(is_, map(state.get, parameters), self._states))
             and sum(map(len, states)) == len(self._values)
             and all(map(is_, chain.from_iterable(map(dict.values, states)), self._values))
             and all(mask.packed is bits for mask, bits in self._masks)
-            and all(version_of(mask) == version for mask, version in self._layouts)
+            and all(version_of(bits) == version for bits, version in self._frozen)
+            and not any(map(torch.Tensor.is_neg, grads))
         )
         return grads if holds else None
 
@@ -152,16 +158,13 @@ class Batch:
             start += part.size
             result.append(Steps(groups[part.index], numbers, part.members))
         if moved:
-            self._counts = [state.get("step") for state in self._states]
-            self._values = list(chain.from_iterable(map(dict.values, self._states)))
+            self._remember_entries()
         return result
 
     def has_counts_elsewhere(self, device: torch.device) -> bool:
         """Whether step counts would have to be moved to ``device``."""
         return any(part.counts is not None and part.counts.device != device for part in self.parts)
 
-    def count(self, amount: int | torch.Tensor) -> None:
-        """Raise the step counts."""
-        for part in self.parts:
-            if part.counts is not None:
-                part.counts.add_(amount)
+    def counting(self, amount: int | torch.Tensor) -> list[Callable[[], object]]:
+        """Return C functions that raise the step counts."""
+        return [part.counts.adding(amount) for part in self.parts if part.counts is not None]

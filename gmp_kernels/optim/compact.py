@@ -1,111 +1,106 @@
-"""State stored for the kept weights only: its layouts, and its way from one to the next."""
+"""State stored for the kept weights only, and the bits it is laid out by."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 
-from gmp_kernels.backends import Compaction, StateMove, choose
+from gmp_kernels.backends import Compaction, choose
 from gmp_kernels.errors import StateError
-from gmp_kernels.masks import BitMask
-from gmp_kernels.optim.ready import MASTER, is_per_weight, version_of
-from gmp_kernels.sharding import local, sharded_like
+from gmp_kernels.sharding import local
 
-__all__ = ["Layouts"]
+__all__ = ["CompactState", "check_layout", "layout_of", "layouts_by", "version_of"]
 
 
-class Layouts:
-    """By which bits the state of which parameter is laid out.
+class CompactState(dict[str, Any]):
+    """The state of one parameter, stored for the kept weights only, and the bits that tell which those are.
 
-    Nobody may write those bits meanwhile; if somebody has, their version tells.
+    State and layout are one object, so that whoever replaces the one replaces the other.
+
+    Attributes
+    ----------
+    layout : Compaction
+        Nobody may write its bits meanwhile; if somebody has, they are not at ``version`` any more.
+    names : frozenset of str
+        The entries that are laid out by it.
+    shape : torch.Size
+        Of what is here of the parameter.
+    version : int
     """
 
-    def __init__(self, backend: str | None) -> None:
-        self._backend = backend
-        self._layouts: dict[torch.Tensor, Compaction] = {}
-        self._versions: dict[torch.Tensor, int] = {}
+    def __init__(self, values: Mapping[str, Any], layout: Compaction, names: Iterable[str], shape: torch.Size) -> None:
+        super().__init__(values)
+        self.layout = layout
+        self.names = frozenset(names)
+        self.shape = shape
+        self.version = version_of(layout.mask)
+
+    @property
+    def is_intact(self) -> bool:
+        """Whether the bits are still those that it was laid out by."""
+        return self.version == version_of(self.layout.mask)
 
     def __getstate__(self) -> dict[str, Any]:
-        # Copies of the bits count their versions from 0, so that a copy could not tell that they were written before.
-        for p in self._layouts:
-            self.check("copying an optimizer", p)
-        return {**self.__dict__, "_versions": {}}
+        # A copy of the bits counts its versions from 0, and could not tell that they were written before.
+        check_intact("copying an optimizer", self)
+        return self.__dict__
 
-    def get(self, p: torch.Tensor) -> Compaction | None:
-        """Return the layout of a parameter; None if its state is dense."""
-        return self._layouts.get(p)
+    def __setstate__(self, attributes: dict[str, Any]) -> None:
+        self.__dict__.update(attributes)
+        self.version = version_of(self.layout.mask)
 
-    def version(self, p: torch.Tensor) -> int:
-        """Return the version of the bits by which its state was laid out; 0 if it is dense."""
-        layout = self._layouts.get(p)
-        return 0 if layout is None else self._versions.setdefault(p, version_of(layout.mask))
 
-    def clear(self) -> None:
-        """Forget all layouts: the state is dense again."""
-        self._layouts.clear()
-        self._versions.clear()
+def version_of(tensor: torch.Tensor) -> int:
+    """Return how often it was written in place; inference tensors do not count that."""
+    return 0 if tensor.is_inference() else tensor._version
 
-    def check(self, optimizer: str, p: torch.Tensor) -> None:
-        """Refuse to walk state by bits that are not those it was laid out by, or that are not of this many weights.
 
-        Raises
-        ------
-        StateError
-        """
-        layout = self._layouts.get(p)
-        if layout is not None and self.version(p) != version_of(layout.mask):
-            raise StateError(
-                f"{optimizer}: expected the mask of a parameter of shape {tuple(p.shape)} as it was when its compact "
-                "state was laid out, got one that was written in place; let the scheduler prune, or prune a clone of "
-                "its mask and give that to set_masks"
-            )
-        if layout is not None and layout.mask.numel() != -(-local(p).numel() // 8):
-            raise StateError(
-                f"{optimizer}: expected a parameter of the size for which its compact state was laid out, got one of "
-                f"shape {tuple(p.shape)}; make a new optimizer, or a new parameter group, for a layer that has grown"
-            )
+def layout_of(state: Mapping[str, Any] | None) -> Compaction | None:
+    """Return the layout of a parameter's state; None if it is dense."""
+    return state.layout if isinstance(state, CompactState) else None
 
-    def repack(self, states: Mapping[torch.Tensor, dict[str, Any]], masks: Mapping[torch.Tensor, BitMask]) -> None:
-        """Store the state of these parameters for the weights these masks keep, whatever its layout was.
 
-        Nothing has changed when memory runs out.
-        """
-        if not masks:
-            return
-        implementation = choose(self._backend, next(iter(masks)).device)
-        sizes = [local(p).numel() for p in masks]
-        bits = [(mask.packed, n) for mask, n in zip(masks.values(), sizes, strict=True)]
-        layouts = dict(zip(masks, implementation.compactions(bits), strict=True))
-        moves: list[StateMove] = []
-        targets: list[tuple[dict[str, Any], str, torch.Tensor]] = []
-        for (p, layout), numel in zip(layouts.items(), sizes, strict=True):
-            state = states.get(p, {})
-            for key, value in state.items():
-                if key != MASTER and is_per_weight(key, value):
-                    packed = torch.empty(layout.num_kept, dtype=value.dtype, device=value.device)
-                    moves.append(StateMove(local(value), self._layouts.get(p), packed, layout, numel))
-                    targets.append((state, key, packed))
-        if moves:
-            implementation.move_state(moves)
-        for state, key, packed in targets:
-            state[key] = packed
-        self._layouts.update(layouts)
-        self._versions.update((p, version_of(layout.mask)) for p, layout in layouts.items())
+def check_intact(optimizer: str, state: CompactState) -> None:
+    """Refuse to walk state by bits that are not those it was laid out by.
 
-    def dense(self, p: torch.Tensor, state: dict[str, Any]) -> dict[str, Any]:
-        """Return the state as torch has it; the layout stays."""
-        layout = self._layouts.get(p)
-        dense = dict(state)
-        if layout is None:
-            return dense
-        moves = []
-        for key, value in state.items():
-            if key == MASTER or not is_per_weight(key, value):
-                continue
-            values = torch.empty(local(p).shape, dtype=value.dtype, device=value.device)
-            moves.append(StateMove(value, layout, values, None, values.numel()))
-            dense[key] = sharded_like(values, p)
-        choose(self._backend, p.device).move_state(moves)
-        return dense
+    Raises
+    ------
+    StateError
+    """
+    if not state.is_intact:
+        raise StateError(
+            f"{optimizer}: expected the mask of a parameter of shape {tuple(state.shape)} as it was when its compact "
+            "state was laid out, got one that was written in place; let the scheduler prune, or prune a clone of its "
+            "mask and give that to set_masks"
+        )
+
+
+def check_layout(optimizer: str, p: torch.Tensor, state: Mapping[str, Any] | None) -> None:
+    """Refuse compact state whose bits were written, or that is not of as many weights as the parameter.
+
+    Raises
+    ------
+    StateError
+    """
+    if not isinstance(state, CompactState):
+        return
+    check_intact(optimizer, state)
+    if state.shape.numel() != local(p).numel():
+        raise StateError(
+            f"{optimizer}: expected a parameter of the size for which its compact state was laid out, got one of "
+            f"shape {tuple(p.shape)}; make a new optimizer, or a new parameter group, for a layer that has grown"
+        )
+
+
+def layouts_by(masks: Mapping[torch.Tensor, torch.Tensor], backend: str | None) -> dict[torch.Tensor, Compaction]:
+    """Return the layouts that packed bits give the state of parameters; a GPU is waited for once."""
+    devices: dict[torch.device, list[torch.Tensor]] = {}
+    for p in masks:
+        devices.setdefault(p.device, []).append(p)
+    found: dict[torch.Tensor, Compaction] = {}
+    for device, owners in devices.items():
+        bits = [(masks[p], local(p).numel()) for p in owners]
+        found.update(zip(owners, choose(backend, device).compactions(bits), strict=True))
+    return found

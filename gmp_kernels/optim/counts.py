@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -61,12 +62,11 @@ class StepCounts:
         """Return them as one tensor."""
         return self._whole if self._whole is not None else torch.stack(self.each())
 
-    def add_(self, amount: int | torch.Tensor) -> None:
-        """Raise all of them."""
+    def adding(self, amount: int | torch.Tensor) -> Callable[[], object]:
+        """Return a C function that raises all of them."""
         if self._whole is not None:
-            self._whole.add_(amount)
-        else:
-            torch._foreach_add_(self.each(), amount)
+            return partial(self._whole.add_, amount)
+        return partial(torch._foreach_add_, self.each(), amount)
 
     def _common_base(self) -> torch.Tensor | None:
         """Return the tensor whose elements they are in this order, all of them, if there is one."""

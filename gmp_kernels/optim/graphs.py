@@ -50,6 +50,20 @@ class Graphs:
                 "build the GMPScheduler, before capturing, and change their bits in place"
             )
 
+    def check_no_mask(self, optimizer: str, p: torch.Tensor) -> None:
+        """Refuse to let a mask go that a graph reads.
+
+        Raises
+        ------
+        CaptureError
+        """
+        if self._bits.get(p):
+            raise CaptureError(
+                f"{optimizer}.forget_masks: expected a parameter whose mask no CUDA graph reads, got one of shape "
+                f"{tuple(p.shape)} whose step was captured under it; fill the mask with ones, or build a new optimizer "
+                "and capture again"
+            )
+
     @staticmethod
     def refuse(optimizer: str, reason: str) -> None:
         """Raise CaptureError for a step that a graph would repeat wrongly, ``reason`` saying what to build instead."""

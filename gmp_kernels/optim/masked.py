@@ -1,74 +1,36 @@
-"""The base of SGD, Adam and AdamW: masks, compact state, torch's state_dict, and one kernel call per step."""
+"""The base of SGD, Adam and AdamW: one kernel call per step, in which pruned weights cost nothing."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import chain, count
-from typing import Any, ClassVar, Self
-from weakref import WeakValueDictionary
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
-from torch.utils.hooks import RemovableHandle
 
 from gmp_kernels import capture
-from gmp_kernels.backends import UpdateTensor, choose
-from gmp_kernels.errors import LayoutError, ShapeError, StateError, TargetError
-from gmp_kernels.masks import BitMask
-from gmp_kernels.ops import apply_masks_
+from gmp_kernels.backends import Compaction, UpdateTensor, choose
+from gmp_kernels.errors import DTypeError, LayoutError
 from gmp_kernels.optim.batch import Batch
-from gmp_kernels.optim.compact import Layouts
+from gmp_kernels.optim.checkpoint import Checkpointed
+from gmp_kernels.optim.compact import CompactState, check_layout, layout_of, layouts_by
 from gmp_kernels.optim.constants import constants_of, is_on_gpu
-from gmp_kernels.optim.graphs import Graphs
-from gmp_kernels.optim.ready import MASTER, Ready, check_state, checked_grad, is_per_weight, state_dtype
+from gmp_kernels.optim.entries import MASTER, STEP, as_count, follow, per_weight, state_dtype
+from gmp_kernels.optim.ready import Ready, bits_beside, checked_grad
 from gmp_kernels.sharding import is_sharded, local, local_grad
 
 __all__ = ["MaskedOptimizer"]
 
 
-class MaskedOptimizer(torch.optim.Optimizer):
+class MaskedOptimizer(Checkpointed):
     """Mixed into a ``torch.optim`` class, it replaces the step by one pass in which pruned weights cost nothing.
 
     Subclasses name their rule and the state it keeps, and turn a parameter group into the kernel's constants.
     """
 
     rule: ClassVar[str]
-    # What a compiled graph knows an optimizer by: it can hold numbers and tensors, no objects.
-    handle: int
-    handles: ClassVar[Iterator[int]] = count()
-    by_handle: ClassVar[WeakValueDictionary[int, MaskedOptimizer]] = WeakValueDictionary()
     # torch's GradScaler then hands over the scale and the overflow flag instead of unscaling in passes of its own.
     _step_supports_amp_scaling = True
-
-    def __new__(cls, *args: object, **kwargs: object) -> Self:
-        # Here and not in __init__, so that copies and unpickled optimizers get handles of their own.
-        self = super().__new__(cls)
-        self.handle = next(cls.handles)
-        cls.by_handle[self.handle] = self
-        return self
-
-    def _init_masking(self, *, compact_state: bool, master_weights: bool, backend: str | None) -> None:
-        self._compact_state = compact_state
-        self._master_weights = master_weights
-        self._backend = backend
-        self._masks: dict[torch.Tensor, BitMask] = {}
-        self._layouts = Layouts(backend)  # of the parameters whose state is compact now
-        self._ready: dict[int, Ready] = {}  # by the id of the parameter, which it holds
-        self._batch: Batch | None = None  # of the latest step
-        self._graphs = Graphs()
-        self._watchers: OrderedDict[int, tuple[Callable[[], None], Callable[..., None]]] = OrderedDict()
-        if any(group.get("differentiable") for group in self.param_groups):
-            raise ValueError(f"{self._name}: differentiable=True is not supported; use torch.optim")
-
-    def __getstate__(self) -> dict[str, Any]:
-        # What copies and pickles carry: torch names three attributes and would drop these.
-        ours = ("_compact_state", "_master_weights", "_backend", "_masks", "_layouts", "_graphs")
-        anew: dict[str, Any] = {"_ready": {}, "_batch": None, "_watchers": OrderedDict()}
-        return super().__getstate__() | {name: getattr(self, name) for name in ours} | anew
-
-    @property
-    def _name(self) -> str:
-        return type(self).__name__
 
     # -- what a rule must say ----------------------------------------------------------------------------------------
 
@@ -86,118 +48,36 @@ class MaskedOptimizer(torch.optim.Optimizer):
     # Whether torch's state of this rule holds a step count; where not, only the first step is told from the others.
     counts_steps: ClassVar[bool] = True
 
-    # -- masks -------------------------------------------------------------------------------------------------------
+    # -- parameter groups --------------------------------------------------------------------------------------------
 
-    @property
-    def compact_state(self) -> bool:
-        """Whether state is kept for the kept weights only."""
-        return self._compact_state
-
-    def set_masks(self, masks: Mapping[torch.Tensor, BitMask]) -> None:
-        """Take over masks, zero what they prune in weights and state, and repack compact state.
-
-        Every step reads the mask it was given: bits that ``prune_`` changes in place count from the next step on. State
-        of what they prune is zeroed when the masks are set again. Compact state is laid out by the bits it was given,
-        of which it keeps a copy: there, masks that change have to be set again. Parameters not named keep the mask they
-        have. ``GMPScheduler`` hands over its masks by itself.
-
-        Parameters
-        ----------
-        masks : mapping of parameter to BitMask
-            Each of the parameter's shape (of a sharded one: of what this process holds of it), on its device.
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters with hyperparameters of their own, as in torch.
 
         Raises
         ------
-        TargetError
-            A parameter this optimizer does not have.
-        ShapeError, LayoutError, DTypeError
-            A mask that does not fit.
-        CaptureError
-            A CUDA graph holds a step of a parameter that had no mask then, or another one. Nothing has changed when one
-            of these is raised.
+        DTypeError
+            Complex parameters.
+        ValueError, TypeError
+            ``differentiable``; and as in torch. Nothing has been added when one is raised.
         """
-        self.check_masks(masks)
-        self.share_masks({p: mask.clone() for p, mask in masks.items()} if self._compact_state else masks)
+        if isinstance(param_group, dict) and not isinstance(params := param_group["params"], (torch.Tensor, set)):
+            # What can be walked once only is walked twice.
+            param_group["params"] = params = list(params)
+            entries = [entry[1] if isinstance(entry, tuple) and len(entry) > 1 else entry for entry in params]
+            self._check_group({**self.defaults, **param_group}, entries)
+        elif isinstance(param_group, dict) and isinstance(params, torch.Tensor):
+            self._check_group({**self.defaults, **param_group}, [params])
+        super().add_param_group(param_group)
 
-    @torch.no_grad()
-    def share_masks(self, masks: Mapping[torch.Tensor, BitMask], *, ranked_is_pruned: bool = False) -> None:
-        """``set_masks`` for an owner that gives a mask other bits, in another tensor, rather than write under a layout.
-
-        Parameters
-        ----------
-        masks : mapping of parameter to BitMask
-            As in ``set_masks``; compact state is laid out by their bits themselves.
-        ranked_is_pruned : bool
-            What decides about a weight, its master copy or else itself, is zero already where the masks say so.
-
-        Raises
-        ------
-        StateError
-            Bits by which state is laid out have been written; and as ``set_masks``.
-        """
-        self.check_masks(masks)
-        tensors, bits = list[torch.Tensor](), list[BitMask]()
-        for p, mask in masks.items():
-            state = self.state.get(p, {})
-            found = [p.detach(), *([state[MASTER]] if MASTER in state else [])]
-            if ranked_is_pruned:
-                found.pop()
-            if not self._compact_state:  # where what is pruned goes when it is repacked
-                found += [v for key, v in state.items() if is_per_weight(key, v) and key != MASTER]
-            found = [local(tensor) for tensor in found if local(tensor).numel()]
-            tensors += found
-            bits += [mask] * len(found)
-        apply_masks_(tensors, bits, backend=self._backend)
-        for p, mask in masks.items():
-            self._masks[p] = mask
-            if self._compact_state:
-                self._ready.pop(id(p), None)
-                self._batch = None
-            elif (ready := self._ready.get(id(p))) is not None and ready.bits is not mask.packed:
-                del self._ready[id(p)]
-                self._batch = None
-            elif ready is not None:
-                ready.mask = mask
-        if self._compact_state:
-            self._layouts.repack(self.state, masks)
-
-    def watch_steps(self, before: Callable[[], None], after: Callable[..., None]) -> RemovableHandle:
-        """Call these around every step that is taken, compiled or not; what the handle's ``remove`` ends.
-
-        Parameters
-        ----------
-        before : callable
-            Without arguments.
-        after : callable
-            Its argument is the flag by which a GPU decides whether the step is skipped, or None. ``is_direct`` says
-            whether the parameters themselves were written, or tensors that are copied to them later.
-        """
-        handle = RemovableHandle(self._watchers)
-        self._watchers[handle.id] = before, after
-        return handle
-
-    def has_mask(self, parameter: torch.Tensor) -> bool:
-        """Whether a mask was set for ``parameter``."""
-        return parameter in self._masks
-
-    def check_masks(self, masks: Mapping[torch.Tensor, BitMask]) -> None:
-        """Raise what ``set_masks`` would, and StateError where bits by which state is laid out have been written."""
-        owned = {p for group in self.param_groups for p in group["params"]}
-        for p, mask in masks.items():
-            if p not in owned:
-                raise TargetError(
-                    f"{self._name}.set_masks: expected masks of this optimizer's parameters, got one for a tensor of "
-                    f"shape {tuple(p.shape)} that is not among them; add it with add_param_group"
+    def _check_group(self, group: Mapping[str, Any], params: Iterable[object]) -> None:
+        if group.get("differentiable"):
+            raise ValueError(f"{self._name}: differentiable=True is not supported; use torch.optim")
+        for p in params:
+            if isinstance(p, torch.Tensor) and p.is_complex():
+                raise DTypeError(
+                    f"{self._name}: expected real parameters, got {p.dtype} of shape {tuple(p.shape)}; give "
+                    "torch.view_as_real of them, or use torch.optim"
                 )
-            if mask.shape != (held := local(p).shape):
-                raise ShapeError(f"{self._name}.set_masks: expected shape {tuple(held)}, got {tuple(mask.shape)}")
-            self._graphs.check_mask(self._name, p, mask)
-            self._layouts.check(self._name, p)
-
-    def master_weight(self, parameter: torch.Tensor) -> torch.Tensor | None:
-        """Return the float32 copy that the arithmetic of ``parameter`` runs on; None if there is none (yet)."""
-        master: torch.Tensor | None = self.state.get(parameter, {}).get(MASTER)
-        return None if master is None else local(master)
 
     # -- the step ----------------------------------------------------------------------------------------------------
 
@@ -255,6 +135,9 @@ class MaskedOptimizer(torch.optim.Optimizer):
         found_inf: torch.Tensor | None = getattr(self, "found_inf", None)
         grad_scale: torch.Tensor | None = getattr(self, "grad_scale", None)
         groups = self.param_groups
+        for group in groups:
+            if group.get("differentiable"):
+                self._check_group(group, ())
         # What is on the GPU stays there: looking at it would make the step wait.
         waits = found_inf is not None and found_inf.device.type != "cpu"
         lazy = [waits or bool(group.get("capturable")) or is_on_gpu(group["lr"]) for group in groups]
@@ -278,10 +161,14 @@ class MaskedOptimizer(torch.optim.Optimizer):
         groups = self.param_groups
         keys = [self._state_keys(group) for group in groups]
         batch, fresh = self._batch, None
-        gradients = None if batch is None or given is not None else batch.gradients(groups, keys, self.state)
+        created: dict[torch.Tensor, dict[str, Any]] = {}
+        known = batch is not None and given is None and not self._pending
+        gradients = batch.gradients(groups, keys, self.state) if known and batch is not None else None
         if gradients is None:
             # What the brief look does not settle is looked at parameter by parameter.
-            members, gradients, fresh = self._checked(given, keys, lazy)
+            self._settle()
+            batch = self._batch
+            members, gradients, fresh, created = self._checked(given, keys, lazy)
             if not members:
                 return
             if batch is None or not batch.consists_of(members):
@@ -299,9 +186,12 @@ class MaskedOptimizer(torch.optim.Optimizer):
         numbers = batch.steps(groups, lazy, fresh)
         constants, rows = constants_of(self._constants, numbers, grad_scale, skips)
         present = batch.present(gradients)
-        choose(self._backend, device).update(self.rule, batch.updates, present, rows, constants)
+        amount = 1 if skips is None else (skips == 0).to(torch.float32).reshape(())
+        # New state and counts belong to what the kernel writes: all of it is there, or nothing.
+        after: list[Callable[[], object]] = [partial(dict.update, self.state, created), *batch.counting(amount)]
+        # Before the kernel: of versions that no write follows nobody computes anything wrong.
         torch.autograd.graph.increment_version(batch.written)
-        batch.count(1 if skips is None else (skips == 0).to(torch.float32).reshape(()))
+        choose(self._backend, device).update(self.rule, batch.updates, present, rows, constants, after=after)
         if capturing:
             self._graphs.note(ready for ready in batch.ready if not ready.is_empty)
 
@@ -310,8 +200,8 @@ class MaskedOptimizer(torch.optim.Optimizer):
         given: Mapping[torch.Tensor, tuple[torch.Tensor, torch.Tensor]] | None,
         keys: Sequence[tuple[str, ...]],
         lazy: Sequence[bool],
-    ) -> tuple[list[tuple[int, Ready]], list[torch.Tensor], list[bool]]:
-        """Check every parameter that has a gradient, and create the state that it lacks.
+    ) -> tuple[list[tuple[int, Ready]], list[torch.Tensor], list[bool], dict[torch.Tensor, dict[str, Any]]]:
+        """Check every parameter that has a gradient, and make the state that it lacks.
 
         Returns
         -------
@@ -319,7 +209,9 @@ class MaskedOptimizer(torch.optim.Optimizer):
             With the indices of their groups.
         gradients : list of torch.Tensor
         fresh : list of bool
-            Whether state was created, which is before the first step.
+            Whether state was made, which is before the first step.
+        created : dict of parameter to dict
+            State that is not the parameter's yet.
         """
         found: list[tuple[int, torch.Tensor, torch.Tensor, Ready | None]] = []
         gradients: list[torch.Tensor] = []
@@ -333,31 +225,50 @@ class MaskedOptimizer(torch.optim.Optimizer):
                     weight, grad = p, p.grad
                 if grad is None:
                     continue
-                self._layouts.check(self._name, p)
+                state = self.state.get(p)
+                check_layout(self._name, p, state)
                 ready = self._ready.get(id(p))
-                if ready is not None and not ready.holds(weight, self.state.get(p), keys[index]):
+                if ready is not None and not ready.holds(weight, state, keys[index]):
                     ready = None
                 if ready is None or not ready.fits(grad):
-                    grad = checked_grad(self._name, p, weight, grad, self._masks.get(p))
+                    dense = grad if grad.layout is torch.strided else self._densified(grad, group)
+                    mask = self._masks.get(p)
+                    is_compact = self._compact_state and mask is not None
+                    grad = checked_grad(self._name, p, weight, dense, mask, is_compact=is_compact)
                 found.append((index, p, weight, ready))
                 gradients.append(grad)
+        if len({id(p) for _, p, *_ in found}) < len(found):
+            # Its two steps would be taken at once, in one piece of memory.
+            raise LayoutError(f"{self._name}: expected each parameter once, got one twice; remove it from its group")
         unready = [(index, p) for index, p, _, ready in found if ready is None]
-        for index, p in unready:
-            check_state(self._name, p, self.state.get(p, {}), keys[index], self._layouts.get(p))
+        for _, p in unready:
+            self._check_state(p)
+        layouts: dict[torch.Tensor, Compaction] = {}
         if unready:
             self._check_device([p for _, p, _, _ in found])
             if capture.is_capturing(found[0][1].device):
                 self._check_capture(found[0][1].device, [lazy[index] for index, *_ in found])
                 if any(self._lacks_state(p, keys[index]) for index, p in unready):
                     self._graphs.refuse_first_step(self._name)
+            layouts = self._layouts_of([p for index, p in unready if self._lacks_state(p, keys[index])])
         members: list[tuple[int, Ready]] = []
         fresh: list[bool] = []
+        created: dict[torch.Tensor, dict[str, Any]] = {}
         for index, p, weight, ready in found:
-            fresh.append(ready is None and self._init_state(keys[index], p, weight))
+            is_first = False
             if ready is None:
-                ready = self._ready[id(p)] = self._prepare(keys[index], p, weight)
+                state = self.state.get(p)
+                is_first = any(state is None or state.get(name) is None for name in keys[index])
+                if (completed := self._completed(keys[index], p, weight, layouts.get(p))) is not None:
+                    state = created[p] = completed
+                ready = self._ready[id(p)] = self._prepare(keys[index], p, weight, state)
+            fresh.append(is_first)
             members.append((index, ready))
-        return members, gradients, fresh
+        return members, gradients, fresh, created
+
+    def _densified(self, grad: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:
+        """Return a sparse gradient as a dense one, where torch's optimizer takes it."""
+        raise RuntimeError(f"{self._name} does not support sparse gradients, please consider SparseAdam instead")
 
     def _check_capture(self, device: torch.device, lazy: Iterable[bool]) -> None:
         """Refuse steps that a CUDA graph would repeat wrongly."""
@@ -383,100 +294,64 @@ class MaskedOptimizer(torch.optim.Optimizer):
             )
         self._ready = {key: ready for key, ready in self._ready.items() if ready.tensor.weight.device in devices}
 
-    def _prepare(self, keys: tuple[str, ...], p: torch.Tensor, weight: torch.Tensor) -> Ready:
-        mask, layout, state = self._masks.get(p), self._layouts.get(p), self.state[p]
-        bits = None if mask is None else mask.packed
+    def _prepare(
+        self, keys: tuple[str, ...], p: torch.Tensor, weight: torch.Tensor, state: dict[str, Any] | None
+    ) -> Ready:
+        mask, layout, entries = self._masks.get(p), layout_of(state), state or {}
+        master = entries.get(MASTER)
+        bits = None if mask is None else bits_beside(weight, mask)
         tensor = UpdateTensor(
             weight=weight.detach(),
-            master=self.master_weight(p),
-            state=tuple(local(state[key]) for key in keys),
-            mask=bits if layout is None else layout.mask,
+            master=None if master is None else local(master),
+            state=tuple(local(entries[key]) for key in keys),
+            mask=bits,
             compaction=layout,
         )
-        return Ready(p, weight, state, keys, tensor, mask, self._layouts.version(p))
+        return Ready(p, weight, state, keys, tensor, mask)
 
     def _lacks_state(self, p: torch.Tensor, keys: tuple[str, ...]) -> bool:
         state = self.state.get(p, {})
-        names = (*keys, *(["step"] if self.counts_steps else []), *([MASTER] if self._has_master(p) else []))
+        names = (*keys, *([STEP] if self.counts_steps else []), *([MASTER] if self._has_master(p) else []))
         return any(state.get(name) is None for name in names)
 
     def _has_master(self, p: torch.Tensor) -> bool:
         return self._master_weights and p.dtype in (torch.bfloat16, torch.float16)
 
-    def _init_state(self, keys: tuple[str, ...], p: torch.Tensor, weight: torch.Tensor) -> bool:
-        """Create what the state lacks; return whether this is the first step of the parameter."""
-        state = self.state[p]
-        if self.counts_steps and "step" not in state:
-            # Neither where nor what torch's defaults are: a count in bfloat16 would end at 256.
-            state["step"] = torch.tensor(0.0, dtype=torch.float32, device="cpu")
-        if self._has_master(p) and MASTER not in state:
+    def _layouts_of(self, parameters: Iterable[torch.Tensor]) -> dict[torch.Tensor, Compaction]:
+        """Return the layouts of state that these parameters are about to get."""
+        if not self._compact_state:
+            return {}
+        masks = self._masks
+        return layouts_by({p: masks[p].packed for p in parameters if p in masks}, self._backend)
+
+    def _completed(
+        self, keys: tuple[str, ...], p: torch.Tensor, weight: torch.Tensor, new_layout: Compaction | None
+    ) -> dict[str, Any] | None:
+        """Return a copy of the state with what it lacks, all in the form it is kept in; None if it is so already."""
+        state = self.state.get(p, {})
+        values: dict[str, Any] = {}
+        if self.counts_steps:
+            count = state.get(STEP)
+            # Neither where nor what torch's defaults are.
+            device = count.device if isinstance(count, torch.Tensor) else torch.device("cpu")
+            values[STEP] = as_count(0.0 if count is None else count, device)
+        if self._has_master(p) and state.get(MASTER) is None:
             value = p if is_sharded(p) else weight
-            state[MASTER] = value.detach().to(torch.float32, memory_format=torch.preserve_format)
+            values[MASTER] = value.detach().to(torch.float32, memory_format=torch.preserve_format)
+        layout = layout_of(state) or new_layout
         missing = [name for name in keys if state.get(name) is None]
-        layout = self._layouts.get(p)
         for name in missing:
-            state[name] = (
+            values[name] = (
                 torch.zeros_like(p, dtype=state_dtype(p), memory_format=torch.preserve_format)
                 if layout is None
                 else torch.zeros(layout.num_kept, dtype=state_dtype(p), device=p.device)
             )
-        for key, value in state.items():
-            # The model went to another memory format: the state follows it.
-            if is_per_weight(key, value) and value.shape == p.shape and value.stride() != p.stride():
-                state[key] = torch.empty_like(p, dtype=value.dtype).copy_(value)
-        return bool(missing)
-
-    # -- checkpoints -------------------------------------------------------------------------------------------------
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return torch's own format, dense whatever the layout here: ``torch.optim`` can load it.
-
-        Master weights are under ``master_weight``. Memory: compact state is expanded.
-        """
-        result = super().state_dict()
-        for index, p in self._indexed().items():
-            if index in result["state"]:
-                # torch hands out the dictionaries it goes on with: one that is being loaded must not turn compact.
-                result["state"][index] = self._layouts.dense(p, self.state[p])
-        return result
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what ``state_dict`` of this class or of the ``torch.optim`` class returned.
-
-        State of pruned weights is dropped; state of 16-bit parameters is kept in float32.
-
-        Raises
-        ------
-        ValueError
-            Other parameter groups, as in torch.
-        StateError
-            State of another shape. Nothing has changed when one is raised.
-        """
-        # The numbers in the state_dict are its own; parameters correspond by position, as in torch.
-        saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-        owner = dict(zip(saved, self._indexed().values(), strict=False))
-        found = [
-            (index, owner[index], key, value)
-            for index, state in state_dict["state"].items()
-            if index in owner
-            for key, value in state.items()
-            if is_per_weight(key, value)
-        ]
-        for index, p, key, value in found:
-            if value.shape != p.shape or local(value).shape != local(p).shape:
-                raise StateError(
-                    f"{self._name}.load_state_dict: expected '{key}' of shape {tuple(p.shape)} for parameter "
-                    f"{index}, got {tuple(value.shape)}; is it the state of another model?"
-                )
-        super().load_state_dict(state_dict)
-        self._layouts.clear()
-        self._ready.clear()
-        self._batch = None
-        # torch casts state to the parameter's dtype, which would round what is kept in float32 on purpose.
-        for _, p, key, value in found:
-            self.state[p][key] = torch.empty_like(p, dtype=state_dtype(p)).copy_(value)
-        self.share_masks(self._masks)
-
-    def _indexed(self) -> dict[int, torch.Tensor]:
-        """Parameters by the number ``state_dict`` gives them."""
-        return dict(enumerate(p for group in self.param_groups for p in group["params"]))
+        compact = state.names if isinstance(state, CompactState) else frozenset()
+        # The model went to another memory format: the state follows it.
+        values.update((name, follow(p, state[name])) for name in per_weight(p, state) if name not in compact)
+        if all(state.get(name) is value for name, value in values.items()):
+            return None
+        merged = {**state, **values}
+        if layout is None or not (compact or missing):
+            return merged
+        return CompactState(merged, layout, {*compact, *missing}, weight.shape)

@@ -7,15 +7,14 @@ from typing import Any
 
 import torch
 
-from gmp_kernels.backends import Compaction, UpdateTensor
+from gmp_kernels.backends import UpdateTensor
 from gmp_kernels.checks import DTYPES, has_memory
-from gmp_kernels.errors import DTypeError, LayoutError, ShapeError, StateError
+from gmp_kernels.errors import DTypeError, LayoutError, ShapeError
 from gmp_kernels.masks import BitMask
-from gmp_kernels.sharding import local
+from gmp_kernels.optim.compact import version_of
+from gmp_kernels.optim.entries import MASTER, STEP
 
-__all__ = ["MASTER", "Ready", "check_state", "checked_grad", "is_dense", "is_per_weight", "state_dtype", "version_of"]
-
-MASTER = "master_weight"  # the name of the float32 copy in the state
+__all__ = ["Ready", "bits_beside", "checked_grad", "is_dense"]
 
 
 class Ready:
@@ -24,13 +23,14 @@ class Ready:
     Attributes
     ----------
     parameter : torch.Tensor
-    state : dict
+    state : dict or None
         Its entry in the optimizer's state.
     tensor : UpdateTensor
     mask : BitMask or None
         Its mask; ``bits`` are the packed ones that were there.
-    layout : Compaction or None
-        Of compact state; its bits were at ``version``.
+    version : int or None
+        The version of the bits, where the step is right for these only: compact state is laid out by them, or they were
+        brought into another order.
     written : list of torch.Tensor
         All that a step changes.
     is_empty : bool
@@ -40,7 +40,7 @@ class Ready:
     """
 
     __slots__ = (
-        *("parameter", "state", "tensor", "mask", "bits", "layout", "version", "written", "is_empty"),
+        *("parameter", "state", "tensor", "mask", "bits", "version", "written", "is_empty"),
         *("pointer", "shape", "stride", "dtype", "device", "_keys", "_names", "_held"),
     )
 
@@ -48,17 +48,17 @@ class Ready:
         self,
         parameter: torch.Tensor,
         weight: torch.Tensor,
-        state: dict[str, Any],
+        state: dict[str, Any] | None,
         keys: tuple[str, ...],
         tensor: UpdateTensor,
         mask: BitMask | None,
-        version: int,
     ) -> None:
         self.parameter = parameter
         self.state = state
         self.tensor = tensor
-        self.mask, self.bits = mask, tensor.mask
-        self.layout, self.version = tensor.compaction, version
+        self.mask, self.bits = mask, None if mask is None else mask.packed
+        reads_as_they_are = tensor.compaction is None and tensor.mask is self.bits
+        self.version = None if self.bits is None or reads_as_they_are else version_of(self.bits)
         # A plain parameter and what is detached from it count versions together.
         own = [parameter] if weight is parameter else [parameter, tensor.weight]
         self.written = [t for t in (*own, tensor.master, *tensor.state) if t is not None]
@@ -67,8 +67,13 @@ class Ready:
         self.shape, self.stride, self.dtype = weight.shape, weight.stride(), weight.dtype
         self.device = weight.get_device()
         self._keys = keys
-        self._names = (MASTER, *keys) if MASTER in state else keys
-        self._held = tuple(map(state.get, self._names))
+        self._names = (MASTER, *keys) if tensor.master is not None else keys
+        self._held = () if state is None else tuple(map(state.get, self._names))
+
+    @property
+    def count(self) -> torch.Tensor | None:
+        """Its step count, if the state has one."""
+        return None if self.state is None else self.state.get(STEP)
 
     def holds(self, weight: torch.Tensor, state: dict[str, Any] | None, keys: tuple[str, ...]) -> bool:
         """Whether parameter, mask and state are still those that were checked."""
@@ -79,8 +84,9 @@ class Ready:
             and weight.stride() == self.stride
             and weight.dtype is self.dtype
             and keys == self._keys
-            and (self.mask is None or self.layout is not None or self.mask.packed is self.bits)
-            and all(map(operator.is_, map(state.get, self._names), self._held))
+            and (self.mask is None or self.mask.packed is self.bits)
+            and (self.version is None or self.bits is None or self.version == version_of(self.bits))
+            and (state is None or all(map(operator.is_, map(state.get, self._names), self._held)))
         )
 
     def fits(self, grad: torch.Tensor) -> bool:
@@ -91,25 +97,30 @@ class Ready:
             and grad.shape == self.shape
             and grad.stride() == self.stride
             and grad.get_device() == self.device
+            and not grad.is_neg()
         )
 
 
 def checked_grad(
-    optimizer: str, p: torch.Tensor, weight: torch.Tensor, grad: torch.Tensor, mask: BitMask | None
+    optimizer: str,
+    p: torch.Tensor,
+    weight: torch.Tensor,
+    grad: torch.Tensor,
+    mask: BitMask | None,
+    *,
+    is_compact: bool,
 ) -> torch.Tensor:
     """Return the gradient in the layout of ``weight``, which is what this process holds of ``p``.
 
     Raises
     ------
-    RuntimeError
-        It is sparse.
     DTypeError, LayoutError, ShapeError
         Weight, gradient or mask that the kernels do not take, or that do not fit each other.
     """
-    if grad.layout is not torch.strided:
-        raise RuntimeError(f"{optimizer} does not support sparse gradients; use torch.optim.SparseAdam")
     if p.dtype not in DTYPES:
         raise DTypeError(f"{optimizer}: expected float32, float64, bfloat16 or float16 parameters, got {p.dtype}")
+    if grad.layout is not torch.strided:
+        raise LayoutError(f"{optimizer}: expected dense gradients, got {grad.layout}; use .to_dense()")
     if grad.dtype != p.dtype:
         raise DTypeError(f"{optimizer}: expected gradients of their parameter's {p.dtype}, got {grad.dtype}; cast")
     if grad.shape != weight.shape:
@@ -132,12 +143,17 @@ def checked_grad(
             f"{optimizer}: expected the mask of a parameter on {p.device} there, got it on {mask.packed.device}; "
             "set masks again after moving a model"
         )
-    # A mask counts in the order of the dimensions; without one any order will do.
-    if not (is_dense(weight) if mask is None else weight.is_contiguous()):
-        wanted = "parameters without gaps in memory" if mask is None else "contiguous parameters under a mask"
+    if mask is not None and not mask.is_packed:
+        raise ShapeError(
+            f"{optimizer}: expected {-(-mask.numel // 8)} bytes as the mask of a parameter of shape "
+            f"{tuple(weight.shape)}, got {mask.packed.dtype} of shape {tuple(mask.packed.shape)}; make a new BitMask"
+        )
+    # Compact state counts in the order of the dimensions; anything else may be in any order.
+    if not (weight.is_contiguous() if is_compact else is_dense(weight)) or weight.is_neg():
+        wanted = "contiguous parameters with compact state" if is_compact else "parameters without gaps in memory"
+        found = "a view that negates" if weight.is_neg() else f"strides {weight.stride()}"
         raise LayoutError(
-            f"{optimizer}: expected {wanted}, got strides {weight.stride()} for shape {tuple(weight.shape)}; "
-            "use .contiguous()"
+            f"{optimizer}: expected {wanted}, got {found} for shape {tuple(weight.shape)}; use .contiguous()"
         )
     if not (has_memory(weight) and has_memory(grad)):
         raise LayoutError(
@@ -145,44 +161,16 @@ def checked_grad(
             "whose storage was freed or cut; gather it"
         )
     # The kernel walks memory: a gradient laid out differently is brought into the parameter's order.
-    return grad if grad.stride() == weight.stride() else torch.empty_like(weight).copy_(grad)
+    return grad if grad.stride() == weight.stride() and not grad.is_neg() else torch.empty_like(weight).copy_(grad)
 
 
-def check_state(
-    optimizer: str, p: torch.Tensor, state: dict[str, Any], keys: tuple[str, ...], layout: Compaction | None
-) -> None:
-    """Refuse state that does not belong to the parameter as it is now: the kernel would walk past its end.
-
-    Raises
-    ------
-    StateError
-    """
-    for key in (*keys, MASTER):
-        stored = state.get(key)
-        value = None if stored is None else local(stored)
-        shape = local(p).shape if layout is None or key == MASTER else (layout.num_kept,)
-        dtype = torch.float32 if key == MASTER else state_dtype(p)
-        if value is not None and (value.shape != shape or value.dtype != dtype or value.device != p.device):
-            raise StateError(
-                f"{optimizer}: expected '{key}' as {dtype} of shape {tuple(shape)} on {p.device} for a parameter "
-                f"that is now {p.dtype} of shape {tuple(p.shape)}, got {value.dtype} of shape {tuple(value.shape)} "
-                f"on {value.device}; load the state again after converting or moving a model"
-            )
-
-
-def version_of(tensor: torch.Tensor) -> int:
-    """Return how often it was written in place; inference tensors do not count that."""
-    return 0 if tensor.is_inference() else tensor._version
-
-
-def is_per_weight(key: str, value: object) -> bool:
-    """Whether this entry of the state has a value for each weight, which a parameter without dimensions has too."""
-    return isinstance(value, torch.Tensor) and key != "step"
-
-
-def state_dtype(p: torch.Tensor) -> torch.dtype:
-    """Return the dtype in which the state of a parameter is kept."""
-    return torch.float64 if p.dtype == torch.float64 else torch.float32
+def bits_beside(weight: torch.Tensor, mask: BitMask) -> torch.Tensor:
+    """Return the packed bits of a mask in the order of the weight's memory; its own where that is row-major."""
+    if weight.is_contiguous():
+        return mask.packed
+    strides = weight.stride()
+    order = sorted(range(weight.ndim), key=lambda dimension: -strides[dimension])
+    return BitMask.from_bool(mask.to_bool().permute(order).contiguous()).packed
 
 
 def is_dense(p: torch.Tensor) -> bool:

@@ -45,6 +45,11 @@ class SGD(MaskedOptimizer, torch.optim.SGD):
     def _state_keys(self, group: dict[str, Any]) -> tuple[str, ...]:
         return ("momentum_buffer",) if group["momentum"] else ()
 
+    def _densified(self, grad: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:
+        if group["weight_decay"]:
+            raise RuntimeError(f"{self._name} does not support sparse gradients with weight_decay; set it to 0")
+        return grad.to_dense()
+
     def _constants(self, group: dict[str, Any], step: Any) -> dict[str, Any]:
         return {
             "lr": scalar(group["lr"]),
