@@ -141,7 +141,7 @@ def test_another_final_sparsity_keeps_the_update_steps(schedule: Schedule, spars
 
 @pytest.mark.parametrize("kind", RAMPS)
 def test_updates_every_frequency_steps_and_at_the_end(kind: type[Ramp]) -> None:
-    schedule = kind(0.1, 0.5, 3, 14, 4)
+    schedule = kind(0.1, 0.5, 3, 14, frequency=4)
     assert [step for step in range(30) if schedule.is_update_step(step)] == [3, 7, 11, 14]
 
 
