@@ -270,8 +270,3 @@ def _new_masks(op: str, layers: Layers) -> list[BitMask]:
             f"{op}: no memory left on {device} for the masks, nothing was changed ({error}); free some, or prune fewer "
             "layers at a time"
         ) from error
-
-
-def zero_where_pruned_(tensor: torch.Tensor, mask: BitMask) -> bool:
-    tensor.masked_fill_(~mask.to_bool().to(tensor.device), 0.0)
-    return True
