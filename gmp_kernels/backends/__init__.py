@@ -322,11 +322,14 @@ class Implementation(Protocol):
         gradients: Sequence[torch.Tensor],
         rows: Sequence[int],
         constants: Constants,
+        *,
+        after: Sequence[Callable[[], object]] = (),
     ) -> None:
         """Take one optimizer step. ``rule`` is "sgd", "adam" or "average".
 
         ``gradients`` and ``rows`` (of the constants) have one entry per tensor of the batch; a gradient is laid out as
-        its weight is. "skip" not 0: nothing is written.
+        its weight is. "skip" not 0: nothing is written. ``after`` are C functions called once all is written or
+        launched, with no Python between the two where a step is one call.
 
         Pruned weights and their state stay zero whatever their gradient; the arithmetic is that of torch.optim.
         """

@@ -233,7 +233,7 @@ class SelectionTables(Selections):
 
     def _tables(self, part: Part) -> Any:
         layers = self.address + 8 * part.start
-        return self._module.Tables(
+        return self._module.tables(
             layers,
             len(part.positions),
             layers + 8 * LayerField.COUNT * len(part.positions),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from array import array
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from types import ModuleType
@@ -33,6 +33,7 @@ from gmp_kernels.backends import (
     Written,
     register,
 )
+from gmp_kernels.backends._at_once import at_once
 from gmp_kernels.backends._layers import Layers, columns_of, device_of, prepared
 from gmp_kernels.backends._rows import address, by_dtype, dtype_name, element_address
 from gmp_kernels.backends._selection_tables import SelectionTables, Template
@@ -91,14 +92,14 @@ class Launches:
 
     def _launch(self, device: torch.device) -> Any:
         if device.type == "cpu":
-            return self._module.Launch(0, 0, self._size(device))
-        return self._module.Launch(torch.cuda.current_stream(device).cuda_stream, device.index, self._size(device))
+            return self._module.launch_on(0, 0, self._size(device))
+        return self._module.launch_on(torch.cuda.current_stream(device).cuda_stream, device.index, self._size(device))
 
     def _size(self, device: torch.device) -> int:
         if device not in self._multiprocessors:
             index = device.index or 0
             self._multiprocessors[device] = self._module.multiprocessors_of(index)
-            self._module.load_kernels(self._module.Launch(0, index, self._multiprocessors[device]))
+            self._module.load_kernels(self._module.launch_on(0, index, self._multiprocessors[device]))
         return self._multiprocessors[device]
 
     def _template(
@@ -197,10 +198,12 @@ class Launches:
                 addresses = torch.empty(len(places), dtype=torch.int64, device=device)
                 put(self._module, launch, np.array(places, np.int64), addresses)
                 first = addresses.data_ptr()
+            parts = []
             for (dtype, tables), part in zip(found.tables, found.template.parts, strict=True):
-                self._module.apply(launch, dtype, tables, first, stop)
+                parts.append((dtype, tables, first))
                 first += 8 * len(part.positions)
             found.forget(launch)
+            self._module.apply(launch, parts, stop)
             if finite and not found.is_finite:
                 return []
             return found.counts()
@@ -215,8 +218,7 @@ class Launches:
 
             # Without `out` apply writes nothing to them, so the next call on this stream needs no others.
             found = prepared(layers, (self, "apply", launch.stream), make)
-            for dtype, tables in found.tables:
-                self._module.apply(launch, dtype, tables, 0, 0)
+            self._module.apply(launch, [(dtype, tables, 0) for dtype, tables in found.tables], 0)
 
     def update(
         self,
@@ -225,8 +227,11 @@ class Launches:
         gradients: Sequence[torch.Tensor],
         rows: Sequence[int],
         constants: Constants,
+        *,
+        after: Sequence[Callable[[], object]] = (),
     ) -> None:
         if not batch.tensors:
+            at_once(after)
             return
         device = batch.tensors[0].weight.device
         with self._on(device, "update") as launch:
@@ -243,12 +248,12 @@ class Launches:
                 part.table.at((addresses, rows), partial(part.rows_with, addresses, rows), *upload_to)
                 for part in steps.parts
             ]
-            # Everything there has to be memory for is there: from here on weights are written.
-            for part, table in zip(steps.parts, tables, strict=True):
-                self._module.update(
-                    *(launch, part.dtype, rule, table.data_ptr(), len(part.positions), part.num_chunks),
-                    *(address(values), argument),
-                )
+            # Everything there has to be memory for is there: this writes weights, all of them or none.
+            parts = [
+                (part.dtype, table.data_ptr(), len(part.positions), part.num_chunks)
+                for part, table in zip(steps.parts, tables, strict=True)
+            ]
+            at_once([partial(self._module.update, launch, rule, parts, address(values), argument), *after])
 
     def _rows_of_constants(self, constants: Constants) -> list[list[float]]:
         """One row per block, in the order of the kernels."""

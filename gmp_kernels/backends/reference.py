@@ -8,7 +8,8 @@ temporary memory per weight.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -28,6 +29,7 @@ from gmp_kernels.backends import (
     has_nonfinite,
     register,
 )
+from gmp_kernels.backends._at_once import at_once
 from gmp_kernels.keys import largest_key, magnitude_of
 
 
@@ -140,8 +142,11 @@ class Reference:
         gradients: Sequence[torch.Tensor],
         rows: Sequence[int],
         constants: Constants,
+        *,
+        after: Sequence[Callable[[], object]] = (),
     ) -> None:
         given = constants.on_host()
+        writes: list[Callable[[], object]] = []
         for t, gradient, row in zip(batch.tensors, gradients, rows, strict=True):
             c = given[row]
             if c.get("skip"):
@@ -160,11 +165,13 @@ class Reference:
                 ]
             weight = _RULES[rule](weight, grad, state, c)
             for target, source in zip(t.state, state, strict=True):
-                target.copy_(torch.where(kept, source, 0.0) if t.compaction is None else source[kept])
+                new = torch.where(kept, source, 0.0) if t.compaction is None else source[kept]
+                writes.append(partial(target.copy_, new))
             weight = torch.where(kept, weight, 0.0)
             if t.master is not None:
-                t.master.copy_(weight)
-            t.weight.copy_(weight)
+                writes.append(partial(t.master.copy_, weight))
+            writes.append(partial(t.weight.copy_, weight))
+        at_once([*writes, *after])
 
     def sum_squares(self, gradients: Sequence[Layer]) -> float:
         return float(sum((_magnitude(g.weight)[_kept(g)] ** 2).sum() for g in gradients))

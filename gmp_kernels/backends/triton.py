@@ -9,7 +9,7 @@ weights.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain
@@ -32,6 +32,7 @@ from gmp_kernels.backends import (
     Written,
     register,
 )
+from gmp_kernels.backends._at_once import at_once
 from gmp_kernels.backends._layers import Layers, PruneCounts, columns_of, device_of, merged, prepared
 from gmp_kernels.backends._rows import INTEGERS, address, element_address, on_device
 from gmp_kernels.backends._tables import upload
@@ -305,8 +306,11 @@ class Triton:
         gradients: Sequence[torch.Tensor],
         rows: Sequence[int],
         constants: Constants,
+        *,
+        after: Sequence[Callable[[], object]] = (),
     ) -> None:
         if not batch.tensors:
+            at_once(after)
             return
         k, device = self._kernels, batch.tensors[0].weight.device
         with _on(device, "update"):
@@ -342,6 +346,7 @@ class Triton:
                     BLOCK=BLOCK,
                     ALIGNED=kind.aligned,
                 )
+            at_once(after)
 
     def sum_squares(self, gradients: Sequence[Layer]) -> float | torch.Tensor:
         if not gradients:
