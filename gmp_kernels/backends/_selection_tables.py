@@ -198,6 +198,8 @@ class SelectionTables(Selections):
         Selections made elsewhere, in place of these.
     """
 
+    is_lazy = True
+
     def __init__(
         self,
         module: Any,
