@@ -117,7 +117,9 @@ def optimizer_with(kind: Optimizer, dtype: torch.dtype) -> tuple[Any, dict[torch
     optimizer.step()
     optimizer.set_masks(masks)
     optimizer.step()
-    return optimizer, {p: prune_(p.detach().clone(), sparsity=0.6, masks=mask.clone()).masks[0] for p, mask in masks.items()}
+    return optimizer, {
+        p: prune_(p.detach().clone(), sparsity=0.6, masks=mask.clone()).masks[0] for p, mask in masks.items()
+    }
 
 
 def tensors_in(optimizer: Any) -> Iterator[torch.Tensor]:

@@ -1,4 +1,4 @@
-"""KeyboardInterrupt at every line of a call: weights and masks are both as before or both as after, and a retry works."""
+"""KeyboardInterrupt at every line of a call: weights and masks are as before or as after, and a retry works."""
 
 from __future__ import annotations
 
