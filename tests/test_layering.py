@@ -23,7 +23,7 @@ FLOORS = [
     EXTENSIONS | {"sharding"},
     {"backends"},
     {"checks", "selection"},
-    {"ops"},
+    {"ops", "zeroing"},
     {"distributed"},
     {"enforcement", "optim", "stages", "testing"},
     {"library", "scheduler"},

@@ -151,7 +151,7 @@ def test_a_file_in_memory_is_written_only_where_it_may_be(tmp_path: Path, mode: 
     path.write_bytes(values().numpy().tobytes())
     mapped = np.memmap(path, dtype=np.float32, mode=mode)
     if mode == "r":
-        with pytest.raises(LayoutError, match="a writable array for .*, got a read-only one; copy it"):
+        with pytest.raises(LayoutError, match="a read-only one; copy it"):
             prune_(mapped, sparsity=0.5)
         assert path.read_bytes() == values().numpy().tobytes()
     else:
@@ -169,6 +169,7 @@ def test_a_negated_view_of_what_is_known_is_refused_too() -> None:
 
 
 def test_memory_that_was_cut_where_a_whole_weight_was_known_is_refused() -> None:
+    checks.forget()
     weight = values()
     prune_(weight, num_prune=3)
     (known,) = [facts for (_, _, address), facts in checks._known.items() if address == weight.data_ptr()]

@@ -31,6 +31,9 @@ class Codes(torch.Tensor):
         self.copies = copies
         return self
 
+    def __tensor_flatten__(self) -> tuple[list[str], Any]:
+        return ["codes", "scale"], self.zero
+
     def dequantize(self) -> torch.Tensor:
         return (self.codes.float() - self.zero) * self.scale
 

@@ -35,7 +35,7 @@ from gmp_kernels.backends import (
 )
 from gmp_kernels.backends._at_once import at_once
 from gmp_kernels.backends._layers import Layers, columns_of, device_of, prepared
-from gmp_kernels.backends._rows import address, by_dtype, dtype_name, element_address
+from gmp_kernels.backends._rows import address, array_address, bits_address, by_dtype, dtype_name, element_address
 from gmp_kernels.backends._selection_tables import SelectionTables, Template
 from gmp_kernels.backends._tables import Table, current, num_chunks_of, put, refuse_capture, upload
 from gmp_kernels.errors import CaptureError, DeviceError, LayoutError
@@ -158,7 +158,7 @@ class Launches:
                     room = None if rooms is None else rooms[i]
                     rows.append(
                         [
-                            *(element_address(weight), address(mask), weight.numel(), first_chunk),
+                            *(element_address(weight), bits_address(mask, weight.numel()), weight.numel(), first_chunk),
                             *(*brackets[i], brackets[i].shift(num_bins)),
                             *(address(room), 0 if room is None else room.numel(), own.data_ptr(), num_bins),
                             *(0, 0, 0, _NO_INDEX),
@@ -194,7 +194,8 @@ class Launches:
             if isinstance(layers, Layers) and out is layers.masks:
                 first = found.address + 8 * found.template.out_start
             else:
-                places = [out[i].data_ptr() for part in found.template.parts for i in part.positions]
+                sizes = found.template.sizes
+                places = [bits_address(out[i], sizes[i]) for part in found.template.parts for i in part.positions]
                 addresses = torch.empty(len(places), dtype=torch.int64, device=device)
                 put(self._module, launch, np.array(places, np.int64), addresses)
                 first = addresses.data_ptr()
@@ -241,6 +242,8 @@ class Launches:
             argument = self._argument(constants)
             upload_to = device, batch.captured, self._module, launch
             values = None if argument else self._constants(steps, constants, *upload_to)
+            if list(map(torch.Tensor.numel, gradients)) != steps.sizes:
+                raise ValueError("update: expected gradients of the sizes of their weights")
             addresses = list(map(torch.Tensor.data_ptr, gradients))
             if not all(addresses):
                 raise LayoutError("update: expected gradients in memory, got one whose storage was freed; gather it")
@@ -289,7 +292,9 @@ class Launches:
         rows, first_chunk = [], 0
         for g in gradients:
             n = g.weight.numel()
-            rows.append([_DTYPE_CODES[g.weight.dtype], element_address(g.weight), address(g.mask), n, first_chunk])
+            rows.append(
+                [_DTYPE_CODES[g.weight.dtype], element_address(g.weight), bits_address(g.mask, n), n, first_chunk]
+            )
             first_chunk += num_chunks_of(n, self._module.CHUNK)
         with self._on(device, "sum_squares") as launch:
             table = upload(rows, torch.int64, device)
@@ -309,7 +314,7 @@ class Launches:
             order = sorted(range(len(masks)), key=lambda i: chunks[i] == 0)  # those that have rows come first
             rows, first_chunk = [], 0
             for i in order[: sum(n > 0 for n in chunks)]:
-                rows.append([masks[i][0].data_ptr(), masks[i][1], first_chunk, offsets[i].data_ptr()])
+                rows.append([bits_address(*masks[i]), masks[i][1], first_chunk, offsets[i].data_ptr()])
                 first_chunk += chunks[i]
             if rows:
                 table = upload(rows, torch.int64, device)
@@ -321,18 +326,24 @@ class Launches:
     def move_state(self, moves: Sequence[StateMove]) -> None:
         rows, first_chunk = [], 0
         for move in moves:
-            layouts = [
-                (0, 0) if layout is None else (layout.mask.data_ptr(), layout.ranks.data_ptr())
-                for layout in (move.source_layout, move.target_layout)
-            ]
-            source, target = (*(move.source.data_ptr(), *layouts[0]),), (move.target.data_ptr(), *layouts[1])
+            num_chunks = num_chunks_of(move.numel, self._module.CHUNK)
+            source = _state(move.source, move.source_layout, move.numel, num_chunks)
+            target = _state(move.target, move.target_layout, move.numel, num_chunks)
             rows.append([*source, *target, move.numel, first_chunk, move.source.element_size()])
-            first_chunk += num_chunks_of(move.numel, self._module.CHUNK)
+            first_chunk += num_chunks
         if not first_chunk:
             return
         with self._on(moves[0].source.device, "move_state") as launch:
             table = upload(rows, torch.int64, moves[0].source.device)
             self._module.repack(launch, table.data_ptr(), len(rows), first_chunk)
+
+
+def _state(values: torch.Tensor, layout: Compaction | None, numel: int, num_chunks: int) -> tuple[int, int, int]:
+    """Addresses of state, and if it is compact of its mask and ranks."""
+    if layout is None:
+        return array_address(values, numel, "state"), 0, 0
+    ranks = array_address(layout.ranks, num_chunks + 1, "ranks")
+    return array_address(values, layout.num_kept, "state"), bits_address(layout.mask, numel), ranks
 
 
 class _Row(NamedTuple):
@@ -343,14 +354,17 @@ class _Row(NamedTuple):
     numel: int
 
 
-def _row(t: UpdateTensor) -> _Row:
+def _row(t: UpdateTensor, chunk: int) -> _Row:
     """Make the tensor's row, once."""
     if isinstance(t.row, _Row):
         return t.row
-    state = [*map(element_address, t.state), 0, 0, 0][:3]
+    n = t.weight.numel()
+    states = [_state(values, t.compaction, n, num_chunks_of(n, chunk)) for values in t.state]
+    state = [*(values for values, _, _ in states), 0, 0, 0][:3]
     ranks = None if t.compaction is None else t.compaction.ranks
-    addresses = (element_address(t.weight), 0, element_address(t.master), *state, address(t.mask), address(ranks))
-    row = _Row(dtype_name(t.weight), (*addresses, t.weight.numel(), 0, 0), t.weight.numel())
+    master = array_address(t.master, n, "master weights")
+    addresses = (element_address(t.weight), 0, master, *state, bits_address(t.mask, n), address(ranks))
+    row = _Row(dtype_name(t.weight), (*addresses, n, 0, 0), n)
     t.row = row
     return row
 
@@ -383,7 +397,8 @@ class _Steps:
     """A batch as its steps are launched: one part per dtype, and the table of constants."""
 
     def __init__(self, tensors: Sequence[UpdateTensor], chunk: int) -> None:
-        rows = [_row(t) for t in tensors]
+        rows = [_row(t, chunk) for t in tensors]
+        self.sizes = [row.numel for row in rows]
         positions_of: dict[str, list[int]] = defaultdict(list)
         for i, row in enumerate(rows):
             positions_of[row.dtype].append(i)
