@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from gmp_kernels.coverage import Coverage, gap_in, shown_names
 from gmp_kernels.distributed import Shards
-from gmp_kernels.distributions import DISTRIBUTIONS, Distribution, uniform
+from gmp_kernels.distributions import DISTRIBUTIONS, Distribution, emptied_layers, uniform
 from gmp_kernels.enforcement import enforce_masks_, refuse_capture
 from gmp_kernels.errors import StateError, TargetError
 from gmp_kernels.masks import BitMask
 from gmp_kernels.ops import NonFinite, PruneResult, Scope, Threshold, prune_
 from gmp_kernels.optim.masked import MaskedOptimizer
+from gmp_kernels.parametrized import follow_update_
 from gmp_kernels.reports import LayerReport, StepReport
 from gmp_kernels.schedules import Schedule
 from gmp_kernels.sharding import local, local_mask, whole_mask
-from gmp_kernels.targets import Entry, ParameterIndex, check_optimized, check_present
+from gmp_kernels.targets import Entry, ParameterIndex, check_present
 
 __all__ = ["GMPScheduler", "StepReport"]
 
@@ -139,15 +142,17 @@ class GMPScheduler:
         self._distribution = distribution
         self._nonfinite: NonFinite = nonfinite
         self._backend = backend
-        index = ParameterIndex(model)
-        self._parameters = index.select(targets, ignore)
-        check_optimized(optimizer, self._parameters)
+        index = ParameterIndex(model, optimizer)
+        self._parameters, self._coverage = index.select(targets, ignore)
+        if gap := gap_in(self._coverage, by_default=targets is None):
+            warnings.warn(gap, stacklevel=2)
         self._overrides = self._override_groups(index, overrides or {})
         overridden = {name for group in self._overrides for name in group.names}
         rest = [name for name in self._parameters if name not in overridden]
         groups = [_Group(schedule, rest, DISTRIBUTIONS[distribution]), *self._overrides]
         self._groups = [group for group in groups if group.names]
         self._shapes = {name: p.shape for name, p in self._parameters.items()}
+        self._warn_of_emptied_layers()
         self.masks = {name: BitMask.ones(local(p).shape, p.device) for name, p in self._parameters.items()}
         self.history: list[StepReport] = []
         self.step_count = 0
@@ -205,6 +210,14 @@ class GMPScheduler:
         report = self._update(num_prune) if num_prune else None
         self.step_count += 1
         return report
+
+    def coverage(self) -> Coverage:
+        """Return what of the model is pruned, what is left out, and why, as it was when the scheduler was built."""
+        return self._coverage
+
+    def __repr__(self) -> str:
+        """Return the schedule and the table of the coverage."""
+        return f"{type(self).__name__}({self.schedule!r}, scope={self._scope!r})\n{self._coverage}"
 
     @property
     def sparsity(self) -> float:
@@ -278,6 +291,27 @@ class GMPScheduler:
         self._thresholds, self.step_count, self._is_agreed = thresholds, step_count, False
         self.history[:] = history
         self._apply_masks(self._parameters, with_weights=True)
+        if warning := follow_update_(self.model, self._parameters):
+            warnings.warn(warning, stacklevel=2)
+
+    def _warn_of_emptied_layers(self) -> None:
+        """Warn if the schedules, where they end, leave a layer without a weight."""
+        emptied: list[str] = []
+        for group in self._groups:
+            sizes = [self._num_weights([name]) for name in group.names]
+            sparsity = group.schedule.final_sparsity
+            if self._scope == "layer":
+                counts = group.distribute(sparsity, [self._shapes[name] for name in group.names])
+            else:
+                # Any layer may lose more than its share; only when all lose everything is it known before.
+                counts = sizes if round(sparsity * sum(sizes)) == sum(sizes) else [0] * len(sizes)
+            emptied += emptied_layers(group.names, sizes, counts)
+        if emptied:
+            warnings.warn(
+                f"GMPScheduler: expected weights left in every layer, got a schedule that prunes all of "
+                f"{shown_names(emptied)}; give them a lower sparsity in overrides=, or add them to ignore=",
+                stacklevel=3,
+            )
 
     def _override_groups(self, index: ParameterIndex, overrides: Mapping[Entry, float | Schedule]) -> list[_Group]:
         left = set(self._parameters)
@@ -392,6 +426,8 @@ class GMPScheduler:
                 for name, _, cut, num_pruned, num_new in zip(batch, *result, strict=True)
             )
         self._apply_masks(names, with_weights=False)
+        if warning := follow_update_(self.model, self._parameters):
+            warnings.warn(warning, stacklevel=3)
         report = StepReport(
             step=self.step_count,
             target_sparsity=self.schedule.sparsity_at(self.step_count),
