@@ -26,6 +26,7 @@ from gmp_kernels.checkpoints import (
     PruneJob,
     PruneReport,
     TensorStatistics,
+    cover_tensors,
     inspect_checkpoint,
 )
 from gmp_kernels.errors import GMPError, OutputError
@@ -117,8 +118,10 @@ def prune(
         force=force,
     )
     console = Console()
+    coverage = cover_tensors(job.checkpoint.tensors, targets, ignore)
     if dry_run:
         _show_targets(console, job)
+        console.print(str(coverage), soft_wrap=True, highlight=False, markup=False)
         return
     try:
         with _progress(console, "pruning") as advance:
@@ -128,6 +131,7 @@ def prune(
             Console(stderr=True).print("What is finished of it is kept: --resume goes on from there.")
         raise
     if os.environ.get("RANK", "0") == "0":
+        console.print(str(coverage), soft_wrap=True, highlight=False, markup=False)
         console.print(_summary(job, report, target), soft_wrap=True, highlight=False)
 
 

@@ -10,6 +10,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Container, Mapping, Sequence
+from functools import cache
 from typing import NamedTuple
 
 __all__ = [
@@ -53,7 +54,8 @@ MULTIPLIERS = {
 ADAPTERS = {"hada", "lokr", "lora"}
 GATES = {"gate", "gates", "gating"}
 POSITIONS = {"pos", "position", "positional", "positions"}
-TABLES = {"latents", "prompt", "prompts", "queries", "table", "token", "tokens"} | POSITIONS
+TABLES = {"table", "token", "tokens"} | POSITIONS
+LEARNED_INPUTS = {"latent", "latents", "prompt", "prompts", "queries", "query"}
 BIASES = {"bias", "biases"}
 NORMS = {"bn", "gn", "grn", "ln"}
 CONSTANTS = BIASES | {
@@ -108,6 +110,7 @@ class Roles:
             parts = name.split(".")
             for depth, part in enumerate(parts):
                 self._children[".".join(parts[:depth])].add(part)
+        self._reasons: dict[str, str | None] = {}
         self._head = self._find_head()
 
     def is_scaled_apart(self, name: str) -> bool:
@@ -129,6 +132,11 @@ class Roles:
 
     def reason_against(self, name: str) -> str | None:
         """Return why the tensor is no default target; None if it is one."""
+        if name not in self._reasons:
+            self._reasons[name] = self._find_reason(name)
+        return self._reasons[name]
+
+    def _find_reason(self, name: str) -> str | None:
         shape, _, kind = self._facts[name]
         if len(shape) < 2 or self.is_scaled_apart(name):
             return SMALL
@@ -154,10 +162,10 @@ class Roles:
                 continue
             if not self._is_embedding(name):
                 matrices.append(name)
-            elif not _words(_owner(path)) & POSITIONS:
+            elif facts.shape[0] > facts.shape[1] and not _words(_owner(path)) & POSITIONS:
                 vocabulary = max(vocabulary, facts.shape[0])
         rows = [name for name in matrices if self._facts[name].shape[0] == vocabulary]
-        return rows[0] if len(rows) == 1 else None
+        return rows[0] if vocabulary and len(rows) == 1 else None
 
     def _is_router(self, name: str, parts: Sequence[str]) -> bool:
         for depth, part in enumerate(parts):
@@ -202,14 +210,14 @@ class Roles:
         words = _words(owner) | _camel_words(module)
         is_in_table = any(_names_embedding(part) for part in (owner, module))
         if attribute in {"weight", "weights"}:
-            is_table = is_in_table or owner in {"shared", "wpe", "wte"} or bool(words & (POSITIONS | BIASES))
+            is_table = is_in_table or owner in {"shared", "wpe", "wte"} or bool(words & (TABLES | BIASES))
             return is_table and len(shape) == 2 and not words & MULTIPLIERS and not self._has_bias(path, shape)
         words = _words(attribute)
         if words & (MULTIPLIERS | {"kernel", "weight", "weights"}):
             return False
         # A bare parameter that begins with a dimension of 1 is the same for every sample: tokens, positions.
         is_broadcast = len(shape) == 3 and shape[0] == 1 and _num_wide(shape) == 2
-        return is_in_table or _names_embedding(attribute) or bool(words & TABLES) or is_broadcast
+        return is_in_table or _names_embedding(attribute) or bool(words & (TABLES | LEARNED_INPUTS)) or is_broadcast
 
     def _is_small(self, name: str) -> bool:
         shape, module, kind = self._facts[name]
@@ -244,16 +252,20 @@ def _split(name: str) -> tuple[str, str]:
 
 def _owner(path: str) -> str:
     """Return the last part of a path that names something."""
-    named = [part for part in path.split(".") if not part.isdecimal() and part.strip("_") and part not in WRAPPERS]
+    named = [
+        part for part in path.split(".") if not part.isdecimal() and not part.startswith("_") and part not in WRAPPERS
+    ]
     return named[-1] if named else ""
 
 
-def _words(part: str) -> set[str]:
-    return {word.rstrip("0123456789") for word in re.split(r"[^0-9a-z]+", part.lower())}
+@cache
+def _words(part: str) -> frozenset[str]:
+    return frozenset(word.rstrip("0123456789") for word in re.split(r"[^0-9a-z]+", part.lower()))
 
 
-def _camel_words(module: str) -> set[str]:
-    return {word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", module)}
+@cache
+def _camel_words(module: str) -> frozenset[str]:
+    return frozenset(word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", module))
 
 
 def _names_embedding(part: str) -> bool:

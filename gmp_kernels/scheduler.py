@@ -60,9 +60,11 @@ class GMPScheduler:
         Sparsity against optimizer steps.
     targets : str, module type or list of them, optional
         What to prune: exact names of parameters or modules, globs, ``"re:"`` regular expressions, or module types; see
-        ``gmp_kernels.targets``. Default: the weights of Linear and Conv modules. A tied parameter is one parameter:
-        it is pruned if one of its names is a target (as an output layer tied to an embedding is by default), and left
-        alone if one of them is ignored.
+        ``gmp_kernels.targets``. A module means everything in it. Default: every weight of two or more dimensions that
+        multiplies activations: of Linear, Conv, attention, recurrent and expert modules, but no norms, biases,
+        embeddings, routers of experts, low-rank adapters or output heads of language models; ``coverage()`` says what
+        that comes to. A tied parameter is one parameter: it is pruned if one of its names is in ``targets``, and left
+        alone if one of them is ignored or, by default, an embedding.
     ignore : as targets, optional
         What not to prune.
     overrides : dict, optional
@@ -92,11 +94,18 @@ class GMPScheduler:
     Raises
     ------
     TargetError
-        An entry matches nothing, nothing is left to prune, or a target is not among the optimizer's parameters.
+        An entry matches nothing that can be pruned, nothing is left to prune, or a parameter named exactly is not among
+        the optimizer's or is one from which a weight is computed in a way that does not keep zeros.
     SparsityError
         An override outside [0, 1].
     DTypeError, ShapeError, LayoutError, BackendUnavailableError
         A target that ``prune_`` does not take.
+
+    Warns
+    -----
+    UserWarning
+        The default leaves out more than half of the weights in matrices, most weights are frozen, or the schedule ends
+        with a layer that has no weight left. At an update: a row under weight_norm has none, which makes it NaN.
 
     References
     ----------

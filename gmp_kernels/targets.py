@@ -104,6 +104,7 @@ class ParameterIndex:
         buffers = {_plain(name): buffer for name, buffer in model.named_buffers(remove_duplicate=False)}
         tensors = self._parameters | buffers
         self._effective = {name: effective_name(name, tensors) for name in self._parameters}
+        self._optimizer = optimizer
         self._held = None if optimizer is None else _held(optimizer)
         self._refusals = refusals(model, self._first_names)
         self._roles = self._find_roles(Roles(facts_of(model, self._modules, tensors)))
@@ -128,10 +129,13 @@ class ParameterIndex:
             reached = {name for entry in _as_list(targets) for name in self._find_target(entry)}
         ignored: dict[str, Entry] = {}
         for entry in _as_list(ignore):
-            ignored |= {name: entry for name in self.find("ignore", entry) if name not in ignored}
+            ignored = dict.fromkeys(self.find("ignore", entry), entry) | ignored
         parameters = {name: p for p, name in self._first_names.items() if name in reached and name not in ignored}
+        ignored = {name: entry for name, entry in ignored.items() if name in reached}
         coverage = self._cover(parameters, ignored, by_default=targets is None)
         if not parameters:
+            if (largest := coverage.largest_left_out(1)) and not any(t.can_be_target for t in coverage.left_out):
+                self._refuse_dtype(largest[0].name)
             raise TargetError(
                 f"targets: expected at least one parameter to prune, got none from targets={_shown_entries(targets)} "
                 f"and ignore={_shown_entries(ignore)}; {self._advice(coverage)}"
@@ -179,25 +183,26 @@ class ParameterIndex:
         """Raise for a parameter that is named exactly and cannot be pruned."""
         parameter = self._parameters[name]
         reason = self._refusals.get(name)
-        if reason is None and self._refusal(name) is not None:
-            raise TargetError(
-                f"targets: expected parameters of the optimizer, got '{name}', which is not among them (frozen?), so "
-                "that nothing would keep it pruned; add it to the optimizer, or leave it out"
-            )
-        if reason == COMPLEX:
-            raise DTypeError(
-                f"targets: expected real weights, got '{name}' of {parameter.dtype}; leave it out, or hold its real "
-                "and imaginary parts as two parameters, which are ranked as any others"
-            )
-        if reason == QUANTIZED:
-            raise DTypeError(
-                f"targets: expected float32, float64, bfloat16 or float16, got '{name}' of {parameter.dtype}; prune "
-                "before quantizing, or leave it out"
-            )
+        if reason is None and self._optimizer is not None:
+            check_optimized(self._optimizer, {name: parameter})
+        self._refuse_dtype(name)
         if reason is not None:
             raise TargetError(
                 f"targets: expected parameters whose zeros are zeros of the weight, got '{name}', which is {reason}; "
                 "leave it out, or remove the parametrization first"
+            )
+
+    def _refuse_dtype(self, name: str) -> None:
+        reason, dtype = self._refusals.get(name), self._parameters[name].dtype
+        if reason == COMPLEX:
+            raise DTypeError(
+                f"targets: expected real weights, got '{name}' of {dtype}; leave it out, or hold its real "
+                "and imaginary parts as two parameters, which are ranked as any others"
+            )
+        if reason == QUANTIZED:
+            raise DTypeError(
+                f"targets: expected float32, float64, bfloat16 or float16, got '{name}' of {dtype}; prune "
+                "before quantizing, or leave it out"
             )
 
     def _find_roles(self, roles: Roles) -> dict[str, str | None]:
@@ -205,8 +210,10 @@ class ParameterIndex:
         found: dict[str, str | None] = {}
         for name, parameter in self._parameters.items():
             reason, first = roles.reason_against(name), self._first_names[parameter]
-            if found.setdefault(first, reason) is None and reason is not None:
-                found[first] = f"tied to the {reason} '{name}'" if reason == EMBEDDING else reason
+            if name != first and reason == EMBEDDING and found[first] != EMBEDDING:
+                reason = f"tied to the embedding '{name}'"
+                found[first] = None
+            found[first] = found.get(first) or reason
         return found
 
     def _refusal(self, name: str) -> str | None:
@@ -232,7 +239,7 @@ class ParameterIndex:
                 # The type of a parametrization says more than that there is one.
                 is_told = role == SMALL or (by_default and role != PARAMETRIZATION)
                 reason = (role if is_told else None) or self._obstacle(name) or NOT_A_TARGET
-                if name in ignored and reason == NOT_A_TARGET:
+                if name in ignored:
                     reason = f"{IGNORED} {_shown_entry(ignored[name])}"
             shape = () if is_lazy(parameter) else tuple(parameter.shape)
             can_be_target = role != SMALL and self._refusal(name) is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
+from functools import cached_property
 
 from gmp_kernels.checkpoints.files import DTYPES, TensorInfo
 from gmp_kernels.coverage import IGNORED, NOT_A_TARGET, Coverage, CoveredTensor
@@ -34,12 +35,9 @@ def select_tensors(
         A tensor named exactly has a dtype without a magnitude order, such as float8, or is empty.
     """
     index = _Index(tensors)
-    if targets is None:
-        reached = {name for name in index.by_name if index.reason_against(name) is None}
-    else:
-        reached = {name for entry in targets for name in index.find_target(entry)}
-    ignored = {name for entry in ignore or () for name in index.find("ignore", entry)}
-    chosen = [tensor for tensor in tensors if tensor.name in reached - ignored]
+    ignored = index.ignored(ignore)
+    reached = index.reached(targets) - ignored.keys()
+    chosen = [tensor for tensor in tensors if tensor.name in reached]
     if not chosen:
         raise TargetError(
             f"targets: expected at least one tensor to prune, got none from targets={targets!r} and ignore={ignore!r}; "
@@ -62,23 +60,23 @@ def find_tensors(what: str, entry: str, tensors: Sequence[TensorInfo]) -> list[s
 
 
 def cover_tensors(
-    tensors: Sequence[TensorInfo], chosen: Sequence[TensorInfo], ignore: Sequence[str] | None, *, by_default: bool
+    tensors: Sequence[TensorInfo], targets: Sequence[str] | None, ignore: Sequence[str] | None
 ) -> Coverage:
-    """Return the coverage of a checkpoint by the tensors that ``select_tensors`` has chosen."""
+    """Return the coverage of a checkpoint by what ``select_tensors`` chooses of it."""
     index = _Index(tensors)
-    names = {tensor.name for tensor in chosen}
-    ignored: dict[str, str] = {}
-    for entry in ignore or ():
-        ignored = dict.fromkeys(index.find("ignore", entry), f"{IGNORED} {entry!r}") | ignored
-    covered = []
+    reached, ignored = index.reached(targets), index.ignored(ignore)
+    chosen: list[CoveredTensor] = []
+    left_out: list[CoveredTensor] = []
     for tensor in tensors:
-        reason = "" if tensor.name in names else index.reason_against(tensor.name)
-        if reason not in (None, "", SMALL) and not by_default:
-            reason = index.obstacle(tensor.name)
-        if reason is None:
-            reason = ignored.get(tensor.name, NOT_A_TARGET)
-        covered.append(CoveredTensor(tensor.name, tensor.shape, tensor.dtype, reason, index.is_free(tensor.name)))
-    return Coverage(tuple(t for t in covered if not t.reason), tuple(t for t in covered if t.reason))
+        name = tensor.name
+        if name in reached:
+            reason = f"{IGNORED} {ignored[name]!r}" if name in ignored else ""
+        else:
+            role = index.reason_against(name)
+            reason = (role if targets is None or role == SMALL else index.obstacle(name)) or NOT_A_TARGET
+        covered = CoveredTensor(name, tensor.shape, tensor.dtype, reason, index.is_free(name))
+        (left_out if reason else chosen).append(covered)
+    return Coverage(tuple(chosen), tuple(left_out))
 
 
 class _Index:
@@ -87,7 +85,22 @@ class _Index:
     def __init__(self, tensors: Sequence[TensorInfo]) -> None:
         self.by_name = {tensor.name: tensor for tensor in tensors}
         self._effective = {name: effective_name(name, self.by_name) for name in self.by_name}
-        self._roles = Roles({name: Facts(tensor.shape) for name, tensor in self.by_name.items()})
+
+    @cached_property
+    def _roles(self) -> Roles:
+        return Roles({name: Facts(tensor.shape) for name, tensor in self.by_name.items()})
+
+    def reached(self, targets: Sequence[str] | None) -> set[str]:
+        if targets is None:
+            return {name for name in self.by_name if self.reason_against(name) is None}
+        return {name for entry in targets for name in self.find_target(entry)}
+
+    def ignored(self, ignore: Sequence[str] | None) -> dict[str, str]:
+        """Return {name: the first entry that reaches it}."""
+        ignored: dict[str, str] = {}
+        for entry in ignore or ():
+            ignored = dict.fromkeys(self.find("ignore", entry), entry) | ignored
+        return ignored
 
     def reason_against(self, name: str) -> str | None:
         """Return why the tensor is no default target; None if it is one."""
@@ -124,10 +137,10 @@ class _Index:
         if entry in self.by_name or (free and entry in self._effective.values()):
             return [entry] if entry in self.by_name else free
         if not free:
-            name = max(reached, key=lambda name: self.by_name[name].numel)
-            role = self._roles.reason_against(name)
+            largest = max((self.by_name[name] for name in reached), key=lambda tensor: tensor.numel)
+            reason = self.obstacle(largest.name) or self._roles.reason_against(largest.name)
             raise TargetError(
-                f"targets: expected floating-point weights of two or more dimensions, got {entry!r}, "
-                f"which matches others only; '{name}' of dtype {self.by_name[name].dtype}, for one, is {self.obstacle(name) or role}"
+                f"targets: expected floating-point weights of two or more dimensions, got {entry!r}, which matches "
+                f"others only; '{largest.name}' of dtype {largest.dtype}, for one, is {reason}"
             )
         return free
