@@ -15,7 +15,6 @@ __all__ = [
     "CoveredTensor",
     "gap_in",
     "shown_names",
-    "shown_shape",
 ]
 
 FROZEN = "frozen"
@@ -100,18 +99,14 @@ class Coverage:
         rows = [("", "dtype", "tensors", "weights", "share", "largest")]
         for label, dtype, tensors in [*_groups("targets", self.targets), *_groups("", self.left_out)]:
             weights, largest = _total(tensors), max(tensors, key=lambda tensor: tensor.num_weights)
-            size = f"{_shown(largest.name)} ({shown_shape(largest.shape)})"
+            size = f"{_shown(largest.name)} ({_shown_shape(largest.shape)})"
             rows.append((label, dtype, str(len(tensors)), f"{weights:,}", f"{_share(weights, total):.1%}", size))
-        widths = [max(len(row[column]) for row in rows) for column in range(5)]
-        lines = [
-            "  ".join(
-                [
-                    *(row[i].rjust(widths[i]) if 2 <= i < 5 else row[i].ljust(widths[i]) for i in range(5)),
-                    row[5],
-                ]
-            )
-            for row in rows
-        ]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = []
+        for row in rows:
+            words = [word.ljust(width) for word, width in zip(row[:2], widths[:2], strict=True)]
+            numbers = [word.rjust(width) for word, width in zip(row[2:5], widths[2:5], strict=True)]
+            lines.append("  ".join([*words, *numbers, row[5]]))
         lines.append(
             f"targets are {self.share_of_model:.1%} of the weights, {self.share_of_matrices:.1%} of those in matrices"
         )
@@ -150,11 +145,6 @@ def shown_names(names: Sequence[str]) -> str:
     return ", ".join(f"'{_shown(name)}'" for name in names[:MOST_NAMED]) + others
 
 
-def shown_shape(shape: Sequence[int]) -> str:
-    """Return a shape in the words of a table."""
-    return "x".join(map(str, shape)) or "scalar"
-
-
 def _groups(label: str, tensors: Iterable[CoveredTensor]) -> list[tuple[str, str, list[CoveredTensor]]]:
     groups: dict[tuple[str, str], list[CoveredTensor]] = {}
     for tensor in tensors:
@@ -177,3 +167,7 @@ def _share(part: int, whole: int) -> float:
 def _shown(name: str) -> str:
     """Return a name without the control characters that a terminal would obey."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
+
+
+def _shown_shape(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape)) or "scalar"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -124,15 +124,17 @@ class ParameterIndex:
             A parameter named exactly has a dtype without a magnitude order.
         """
         if targets is None:
-            reached = {name for name, role in self._roles.items() if role is None and self._obstacle(name) is None}
+            meant = {name for name, role in self._roles.items() if role is None}
+            reached = {name for name in meant if self._obstacle(name) is None}
         else:
+            meant = {name for entry in _as_list(targets) for name in self.find("targets", entry)}
             reached = {name for entry in _as_list(targets) for name in self._find_target(entry)}
         ignored: dict[str, Entry] = {}
         for entry in _as_list(ignore):
             ignored = dict.fromkeys(self.find("ignore", entry), entry) | ignored
         parameters = {name: p for p, name in self._first_names.items() if name in reached and name not in ignored}
         ignored = {name: entry for name, entry in ignored.items() if name in reached}
-        coverage = self._cover(parameters, ignored, by_default=targets is None)
+        coverage = self._cover(parameters, meant, ignored, by_default=targets is None)
         if not parameters:
             if (largest := coverage.largest_left_out(1)) and not any(t.can_be_target for t in coverage.left_out):
                 self._refuse_dtype(largest[0].name)
@@ -228,19 +230,26 @@ class ParameterIndex:
         return self._refusal(name) or (None if self._parameters[name].requires_grad else FROZEN)
 
     def _cover(
-        self, parameters: Mapping[str, nn.Parameter], ignored: Mapping[str, Entry], *, by_default: bool
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        meant: Container[str],
+        ignored: Mapping[str, Entry],
+        *,
+        by_default: bool,
     ) -> Coverage:
         targets: list[CoveredTensor] = []
         left_out: list[CoveredTensor] = []
         for parameter, name in self._first_names.items():
             role = self._roles[name]
-            reason = ""
-            if name not in parameters:
+            if name in parameters:
+                reason = ""
+            elif name in ignored:
+                reason = f"{IGNORED} {_shown_entry(ignored[name])}"
+            elif role is not None and (role == SMALL or by_default):
                 # The type of a parametrization says more than that there is one.
-                is_told = role == SMALL or (by_default and role != PARAMETRIZATION)
-                reason = (role if is_told else None) or self._obstacle(name) or NOT_A_TARGET
-                if name in ignored:
-                    reason = f"{IGNORED} {_shown_entry(ignored[name])}"
+                reason = self._refusals.get(name, role) if role == PARAMETRIZATION else role
+            else:
+                reason = (self._obstacle(name) if name in meant else None) or NOT_A_TARGET
             shape = () if is_lazy(parameter) else tuple(parameter.shape)
             can_be_target = role != SMALL and self._refusal(name) is None
             tensor = CoveredTensor(name, shape, str(parameter.dtype).removeprefix("torch."), reason, can_be_target)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from model_trees import TREES, bare, build, linear, weights
-from safetensors.torch import save_model
+from safetensors.torch import save_file, save_model
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 from typer.testing import CliRunner
@@ -94,7 +94,7 @@ class WithHead(nn.Module):
 
 
 def test_a_model_that_knows_its_output_embeddings_is_asked():
-    coverage = schedule(nn.ModuleDict({"model": WithHead()}), targets=None).coverage()
+    coverage = ParameterIndex(nn.ModuleDict({"model": WithHead()})).select(None, None).coverage
     assert reasons(coverage)["model.out.weight"] == "output head"
     assert [tensor.name for tensor in coverage.targets] == ["model.body.weight"]
 
@@ -180,6 +180,8 @@ def test_many_frozen_parameters_are_worth_a_warning_and_few_are_not(targets):
     for i in range(3):
         model.get_submodule(f"layers.{i}").requires_grad_(True)
     assert "'layers.0.weight' (not in the optimizer)" in gap_of(model, parameters=unknown, targets=targets)
+    # Nobody has meant the others.
+    assert not gap_of(model, parameters=unknown, targets="layers.3")
 
 
 PARAMETRIZED = {
@@ -388,6 +390,18 @@ def test_the_command_line_says_what_is_covered_by_dtype_and_reason(tmp_path):
         assert "targets are 50.5% of the weights" in done.output
 
 
+def test_the_command_line_names_tensors_without_a_weight_left(tmp_path):
+    small, large = torch.full((2, 2), 0.1), torch.ones(8, 8)
+    save_file({"small.weight": small, "large.weight": large}, tmp_path / "in.safetensors")
+    arguments = ["prune", str(tmp_path / "in.safetensors"), str(tmp_path / "out.safetensors"), "--scope", "global"]
+    done = CliRunner().invoke(cli.app, [*arguments, "--sparsity", "0.5"])
+    assert "no weight is left in 'small.weight'\n" in done.output
+    done = CliRunner().invoke(cli.app, [*arguments, "--sparsity", "0.02", "--force"])
+    assert "no weight is left" not in done.output and done.exit_code == 0
+    done = CliRunner().invoke(cli.app, [*arguments, "--force", "--dry-run", "--scope", "layer", "--sparsity", "0.99"])
+    assert "no weight is left in 'small.weight'\n" in done.output
+
+
 def test_entries_for_checkpoints_mean_what_they_mean_for_models():
     model, _ = TREES["gpt_oss"]()
     tensors = tensors_of(model)
@@ -408,5 +422,7 @@ def test_a_checkpoint_refuses_what_cannot_be_pruned_by_its_reason():
     for entry, reason in [("packed", "'packed.qweight' of dtype I32.*quantized"), ("waves", "complex")]:
         with pytest.raises(TargetError, match=reason):
             select_tensors(infos, [entry], None)
+    with pytest.raises(TargetError, match=r"heads of language models; 'waves\.weight' is left out: complex$"):
+        select_tensors(infos[1:], None, None)
     with pytest.raises(TargetError, match=r"there are e\.g\. 'layer\.weight'$"):
         select_tensors(infos, ["packed.qweigth"], None)

@@ -41,7 +41,7 @@ def select_tensors(
     if not chosen:
         raise TargetError(
             f"targets: expected at least one tensor to prune, got none from targets={targets!r} and ignore={ignore!r}; "
-            f"by default these are {DEFAULT_RULE}"
+            f"by default these are {DEFAULT_RULE}{index.largest_left_out()}"
         )
     for tensor in chosen:
         if tensor.dtype not in DTYPES:
@@ -120,6 +120,12 @@ class _Index:
         """Whether a module or a pattern in ``targets`` takes the tensor."""
         return self._roles.reason_against(name) != SMALL and self.obstacle(name) is None
 
+    def largest_left_out(self) -> str:
+        """Say of the largest tensor why it is no default target, if it is none."""
+        largest = max(self.by_name.values(), key=lambda tensor: tensor.nbytes, default=None)
+        reason = None if largest is None else self.reason_against(largest.name)
+        return "" if largest is None or reason is None else f"; '{largest.name}' is left out: {reason}"
+
     def find(self, what: str, entry: str) -> list[str]:
         reached = reached_by_name(what, entry, self._effective)
         if not reached:
@@ -141,6 +147,6 @@ class _Index:
             reason = self.obstacle(largest.name) or self._roles.reason_against(largest.name)
             raise TargetError(
                 f"targets: expected floating-point weights of two or more dimensions, got {entry!r}, which matches "
-                f"others only; '{largest.name}' of dtype {largest.dtype}, for one, is {reason}"
+                f"only others; '{largest.name}' of dtype {largest.dtype}, for one, is {reason}"
             )
         return free
