@@ -57,9 +57,7 @@ def _kind(owner: nn.Module, attribute: str) -> str:
         return "norm"
     if isinstance(owner, SEVERAL_WEIGHTS):
         return "weight" if attribute.endswith("_weight") or attribute.startswith("weight_") else ""
-    # The Conv1D of Hugging Face's GPT-2 is a Linear with its weight transposed.
-    is_multiplier = isinstance(owner, MULTIPLIERS) or any(kind.__name__ == "Conv1D" for kind in type(owner).__mro__)
-    return "weight" if is_multiplier and attribute == "weight" else ""
+    return "weight" if isinstance(owner, MULTIPLIERS) and attribute == "weight" else ""
 
 
 def _output_embeddings(model: nn.Module) -> list[torch.Tensor]:

@@ -3,89 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
 
 import torch
 from torch import nn
-
-VOCABULARY, WIDTH, HIDDEN, EXPERTS = 96, 16, 40, 4
-
-
-class Tree(NamedTuple):
-    """A model and the names of its default targets, in order."""
-
-    model: nn.Module
-    targets: list[str]
-
-
-class Conv1D(nn.Module):
-    """A projection with its weight transposed, as Hugging Face's GPT-2 has it."""
-
-    def __init__(self, outputs: int, inputs: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(inputs, outputs))
-        self.bias = nn.Parameter(torch.zeros(outputs))
-
-
-class RMSNorm(nn.Module):
-    def __init__(self, width: int = WIDTH) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-
-
-class Parameters(nn.Module):
-    """Bare parameters, and buffers for what is given as plain tensors."""
-
-    def __init__(self, **tensors: torch.Tensor) -> None:
-        super().__init__()
-        for name, tensor in tensors.items():
-            if isinstance(tensor, nn.Parameter):
-                self.register_parameter(name, tensor)
-            else:
-                self.register_buffer(name, tensor)
-
-
-class TopKRouter(Parameters):
-    pass
-
-
-def bare(*shape: int) -> nn.Parameter:
-    return nn.Parameter(torch.randn(*shape))
-
-
-def linear(outputs: int = WIDTH, inputs: int = WIDTH, bias: bool = False) -> nn.Linear:
-    return nn.Linear(inputs, outputs, bias=bias)
-
-
-def build(modules: Mapping[str, nn.Module]) -> nn.Module:
-    """Return a model that has these modules by these names."""
-    model = nn.Module()
-    for name, module in modules.items():
-        path, _, last = name.rpartition(".")
-        parent = model
-        for part in filter(None, path.split(".")):
-            if part not in parent._modules:
-                parent.add_module(part, nn.Module())
-            parent = parent.get_submodule(part)
-        parent.add_module(last, module)
-    return model
-
-
-def weights(*paths: str) -> list[str]:
-    return [f"{path}.weight" for path in paths]
-
-
-def attention(path: str, names: str = "q_proj k_proj v_proj o_proj") -> dict[str, nn.Module]:
-    return {f"{path}.{name}": linear() for name in names.split()}
-
-
-def swiglu(path: str, names: str = "gate_proj up_proj down_proj") -> dict[str, nn.Module]:
-    gate, up, down = names.split()
-    return {
-        f"{path}.{gate}": linear(HIDDEN),
-        f"{path}.{up}": linear(HIDDEN),
-        f"{path}.{down}": linear(WIDTH, HIDDEN),
-    }
+from tree_building import (
+    EXPERTS,
+    HIDDEN,
+    VOCABULARY,
+    WIDTH,
+    Conv1D,
+    Parameters,
+    RMSNorm,
+    TopKRouter,
+    Tree,
+    attention,
+    bare,
+    build,
+    linear,
+    swiglu,
+    weights,
+)
 
 
 def gpt2() -> Tree:
@@ -159,8 +96,8 @@ def qwen_moe() -> Tree:
     for i in range(EXPERTS):
         block |= {f"mlp.experts.{i}.gate": linear(EXPERTS), f"mlp.experts.{i}.down": linear(WIDTH, EXPERTS)}
         names += [f"mlp.experts.{i}.gate", f"mlp.experts.{i}.down"]
-    block |= swiglu("mlp.shared_expert") | {"mlp.shared_expert_gate": linear(1)}
-    names += [f"mlp.shared_expert.{name}_proj" for name in ("gate", "up", "down")]
+    block |= {"mlp.shared_expert.up_proj": linear(EXPERTS), "mlp.shared_expert_gate": linear(1)}
+    names.append("mlp.shared_expert.up_proj")
     return Tree(decoder(block), in_block(*names))
 
 
@@ -203,12 +140,18 @@ def deepseek() -> Tree:
 
 
 def switch_transformer() -> Tree:
+    """Routers of several levels, one beside experts of attention, and one that holds its experts."""
     block = {
         "mlp.router.classifier": linear(EXPERTS),
         "mlp.experts.expert_0.wi": linear(HIDDEN),
         "mlp.experts.expert_0.wo": linear(WIDTH, HIDDEN),
+        "attention.experts.router.layer": linear(EXPERTS),
+        "router_block.gate.wg": linear(EXPERTS),
+        "router_block.experts.0.wi": linear(HIDDEN),
     }
-    return Tree(decoder(block), in_block("mlp.experts.expert_0.wi", "mlp.experts.expert_0.wo"))
+    return Tree(
+        decoder(block), in_block("mlp.experts.expert_0.wi", "mlp.experts.expert_0.wo", "router_block.experts.0.wi")
+    )
 
 
 def vit() -> Tree:
@@ -420,12 +363,43 @@ def unet() -> Tree:
 def query_transformer() -> Tree:
     """Learned tokens and tables of many names."""
     model = build({"layer.query": linear(bias=True), "layer.r": linear()})
-    for name, shape in {"query_tokens": (1, 8, WIDTH), "latents": (8, WIDTH), "anything": (1, 8, WIDTH)}.items():
+    shapes = {"query_tokens": (1, 8, WIDTH), "latents": (8, WIDTH), "anything": (1, 8, WIDTH), "probe": (1, 1, WIDTH)}
+    for name, shape in (shapes | {"mix": (1, WIDTH), "start": (1, 8, 4, 4)}).items():
         model.register_parameter(name, bare(*shape))
     model.layer.rel_pos_h = bare(7, 4)
     model.layer.r_w_bias = bare(2, 8)
     model.layer.q = bare(WIDTH, 2, 8)
     return Tree(model, ["layer.q", "layer.query.weight", "layer.r.weight"])
+
+
+def segment_anything() -> Tree:
+    """Few learned tokens, as many as a head has outputs."""
+    model = build(
+        {
+            "prompt_encoder.no_mask_embed": nn.Embedding(1, WIDTH),
+            "mask_decoder.iou_token": nn.Embedding(1, WIDTH),
+            "mask_decoder.mask_tokens": nn.Embedding(4, WIDTH),
+            "positions": nn.Embedding(40, 10),
+            "mask_decoder.iou_head": linear(4),
+            "mask_decoder.mlp": linear(40),
+        }
+    )
+    return Tree(model, weights("mask_decoder.iou_head", "mask_decoder.mlp"))
+
+
+def wrapped() -> Tree:
+    """Tables and layers under the names that wrappers put around them."""
+    model = build(
+        {
+            "embed_tokens._fsdp_wrapped_module": nn.Embedding(VOCABULARY, WIDTH),
+            "embeddings.0": nn.Embedding(7, WIDTH),
+            "token_embed.base_layer": nn.Embedding(7, WIDTH),
+            "x_embedder": linear(bias=True),
+            "final_norm": linear(bias=True),
+            "layer._fsdp_wrapped_module": linear(),
+        }
+    )
+    return Tree(model, weights("x_embedder", "final_norm", "layer._fsdp_wrapped_module"))
 
 
 def lora() -> Tree:
@@ -446,6 +420,6 @@ TREES: dict[str, Callable[[], Tree]] = {
     for make in (
         *(gpt2, llama, llama_of_meta, mixtral, qwen_moe, gpt_oss, llama4, deepseek, switch_transformer),
         *(vit, clip, resnet, t5, bert, language_model_of_lstms, one_input_series, whisper, swin, convnext, mamba, unet),
-        *(query_transformer, lora),
+        *(query_transformer, segment_anything, wrapped, lora),
     )
 }

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from model_trees import TREES, bare, build, linear, weights
+from model_trees import TREES
 from safetensors.torch import save_file, save_model
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
+from tree_building import bare, build, linear, weights
 from typer.testing import CliRunner
 
 from gmp_kernels import GMPScheduler, cli, schedules
@@ -80,7 +81,11 @@ def test_what_is_left_out_has_a_reason_in_models_and_checkpoints(name, tensor, r
 
 
 def test_the_types_of_modules_decide_where_names_mislead():
-    model = build({"embed_in": linear(4, 3), "norm": linear(3, 4), "lookup": nn.Embedding(9, 3), "ln": linear(4, 3)})
+    class Lookup(nn.Embedding):
+        pass
+
+    lookups = {"lookup": nn.Embedding(9, 3), "codes": Lookup(7, 3), "bags": nn.EmbeddingBag(9, 3)}
+    model = build({"embed_in": linear(4, 3), "norm": linear(3, 4), "ln": linear(4, 3)} | lookups)
     assert list(ParameterIndex(model).select(None, None).parameters) == weights("embed_in", "norm", "ln")
 
 
