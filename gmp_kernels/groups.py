@@ -55,8 +55,8 @@ def groups_of(
         )
     if scope == "global" and overrides:
         raise TargetError(
-            f"GMPScheduler: expected no overrides with scope='global', got {overrides!r}; use scope='layer', or ignore= "
-            "for layers to leave alone"
+            f"GMPScheduler: expected no overrides with scope='global', got {overrides!r}; use scope='layer', or "
+            "ignore= for layers to leave alone"
         )
     left = dict.fromkeys(names)
     groups = []
