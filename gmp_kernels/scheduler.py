@@ -218,6 +218,9 @@ class GMPScheduler:
         num_prune = self._due()
         report = self._update(num_prune) if num_prune else None
         self.step_count += 1
+        if report is not None and (warning := follow_update_(self.model, self._parameters)):
+            # Last, since a filter may turn it into an error.
+            warnings.warn(warning, stacklevel=2)
         return report
 
     def coverage(self) -> Coverage:
@@ -316,9 +319,11 @@ class GMPScheduler:
                 counts = sizes if round(sparsity * sum(sizes)) == sum(sizes) else [0] * len(sizes)
             emptied += emptied_layers(group.names, sizes, counts)
         if emptied:
+            is_alone = self._scope == "layer"
+            advice = "give them a lower sparsity in overrides=, or add them to ignore=" if is_alone else "end lower"
             warnings.warn(
                 f"GMPScheduler: expected weights left in every layer, got a schedule that prunes all of "
-                f"{shown_names(emptied)}; give them a lower sparsity in overrides=, or add them to ignore=",
+                f"{shown_names(emptied)}; {advice}",
                 stacklevel=3,
             )
 
@@ -435,8 +440,6 @@ class GMPScheduler:
                 for name, _, cut, num_pruned, num_new in zip(batch, *result, strict=True)
             )
         self._apply_masks(names, with_weights=False)
-        if warning := follow_update_(self.model, self._parameters):
-            warnings.warn(warning, stacklevel=3)
         report = StepReport(
             step=self.step_count,
             target_sparsity=self.schedule.sparsity_at(self.step_count),
