@@ -89,9 +89,10 @@ def warn_of_emptied(groups: Sequence[Group], shapes: Mapping[str, torch.Size], s
         emptied += emptied_layers(group.names, sizes, counts)
     if not emptied:
         return None
+    advice = "give them a lower sparsity in overrides=, or add them to ignore=" if scope == "layer" else "end lower"
     return (
         "GMPScheduler: expected weights left in every layer, got a schedule that prunes all of "
-        f"{shown_names(emptied)}; give them a lower sparsity in overrides=, or add them to ignore="
+        f"{shown_names(emptied)}; {advice}"
     )
 
 

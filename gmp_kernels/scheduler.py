@@ -349,6 +349,7 @@ class GMPScheduler:
         if self._masked_optimizer is not None:
             self._masked_optimizer.check_masks({p: self.masks[name] for name, p in self._parameters.items()})
         write_despite_interrupts(lambda: self._load(masks, num_pruned, saved), self._shards)
+        self._follow_masks()
 
     def _load(self, masks: Mapping[str, BitMask], num_pruned: dict[str, int], saved: Saved | None) -> None:
         for name, mask in masks.items():
@@ -362,7 +363,6 @@ class GMPScheduler:
             self._progress.restore(saved.step_count, is_current=saved.is_current, num_calls=saved.num_calls)
         self._enforcement.masks_changed(num_pruned)
         self._enforcement.apply(self._parameters)
-        self._follow_masks()
 
     def _follow_masks(self) -> None:
         """Bring weights that the model computes from pruned ones up to date."""

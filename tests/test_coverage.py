@@ -312,8 +312,12 @@ def test_a_row_of_weight_norm_that_loses_every_weight_is_named(kind):
         model.get_parameter(name)[3] *= 1e-3
         model.get_parameter(name)[5] *= 1e-3
     pruner = schedule(model)
-    with pytest.warns(UserWarning, match=f"got 2 without one in '{name}'.*remove the weight_norm before pruning"):
-        pruner.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match=f"got 2 without one in '{name}'.*remove the weight_norm before pruning"):
+            pruner.step()
+    # As an error, it comes when everything else is done.
+    assert pruner.step_count == len(pruner.history) == 1 and pruner.masks[name].sparsity == 0.5
 
 
 def test_the_power_iteration_of_spectral_norm_is_left_alone():
