@@ -96,9 +96,9 @@ def _signature(
     """
     of = torch.Tensor
     try:
-        signature: list[Any] = [
-            list(map(f, weights)) for f in (of.data_ptr, _dtype, _shape, of.is_contiguous, of.is_neg)
-        ]
+        if any(map(of.is_neg, weights)):
+            return None
+        signature: list[Any] = [list(map(f, weights)) for f in (of.data_ptr, _dtype, _shape, of.is_contiguous)]
         signature.append(list(map(torch.UntypedStorage.nbytes, map(of.untyped_storage, weights))))
         if masks is not None and packed is not None:
             signature.append([mask.shape for mask in masks])
