@@ -3,6 +3,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <limits>
 
 #define GMP_DTYPES(GMP_DTYPE)                         \
@@ -30,10 +31,16 @@ inline uint64_t infinity_of(DType dtype) {
   __builtin_unreachable();
 }
 
-// The magnitude a key stands for; exact, because every dtype here fits in a double.
+// The magnitude a key stands for; exact, because every dtype here fits in a double. Of float64 it is the double itself:
+// arithmetic would lose subnormal ones where the caller has the CPU flush them.
 inline double magnitude_of_key(uint64_t key, uint64_t infinity) {
   if (key >= infinity) {
     return key == infinity ? std::numeric_limits<double>::infinity() : std::numeric_limits<double>::quiet_NaN();
+  }
+  if (infinity == infinity_of(DType::float64)) {
+    double magnitude;
+    std::memcpy(&magnitude, &key, sizeof(key));
+    return magnitude;
   }
   // +Inf is an all-ones exponent over an empty mantissa: its lowest set bit is the first bit of the exponent, and the
   // exponent field of 1.0 is half its value.
@@ -48,6 +55,11 @@ inline double magnitude_of_key(uint64_t key, uint64_t infinity) {
 // Its inverse for magnitudes that came from a key; in between, the key below. Bisection: once per layer, no rounding.
 inline uint64_t key_of_magnitude(double magnitude, uint64_t infinity) {
   if (std::isnan(magnitude)) return infinity + 1;
+  if (infinity == infinity_of(DType::float64)) {
+    uint64_t key;
+    std::memcpy(&key, &magnitude, sizeof(key));
+    return key & ~(uint64_t{1} << 63);
+  }
   uint64_t low = 0, high = infinity;
   while (low < high) {
     const uint64_t middle = low + (high - low + 1) / 2;

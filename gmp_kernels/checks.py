@@ -96,9 +96,9 @@ def _signature(
     """
     of = torch.Tensor
     try:
-        signature: list[Any] = [
-            list(map(f, weights)) for f in (of.data_ptr, _dtype, _shape, of.is_contiguous, of.is_neg)
-        ]
+        if any(map(of.is_neg, weights)):
+            return None
+        signature: list[Any] = [list(map(f, weights)) for f in (of.data_ptr, _dtype, _shape, of.is_contiguous)]
         signature.append(list(map(torch.UntypedStorage.nbytes, map(of.untyped_storage, weights))))
         if masks is not None and packed is not None:
             signature.append([mask.shape for mask in masks])
@@ -131,6 +131,16 @@ def has_memory(tensor: torch.Tensor) -> bool:
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     needed = (tensor.storage_offset() + last + 1) * tensor.itemsize
     return tensor.numel() == 0 or tensor.untyped_storage().nbytes() >= needed
+
+
+def may_overlap(tensor: torch.Tensor) -> bool:
+    """Whether two elements may lie at one address, as in expanded tensors."""
+    reach = 0  # of the dimensions looked at, in elements
+    for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n > 1):
+        if stride <= reach:
+            return True
+        reach += (size - 1) * stride
+    return False
 
 
 def check_tensors(
@@ -232,8 +242,8 @@ def _check_kind(op: str, weight: torch.Tensor, label: str) -> None:
     if is_lazy(weight):
         raise LayoutError(f"{op}: expected {label} initialized, got a lazy parameter; run the model on a batch first")
     if weight.is_nested or weight.layout != torch.strided:
-        found = "a nested one" if weight.is_nested else f"layout {weight.layout}"
-        raise LayoutError(f"{op}: expected a dense tensor for {label}, got {found}; prune before converting it")
+        found = "a nested one; use its parts" if weight.is_nested else f"layout {weight.layout}; use .to_dense()"
+        raise LayoutError(f"{op}: expected a dense tensor for {label}, got {found}")
     if hasattr(weight, "to_local"):
         raise LayoutError(
             f"{op}: expected a plain tensor for {label}, got a DTensor, whose local shard is not the layer; use "

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 
 from gmp_kernels.backends._at_once import at_once
-from gmp_kernels.checks import DTYPES, PLAIN, has_memory, is_wrapper
+from gmp_kernels.checks import DTYPES, PLAIN, has_memory, is_wrapper, may_overlap
 from gmp_kernels.masks import BitMask
 from gmp_kernels.ops import apply_masks_
 from gmp_kernels.sharding import local
@@ -84,7 +84,7 @@ def zero_where_pruned_(tensor: torch.Tensor, mask: BitMask) -> bool:
 
 def _zero_plain(tensor: torch.Tensor, mask: BitMask) -> bool:
     zero = torch.zeros((), dtype=tensor.dtype, device="cpu")  # of float8_e8m0fnu there is none
-    if bool(zero.to(torch.complex64).abs() != 0) or _may_overlap(tensor) or not has_memory(tensor):
+    if bool(zero.to(torch.complex64).abs() != 0) or may_overlap(tensor) or not has_memory(tensor):
         return False
     with torch.inference_mode(tensor.is_inference()):
         # torch has few operations for float8; as bytes it has all, and 0 is 0.
@@ -122,16 +122,6 @@ def _slices(tensor: torch.Tensor, start: int) -> Iterator[tuple[torch.Tensor, in
     rows = SLICE // row
     for i in range(0, len(tensor), rows):
         yield tensor[i : i + rows], start + i * row
-
-
-def _may_overlap(tensor: torch.Tensor) -> bool:
-    """Whether two elements may lie at one address, as in expanded tensors."""
-    reach = 0  # of what has been looked at, in elements
-    for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n > 1):
-        if stride <= reach:
-            return True
-        reach += (size - 1) * stride
-    return False
 
 
 def _zero_wrapped(tensor: torch.Tensor, mask: BitMask) -> bool:

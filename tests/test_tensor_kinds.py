@@ -24,6 +24,7 @@ from gmp_kernels import (
     magnitude_threshold,
     prune_,
 )
+from gmp_kernels.optim import ema_update_
 from gmp_kernels.testing import assert_bitwise_equal
 
 N = 64
@@ -179,6 +180,41 @@ def test_memory_that_was_cut_where_a_whole_weight_was_known_is_refused() -> None
     checks._known["weights and masks", 1, again.data_ptr()] = ([[again.data_ptr()], *known[0][1:]], known[1])
     with pytest.raises(LayoutError, match="whose storage was freed or cut"):
         prune_(again, num_prune=3)
+
+
+def average_of(*averages: object) -> None:
+    ema_update_(averages, [torch.ones(N) for _ in averages], 0.5)  # type: ignore[arg-type]
+
+
+def test_averages_that_cannot_be_written_are_refused_before_any_is() -> None:
+    average, frozen = values(), values().numpy()
+    frozen.flags.writeable = False
+    for others, message in [
+        ([frozen], r"a writable array for 'averages\[1\]', got a read-only one"),
+        ([average], r"share no memory, but those of 'averages\[0\]' and 'averages\[1\]' overlap"),
+        ([Codes(values())], r"a plain tensor for 'averages\[1\]', got a Codes"),
+    ]:
+        with pytest.raises(LayoutError, match=message):
+            average_of(average, *others)
+        assert_bitwise_equal(average, values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_subnormal_weights_are_ranked_where_the_cpu_flushes_them(dtype: torch.dtype, num_threads: int) -> None:
+    """torch.set_flush_denormal holds for the thread that calls, and stays as it was."""
+    smallest = torch.finfo(dtype).smallest_normal
+    weight = torch.arange(1, 40_001).to(torch.float64).mul(smallest / 50_000).to(dtype)
+    expected = weight.clone()
+    wanted = prune_(expected, sparsity=0.5, backend="reference")
+    tiny = torch.tensor([smallest], dtype=dtype)
+    torch.set_flush_denormal(True)
+    try:
+        found = prune_(weight, sparsity=0.5, backend="cpu")
+        flushes = not (tiny * 0.5).any()
+    finally:
+        torch.set_flush_denormal(False)
+    assert flushes and found.masks[0] == wanted.masks[0] and found.thresholds == wanted.thresholds
+    assert_bitwise_equal(weight, expected)
 
 
 def test_nan_written_behind_torchs_back_is_found(backend: str, device: torch.device) -> None:

@@ -7,6 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from wrapper_tensors import Codes
 
 from gmp_kernels import BitMask, zeroing
@@ -81,6 +84,16 @@ def test_a_mask_may_be_on_another_device_than_the_tensor() -> None:
     tensor = values().to(device)
     assert zero_where_pruned_(tensor, mask_of())
     assert torch.equal(tensor.cpu() == 0, ~mask_of().to_bool())
+
+
+def test_of_a_sharded_tensor_what_is_here_is_zeroed() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        sharded = distribute_tensor(values(), init_device_mesh("cpu", (1,)), [Shard(0)])
+        assert zero_where_pruned_(sharded, mask_of())
+        assert torch.equal(sharded.to_local() == 0, ~mask_of().to_bool())
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("zero", [0, 7])

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 
 import torch
 
 from gmp_kernels.backends import Constants, UpdateBatch, UpdateTensor, choose
-from gmp_kernels.checks import bump_versions, check_tensors
-from gmp_kernels.errors import ShapeError, SparsityError
+from gmp_kernels.backends._at_once import at_once
+from gmp_kernels.checks import bump_versions, check_tensors, check_writable, may_overlap
+from gmp_kernels.errors import LayoutError, ShapeError, SparsityError
 from gmp_kernels.masks import BitMask
 from gmp_kernels.optim.ready import is_dense
 from gmp_kernels.sharding import local_grad, sharding_of, sum_over_shards
@@ -92,10 +94,17 @@ def clip_gradients_(
         present = [i for i in members if gradients[i].numel()]
         layers = check_tensors(
             "clip_grad_norm_",
-            [gradients[i].contiguous() for i in present],
+            [_contiguous(gradients[i]) for i in present],
             [masks[i] for i in present],
+            [f"gradient {i}" for i in present],
             optional_masks=True,
         )
+        for i in present:
+            if may_overlap(gradients[i]):
+                raise LayoutError(
+                    f"clip_grad_norm_: expected elements with memory of their own in 'gradient {i}', got strides "
+                    f"{gradients[i].stride()} for shape {tuple(gradients[i].shape)}; use .contiguous()"
+                )
         here = choose(backend, layers[0].weight.device).sum_squares(layers) if layers else 0.0
         squares = squares + sum_over_shards(here, owners[members[0]])
     if not isinstance(squares, torch.Tensor):
@@ -108,21 +117,39 @@ def clip_gradients_(
     return norm
 
 
+def _contiguous(gradient: torch.Tensor) -> torch.Tensor:
+    return gradient.contiguous() if gradient.layout is torch.strided else gradient  # which is going to be refused
+
+
 def _scale_(gradients: Sequence[torch.Tensor], factor: torch.Tensor) -> None:
     """Multiply by a 0-d float32 factor, in float32 at least: the same bits on every device.
 
-    Of a 16-bit tensor and a 0-d one torch keeps the 16 bits, and on CUDA it rounds the factor to them first.
+    All gradients or none; one that several parameters share, once.
     """
+    unique = list({id(g): g for g in gradients}.values())
+    for is_inference in (False, True):
+        with torch.inference_mode(is_inference):
+            at_once(list(_scaling([g for g in unique if g.is_inference() == is_inference], factor)))
+
+
+def _scaling(gradients: Sequence[torch.Tensor], factor: torch.Tensor) -> Iterator[Callable[[], object]]:
+    """Yield the calls that scale the gradients. They find all their memory before the first is made."""
     wide = [g for g in gradients if g.dtype in (torch.float32, torch.float64)]
     if wide:
-        torch._foreach_mul_(wide, factor)
+        yield partial(torch._foreach_mul_, wide, factor)
     for g in gradients:
-        if g.dtype not in (torch.float32, torch.float64):
-            on_host = g.device.type == "cpu"  # a GPU converts as it multiplies
-            pieces = torch.split(g.as_strided((g.numel(),), (1,)), PIECE) if on_host and is_dense(g) else [g]
-            for piece in pieces:
-                # With as many dimensions as the other, the factor counts for the dtype of the product.
-                piece.mul_(factor.reshape([1] * piece.ndim))
+        if g.dtype in (torch.float32, torch.float64):
+            continue
+        if g.device.type != "cpu":
+            # A GPU converts as it multiplies. With as many dimensions as the other, the factor counts for the dtype of
+            # the product; of a 0-d one torch would keep the 16 bits, and round the factor to them first.
+            yield partial(g.mul_, factor.reshape([1] * g.ndim))
+            continue
+        pieces = torch.split(g.as_strided((g.numel(),), (1,)), PIECE) if is_dense(g) else [g]
+        buffer = torch.empty(pieces[0].shape, dtype=torch.float32, device="cpu")
+        for piece in pieces:
+            wider = buffer if piece.shape == buffer.shape else buffer[: len(piece)]
+            yield from (partial(wider.copy_, piece), partial(wider.mul_, factor), partial(piece.copy_, wider))
 
 
 @torch.no_grad()
@@ -169,13 +196,20 @@ def ema_update_(
         bits = _packed([None] * len(averages) if masks is None else masks)
         torch.ops.gmp_kernels.ema_update_(averages, weights, decay, bits, backend=backend)
         return
-    targets = check_tensors("ema_update_", averages, masks, optional_masks=True)
+    names = [f"averages[{i}]" for i in range(len(averages))]
+    targets = check_tensors("ema_update_", averages, masks, names, optional_masks=True)
+    check_writable("ema_update_", averages, targets, names)
     sources = check_tensors("ema_update_", weights, None)
     for i, (target, source) in enumerate(zip(targets, sources, strict=True)):
         if target.weight.shape != source.weight.shape or target.weight.dtype != source.weight.dtype:
             raise ShapeError(
                 f"ema_update_: expected weights[{i}] of shape {tuple(target.weight.shape)} and {target.weight.dtype}, "
                 f"got {tuple(source.weight.shape)} and {source.weight.dtype}"
+            )
+        if target.weight.device != source.weight.device:
+            raise LayoutError(
+                f"ema_update_: expected weights[{i}] on {target.weight.device} like its average, got it on "
+                f"{source.weight.device}; move one of them"
             )
     implementation = choose(backend, targets[0].weight.device)
     bump_versions([target.weight for target in targets])  # first, as in prune_
