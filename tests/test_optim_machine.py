@@ -193,5 +193,5 @@ class Machine(RuleBasedStateMachine):
 def test_any_order_of_events_leaves_the_old_or_the_new_state() -> None:
     # Without shrinking, which takes many minutes here.
     phases = (Phase.reuse, Phase.generate)
-    chosen = settings(max_examples=300, stateful_step_count=25, deadline=None, phases=phases)
+    chosen = settings(max_examples=200, stateful_step_count=25, deadline=None, phases=phases)
     run_state_machine_as_test(Machine, settings=chosen)
