@@ -97,7 +97,9 @@ class MaskedOptimizer(Checkpointed):
         Raises
         ------
         RuntimeError
-            Sparse gradients, as in torch.
+            Sparse gradients, where torch refuses them; SGD makes them dense.
+        ValueError
+            ``differentiable`` in a group.
         DTypeError, LayoutError, ShapeError, StateError
             A parameter or gradient the kernels do not take, or a parameter that was converted or reshaped since its
             mask or state was made.

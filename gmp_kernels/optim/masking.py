@@ -22,7 +22,7 @@ from gmp_kernels.masks import BitMask
 from gmp_kernels.ops import apply_masks_
 from gmp_kernels.optim.batch import Batch
 from gmp_kernels.optim.compact import CompactState, check_layout, layout_of, layouts_by
-from gmp_kernels.optim.entries import MASTER, check_state, dense_state, follow, per_weight
+from gmp_kernels.optim.entries import MASTER, check_state, dense_state, per_weight
 from gmp_kernels.optim.graphs import Graphs
 from gmp_kernels.optim.ready import Ready
 from gmp_kernels.sharding import local
@@ -240,10 +240,6 @@ class Masking(torch.optim.Optimizer):
             state: dict[str, Any] = states.get(p, self.state.get(p, {}))
             compact = state.names if isinstance(state, CompactState) else frozenset()
             names = [name for name in per_weight(p, state) if name not in compact]
-            moved = {name: follow(p, state[name]) for name in names}
-            if any(moved[name] is not state[name] for name in names):
-                # The model went to another memory format: the state follows it.
-                states[p] = state = _with(state, moved)
             with_decisive = pending.get(p, True)
             found = [p.detach()] if with_decisive or MASTER in state else []
             found += [state[name] for name in names if with_decisive or name != MASTER]
@@ -318,11 +314,3 @@ class Masking(torch.optim.Optimizer):
                 partial(self.__dict__.update, _masks=masks, _pending=pending),
             ]
         )
-
-
-def _with(state: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a copy in which these entries have other values."""
-    merged = {**state, **values}
-    if isinstance(state, CompactState):
-        return CompactState(merged, state.layout, state.names, state.shape)
-    return merged
