@@ -6,6 +6,7 @@ allocation.
 
 from __future__ import annotations
 
+import _thread
 import copy
 from collections.abc import Callable
 from functools import cache
@@ -17,6 +18,9 @@ from faults import OutOfMemory, interrupted
 from optim_cases import LAYOUTS, clones, masked, parameters, random_gradients, random_masks, set_gradients
 from optim_cases import one_thread as one_thread
 
+from gmp_kernels.backends import cpu
+from gmp_kernels.backends._at_once import at_once
+from gmp_kernels.optim import masking
 from gmp_kernels.testing import assert_bitwise_equal
 
 SHAPES = [(6, 7), (5,), (0,)]
@@ -163,3 +167,25 @@ def test_whatever_there_is_no_memory_for_nothing_has_changed(call: str, case: st
         assert is_same(outcome(*run), expected), at
         at += 1
     assert at or call in ("step", "step after loading", "forget_masks")
+
+
+@LAYOUTS
+@pytest.mark.parametrize("call", ["first step", "step", "forget_masks"])
+def test_an_interrupt_that_arrives_while_memory_is_written_waits_for_all_of_it(
+    call: str, compact: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights, state and counts, or state and masks, change in one call of C, in which Python looks at no signal."""
+    start, event = CALLS[call]
+    run = start("adamw", compact)
+    expected = copy.deepcopy(run)
+    event(*expected)
+
+    def interrupted_at_once(calls: list[Callable[[], object]]) -> None:
+        at_once([_thread.interrupt_main, *calls])
+
+    with monkeypatch.context() as patch:
+        for module in (cpu, masking):
+            patch.setattr(module, "at_once", interrupted_at_once)
+        with pytest.raises(KeyboardInterrupt):
+            event(*run)
+    assert is_same(outcome(*run), outcome(*expected))

@@ -6,6 +6,7 @@ Where torch                         these optimizers
 computes derivatives of the step    refuse ``differentiable`` with a ValueError, in every group
 takes complex parameters            refuse them with a DTypeError when they are given
 steps a parameter twice per step    refuse a group that has one twice at the step, with a LayoutError
+takes parameters with gaps          refuse them at the step, with a LayoutError
 keeps state in the weights' dtype   keep it in float32 (float64 for float64), and step counts in float32
 adds up sparse momentum             keep it dense; the values are the same but for the order of sums
 copies state it loads by reference  load copies, so that what was loaded stays as it is
@@ -156,6 +157,18 @@ def test_a_parameter_that_is_there_twice_is_refused_at_the_step(name: str) -> No
     p.grad = torch.ones_like(p)
     before = p.detach().clone()
     with pytest.raises(LayoutError, match="once"):
+        optimizer.step()
+    assert_bitwise_equal(p.detach(), before)
+    assert not optimizer.state
+
+
+@pytest.mark.parametrize("name", INFOS)
+def test_a_parameter_with_gaps_in_memory_is_refused_at_the_step(name: str) -> None:
+    p = nn.Parameter(torch.randn(10, 5, 2)[..., 0])
+    optimizer = getattr(optim, name)([p])
+    p.grad = torch.ones_like(p)
+    before = p.detach().clone()
+    with pytest.raises(LayoutError, match="without gaps in memory"):
         optimizer.step()
     assert_bitwise_equal(p.detach(), before)
     assert not optimizer.state

@@ -64,9 +64,13 @@ def follow(p: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
 
 
 def as_count(value: Any, device: torch.device) -> torch.Tensor:
-    """Return a step count as a float32 tensor without dimensions: one in 16 bits would end at 256 or 2048."""
+    """Return a step count as a float32 tensor without dimensions: one in 16 bits would end at 256 or 2048.
+
+    Itself if it is one.
+    """
     if isinstance(value, torch.Tensor):
-        return value.detach().to(device, torch.float32).reshape(())
+        is_one = value.dtype is torch.float32 and value.ndim == 0 and value.device == device
+        return value if is_one else value.detach().to(device, torch.float32).reshape(())
     return torch.tensor(float(value), dtype=torch.float32, device=device)
 
 

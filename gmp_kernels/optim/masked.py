@@ -97,7 +97,9 @@ class MaskedOptimizer(Checkpointed):
         Raises
         ------
         RuntimeError
-            Sparse gradients, as in torch.
+            Sparse gradients, where torch refuses them; SGD makes them dense.
+        ValueError
+            ``differentiable`` in a group.
         DTypeError, LayoutError, ShapeError, StateError
             A parameter or gradient the kernels do not take, or a parameter that was converted or reshaped since its
             mask or state was made.
@@ -162,13 +164,14 @@ class MaskedOptimizer(Checkpointed):
         keys = [self._state_keys(group) for group in groups]
         batch, fresh = self._batch, None
         created: dict[torch.Tensor, dict[str, Any]] = {}
+        resolved: list[tuple[torch.Tensor, torch.Tensor]] = []
         known = batch is not None and given is None and not self._pending
         gradients = batch.gradients(groups, keys, self.state) if known and batch is not None else None
         if gradients is None:
             # What the brief look does not settle is looked at parameter by parameter.
             self._settle()
             batch = self._batch
-            members, gradients, fresh, created = self._checked(given, keys, lazy)
+            members, gradients, fresh, created, resolved = self._checked(given, keys, lazy)
             if not members:
                 return
             if batch is None or not batch.consists_of(members):
@@ -189,6 +192,7 @@ class MaskedOptimizer(Checkpointed):
         amount = 1 if skips is None else (skips == 0).to(torch.float32).reshape(())
         # New state and counts belong to what the kernel writes: all of it is there, or nothing.
         after: list[Callable[[], object]] = [partial(dict.update, self.state, created), *batch.counting(amount)]
+        after += [partial(weight.copy_, value) for weight, value in resolved]
         # Before the kernel: of versions that no write follows nobody computes anything wrong.
         torch.autograd.graph.increment_version(batch.written)
         choose(self._backend, device).update(self.rule, batch.updates, present, rows, constants, after=after)
@@ -200,7 +204,13 @@ class MaskedOptimizer(Checkpointed):
         given: Mapping[torch.Tensor, tuple[torch.Tensor, torch.Tensor]] | None,
         keys: Sequence[tuple[str, ...]],
         lazy: Sequence[bool],
-    ) -> tuple[list[tuple[int, Ready]], list[torch.Tensor], list[bool], dict[torch.Tensor, dict[str, Any]]]:
+    ) -> tuple[
+        list[tuple[int, Ready]],
+        list[torch.Tensor],
+        list[bool],
+        dict[torch.Tensor, dict[str, Any]],
+        list[tuple[torch.Tensor, torch.Tensor]],
+    ]:
         """Check every parameter that has a gradient, and make the state that it lacks.
 
         Returns
@@ -212,9 +222,12 @@ class MaskedOptimizer(Checkpointed):
             Whether state was made, which is before the first step.
         created : dict of parameter to dict
             State that is not the parameter's yet.
+        resolved : list of (torch.Tensor, torch.Tensor)
+            Weights that are views which negate what is in memory, and what is stepped in their place.
         """
         found: list[tuple[int, torch.Tensor, torch.Tensor, Ready | None]] = []
         gradients: list[torch.Tensor] = []
+        resolved: list[tuple[torch.Tensor, torch.Tensor]] = []
         for index, group in enumerate(self.param_groups):
             for p in group["params"]:
                 if given is not None:
@@ -225,6 +238,9 @@ class MaskedOptimizer(Checkpointed):
                     weight, grad = p, p.grad
                 if grad is None:
                     continue
+                if weight.is_neg():
+                    resolved.append((weight.detach(), weight.detach().resolve_neg()))
+                    weight = resolved[-1][1]
                 state = self.state.get(p)
                 check_layout(self._name, p, state)
                 ready = self._ready.get(id(p))
@@ -264,7 +280,7 @@ class MaskedOptimizer(Checkpointed):
                 ready = self._ready[id(p)] = self._prepare(keys[index], p, weight, state)
             fresh.append(is_first)
             members.append((index, ready))
-        return members, gradients, fresh, created
+        return members, gradients, fresh, created, resolved
 
     def _densified(self, grad: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:
         """Return a sparse gradient as a dense one, where torch's optimizer takes it."""

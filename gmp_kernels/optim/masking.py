@@ -24,7 +24,7 @@ from gmp_kernels.masks import BitMask
 from gmp_kernels.ops import apply_masks_
 from gmp_kernels.optim.batch import Batch
 from gmp_kernels.optim.compact import CompactState, check_layout, layout_of, layouts_by
-from gmp_kernels.optim.entries import MASTER, check_state, dense_state, follow, per_weight
+from gmp_kernels.optim.entries import MASTER, check_state, dense_state, per_weight
 from gmp_kernels.optim.graphs import Graphs
 from gmp_kernels.optim.ready import Ready
 from gmp_kernels.sharding import local
@@ -173,9 +173,15 @@ class Masking(torch.optim.Optimizer):
         gone = set(parameters)
         for p in gone & self._masks.keys():
             self._graphs.check_no_mask(self._name, p)
+        compact = [p for p in gone if layout_of(self.state.get(p)) is not None]
+        for p in compact:
+            check_layout(self._name, p, self.state[p])
+        states = {p: dense_state(p, self.state[p], self._backend) for p in compact}
         masks = {p: mask for p, mask in self._masks.items() if p not in gone}
         pending = {p: decides for p, decides in self._pending.items() if p not in gone}
-        self._commit(self._settlement(masks, pending), masks)
+        self._ready = {key: ready for key, ready in self._ready.items() if ready.parameter not in gone}
+        self._batch = None
+        self._replace(states, masks, pending)
 
     def watch_steps(self, before: Callable[[], None], after: Callable[..., None]) -> RemovableHandle:
         """Call these around every step that is taken, compiled or not, until the handle's ``remove`` is called.
@@ -231,46 +237,44 @@ class Masking(torch.optim.Optimizer):
 
     def _settle(self) -> None:
         """Bring weights and state up to date with the masks; when it raises nothing has changed."""
-        settlement = self._settlement(self._masks, self._pending)
-        if settlement.parameters:
-            self._commit(settlement, self._masks)
+        stale = {p: self._masks[p] for p in self.state if self._is_stale(p)} if self._compact_state else {}
+        if self._pending or stale:
+            self._commit(self._settlement(stale))
 
-    def _settlement(self, masks: Mapping[torch.Tensor, BitMask], pending: Mapping[torch.Tensor, bool]) -> Settlement:
-        """Return what is left to do under these masks, all that needs memory done. Live weights and state stay."""
-        to_pack = {p: masks[p] for p in self.state if p in masks and self._is_stale(p, masks)}
-        to_spread = [p for p in self.state if p not in masks and self._is_stale(p, masks)]
-        parameters = {*pending, *to_pack, *to_spread}
+    def _settlement(self, stale: Mapping[torch.Tensor, BitMask]) -> Settlement:
+        """Return what is left to do, all that needs memory done. Live weights and state stay as they are.
+
+        ``stale`` are the masks of parameters whose state has to be laid out anew.
+        """
+        masks, pending = self._masks, self._pending
+        parameters = {*pending, *stale}
         for p in parameters:
             if capture.is_capturing(p.device):
                 self._graphs.refuse(self._name, "masks to be applied first; set masks before capturing")
             self._check_state(p)
-        states = {p: dense_state(p, self.state[p], self._backend) for p in to_spread} | self._repack(to_pack)
+        states: dict[torch.Tensor, dict[str, Any]] = {**self._repack(stale)}
         zeroed, filled = list[tuple[torch.Tensor, BitMask]](), list[tuple[torch.Tensor, torch.Tensor]]()
-        for p in parameters & masks.keys():
+        for p in parameters:
             state: dict[str, Any] = states.get(p, self.state.get(p, {}))
             compact = state.names if isinstance(state, CompactState) else frozenset()
             names = [name for name in per_weight(p, state) if name not in compact]
-            moved = {name: follow(p, state[name]) for name in names}
-            if any(moved[name] is not state[name] for name in names):
-                # The model went to another memory format: the state follows it.
-                states[p] = state = _with(state, moved)
             with_decisive = pending.get(p, True)
             found = [p.detach()] if with_decisive or MASTER in state else []
             found += [state[name] for name in names if with_decisive or name != MASTER]
             for tensor in map(local, found):
-                if tensor.numel() and tensor.is_contiguous():
+                if tensor.numel() and tensor.is_contiguous() and not tensor.is_neg():
                     zeroed.append((tensor, masks[p]))
                 elif tensor.numel():
                     filled.append((tensor, ~masks[p].to_bool()))
         return Settlement(states, zeroed, filled, parameters)
 
-    def _is_stale(self, p: torch.Tensor, masks: Mapping[torch.Tensor, BitMask]) -> bool:
-        """Whether state is laid out by other bits than those of its mask."""
-        state, mask = self.state[p], masks.get(p)
+    def _is_stale(self, p: torch.Tensor) -> bool:
+        """Whether compact state is laid out by other bits than those of its mask, or not yet."""
+        state, mask = self.state[p], self._masks.get(p)
         layout = layout_of(state)
-        if mask is None or not self._compact_state:
-            return layout is not None
-        return layout.mask is not mask.packed if layout is not None else any(n != MASTER for n in per_weight(p, state))
+        if mask is None or (layout is not None and layout.mask is mask.packed):
+            return False
+        return layout is not None or any(name != MASTER for name in per_weight(p, state))
 
     def _repack(self, masks: Mapping[torch.Tensor, BitMask]) -> dict[torch.Tensor, CompactState]:
         """Return the state of these parameters laid out for the weights that these masks keep; what is there stays."""
@@ -294,9 +298,16 @@ class Masking(torch.optim.Optimizer):
             choose(self._backend, device).move_state(own)
         return found
 
-    def _commit(self, settlement: Settlement, masks: dict[torch.Tensor, BitMask]) -> None:
+    def _commit(self, settlement: Settlement) -> None:
         """Do what is left to do; to do it twice is to do it once."""
-        self._forget_checks(settlement, masks)
+        for p in settlement.parameters:
+            # Have the next step look anew at what changes.
+            ready, mask = self._ready.get(id(p)), self._masks[p]
+            if ready is not None and (
+                p in settlement.states or ready.mask is not mask or ready.bits is not mask.packed
+            ):
+                del self._ready[id(p)]
+                self._batch = None
         devices: dict[torch.device, tuple[list[torch.Tensor], list[BitMask]]] = {}
         for tensor, mask in settlement.zeroed:
             tensors, bits = devices.setdefault(tensor.device, ([], []))
@@ -306,27 +317,18 @@ class Masking(torch.optim.Optimizer):
             apply_masks_(tensors, bits, backend=self._backend)
         for tensor, pruned in settlement.filled:
             tensor.masked_fill_(pruned, 0.0)
+        self._replace(settlement.states, self._masks, {})
+
+    def _replace(
+        self,
+        states: dict[torch.Tensor, dict[str, Any]],
+        masks: dict[torch.Tensor, BitMask],
+        pending: dict[torch.Tensor, bool],
+    ) -> None:
+        """Have other state, masks and masks to apply from one moment to the next."""
         at_once(
             [
-                partial(dict.update, self.state, settlement.states),
-                partial(self.__dict__.update, _masks=masks, _pending={}),
+                partial(dict.update, self.state, states),
+                partial(self.__dict__.update, _masks=masks, _pending=pending),
             ]
         )
-
-    def _forget_checks(self, settlement: Settlement, masks: Mapping[torch.Tensor, BitMask]) -> None:
-        """Have the next step look anew at what changes."""
-        for p in {*settlement.parameters, *(self._masks.keys() - masks.keys())}:
-            ready, mask = self._ready.get(id(p)), masks.get(p)
-            if ready is None:
-                continue
-            if p in settlement.states or ready.mask is not mask or (mask is not None and ready.bits is not mask.packed):
-                del self._ready[id(p)]
-                self._batch = None
-
-
-def _with(state: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a copy in which these entries have other values."""
-    merged = {**state, **values}
-    if isinstance(state, CompactState):
-        return CompactState(merged, state.layout, state.names, state.shape)
-    return merged

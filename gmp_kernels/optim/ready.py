@@ -41,7 +41,7 @@ class Ready:
 
     __slots__ = (
         *("parameter", "state", "tensor", "mask", "bits", "version", "written", "is_empty"),
-        *("pointer", "shape", "stride", "dtype", "device", "_keys", "_names", "_held"),
+        *("pointer", "shape", "stride", "dtype", "device", "_keys", "_names", "_held", "_is_counted"),
     )
 
     def __init__(
@@ -69,6 +69,7 @@ class Ready:
         self._keys = keys
         self._names = (MASTER, *keys) if tensor.master is not None else keys
         self._held = () if state is None else tuple(map(state.get, self._names))
+        self._is_counted = self.count is not None
 
     @property
     def count(self) -> torch.Tensor | None:
@@ -87,7 +88,12 @@ class Ready:
             and (self.mask is None or self.mask.packed is self.bits)
             and (self.version is None or self.bits is None or self.version == version_of(self.bits))
             and (state is None or all(map(operator.is_, map(state.get, self._names), self._held)))
+            and (not self._is_counted or self._has_good_count())
         )
+
+    def _has_good_count(self) -> bool:
+        count = self.count
+        return type(count) is torch.Tensor and count.dtype is torch.float32 and count.ndim == 0
 
     def fits(self, grad: torch.Tensor) -> bool:
         """Whether a kernel can walk this gradient beside the parameter."""
@@ -149,11 +155,11 @@ def checked_grad(
             f"{tuple(weight.shape)}, got {mask.packed.dtype} of shape {tuple(mask.packed.shape)}; make a new BitMask"
         )
     # Compact state counts in the order of the dimensions; anything else may be in any order.
-    if not (weight.is_contiguous() if is_compact else is_dense(weight)) or weight.is_neg():
+    if not (weight.is_contiguous() if is_compact else is_dense(weight)):
         wanted = "contiguous parameters with compact state" if is_compact else "parameters without gaps in memory"
-        found = "a view that negates" if weight.is_neg() else f"strides {weight.stride()}"
         raise LayoutError(
-            f"{optimizer}: expected {wanted}, got {found} for shape {tuple(weight.shape)}; use .contiguous()"
+            f"{optimizer}: expected {wanted}, got strides {weight.stride()} for shape {tuple(weight.shape)}; "
+            "use .contiguous()"
         )
     if not (has_memory(weight) and has_memory(grad)):
         raise LayoutError(
