@@ -195,7 +195,7 @@ class Enforcement:
         self._expects_dense = False
         self._watch.forget_samples()
 
-    def apply(self, names: Iterable[str], *, ranked_is_pruned: bool = False) -> None:
+    def apply(self, names: Iterable[str], *, ranked_is_pruned: bool = False, are_checked: bool = False) -> None:
         """Zero what is pruned of these targets and of their optimizer state.
 
         Parameters
@@ -203,10 +203,12 @@ class Enforcement:
         names : iterable of str
         ranked_is_pruned : bool
             The tensor whose magnitudes decided, the master copy or else the weight, is zero there already.
+        are_checked : bool
+            An optimizer that applies masks itself has just checked them.
         """
         masks: dict[torch.Tensor, BitMask] = {self._parameters[name]: self._masks[name] for name in names}
         if self.masked_optimizer is not None:
-            self.masked_optimizer.share_masks(masks, ranked_is_pruned=ranked_is_pruned)
+            self.masked_optimizer.share_masks(masks, ranked_is_pruned=ranked_is_pruned, are_checked=are_checked)
         else:
             self._zero([] if ranked_is_pruned else masks, masks)
         self._watch.record()

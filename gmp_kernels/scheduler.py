@@ -412,7 +412,7 @@ class GMPScheduler:
             self._enforcement.masks_changed(before | {name: layer.num_pruned for name, layer in layers.items()})
             try:
                 # The state of the optimizer alone can be missing now, and what zeroes it comes back to it.
-                self._enforcement.apply(names, ranked_is_pruned=True)
+                self._enforcement.apply(names, ranked_is_pruned=True, are_checked=True)
             finally:
                 report = StepReport(
                     step=step,

@@ -136,7 +136,9 @@ class Masking(torch.optim.Optimizer):
             raise
 
     @torch.no_grad()
-    def share_masks(self, masks: Mapping[torch.Tensor, BitMask], *, ranked_is_pruned: bool = False) -> None:
+    def share_masks(
+        self, masks: Mapping[torch.Tensor, BitMask], *, ranked_is_pruned: bool = False, are_checked: bool = False
+    ) -> None:
         """``set_masks`` for an owner that gives a mask other bits, in another tensor, rather than write under a layout.
 
         Masks that pass the checks are set, also where memory runs out or an interrupt comes: weights and state then
@@ -148,16 +150,20 @@ class Masking(torch.optim.Optimizer):
             As in ``set_masks``; compact state is laid out by their bits themselves.
         ranked_is_pruned : bool
             What decides about a weight, its master copy or else itself, is zero already where the masks say so.
+        are_checked : bool
+            ``check_masks`` has found nothing wrong just now.
 
         Raises
         ------
         StateError
             Bits by which state is laid out have been written; and as ``set_masks``.
         """
-        self.check_masks(masks)
+        if not are_checked:
+            self.check_masks(masks)
+        others = [p for p in self._pending if p not in masks]
         pending = {p: self._pending.get(p, False) or not ranked_is_pruned for p in masks}
         self.__dict__.update(_masks={**self._masks, **masks}, _pending={**self._pending, **pending})
-        self._settle()
+        self._settle(others)
 
     @torch.no_grad()
     def forget_masks(self, parameters: Iterable[torch.Tensor]) -> None:
@@ -228,17 +234,24 @@ class Masking(torch.optim.Optimizer):
 
     def _check_state(self, p: torch.Tensor) -> None:
         """Refuse state that does not belong to the parameter as it is now."""
-        state = self.state.get(p)
+        state, ready = self.state.get(p), self._ready.get(id(p))
+        if state and ready is not None and layout_of(state) is None and ready.holds_state(local(p), state):
+            return
         if state:
             check_layout(self._name, p, state)
             check_state(self._name, p, state, self.essential)
 
     # -- what follows the masks --------------------------------------------------------------------------------------
 
-    def _settle(self) -> None:
-        """Bring weights and state up to date with the masks; when it raises nothing has changed."""
+    def _settle(self, unchecked: Iterable[torch.Tensor] | None = None) -> None:
+        """Bring weights and state up to date with the masks; when it raises nothing has changed.
+
+        ``unchecked`` are the parameters whose state was not looked at just now; by default all.
+        """
         stale = {p: self._masks[p] for p in self.state if self._is_stale(p)} if self._compact_state else {}
         if self._pending or stale:
+            for p in {*self._pending, *stale} if unchecked is None else unchecked:
+                self._check_state(p)
             self._commit(self._settlement(stale))
 
     def _settlement(self, stale: Mapping[torch.Tensor, BitMask]) -> Settlement:
@@ -251,7 +264,6 @@ class Masking(torch.optim.Optimizer):
         for p in parameters:
             if capture.is_capturing(p.device):
                 self._graphs.refuse(self._name, "masks to be applied first; set masks before capturing")
-            self._check_state(p)
         states: dict[torch.Tensor, dict[str, Any]] = {**self._repack(stale)}
         zeroed, filled = list[tuple[torch.Tensor, BitMask]](), list[tuple[torch.Tensor, torch.Tensor]]()
         for p in parameters:

@@ -79,14 +79,20 @@ class Ready:
     def holds(self, weight: torch.Tensor, state: dict[str, Any] | None, keys: tuple[str, ...]) -> bool:
         """Whether parameter, mask and state are still those that were checked."""
         return (
+            keys == self._keys
+            and (self.mask is None or self.mask.packed is self.bits)
+            and (self.version is None or self.bits is None or self.version == version_of(self.bits))
+            and self.holds_state(weight, state)
+        )
+
+    def holds_state(self, weight: torch.Tensor, state: dict[str, Any] | None) -> bool:
+        """Whether parameter and state are still those that were checked, whatever the mask."""
+        return (
             state is self.state
             and weight.data_ptr() == self.pointer
             and weight.shape == self.shape
             and weight.stride() == self.stride
             and weight.dtype is self.dtype
-            and keys == self._keys
-            and (self.mask is None or self.mask.packed is self.bits)
-            and (self.version is None or self.bits is None or self.version == version_of(self.bits))
             and (state is None or all(map(operator.is_, map(state.get, self._names), self._held)))
             and (not self._is_counted or self._has_good_count())
         )
