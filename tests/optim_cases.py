@@ -178,3 +178,11 @@ def started(case="adamw", compact=False, steps=3, dtype=torch.float32, **options
     optimizer = masked(case, params, compact_state=compact, **options)
     run(params, optimizer, range(steps))
     return params, optimizer
+
+
+class Packed(torch.Tensor):
+    """A tensor whose memory nobody but its class knows, as quantized state is."""
+
+
+def everything(params: list[Any], optimizer: Any) -> list[Any]:
+    return [*params, *(v for p in params for v in optimizer.state[p].values()), *optimizer._masks.values()]

@@ -10,9 +10,11 @@ import pytest
 import torch
 from optim_cases import (
     LAYOUTS,
+    Packed,
     assert_same_run,
     assert_zeros_exact,
     clones,
+    everything,
     masked,
     parameters,
     plain,
@@ -29,11 +31,6 @@ from gmp_kernels import BitMask, GMPScheduler, optim, schedules
 from gmp_kernels.errors import CaptureError, DTypeError, LayoutError, ShapeError, StateError
 from gmp_kernels.optim.compact import CompactState, layout_of
 from gmp_kernels.testing import assert_bitwise_equal
-
-
-class Packed(torch.Tensor):
-    """A tensor whose memory nobody but its class knows, as quantized state is."""
-
 
 SHAPE = (24, 33)
 BAD: dict[str, Callable[[torch.Tensor], Any]] = {
@@ -55,10 +52,6 @@ BAD: dict[str, Callable[[torch.Tensor], Any]] = {
 def _freed(tensor: torch.Tensor) -> torch.Tensor:
     tensor.untyped_storage().resize_(0)
     return tensor
-
-
-def everything(params: list[Any], optimizer: Any) -> list[Any]:
-    return [*params, *(v for p in params for v in optimizer.state[p].values()), *optimizer._masks.values()]
 
 
 @LAYOUTS
@@ -367,95 +360,3 @@ def test_a_copy_knows_the_bits_it_was_laid_out_by_as_they_are_now() -> None:
     other._masks[other_params[0]].packed[50] = 0
     with pytest.raises(StateError, match="written in place"):
         other.step()
-
-
-# -- loading -----------------------------------------------------------------------------------------------------------
-
-
-@LAYOUTS
-def test_what_is_loaded_is_copied_and_loads_again(compact: bool) -> None:
-    params, optimizer = started("adamw", compact)
-    saved = optimizer.state_dict()
-    before = copy.deepcopy(saved)
-    weights, results = clones(params), []
-    for _ in range(2):
-        with torch.no_grad():
-            for p, q in zip(params, weights, strict=True):
-                p.copy_(q)
-        optimizer.load_state_dict(saved)
-        set_gradients(params, random_gradients(params, 3), {})
-        optimizer.step()
-        results.append(copy.deepcopy((params, optimizer)))
-        assert saved["param_groups"] == before["param_groups"]
-        for index, state in before["state"].items():
-            for key, value in state.items():
-                assert_bitwise_equal(saved["state"][index][key], value)
-    assert_same_run(*results[0], *results[1])
-
-
-@LAYOUTS
-def test_a_run_that_is_rolled_back_finds_the_state_of_weights_that_were_pruned_since(compact: bool) -> None:
-    """Whichever is rolled back first: masks that are about to go do not take state along."""
-    params, optimizer = started("adamw", compact)
-    early = dict(optimizer._masks)
-    saved, weights = copy.deepcopy(optimizer.state_dict()), clones(params)
-    optimizer.set_masks(random_masks(params, 0.95))
-    optimizer.load_state_dict(saved)
-    optimizer.forget_masks(params[1:2])
-    with torch.no_grad():
-        for p, q in zip(params, weights, strict=True):
-            p.copy_(q)
-    optimizer.set_masks(early)
-    for index, state in saved["state"].items():
-        for key, value in state.items():
-            assert_bitwise_equal(optimizer.state_dict()["state"][index][key], value)
-
-
-@LAYOUTS
-def test_state_that_was_loaded_is_masked_where_it_is_used_or_saved(compact: bool) -> None:
-    params, optimizer = started("adamw", compact)
-    saved = copy.deepcopy(optimizer.state_dict())
-    masks = random_masks(params, 0.9)
-    optimizer.set_masks(masks)
-    optimizer.load_state_dict(saved)
-    for state, mask in zip(optimizer.state_dict()["state"].values(), masks.values(), strict=True):
-        assert not state["exp_avg"][~mask.to_bool()].any() and state["exp_avg"].any()
-    set_gradients(params, random_gradients(params, 3), masks)
-    optimizer.step()
-    assert_zeros_exact(params, masks)
-    assert isinstance(optimizer.state[params[0]], CompactState) == compact
-
-
-BROKEN: dict[str, Callable[[dict[str, Any]], object]] = {
-    "another shape": lambda saved: saved["state"][2].update(exp_avg=torch.zeros(3)),
-    "float8": lambda saved: saved["state"][2].update(exp_avg=torch.zeros(65, 9, dtype=torch.float8_e5m2)),
-    "integers": lambda saved: saved["state"][2].update(exp_avg=torch.zeros(65, 9, dtype=torch.int32)),
-    "complex": lambda saved: saved["state"][2].update(exp_avg=torch.zeros(65, 9, dtype=torch.complex64)),
-    "sparse": lambda saved: saved["state"][2].update(exp_avg=torch.zeros(65, 9).to_sparse()),
-    "another class": lambda saved: saved["state"][2].update(exp_avg=torch.zeros(65, 9).as_subclass(Packed)),
-    "no count": lambda saved: saved["state"][2].pop("step"),
-    "two counts": lambda saved: saved["state"][2].update(step=torch.zeros(2)),
-    "no state": lambda saved: saved.pop("state"),
-    "no dictionary": lambda saved: saved["state"].update({2: [1, 2]}),
-    "another group": lambda saved: saved["param_groups"].append(saved["param_groups"][0]),
-    "fewer parameters": lambda saved: saved["param_groups"][0]["params"].pop(),
-    "no groups": lambda saved: saved.pop("param_groups"),
-}
-
-
-@LAYOUTS
-@pytest.mark.parametrize("broken", BROKEN)
-def test_a_state_dict_that_cannot_be_loaded_changes_nothing(broken: str, compact: bool) -> None:
-    params, optimizer = started("adamw", compact)
-    saved = copy.deepcopy(optimizer.state_dict())
-    saved["param_groups"][0]["lr"] = 0.5
-    BROKEN[broken](saved)
-    before, kept = clones(params), everything(params, optimizer)
-    groups, batch = optimizer.param_groups[0], optimizer._batch
-    with pytest.raises((ValueError, KeyError)) as caught:
-        optimizer.load_state_dict(saved)
-    assert isinstance(caught.value, StateError) == (broken not in {"no state", "no groups", *list(BROKEN)[-3:-1]})
-    assert all(a is b for a, b in zip(everything(params, optimizer), kept, strict=True))
-    assert optimizer.param_groups[0] is groups and groups["lr"] == 0.01 and optimizer._batch is batch
-    for p, q in zip(params, before, strict=True):
-        assert_bitwise_equal(p.detach(), q.detach())
