@@ -20,6 +20,8 @@ def plain_name(name: str) -> str:
 
     What data parallel wrappers add is not told from a module that is called "module"; ``named_modules`` knows it.
     """
+    if not any(part in name for part in WRAPPED):  # as nearly always
+        return name
     return ".".join(part for part in name.split(".") if part not in WRAPPED)
 
 
