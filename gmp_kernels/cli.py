@@ -35,23 +35,24 @@ except ModuleNotFoundError as error:
 
 __all__ = ["app", "main"]
 
-app = typer.Typer(help="Gradual magnitude pruning for PyTorch.", no_args_is_help=True, add_completion=False)
+app = typer.Typer(help="Gradual magnitude pruning for PyTorch.", add_completion=False)
 register(app)
 
 
 # What typer raises for a wrong command line; it has no name of its own for all of them.
 UsageError: type[Exception] = typer.BadParameter.__base__  # type: ignore[assignment]
 FOR_TESTS = {"simt"}  # backends
+MOST_DIGITS = 18  # of a size
 
 
 def main() -> None:
     """Run the command line: the console entry point. Whatever goes wrong, it says so in one line."""
+    arguments = sys.argv[1:] or ["--help"]
     try:
-        sys.exit(app(standalone_mode=False))
+        sys.exit(app(arguments, standalone_mode=False))
     except GMPError as error:
-        fail(in_flags(str(error), flags_of(sys.argv[1:])))
+        fail(in_flags(str(error), flags_of(arguments)))
     except UsageError as error:
-        # The help that is shown without any argument is one of these too.
         fail(error.format_message(), code=2)  # type: ignore[attr-defined]
     except typer.Abort:
         fail("stopped", code=130)
@@ -84,8 +85,8 @@ def in_flags(message: str, flags: Mapping[str, str]) -> str:
     if not flags:
         return message
     names = "|".join(flags)
+    message = re.sub(rf"^(\w+: )*({names}):", lambda match: f"{flags[match[2]]}:", message)
     message = re.sub(r"^[A-Z]\w*: ", "", message)
-    message = re.sub(rf"^({names}):", lambda match: f"{flags[match[1]]}:", message)
     message = re.sub(rf"\b({names})=", lambda match: f"{flags[match[1]]} ", message)
     # Words of one part mean other things as well.
     parts = [name for name in flags if "_" in name]
@@ -262,7 +263,7 @@ def _given(**options: float | None) -> dict[str, Any]:
 
 def _shape(text: str) -> tuple[int, ...]:
     sizes = text.split("x")
-    if not all(size.isdecimal() and int(size) > 0 for size in sizes):
+    if not all(size.isdecimal() and len(size) < MOST_DIGITS and int(size) > 0 for size in sizes):
         raise typer.BadParameter(f"expected sizes joined by x, such as 512x256, got {text!r}", param_hint="--layer")
     return tuple(int(size) for size in sizes)
 

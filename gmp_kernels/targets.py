@@ -197,7 +197,7 @@ def compile_pattern(what: str, entry: str) -> re.Pattern[str]:
         return re.compile(fnmatch.translate(entry))
     try:
         return re.compile(entry.removeprefix("re:"))
-    except re.error as error:
+    except (re.error, RecursionError, OverflowError) as error:
         raise TargetError(f"{what}: expected a regular expression after 're:', got {entry!r}; {error}") from None
 
 

@@ -12,6 +12,7 @@ from gmp_kernels.escaping import printable
 __all__ = ["Table", "say", "show"]
 
 GAP = "   "
+MOST_RULE = 40
 
 
 class Table:
@@ -39,7 +40,8 @@ class Table:
         for i, row in enumerate(self._rows):
             yield GAP.join(self._aligned(row, widths)).rstrip()
             if i == 0:
-                yield "─" * (sum(widths) + len(GAP) * (len(widths) - 1))
+                # The last column may hold sentences, under which the rule would wrap.
+                yield GAP.join("─" * width for width in [*widths[:-1], min(widths[-1], MOST_RULE)]).replace(" ", "─")
 
     def _aligned(self, row: Sequence[str], widths: Sequence[int]) -> Iterator[str]:
         for position, (cell, width) in enumerate(zip(row, widths, strict=True)):

@@ -6,6 +6,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
+
 from gmp_kernels.errors import OutputError
 
 __all__ = ["check_named", "check_target"]
@@ -59,3 +61,13 @@ def _check_replaced(target: Path, *, is_folder: bool, force: bool) -> None:
         )
     if is_folder and any(target.iterdir()) and not any(target.glob("*.safetensors")):
         raise OutputError(f"{target}: expected a checkpoint to replace, got a folder without any; remove it yourself")
+    if not is_folder and target.stat().st_size and not _is_safetensors(target):
+        raise OutputError(f"{target}: expected a checkpoint to replace, got another file; remove it yourself")
+
+
+def _is_safetensors(path: Path) -> bool:
+    try:
+        with safe_open(path, "numpy"):
+            return True
+    except (SafetensorError, OSError):
+        return False

@@ -309,6 +309,9 @@ class PruneJob:
 
     def _conclude(self, staging: Staging) -> None:
         self.checkpoint.check_unchanged()
+        if self._force:
+            # Even so it replaces checkpoints only, and what has the name may have changed meanwhile.
+            self._check_targets(resume=True)
         if self.checkpoint.root.is_dir():
             with output_errors(self._target):
                 keep_folder_permissions(staging.files, self.checkpoint.root)
