@@ -44,7 +44,7 @@ class Ranks(NamedTuple):
                 "torchrun, or unset WORLD_SIZE"
             ) from error
         try:
-            yield cls(dist.get_rank(), size)
+            yield cls(dist.get_rank(), dist.get_world_size())
         finally:
             dist.destroy_process_group()
 
