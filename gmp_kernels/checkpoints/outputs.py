@@ -59,7 +59,7 @@ def _check_replaced(target: Path, *, is_folder: bool, force: bool) -> None:
             f"{target}: expected a {'folder' if is_folder else 'file'} to replace, like the input, got {found}; name "
             "another output, or remove it yourself"
         )
-    if is_folder and any(target.iterdir()) and not any(target.glob("*.safetensors")):
+    if is_folder and any(target.iterdir()) and not any(path.is_file() for path in target.glob("*.safetensors")):
         raise OutputError(f"{target}: expected a checkpoint to replace, got a folder without any; remove it yourself")
     if not is_folder and target.stat().st_size and not _is_safetensors(target):
         raise OutputError(f"{target}: expected a checkpoint to replace, got another file; remove it yourself")
