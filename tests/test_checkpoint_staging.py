@@ -356,6 +356,17 @@ def test_another_group_is_not_let_in(
     assert groups == [source.stat().st_gid + 1] * allowed
 
 
+def test_a_file_system_without_permissions(
+    job: Callable[..., PruneJob], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "fchmod", refuse)
+    job().run()
+    assert names_in(tmp_path) == outputs(tmp_path)
+
+
 def test_a_read_only_file_of_a_stopped_run_is_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Unless root runs the tests, for whom nothing is read-only, opening it would fail."""
     source = write_folder(tmp_path / "in")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 from pathlib import Path
@@ -15,7 +16,7 @@ def keep_permissions(descriptor: int, origin: os.stat_result, *, least: int = 0)
     """Give an open file or folder the permissions and, where that is allowed, the group of its ``origin``.
 
     What another group may is otherwise left to nobody but those who may because everybody may. ``least`` is granted in
-    any case.
+    any case. A file system without permissions has its own.
     """
     mode, here = origin.st_mode & 0o777, os.fstat(descriptor)
     if here.st_gid != origin.st_gid:
@@ -23,7 +24,8 @@ def keep_permissions(descriptor: int, origin: os.stat_result, *, least: int = 0)
             os.fchown(descriptor, -1, origin.st_gid)
         except OSError:
             mode &= ~0o070 | (mode & 0o007) << 3
-    os.fchmod(descriptor, mode | least | stat.S_IMODE(here.st_mode) & ~0o777)
+    with contextlib.suppress(PermissionError):
+        os.fchmod(descriptor, mode | least | stat.S_IMODE(here.st_mode) & ~0o777)
 
 
 def keep_folder_permissions(folder: Path, root: Path) -> None:

@@ -281,7 +281,9 @@ class Staging:
             with tempfile.TemporaryFile(dir=self._inside) as probe:
                 if os.fstat(probe.fileno()).st_uid != owner:
                     self._refuse(f"a folder of the user {owner}")
-        os.fchmod(descriptor, 0o700)
+        with contextlib.suppress(PermissionError):
+            # It is as private as its file system allows.
+            os.fchmod(descriptor, 0o700)
 
     def _clear(self) -> None:
         """Remove what runs have made, but for the lock; the settings first, without which nothing is resumed."""
