@@ -218,7 +218,10 @@ def _tensor(op: str, weight: Weight, names: Sequence[str] | None, i: int) -> tor
         _check_kind(op, weight, label)
         tensor = weight.detach()
     else:
-        raise DTypeError(f"{op}: expected a torch.Tensor or numpy.ndarray for {label}, got {type(weight).__name__}")
+        raise DTypeError(
+            f"{op}: expected a torch.Tensor or numpy.ndarray for {label}, got {type(weight).__name__}; "
+            f"pass {_instead_of(weight)}"
+        )
     if tensor.dtype not in DTYPES:
         raise DTypeError(
             f"{op}: expected float32, float64, bfloat16 or float16 for {label}, got {tensor.dtype}; "
@@ -265,6 +268,22 @@ def _check_kind(op: str, weight: torch.Tensor, label: str) -> None:
         )
     if weight.is_neg():
         raise LayoutError(f"{op}: expected a plain tensor for {label}, got a view that negates; use .resolve_neg()")
+
+
+def _instead_of(given: object) -> str:
+    """Tell what to pass instead of something that holds weights, or is none."""
+    if isinstance(given, torch.nn.Module):
+        return (
+            "its weights, such as [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear)], or give the "
+            "model to GMPScheduler"
+        )
+    if isinstance(given, torch.optim.Optimizer):
+        return "the weights it steps, such as [model.fc.weight], or give model and optimizer to GMPScheduler"
+    if isinstance(given, dict):
+        return "the tensors of it that shall be pruned, such as [state['fc.weight']]"
+    if isinstance(given, tuple):
+        return "the tensors without their names"
+    return "weights, alone or in a list"
 
 
 def check_writable(op: str, weights: Sequence[Weight], layers: Sequence[Layer], names: Sequence[str] | None) -> None:

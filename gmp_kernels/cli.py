@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import torch
 
@@ -22,10 +25,9 @@ try:
     import typer
     from rich.console import Console
     from rich.progress import track
-    from rich.table import Table
 
-    from gmp_kernels.cli_checkpoints import register
-    from gmp_kernels.tables import new_table, print_whole
+    from gmp_kernels.cli_checkpoints import fraction, register
+    from gmp_kernels.terminal import Table, say, show
 except ModuleNotFoundError as error:
     # The library works without them; a traceback would hide the one thing there is to do.
     missing = str(error.name).partition(".")[0]
@@ -33,19 +35,77 @@ except ModuleNotFoundError as error:
 
 __all__ = ["app", "main"]
 
-app = typer.Typer(help="Gradual magnitude pruning for PyTorch.", no_args_is_help=True, add_completion=False)
+app = typer.Typer(help="Gradual magnitude pruning for PyTorch.", add_completion=False)
 register(app)
 
 
+# What typer raises for a wrong command line; it has no name of its own for all of them.
+UsageError: type[Exception] = typer.BadParameter.__base__  # type: ignore[assignment]
+FOR_TESTS = {"simt"}  # backends
+MOST_DIGITS = 18  # of a size
+
+
 def main() -> None:
-    """Run the command line: the console entry point."""
+    """Run the command line: the console entry point. Whatever goes wrong, it says so in one line."""
+    arguments = sys.argv[1:] or ["--help"]
     try:
-        app()
+        sys.exit(app(arguments, standalone_mode=False))
     except GMPError as error:
-        sys.exit(f"gmp-kernels: {error}")
+        fail(in_flags(str(error), flags_of(arguments)))
+    except UsageError as error:
+        fail(error.format_message(), code=2)  # type: ignore[attr-defined]
+    except typer.Abort:
+        fail("stopped", code=130)
+    except BrokenPipeError:
+        # Whoever read the output has gone. Nothing more is said to them, not at the end of Python either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except OSError as error:
         # Of a file that a command was asked to write; what is read has errors of its own.
-        sys.exit(f"gmp-kernels: the output cannot be written: {error}; give another path, or make room")
+        fail(f"the output cannot be written: {error}; give another path, or make room")
+
+
+def fail(message: str, *, code: int = 1) -> NoReturn:
+    """Say what is wrong and end with an exit code."""
+    say(f"gmp-kernels: {message}", error=True)
+    sys.exit(code)
+
+
+def flags_of(arguments: Sequence[str]) -> dict[str, str]:
+    """Return {name of an argument in Python: its flag} of the command that is called."""
+    commands: dict[str, Any] = getattr(typer.main.get_command(app), "commands", {})
+    command = next((commands[argument] for argument in arguments if argument in commands), None)
+    options = [option for option in command.params if option.opts[0].startswith("--")] if command else []
+    named = {option.name: option.opts[0] for option in options}
+    return named | {flag.removeprefix("--").replace("-", "_"): flag for flag in named.values()}
+
+
+def in_flags(message: str, flags: Mapping[str, str]) -> str:
+    """Say an error of the library in the words of the command line: flags instead of classes and arguments."""
+    if not flags:
+        return message
+    names = "|".join(flags)
+    message = re.sub(rf"^(\w+: )*({names}):", lambda match: f"{flags[match[2]]}:", message)
+    message = re.sub(r"^[A-Z]\w*: ", "", message)
+    message = re.sub(rf"\b({names})=", lambda match: f"{flags[match[1]]} ", message)
+    # Words of one part mean other things as well.
+    parts = [name for name in flags if "_" in name]
+    return re.sub(rf"\b({'|'.join(parts)})\b", lambda match: flags[match[1]], message) if parts else message
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        say(f"gmp-kernels {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def top(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Take the options that belong to no command."""
 
 
 class Optimizer(StrEnum):
@@ -58,7 +118,7 @@ class Optimizer(StrEnum):
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the report, pictures, metrics and model.")] = Path("gmp_demo"),
-    sparsity: Annotated[float, typer.Option(help="Of every layer at the end, in [0.05, 1].")] = 0.90,
+    sparsity: Annotated[float, typer.Option(min=0.05, max=1, help="Of every layer at the end.")] = 0.90,
     seeds: Annotated[int, typer.Option(min=1, help="Repetitions; the report then gives mean and spread.")] = 1,
     seed: Annotated[int, typer.Option(help="The first of them.")] = 0,
     optimizer: Annotated[
@@ -76,19 +136,23 @@ def demo(
 @app.command()
 def info() -> None:
     """Show the versions, and every backend: usable, or why not."""
-    table = new_table("backend", "priority", "on this machine")
+    table = Table("backend", "priority", "on this machine")
     for backend in backends.available():
-        table.add_row(backend.name, str(backend.priority), backend.probe() or "usable")
-    console = Console()
-    console.print(f"gmp-kernels {__version__}, torch {torch.__version__}")
-    console.print(table)
+        if backend.name not in FOR_TESTS:
+            table.add_row(backend.name, str(backend.priority), backend.probe() or "usable")
+    say(f"gmp-kernels {__version__}, torch {torch.__version__}")
+    show(table)
 
 
 @app.command()
 def plan(
     preset: Annotated[Preset, typer.Option(help="Run to start from; every other option changes it.")] = Preset.BLOG,
-    initial_sparsity: Annotated[float | None, typer.Option(help="At the first update, in [0, 1].")] = None,
-    final_sparsity: Annotated[float | None, typer.Option(help="At the last update, in [0, 1].")] = None,
+    initial_sparsity: Annotated[
+        float | None, typer.Option(callback=fraction, help="At the first update, in [0, 1].")
+    ] = None,
+    final_sparsity: Annotated[
+        float | None, typer.Option(callback=fraction, help="At the last update, in [0, 1].")
+    ] = None,
     stabilization: Annotated[float | None, typer.Option(help="Epochs before the first update.")] = None,
     pruning: Annotated[float | None, typer.Option(help="Epochs from the first update to the last.")] = None,
     finetuning: Annotated[float | None, typer.Option(help="Epochs after the last update.")] = None,
@@ -112,13 +176,12 @@ def plan(
     chosen = replace(chosen, stages=replace(chosen.stages, **lengths), layers=layers, **sparsities)
     rows = plan_rows(chosen)
 
-    console = Console()
-    console.print(_epochs(rows))
+    show(_epochs(rows))
     if per_layer:
-        console.print(_layers(chosen, rows))
+        show(_layers(chosen, rows))
     if plot is not None:
         _draw(chosen, plot)
-        console.print(f"wrote {plot / 'sparsity.png'} and {plot / 'learning_rate.png'}", soft_wrap=True)
+        say(f"wrote {plot / 'sparsity.png'} and {plot / 'learning_rate.png'}")
     if json_file is not None:
         document = {
             "stages": asdict(chosen.stages),
@@ -127,7 +190,7 @@ def plan(
             "rows": [row._asdict() for row in rows],
         }
         json_file.write_text(json.dumps(document, indent=2) + "\n")
-        console.print(f"wrote {json_file}", soft_wrap=True)
+        say(f"wrote {json_file}")
 
 
 class Device(StrEnum):
@@ -158,28 +221,27 @@ def bench(
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
         json_file, plot = output / f"{machine.slug}.json", output / f"{machine.slug}.png"
-    console = Console()
     setting = f"{machine.device}, {machine.cores} cores, {machine.threads} threads, torch {machine.torch}"
     if machine.gpu is not None:
         setting = f"{machine.gpu}, {setting}"
-    console.print(f"{setting}, numpy {machine.numpy}, load {machine.load:.2f}", soft_wrap=True)
+    say(f"{setting}, numpy {machine.numpy}, load {machine.load:.2f}")
     cases, seconds = (all_cases(), 3.0) if device is Device.CPU else (gpu_cases(torch_device), 1.5)
     shrink, seconds = (16, seconds / 10) if quick else (1, seconds)
     outcomes: list[Result | Failure] = []
     measured = measure_all(cases, shrink=shrink, seconds=seconds, device=torch_device)
-    for outcome in track(measured, "measuring", total=len(cases), console=console, transient=True):
+    for outcome in track(measured, "measuring", total=len(cases), console=Console(), transient=True):
         outcomes.append(outcome)
         if json_file is not None:
             # After every row: what was measured outlives whatever happens to a later one.
             write_results(json_file, machine, shrink, outcomes)
-    print_whole(console, _ratios(outcomes))
+    show(_ratios(outcomes))
     failures = [outcome for outcome in outcomes if isinstance(outcome, Failure)]
     for failure in failures:
-        console.print(f"{failure.case.name}: {failure.error}", soft_wrap=True, markup=False)
+        say(f"{failure.case.name}: {failure.error}")
     if quick:
-        console.print("Weights this few fit the cache: the verdicts hold for the full table only.")
+        say("Weights this few fit the cache: the verdicts hold for the full table only.")
     if json_file is not None:
-        console.print(f"wrote {json_file}", soft_wrap=True)
+        say(f"wrote {json_file}")
     results = [outcome for outcome in outcomes if isinstance(outcome, Result)]
     if plot is not None and results:
         # matplotlib takes longer to import than most commands take to run.
@@ -190,7 +252,7 @@ def bench(
             for result in results
         }
         plot_ratios(plot, rows, setting)
-        console.print(f"wrote {plot}", soft_wrap=True)
+        say(f"wrote {plot}")
     if failures:
         raise typer.Exit(1)
 
@@ -201,13 +263,13 @@ def _given(**options: float | None) -> dict[str, Any]:
 
 def _shape(text: str) -> tuple[int, ...]:
     sizes = text.split("x")
-    if not all(size.isdecimal() and int(size) > 0 for size in sizes):
+    if not all(size.isdecimal() and len(size) < MOST_DIGITS and int(size) > 0 for size in sizes):
         raise typer.BadParameter(f"expected sizes joined by x, such as 512x256, got {text!r}", param_hint="--layer")
     return tuple(int(size) for size in sizes)
 
 
 def _epochs(rows: list[Row]) -> Table:
-    table = new_table("epoch", "step", "stage", "sparsity", "num_prune", "LR", "weight decay")
+    table = Table("epoch", "step", "stage", "sparsity", "num_prune", "LR", "weight decay")
     for row in rows:
         table.add_row(
             f"{row.epoch:g}",
@@ -224,7 +286,7 @@ def _epochs(rows: list[Row]) -> Table:
 def _layers(plan: Plan, rows: list[Row]) -> Table:
     pruning = [row for row in rows if row.step >= plan.stages.pruning_begin_step]
     first, last = pruning[0], pruning[-1]
-    table = new_table("layer", "shape", f"num_prune at epoch {first.epoch:g}", f"at epoch {last.epoch:g}")
+    table = Table("layer", "shape", f"num_prune at epoch {first.epoch:g}", f"at epoch {last.epoch:g}")
     for name, shape in plan.layers.items():
         table.add_row(name, "x".join(map(str, shape)), str(first.num_prune[name]), str(last.num_prune[name]))
     return table
@@ -246,8 +308,7 @@ def _ratios(outcomes: list[Result | Failure]) -> Table:
     rows = [outcome.cells() for outcome in outcomes]
     *columns, rate = HEADINGS
     with_rates = any(row[-1] for row in rows)
-    table = new_table(*columns, *[rate] * with_rates, right=(1, 3, 4, 5, 6, *[8] * with_rates))
-    colors = {"aim": "[green]aim[/]", "missed": "[red]missed[/]", "failed": "[red]failed[/]"}
-    for *cells, verdict, rate in rows:
-        table.add_row(*cells, colors.get(verdict, verdict), *[rate] * with_rates)
+    table = Table(*columns, *[rate] * with_rates, right=(1, 3, 4, 5, 6, *[8] * with_rates))
+    for *cells, rate in rows:
+        table.add_row(*cells, *[rate] * with_rates)
     return table

@@ -15,29 +15,33 @@ import torch
 import typer
 from rich.console import Console
 from rich.filesize import decimal
-from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-from rich.table import Table
 
 from gmp_kernels.checkpoints import (
     BINS_PER_OCTAVE,
     DEFAULT_MEMORY,
     DEFAULT_RULE,
+    Checkpoint,
     PruneJob,
     PruneReport,
     TensorStatistics,
     cover_tensors,
     inspect_checkpoint,
+    open_checkpoint,
+    total_of,
 )
-from gmp_kernels.coverage import Coverage, shown_names
+from gmp_kernels.coverage import Coverage, shown_names, shown_shape
 from gmp_kernels.distributions import emptied_layers
 from gmp_kernels.errors import GMPError, OutputError
-from gmp_kernels.tables import new_table, print_whole
+from gmp_kernels.terminal import Table, say, show
 
-__all__ = ["register"]
+__all__ = ["fraction", "register"]
 
 MB = 1 << 20
 BLOCKS = " ▁▂▃▄▅▆▇█"
+CUT = "⋮"  # where a range without a single magnitude is not drawn
+WIDEST_GAP = 2  # of octaves that are drawn though empty
+MOST_NAMES = 8
 WORDS = "Names of tensors or modules, globs, or re: and a regular expression; once per entry."
 
 
@@ -63,12 +67,28 @@ def register(app: typer.Typer) -> None:
     app.command()(inspect)
 
 
+def fraction(value: float | None) -> float | None:
+    """Refuse a number that is given and is no fraction."""
+    if value is not None and not 0 <= value <= 1:
+        raise typer.BadParameter(f"expected a fraction in [0, 1], not a percentage, got {value:g}")
+    return value
+
+
+def _path(text: str) -> Path:
+    """Refuse an empty path, which would be the current folder: more often it is a variable that is not set."""
+    if not text:
+        raise typer.BadParameter("expected a path, got an empty one; write . for the current folder")
+    return Path(text)
+
+
 def prune(
     source: Annotated[
-        Path, typer.Argument(metavar="IN", help="A .safetensors file, or a Hugging Face folder of them.")
+        Path, typer.Argument(metavar="IN", parser=_path, help="A .safetensors file, or a Hugging Face folder of them.")
     ],
-    target: Annotated[Path, typer.Argument(metavar="OUT", help="A file or folder, as IN is, that is not there yet.")],
-    sparsity: Annotated[float, typer.Option(help="Fraction of the weights to prune, in [0, 1].")],
+    target: Annotated[
+        Path, typer.Argument(metavar="OUT", parser=_path, help="A file or folder, as IN is, that is not there yet.")
+    ],
+    sparsity: Annotated[float, typer.Option(callback=fraction, help="Fraction of the weights to prune, in [0, 1].")],
     scope: Annotated[
         Scope, typer.Option(help="Prune so much of each tensor, or of all together: the smallest of all.")
     ] = Scope.LAYER,
@@ -85,6 +105,14 @@ def prune(
     ] = None,
     masks: Annotated[
         bool, typer.Option("--masks", help="Also write the packed masks: OUT.masks.safetensors, or OUT/masks/.")
+    ] = False,
+    copy_others: Annotated[
+        bool,
+        typer.Option(
+            "--copy-others",
+            help="Copy, as they are, weights in other formats, adapters, states of optimizers and other files of IN "
+            "that do not belong to the model. Default: they are left out.",
+        ),
     ] = False,
     force: Annotated[
         bool, typer.Option("--force", help="Replace OUT if it is there, once the new one is whole.")
@@ -118,26 +146,31 @@ def prune(
         dtype=None if dtype is None else getattr(torch, dtype.value),
         masks=masks,
         force=force,
+        copy_others=copy_others,
     )
-    console = Console()
     coverage = cover_tensors(job.checkpoint.tensors, targets, ignore)
     if dry_run:
-        _show_targets(console, job, coverage)
+        _show_targets(job, coverage)
+        _show_left_out(job.checkpoint)
         return
     try:
-        with _progress(console, "pruning") as advance:
+        with _progress(Console(), "pruning") as advance:
             report = job.run(resume=resume, max_memory=max_memory * MB, progress=advance)
     except (GMPError, KeyboardInterrupt):
         if job.is_begun():
-            Console(stderr=True).print("What is finished of it is kept: --resume goes on from there.")
+            say("What is finished of it is kept: --resume goes on from there.", error=True)
         raise
     if os.environ.get("RANK", "0") == "0":
-        _show_coverage(console, coverage, [layer.num_pruned for layer in report.layers])
-        console.print(_summary(job, report, target), soft_wrap=True, highlight=False)
+        _show_coverage(coverage, [layer.num_pruned for layer in report.layers])
+        _show_left_out(job.checkpoint)
+        say(_summary(job, report, target))
 
 
 def inspect(
-    path: Annotated[Path, typer.Argument(help="A .safetensors file, or a Hugging Face folder of them.")],
+    path: Annotated[
+        Path,
+        typer.Argument(metavar="PATH", parser=_path, help="A .safetensors file, or a Hugging Face folder of them."),
+    ],
     only: Annotated[list[str] | None, typer.Option("--filter", help=f"Look at these alone. {WORDS}")] = None,
     histogram: Annotated[bool, typer.Option("--histogram", help="Draw how the magnitudes are distributed.")] = False,
     plot: Annotated[Path | None, typer.Option(help="PNG file for the same as a picture.")] = None,
@@ -148,22 +181,27 @@ def inspect(
         # Before hours of reading, not after.
         if output is not None and not output.parent.is_dir():
             raise OutputError(f"{output}: expected its folder to be there, got none; create {output.parent}")
-    console = Console()
-    with _progress(console, "reading") as advance:
-        found = inspect_checkpoint(path, only=only, histogram=histogram or plot is not None, progress=advance)
-    print_whole(console, _statistics(found, with_histogram=histogram))
+        if output is not None and output.is_dir():
+            raise OutputError(f"{output}: expected the name of a file, got a folder; add a name")
+    checkpoint = open_checkpoint(path)
+    with _progress(Console(), "reading") as advance:
+        found = inspect_checkpoint(checkpoint, only=only, histogram=histogram or plot is not None, progress=advance)
+    total = total_of(found)
+    show(_statistics(found, total, with_histogram=histogram))
     if histogram:
-        console.print(_bars(_all_magnitudes(found)))
+        show(_bars(total.histogram))
+    _show_left_out(checkpoint)
     if plot is not None:
         # matplotlib takes longer to import than most checkpoints to read.
         from gmp_kernels.plots import plot_histogram
 
-        plot_histogram(plot, {t.name: t.histogram for t in found}, path.name, bins_per_octave=BINS_PER_OCTAVE)
-        console.print(f"wrote {plot}", soft_wrap=True)
+        weights = {t.name: t.histogram for t in found if t.kind == "weight"}
+        plot_histogram(plot, weights, path.name, bins_per_octave=BINS_PER_OCTAVE)
+        say(f"wrote {plot}")
     if json_file is not None:
-        document = {"path": str(path), "total": _total(found).to_dict(), "tensors": [t.to_dict() for t in found]}
+        document = {"path": str(path), "total": total.to_dict(), "tensors": [t.to_dict() for t in found]}
         json_file.write_text(json.dumps(document, indent=2) + "\n")
-        console.print(f"wrote {json_file}", soft_wrap=True)
+        say(f"wrote {json_file}")
 
 
 @contextlib.contextmanager
@@ -181,33 +219,43 @@ def _progress(console: Console, what: str) -> Iterator[Callable[[int, int], None
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def _show_targets(console: Console, job: PruneJob, coverage: Coverage) -> None:
-    by_layer = len(counts := job.num_prune()) == len(job.tensors)
-    table = new_table(
-        "tensor", "dtype", "shape", "weights", *(["num_prune"] if by_layer else []), right=(3, 4)[: 1 + by_layer]
-    )
+def _show_targets(job: PruneJob, coverage: Coverage) -> None:
+    counts = job.num_prune()
+    by_layer = len(counts) == len(job.tensors)
+    table = Table("tensor", "dtype", "shape", "weights", *(["num_prune"] if by_layer else []), right=(3, 4))
     for i, tensor in enumerate(job.tensors):
         count = [str(counts[i])] if by_layer else []
-        table.add_row(escape(tensor.name), tensor.dtype, _shape(tensor.shape), str(tensor.numel), *count)
-    print_whole(console, table)
+        table.add_row(tensor.name, tensor.dtype, shown_shape(tensor.shape), str(tensor.numel), *count)
+    show(table)
     # Only ranking all of them would tell who loses what in global scope.
-    _show_coverage(console, coverage, counts if by_layer else [0] * len(job.tensors))
+    _show_coverage(coverage, counts if by_layer else [0] * len(job.tensors))
     weights = sum(tensor.numel for tensor in job.tensors)
     others = len(job.checkpoint.tensors) - len(job.tensors)
-    console.print(
-        f"would prune {sum(counts)} of {weights} weights in {len(job.tensors)} tensors and copy {others} as they are",
-        soft_wrap=True,
-        highlight=False,
-    )
+    say(f"would prune {sum(counts)} of {weights} weights in {len(job.tensors)} tensors and copy {others} as they are")
 
 
-def _show_coverage(console: Console, coverage: Coverage, num_pruned: Sequence[int]) -> None:
+def _show_left_out(checkpoint: Checkpoint) -> None:
+    """Name the files of a folder that are not of its model, and the tensors that only its index has."""
+    by_kind: dict[str, list[str]] = {}
+    for name, kind in checkpoint.left_out.items():
+        by_kind.setdefault(kind, []).append(name)
+    for kind, names in by_kind.items():
+        more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+        say(f"left out, {kind}: {', '.join(names[:MOST_NAMES])}{more}")
+    if by_kind:
+        say("These do not belong to the model; prune --copy-others copies them as they are.")
+    if checkpoint.tied:
+        say(f"in the index only, tied to another tensor: {', '.join(checkpoint.tied)}")
+
+
+def _show_coverage(coverage: Coverage, num_pruned: Sequence[int]) -> None:
     """Print the coverage, and what is left without a weight; ``num_pruned`` is by target, in their order."""
     names, sizes = [tensor.name for tensor in coverage.targets], [tensor.num_weights for tensor in coverage.targets]
     lines = [str(coverage)]
     if emptied := emptied_layers(names, sizes, num_pruned):
         lines.append(f"no weight is left in {shown_names(emptied)}")
-    console.print("\n".join(lines), soft_wrap=True, highlight=False, markup=False)
+    for line in "\n".join(lines).splitlines():
+        say(line)
 
 
 def _summary(job: PruneJob, report: PruneReport, target: Path) -> str:
@@ -219,50 +267,24 @@ def _summary(job: PruneJob, report: PruneReport, target: Path) -> str:
     )
 
 
-def _total(found: Sequence[TensorStatistics]) -> TensorStatistics:
-    """Return the statistics of all tensors whose zeros are counted, as of a single one."""
-    counted = [t for t in found if t.num_zeros is not None]
-    magnitudes = [m for t in counted for m in (t.smallest, t.largest) if m is not None]
-    numel = sum(t.numel for t in counted)
-    return TensorStatistics(
-        name="total",
-        dtype="",
-        shape=(numel,),
-        numel=numel,
-        num_zeros=sum(t.num_zeros or 0 for t in counted),
-        num_nan=sum(t.num_nan or 0 for t in counted),
-        num_inf=sum(t.num_inf or 0 for t in counted),
-        largest=max(magnitudes, default=None),
-        smallest=min(magnitudes, default=None),
-        histogram=_all_magnitudes(found),
-    )
-
-
-def _all_magnitudes(found: Sequence[TensorStatistics]) -> Counter[int]:
-    total: Counter[int] = Counter()
-    for tensor in found:
-        total.update(tensor.histogram)
-    return total
-
-
-def _statistics(found: Sequence[TensorStatistics], *, with_histogram: bool) -> Table:
+def _statistics(found: Sequence[TensorStatistics], total: TensorStatistics, *, with_histogram: bool) -> Table:
     columns = ["tensor", "dtype", "shape", "sparsity", "zeros", "NaN", "Inf", "smallest", "largest"]
-    octaves = _octaves(_all_magnitudes(found))
-    if with_histogram and octaves:
-        columns.append(f"2^{min(octaves)} .. 2^{max(octaves) + 1}")
-    table = new_table(*columns, right=range(3, 9))
-    for tensor in [*found, _total(found)]:
+    positions = _positions(_octaves(total.histogram)) if with_histogram else []
+    if positions:
+        columns.append(f"2^{positions[0]} .. 2^{positions[-1]}")
+    table = Table(*columns, right=range(3, 9))
+    for tensor in [*found, total]:
         numbers = (tensor.num_zeros, tensor.num_nan, tensor.num_inf)
         row = [
-            escape(tensor.name),
-            tensor.dtype,
-            _shape(tensor.shape),
+            tensor.name,
+            f"{tensor.dtype} mask" if tensor.kind == "mask" else tensor.dtype,
+            shown_shape(tensor.shape),
             "-" if tensor.sparsity is None else f"{tensor.sparsity:.4f}",
             *("-" if number is None else str(number) for number in numbers),
             *("-" if magnitude is None else f"{magnitude:.4g}" for magnitude in (tensor.smallest, tensor.largest)),
         ]
-        if with_histogram and octaves:
-            row.append(_line(_octaves(tensor.histogram), range(min(octaves), max(octaves) + 1)))
+        if positions:
+            row.append(_line(_octaves(tensor.histogram), positions) if tensor.kind == "weight" else "")
         table.add_row(*row)
     return table
 
@@ -274,21 +296,32 @@ def _octaves(histogram: Counter[int]) -> Counter[int]:
     return octaves
 
 
-def _line(counts: Counter[int], positions: range) -> str:
+def _positions(octaves: Counter[int]) -> list[int | None]:
+    """Return the octaves to draw, ascending; one None stands for a range of several that are empty."""
+    positions: list[int | None] = []
+    for b in sorted(octaves):
+        if positions:
+            last = positions[-1]
+            assert last is not None
+            positions += range(last + 1, b) if b - last <= WIDEST_GAP + 1 else [None]
+        positions.append(b)
+    return positions
+
+
+def _line(counts: Counter[int], positions: Sequence[int | None]) -> str:
     """Draw a histogram as one line of blocks; what is there at all is seen."""
     highest = max(counts.values(), default=1)
-    return "".join(BLOCKS[-(-counts[b] * (len(BLOCKS) - 1) // highest)] for b in positions)
+    return "".join(CUT if b is None else BLOCKS[-(-counts[b] * (len(BLOCKS) - 1) // highest)] for b in positions)
 
 
 def _bars(histogram: Counter[int]) -> Table:
     octaves = _octaves(histogram)
     highest, total = max(octaves.values(), default=1), sum(octaves.values())
-    table = new_table("magnitude from", "weights", "share", "", right=(0, 1, 2))
-    for b in range(max(octaves, default=-1), min(octaves, default=0) - 1, -1):
-        share = octaves[b] / total
-        table.add_row(f"2^{b}", str(octaves[b]), f"{share:.2%}", "█" * round(40 * octaves[b] / highest))
+    table = Table("magnitude from", "weights", "share", "", right=(0, 1, 2))
+    for b in reversed(_positions(octaves)):
+        if b is None:
+            table.add_row(CUT, "0", "", "")
+        else:
+            share = octaves[b] / total
+            table.add_row(f"2^{b}", str(octaves[b]), f"{share:.2%}", "█" * round(40 * octaves[b] / highest))
     return table
-
-
-def _shape(shape: Sequence[int]) -> str:
-    return "x".join(map(str, shape)) or "scalar"

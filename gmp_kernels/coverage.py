@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from gmp_kernels.escaping import printable
+
 __all__ = [
     "FROZEN",
     "IGNORED",
@@ -15,6 +17,7 @@ __all__ = [
     "CoveredTensor",
     "gap_in",
     "shown_names",
+    "shown_shape",
 ]
 
 FROZEN = "frozen"
@@ -99,7 +102,7 @@ class Coverage:
         rows = [("", "dtype", "tensors", "weights", "share", "largest")]
         for label, dtype, tensors in [*_groups("targets", self.targets), *_groups("", self.left_out)]:
             weights, largest = _total(tensors), max(tensors, key=lambda tensor: tensor.num_weights)
-            size = f"{_shown(largest.name)} ({_shown_shape(largest.shape)})"
+            size = f"{printable(largest.name)} ({shown_shape(largest.shape)})"
             rows.append((label, dtype, str(len(tensors)), f"{weights:,}", f"{_share(weights, total):.1%}", size))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = []
@@ -126,7 +129,7 @@ def gap_in(coverage: Coverage, *, by_default: bool) -> str | None:
     share = _share(targets := _total(_matrices(coverage.targets)), targets + _total(silent))
     if share >= ENOUGH or not silent:
         return None
-    named = ", ".join(f"'{_shown(tensor.name)}' ({tensor.reason})" for tensor in silent[:MOST_NAMED])
+    named = ", ".join(f"'{printable(tensor.name)}' ({tensor.reason})" for tensor in silent[:MOST_NAMED])
     if any(tensor.reason in (FROZEN, NOT_OPTIMIZED) for tensor in silent[:MOST_NAMED]):
         advice = "give the optimizer what is to be pruned, with requires_grad, before the scheduler is built"
     elif any(tensor.can_be_target for tensor in silent):
@@ -142,7 +145,7 @@ def gap_in(coverage: Coverage, *, by_default: bool) -> str | None:
 def shown_names(names: Sequence[str]) -> str:
     """Return the first few names, and how many there are beside them."""
     others = f" and {len(names) - MOST_NAMED} others" if len(names) > MOST_NAMED else ""
-    return ", ".join(f"'{_shown(name)}'" for name in names[:MOST_NAMED]) + others
+    return ", ".join(f"'{printable(name)}'" for name in names[:MOST_NAMED]) + others
 
 
 def _groups(label: str, tensors: Iterable[CoveredTensor]) -> list[tuple[str, str, list[CoveredTensor]]]:
@@ -164,10 +167,5 @@ def _share(part: int, whole: int) -> float:
     return part / whole if whole else 0.0
 
 
-def _shown(name: str) -> str:
-    """Return a name without the control characters that a terminal would obey."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
-
-
-def _shown_shape(shape: Sequence[int]) -> str:
+def shown_shape(shape: Sequence[int]) -> str:
     return "x".join(map(str, shape)) or "scalar"

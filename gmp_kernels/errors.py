@@ -8,6 +8,8 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+from gmp_kernels.escaping import printable
+
 __all__ = [
     "BackendUnavailableError",
     "CaptureError",
@@ -29,7 +31,13 @@ __all__ = [
 
 
 class GMPError(Exception):
-    """Base class of every error raised on purpose by this package."""
+    """Base class of every error raised on purpose by this package.
+
+    Names and paths that it quotes are shown escaped, as they may hold anything.
+    """
+
+    def __str__(self) -> str:
+        return printable(super().__str__(), keep="\n")
 
 
 class GMPWarning(UserWarning):

@@ -6,7 +6,7 @@ Everything a user can get wrong is found before any memory is written (``checks`
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -50,6 +50,14 @@ class PruneResult(NamedTuple):
     thresholds: list[Threshold]
     num_pruned: list[int]
     num_newly_pruned: list[int]
+
+    def __str__(self) -> str:
+        pruned, total = sum(self.num_pruned), sum(mask.numel for mask in self.masks)
+        tensors = "1 tensor" if len(self.masks) == 1 else f"{len(self.masks)} tensors"
+        return (
+            f"pruned {pruned} of {total} weights in {tensors}, {sum(self.num_newly_pruned)} of them newly: "
+            f"sparsity {pruned / max(1, total):.4f}"
+        )
 
 
 def magnitude_threshold(
@@ -253,10 +261,15 @@ def apply_masks_(
 def _as_lists(
     weights: Weight | Sequence[Weight], masks: BitMask | Sequence[BitMask] | None
 ) -> tuple[list[Weight], list[BitMask] | None]:
-    weights = [weights] if isinstance(weights, (torch.Tensor, np.ndarray)) else list(weights)
-    if masks is not None:
-        masks = [masks] if isinstance(masks, BitMask) else list(masks)
-    return weights, masks
+    return _as_list(weights), None if masks is None else _as_list(masks)
+
+
+def _as_list(given: Any) -> list[Any]:
+    """Return a list; what is neither one nor like one becomes its only entry, which the checks then refuse by name."""
+    if isinstance(given, (list, tuple)):
+        return list(given)
+    is_one = isinstance(given, (torch.Tensor, np.ndarray, torch.nn.Module, dict, str)) or not hasattr(given, "__iter__")
+    return [given] if is_one else list(given)
 
 
 def _hints(op: str, previous: Sequence[Threshold | None] | None, num_layers: int, scope: str) -> list[Threshold | None]:

@@ -16,9 +16,10 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from gmp_kernels.errors import ShapeError
+from gmp_kernels.escaping import printable
 from gmp_kernels.stages import Stages
 
 __all__ = ["plot_accuracy", "plot_histogram", "plot_learning_rate", "plot_ratios", "plot_sparsity"]
@@ -79,7 +80,7 @@ def plot_sparsity(
     many = len(curves) > FEW
     figure, axes = _figure(title, num_listed=len(curves) if many else 0)
     for i, (values, names) in enumerate(curves):
-        label = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+        label = _literal(names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more")
         if len(names) == len(series) > 1:
             label = f"all {len(series)} layers"
         color = colormaps["viridis"](i / len(curves)) if many else COLORS[i]
@@ -169,11 +170,11 @@ def plot_accuracy(
     whole, enlarged = figure.subplots(2, sharex=True, height_ratios=(2, 3))
     for axes in (whole, enlarged):
         for name, value in baselines.items():
-            axes.axhline(value, color=INK, linewidth=1.2, linestyle="--", label=name)
+            axes.axhline(value, color=INK, linewidth=1.2, linestyle="--", label=_literal(name))
         for color, (name, runs) in zip(itertools.cycle(COLORS), series.items(), strict=False):
             per_epoch = list(zip(*runs, strict=True))
             mean = [sum(values) / len(values) for values in per_epoch]
-            axes.plot(epochs, mean, color=color, linewidth=1.8, label=name)
+            axes.plot(epochs, mean, color=color, linewidth=1.8, label=_literal(name))
             lowest, highest = [min(values) for values in per_epoch], [max(values) for values in per_epoch]
             axes.fill_between(epochs, lowest, highest, color=color, alpha=0.15, linewidth=0)
         axes.set_ylabel("test accuracy")
@@ -220,7 +221,8 @@ def plot_histogram(
     many = len(drawn) > FEW
     figure, axes = _figure(title)
     low, high = min(total), max(total)
-    edges = [2 ** (b / bins_per_octave) for b in range(low, high + 2)]
+    # By their exponents: the largest of float64 and its double, beyond all numbers, can then be drawn too.
+    edges = [b / bins_per_octave for b in range(low, high + 2)]
 
     def shares(counts: Mapping[int, int]) -> list[float]:
         num = sum(counts.values())
@@ -228,11 +230,12 @@ def plot_histogram(
 
     for i, (name, counts) in enumerate(drawn.items()):
         color = colormaps["viridis"](i / len(drawn)) if many else COLORS[i]
-        label = None if many else name
+        label = None if many else _literal(name)
         axes.stairs(shares(counts), edges, color=color, linewidth=0.8 if many else 1.6, label=label)
     if len(drawn) > 1:
         axes.stairs(shares(total), edges, color=INK, linewidth=2.0, label=f"all {len(drawn)} tensors")
-    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_formatter(lambda x, _: f"$2^{{{x:g}}}$")
     # A norm whose weights are all alike may leave the picture, so that the others are not flat lines below it.
     top = min(max(max(shares(counts)) for counts in drawn.values()), 2 * max(shares(total)))
     axes.set(xlabel="magnitude", ylabel="share of the weights that are not zero", ylim=(0, 1.05 * top))
@@ -277,12 +280,12 @@ def plot_ratios(path: Path, rows: Mapping[str, tuple[float, float, float | None]
     axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}" if x >= 1 else f"1/{1 / x:g}")
     axes.grid(axis="x", color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)
-    axes.set_yticks(positions, rows.keys())
+    axes.set_yticks(positions, [_literal(name) for name in rows])
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xlabel("ours / baseline, medians; lower is better")
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
-    figure.suptitle(title, color=INK)
+    figure.suptitle(_literal(title), color=INK)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     _save(figure, path)
 
@@ -309,6 +312,15 @@ def _figure(title: str, num_listed: int = 0) -> tuple[Figure, Axes]:
     return figure, axes
 
 
+def _literal(text: str) -> str:
+    """Return a name so that it is drawn as it is: no formula between two dollars, and no control characters.
+
+    Names that begin with an underscore would be missing in the legend.
+    """
+    shown = printable(text).replace("$", r"\$")
+    return f" {shown}" if shown.startswith("_") else shown
+
+
 def _style(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#dddddd", linewidth=0.6)
@@ -322,7 +334,7 @@ def _fit(axes: Axes, positions: Sequence[float]) -> None:
 
 def _title(axes: Axes, title: str) -> None:
     # The names of the stages stand between it and the axes.
-    axes.set_title(title, loc="left", color=INK, pad=18)
+    axes.set_title(_literal(title), loc="left", color=INK, pad=18)
 
 
 def _shade(axes: Axes, stages: Stages | None, unit: float = 1) -> None:

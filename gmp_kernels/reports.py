@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from gmp_kernels.escaping import printable
+
 __all__ = ["LayerReport", "StepReport"]
 
 
@@ -36,6 +38,12 @@ class LayerReport:
         """Fraction of pruned weights, in [0, 1]."""
         return self.num_pruned / self.num_weights
 
+    def __str__(self) -> str:
+        return (
+            f"{printable(self.name)}: sparsity {self.sparsity:.4f}, {self.num_pruned} of {self.num_weights} weights "
+            f"pruned, {self.num_newly_pruned} of them newly, threshold {self.threshold:.4g}"
+        )
+
 
 @dataclass(frozen=True)
 class StepReport:
@@ -63,6 +71,13 @@ class StepReport:
     sparsity: float
     seconds: float
     layers: tuple[LayerReport, ...]
+
+    def __str__(self) -> str:
+        layers = "1 layer" if len(self.layers) == 1 else f"{len(self.layers)} layers"
+        return (
+            f"step {self.step}: sparsity {self.sparsity:.4f} (target {self.target_sparsity:.4f}), {layers}, "
+            f"{1e3 * self.seconds:.1f} ms"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain data, ready for JSON."""

@@ -372,7 +372,7 @@ def _compile(what: str, entry: str) -> re.Pattern[str]:
         return re.compile(fnmatch.translate(entry))
     try:
         return re.compile(entry.removeprefix("re:"))
-    except re.error as error:
+    except (re.error, RecursionError, OverflowError) as error:
         raise TargetError(f"{what}: expected a regular expression after 're:', got {entry!r}; {error}") from None
 
 

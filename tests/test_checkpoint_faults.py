@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save, save_file
 
-from gmp_kernels.checkpoints import PruneJob, inspect_checkpoint, staging, stream
+from gmp_kernels.checkpoints import PruneJob, inspect_checkpoint, renaming, staging, stream
 from gmp_kernels.checkpoints.files import open_checkpoint
 from gmp_kernels.errors import CheckpointError, NonFiniteError, OutputError, SparsityError, StateError
 
@@ -139,12 +139,16 @@ def empty_index(folder: Path) -> None:
 
 
 def second_index(folder: Path) -> None:
-    (folder / f"other.{INDEX}").write_text((folder / INDEX).read_text())
+    for name in ("one", "other"):
+        (folder / f"{name}.{INDEX}").write_text((folder / INDEX).read_text())
+    (folder / INDEX).unlink()
 
 
 def same_name_twice(folder: Path) -> None:
     (folder / INDEX).unlink()
-    save_file({"layers.0.q.weight": torch.ones(2, 2)}, folder / "more.safetensors")
+    for i, file in enumerate(shard_files(folder)):
+        file.rename(folder / f"part{i}.safetensors")
+    save_file({"layers.0.q.weight": torch.ones(2, 2)}, folder / "part9.safetensors")
 
 
 def broken_link(folder: Path) -> None:
@@ -162,7 +166,7 @@ def broken_link(folder: Path) -> None:
         (cut_index, "expected an index with a weight_map, got JSONDecodeError"),
         (empty_index, "expected an index with a weight_map, got TypeError"),
         (second_index, "expected one index, got"),
-        (same_name_twice, "'layers.0.q.weight' in model-00001-of-00003.safetensors and more.safetensors"),
+        (same_name_twice, "'layers.0.q.weight' in part0.safetensors and part9.safetensors"),
         (broken_link, "vocab.json: expected a file, got a broken link"),
     ],
 )
@@ -240,7 +244,7 @@ def test_force_replaces_nothing_but_checkpoints(tmp_path: Path) -> None:
 
 
 def test_where_two_folders_cannot_be_swapped_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(staging, "_exchange", lambda *_: False)
+    monkeypatch.setattr(renaming, "_rename", lambda *_: False)
     folder = write_folder(tmp_path / "in")
     PruneJob(folder, tmp_path / "out", sparsity=0.5).run()
     PruneJob(folder, tmp_path / "other", sparsity=0.9).run()
@@ -257,9 +261,9 @@ def test_the_output_replaced_stays_replaced(tmp_path: Path, monkeypatch: pytest.
     job = PruneJob(source, target, sparsity=0.5, force=True)
     remove = shutil.rmtree
 
-    def stop(folder: Path, **_: object) -> None:
+    def stop(name: str, **_: object) -> None:
         if removed == "half":
-            next(iter((folder / "files").glob("*.safetensors"))).unlink()
+            next((tmp_path / ".out.partial" / name).glob("*")).unlink()
         raise KeyboardInterrupt
 
     monkeypatch.setattr(shutil, "rmtree", stop)

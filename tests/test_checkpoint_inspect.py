@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from subprocesses import run_python
 from typer.testing import CliRunner
 
-from gmp_kernels import TargetError, cli, cli_checkpoints
-from gmp_kernels.checkpoints import BINS_PER_OCTAVE, files, inspect, inspect_checkpoint
+from gmp_kernels import TargetError, cli, cli_checkpoints, prune_
+from gmp_kernels.checkpoints import BINS_PER_OCTAVE, PruneJob, files, inspect, inspect_checkpoint, mask_metadata
 from gmp_kernels.testing import DTYPES, adversarial_cases
 
 RUNNER = CliRunner(env={"COLUMNS": "160"})
@@ -101,9 +101,10 @@ def test_the_table_of_a_folder_and_its_total(tmp_path: Path) -> None:
     assert rows["layers.0.q.weight"][:6] == ["F32", "20x30", "0.3333", "200", "0", "0"]
     assert rows["layers.1.norm.weight"][2:] == ["1.0000", "30", "0", "0", "-", "-"]
     assert rows["steps"][2:] == ["0.3333", "1", "-", "-", "-", "-"]
-    numel = sum(tensor.numel() for shard in tensors for tensor in shard.values())
+    # Counters are no weights.
+    numel = sum(t.numel() for shard in tensors for t in shard.values() if t.is_floating_point())
     assert rows["total"][0] == str(numel)
-    assert float(rows["total"][1]) == pytest.approx(231 / numel, abs=5e-5)
+    assert float(rows["total"][1]) == pytest.approx(230 / numel, abs=5e-5)
 
 
 def test_a_narrow_terminal_cuts_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,9 +118,11 @@ def test_a_narrow_terminal_cuts_nothing(tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_folder_that_is_missing_is_told_before_anything_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str
 ) -> None:
-    monkeypatch.setattr(cli_checkpoints, "inspect_checkpoint", None)
+    monkeypatch.setattr(cli_checkpoints, "open_checkpoint", None)
     result = RUNNER.invoke(cli.app, ["inspect", str(tmp_path), option, str(tmp_path / "none" / "a")])
     assert "expected its folder to be there, got none; create" in str(result.exception)
+    result = RUNNER.invoke(cli.app, ["inspect", str(tmp_path), option, str(tmp_path)])
+    assert "expected the name of a file, got a folder" in str(result.exception)
 
 
 def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
@@ -146,7 +149,73 @@ def test_json(tmp_path: Path) -> None:
     q = next(t for t in document["tensors"] if t["name"] == "layers.0.q.weight")
     assert (q["dtype"], q["shape"], q["numel"], q["num_zeros"], q["sparsity"]) == ("F32", [20, 30], 600, 0, 0.0)
     assert sum(q["histogram"].values()) == 600
-    assert document["total"]["numel"] == sum(t["numel"] for t in document["tensors"])
+    assert document["total"]["numel"] == sum(t["numel"] for t in document["tensors"] if t["kind"] == "weight")
+
+
+def test_what_masks_and_counters_are(tmp_path: Path) -> None:
+    """Neither counts for the total; bits are shown as the weights they stand for."""
+    weight = torch.randn(25, 41, generator=torch.Generator().manual_seed(0))
+    (mask,) = prune_(weight, sparsity=0.3).masks
+    tensors = {
+        "conv.weight_orig": torch.ones(2, 2),
+        "conv.weight_mask": torch.tensor([[0.0, 1.0], [0.0, 0.0]]),
+        "head_mask": torch.zeros(4),
+        "norm.num_batches_tracked": torch.zeros((), dtype=torch.int64),
+        "w.weight": weight,
+        "w.weight.mask": mask.packed,
+        "odd.mask": torch.zeros(3, dtype=torch.uint8),
+    }
+    shapes = {"w.weight": weight.shape, "odd": (9, 9)}
+    save_file(tensors, tmp_path / "a.safetensors", mask_metadata(shapes))
+    found = {t.name: t for t in inspect_checkpoint(tmp_path / "a.safetensors")}
+    assert {name: t.kind for name, t in found.items()} == {
+        "conv.weight_orig": "weight",
+        "conv.weight_mask": "mask",
+        "head_mask": "weight",
+        "norm.num_batches_tracked": "other",
+        "w.weight": "weight",
+        "w.weight.mask": "mask",
+        "odd.mask": "other",
+    }
+    bits = found["w.weight.mask"]
+    assert (bits.shape, bits.numel, bits.num_zeros) == ((25, 41), 1025, 308)
+    rows = {line[0]: line[1:] for line in run(tmp_path / "a.safetensors") if line}
+    assert rows["w.weight.mask"] == ["bits", "mask", "25x41", "0.3005", "308", "-", "-", "-", "-"]
+    assert rows["conv.weight_mask"][:5] == ["F32", "mask", "2x2", "0.7500", "3"]
+    assert rows["total"][:3] == ["1033", "0.3020", "312"]
+
+
+def test_masks_that_the_command_has_written(tmp_path: Path) -> None:
+    PruneJob(write_folder(tmp_path / "in"), tmp_path / "out", sparsity=0.5, masks=True).run()
+    for file in (tmp_path / "out" / "masks").iterdir():
+        found = inspect_checkpoint(file)
+        assert found and {(t.kind, t.num_zeros) for t in found} == {("mask", t.numel // 2) for t in found}
+
+
+@pytest.mark.parametrize(
+    "masks", ["", "[", "5", '{"shapes": 5}', '{"shapes": {"w": [-8]}}', '{"shapes": {"w": [1, "x"]}}']
+)
+def test_masks_of_a_file_that_says_nonsense_about_them(tmp_path: Path, masks: str) -> None:
+    save_file({"w.mask": torch.zeros(1, dtype=torch.uint8)}, tmp_path / "a.safetensors", {"masks": masks})
+    assert inspect_checkpoint(tmp_path / "a.safetensors")[0].kind == "other"
+
+
+def test_a_histogram_cuts_the_ranges_in_which_there_is_nothing(tmp_path: Path) -> None:
+    tensors = {"a": torch.tensor([2.0**-120, 1.0, 8.0, 2.0**100]), "counter": torch.tensor([7])}
+    save_file(tensors, tmp_path / "a.safetensors")
+    lines = run(tmp_path / "a.safetensors", "--histogram", "--plot", tmp_path / "a.png")
+    shares = [line for line in lines if line and (line[0].startswith("2^") or line[0] == "⋮")]
+    assert [line[:2] for line in shares] == [
+        ["2^100", "1"],
+        ["⋮", "0"],
+        ["2^3", "1"],
+        ["2^2", "0"],
+        ["2^1", "0"],
+        ["2^0", "1"],
+        ["⋮", "0"],
+        ["2^-120", "1"],
+    ]
+    assert next(line for line in lines if line[:2] == ["a", "F32"])[-2:] == ["█⋮█", "█⋮█"]
 
 
 def test_histograms_in_the_terminal_and_as_a_picture(tmp_path: Path) -> None:

@@ -176,12 +176,13 @@ def test_a_folder_without_an_index(tmp_path: Path) -> None:
     assert_pruned(source, tmp_path / "out", DEFAULT_TARGETS, sparsity=0.5)
 
 
-def test_files_beside_the_index_are_copied_as_they_are(tmp_path: Path) -> None:
-    source = write_folder(tmp_path / "in")
-    save_file({"layers.0.q.weight": torch.ones(3, 3)}, source / "consolidated.safetensors")
+def test_weights_beside_the_index_are_copied_as_they_are_when_asked_for(tmp_path: Path) -> None:
+    source, name = write_folder(tmp_path / "in"), "consolidated.safetensors"
+    save_file({"layers.0.q.weight": torch.ones(3, 3)}, source / name)
     PruneJob(source, tmp_path / "out", sparsity=0.5).run()
-    name = "consolidated.safetensors"
-    assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
+    assert not (tmp_path / "out" / name).exists()
+    PruneJob(source, tmp_path / "both", sparsity=0.5, copy_others=True).run()
+    assert (tmp_path / "both" / name).read_bytes() == (source / name).read_bytes()
 
 
 def test_tensors_need_not_be_aligned(tmp_path: Path) -> None:

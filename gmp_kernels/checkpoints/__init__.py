@@ -1,7 +1,7 @@
 """Safetensors checkpoints on disk: pruned or inspected piece by piece, in memory that does not depend on their size."""
 
-from gmp_kernels.checkpoints.files import MASK_SUFFIX, mask_metadata
-from gmp_kernels.checkpoints.inspect import BINS_PER_OCTAVE, TensorStatistics, inspect_checkpoint
+from gmp_kernels.checkpoints.files import MASK_SUFFIX, Checkpoint, mask_metadata, open_checkpoint
+from gmp_kernels.checkpoints.inspect import BINS_PER_OCTAVE, TensorStatistics, inspect_checkpoint, total_of
 from gmp_kernels.checkpoints.prune import DEFAULT_MEMORY, PruneJob, PruneReport
 from gmp_kernels.checkpoints.targets import DEFAULT_RULE, cover_tensors
 
@@ -10,10 +10,13 @@ __all__ = [
     "DEFAULT_MEMORY",
     "DEFAULT_RULE",
     "MASK_SUFFIX",
+    "Checkpoint",
     "PruneJob",
     "PruneReport",
     "TensorStatistics",
     "cover_tensors",
     "inspect_checkpoint",
     "mask_metadata",
+    "open_checkpoint",
+    "total_of",
 ]

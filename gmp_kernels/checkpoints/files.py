@@ -1,4 +1,4 @@
-"""Safetensors checkpoints on disk: which files belong to one, and where in them every tensor lies.
+"""Safetensors checkpoints on disk: where in their files every tensor lies, and whether the files agree.
 
 The safetensors library checks each header against the file: bounds, overlaps, holes, shapes, dtypes. It does not tell
 where a tensor lies, so the offsets are read from the same header once it has passed.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
+import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
+from gmp_kernels.checkpoints.folders import SUFFIX, is_tied, look_into, read_index, unique_names
 from gmp_kernels.errors import CheckpointError
 
 __all__ = [
@@ -33,8 +34,6 @@ __all__ = [
 
 # The dtypes whose magnitudes have an order here, by their names in the format.
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-INDEX_SUFFIX = ".safetensors.index.json"
-SUFFIX = ".safetensors"
 MASK_SUFFIX = ".mask"
 LENGTH_BYTES = 8  # of the header's length, in front of it
 
@@ -91,15 +90,21 @@ class Checkpoint:
     shards : tuple of Shard
         In the order of their names.
     others : dict of str to Path
-        {path relative to the folder: file} of everything else there, symbolic links resolved.
+        {path relative to the folder: file} of what belongs to the model beside them.
     index : str or None
         The one among ``others`` that maps tensors to shards.
+    left_out : dict of str to str
+        {path relative to the folder: what it is} of what does not belong to the model.
+    tied : tuple of str
+        Names in the index of tensors that are stored under another name.
     """
 
     root: Path
     shards: tuple[Shard, ...]
     others: dict[str, Path]
     index: str | None
+    left_out: dict[str, str]
+    tied: tuple[str, ...]
 
     @property
     def tensors(self) -> list[TensorInfo]:
@@ -108,13 +113,13 @@ class Checkpoint:
 
     def identity(self) -> dict[str, Any]:
         """Return what tells that no file of the checkpoint has changed."""
-        others = {name: _stat(path) for name, path in self.others.items()}
+        others = {name: _size_and_time(path) for name, path in self.others.items()}
         return {"shards": {shard.name: shard.identity for shard in self.shards}, "others": others}
 
     def check_unchanged(self) -> None:
         """Raise CheckpointError if a file is not what it was when the checkpoint was opened."""
         for shard in self.shards:
-            now = _stat(shard.path)
+            now = _size_and_time(shard.path)
             if any(shard.identity[key] != now[key] for key in now):
                 raise CheckpointError(
                     f"{shard.path}: expected the file that was opened, got another size or time of change; "
@@ -122,42 +127,39 @@ class Checkpoint:
                 )
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
+def open_checkpoint(path: Path, *, copy_others: bool = False) -> Checkpoint:
     """Read the headers of a checkpoint, and its index if it has one, and check them against each other.
 
     Parameters
     ----------
     path : Path
-        A ``.safetensors`` file, or a folder that holds some: those its ``*.safetensors.index.json`` names, or all at
-        its top level if it has no index.
+        A ``.safetensors`` file, or a folder that holds some: those its ``*.safetensors.index.json`` names, or those at
+        its top level that make up one model.
+    copy_others : bool
+        Whatever else lies in the folder belongs to the checkpoint too, ``left_out`` is empty.
 
     Raises
     ------
     CheckpointError
         A file is missing, truncated or corrupt, the index contradicts the files, or two tensors have one name.
     """
-    if not path.exists():
-        raise CheckpointError(f"{path}: expected a {SUFFIX} file or a folder of them, got nothing; check the path")
-    if not path.is_dir():
-        return Checkpoint(path, (_read_shard(path, path.name),), {}, None)
-    files = _walk(path)
-    names = sorted(name for name in files if "/" not in name and name.endswith(SUFFIX))
-    indices = [name for name in files if "/" not in name and name.endswith(INDEX_SUFFIX)]
-    if len(indices) > 1:
-        raise CheckpointError(f"{path}: expected one index, got {sorted(indices)}; name the folder of one model")
-    weight_map = None
-    if indices:
-        weight_map = _read_index(path / indices[0])
-        names = sorted(set(weight_map.values()))
-    if not names:
-        raise CheckpointError(f"{path}: expected a folder with {SUFFIX} files, got none; convert other formats first")
-    for name in names:
-        if name not in files:
-            raise CheckpointError(f"{path / indices[0]}: names the shard {name!r}, which is not there; download it")
-    shards = tuple(_read_shard(files[name], name) for name in names)
-    _check_names(path, shards, weight_map)
-    others = {name: file for name, file in files.items() if name not in names}
-    return Checkpoint(path, shards, others, indices[0] if indices else None)
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        raise CheckpointError(
+            f"{path}: expected a {SUFFIX} file or a folder of them, got nothing; check the path"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {getattr(error, 'strerror', error)}; check the path") from None
+    if stat.S_ISREG(mode):
+        return Checkpoint(path, (_read_shard(path, path.name),), {}, None, {}, ())
+    if not stat.S_ISDIR(mode):
+        raise CheckpointError(f"{path}: expected a {SUFFIX} file or a folder of them, got a device or a pipe")
+    contents = look_into(path, everything=copy_others)
+    shards = tuple(_read_shard(file, name) for name, file in contents.shards.items())
+    found = _shards_of_tensors(path, shards)
+    tied = () if contents.index is None else _check_index(path, read_index(path / contents.index)["weight_map"], found)
+    return Checkpoint(path, shards, contents.others, contents.index, contents.left_out, tied)
 
 
 def header_of(tensors: Sequence[tuple[str, str, Sequence[int], int]], metadata: Mapping[str, str] | None) -> bytes:
@@ -184,42 +186,12 @@ def mask_metadata(shapes: Mapping[str, Sequence[int]]) -> dict[str, str]:
     return {"masks": json.dumps(description)}
 
 
-def _stat(path: Path) -> dict[str, int]:
-    found = path.stat()
-    return {"size": found.st_size, "mtime_ns": found.st_mtime_ns}
-
-
-def _walk(root: Path) -> dict[str, Path]:
-    """Every file below ``root`` by its relative path, through symbolic links."""
-    files, seen = {}, set()
-    for folder, folders, names in os.walk(root, followlinks=True):
-        # A link to a folder above would never end.
-        seen.add(os.path.realpath(folder))
-        folders[:] = sorted(name for name in folders if os.path.realpath(Path(folder, name)) not in seen)
-        for name in sorted(names):
-            file = Path(folder, name)
-            if not file.is_file():
-                raise CheckpointError(f"{file}: expected a file, got a broken link or a device; complete the download")
-            files[file.relative_to(root).as_posix()] = file
-    return files
-
-
-def _read_index(path: Path) -> dict[str, str]:
+def _size_and_time(path: Path) -> dict[str, int]:
     try:
-        document = json.loads(path.read_bytes())
-        weight_map = document["weight_map"]
-        if not all(isinstance(entry, str) for pair in weight_map.items() for entry in pair):
-            raise TypeError("its weight_map maps something other than names")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: expected an index with a weight_map, got {error!r}; restore it") from None
-    return dict(weight_map)
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    entries = dict(pairs)
-    if len(entries) != len(pairs):
-        raise ValueError("a name occurs twice in its header")
-    return entries
+        found = path.stat()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read any more: {error.strerror}") from None
+    return {"size": found.st_size, "mtime_ns": found.st_mtime_ns}
 
 
 def _read_shard(path: Path, name: str) -> Shard:
@@ -229,25 +201,26 @@ def _read_shard(path: Path, name: str) -> Shard:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(LENGTH_BYTES), "little")
             text = file.read(length)
-        header = json.loads(text, object_pairs_hook=_unique)
-    except (SafetensorError, OSError, ValueError) as error:
+        header = json.loads(text, object_pairs_hook=unique_names)
+        metadata = header.pop("__metadata__", None)
+        data_begin = LENGTH_BYTES + length
+        tensors = [
+            TensorInfo(key, entry["dtype"], tuple(entry["shape"]), data_begin + begin, end - begin)
+            for key, entry in header.items()
+            for begin, end in [entry["data_offsets"]]
+        ]
+    except (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"{path}: expected a whole {SUFFIX} file, got one that cannot be read ({error}); restore or download it, "
             "or convert it if it has another format"
         ) from None
-    data_begin = LENGTH_BYTES + length
-    metadata = header.pop("__metadata__", None)
-    tensors = [
-        TensorInfo(key, entry["dtype"], tuple(entry["shape"]), data_begin + begin, end - begin)
-        for key, entry in header.items()
-        for begin, end in [entry["data_offsets"]]
-    ]
     tensors.sort(key=lambda tensor: (tensor.begin, tensor.nbytes))
-    identity = _stat(path) | {"header": hashlib.sha256(text).hexdigest()}
+    identity = _size_and_time(path) | {"header": hashlib.sha256(text).hexdigest()}
     return Shard(path, name, tuple(tensors), metadata, data_begin, identity)
 
 
-def _check_names(root: Path, shards: Sequence[Shard], weight_map: Mapping[str, str] | None) -> None:
+def _shards_of_tensors(root: Path, shards: Sequence[Shard]) -> dict[str, str]:
+    """Return {tensor: name of its shard}, each once."""
     found: dict[str, str] = {}
     for shard in shards:
         for tensor in shard.tensors:
@@ -257,11 +230,19 @@ def _check_names(root: Path, shards: Sequence[Shard], weight_map: Mapping[str, s
                     "remove the file that does not belong"
                 )
             found[tensor.name] = shard.name
-    if weight_map is None or weight_map == found:
-        return
+    return found
+
+
+def _check_index(root: Path, weight_map: Mapping[str, str], found: Mapping[str, str]) -> tuple[str, ...]:
+    """Hold an index against the files; return the names it has for tensors that are stored under another one."""
+    tied = []
     for name, shard_name in weight_map.items():
-        if found.get(name) != shard_name:
+        if name not in found and is_tied(name):
+            tied.append(name)
+        elif found.get(name) != shard_name:
             where = f"it is in {found[name]}" if name in found else "it is nowhere"
             raise CheckpointError(f"{root}: the index has '{name}' in {shard_name}, but {where}; restore the index")
-    missing = next(name for name in found if name not in weight_map)
-    raise CheckpointError(f"{root}: the index lacks '{missing}' of {found[missing]}; restore the index")
+    missing = next((name for name in found if name not in weight_map), None)
+    if missing is not None:
+        raise CheckpointError(f"{root}: the index lacks '{missing}' of {found[missing]}; restore the index")
+    return tuple(tied)

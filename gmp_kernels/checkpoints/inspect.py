@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeGuard
 
 import torch
 
-from gmp_kernels.checkpoints.files import DTYPES, TensorInfo, open_checkpoint
+from gmp_kernels.checkpoints.files import DTYPES, MASK_SUFFIX, Checkpoint, Shard, TensorInfo, open_checkpoint
 from gmp_kernels.checkpoints.stream import Source, Stream
 from gmp_kernels.checkpoints.targets import find_tensors
 from gmp_kernels.keys import keys_of, largest_key, magnitude_of
+from gmp_kernels.masks import BitMask
 
-__all__ = ["BINS_PER_OCTAVE", "TensorStatistics", "inspect_checkpoint"]
+__all__ = ["BINS_PER_OCTAVE", "TensorStatistics", "inspect_checkpoint", "total_of"]
 
 PIECE_BYTES = 1 << 22  # what is computed from one piece stays in the caches
 NUM_BUFFERS = 2  # one that is looked at, one that is read into
@@ -41,7 +44,12 @@ class TensorStatistics:
     ----------
     name, dtype : str
         As in the file.
+    kind : {"weight", "mask", "other"}
+        A mask belongs to a weight: bits as ``gmp-kernels prune --masks`` writes them, or one that
+        ``torch.nn.utils.prune`` keeps beside the original. Others are counters, quantized, or anything else of a dtype
+        that is no floating-point one.
     shape : tuple of int
+        Of packed bits that of the weight, one bit being one element.
     numel : int
     num_zeros : int or None
         -0 included; None for a dtype whose values are not looked at (complex, below 8 bits).
@@ -56,6 +64,7 @@ class TensorStatistics:
 
     name: str
     dtype: str
+    kind: Literal["weight", "mask", "other"]
     shape: tuple[int, ...]
     numel: int
     num_zeros: int | None = None
@@ -78,7 +87,7 @@ class TensorStatistics:
 
 
 def inspect_checkpoint(
-    path: Path,
+    checkpoint: Path | Checkpoint,
     *,
     only: Sequence[str] | None = None,
     histogram: bool = False,
@@ -88,7 +97,8 @@ def inspect_checkpoint(
 
     Parameters
     ----------
-    path : Path
+    checkpoint : Path or Checkpoint
+        A path, or what ``open_checkpoint`` has made of it.
     only : sequence of str, optional
         Names, globs or ``re:`` patterns of tensors or modules. Default: all tensors.
     histogram : bool
@@ -107,33 +117,89 @@ def inspect_checkpoint(
     -----
     Memory: a few pieces of 4 MB.
     """
-    checkpoint = open_checkpoint(path)
-    chosen = {tensor.name for tensor in checkpoint.tensors}
+    if not isinstance(checkpoint, Checkpoint):
+        checkpoint = open_checkpoint(checkpoint)
+    tensors = checkpoint.tensors
+    chosen = {tensor.name for tensor in tensors}
     if only is not None:
-        chosen = {name for entry in only for name in find_tensors("filter", entry, checkpoint.tensors)}
-    total = sum(tensor.nbytes for tensor in checkpoint.tensors if tensor.name in chosen)
+        chosen = {name for entry in only for name in find_tensors("filter", entry, tensors)}
+    total = sum(tensor.nbytes for tensor in tensors if tensor.name in chosen)
+    shapes = {tensor.name: tensor.shape for tensor in tensors}
     done, found = 0, []
     with Stream(PIECE_BYTES, NUM_BUFFERS) as stream:
         for shard in checkpoint.shards:
+            masked = _shapes_of_masks(shard)
             with Source(shard.path) as source:
                 for tensor in shard.tensors:
                     if tensor.name in chosen:
-                        found.append(_statistics(stream, source, tensor, histogram=histogram))
+                        statistics = _new_statistics(tensor, shapes, masked)
+                        _count(statistics, stream, source, tensor, histogram=histogram)
+                        found.append(statistics)
                         done += tensor.nbytes
                         progress(done, total)
     return found
 
 
-def _statistics(stream: Stream, source: Source, tensor: TensorInfo, *, histogram: bool) -> TensorStatistics:
-    total = TensorStatistics(tensor.name, tensor.dtype, tensor.shape, tensor.numel)
-    if tensor.dtype in FLOATS:
+def total_of(found: Sequence[TensorStatistics]) -> TensorStatistics:
+    """Return the statistics of all weights as of a single one; masks and counters are none."""
+    weights = [t for t in found if t.kind == "weight" and t.num_zeros is not None]
+    magnitudes = [m for t in weights for m in (t.smallest, t.largest) if m is not None]
+    histogram: Counter[int] = Counter()
+    for tensor in weights:
+        histogram.update(tensor.histogram)
+    numel = sum(t.numel for t in weights)
+    return TensorStatistics(
+        name="total",
+        dtype="",
+        kind="weight",
+        shape=(numel,),
+        numel=numel,
+        num_zeros=sum(t.num_zeros or 0 for t in weights),
+        num_nan=sum(t.num_nan or 0 for t in weights),
+        num_inf=sum(t.num_inf or 0 for t in weights),
+        largest=max(magnitudes, default=None),
+        smallest=min(magnitudes, default=None),
+        histogram=histogram,
+    )
+
+
+def _shapes_of_masks(shard: Shard) -> Mapping[str, Any]:
+    """Return what a file says about the packed masks in it: {name of the weight: its shape}, unchecked."""
+    try:
+        shapes = json.loads((shard.metadata or {})["masks"])["shapes"]
+    except (KeyError, TypeError, ValueError, RecursionError):
+        return {}
+    return shapes if isinstance(shapes, dict) else {}
+
+
+def _new_statistics(
+    tensor: TensorInfo, shapes: Mapping[str, Sequence[int]], masked: Mapping[str, Any]
+) -> TensorStatistics:
+    name, shape = tensor.name, tensor.shape
+    of_weight = masked.get(name.removesuffix(MASK_SUFFIX)) if name.endswith(MASK_SUFFIX) else None
+    if tensor.dtype == "U8" and _is_shape(of_weight) and -(-math.prod(of_weight) // 8) == tensor.numel:
+        return TensorStatistics(name, "bits", "mask", tuple(of_weight), math.prod(of_weight))
+    if name.endswith("_mask") and shapes.get(f"{name.removesuffix('mask')}orig") == shape:
+        return TensorStatistics(name, tensor.dtype, "mask", shape, tensor.numel)
+    return TensorStatistics(name, tensor.dtype, "weight" if tensor.dtype in FLOATS else "other", shape, tensor.numel)
+
+
+def _is_shape(value: Any) -> TypeGuard[list[int]]:
+    return isinstance(value, list) and all(type(size) is int and size >= 0 for size in value)
+
+
+def _count(total: TensorStatistics, stream: Stream, source: Source, tensor: TensorInfo, *, histogram: bool) -> None:
+    if total.dtype == "bits":
+        pieces = stream.pieces(source, range(tensor.begin, tensor.begin + tensor.nbytes))
+        kept = sum(BitMask.of(piece.data, torch.Size([8 * len(piece.data)])).num_kept for piece in pieces)
+        total.num_zeros = max(0, total.numel - kept)
+    elif tensor.dtype in FLOATS:
         total.num_zeros = total.num_nan = total.num_inf = 0
         for piece in stream.weights(source, tensor, FLOATS[tensor.dtype]):
             _add(total, piece.data if tensor.dtype in DTYPES else piece.data.float(), histogram=histogram)
     elif tensor.dtype in INTEGERS:
         pieces = stream.weights(source, tensor, INTEGERS[tensor.dtype])
         total.num_zeros = tensor.numel - sum(int(piece.data.count_nonzero()) for piece in pieces)
-    return total
 
 
 def _add(total: TensorStatistics, piece: torch.Tensor, *, histogram: bool) -> None:

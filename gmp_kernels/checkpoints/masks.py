@@ -8,7 +8,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from gmp_kernels.checkpoints.files import MASK_SUFFIX, SUFFIX
+from gmp_kernels.checkpoints.files import MASK_SUFFIX
+from gmp_kernels.checkpoints.folders import SUFFIX
 from gmp_kernels.errors import CheckpointError
 from gmp_kernels.masks import BitMask
 

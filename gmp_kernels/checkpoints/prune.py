@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import time
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
@@ -14,21 +13,25 @@ from typing import Any
 import torch
 
 from gmp_kernels.backends import Threshold, choose
+from gmp_kernels.checkpoints.copying import copy_others
 from gmp_kernels.checkpoints.counting import Counter, Decision, Located, Workspace
 from gmp_kernels.checkpoints.files import Shard, open_checkpoint
+from gmp_kernels.checkpoints.outputs import check_named, check_target
+from gmp_kernels.checkpoints.permissions import keep_folder_permissions
 from gmp_kernels.checkpoints.ranks import Ranks
-from gmp_kernels.checkpoints.staging import Staging, check_target, output_errors
-from gmp_kernels.checkpoints.stream import PIECE_UNIT, Source, Stream
+from gmp_kernels.checkpoints.staging import PLACED, Staging, output_errors
+from gmp_kernels.checkpoints.stream import PIECE_UNIT, Stream
 from gmp_kernels.checkpoints.targets import select_tensors
-from gmp_kernels.checkpoints.writing import ShardWriter, Target, size_of
+from gmp_kernels.checkpoints.writing import ShardWriter, Target
 from gmp_kernels.checks import check_sparsity
-from gmp_kernels.errors import DTypeError
+from gmp_kernels.errors import DeviceError, DTypeError, OutputError
 from gmp_kernels.ops import Scope
 from gmp_kernels.reports import LayerReport
 
 __all__ = ["DEFAULT_MEMORY", "PruneJob", "PruneReport"]
 
 DEFAULT_MEMORY = 256 << 20
+LEAST_MEMORY = 64 << 20
 LARGEST_PIECE = 1 << 22
 STREAM_BUFFERS = 4
 MASKS = "masks"
@@ -82,10 +85,14 @@ class PruneJob:
         ``masks/<shard>`` in a folder.
     force : bool
         An output that is there is replaced, once the new one is whole.
+    copy_others : bool
+        What lies in the folder and is not of the model is copied as it is: weights in other formats, adapters, states
+        of optimizers. Default: it is left out.
 
     Attributes
     ----------
     checkpoint : Checkpoint
+        Its ``left_out`` tells what is not copied, and why.
     tensors : list of TensorInfo
         The targets.
 
@@ -94,7 +101,7 @@ class PruneJob:
     CheckpointError
         The input is corrupt or contradicts itself.
     OutputError
-        The output is there, or lies where it must not.
+        The output is there, or lies where it must not, or what lies beside it where it would grow is not ours.
     SparsityError, TargetError, DTypeError, ShapeError
     """
 
@@ -110,9 +117,11 @@ class PruneJob:
         dtype: torch.dtype | None = None,
         masks: bool = False,
         force: bool = False,
+        copy_others: bool = False,
     ) -> None:
         self._sparsity = check_sparsity("prune", sparsity)
-        self.checkpoint = open_checkpoint(source)
+        check_named(target)
+        self.checkpoint = open_checkpoint(source, copy_others=copy_others)
         self.tensors = select_tensors(self.checkpoint.tensors, targets, ignore)
         found = {tensor.dtype for tensor in self.tensors}
         if scope == "global" and len(found) > 1:
@@ -124,9 +133,13 @@ class PruneJob:
         self._scope = scope
         self._dtype = dtype
         self._masks = masks
-        inputs = [shard.path for shard in self.checkpoint.shards] + list(self.checkpoint.others.values())
-        for path in self._renames().values():
-            check_target(path, inputs, root=source, force=force)
+        self._force = force
+        self._copy_others = copy_others
+        for shard in self.checkpoint.shards:
+            if masks and shard.name.startswith(f"{MASKS}/"):
+                raise OutputError(f"{source}: expected no shard in {MASKS}/, where the masks go, got {shard.name!r}")
+        self._check_targets(resume=True)
+        Staging(target).check()
 
     def num_prune(self) -> list[int]:
         """Return how many weights go: one count per target in layer scope, one for all in global scope."""
@@ -135,7 +148,7 @@ class PruneJob:
 
     def is_begun(self) -> bool:
         """Whether there is an interrupted run of this output to resume."""
-        return Staging(self._target).folder.exists()
+        return os.path.lexists(Staging(self._target).folder)
 
     def run(
         self,
@@ -176,12 +189,14 @@ class PruneJob:
         scope all, twice. Shards and the output have reached the disk before they are called finished.
         """
         start = time.perf_counter()
+        self._check_targets(resume=resume)
+        max_memory = self._needed(max_memory)
         with Ranks.joined() as ranks, Staging(self._target) as staging, _cores_to_spare():
             ranks.together(lambda: staging.begin(self._settings(), resume=resume) if ranks.rank == 0 else None)
+            ranks.together(staging.join)
             # Together, and so before any rank can finish another: they must all divide the same.
             owned = _divide(self.checkpoint.shards, ranks, ranks.together(staging.finished))
-            with Stream(*_buffers(max_memory, self._dtype, self._scope)) as stream:
-                room = torch.empty(max_memory // 2 // PIECE_UNIT * PIECE_UNIT, dtype=torch.uint8, device="cpu")
+            with _stream_and_room(max_memory, self._dtype, self._scope) as (stream, room):
                 advance = self._advance(stream.num_bytes, owned, staging, progress)
                 workspace = Workspace(stream, choose(None, room.device), room, advance)
                 decisions = self._decisions(workspace, owned, staging, ranks)
@@ -201,6 +216,21 @@ class PruneJob:
         # The masks come first, so that an output that is there has its masks.
         return (masks if self._masks else {}) | {f"files/{name}": self._target}
 
+    def _check_targets(self, *, resume: bool) -> None:
+        """Refuse outputs that are there, unless the run to resume has put them there itself."""
+        staging = Staging(self._target)
+        inputs = [shard.path for shard in self.checkpoint.shards] + list(self.checkpoint.others.values())
+        for path in self._renames().values():
+            if not (resume and staging.has_placed(path)):
+                check_target(path, inputs, root=self.checkpoint.root, force=self._force)
+
+    def _needed(self, max_memory: int) -> int:
+        """Return how much of the memory allowed this checkpoint has a use for."""
+        if max_memory <= 0:
+            raise DeviceError(f"prune: expected memory to work in, got max_memory={max_memory}; give some MB")
+        num_bytes: int = sum(shard.identity["size"] for shard in self.checkpoint.shards)
+        return min(max_memory, LEAST_MEMORY + 4 * num_bytes)
+
     def _settings(self) -> dict[str, Any]:
         """Return all that the output depends on."""
         return {
@@ -208,6 +238,7 @@ class PruneJob:
             "scope": self._scope,
             "dtype": str(self._dtype),
             "masks": self._masks,
+            "copy_others": self._copy_others,
             "targets": [tensor.name for tensor in self.tensors],
             "input": self.checkpoint.identity(),
         }
@@ -262,6 +293,8 @@ class PruneJob:
         """Write this rank's shards, and on the first rank what else belongs to the output."""
         counts = dict(enumerate(self.num_prune() if self._scope == "layer" else []))
         targets = {tensor.name: Target(i, counts.get(i, 0), decisions.get(i)) for i, tensor in enumerate(self.tensors)}
+        if staging.noted(PLACED) is not None:
+            return  # a run that was stopped at its end
         writer = ShardWriter(workspace, self._dtype)
         with output_errors(self._target):
             for i, shard in owned.items():
@@ -270,32 +303,31 @@ class PruneJob:
                 reports = writer.write(shard, own, staging.files / shard.name, masks)
                 staging.finish(i, [asdict(report) for report in reports])
             if is_first:
-                self._copy_others(workspace.stream, staging.files)
-
-    def _copy_others(self, stream: Stream, folder: Path) -> None:
-        own = {f"{MASKS}/{shard.name}" for shard in self.checkpoint.shards} if self._masks else set()
-        for name, path in self.checkpoint.others.items():
-            if name in own:
-                continue  # of an earlier run; this one has written its own
-            with stream.created(folder / name) as descriptor:
-                if name == self.checkpoint.index and self._dtype is not None:
-                    os.pwrite(descriptor, self._index_with_sizes(path), 0)
-                else:
-                    with Source(path) as source:
-                        stream.copy(source, 0, path.stat().st_size, descriptor, 0)
-                os.fchmod(descriptor, path.stat().st_mode & 0o777)
-
-    def _index_with_sizes(self, path: Path) -> bytes:
-        """Return the index with the size that the tensors have in the output."""
-        document = json.loads(path.read_bytes())
-        if "total_size" in document.get("metadata", {}):
-            sizes = [size_of(tensor, self._dtype) for tensor in self.checkpoint.tensors]
-            document["metadata"]["total_size"] = sum(sizes)
-        return json.dumps(document, indent=2).encode()
+                # Masks of an earlier run do not replace our own.
+                own_masks = {f"{MASKS}/{shard.name}" for shard in self.checkpoint.shards} if self._masks else set()
+                copy_others(self.checkpoint, workspace.stream, staging.files, self._dtype, apart_from=own_masks)
 
     def _conclude(self, staging: Staging) -> None:
         self.checkpoint.check_unchanged()
-        staging.commit(self._renames())
+        if self._force:
+            # Even so it replaces checkpoints only, and what has the name may have changed meanwhile.
+            self._check_targets(resume=True)
+        if self.checkpoint.root.is_dir():
+            with output_errors(self._target):
+                keep_folder_permissions(staging.files, self.checkpoint.root)
+        staging.commit(self._renames(), force=self._force)
+
+
+@contextlib.contextmanager
+def _stream_and_room(max_memory: int, dtype: torch.dtype | None, scope: Scope) -> Iterator[tuple[Stream, torch.Tensor]]:
+    """Take the memory of a run: buffers, and room for candidates."""
+    try:
+        room = torch.empty(max_memory // 2 // PIECE_UNIT * PIECE_UNIT, dtype=torch.uint8, device="cpu")
+        stream = Stream(*_buffers(max_memory, dtype, scope))
+    except (RuntimeError, MemoryError) as error:
+        raise DeviceError(f"prune: no memory left, {max_memory >> 20} MB were allowed; allow less") from error
+    with stream:
+        yield stream, room
 
 
 def _buffers(max_memory: int, dtype: torch.dtype | None, scope: Scope) -> tuple[int, int]:

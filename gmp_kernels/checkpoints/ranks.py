@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 
 import torch.distributed as dist
 
-from gmp_kernels.errors import GMPError
+from gmp_kernels.errors import DistributedError, GMPError
 
 T = TypeVar("T")
 
@@ -25,14 +25,26 @@ class Ranks(NamedTuple):
     @classmethod
     @contextlib.contextmanager
     def joined(cls) -> Iterator[Ranks]:
-        """Join the processes that torchrun started beside this one, if it did."""
-        size = int(os.environ.get("WORLD_SIZE", "1"))
-        if size == 1:
+        """Join the processes that torchrun started beside this one, if it did.
+
+        Raises
+        ------
+        DistributedError
+            The environment speaks of others that cannot be reached.
+        """
+        size = os.environ.get("WORLD_SIZE", "1")
+        if size == "1":
             yield cls(0, 1)
             return
-        dist.init_process_group("gloo")
         try:
-            yield cls(dist.get_rank(), size)
+            dist.init_process_group("gloo")
+        except (ValueError, RuntimeError) as error:
+            raise DistributedError(
+                f"prune: expected {size} processes, as WORLD_SIZE says, got no connection ({error}); start them with "
+                "torchrun, or unset WORLD_SIZE"
+            ) from error
+        try:
+            yield cls(dist.get_rank(), dist.get_world_size())
         finally:
             dist.destroy_process_group()
 

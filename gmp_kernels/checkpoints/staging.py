@@ -1,35 +1,44 @@
 """The folder where a new checkpoint grows before it gets its name, so that its name never stands for half of one.
 
-Beside the output ``NAME`` there is, for as long as a run is not over, a folder ``.NAME.partial`` with
+Beside the output ``NAME`` there is, for as long as a run is not over, a folder ``.NAME.partial``, for its owner alone:
 
+- ``gmp_kernels.lock``: held by the run; made before all else, it tells that the folder is ours,
 - ``files/``: what will be the output,
 - ``run.json``: the settings of the run and the identity of its input,
 - ``finished/``: what became of each shard that lies complete, and on the disk, in ``files/``,
-- ``lock``: held by the run.
+- ``placed.json``: what the run was about to give its name.
 
-The last act of a run is a rename. Whatever stops it before leaves the name as it was, and the folder to go on from.
+The last act of a run is a rename. Whatever stops it before leaves the name as it was, and the folder to go on from. A
+folder of that name without the lock, or with anything else in it, is somebody else's: it is refused, never emptied.
+Once it is known for ours it is reached by a descriptor, so that nobody can put another in its place.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import fcntl
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Self
+from types import TracebackType
+from typing import Any, NoReturn, Self
 
-from gmp_kernels.errors import OutputError, StateError
+from gmp_kernels.checkpoints.renaming import rename_new, rename_over
+from gmp_kernels.errors import DTypeError, NonFiniteError, OutputError, StateError
 
-__all__ = ["Staging", "check_target", "output_errors"]
+__all__ = ["Staging", "output_errors"]
 
+LOCK = "gmp_kernels.lock"
 RUN = "run.json"
-AT_FDCWD = -100
-RENAME_EXCHANGE = 2
+PLACED = "placed"
+OWN = re.compile(r"gmp_kernels\.lock|files|finished|(run|decisions|placed)\.json(\.new)?")
+# No run with the same input and settings gets any further.
+HOPELESS = (DTypeError, NonFiniteError)
 
 
 @contextlib.contextmanager
@@ -46,32 +55,6 @@ def output_errors(target: Path) -> Iterator[None]:
         ) from error
 
 
-def check_target(target: Path, inputs: Sequence[Path], *, root: Path, force: bool) -> None:
-    """Refuse an output that is there, or that would lie in or above the input.
-
-    Raises
-    ------
-    OutputError
-    """
-    is_folder = root.is_dir()
-    place = target.resolve()
-    if not place.parent.is_dir():
-        raise OutputError(f"{target}: expected its folder to be there, got none; create {target.parent}")
-    if place.is_relative_to(root.resolve()) or any(path.resolve().is_relative_to(place) for path in (root, *inputs)):
-        raise OutputError(f"{target}: expected an output apart from the input {root}, got one in or above it")
-    if not os.path.lexists(target):
-        return
-    if not force:
-        raise OutputError(f"{target}: expected a new output, got one that is there; replace it with --force")
-    if target.is_dir() != is_folder:
-        raise OutputError(
-            f"{target}: expected a {'folder' if is_folder else 'file'} to replace, like the input, got a "
-            f"{'file' if is_folder else 'folder'}; name another output, or remove it yourself"
-        )
-    if is_folder and any(target.iterdir()) and not any(target.glob("*.safetensors")):
-        raise OutputError(f"{target}: expected a checkpoint to replace, got a folder without any; remove it yourself")
-
-
 class Staging:
     """The ``.partial`` folder of one output; a context manager that leaves it behind only if a shard is finished.
 
@@ -84,19 +67,39 @@ class Staging:
     def __init__(self, target: Path) -> None:
         self.target = target
         self.folder = target.with_name(f".{target.name}.partial")
-        self.files = self.folder / "files"
-        self._finished = self.folder / "finished"
+        self._descriptor: int | None = None
         self._lock: int | None = None
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_error: object) -> None:
-        if self._lock is None:
-            return
-        if not self.finished():
-            shutil.rmtree(self.folder, ignore_errors=True)
-        os.close(self._lock)
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._lock is not None and (isinstance(error, HOPELESS) or not self.finished()):
+            with contextlib.suppress(OSError):
+                self._remove()
+        self._let_go()
+
+    @property
+    def files(self) -> Path:
+        """The folder that will be the output, or holds it; ``join`` or ``begin`` comes first."""
+        return self._inside / "files"
+
+    def check(self) -> None:
+        """Refuse a folder of that name that no run of ours has made; there may be none.
+
+        Raises
+        ------
+        OutputError
+        """
+        with output_errors(self.target):
+            descriptor = self._open()
+            if descriptor is not None:
+                try:
+                    self._check_ours(descriptor)
+                finally:
+                    os.close(descriptor)
 
     def begin(self, settings: Mapping[str, Any], *, resume: bool) -> None:
         """Make the folder ready for a run with these settings: as it was left if ``resume``, empty otherwise.
@@ -104,76 +107,234 @@ class Staging:
         Raises
         ------
         OutputError
-            Another run holds the folder, or it cannot be written.
+            Another run holds the folder, it is not ours, or it cannot be written.
         StateError
             The run to resume had other settings or another input.
         """
         settings = json.loads(json.dumps(settings))
         with output_errors(self.target):
-            self.folder.mkdir(exist_ok=True)
-            self._hold()
-            run = self.folder / RUN
+            while not self._hold():
+                pass
+            run = self._inside / RUN
             if resume and run.exists():
-                _check_same(self.target, json.loads(run.read_text()), settings)
+                _check_same(self.target, self._read(run), settings)
                 return
-            for path in self.folder.iterdir():
-                if path.is_dir():
-                    shutil.rmtree(path)
-                elif path.name != "lock":
-                    path.unlink()
-            self.files.mkdir()
-            self._finished.mkdir()
+            self._clear()
+            for folder in (self.files, self._inside / "finished"):
+                folder.mkdir(mode=0o700)
             _write_durably(run, settings)
+
+    def join(self) -> None:
+        """Reach the folder that another process of this run has begun."""
+        with output_errors(self.target):
+            if self._descriptor is None and (descriptor := self._open()) is not None:
+                self._descriptor = descriptor
+                self._check_ours(descriptor)
 
     def finish(self, shard: int, record: Any) -> None:
         """Note that a shard lies complete in ``files``, and what became of it."""
-        _write_durably(self._finished / f"{shard:05}.json", record)
+        _write_durably(self._inside / "finished" / f"{shard:05}.json", record)
 
     def finished(self) -> dict[int, Any]:
         """Return {shard: record} of all that are noted."""
-        return {int(path.stem): json.loads(path.read_text()) for path in sorted(self._finished.glob("*.json"))}
+        paths = sorted((self._inside / "finished").glob("[0-9]*.json"))
+        return {int(path.stem): self._read(path) for path in paths}
 
     def note(self, name: str, record: Any) -> None:
         """Remember something of the whole run."""
-        _write_durably(self.folder / f"{name}.json", record)
+        _write_durably(self._inside / f"{name}.json", record)
 
     def noted(self, name: str) -> Any:
         """Return what was remembered under this name, None if nothing was."""
-        path = self.folder / f"{name}.json"
-        return json.loads(path.read_text()) if path.exists() else None
+        path = self._inside / f"{name}.json"
+        return self._read(path) if path.exists() else None
 
-    def commit(self, renames: Mapping[str, Path]) -> None:
+    def has_placed(self, target: Path) -> bool:
+        """Whether a run that was stopped right then has given ``target`` its name, and it is still the same."""
+        with contextlib.suppress(OSError, StateError):
+            placed = self.noted(PLACED)
+            # Without its settings that run is over.
+            is_open = (self._inside / RUN).exists()
+            return is_open and isinstance(placed, dict) and placed.get(target.name) == _identity(target)
+        return False
+
+    def commit(self, renames: Mapping[str, Path], *, force: bool) -> None:
         """Give the files their names, {path in the folder: name}, each at once, and remove the folder.
 
         A file that is not in the folder got its name already, in a run that was stopped right here.
+
+        Raises
+        ------
+        OutputError
+            Without ``force``, a name has been taken meanwhile. What has it stays, and what is finished too.
         """
         with output_errors(self.target):
             for folder, _, _ in os.walk(self.files):
-                _sync(Path(folder))
-            for name, target in renames.items():
-                source = self.folder / name
-                if not source.exists():
-                    continue
-                if source.is_dir() and target.exists():
-                    # Once they are swapped, the old output lies here until it is removed. A run that was stopped
-                    # meanwhile must not take it for its own: without its settings it begins anew.
-                    (self.folder / RUN).unlink(missing_ok=True)
-                    _sync(self.folder)
-                _rename(source, target)
-                _sync(target.parent)
-            shutil.rmtree(self.folder)
-
-    def _hold(self) -> None:
-        self._lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT)
+                sync(Path(folder))
+            moves = {self._inside / name: target for name, target in renames.items()}
+            moves = {source: target for source, target in moves.items() if os.path.lexists(source)}
+            placed = self.noted(PLACED) or {}
+            self.note(PLACED, placed | {target.name: _identity(source) for source, target in moves.items()})
+            done: list[tuple[Path, Path]] = []
+            try:
+                for source, target in moves.items():
+                    self._place(source, target, force=force)
+                    done.append((source, target))
+            except OutputError:
+                for source, target in done:
+                    target.rename(source)
+                raise
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._remove()
+        except OSError as error:
+            raise OutputError(
+                f"{self.target}: is written, but {self.folder} beside it cannot be removed: {error.strerror}; remove it"
+            ) from error
+
+    def _place(self, source: Path, target: Path, *, force: bool) -> None:
+        try:
+            rename_new(source, target)
+        except FileExistsError:
+            if not force:
+                raise OutputError(
+                    f"{target}: expected a new output, got one that has appeared meanwhile; it was kept, and so was "
+                    "what is finished: --resume --force replaces it"
+                ) from None
+            if source.is_dir():
+                # Once they are swapped, the old output lies here until it is removed. A run that was stopped
+                # meanwhile must not take it for its own: without its settings it begins anew.
+                (self._inside / RUN).unlink(missing_ok=True)
+                sync(self._inside)
+            rename_over(source, target)
+        sync(target.parent)
+
+    @property
+    def _inside(self) -> Path:
+        """The folder by its descriptor, whatever has its name by now; by its name where the system has no such path."""
+        path = Path(f"/proc/self/fd/{self._descriptor}")
+        return path if self._descriptor is not None and path.exists() else self.folder
+
+    def _open(self) -> int | None:
+        """Open the folder, but not through a link; return None if there is nothing."""
+        try:
+            return os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            if error.errno not in (errno.ENOTDIR, errno.ELOOP):
+                raise
+            self._refuse("a file or a link")
+
+    def _check_ours(self, descriptor: int) -> None:
+        with os.scandir(descriptor) as entries:
+            names = [entry.name for entry in entries]
+        foreign = sorted(name for name in names if not OWN.fullmatch(name))
+        if foreign or (names and LOCK not in names):
+            self._refuse(f"a folder with {foreign[0] if foreign else names[0]!r} in it")
+
+    def _refuse(self, found: str) -> NoReturn:
+        raise OutputError(
+            f"{self.target}: expected {self.folder.name} beside it, where the output grows, to be of an earlier run, "
+            f"got {found} that no run has made; nothing was touched. Move it away, or name another output"
+        )
+
+    def _hold(self) -> bool:
+        """Make and lock the folder; return False if a run that has just ended took it away meanwhile."""
+        self._let_go()
+        try:
+            self.folder.mkdir(mode=0o700)
+            made = True
+        except FileExistsError:
+            made = False
+        self._descriptor = self._open()
+        if self._descriptor is None:
+            return False
+        self._check_ours(self._descriptor)
+        self._check_owner(self._descriptor)
+        try:
+            # Before anything else is made, so that it is known for ours whenever a run is stopped.
+            lock = os.open(LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600, dir_fd=self._descriptor)
+        except FileNotFoundError:
+            return False
+        except OSError:
+            if made:
+                self.folder.rmdir()
+            raise
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_at(lock, self._inside / LOCK) and _is_at(self._descriptor, self.folder):
+                self._lock, lock = lock, -1
+            return self._lock is not None
         except BlockingIOError:
-            os.close(self._lock)
-            self._lock = None
             raise OutputError(f"{self.target}: another run is writing it; wait for its end, or stop it") from None
+        finally:
+            if lock >= 0:
+                os.close(lock)
+
+    def _check_owner(self, descriptor: int) -> None:
+        """Refuse a folder that another user has made, who could put anything in the place of what we write.
+
+        Over a network, what a user makes can belong to another one, hence the look at a file just made.
+        """
+        owner = os.fstat(descriptor).st_uid
+        if owner != os.geteuid():
+            with tempfile.TemporaryFile(dir=self._inside) as probe:
+                if os.fstat(probe.fileno()).st_uid != owner:
+                    self._refuse(f"a folder of the user {owner}")
+        with contextlib.suppress(PermissionError):
+            # It is as private as its file system allows.
+            os.fchmod(descriptor, 0o700)
+
+    def _clear(self) -> None:
+        """Remove what runs have made, but for the lock; the settings first, without which nothing is resumed."""
+        assert self._descriptor is not None
+        with os.scandir(self._descriptor) as found:
+            entries = sorted(found, key=lambda entry: entry.name != RUN)
+        for entry in entries:
+            if entry.name == LOCK or not OWN.fullmatch(entry.name):
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                shutil.rmtree(entry.name, dir_fd=self._descriptor)
+            else:
+                os.unlink(entry.name, dir_fd=self._descriptor)
+
+    def _remove(self) -> None:
+        assert self._descriptor is not None
+        self._clear()
+        # The lock last: whoever finds the folder until then finds it held.
+        os.unlink(LOCK, dir_fd=self._descriptor)
+        with contextlib.suppress(OSError):
+            # It stays if somebody has put something in it.
+            self.folder.rmdir()
+        self._let_go()
+
+    def _let_go(self) -> None:
+        for descriptor in (self._lock, self._descriptor):
+            if descriptor is not None:
+                os.close(descriptor)
+        self._lock = self._descriptor = None
+
+    def _read(self, path: Path) -> Any:
+        try:
+            return json.loads(path.read_bytes())
+        except (ValueError, RecursionError) as error:
+            raise StateError(
+                f"{self.target}: expected {path.name} of the run to resume, got one that cannot be read ({error}); "
+                "begin anew without --resume"
+            ) from None
 
 
-def _check_same(target: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+def sync(folder: Path) -> None:
+    """Wait until the names in a folder have reached the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _check_same(target: Path, before: Any, now: Mapping[str, Any]) -> None:
+    before = before if isinstance(before, dict) else {}
     for key in now:
         if before.get(key) != now[key]:
             what = "another input" if key == "input" else f"{key}={before.get(key)!r}, now it is {now[key]!r}"
@@ -185,40 +346,23 @@ def _check_same(target: Path, before: Mapping[str, Any], now: Mapping[str, Any])
 
 def _write_durably(path: Path, document: Any) -> None:
     temporary = path.with_name(f"{path.name}.new")
-    with temporary.open("w") as file:
+    temporary.unlink(missing_ok=True)
+    with temporary.open("x") as file:
         json.dump(document, file)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
-    _sync(path.parent)
+    sync(path.parent)
 
 
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def _identity(path: Path) -> list[int]:
+    """What a file or folder keeps when it is renamed."""
+    found = path.lstat()
+    return [found.st_dev, found.st_ino, found.st_mtime_ns]
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _rename(source: Path, target: Path) -> None:
-    """Move a file or folder to where there may be one already, which is gone afterwards."""
-    if not source.is_dir() or not target.exists():
-        source.replace(target)
-    elif not _exchange(source, target):
-        # Two steps where the file system has no single one; stopped between them, the old output is under this name.
-        old = target.with_name(f".{target.name}.replaced")
-        target.rename(old)
-        source.rename(target)
-        shutil.rmtree(old)
-
-
-def _exchange(one: Path, other: Path) -> bool:
-    """Swap two paths in one step; return False if the file system cannot."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.renameat2(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE) == 0:
-        return True
-    code = ctypes.get_errno()
-    if code not in (errno.EINVAL, errno.ENOSYS):
-        raise OSError(code, os.strerror(code), os.fspath(other))
-    return False
+        return os.path.samestat(os.fstat(descriptor), path.lstat())
+    except FileNotFoundError:
+        return False

@@ -17,9 +17,10 @@ from typing import NamedTuple, Self
 import torch
 
 from gmp_kernels.checkpoints.files import TensorInfo
+from gmp_kernels.checkpoints.permissions import keep_permissions
 from gmp_kernels.errors import CheckpointError
 
-__all__ = ["PIECE_UNIT", "Piece", "Source", "Stream"]
+__all__ = ["PIECE_UNIT", "Piece", "Source", "Stream", "write_whole"]
 
 # Bytes of 8 elements of the widest dtype: no piece begins within a byte of a packed mask.
 PIECE_UNIT = 64
@@ -38,13 +39,28 @@ class Source:
     Parameters
     ----------
     path : os.PathLike
+
+    Attributes
+    ----------
+    descriptor : int
+    stat : os.stat_result
+        Of the file that was opened.
+
+    Raises
+    ------
+    CheckpointError
+        The file cannot be opened.
     """
 
     def __init__(self, path: os.PathLike[str]) -> None:
         self.path = path
 
     def __enter__(self) -> Self:
-        self.descriptor = os.open(self.path, os.O_RDONLY)
+        try:
+            self.descriptor = os.open(self.path, os.O_RDONLY)
+        except OSError as error:
+            raise CheckpointError(f"{self.path}: cannot be read: {error.strerror}") from error
+        self.stat = os.fstat(self.descriptor)
         os.posix_fadvise(self.descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
         return self
 
@@ -130,14 +146,17 @@ class Stream:
             threads.shutdown(cancel_futures=True)
 
     @contextlib.contextmanager
-    def created(self, path: Path) -> Iterator[int]:
-        """Open a file to be written, empty, in a folder made if it is not there; yield its descriptor.
+    def created(self, path: Path, origin: os.stat_result) -> Iterator[int]:
+        """Make a file, in a folder made if it is not there, with the permissions of ``origin``; yield its descriptor.
 
         At the end of the block, if it has not raised, everything is written and has reached the disk.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        # What an interrupted run has left may be read-only.
+        path.unlink(missing_ok=True)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         try:
+            keep_permissions(descriptor, origin)
             yield descriptor
             for i in range(len(self._buffers)):
                 self._wait(i)
@@ -229,7 +248,12 @@ def _span(tensor: TensorInfo) -> range:
 def _write(descriptor: int, tensor: torch.Tensor, offset: int, before: Future[None] | None) -> None:
     if before is not None:
         before.result()  # for its error: nothing that comes after it counts
-    view = tensor.view(torch.uint8).numpy().data
+    write_whole(descriptor, tensor.view(torch.uint8).numpy().data, offset)
+
+
+def write_whole(descriptor: int, data: bytes | memoryview, offset: int) -> None:
+    """Write all of ``data``, however often the system takes a part of it only."""
+    view = memoryview(data)
     while view:
         count = os.pwrite(descriptor, view[:WRITE_BYTES], offset)
         view, offset = view[count:], offset + count

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -15,7 +14,7 @@ from gmp_kernels.backends import Bracket, Implementation, Layer, Selection, Thre
 from gmp_kernels.checkpoints.counting import Counter, Decision, Located, Workspace, check_finite
 from gmp_kernels.checkpoints.files import DTYPES, MASK_SUFFIX, Shard, TensorInfo, header_of, mask_metadata
 from gmp_kernels.checkpoints.ranks import Ranks
-from gmp_kernels.checkpoints.stream import Piece, Source
+from gmp_kernels.checkpoints.stream import Piece, Source, write_whole
 from gmp_kernels.errors import DTypeError
 from gmp_kernels.reports import LayerReport
 from gmp_kernels.selection import cut_indices
@@ -66,9 +65,9 @@ class ShardWriter:
         reports = []
         with contextlib.ExitStack() as stack:
             source = stack.enter_context(Source(shard.path))
-            output = stack.enter_context(self._stream.created(path))
+            output = stack.enter_context(self._stream.created(path, source.stat))
             begins = self._begin(shard, source, output)
-            bits = stack.enter_context(self._stream.created(masks)) if masks is not None else None
+            bits = stack.enter_context(self._stream.created(masks, source.stat)) if masks is not None else None
             bit_begins = self._begin_masks(shard, targets, bits) if bits is not None else {}
             masked = [tensor for tensor in shard.tensors if tensor.name in targets]
             # Read ahead, unless it is going to be counted first.
@@ -192,6 +191,6 @@ def _write_header(
     descriptor: int, rows: Sequence[tuple[str, str, Sequence[int], int]], metadata: Mapping[str, str] | None
 ) -> dict[str, int]:
     header = header_of(rows, metadata)
-    os.pwrite(descriptor, header, 0)
+    write_whole(descriptor, header, 0)
     ends = accumulate((nbytes for *_, nbytes in rows), initial=len(header))
     return {name: begin for (name, *_), begin in zip(rows, ends, strict=False)}

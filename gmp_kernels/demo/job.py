@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from gmp_kernels.demo import checkpoint, data, metrics, report
 from gmp_kernels.demo.trial import METHODS, OPTIMIZERS, Trial, compare, num_epochs, stages_of
 from gmp_kernels.errors import ScheduleError
+from gmp_kernels.escaping import printable
 from gmp_kernels.plots import plot_accuracy, plot_learning_rate, plot_sparsity
 from gmp_kernels.schedules import Ramp
 from gmp_kernels.stages import Stages
@@ -94,9 +95,8 @@ def run(
     (out_dir / "metrics.json").write_text(json.dumps(numbers, indent=2) + "\n")
     (out_dir / "report.md").write_text(report.markdown(numbers, command))
     console.print(report.table(numbers))
-    console.print(
-        f"wrote {out_dir / 'report.md'} with its pictures, metrics.json and model.safetensors", soft_wrap=True
-    )
+    wrote = f"wrote {out_dir / 'report.md'} with its pictures, metrics.json and model.safetensors"
+    console.print(printable(wrote), markup=False, soft_wrap=True)
     return numbers
 
 

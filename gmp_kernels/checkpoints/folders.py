@@ -1,0 +1,227 @@
+"""Contents of a checkpoint's folder: which files are the model, which belong to it, and which are something else.
+
+A pruned model must not come with the dense one beside it, in another format or under another name, nor with the state
+of an optimizer or masks that do not fit it any more. So whatever may hold weights and is not the model is left out, by
+name.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gmp_kernels.errors import CheckpointError
+
+__all__ = ["SUFFIX", "Contents", "is_tied", "look_into", "read_index", "unique_names"]
+
+SUFFIX = ".safetensors"
+INDEX_SUFFIX = ".safetensors.index.json"
+PIPELINE = "model_index.json"
+MAIN = ("model", "diffusion_pytorch_model")  # as the libraries call the model that they load
+NUMBERED = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<total>\d{5})\.safetensors")
+
+FORMATS = (
+    "safetensors|bin|pth?|pt2|ptl|pte|ckpt|distcp|pkl|pickle|joblib|msgpack|h5|hdf5|keras|npz|gguf|ggml|onnx|onnx_data|tflite|"
+    "pb|ot|pdparams|pdopt|nemo|engine|mlmodel"
+)
+# The first that fits a name in lower case tells what the file is.
+KINDS = {
+    kind: re.compile(pattern)
+    for kind, pattern in {
+        "hidden folders": r"(.*/)?\.[^/]*/.*",
+        "states of a trainer or optimizer": r"(.*/)?(global_step\d+/.*|trainer_state\.json|(optimizer|scheduler|scaler|"
+        r"rng_state|random_states|training_args|sampler|dataloader|gradscaler)[^/]*\.(pth?|bin|pkl|safetensors|distcp))",
+        "masks of an earlier run": r"masks/.*\.safetensors|(.*/)?[^/]*\.masks\.safetensors",
+        "adapters": r"(.*/)?(adapter_(model|config)|pytorch_lora_weights)\.[^/]*",
+        "other weights": rf".*\.({FORMATS})(\.(index(\.[^/]*)?(\.json)?|data[^/]*|meta))?|.*\.data-\d+-of-\d+",
+    }.items()
+}
+SIDECARS = KINDS.keys() - {"other weights"}
+# Of a tied pair only one is stored; some indices name both.
+TIED = re.compile(
+    r"(.*\.)?(lm_head|embed_out|embed_tokens|word_embeddings|output_embeddings|wte|shared|decoder)\.(weight|bias)"
+)
+
+
+@dataclass(frozen=True)
+class Contents:
+    """Files of a folder by their paths relative to it.
+
+    Attributes
+    ----------
+    shards, others : dict of str to Path
+        The model, and what belongs to it.
+    index : str or None
+        The one among ``others`` that maps tensors to shards.
+    left_out : dict of str to str
+        {file, or hidden folder: what it is} of everything else.
+    """
+
+    shards: dict[str, Path]
+    others: dict[str, Path]
+    index: str | None
+    left_out: dict[str, str]
+
+
+def look_into(root: Path, *, everything: bool) -> Contents:
+    """Sort the files of a folder; with ``everything`` all that is not the model belongs to it.
+
+    Raises
+    ------
+    CheckpointError
+        There is no model, or more than one; a file is missing, is none, or cannot be reached.
+    """
+    files = _walk(root)
+    top = [name for name in files if "/" not in name]
+    if PIPELINE in top:
+        parts = sorted({name.split("/")[0] for name in files if "/" in name and name.endswith(SUFFIX)})
+        raise CheckpointError(
+            f"{root}: expected the folder of one model, got a pipeline of {_listed(parts) or 'none here'} "
+            f"({PIPELINE} tells); name one of its folders, such as {root / (parts or ['unet'])[0]}"
+        )
+    index = _choose_index(root, top)
+    names = _named_by(root / index, files) if index is not None else _choose_shards(root, top)
+    if not names:
+        raise CheckpointError(_without_weights(root, files))
+    shards, others, left_out = {name: files[name] for name in names}, {}, {}
+    for name, path in files.items():
+        if name in shards:
+            continue
+        kind = _kind_of(name, names)
+        if kind is None or everything or name == index:
+            others[name] = path
+        else:
+            hidden = re.match(r"(.*/)?\.[^/]*/", name) if kind == "hidden folders" else None
+            left_out[hidden.group() if hidden else name] = kind
+    for path in (*shards.values(), *others.values()):
+        if not path.is_file():
+            raise CheckpointError(f"{path}: expected a file, got a broken link or a device; complete the download")
+    return Contents(shards, others, index, left_out)
+
+
+def is_tied(name: str) -> bool:
+    """Whether a tensor of this name is often another one, stored under the other's name alone."""
+    return TIED.fullmatch(name) is not None
+
+
+def read_index(path: Path) -> dict[str, Any]:
+    """Read an index; its ``weight_map`` maps names to names.
+
+    Raises
+    ------
+    CheckpointError
+    """
+    try:
+        document = json.loads(path.read_bytes(), object_pairs_hook=unique_names)
+        weight_map = document["weight_map"]
+        if not all(isinstance(entry, str) for pair in weight_map.items() for entry in pair):
+            raise TypeError("its weight_map maps something other than names")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: expected an index with a weight_map, got {error!r}; restore it") from None
+    return dict(document)
+
+
+def unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return what json shall make of an object; raise ValueError if a name is there twice."""
+    entries = dict(pairs)
+    if len(entries) != len(pairs):
+        raise ValueError("a name occurs twice in it")
+    return entries
+
+
+def _walk(root: Path) -> dict[str, Path]:
+    """Every file below ``root`` by its relative path, through symbolic links."""
+
+    def fail(error: OSError) -> None:
+        raise CheckpointError(f"{error.filename}: cannot be read: {error.strerror}") from None
+
+    files, seen = {}, set()
+    for folder, folders, names in os.walk(root, followlinks=True, onerror=fail):
+        # A link to a folder above would never end.
+        seen.add(os.path.realpath(folder))
+        folders[:] = sorted(name for name in folders if os.path.realpath(Path(folder, name)) not in seen)
+        for name in sorted(names):
+            file = Path(folder, name)
+            files[file.relative_to(root).as_posix()] = file
+    return files
+
+
+def _kind_of(name: str, chosen: Iterable[str]) -> str | None:
+    """Return which of ``KINDS`` a file is, None if it belongs to the model."""
+    kind = next((kind for kind, pattern in KINDS.items() if pattern.fullmatch(name.lower())), None)
+    # The config of an adapter belongs to it.
+    return None if kind == "adapters" and any(_kind_of(other, ()) == kind for other in chosen) else kind
+
+
+def _choose_index(root: Path, top: Iterable[str]) -> str | None:
+    indices = sorted(name for name in top if name.endswith(INDEX_SUFFIX))
+    main = [name for name in indices if name.removesuffix(INDEX_SUFFIX) in MAIN]
+    chosen = main if len(main) == 1 else indices
+    if len(chosen) > 1:
+        raise CheckpointError(f"{root}: expected one index, got {_listed(chosen)}; name the folder of one model")
+    return chosen[0] if chosen else None
+
+
+def _named_by(index: Path, files: Mapping[str, Path]) -> list[str]:
+    names = sorted(set(read_index(index)["weight_map"].values()))
+    for name in names:
+        if name not in files:
+            raise CheckpointError(f"{index}: names the shard {name!r}, which is not there; download it")
+    return names
+
+
+def _choose_shards(root: Path, top: Iterable[str]) -> list[str]:
+    """Return which files are the model where no index tells."""
+    found = sorted(name for name in top if name.endswith(SUFFIX))
+    found = [name for name in found if _kind_of(name, ()) not in SIDECARS] or found
+    main = [name for name in found if name.removesuffix(SUFFIX) in MAIN]
+    if main:
+        return main
+    sets: dict[tuple[str, int], list[str]] = defaultdict(list)
+    for name in found:
+        if match := NUMBERED.fullmatch(name):
+            sets[match["stem"], int(match["total"])].append(name)
+    if sets:
+        return _whole_set(root, sets)
+    # The same in another precision, such as weights.fp16.safetensors, or in the layout of another library.
+    variants = {
+        name for name in found for short in [f"{name.split('.')[0]}{SUFFIX}"] if short != name and short in found
+    }
+    originals = {name for name in found if name.startswith("consolidated")}
+    rest = [name for name in found if name not in variants]
+    return [name for name in rest if name not in originals] or rest
+
+
+def _whole_set(root: Path, sets: Mapping[tuple[str, int], list[str]]) -> list[str]:
+    chosen = [key for key in sets if key[0] in MAIN] or list(sets)
+    if len(chosen) > 1:
+        stems = [f"{stem}-*-of-{total:05}{SUFFIX}" for stem, total in chosen]
+        raise CheckpointError(f"{root}: expected one set of shards, got {_listed(stems)}; leave one in the folder")
+    (stem, total), names = chosen[0], sets[chosen[0]]
+    for number in range(1, total + 1):
+        name = f"{stem}-{number:05}-of-{total:05}{SUFFIX}"
+        if name not in names:
+            raise CheckpointError(f"{root}: expected {total} shards, got none called {name!r}; download it")
+    return names
+
+
+def _without_weights(root: Path, files: Iterable[str]) -> str:
+    below = sorted({name.rpartition("/")[0] for name in files if name.endswith(SUFFIX)})
+    if below:
+        return (
+            f"{root}: expected {SUFFIX} files at its top level, got some in {_listed(below)} only; name such a folder"
+        )
+    others = sorted(name for name in files if _kind_of(name, ()) == "other weights")
+    found = f"got only {_listed(others)}" if others else "got none"
+    return f"{root}: expected a folder with {SUFFIX} files, {found}; convert other formats first"
+
+
+def _listed(names: Iterable[str]) -> str:
+    first, more = list(names)[:4], len(list(names)) - 4
+    return ", ".join(map(repr, first)) + (f" and {more} more" if more > 0 else "")

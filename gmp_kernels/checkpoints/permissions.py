@@ -1,0 +1,42 @@
+"""Permissions of what is written: those of what it was made from, so that private checkpoints stay private."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+from pathlib import Path
+
+__all__ = ["keep_folder_permissions", "keep_permissions"]
+
+OWNER = 0o700
+
+
+def keep_permissions(descriptor: int, origin: os.stat_result, *, least: int = 0) -> None:
+    """Give an open file or folder the permissions and, where that is allowed, the group of its ``origin``.
+
+    What another group may is otherwise left to nobody but those who may because everybody may. ``least`` is granted in
+    any case. A file system without permissions has its own.
+    """
+    mode, here = origin.st_mode & 0o777, os.fstat(descriptor)
+    if here.st_gid != origin.st_gid:
+        try:
+            os.fchown(descriptor, -1, origin.st_gid)
+        except OSError:
+            mode &= ~0o070 | (mode & 0o007) << 3
+    with contextlib.suppress(PermissionError):
+        os.fchmod(descriptor, mode | least | stat.S_IMODE(here.st_mode) & ~0o777)
+
+
+def keep_folder_permissions(folder: Path, root: Path) -> None:
+    """Give ``folder`` and all below it the permissions of ``root`` and what is called the same there.
+
+    What is not there has those of ``root`` itself. The owner may always go on to work with them.
+    """
+    for path, _, _ in os.walk(folder):
+        like = root / Path(path).relative_to(folder)
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        try:
+            keep_permissions(descriptor, (like if like.is_dir() else root).stat(), least=OWNER)
+        finally:
+            os.close(descriptor)
