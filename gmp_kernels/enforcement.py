@@ -70,6 +70,8 @@ class Enforcement:
         Steps of the innermost optimizer.
     masked_optimizer : MaskedOptimizer or None
         The innermost optimizer, if it applies masks itself.
+    pruner : callable
+        A weak reference to the pruner. What it has pruned stays zero when it is gone.
     is_released : bool
         Whether the parameters are let go.
     """
@@ -98,18 +100,20 @@ class Enforcement:
         self._has_repaired = False  # since the step that is under way began
         self.steps = StepCount()
         self.is_released = False
+        self.pruner: Callable[[], object | None] = lambda: None
         self._choose(optimizer)
         self._watch = Watch(list(self._parameters.values()), self._places)
         self._hooks: list[Any] = []
 
     def __getstate__(self) -> dict[str, Any]:
         # The optimizer's hooks, and versions, belong to the objects of the original.
-        return {name: value for name, value in self.__dict__.items() if name not in ("_watch", "_hooks")}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_watch", "_hooks", "pruner")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._watch = Watch(list(self._parameters.values()), self._places)
         self._hooks = []
+        self.pruner = lambda: None
         if not self.is_released:
             self.own()
 
@@ -158,15 +162,32 @@ class Enforcement:
         others = owners_of(self._parameters.values()) - {self}
         mine = set(map(id, self._parameters.values()))
         for other in others:
-            if left := [name for name, p in other._parameters.items() if id(p) not in mine]:
+            left = [name for name, p in other._parameters.items() if id(p) not in mine]
+            if left and other.pruner() is not None:
                 raise TargetError(
                     f"GMPScheduler: expected parameters that no other pruner holds, got some of one that holds "
                     f"'{left[0]}' as well; call remove() on it first"
                 )
         for other in others:
-            other.release()
+            other._give_up(mine)
         set_owner(self._parameters.values(), self)
         self._attach()
+
+    def _give_up(self, identities: set[int]) -> None:
+        """Let some parameters go. Others stay held where the pruner is gone: nobody could let go of them by name."""
+        parameters = {name: p for name, p in self._parameters.items() if id(p) not in identities}
+        if not parameters:
+            self.release()
+            return
+        gone = [p for p in self._parameters.values() if id(p) in identities]
+        if self.masked_optimizer is not None:
+            self.masked_optimizer.forget_masks(gone)
+        let_go(gone, self)
+        places = dict(zip(self._names, self._places, strict=True))
+        self._parameters, self._names = parameters, list(parameters)
+        self._places = [places[name] for name in parameters]
+        self._watch = Watch(list(parameters.values()), self._places)
+        self.masks_changed({name: self.num_pruned[name] for name in parameters})
 
     def release(self) -> None:
         """Let the parameters go, with the zeros they have.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -157,6 +158,7 @@ class GMPScheduler:
         for names in self._pruner.batches(self._parameters):
             self._pruner.prune_nothing(names, self._masked_optimizer)
         num_pruned = count_pruned(self.masks, self._parameters) if start is not None else {}
+        self._enforcement.pruner = weakref.ref(self)
         gap = gap_in(self._coverage, by_default=targets is None)
         for word in (gap, warn_of_emptied(self._groups, self._shapes, scope)):
             if word is not None:
@@ -173,6 +175,10 @@ class GMPScheduler:
         except BaseException:
             self._enforcement.detach()
             raise
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._enforcement.pruner = weakref.ref(self)
 
     @property
     def optimizer(self) -> Any:

@@ -399,7 +399,7 @@ def wrapped() -> Tree:
             "layer._fsdp_wrapped_module": linear(),
         }
     )
-    return Tree(model, weights("x_embedder", "final_norm", "layer._fsdp_wrapped_module"))
+    return Tree(model, weights("x_embedder", "final_norm", "layer"))
 
 
 def lora() -> Tree:

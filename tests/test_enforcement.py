@@ -230,6 +230,18 @@ def test_a_pruner_that_is_gone_leaves_no_trace_but_its_masks() -> None:
     assert int((model[0].weight == 0).sum()) == 1080
 
 
+def test_pruners_that_are_gone_are_in_nobodys_way() -> None:
+    run = start("gmp_momentum")
+    train(run)
+    model, optimizer = run[:2]
+    del run
+    half = GMPScheduler(model, optimizer, schedules.Constant(None), targets="0", start="zeros")
+    train((model, optimizer, half), 3)
+    # Nobody could let go of the other layer, so it is held as before.
+    assert [int((layer.weight == 0).sum()) for layer in (model[0], model[2])] == [1080, 540]
+    assert half.verify() == {"0.weight": 1080}
+
+
 def test_verify_names_the_layer() -> None:
     run = start("torch_momentum")
     train(run)
