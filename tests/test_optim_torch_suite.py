@@ -166,7 +166,7 @@ def test_complex_parameters_are_refused_when_they_are_given(name: str) -> None:
     make = getattr(optim, name)
     bad, good = nn.Parameter(torch.ones(3, dtype=torch.complex64)), nn.Parameter(torch.ones(3))
     for given in ([bad], [good, bad], [("w", bad)], [{"params": bad}], iter([good, bad])):
-        with pytest.raises(DTypeError, match="expected real parameters, got torch.complex64"):
+        with pytest.raises(DTypeError, match=r"expected real parameters, got torch\.complex64"):
             make(given)
     optimizer = make([good])
     with pytest.raises(DTypeError, match="expected real parameters"):

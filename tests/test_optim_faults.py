@@ -1,0 +1,165 @@
+"""A fault at every point of every call that writes: what follows is what follows without the call, or after all of it.
+
+The interrupts come between any two instructions of Python, every so-and-so-manieth of them; memory runs out at every
+allocation.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from faults import OutOfMemory, interrupted
+from optim_cases import LAYOUTS, clones, masked, parameters, random_gradients, random_masks, set_gradients
+from optim_cases import one_thread as one_thread
+
+from gmp_kernels.testing import assert_bitwise_equal
+
+SHAPES = [(6, 7), (5,), (0,)]
+STRIDE = 41  # instructions between two interrupts that are tried
+
+Run = tuple[list[Any], Any]
+Event = Callable[[list[Any], Any], object]
+
+
+def step(params: list[Any], optimizer: Any, number: int = 7) -> None:
+    set_gradients(params, random_gradients(params, number), {})
+    optimizer.step()
+
+
+def fresh(case: str, compact: bool) -> Run:
+    params = parameters(SHAPES)
+    optimizer = masked(case, params, compact_state=compact)
+    optimizer.set_masks(random_masks(params[:1], 0.4))
+    return params, optimizer
+
+
+def running(case: str, compact: bool) -> Run:
+    params, optimizer = fresh(case, compact)
+    for number in range(2):
+        step(params, optimizer, number)
+    return params, optimizer
+
+
+def just_loaded(case: str, compact: bool) -> Run:
+    params, optimizer = running(case, compact)
+    earlier = optimizer.state_dict()
+    optimizer.set_masks(random_masks(params[:2], 0.8))
+    optimizer.load_state_dict(earlier)
+    return params, optimizer
+
+
+def other_masks(params: list[Any], optimizer: Any) -> None:
+    optimizer.set_masks(random_masks(params[:2], 0.7, seed=1))
+
+
+def no_masks(params: list[Any], optimizer: Any) -> None:
+    optimizer.forget_masks(params)
+
+
+@cache
+def saved(case: str) -> dict[str, Any]:
+    params, optimizer = running(case, False)
+    step(params, optimizer)
+    return optimizer.state_dict()
+
+
+def loaded(params: list[Any], optimizer: Any) -> None:
+    optimizer.load_state_dict(saved("adamw" if isinstance(optimizer, torch.optim.Adam) else "momentum_maximize"))
+
+
+CALLS: dict[str, tuple[Callable[[str, bool], Run], Event]] = {
+    "first step": (fresh, step),
+    "step": (running, step),
+    "step after loading": (just_loaded, step),
+    "set_masks": (running, other_masks),
+    "set_masks after loading": (just_loaded, other_masks),
+    "set_masks before the first step": (fresh, other_masks),
+    "forget_masks": (running, no_masks),
+    "load_state_dict": (running, loaded),
+}
+
+
+def outcome(params: list[Any], optimizer: Any) -> list[torch.Tensor]:
+    """All that can be seen after another step."""
+    step(params, optimizer, 11)
+    states = optimizer.state_dict()["state"]
+    return [*clones(params), *(v for i in sorted(states) for _, v in sorted(states[i].items())), *masks_of(optimizer)]
+
+
+def masks_of(optimizer: Any) -> list[torch.Tensor]:
+    return [mask.packed for _, mask in sorted(optimizer._masks.items(), key=lambda item: item[0].numel())]
+
+
+def is_same(some: list[torch.Tensor], others: list[torch.Tensor]) -> bool:
+    return len(some) == len(others) and all(map(torch.equal, some, others))
+
+
+def snapshot(params: list[Any], optimizer: Any) -> list[Any]:
+    """Everything there is, as it is."""
+    entries = [(key, value) for p in params for key, value in sorted(optimizer.state.get(p, {}).items())]
+    return [*clones(params), *(value.clone() for _, value in entries), *masks_of(optimizer), len(optimizer.state)]
+
+
+@LAYOUTS
+@pytest.mark.parametrize("case", ["momentum_maximize", "adamw"])
+@pytest.mark.parametrize("call", CALLS)
+def test_an_interrupt_anywhere_leaves_all_or_nothing(call: str, case: str, compact: bool) -> None:
+    start, event = CALLS[call]
+    before = start(case, compact)
+    without, after = copy.deepcopy(before), copy.deepcopy(before)
+    event(*after)
+    expected = outcome(*without), outcome(*after)
+    assert not is_same(*expected)
+    at, found = STRIDE // 2, [0, 0]
+    while True:
+        run = copy.deepcopy(before)
+        try:
+            with interrupted(at):
+                event(*run)
+            break
+        except KeyboardInterrupt:
+            pass
+        assert all(run[1].state.values())
+        result = outcome(*run)
+        which = [is_same(result, one) for one in expected]
+        assert any(which), f"neither after an interrupt before instruction {at}"
+        found[which.index(True)] += 1
+        at += STRIDE
+    assert found[0] > 5, found
+
+
+@LAYOUTS
+@pytest.mark.parametrize("case", ["momentum_maximize", "adamw"])
+@pytest.mark.parametrize("call", CALLS)
+def test_whatever_there_is_no_memory_for_nothing_has_changed(call: str, case: str, compact: bool) -> None:
+    start, event = CALLS[call]
+    before = start(case, compact)
+    after = copy.deepcopy(before)
+    event(*after)
+    expected = outcome(*after)
+    at = 0
+    while True:
+        run = copy.deepcopy(before)
+        for p, gradient in zip(run[0], random_gradients(run[0], 7), strict=True):
+            p.grad = gradient
+        was = snapshot(*run)
+        try:
+            with OutOfMemory(at):
+                run[1].step() if event is step else event(*run)
+            break
+        except MemoryError:
+            pass
+        now = snapshot(*run)
+        if "after loading" not in call or event is not step:
+            assert was[-1] == now[-1]
+            for a, b in zip(was[:-1], now[:-1], strict=True):
+                assert_bitwise_equal(a.detach(), b.detach())
+        event(*run)
+        assert is_same(outcome(*run), expected), at
+        at += 1
+    assert at or call in ("step", "step after loading", "forget_masks")
