@@ -35,7 +35,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 def scheduler(weights: list[torch.Tensor]) -> GMPScheduler:
     model = nn.ParameterList(nn.Parameter(weight) for weight in weights)
-    return GMPScheduler(model, torch.optim.SGD(model.parameters(), lr=0.1), SCHEDULE, targets="re:.")
+    return GMPScheduler(model, torch.optim.SGD(model.parameters(), lr=0.1), SCHEDULE, targets="re:.", count="calls")
 
 
 def measure(rank: int, store: str, options: argparse.Namespace, dtype: str, placement: str) -> None:

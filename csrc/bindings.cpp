@@ -1,13 +1,17 @@
 // The only file that knows Python: integers in, integers out. Pointers come as addresses whose owners the caller keeps
-// alive; the GIL is released while weights are read or written.
+// alive, each with the size of the tensor it was taken from, so that what does not belong together is refused here
+// rather than walked past its end. The GIL is released while weights are read or written, and before the first write
+// all that is returned has its memory.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <array>
+#include <algorithm>
+#include <iterator>
 #include <stdexcept>
 
 #include "cpu/apply.h"
 #include "cpu/census.h"
+#include "cpu/chunks.h"
 #include "cpu/kernels.h"
 #include "cpu/optim.h"
 #include "cpu/select.h"
@@ -20,15 +24,45 @@ namespace {
 using gmp::dtype_of;
 using gmp::cpu::LayerView;
 
-// address of the weights, number of weights, address of the packed mask or 0
-using LayerTuple = std::tuple<uintptr_t, int64_t, uintptr_t>;
+// Address of a tensor, and how many elements it has; 0 and 0: not there.
+using Array = std::pair<uintptr_t, int64_t>;
+
+template <typename T = void>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
 
 // Only what could corrupt memory is checked again here; ops.py has explained everything else.
+template <typename T = void>
+T* checked(const Array& array, int64_t expected, const char* what) {
+  if (array.first == 0 || array.second != expected) {
+    throw std::invalid_argument("expected " + std::to_string(expected) + " elements of " + what + ", got " +
+                                std::to_string(array.first == 0 ? 0 : array.second));
+  }
+  return pointer<T>(array.first);
+}
+
+// nullptr where it is not there.
+template <typename T = void>
+T* optional(const Array& array, int64_t expected, const char* what) {
+  return array.first == 0 && array.second == 0 ? nullptr : checked<T>(array, expected, what);
+}
+
+int64_t bytes_of_bits(int64_t n) { return (n + 7) / 8; }
+
+void check_threads(int num_threads) {
+  if (num_threads < 1) throw std::invalid_argument("expected at least one thread, got " + std::to_string(num_threads));
+}
+
+// the weights, and the packed mask
+using LayerTuple = std::pair<Array, Array>;
+
 std::vector<LayerView> views_of(const std::vector<LayerTuple>& layers) {
   std::vector<LayerView> views;
-  for (const auto& [weights, n, mask] : layers) {
-    if (weights == 0 || n <= 0) throw std::invalid_argument("a layer needs an address and at least one weight");
-    views.push_back({reinterpret_cast<void*>(weights), n, reinterpret_cast<const uint8_t*>(mask)});
+  for (const auto& [weights, mask] : layers) {
+    const int64_t n = weights.second;
+    if (weights.first == 0 || n <= 0) throw std::invalid_argument("a layer needs an address and at least one weight");
+    views.push_back({pointer(weights.first), n, optional<const uint8_t>(mask, bytes_of_bits(n), "a mask")});
   }
   return views;
 }
@@ -66,7 +100,8 @@ using SelectionColumns = std::tuple<std::vector<double>, std::vector<int64_t>, s
 SelectionColumns select_thresholds(const Rows& rows, const std::vector<int64_t>& num_prune,
                                    const std::vector<std::optional<ThresholdTuple>>& hints, int num_threads) {
   check_counts(rows.views, num_prune);
-  if ((!hints.empty() && hints.size() != num_prune.size()) || num_threads < 1) {
+  check_threads(num_threads);
+  if (!hints.empty() && hints.size() != num_prune.size()) {
     throw std::invalid_argument("hints need one entry per count");
   }
   std::vector<std::optional<gmp::cpu::Threshold>> typed_hints(num_prune.size());
@@ -95,6 +130,7 @@ std::vector<BracketTuple> sample(const std::string& dtype, const std::vector<Lay
                                  const std::vector<int64_t>& num_prune, int num_threads) {
   const std::vector<LayerView> views = views_of(layers);
   check_counts(views, num_prune);
+  check_threads(num_threads);
   std::vector<BracketTuple> result;
   py::gil_scoped_release release;
   for (const auto& [lo, hi] : gmp::cpu::sample(dtype_of(dtype), views, num_prune, num_threads)) {
@@ -106,145 +142,240 @@ std::vector<BracketTuple> sample(const std::string& dtype, const std::vector<Lay
 // below, inside, pruned, nonfinite
 using CensusTuple = std::tuple<int64_t, int64_t, int64_t, int64_t>;
 
-// rooms: address and capacity, one per layer; bins: address of one row of num_bins zeros per layer.
+// rooms: one per layer; bins: one row of num_bins zeros per layer.
 std::vector<CensusTuple> count(const std::string& dtype, const std::vector<LayerTuple>& layers,
-                               const std::vector<BracketTuple>& brackets,
-                               const std::vector<std::pair<uintptr_t, int64_t>>& rooms, uintptr_t bins,
-                               int64_t num_bins, int num_threads) {
+                               const std::vector<BracketTuple>& brackets, const std::vector<Array>& rooms,
+                               const Array& bins, int64_t num_bins, int num_threads) {
   const std::vector<LayerView> views = views_of(layers);
-  if (brackets.size() != views.size() || rooms.size() != views.size() || bins == 0 || num_bins < 1) {
+  check_threads(num_threads);
+  if (brackets.size() != views.size() || rooms.size() != views.size() || num_bins < 1) {
     throw std::invalid_argument("a count needs one bracket and one room per layer, and bins");
   }
+  int64_t* const counts = checked<int64_t>(bins, num_bins * static_cast<int64_t>(views.size()), "bins");
   std::vector<gmp::cpu::Bracket> typed_brackets;
   for (const auto& [lo, hi] : brackets) typed_brackets.push_back({lo, hi});
   std::vector<gmp::cpu::Room> typed_rooms;
-  for (const auto& [address, capacity] : rooms) typed_rooms.push_back({reinterpret_cast<void*>(address), capacity});
+  for (const auto& [address, capacity] : rooms) typed_rooms.push_back({pointer(address), address == 0 ? 0 : capacity});
   std::vector<CensusTuple> result;
   py::gil_scoped_release release;
-  for (const auto& c : gmp::cpu::count(dtype_of(dtype), views, typed_brackets, typed_rooms,
-                                       reinterpret_cast<int64_t*>(bins), num_bins, num_threads)) {
+  for (const auto& c :
+       gmp::cpu::count(dtype_of(dtype), views, typed_brackets, typed_rooms, counts, num_bins, num_threads)) {
     result.emplace_back(c.below, c.inside, c.pruned, c.nonfinite);
   }
   return result;
 }
 
-// Per layer the weights kept before, and now. Their bits go to the addresses `out`; if there are none, to the masks.
+// Layers of one dtype, the value and cut of each, and where its bits go: if there are no such places, to its mask.
+using PruneTuple = std::tuple<const Rows*, std::vector<double>, std::vector<int64_t>, std::vector<Array>>;
+
+// Weights kept before, and now, by layer, of one part after the other.
 using KeptColumns = std::pair<std::vector<int64_t>, std::vector<int64_t>>;
 
-KeptColumns prune(const Rows& rows, const std::vector<double>& values, const std::vector<int64_t>& cuts,
-                  const std::vector<uintptr_t>& out, int num_threads) {
-  const size_t n = rows.views.size();
-  if (values.size() != n || cuts.size() != n || (!out.empty() && out.size() != n) || num_threads < 1) {
+gmp::cpu::ApplyPass pass_of(const PruneTuple& part) {
+  const auto& [rows, values, cuts, out] = part;
+  const size_t n = rows->views.size();
+  if (values.size() != n || cuts.size() != n || (!out.empty() && out.size() != n)) {
     throw std::invalid_argument("values and cuts need one entry per layer, and so does out if there are any");
   }
   std::vector<gmp::cpu::Cut> typed_cuts;
   std::vector<uint8_t*> outputs;
   for (size_t i = 0; i < n; ++i) {
+    const LayerView& layer = rows->views[i];
     typed_cuts.push_back({values[i], cuts[i]});
-    outputs.push_back(out.empty() ? const_cast<uint8_t*>(rows.views[i].mask) : reinterpret_cast<uint8_t*>(out[i]));
+    outputs.push_back(out.empty() ? const_cast<uint8_t*>(layer.mask)
+                                  : checked<uint8_t>(out[i], bytes_of_bits(layer.n), "new bits"));
     if (outputs.back() == nullptr) throw std::invalid_argument("bits need a place to go");
   }
-  py::gil_scoped_release release;
+  return {rows->dtype, rows->views, typed_cuts, std::move(outputs)};
+}
+
+// All parts in one call: between two of them nothing may fail, nor Python take its turn.
+KeptColumns prune(const std::vector<PruneTuple>& parts, int num_threads) {
+  check_threads(num_threads);
+  std::vector<gmp::cpu::ApplyPass> passes;
+  passes.reserve(parts.size());
+  size_t num_layers = 0;
+  for (const PruneTuple& part : parts) {
+    passes.push_back(pass_of(part));
+    num_layers += std::get<0>(part)->views.size();
+  }
   KeptColumns kept;
-  for (const auto& counts : gmp::cpu::apply(rows.dtype, rows.views, typed_cuts, outputs, num_threads)) {
-    kept.first.push_back(counts.kept_before);
-    kept.second.push_back(counts.kept);
+  kept.first.reserve(num_layers);
+  kept.second.reserve(num_layers);
+  py::gil_scoped_release release;
+  for (gmp::cpu::ApplyPass& pass : passes) {
+    pass.run(num_threads);
+    for (const auto& counts : pass.counts()) {
+      kept.first.push_back(counts.kept_before);
+      kept.second.push_back(counts.kept);
+    }
   }
   return kept;
 }
 
-void apply_masks(const Rows& rows, int num_threads) {
+void apply_masks(const std::vector<const Rows*>& parts, int num_threads) {
+  check_threads(num_threads);
+  std::vector<gmp::cpu::ApplyPass> passes;
+  passes.reserve(parts.size());
+  for (const Rows* rows : parts) {
+    passes.emplace_back(rows->dtype, rows->views, std::vector<gmp::cpu::Cut>(), std::vector<uint8_t*>());
+  }
   py::gil_scoped_release release;
-  gmp::cpu::apply(rows.dtype, rows.views, {}, {}, num_threads);
+  for (gmp::cpu::ApplyPass& pass : passes) pass.run(num_threads);
 }
 
-template <typename T = void>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
+// How compact state is addressed, checked: kept weights before each chunk, and their number.
+const int64_t* ranks_of(const Array& ranks, int64_t n, int64_t num_kept) {
+  const int64_t num_chunks = (n + gmp::cpu::kChunk - 1) / gmp::cpu::kChunk;
+  const int64_t* const rank = optional<const int64_t>(ranks, num_chunks + 1, "ranks");
+  if (rank == nullptr) return nullptr;
+  bool holds = rank[0] == 0 && rank[num_chunks] == num_kept;
+  for (int64_t c = 0; c < num_chunks; ++c) holds = holds && rank[c] <= rank[c + 1];
+  if (!holds) throw std::invalid_argument("expected ranks of " + std::to_string(num_kept) + " values of compact state");
+  return rank;
 }
 
 // One tensor of an update less its gradient, checked and converted once.
 struct UpdateRow {
   gmp::cpu::UpdateTensor tensor;
+  size_t num_states;
 
-  UpdateRow(const std::string& dtype, int64_t n, uintptr_t weights, uintptr_t master,
-            const std::array<uintptr_t, 3>& state, uintptr_t mask, uintptr_t ranks) {
-    if (weights == 0 || n <= 0) throw std::invalid_argument("a tensor needs an address and at least one weight");
-    tensor = {dtype_of(dtype),
-              {pointer(weights),
-               nullptr,
-               pointer(master),
-               {pointer(state[0]), pointer(state[1]), pointer(state[2])},
-               pointer<const uint8_t>(mask),
-               ranks != 0,
-               n},
-              pointer<const int64_t>(ranks),
-              0};
+  UpdateRow(const std::string& dtype, const Array& weights, const Array& master, const std::vector<Array>& state,
+            const Array& mask, const Array& ranks, int64_t num_kept)
+      : num_states(state.size()) {
+    const int64_t n = weights.second;
+    if (weights.first == 0 || n <= 0) throw std::invalid_argument("a tensor needs an address and at least one weight");
+    gmp::cpu::UpdateRun run{};
+    if (num_states > std::size(run.state)) throw std::invalid_argument("a tensor has three arrays of state at most");
+    const int64_t* const rank = ranks_of(ranks, n, num_kept);
+    const int64_t num_values = rank == nullptr ? n : num_kept;
+    for (size_t i = 0; i < num_states; ++i) run.state[i] = optional(state[i], num_values, "state");
+    run.weights = pointer(weights.first);
+    run.master = optional(master, n, "master weights");
+    run.mask = optional<const uint8_t>(mask, bytes_of_bits(n), "a mask");
+    run.compact = rank != nullptr;
+    run.n = n;
+    if (run.compact && run.mask == nullptr) throw std::invalid_argument("compact state needs a mask");
+    for (size_t i = 0; i < num_states; ++i) {
+      // What keeps nothing has no address.
+      if (run.state[i] == nullptr && num_values != 0) throw std::invalid_argument("state needs an address");
+    }
+    tensor = {dtype_of(dtype), run, rank, 0};
   }
 };
 
 // Tensors that step together, less their gradients.
 struct UpdateBatch {
   std::vector<gmp::cpu::UpdateTensor> tensors;
+  size_t fewest_states = 3, most_states = 0;
 
   explicit UpdateBatch(const std::vector<const UpdateRow*>& rows) {
-    for (const UpdateRow* row : rows) tensors.push_back(row->tensor);
+    for (const UpdateRow* row : rows) {
+      tensors.push_back(row->tensor);
+      fewest_states = std::min(fewest_states, row->num_states);
+      most_states = std::max(most_states, row->num_states);
+    }
   }
 };
 
+void check_states(gmp::Rule rule, const UpdateBatch& batch) {
+  const bool is_adam = rule == gmp::Rule::adam;
+  const size_t fewest = is_adam ? 2 : 0, most = is_adam ? 3 : rule == gmp::Rule::sgd ? 1 : 0;
+  if (batch.tensors.empty() || (batch.fewest_states >= fewest && batch.most_states <= most)) return;
+  throw std::invalid_argument("a rule of " + std::to_string(fewest) + " to " + std::to_string(most) +
+                              " arrays of state got others");
+}
+
 using ConstantsDict = std::map<std::string, double>;
 
-// gradients: an address per tensor; rows: an index into the constants per tensor.
-void update(const std::string& rule, const UpdateBatch& batch, const std::vector<uintptr_t>& gradients,
-            const std::vector<size_t>& rows, const std::vector<ConstantsDict>& constants, int num_threads) {
+// gradients: address and size per tensor, as two lists; rows: an index into the constants per tensor.
+void update(const std::string& rule_name, const UpdateBatch& batch, const std::vector<uintptr_t>& gradients,
+            const std::vector<int64_t>& sizes, const std::vector<size_t>& rows,
+            const std::vector<ConstantsDict>& constants, int num_threads) {
+  check_threads(num_threads);
+  const gmp::Rule rule = gmp::rule_of(rule_name);
+  check_states(rule, batch);
   std::vector<gmp::UpdateConstants<double>> typed_constants;
   for (const ConstantsDict& given : constants) typed_constants.push_back(gmp::constants_of(given));
   std::vector<gmp::cpu::UpdateTensor> typed = batch.tensors;
-  if (gradients.size() != typed.size() || rows.size() != typed.size()) {
+  if (gradients.size() != typed.size() || sizes.size() != typed.size() || rows.size() != typed.size()) {
     throw std::invalid_argument("an update needs one gradient and one row of constants per tensor");
   }
   for (size_t i = 0; i < typed.size(); ++i) {
-    if (gradients[i] == 0 || rows[i] >= constants.size()) throw std::invalid_argument("a tensor needs its constants");
-    typed[i].run.grads = pointer(gradients[i]);
+    if (rows[i] >= constants.size()) throw std::invalid_argument("a tensor needs its constants");
+    typed[i].run.grads = checked({gradients[i], sizes[i]}, typed[i].run.n, "a gradient");
     typed[i].constants = rows[i];
   }
   py::gil_scoped_release release;
-  gmp::cpu::update(gmp::rule_of(rule), typed, typed_constants, num_threads);
+  gmp::cpu::update(rule, typed, typed_constants, num_threads);
 }
 
-// dtype, address of the gradients, n, address of the mask or 0
-using GradTuple = std::tuple<std::string, uintptr_t, int64_t, uintptr_t>;
+// dtype, the gradients, their mask
+using GradTuple = std::tuple<std::string, Array, Array>;
 
 double sum_squares(const std::vector<GradTuple>& grads, int num_threads) {
+  check_threads(num_threads);
   std::vector<gmp::cpu::GradView> views;
-  for (const auto& [dtype, address, n, mask] : grads) {
-    views.push_back({dtype_of(dtype), pointer(address), n, pointer<const uint8_t>(mask)});
+  for (const auto& [dtype, array, mask] : grads) {
+    const auto& [address, n] = array;
+    if (address == 0 || n <= 0) throw std::invalid_argument("a gradient needs an address and at least one element");
+    views.push_back({dtype_of(dtype), pointer(address), n, optional<const uint8_t>(mask, bytes_of_bits(n), "a mask")});
   }
   py::gil_scoped_release release;
   return gmp::cpu::sum_squares(views, num_threads);
 }
 
-// from, its mask and ranks (0: dense), to, its mask and ranks, n, bytes per value
-using RepackTuple = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, int64_t, int>;
+// values; of compact state their mask and ranks
+using StateTuple = std::tuple<Array, Array, Array>;
+// from, to, number of weights, bytes per value
+using RepackTuple = std::tuple<StateTuple, StateTuple, int64_t, int>;
+
+gmp::cpu::StateView state_of(const StateTuple& state, int64_t n) {
+  const auto& [values, mask, ranks] = state;
+  const uint8_t* const bits = optional<const uint8_t>(mask, bytes_of_bits(n), "a mask");
+  const int64_t* const rank = ranks_of(ranks, n, values.second);
+  if ((bits == nullptr) != (rank == nullptr)) throw std::invalid_argument("compact state needs a mask and ranks");
+  if (bits == nullptr) return {checked(values, n, "state"), nullptr, nullptr};
+  return {pointer(values.first), bits, rank};
+}
 
 void repack(const std::vector<RepackTuple>& tasks, int num_threads) {
+  check_threads(num_threads);
   std::vector<gmp::cpu::RepackTask> typed;
-  for (const auto& [from, from_mask, from_ranks, to, to_mask, to_ranks, n, value_bytes] : tasks) {
-    typed.push_back({pointer(from), pointer<const uint8_t>(from_mask), pointer<const int64_t>(from_ranks), pointer(to),
-                     pointer<const uint8_t>(to_mask), pointer<const int64_t>(to_ranks), n, value_bytes});
+  for (const auto& [from, to, n, value_bytes] : tasks) {
+    if (n == 0) continue;
+    if (n < 0) throw std::invalid_argument("expected a number of weights, got " + std::to_string(n));
+    if (value_bytes != 4 && value_bytes != 8) {
+      throw std::invalid_argument("expected state of 4 or 8 bytes per value, got " + std::to_string(value_bytes));
+    }
+    typed.push_back({state_of(from, n), state_of(to, n), n, value_bytes});
   }
   py::gil_scoped_release release;
   gmp::cpu::repack(typed, num_threads);
 }
 
+template <typename T, typename... Arguments>
+T made(Arguments... arguments) {
+  return T(arguments...);
+}
+
+std::vector<int64_t> ranks(const Array& mask, int64_t n) {
+  const uint8_t* const bits = n == 0 ? nullptr : checked<const uint8_t>(mask, bytes_of_bits(n), "a mask");
+  return gmp::cpu::ranks_of(bits, n);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  py::class_<UpdateRow>(m, "UpdateRow")
-      .def(py::init<const std::string&, int64_t, uintptr_t, uintptr_t, const std::array<uintptr_t, 3>&, uintptr_t,
-                    uintptr_t>());
-  py::class_<Rows>(m, "Rows").def(py::init<const std::string&, const std::vector<LayerTuple>&>());
-  py::class_<UpdateBatch>(m, "UpdateBatch").def(py::init<const std::vector<const UpdateRow*>&>());
+  // Without constructors: pybind11 registers what they have made where nothing catches, and so ends the process when
+  // there is no memory for that. What a function returns it registers before it catches.
+  py::class_<UpdateRow>(m, "UpdateRow");
+  py::class_<Rows>(m, "Rows");
+  py::class_<UpdateBatch>(m, "UpdateBatch");
+  m.def("rows", &made<Rows, const std::string&, const std::vector<LayerTuple>&>);
+  m.def("update_row", &made<UpdateRow, const std::string&, const Array&, const Array&, const std::vector<Array>&,
+                            const Array&, const Array&, int64_t>);
+  m.def("update_batch", &made<UpdateBatch, const std::vector<const UpdateRow*>&>);
   m.def("select", &select_thresholds);
   m.def("sample", &sample);
   m.def("count", &count);
@@ -253,6 +384,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("update", &update);
   m.def("sum_squares", &sum_squares);
   m.def("repack", &repack);
-  m.def("ranks", [](uintptr_t mask, int64_t n) { return gmp::cpu::ranks_of(pointer<const uint8_t>(mask), n); });
+  m.def("ranks", &ranks);
   m.def("isa", [] { return std::string(gmp::cpu::active_kernels().name); });
 }

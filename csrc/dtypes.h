@@ -19,6 +19,17 @@ enum class DType : int {
 #undef GMP_DTYPE
 };
 
+inline uint64_t infinity_of(DType dtype) {
+  switch (dtype) {
+#define GMP_DTYPE(name, key, infinity) \
+  case DType::name:                    \
+    return infinity;
+    GMP_DTYPES(GMP_DTYPE)
+#undef GMP_DTYPE
+  }
+  __builtin_unreachable();
+}
+
 // The magnitude a key stands for; exact, because every dtype here fits in a double.
 inline double magnitude_of_key(uint64_t key, uint64_t infinity) {
   if (key >= infinity) {

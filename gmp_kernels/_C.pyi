@@ -1,14 +1,21 @@
 from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
-# (address of the weights, number of weights, address of the packed mask or 0); the caller keeps the memory alive.
-_Layer: TypeAlias = tuple[int, int, int]
+# Address of a tensor and the number of its elements, zeros for none; the caller keeps the memory alive.
+_Array: TypeAlias = tuple[int, int]
+# the weights, and their packed mask
+_Layer: TypeAlias = tuple[_Array, _Array]
 _Threshold: TypeAlias = tuple[float, int, int, int]
-# from, its mask and ranks (0: dense), to, its mask and ranks, n, bytes per value
-_Move: TypeAlias = tuple[int, int, int, int, int, int, int, int]
+# values, and of compact ones mask and ranks
+_State: TypeAlias = tuple[_Array, _Array, _Array]
+# from, to, number of weights, bytes per value
+_Move: TypeAlias = tuple[_State, _State, int, int]
 
-class Rows:
-    def __init__(self, dtype: str, layers: list[_Layer]) -> None: ...
+class Rows: ...
+class UpdateRow: ...
+class UpdateBatch: ...
+
+def rows(dtype: str, layers: list[_Layer]) -> Rows: ...
 
 # value, num_below, num_ties and num_ties_kept per selection; cut and nonfinite per layer
 def select(
@@ -19,36 +26,31 @@ def count(
     dtype: str,
     layers: list[_Layer],
     brackets: list[tuple[int, int]],
-    rooms: list[tuple[int, int]],
-    bins: int,
+    rooms: list[_Array],
+    bins: _Array,
     num_bins: int,
     num_threads: int,
 ) -> list[tuple[int, int, int, int]]: ...
 
-# kept before and kept, per layer
+# Parts with value, cut and place for the bits of every layer; kept before and kept, of one part after the other.
 def prune(
-    rows: Rows, values: Sequence[float], cuts: Sequence[int], out: Sequence[int], num_threads: int
+    parts: list[tuple[Rows, Sequence[float], Sequence[int], Sequence[_Array]]], num_threads: int
 ) -> tuple[list[int], list[int]]: ...
-def apply_masks(rows: Rows, num_threads: int) -> None: ...
-
-class UpdateRow:
-    # Addresses, 0: not there.
-    def __init__(
-        self, dtype: str, n: int, weights: int, master: int, state: list[int], mask: int, ranks: int
-    ) -> None: ...
-
-class UpdateBatch:
-    def __init__(self, rows: list[UpdateRow]) -> None: ...
-
+def apply_masks(parts: list[Rows], num_threads: int) -> None: ...
+def update_row(
+    dtype: str, weights: _Array, master: _Array, state: list[_Array], mask: _Array, ranks: _Array, num_kept: int
+) -> UpdateRow: ...
+def update_batch(rows: list[UpdateRow]) -> UpdateBatch: ...
 def update(
     rule: str,
     batch: UpdateBatch,
     gradients: Sequence[int],
+    sizes: Sequence[int],
     rows: Sequence[int],
     constants: Sequence[Mapping[str, float]],
     num_threads: int,
 ) -> None: ...
-def sum_squares(gradients: list[tuple[str, int, int, int]], num_threads: int) -> float: ...
-def ranks(mask: int, n: int) -> list[int]: ...
+def sum_squares(gradients: list[tuple[str, _Array, _Array]], num_threads: int) -> float: ...
+def ranks(mask: _Array, n: int) -> list[int]: ...
 def repack(moves: list[_Move], num_threads: int) -> None: ...
 def isa() -> str: ...

@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
+from torch.nn.parameter import is_lazy
 
 from gmp_kernels.backends import Layer
 from gmp_kernels.backends._layers import Facts, Layers
@@ -90,12 +91,15 @@ def _signature(
 ) -> list[Any] | None:
     """All that the checks of a call look at, as cheap as can be; None where that is not enough.
 
-    Only memory of the CPU or a GPU has an address, and only one of them has this one. A view that negates, which is
-    refused where nothing is known yet, has the magnitudes and zeros of what it views.
+    Only memory of the CPU or a GPU has an address, and only one of them has this one. Storage that was cut may lie
+    where a larger one was.
     """
     of = torch.Tensor
     try:
-        signature: list[Any] = [list(map(f, weights)) for f in (of.data_ptr, _dtype, _shape, of.is_contiguous)]
+        signature: list[Any] = [
+            list(map(f, weights)) for f in (of.data_ptr, _dtype, _shape, of.is_contiguous, of.is_neg)
+        ]
+        signature.append(list(map(torch.UntypedStorage.nbytes, map(of.untyped_storage, weights))))
         if masks is not None and packed is not None:
             signature.append([mask.shape for mask in masks])
             signature += [list(map(f, packed)) for f in (of.data_ptr, of.numel, _dtype, of.is_contiguous)]
@@ -112,6 +116,14 @@ def checked_names(op: str, names: Sequence[str] | None, num_weights: int) -> lis
 
 def _label(names: Sequence[str] | None, i: int) -> str:
     return f"weights[{i}]" if names is None else f"'{names[i]}'"
+
+
+def is_wrapper(tensor: torch.Tensor) -> bool:
+    """Whether it says that it is on a device but has no memory there: its values are somewhere else."""
+    try:
+        return tensor.data_ptr() == 0 and tensor.device.type != "meta" and tensor.untyped_storage().nbytes() > 0
+    except RuntimeError:
+        return True
 
 
 def has_memory(tensor: torch.Tensor) -> bool:
@@ -156,13 +168,15 @@ def check_tensors(
                     f"{op}: expected the mask of {_label(names, i)} on {tensor.device}, got {mask.packed.device}; "
                     "use mask.to(device)"
                 )
-            if not mask.is_packed:
+            if not mask.is_packed or is_wrapper(mask.packed) or not has_memory(mask.packed):
                 raise ShapeError(
                     f"{op}: expected {-(-mask.numel // 8)} contiguous bytes as the mask of {_label(names, i)}, got "
                     f"{mask.packed.dtype} of shape {tuple(mask.packed.shape)}; make a new BitMask"
                 )
         layers.append(Layer(tensor, None if mask is None else mask.packed))
     devices = {layer.weight.device for layer in layers}
+    if devices == {torch.device("meta")}:
+        raise LayoutError(f"{op}: expected weights in memory, got them on the meta device; load the model first")
     if len(devices) > 1:
         raise LayoutError(f"{op}: expected all weights on one device, got {sorted(map(str, devices))}; call per device")
     return layers
@@ -170,6 +184,11 @@ def check_tensors(
 
 def _tensor(op: str, weight: Weight, names: Sequence[str] | None, i: int) -> torch.Tensor:
     label = _label(names, i)
+    if isinstance(weight, np.ma.MaskedArray):
+        raise LayoutError(
+            f"{op}: expected a plain array for {label}, got a masked one, some of whose values do not count; pass "
+            ".data or .filled(0)"
+        )
     if isinstance(weight, np.ndarray):
         # Checked before torch sees it: from_numpy refuses some of these in words of its own, and warns on read-only.
         if weight.dtype not in (np.float16, np.float32, np.float64) or not weight.dtype.isnative:
@@ -183,23 +202,19 @@ def _tensor(op: str, weight: Weight, names: Sequence[str] | None, i: int) -> tor
             warnings.simplefilter("ignore", UserWarning)
             tensor = torch.from_numpy(weight)
     elif isinstance(weight, torch.Tensor):
+        _check_kind(op, weight, label)
         tensor = weight.detach()
     else:
         raise DTypeError(f"{op}: expected a torch.Tensor or numpy.ndarray for {label}, got {type(weight).__name__}")
     if tensor.dtype not in DTYPES:
         raise DTypeError(
             f"{op}: expected float32, float64, bfloat16 or float16 for {label}, got {tensor.dtype}; "
-            "prune before quantizing, or cast"
+            + ("prune its torch.view_as_real" if tensor.is_complex() else "prune before quantizing, or cast")
         )
-    if hasattr(tensor, "to_local"):
+    if not tensor.is_contiguous():
         raise LayoutError(
-            f"{op}: expected a plain tensor for {label}, got a DTensor, whose local shard is not the layer"
-        )
-    if tensor.layout != torch.strided or not tensor.is_contiguous() or tensor.is_neg():
-        found = f"strides {tensor.stride()}" if tensor.layout == torch.strided else f"layout {tensor.layout}"
-        raise LayoutError(
-            f"{op}: expected a contiguous tensor for {label} (shape {tuple(tensor.shape)}), got {found}; "
-            "use .contiguous(), or model.to(memory_format=torch.contiguous_format)"
+            f"{op}: expected a contiguous tensor for {label} (shape {tuple(tensor.shape)}), got strides "
+            f"{tensor.stride()}; use .contiguous(), or model.to(memory_format=torch.contiguous_format)"
         )
     if tensor.numel() == 0:
         raise ShapeError(
@@ -210,6 +225,33 @@ def _tensor(op: str, weight: Weight, names: Sequence[str] | None, i: int) -> tor
             f"{op}: expected {label} in memory, got a tensor whose storage was freed or cut; gather it first"
         )
     return tensor
+
+
+def _check_kind(op: str, weight: torch.Tensor, label: str) -> None:
+    """Refuse tensors that are no run of numbers in memory; of some of them not even the shape may be asked for."""
+    if is_lazy(weight):
+        raise LayoutError(f"{op}: expected {label} initialized, got a lazy parameter; run the model on a batch first")
+    if weight.is_nested or weight.layout != torch.strided:
+        found = "a nested one" if weight.is_nested else f"layout {weight.layout}"
+        raise LayoutError(f"{op}: expected a dense tensor for {label}, got {found}; prune before converting it")
+    if hasattr(weight, "to_local"):
+        raise LayoutError(
+            f"{op}: expected a plain tensor for {label}, got a DTensor, whose local shard is not the layer; use "
+            "GMPScheduler, which selects over all ranks"
+        )
+    if is_wrapper(weight):
+        name = type(weight).__name__
+        found = (
+            "one inside a function transform"
+            if type(weight) in PLAIN
+            else f"a {name}, which keeps its values elsewhere"
+        )
+        raise LayoutError(
+            f"{op}: expected a plain tensor for {label}, got {found}; prune before quantizing or wrapping it, or "
+            "outside of the transform"
+        )
+    if weight.is_neg():
+        raise LayoutError(f"{op}: expected a plain tensor for {label}, got a view that negates; use .resolve_neg()")
 
 
 def check_writable(op: str, weights: Sequence[Weight], layers: Sequence[Layer], names: Sequence[str] | None) -> None:

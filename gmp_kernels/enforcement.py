@@ -15,13 +15,14 @@ from gmp_kernels import capture
 from gmp_kernels.checks import DTYPES, PLAIN
 from gmp_kernels.errors import CaptureError, GMPWarning, StateError, TargetError
 from gmp_kernels.masks import BitMask
-from gmp_kernels.ops import apply_masks_, zero_where_pruned_
+from gmp_kernels.ops import apply_masks_
 from gmp_kernels.optim.masked import MaskedOptimizer
 from gmp_kernels.progress import StepCount
 from gmp_kernels.sharding import local, sum_over_shards
 from gmp_kernels.targets import Place
 from gmp_kernels.watch import Watch, compare
-from gmp_kernels.wrappers import has_hooks, optimizer_chain
+from gmp_kernels.wrappers import optimizer_chain, with_own_hooks
+from gmp_kernels.zeroing import zero_where_pruned_
 
 __all__ = ["Enforcement", "count_pruned", "refuse_capture"]
 
@@ -143,8 +144,8 @@ class Enforcement:
         else:
             self._hooks.append(self._innermost.register_step_pre_hook(_left_alone_by_compilers(self._before_step)))
             self._hooks.append(self._innermost.register_step_post_hook(_left_alone_by_compilers(self._after_step)))
-        for wrapper in filter(has_hooks, optimizer_chain(self.optimizer)[:-1]):
-            # It may write the weights itself once the step inside it is over.
+        # A wrapper may write the weights itself once the step inside it is over.
+        for wrapper in with_own_hooks(optimizer_chain(self.optimizer))[:-1]:
             self._hooks.append(wrapper.register_step_post_hook(_left_alone_by_compilers(self._after_wrapper)))
 
     def _unhook(self) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from gmp_kernels.backends import Threshold, choose
-from gmp_kernels.backends._layers import Layers, PruneCounts, columns_of
+from gmp_kernels.backends._layers import Layers, PruneCounts, columns_of, is_lazy
 from gmp_kernels.checks import (
     Weight,
     bump_versions,
@@ -196,11 +196,15 @@ def prune_(
     else:
         assert layers.masks is not None
         out = layers.masks
+    if nonfinite == "error" and not is_lazy(chosen):
+        check_finite(op, columns_of(chosen).nonfinite, names)
+    # First, so that no interrupt in between leaves a write that nobody knows of. The write is one call, or all its
+    # launches are.
+    bump_versions([*layers.weights, *out])
     written = implementation.prune(layers, chosen, out, finite=nonfinite == "error")
     thresholds, _, nonfinite_indices = columns_of(chosen)
     if nonfinite == "error":
         check_finite(op, nonfinite_indices, names)
-    bump_versions([*layers.weights, *out])
     counted = PruneCounts.of(written)
     return PruneResult(
         masks_,
@@ -241,8 +245,9 @@ def apply_masks_(
         return
     layers = checked_layers(op, weights_, masks_, None, writes="weights")
     if layers is not None:
-        choose(backend, layers.facts.device).apply(layers)
-        bump_versions(layers.weights)
+        implementation = choose(backend, layers.facts.device)
+        bump_versions(layers.weights)  # first, as in prune_
+        implementation.apply(layers)
 
 
 def _as_lists(
@@ -270,8 +275,3 @@ def _new_masks(op: str, layers: Layers) -> list[BitMask]:
             f"{op}: no memory left on {device} for the masks, nothing was changed ({error}); free some, or prune fewer "
             "layers at a time"
         ) from error
-
-
-def zero_where_pruned_(tensor: torch.Tensor, mask: BitMask) -> bool:
-    tensor.masked_fill_(~mask.to_bool().to(tensor.device), 0.0)
-    return True

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch.optim import Optimizer
 
 from gmp_kernels.errors import TargetError
 
-__all__ = ["has_hooks", "optimizer_chain"]
+__all__ = ["optimizer_chain", "with_own_hooks"]
 
 # Attributes by which wrappers are known to hold what they wrap.
 USUAL = ("optimizer", "_optimizer", "base_optimizer", "inner_optimizer", "inner")
 
 
-def has_hooks(optimizer: object) -> bool:
-    """Whether hooks can be registered that run at every step: wrappers may skip the constructor that makes them."""
-    return isinstance(optimizer, Optimizer) and "_optimizer_step_post_hooks" in vars(optimizer)
+def _hooks(optimizer: object) -> Any:
+    """Return what the hooks of an optimizer's steps are kept in; None for wrappers that skipped its constructor."""
+    return vars(optimizer).get("_optimizer_step_post_hooks") if isinstance(optimizer, Optimizer) else None
+
+
+def with_own_hooks(chain: Sequence[Any]) -> list[Any]:
+    """Return those of the optimizers whose steps run hooks that no other one in the chain runs."""
+    kept = {id(hooks): optimizer for optimizer in chain if (hooks := _hooks(optimizer)) is not None}
+    return list(kept.values())
 
 
 def optimizer_chain(optimizer: Any) -> list[Any]:
@@ -35,7 +42,7 @@ def optimizer_chain(optimizer: Any) -> list[Any]:
     # Learning rate schedulers hold an optimizer too, and no parameters.
     if not isinstance(chain[-1], Optimizer) or not hasattr(optimizer, "param_groups"):
         raise TypeError(f"GMPScheduler: expected a torch.optim.Optimizer or a wrapper around one, got {optimizer!r}")
-    if not has_hooks(chain[-1]):
+    if _hooks(chain[-1]) is None:
         raise TargetError(
             f"GMPScheduler: expected an optimizer that runs torch's hooks of steps, or a wrapper around one, got "
             f"{type(chain[-1]).__name__}; pass the optimizer inside it, or call Optimizer.__init__ in its constructor"

@@ -23,7 +23,7 @@ FLOORS = [
     EXTENSIONS | {"groups", "progress", "sharding"},
     {"backends"},
     {"checks", "selection", "watch"},
-    {"ops"},
+    {"ops", "zeroing"},
     {"distributed"},
     {"checkpoints", "optim", "stages", "testing"},
     {"enforcement", "library", "pruning", "scheduler_state"},

@@ -212,7 +212,7 @@ def test_a_nan_in_any_layer_of_any_dtype_leaves_all_as_they_were() -> None:
 
 def workspace_of(layers: list[Layer]) -> int:
     template = Template(_simt, 132, layers, is_global=False, selects=True, prunes=True)
-    launch = _simt.Launch(0, 0, 132)
+    launch = _simt.launch_on(0, 0, 132)
     tables = SelectionTables(_simt, launch, template, layers, [1] * len(layers), [None] * len(layers))
     return tables.buffer.nbytes
 
@@ -283,10 +283,10 @@ def test_constants_as_arguments_or_from_a_table_give_the_same_steps(monkeypatch:
 
 
 def test_constants_that_are_no_rows_are_refused() -> None:
-    launch = _simt.Launch(0, 0, 4)
+    launch = _simt.launch_on(0, 0, 4)
     for values in (b"", b"1234", bytes(8 * 15 * (_simt.MAX_ARGUMENT_CONSTANTS + 1))):
         with pytest.raises(ValueError, match="expected 1 to 8 rows of constants"):
-            _simt.update(launch, "float32", "adam", 0, 0, 0, 0, values)
+            _simt.update(launch, "adam", [("float32", 0, 0, 0)], 0, values)
 
 
 def test_a_step_over_dead_weights_reads_the_mask_only() -> None:

@@ -23,7 +23,7 @@ def test_numbers_are_put_into_tables_of_any_size(monkeypatch: pytest.MonkeyPatch
     runtime = SimpleNamespace(
         MOST_STORED=_simt.MOST_STORED, store=lambda *args: (stored.append(args[2].size), _simt.store(*args))
     )
-    launch, most = _simt.Launch(0, 0, 4), _simt.MOST_STORED
+    launch, most = _simt.launch_on(0, 0, 4), _simt.MOST_STORED
     for size in (1, 255, 480, 481, 1000, most, most + 1):
         numbers = np.random.default_rng(size).integers(-(1 << 63), (1 << 63) - 1, size)
         table = torch.zeros(size + 1, dtype=torch.int64)

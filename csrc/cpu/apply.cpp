@@ -1,6 +1,6 @@
 #include "apply.h"
 
-#include "chunks.h"
+#include <utility>
 
 namespace gmp::cpu {
 namespace {
@@ -8,9 +8,8 @@ namespace {
 // One chunk in which the layer's cut may fall: before it ties stay, from it on they go. A cut inside a byte of the mask
 // sends the eight weights around it through a copy of their own.
 template <typename Key>
-ApplyCounts apply_chunk(const LayerView& layer, int64_t begin, int64_t end, Key infinity, Key limit, int64_t cut,
-                        uint8_t* kept) {
-  const Kernels<Key>& kernels = kernels_for<Key>();
+ApplyCounts apply_chunk(const Kernels<Key>& kernels, const LayerView& layer, int64_t begin, int64_t end, Key infinity,
+                        Key limit, int64_t cut, uint8_t* kept) {
   ApplyCounts total;
   const auto run = [&](int64_t from, int64_t to, Key range_limit) {
     if (from >= to) return;
@@ -49,36 +48,46 @@ ApplyCounts apply_chunk(const LayerView& layer, int64_t begin, int64_t end, Key 
   return total;
 }
 
-template <typename Key>
-std::vector<ApplyCounts> apply_typed(Key infinity, const std::vector<LayerView>& layers, const std::vector<Cut>& cuts,
-                                     const std::vector<uint8_t*>& kept, int num_threads) {
-  std::vector<Key> limits(layers.size(), 0);
-  for (size_t i = 0; i < cuts.size(); ++i) limits[i] = static_cast<Key>(key_of_magnitude(cuts[i].value, infinity));
-  const ChunkTable chunks(sizes_of(layers));
-  std::vector<ApplyCounts> totals(layers.size());
-#pragma omp parallel for schedule(monotonic : dynamic, 4) num_threads(num_threads)
-  for (int64_t i = 0; i < chunks.size(); ++i) {
-    const Chunk chunk = chunks[i];
-    const size_t l = chunk.tensor;
-    const int64_t cut = cuts.empty() ? layers[l].n : cuts[l].index;
-    const ApplyCounts counts =
-        apply_chunk<Key>(layers[l], chunk.begin, chunk.end, infinity, limits[l], cut, kept.empty() ? nullptr : kept[l]);
-#pragma omp atomic
-    totals[l].kept += counts.kept;
-#pragma omp atomic
-    totals[l].kept_before += counts.kept_before;
-  }
-  return totals;
-}
-
 }  // namespace
 
-std::vector<ApplyCounts> apply(DType dtype, const std::vector<LayerView>& layers, const std::vector<Cut>& cuts,
-                               const std::vector<uint8_t*>& kept, int num_threads) {
-  switch (dtype) {
+ApplyPass::ApplyPass(DType dtype, const std::vector<LayerView>& layers, const std::vector<Cut>& cuts,
+                     std::vector<uint8_t*> kept)
+    : dtype_(dtype),
+      layers_(layers),
+      limits_(layers.size(), 0),
+      cuts_(sizes_of(layers)),
+      kept_(std::move(kept)),
+      chunks_(sizes_of(layers)),
+      counts_(layers.size()) {
+  active_kernels();  // may throw at its first call
+  for (size_t i = 0; i < cuts.size(); ++i) {
+    limits_[i] = key_of_magnitude(cuts[i].value, infinity_of(dtype));
+    cuts_[i] = cuts[i].index;
+  }
+}
+
+template <typename Key>
+void ApplyPass::run_typed(Key infinity, int num_threads) noexcept {
+  const Kernels<Key>& kernels = kernels_for<Key>();
+#pragma omp parallel for schedule(monotonic : dynamic, 4) num_threads(num_threads)
+  for (int64_t i = 0; i < chunks_.size(); ++i) {
+    const Chunk chunk = chunks_[i];
+    const size_t l = chunk.tensor;
+    const ApplyCounts counts =
+        apply_chunk<Key>(kernels, layers_[l], chunk.begin, chunk.end, infinity, static_cast<Key>(limits_[l]), cuts_[l],
+                         kept_.empty() ? nullptr : kept_[l]);
+#pragma omp atomic
+    counts_[l].kept += counts.kept;
+#pragma omp atomic
+    counts_[l].kept_before += counts.kept_before;
+  }
+}
+
+void ApplyPass::run(int num_threads) noexcept {
+  switch (dtype_) {
 #define GMP_DTYPE(name, key, infinity) \
   case DType::name:                    \
-    return apply_typed<key>(infinity, layers, cuts, kept, num_threads);
+    return run_typed<key>(infinity, num_threads);
     GMP_DTYPES(GMP_DTYPE)
 #undef GMP_DTYPE
   }

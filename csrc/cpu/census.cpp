@@ -41,9 +41,12 @@ class Counter {
 
   std::vector<Census> run(int num_threads) {
     const ChunkTable chunks(sizes_of(layers_));
+    // All there is to allocate: an exception in a thread of a parallel region ends the process.
+    std::vector<Worker> workers(static_cast<size_t>(num_threads));
+    for (Worker& worker : workers) worker.bins.assign(static_cast<size_t>(num_bins_), 0);
 #pragma omp parallel num_threads(num_threads)
     {
-      Worker worker;
+      Worker& worker = workers[static_cast<size_t>(omp_get_thread_num())];
 #pragma omp for schedule(monotonic : dynamic, 4) nowait
       for (int64_t i = 0; i < chunks.size(); ++i) count_chunk(chunks[i], worker);
       flush(worker);
@@ -61,6 +64,7 @@ class Counter {
   struct Worker {
     std::unique_ptr<Key[]> keys{new Key[static_cast<size_t>(kChunk + kGatherSlackBytes / sizeof(Key))]};
     size_t layer = 0;
+    bool has_counted = false;  // anything of that layer
     Census found = {};
     std::vector<int64_t> bins = {};
   };
@@ -81,7 +85,7 @@ class Counter {
     found.inside += counts.inside;
     found.pruned += counts.pruned;
     if (counts.largest >= infinity_) found.nonfinite = 0;  // there is one; where, is looked up once
-    worker.bins.resize(static_cast<size_t>(num_bins_));
+    worker.has_counted = true;
     for (int64_t k = 0; k < counts.inside; ++k) {
       ++worker.bins[static_cast<size_t>(static_cast<Key>(worker.keys[k] - lo) >> shifts_[chunk.tensor])];
     }
@@ -99,7 +103,7 @@ class Counter {
   }
 
   void flush(Worker& worker) {
-    if (worker.bins.empty()) return;  // has counted nothing yet
+    if (!worker.has_counted) return;
 #pragma omp critical(gmp_kernels_census)
     {
       Census& census = census_[worker.layer];
@@ -111,7 +115,8 @@ class Counter {
       for (int64_t b = 0; b < num_bins_; ++b) bins[b] += worker.bins[static_cast<size_t>(b)];
     }
     worker.found = Census{};
-    worker.bins.clear();
+    worker.has_counted = false;
+    std::fill(worker.bins.begin(), worker.bins.end(), 0);
   }
 
   const Kernels<Key>& kernels_ = kernels_for<Key>();

@@ -44,8 +44,7 @@ struct UpdateKernels {
   struct {
     // Moves the kept elements of n to the front of dst, which has room for kGatherSlackBytes more; returns how many.
     int64_t (*pack)(const typename BitsOf<T>::Type* src, const uint8_t* mask, int64_t n, typename BitsOf<T>::Type* dst);
-    // Spreads them out again; pruned places get zero, blocks without a kept one are left as they are. src must be
-    // readable for kGatherSlackBytes more.
+    // Spreads them out again; pruned places get zero. src must be readable for kGatherSlackBytes more.
     void (*unpack)(const typename BitsOf<T>::Type* src, const uint8_t* mask, int64_t n, typename BitsOf<T>::Type* dst);
   } state;
 };
@@ -53,6 +52,7 @@ struct UpdateKernels {
 // Filled by one translation unit each.
 struct KernelSet {
   const char* name;
+  int64_t (*count_bits)(const uint8_t* mask, int64_t n);
   Kernels<uint16_t> u16;
   Kernels<uint32_t> u32;
   Kernels<uint64_t> u64;

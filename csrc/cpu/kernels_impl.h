@@ -27,6 +27,13 @@ inline void prefetch_ahead(const Key* p) {
 
 inline bool mask_bit(const uint8_t* mask, int64_t i) { return mask == nullptr || (mask[i / 8] >> (i % 8) & 1); }
 
+inline int64_t count_bits(const uint8_t* mask, int64_t n) {
+  int64_t count = 0, i = 0;
+  for (; i + 64 <= n; i += 64) count += __builtin_popcountll(load_mask_bits<64>(mask, i));
+  for (; i < n; i += 8) count += __builtin_popcount(mask[i / 8]);
+  return count;
+}
+
 template <typename Key, bool kMasked, bool kGather>
 ScanCounts<Key> scan_loop(const Key* weights, int64_t n, const uint8_t* mask, Key infinity, Key lo, Key hi,
                           Key* gathered) {

@@ -82,6 +82,7 @@ class Selector {
       group.num_prune = num_prune[g];
       group.n = 0;
       for (size_t l = g; l < g + group.num_layers; ++l) group.n += layers[l].n;
+      group.selection.cuts.reserve(group.num_layers);  // resolve() must not allocate
       groups_.push_back(std::move(group));
     }
     int64_t largest = 0;
@@ -190,7 +191,11 @@ class Selector {
     first_chunk.push_back(chunks.size());
     const int64_t num_groups = static_cast<int64_t>(wave.size());
 
+    // All there is to allocate: an exception in a thread of a parallel region ends the process.
     std::vector<Worker> workers(static_cast<size_t>(threads));
+    if (with_bins > capacity) {
+      for (Worker& worker : workers) worker.bins.assign(kBins, 0);
+    }
 #pragma omp parallel num_threads(threads)
     {
       Worker& worker = workers[static_cast<size_t>(omp_get_thread_num())];
@@ -251,11 +256,10 @@ class Selector {
   struct Worker {
     std::unique_ptr<Key[]> keys{new Key[static_cast<size_t>(kChunk + kSlack)]};  // those inside, of one chunk
     Group<Key>* binned = nullptr;                                                // whose bins these are
-    std::vector<int64_t> bins = {};
+    std::vector<int64_t> bins = {};                                              // zeros, in waves that count by bins
 
     void bin(Group<Key>& group, int64_t n) {
       if (binned != &group) flush();
-      if (bins.empty()) bins.assign(kBins, 0);
       binned = &group;
       const int shift = bin_shift(group);
       for (int64_t i = 0; i < n; ++i) ++bins[static_cast<size_t>((keys[i] - group.lo) >> shift)];

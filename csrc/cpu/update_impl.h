@@ -398,6 +398,7 @@ void update(const UpdateRun& run, const UpdateConstants<typename Format::Compute
 
 constexpr KernelSet kernel_set(const char* name) {
   return {name,
+          count_bits,
           {scan<uint16_t>, apply<uint16_t>},
           {scan<uint32_t>, apply<uint32_t>},
           {scan<uint64_t>, apply<uint64_t>},

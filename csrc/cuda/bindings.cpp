@@ -46,16 +46,29 @@ void select_thresholds(const Launch& launch, const std::string& dtype, const Tab
   gmp::cuda::select(launch, dtype_of(dtype), tables);
 }
 
-void apply(const Launch& launch, const std::string& dtype, const Tables& tables, uint64_t out, uint64_t stop) {
-  gmp::cuda::apply(launch, dtype_of(dtype), tables, pointer<uint64_t>(out), pointer<int64_t>(stop));
+// dtype, tables, and the address of the places of the new bits or 0
+using ApplyTuple = std::tuple<std::string, const Tables*, uint64_t>;
+
+// All parts in one call: between two of them Python must not take its turn, and raise what somebody has sent.
+void apply(const Launch& launch, const std::vector<ApplyTuple>& parts, uint64_t stop) {
+  std::vector<gmp::DType> dtypes;
+  for (const ApplyTuple& part : parts) dtypes.push_back(dtype_of(std::get<0>(part)));
+  for (size_t i = 0; i < parts.size(); ++i) {
+    const auto& [_, tables, out] = parts[i];
+    gmp::cuda::apply(launch, dtypes[i], *tables, pointer<uint64_t>(out), pointer<int64_t>(stop));
+  }
 }
 
 void census(const Launch& launch, const std::string& dtype, uint64_t rows, int64_t num_rows, int64_t num_chunks) {
   gmp::cuda::census(launch, dtype_of(dtype), pointer<gmp::cuda::CensusRow>(rows), num_rows, num_chunks);
 }
 
-void update(const Launch& launch, const std::string& dtype, const std::string& rule, uint64_t rows, int64_t num_rows,
-            int64_t num_chunks, uint64_t constants, const py::buffer& values) {
+// dtype, address of the rows, their number and that of their chunks
+using UpdateTuple = std::tuple<std::string, uint64_t, int64_t, int64_t>;
+
+// All parts in one call, as in apply.
+void update(const Launch& launch, const std::string& rule_name, const std::vector<UpdateTuple>& parts,
+            uint64_t constants, const py::buffer& values) {
   // Only without an address are the values looked at.
   gmp::cuda::ArgumentConstants argument{};
   if (constants == 0) {
@@ -67,8 +80,14 @@ void update(const Launch& launch, const std::string& dtype, const std::string& r
     }
     std::memcpy(argument.rows, given.ptr, bytes);
   }
-  gmp::cuda::update(launch, dtype_of(dtype), gmp::rule_of(rule), pointer<gmp::cuda::UpdateRow>(rows), num_rows,
-                    num_chunks, pointer<gmp::UpdateConstants<double>>(constants), argument);
+  const gmp::Rule rule = gmp::rule_of(rule_name);
+  std::vector<gmp::DType> dtypes;
+  for (const UpdateTuple& part : parts) dtypes.push_back(dtype_of(std::get<0>(part)));
+  for (size_t i = 0; i < parts.size(); ++i) {
+    const auto& [_, rows, num_rows, num_chunks] = parts[i];
+    gmp::cuda::update(launch, dtypes[i], rule, pointer<gmp::cuda::UpdateRow>(rows), num_rows, num_chunks,
+                      pointer<gmp::UpdateConstants<double>>(constants), argument);
+  }
 }
 
 void repack(const Launch& launch, uint64_t rows, int64_t num_rows, int64_t num_chunks) {
@@ -115,11 +134,12 @@ PYBIND11_MODULE(GMP_MODULE, m) {
   py::dict constants;
   for (const auto& [name, value] : gmp::kConstants) constants[name] = value;
   m.attr("CONSTANTS") = constants;
-  // Local to the module: _cuda and _simt may be in one process.
-  py::class_<Launch>(m, "Launch", py::module_local())
-      .def(py::init<uint64_t, int, unsigned>())
-      .def_readonly("stream", &Launch::stream);
-  py::class_<Tables>(m, "Tables", py::module_local()).def(py::init(&tables_of));
+  // Local to the module: _cuda and _simt may be in one process. Without constructors, as in ../bindings.cpp.
+  py::class_<Launch>(m, "Launch", py::module_local()).def_readonly("stream", &Launch::stream);
+  py::class_<Tables>(m, "Tables", py::module_local());
+  m.def("launch_on",
+        [](uint64_t stream, int device, unsigned multiprocessors) { return Launch{stream, device, multiprocessors}; });
+  m.def("tables", &tables_of);
   m.def("num_counting_blocks", &gmp::cuda::num_counting_blocks);
   m.def("begin", &begin);
   m.def("select", &select_thresholds);

@@ -10,7 +10,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from itertools import chain, repeat
 from operator import sub
-from typing import NamedTuple, TypeVar, overload
+from typing import ClassVar, NamedTuple, TypeVar, overload
 
 import torch
 
@@ -24,6 +24,7 @@ __all__ = [
     "Selections",
     "columns_of",
     "device_of",
+    "is_lazy",
     "merged",
     "prepared",
     "thresholds_of",
@@ -119,7 +120,15 @@ class Columns(NamedTuple):
 
 
 class Selections(ByColumn[Selection]):
-    """Selections kept as columns."""
+    """Selections kept as columns.
+
+    Attributes
+    ----------
+    is_lazy : bool
+        Whether a look at them waits for a device.
+    """
+
+    is_lazy: ClassVar[bool] = False
 
     def __init__(self, columns: Columns) -> None:
         self._columns = columns
@@ -172,6 +181,11 @@ def columns_of(selections: Sequence[Selection]) -> Columns:
         [cut for selection in selections for cut in selection.cuts],
         [index for selection in selections for index in selection.nonfinite],
     )
+
+
+def is_lazy(selections: Sequence[Selection]) -> bool:
+    """Whether a look at them waits for a device."""
+    return isinstance(selections, Selections) and selections.is_lazy
 
 
 def thresholds_of(*columns: Iterable[float]) -> list[Threshold]:

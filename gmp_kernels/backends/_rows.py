@@ -11,7 +11,17 @@ import torch
 from gmp_kernels.backends import Layer
 from gmp_kernels.errors import DeviceError, LayoutError
 
-__all__ = ["INTEGERS", "address", "by_dtype", "dtype_name", "element_address", "on_device", "parts"]
+__all__ = [
+    "INTEGERS",
+    "address",
+    "array_address",
+    "bits_address",
+    "by_dtype",
+    "dtype_name",
+    "element_address",
+    "on_device",
+    "parts",
+]
 
 # Which hold the bits of a weight, by its bytes.
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -28,6 +38,24 @@ _DTYPE_NAMES = {
 def address(tensor: torch.Tensor | None) -> int:
     """Address of the first element; 0 for None."""
     return 0 if tensor is None else tensor.data_ptr()
+
+
+def array_address(tensor: torch.Tensor | None, numel: int, what: str) -> int:
+    """``address``, and ``element_address``, of a tensor that has to have so many elements.
+
+    Raises
+    ------
+    ValueError
+        It has others: a kernel would walk past its end.
+    """
+    if tensor is not None and tensor.numel() != numel:
+        raise ValueError(f"expected {numel} elements of {what}, got {tensor.numel()}")
+    return element_address(tensor)
+
+
+def bits_address(mask: torch.Tensor | None, numel: int) -> int:
+    """``array_address`` of the packed bits of so many weights."""
+    return array_address(mask, -(-numel // 8), "a mask")
 
 
 def element_address(tensor: torch.Tensor | None) -> int:

@@ -11,7 +11,7 @@ import torch
 
 from gmp_kernels.backends import Bracket, Layer, Threshold
 from gmp_kernels.backends._layers import Columns, PruneCounts, Selections, merged, thresholds_of
-from gmp_kernels.backends._rows import address, by_dtype, element_address
+from gmp_kernels.backends._rows import bits_address, by_dtype, element_address
 from gmp_kernels.backends._tables import current, num_chunks_of, put
 from gmp_kernels.keys import keys_of_magnitudes, largest_key, magnitudes_of_keys
 
@@ -99,7 +99,7 @@ class Template:
         self.sizes = sizes = [layer.weight.numel() for layer in layers]
         item_sizes = [layer.weight.itemsize for layer in layers]
         chunks = [num_chunks_of(n, module.CHUNK) for n in sizes]
-        masks = [address(layer.mask) for layer in layers]
+        masks = [bits_address(layer.mask, n) for layer, n in zip(layers, sizes, strict=True)]
         num_groups = 1 if is_global else len(layers)
         num_values = 1 + (LayerField.COUNT + 1) * len(layers) + GroupField.COUNT * num_groups
         self._blocks = module.num_counting_blocks(multiprocessors)
@@ -198,6 +198,8 @@ class SelectionTables(Selections):
         Selections made elsewhere, in place of these.
     """
 
+    is_lazy = True
+
     def __init__(
         self,
         module: Any,
@@ -233,7 +235,7 @@ class SelectionTables(Selections):
 
     def _tables(self, part: Part) -> Any:
         layers = self.address + 8 * part.start
-        return self._module.Tables(
+        return self._module.tables(
             layers,
             len(part.positions),
             layers + 8 * LayerField.COUNT * len(part.positions),

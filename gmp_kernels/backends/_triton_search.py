@@ -189,6 +189,8 @@ class FoundSelections(Selections):
         Of these layers.
     """
 
+    is_lazy = True
+
     def __init__(self, layers: Sequence[Layer], parts: list[Part]) -> None:
         self.layers, self.parts = layers, parts
         # At once with what the parts add up, which is not read: for a GPU, memory costs a launch to set to zero.

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple, TypeVar
+from itertools import islice
+from typing import NamedTuple, TypeAlias, TypeVar
 
 # Before _C: the process then has one OpenMP runtime, torch's, and our loops run on the threads torch keeps warm.
 import torch
@@ -35,7 +36,7 @@ from gmp_kernels.backends._layers import (
     prepared,
     thresholds_of,
 )
-from gmp_kernels.backends._rows import address, by_dtype, dtype_name
+from gmp_kernels.backends._rows import by_dtype, dtype_name
 from gmp_kernels.backends._rows import parts as split
 
 try:
@@ -48,8 +49,25 @@ except ImportError as error:
 T = TypeVar("T")
 
 
-def _row(layer: Layer) -> tuple[int, int, int]:
-    return layer.weight.data_ptr(), layer.weight.numel(), address(layer.mask)
+Array: TypeAlias = tuple[int, int]
+State: TypeAlias = tuple[Array, Array, Array]
+
+
+def _array(tensor: torch.Tensor | None) -> Array:
+    """Address and number of elements, which C++ holds against each other; zeros for None."""
+    return (0, 0) if tensor is None else (tensor.data_ptr(), tensor.numel())
+
+
+def _row(layer: Layer) -> tuple[Array, Array]:
+    return _array(layer.weight), _array(layer.mask)
+
+
+def _state(values: torch.Tensor, layout: Compaction | None) -> State:
+    return (
+        _array(values),
+        _array(None if layout is None else layout.mask),
+        _array(None if layout is None else layout.ranks),
+    )
 
 
 class _Part(NamedTuple):
@@ -65,7 +83,7 @@ def _parts(layers: Sequence[Layer]) -> list[_Part]:
         found = []
         for dtype, positions in by_dtype(layers).items():
             rows = [_row(layers[i]) for i in positions]
-            found.append(_Part(_C.Rows(dtype, rows), positions, [n for _, n, _ in rows]))
+            found.append(_Part(_C.rows(dtype, rows), positions, [n for (_, n), _ in rows]))
         return found
 
     return prepared(layers, "cpu", make)
@@ -78,16 +96,14 @@ def _taken(column: Sequence[T], positions: Sequence[int]) -> Sequence[T]:
 
 def _prepared(t: UpdateTensor) -> _C.UpdateRow:
     """Make the tensor's row, once."""
-    state = [address(s) for s in t.state] + [0] * (3 - len(t.state))
-    ranks = None if t.compaction is None else t.compaction.ranks
-    row = _C.UpdateRow(
+    row = _C.update_row(
         dtype_name(t.weight),
-        t.weight.numel(),
-        t.weight.data_ptr(),
-        address(t.master),
-        state,
-        address(t.mask),
-        address(ranks),
+        _array(t.weight),
+        _array(t.master),
+        list(map(_array, t.state)),
+        _array(t.mask),
+        _array(None if t.compaction is None else t.compaction.ranks),
+        0 if t.compaction is None else t.compaction.num_kept,
     )
     t.row = row
     return row
@@ -141,8 +157,8 @@ class Cpu:
                 dtype,
                 [_row(layers[i]) for i in positions],
                 [brackets[i] for i in positions],
-                [(0, 0) if room is None else (room.data_ptr(), room.numel()) for room in given],
-                bins.data_ptr(),
+                list(map(_array, given)),
+                _array(bins),
                 num_bins,
                 torch.get_num_threads(),
             )
@@ -162,21 +178,20 @@ class Cpu:
             return PruneCounts([], [])
         values = [threshold.value for threshold in thresholds]
         values = values if len(values) == len(cuts) else values * len(cuts)
-        out_rows = [] if isinstance(layers, Layers) and out is layers.masks else [bits.data_ptr() for bits in out]
-        parts, num_threads = _parts(layers), torch.get_num_threads()
-        kept = []
-        for rows, positions, _ in parts:
-            columns = _taken(values, positions), _taken(cuts, positions), _taken(out_rows, positions)
-            kept.append(_C.prune(rows, *columns, num_threads))
-        all_positions = [part.positions for part in parts]
-        before, now, sizes = (
-            merged(all_positions, c) for c in (*zip(*kept, strict=True), [part.sizes for part in parts])
-        )
-        return PruneCounts.from_kept(sizes, before, now)
+        out_rows = [] if isinstance(layers, Layers) and out is layers.masks else list(map(_array, out))
+        parts = _parts(layers)
+        columns = [
+            (rows, _taken(values, positions), _taken(cuts, positions), _taken(out_rows, positions))
+            for rows, positions, _ in parts
+        ]
+        counts = [iter(column) for column in _C.prune(columns, torch.get_num_threads())]
+        all_positions, sizes = [part.positions for part in parts], [part.sizes for part in parts]
+        # Those of one part come after those of the other.
+        before, now = ([list(islice(column, len(own))) for own in all_positions] for column in counts)
+        return PruneCounts.from_kept(*(merged(all_positions, pieces) for pieces in (sizes, before, now)))
 
     def apply(self, layers: Sequence[Layer]) -> None:
-        for rows, _, _ in _parts(layers):
-            _C.apply_masks(rows, torch.get_num_threads())
+        _C.apply_masks([part.rows for part in _parts(layers)], torch.get_num_threads())
 
     def update(
         self,
@@ -189,41 +204,29 @@ class Cpu:
         after: Sequence[Callable[[], object]] = (),
     ) -> None:
         if not isinstance(batch.prepared, _C.UpdateBatch):
-            batch.prepared = _C.UpdateBatch(
+            batch.prepared = _C.update_batch(
                 [t.row if isinstance(t.row, _C.UpdateRow) else _prepared(t) for t in batch.tensors]
             )
-        addresses = [gradient.data_ptr() for gradient in gradients]
-        arguments = rule, batch.prepared, addresses, rows, constants.on_host(), torch.get_num_threads()
+        arrays = list(map(torch.Tensor.data_ptr, gradients)), list(map(torch.Tensor.numel, gradients))
+        arguments = rule, batch.prepared, *arrays, rows, constants.on_host(), torch.get_num_threads()
         at_once([partial(_C.update, *arguments), *after])
 
     def sum_squares(self, gradients: Sequence[Layer]) -> float:
-        rows = [(dtype_name(g.weight), g.weight.data_ptr(), g.weight.numel(), address(g.mask)) for g in gradients]
+        rows = [(dtype_name(g.weight), *_row(g)) for g in gradients]
         return _C.sum_squares(rows, torch.get_num_threads())
 
     def compactions(self, masks: Sequence[tuple[torch.Tensor, int]]) -> list[Compaction]:
         found = []
         for mask, numel in masks:
-            ranks = torch.tensor(_C.ranks(mask.data_ptr(), numel), dtype=torch.int64, device="cpu")
+            ranks = torch.tensor(_C.ranks(_array(mask), numel), dtype=torch.int64, device="cpu")
             found.append(Compaction(mask, ranks, int(ranks[-1])))
         return found
 
     def move_state(self, moves: Sequence[StateMove]) -> None:
         rows = []
-        for move in moves:
-            layouts = [
-                (0, 0) if layout is None else (layout.mask.data_ptr(), layout.ranks.data_ptr())
-                for layout in (move.source_layout, move.target_layout)
-            ]
-            rows.append(
-                (
-                    move.source.data_ptr(),
-                    *layouts[0],
-                    move.target.data_ptr(),
-                    *layouts[1],
-                    move.numel,
-                    move.source.element_size(),
-                )
-            )
+        for source, source_layout, target, target_layout, numel in moves:
+            states = _state(source, source_layout), _state(target, target_layout)
+            rows.append((*states, numel, source.element_size()))
         _C.repack(rows, torch.get_num_threads())
 
 

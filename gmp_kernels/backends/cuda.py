@@ -35,7 +35,7 @@ from gmp_kernels.backends import (
 )
 from gmp_kernels.backends._at_once import at_once
 from gmp_kernels.backends._layers import Layers, columns_of, device_of, prepared
-from gmp_kernels.backends._rows import address, by_dtype, dtype_name, element_address
+from gmp_kernels.backends._rows import address, array_address, bits_address, by_dtype, dtype_name, element_address
 from gmp_kernels.backends._selection_tables import SelectionTables, Template
 from gmp_kernels.backends._tables import Table, current, num_chunks_of, put, refuse_capture, upload
 from gmp_kernels.errors import CaptureError, DeviceError, LayoutError
@@ -92,14 +92,14 @@ class Launches:
 
     def _launch(self, device: torch.device) -> Any:
         if device.type == "cpu":
-            return self._module.Launch(0, 0, self._size(device))
-        return self._module.Launch(torch.cuda.current_stream(device).cuda_stream, device.index, self._size(device))
+            return self._module.launch_on(0, 0, self._size(device))
+        return self._module.launch_on(torch.cuda.current_stream(device).cuda_stream, device.index, self._size(device))
 
     def _size(self, device: torch.device) -> int:
         if device not in self._multiprocessors:
             index = device.index or 0
             self._multiprocessors[device] = self._module.multiprocessors_of(index)
-            self._module.load_kernels(self._module.Launch(0, index, self._multiprocessors[device]))
+            self._module.load_kernels(self._module.launch_on(0, index, self._multiprocessors[device]))
         return self._multiprocessors[device]
 
     def _template(
@@ -158,7 +158,7 @@ class Launches:
                     room = None if rooms is None else rooms[i]
                     rows.append(
                         [
-                            *(element_address(weight), address(mask), weight.numel(), first_chunk),
+                            *(element_address(weight), bits_address(mask, weight.numel()), weight.numel(), first_chunk),
                             *(*brackets[i], brackets[i].shift(num_bins)),
                             *(address(room), 0 if room is None else room.numel(), own.data_ptr(), num_bins),
                             *(0, 0, 0, _NO_INDEX),
@@ -194,14 +194,17 @@ class Launches:
             if isinstance(layers, Layers) and out is layers.masks:
                 first = found.address + 8 * found.template.out_start
             else:
-                places = [out[i].data_ptr() for part in found.template.parts for i in part.positions]
+                sizes = found.template.sizes
+                places = [bits_address(out[i], sizes[i]) for part in found.template.parts for i in part.positions]
                 addresses = torch.empty(len(places), dtype=torch.int64, device=device)
                 put(self._module, launch, np.array(places, np.int64), addresses)
                 first = addresses.data_ptr()
+            parts = []
             for (dtype, tables), part in zip(found.tables, found.template.parts, strict=True):
-                self._module.apply(launch, dtype, tables, first, stop)
+                parts.append((dtype, tables, first))
                 first += 8 * len(part.positions)
             found.forget(launch)
+            self._module.apply(launch, parts, stop)
             if finite and not found.is_finite:
                 return []
             return found.counts()
@@ -216,8 +219,7 @@ class Launches:
 
             # Without `out` apply writes nothing to them, so the next call on this stream needs no others.
             found = prepared(layers, (self, "apply", launch.stream), make)
-            for dtype, tables in found.tables:
-                self._module.apply(launch, dtype, tables, 0, 0)
+            self._module.apply(launch, [(dtype, tables, 0) for dtype, tables in found.tables], 0)
 
     def update(
         self,
@@ -240,6 +242,8 @@ class Launches:
             argument = self._argument(constants)
             upload_to = device, batch.captured, self._module, launch
             values = None if argument else self._constants(steps, constants, *upload_to)
+            if list(map(torch.Tensor.numel, gradients)) != steps.sizes:
+                raise ValueError("update: expected gradients of the sizes of their weights")
             addresses = list(map(torch.Tensor.data_ptr, gradients))
             if not all(addresses):
                 raise LayoutError("update: expected gradients in memory, got one whose storage was freed; gather it")
@@ -247,16 +251,12 @@ class Launches:
                 part.table.at((addresses, rows), partial(part.rows_with, addresses, rows), *upload_to)
                 for part in steps.parts
             ]
-            # Everything there has to be memory for is there: from here on weights are written.
-            launches = [
-                partial(
-                    self._module.update,
-                    *(launch, part.dtype, rule, table.data_ptr(), len(part.positions), part.num_chunks),
-                    *(address(values), argument),
-                )
+            # Everything there has to be memory for is there: this writes weights, all of them or none.
+            parts = [
+                (part.dtype, table.data_ptr(), len(part.positions), part.num_chunks)
                 for part, table in zip(steps.parts, tables, strict=True)
             ]
-            at_once([*launches, *after])
+            at_once([partial(self._module.update, launch, rule, parts, address(values), argument), *after])
 
     def _rows_of_constants(self, constants: Constants) -> list[list[float]]:
         """One row per block, in the order of the kernels."""
@@ -292,7 +292,9 @@ class Launches:
         rows, first_chunk = [], 0
         for g in gradients:
             n = g.weight.numel()
-            rows.append([_DTYPE_CODES[g.weight.dtype], element_address(g.weight), address(g.mask), n, first_chunk])
+            rows.append(
+                [_DTYPE_CODES[g.weight.dtype], element_address(g.weight), bits_address(g.mask, n), n, first_chunk]
+            )
             first_chunk += num_chunks_of(n, self._module.CHUNK)
         with self._on(device, "sum_squares") as launch:
             table = upload(rows, torch.int64, device)
@@ -312,7 +314,7 @@ class Launches:
             order = sorted(range(len(masks)), key=lambda i: chunks[i] == 0)  # those that have rows come first
             rows, first_chunk = [], 0
             for i in order[: sum(n > 0 for n in chunks)]:
-                rows.append([masks[i][0].data_ptr(), masks[i][1], first_chunk, offsets[i].data_ptr()])
+                rows.append([bits_address(*masks[i]), masks[i][1], first_chunk, offsets[i].data_ptr()])
                 first_chunk += chunks[i]
             if rows:
                 table = upload(rows, torch.int64, device)
@@ -324,18 +326,24 @@ class Launches:
     def move_state(self, moves: Sequence[StateMove]) -> None:
         rows, first_chunk = [], 0
         for move in moves:
-            layouts = [
-                (0, 0) if layout is None else (layout.mask.data_ptr(), layout.ranks.data_ptr())
-                for layout in (move.source_layout, move.target_layout)
-            ]
-            source, target = (*(move.source.data_ptr(), *layouts[0]),), (move.target.data_ptr(), *layouts[1])
+            num_chunks = num_chunks_of(move.numel, self._module.CHUNK)
+            source = _state(move.source, move.source_layout, move.numel, num_chunks)
+            target = _state(move.target, move.target_layout, move.numel, num_chunks)
             rows.append([*source, *target, move.numel, first_chunk, move.source.element_size()])
-            first_chunk += num_chunks_of(move.numel, self._module.CHUNK)
+            first_chunk += num_chunks
         if not first_chunk:
             return
         with self._on(moves[0].source.device, "move_state") as launch:
             table = upload(rows, torch.int64, moves[0].source.device)
             self._module.repack(launch, table.data_ptr(), len(rows), first_chunk)
+
+
+def _state(values: torch.Tensor, layout: Compaction | None, numel: int, num_chunks: int) -> tuple[int, int, int]:
+    """Addresses of state, and if it is compact of its mask and ranks."""
+    if layout is None:
+        return array_address(values, numel, "state"), 0, 0
+    ranks = array_address(layout.ranks, num_chunks + 1, "ranks")
+    return array_address(values, layout.num_kept, "state"), bits_address(layout.mask, numel), ranks
 
 
 class _Row(NamedTuple):
@@ -346,14 +354,17 @@ class _Row(NamedTuple):
     numel: int
 
 
-def _row(t: UpdateTensor) -> _Row:
+def _row(t: UpdateTensor, chunk: int) -> _Row:
     """Make the tensor's row, once."""
     if isinstance(t.row, _Row):
         return t.row
-    state = [*map(element_address, t.state), 0, 0, 0][:3]
+    n = t.weight.numel()
+    states = [_state(values, t.compaction, n, num_chunks_of(n, chunk)) for values in t.state]
+    state = [*(values for values, _, _ in states), 0, 0, 0][:3]
     ranks = None if t.compaction is None else t.compaction.ranks
-    addresses = (element_address(t.weight), 0, element_address(t.master), *state, address(t.mask), address(ranks))
-    row = _Row(dtype_name(t.weight), (*addresses, t.weight.numel(), 0, 0), t.weight.numel())
+    master = array_address(t.master, n, "master weights")
+    addresses = (element_address(t.weight), 0, master, *state, bits_address(t.mask, n), address(ranks))
+    row = _Row(dtype_name(t.weight), (*addresses, n, 0, 0), n)
     t.row = row
     return row
 
@@ -386,7 +397,8 @@ class _Steps:
     """A batch as its steps are launched: one part per dtype, and the table of constants."""
 
     def __init__(self, tensors: Sequence[UpdateTensor], chunk: int) -> None:
-        rows = [_row(t) for t in tensors]
+        rows = [_row(t, chunk) for t in tensors]
+        self.sizes = [row.numel for row in rows]
         positions_of: dict[str, list[int]] = defaultdict(list)
         for i, row in enumerate(rows):
             positions_of[row.dtype].append(i)

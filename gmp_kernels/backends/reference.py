@@ -116,6 +116,8 @@ class Reference:
             return []
         per_layer = [(s.threshold, cut) for s in selections for cut in s.cuts]
         written = []
+        writes: list[tuple[torch.Tensor, np.ndarray]] = []
+        bits: list[Callable[[], object]] = []
         for layer, (threshold, cut), packed in zip(layers, per_layer, out, strict=True):
             kept = _kept(layer)
             already = int((~kept).sum())
@@ -125,15 +127,15 @@ class Reference:
             if not np.isnan(threshold.value):
                 above |= np.isnan(magnitude)
             kept &= above | (tie & (np.arange(kept.size) < cut))
-            _write(layer.weight, kept)
-            packed.copy_(torch.from_numpy(np.packbits(kept, bitorder="little")))
+            writes.append((layer.weight, kept))
+            bits.append(partial(packed.copy_, torch.from_numpy(np.packbits(kept, bitorder="little"))))
             num_pruned = int((~kept).sum())
             written.append(Written(num_pruned, num_pruned - already))
+        _write(writes, bits)
         return written
 
     def apply(self, layers: Sequence[Layer]) -> None:
-        for layer in layers:
-            _write(layer.weight, _kept(layer))
+        _write([(layer.weight, _kept(layer)) for layer in layers])
 
     def update(
         self,
@@ -259,10 +261,12 @@ def _first(where: np.ndarray) -> int:
     return int(found[0]) if found.size else -1
 
 
-def _write(weight: torch.Tensor, kept: np.ndarray) -> None:
+def _write(weights: Sequence[tuple[torch.Tensor, np.ndarray]], after: Sequence[Callable[[], object]] = ()) -> None:
+    """Zero what is not kept of each weight, and make the calls ``after``."""
     # Outside this mode torch refuses to write to inference tensors, which kernels do not mind.
     with torch.inference_mode():
-        weight.view(-1)[torch.from_numpy(~kept)] = 0.0
+        zeroing = [partial(weight.view(-1).masked_fill_, torch.from_numpy(~kept), 0.0) for weight, kept in weights]
+        at_once([*zeroing, *after])
 
 
 def _supports(device: torch.device) -> str | None:

@@ -154,9 +154,9 @@ class Shards:
         counts = [(0, 0)] * len(pieces)
         if checked:
             out = [mask.packed for mask in own[1]]
+            bump_versions([*(layer.weight for layer in checked), *out])
             for i, written in zip(present, implementation.prune(checked, chosen, out), strict=True):
                 counts[i] = written.num_pruned, written.num_newly_pruned
-            bump_versions([*(layer.weight for layer in checked), *out])
         if search is not None and scope == "layer" and not any(p.holding.has_copies for p in pieces):
             totals = [threshold.num_pruned for threshold in thresholds]
             new = [after - before for after, before in zip(totals, search.num_pruned, strict=True)]

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from gmp_kernels.backends import Constants, UpdateBatch, UpdateTensor, choose
-from gmp_kernels.checks import check_tensors
+from gmp_kernels.checks import bump_versions, check_tensors
 from gmp_kernels.errors import ShapeError, SparsityError
 from gmp_kernels.masks import BitMask
 from gmp_kernels.optim.ready import is_dense
@@ -177,14 +177,15 @@ def ema_update_(
                 f"ema_update_: expected weights[{i}] of shape {tuple(target.weight.shape)} and {target.weight.dtype}, "
                 f"got {tuple(source.weight.shape)} and {source.weight.dtype}"
             )
-    choose(backend, targets[0].weight.device).update(
+    implementation = choose(backend, targets[0].weight.device)
+    bump_versions([target.weight for target in targets])  # first, as in prune_
+    implementation.update(
         "average",
         UpdateBatch([UpdateTensor(t.weight, mask=t.mask) for t in targets]),
         [s.weight for s in sources],
         [0] * len(sources),
         Constants([({"one_minus_beta1": 1.0 - decay}, 1)], []),
     )
-    torch.autograd.graph.increment_version([target.weight for target in targets])
 
 
 def _packed(masks: Sequence[BitMask | None]) -> list[torch.Tensor | None]:

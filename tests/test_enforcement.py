@@ -1,0 +1,331 @@
+"""Pruned weights stay zero, whatever happens around the pruner; what had to be repaired is said once."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import warnings
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from gmp_kernels import GMPScheduler, optim, schedules
+from gmp_kernels.errors import GMPWarning, StateError, TargetError
+from gmp_kernels.masks import BitMask
+from gmp_kernels.watch import SLICE, compare
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "torch_momentum": lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9),
+    "torch_adamw": lambda params: torch.optim.AdamW(params, lr=0.01),
+    "gmp_momentum": lambda params: optim.SGD(params, lr=0.1, momentum=0.9),
+    "gmp_adamw_compact": lambda params: optim.AdamW(params, lr=0.01, compact_state=True),
+}
+EVERY_OPTIMIZER = pytest.mark.parametrize("case", OPTIMIZERS)
+
+Run = tuple[nn.Module, Any, GMPScheduler]
+
+
+def start(case: str, sparsity: float = 0.9, **options: Any) -> Run:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(40, 30), nn.ReLU(), nn.Linear(30, 20))
+    optimizer = OPTIMIZERS[case](model.parameters())
+    return model, optimizer, GMPScheduler(model, optimizer, schedules.OneShot(sparsity), **options)
+
+
+def train(run: Run, steps: int = 1, optimizer: Any = None) -> None:
+    model, own, pruner = run
+    optimizer = own if optimizer is None else optimizer
+    for step in range(steps):
+        x = torch.randn(8, 40, generator=torch.Generator().manual_seed(step))
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+        pruner.step()
+
+
+def assert_held(run: Run, sparsity: float = 0.9) -> None:
+    """Real zeros, not what the pruner says."""
+    model, _, pruner = run
+    zeros = [int((layer.weight == 0).sum()) for layer in (model[0], model[2])]
+    assert zeros == [round(sparsity * 1200), round(sparsity * 600)]
+    assert pruner.verify() == dict(zip(["0.weight", "2.weight"], zeros, strict=True))
+    assert pruner.sparsity == pytest.approx(sparsity, abs=1e-3)
+
+
+def by_torch_save(run: Run) -> Run:
+    buffer = io.BytesIO()
+    torch.save(run, buffer)
+    buffer.seek(0)
+    loaded: Run = torch.load(buffer, weights_only=False)
+    return loaded
+
+
+AGAIN: dict[str, Callable[[Run], Run]] = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda run: pickle.loads(pickle.dumps(run)),
+    "torch.save": by_torch_save,
+    "pruner_alone": lambda run: (lambda pruner: (pruner.model, pruner.optimizer, pruner))(copy.deepcopy(run[2])),
+    "pruner_first": lambda run: tuple(reversed(copy.deepcopy(tuple(reversed(run))))),  # type: ignore[return-value]
+}
+
+
+@EVERY_OPTIMIZER
+@pytest.mark.parametrize("again", AGAIN)
+def test_copies_hold_their_own_weights(case: str, again: str) -> None:
+    run = start(case)
+    train(run)
+    twin = AGAIN[again](run)
+    before = twin[0][0].weight.detach().clone()
+    train(run, 3)
+    assert torch.equal(twin[0][0].weight, before)
+    train(twin, 3)
+    for held in (run, twin):
+        assert_held(held)
+        assert held[2].step_count == 4
+    assert torch.equal(run[0][0].weight, twin[0][0].weight)
+
+
+@EVERY_OPTIMIZER
+def test_weights_loaded_back_are_pruned_again_and_that_is_said_once(case: str) -> None:
+    run = start(case)
+    dense = copy.deepcopy(run[0].state_dict())
+    train(run)
+    run[0].load_state_dict(dense)
+    with pytest.warns(GMPWarning, match=r"1620 pruned weights of '0\.weight' and 1 more layers were not zero"):
+        train(run)
+    assert_held(run)
+    for _ in range(2):
+        run[0].load_state_dict(dense)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            run[2].step()
+        assert_held(run)
+
+
+@EVERY_OPTIMIZER
+def test_loading_the_same_zeros_is_no_news(case: str) -> None:
+    run = start(case)
+    train(run)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run[0].load_state_dict(copy.deepcopy(run[0].state_dict()))
+        train(run, 2)
+    assert_held(run)
+
+
+@EVERY_OPTIMIZER
+def test_writes_that_versions_do_not_show_are_found(case: str) -> None:
+    run = start(case)
+    train(run)
+    for layer in (run[0][0], run[0][2]):
+        layer.weight.data.fill_(0.5)
+    with pytest.warns(GMPWarning, match="were not zero any more"):
+        run[2].step()
+    assert_held(run)
+
+
+def test_a_write_to_one_layer_is_found_when_its_turn_comes() -> None:
+    run = start("torch_momentum")
+    train(run)
+    run[0][2].weight.data.fill_(0.5)
+    with pytest.warns(GMPWarning, match=r"'2\.weight' were not zero any more"):
+        for _ in range(2):
+            run[2].step()
+    assert_held(run)
+
+
+@EVERY_OPTIMIZER
+def test_a_new_optimizer_is_repaired_after_until_it_is_assigned(case: str) -> None:
+    run = start(case)
+    train(run)
+    new = torch.optim.Adam(run[0].parameters(), lr=0.01)
+    with pytest.warns(GMPWarning, match=r"set pruner\.optimizer = new_optimizer"):
+        train(run, 1, new)
+    assert_held(run)
+    assert run[2].step_count == 1
+    run[2].optimizer = new
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(run, 3, new)
+    assert_held(run)
+    assert run[2].step_count == 4
+    assert run[2].optimizer is new
+
+
+@EVERY_OPTIMIZER
+def test_an_optimizer_of_ours_can_take_over(case: str) -> None:
+    run = start(case)
+    train(run)
+    new = optim.AdamW(run[0].parameters(), lr=0.01, compact_state=True)
+    run[2].optimizer = new
+    train(run, 2, new)
+    assert_held(run)
+    assert new.state[run[0][0].weight]["exp_avg"].numel() == 120
+
+
+def test_an_optimizer_of_other_parameters_cannot_take_over() -> None:
+    run = start("torch_momentum")
+    with pytest.raises(TargetError, match=r"'0\.weight'"):
+        run[2].optimizer = torch.optim.SGD(run[0][2].parameters(), lr=0.1)
+    train(run, 2)
+    assert_held(run)
+
+
+@EVERY_OPTIMIZER
+def test_a_second_pruner_replaces_the_first(case: str) -> None:
+    run = start(case)
+    initial = copy.deepcopy(run[0].state_dict())
+    train(run, 2)
+    run[0].load_state_dict(initial)
+    second = GMPScheduler(run[0], run[1], schedules.OneShot(0.5))
+    with pytest.raises(StateError, match="another pruner was built"):
+        run[2].step()
+    train((run[0], run[1], second), 3)
+    assert_held((run[0], run[1], second), 0.5)
+
+
+def test_a_pruner_of_some_of_the_layers_does_not_replace_one_of_all() -> None:
+    run = start("torch_momentum")
+    with pytest.raises(TargetError, match=r"'2\.weight' as well; call remove\(\)"):
+        GMPScheduler(run[0], run[1], schedules.OneShot(0.5), targets="0")
+    train(run, 2)
+    assert_held(run)
+    run[2].remove()
+    half = GMPScheduler(run[0], run[1], schedules.Constant(None), targets="0", start="zeros")
+    train((run[0], run[1], half), 2)
+    assert half.sparsity == pytest.approx(0.9)
+    assert run[0][2].weight.count_nonzero() > 500
+
+
+@EVERY_OPTIMIZER
+def test_removed_pruners_hold_nothing(case: str) -> None:
+    run = start(case)
+    train(run, 2)
+    run[2].remove()
+    assert int((run[0][0].weight == 0).sum()) == 1080
+    run[2].remove()
+    for call in (run[2].step, lambda: run[2].load_state_dict(run[2].state_dict())):
+        with pytest.raises(StateError, match="let them go, by remove"):
+            call()
+    run[1].zero_grad()
+    run[0](torch.randn(8, 40)).square().mean().backward()
+    run[1].step()
+    assert run[0][0].weight.count_nonzero() > 600
+
+
+def test_a_pruner_that_is_gone_leaves_no_trace_but_its_masks() -> None:
+    run = start("torch_momentum")
+    train(run)
+    gone = weakref.ref(run[2])
+    model, optimizer = run[:2]
+    del run
+    assert gone() is None
+    model(torch.randn(8, 40)).square().mean().backward()
+    optimizer.step()
+    assert int((model[0].weight == 0).sum()) == 1080
+
+
+def test_verify_names_the_layer() -> None:
+    run = start("torch_momentum")
+    train(run)
+    run[0][2].weight.data.fill_(1.0)
+    with pytest.raises(StateError, match=r"540 zeros in '2\.weight'.*got 540 that are not zero"):
+        run[2].verify()
+
+
+@EVERY_OPTIMIZER
+def test_zeros_that_nobody_told_of_are_held_and_said_once(case: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(40, 30), nn.ReLU(), nn.Linear(30, 20))
+    with torch.no_grad():
+        model[0].weight[:, ::2] = 0.0
+    optimizer = OPTIMIZERS[case](model.parameters())
+    pruner = GMPScheduler(model, optimizer, schedules.OneShot(0.9, step=3))
+    with pytest.warns(GMPWarning, match=r"33\.3% of the weights to be pruned are zero already and are held"):
+        train((model, optimizer, pruner), 2)
+    assert pruner.layer_sparsities() == {"0.weight": 0.5, "2.weight": 0.0}
+    assert int((model[0].weight == 0).sum()) == 600
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train((model, optimizer, pruner), 3)
+    assert_held((model, optimizer, pruner))
+
+
+def test_zeros_can_be_let_train() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(40, 30), nn.ReLU(), nn.Linear(30, 20))
+    with torch.no_grad():
+        model[0].weight[:, ::2] = 0.0
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train((model, optimizer, GMPScheduler(model, optimizer, schedules.OneShot(0.9, step=3), start={})), 2)
+    assert model[0].weight.count_nonzero() > 1100
+
+
+def test_a_layer_that_starts_as_zeros_is_let_train() -> None:
+    model = nn.Sequential(nn.Linear(40, 30), nn.ReLU(), nn.Linear(30, 20))
+    nn.init.zeros_(model[2].weight)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train((model, optimizer, GMPScheduler(model, optimizer, schedules.OneShot(0.9, step=3))), 2)
+    assert model[2].weight.any()
+
+
+@EVERY_OPTIMIZER
+def test_resuming_all_but_the_pruner_is_noticed(case: str) -> None:
+    run = start(case)
+    train(run, 2)
+    saved = copy.deepcopy((run[0].state_dict(), run[1].state_dict()))
+    again = start(case)
+    again[0].load_state_dict(saved[0])
+    again[1].load_state_dict(saved[1])
+    with pytest.warns(GMPWarning, match=r"To resume a run, load the pruner's state_dict\(\) too"):
+        train(again, 2)
+    assert_held(again)
+
+
+def test_later_weights_loaded_without_their_masks_are_noticed() -> None:
+    run = start("torch_momentum", 0.5)
+    train(run)
+    sparser = copy.deepcopy(run[0].state_dict())
+    sparser["0.weight"][:, :30] = 0.0
+    run[0].load_state_dict(sparser)
+    with pytest.warns(GMPWarning, match="have become zero although their masks keep them"):
+        run[2].step()
+
+
+def test_calls_without_steps_are_said_once() -> None:
+    run = start("torch_momentum")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(99):
+            run[2].step()
+    with pytest.warns(GMPWarning, match=r"100 times in a row without a step of SGD.*count='calls'"):
+        run[2].step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(200):
+            run[2].step()
+    assert (run[2].step_count, len(run[2].history)) == (0, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_contradictions_are_counted_in_slices(dtype: torch.dtype) -> None:
+    n = 2 * SLICE + 21
+    weight = torch.ones(n, dtype=dtype)
+    weight[::5] = 0.0
+    mask = BitMask.from_bool(torch.arange(n) % 3 > 0)
+    pruned = torch.arange(n) % 3 == 0
+    expected = [int((pruned & (weight != 0)).sum()), int((~pruned & (weight == 0)).sum())]
+    assert compare(weight, mask).tolist() == expected
+    square = weight[: 1 << 20].view(1024, 1024).t()
+    part = BitMask.from_bool(mask.to_bool()[: 1 << 20].view(1024, 1024))
+    found = compare(square, part).tolist()
+    assert found == [int((~part.to_bool() & (square != 0)).sum()), int((part.to_bool() & (square == 0)).sum())]
