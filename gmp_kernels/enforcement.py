@@ -19,7 +19,7 @@ from gmp_kernels.ops import apply_masks_
 from gmp_kernels.optim.masked import MaskedOptimizer
 from gmp_kernels.progress import StepCount
 from gmp_kernels.sharding import local, sum_over_shards
-from gmp_kernels.targets import Place
+from gmp_kernels.targets import Place, check_present
 from gmp_kernels.watch import Watch, compare
 from gmp_kernels.wrappers import optimizer_chain, with_own_hooks
 from gmp_kernels.zeroing import zero_where_pruned_
@@ -54,6 +54,7 @@ class Enforcement:
 
     Parameters
     ----------
+    model : torch.nn.Module
     parameters : mapping of str to Parameter
     places : mapping of str to Place
     masks : mapping of str to BitMask
@@ -82,6 +83,7 @@ class Enforcement:
 
     def __init__(
         self,
+        model: nn.Module,
         parameters: Mapping[str, nn.Parameter],
         places: Mapping[str, Place],
         masks: Mapping[str, BitMask],
@@ -91,7 +93,9 @@ class Enforcement:
         counts_steps: bool,
         expects_dense: bool,
     ) -> None:
+        self._model = model
         self._parameters = dict(parameters)
+        self._shapes = {name: p.shape for name, p in parameters.items()}
         self._names = list(parameters)
         self._places = [places[name] for name in parameters]
         self._masks = masks
@@ -105,7 +109,7 @@ class Enforcement:
         self.steps = StepCount()
         self.is_released = False
         self._choose(optimizer)
-        self._watch = Watch(list(self._parameters.values()), self._places)
+        self._watch = Watch(self._model, list(self._parameters.values()), self._places)
         self._hooks: list[Any] = []
 
     def __getstate__(self) -> dict[str, Any]:
@@ -114,7 +118,7 @@ class Enforcement:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._watch = Watch(list(self._parameters.values()), self._places)
+        self._watch = Watch(self._model, list(self._parameters.values()), self._places)
         self._hooks = []
         if not self.is_released:
             self.own()
@@ -341,9 +345,12 @@ class Enforcement:
             "count='calls' is for loops whose optimizer cannot be watched",
         )
 
-    def are_in_place(self) -> bool:
-        """Whether the model still has these very parameters."""
-        return self._watch.are_in_place()
+    def check_present(self) -> None:
+        """Raise TargetError for a target that was removed from the model, replaced or reshaped."""
+        if not self._watch.are_in_place():
+            check_present(self._model, self._parameters, self._shapes)
+            # Another module leads to the same parameters now.
+            self._watch.locate(self._model)
 
     def _contradictions(self, positions: Iterable[int]) -> list[tuple[int, int]]:
         """Return, by parameter, how many pruned weights are not zero here and how many kept ones are."""

@@ -145,6 +145,7 @@ class GMPScheduler:
         self._shards = Shards.of(model, self._parameters)
         self._is_agreed = False
         self._enforcement = Enforcement(
+            model,
             self._parameters,
             index.places(self._parameters),
             self.masks,
@@ -237,8 +238,7 @@ class GMPScheduler:
         self._check_alive("step()")
         device = next(iter(self._parameters.values())).device
         refuse_capture(device, "GMPScheduler.step()", "it outside of the graph, after optimizer.step()")
-        if not self._enforcement.are_in_place():
-            check_present(self.model, self._parameters, self._shapes)
+        self._enforcement.check_present()
         self._enforcement.check(sample=True)
         if self._shards is not None and not self._is_agreed:
             thresholds = {f"threshold of '{name}'": threshold for name, threshold in self._thresholds.items()}
