@@ -26,8 +26,11 @@ from gmp_kernels.checkpoints import (
     PruneJob,
     PruneReport,
     TensorStatistics,
+    cover_tensors,
     inspect_checkpoint,
 )
+from gmp_kernels.coverage import Coverage, shown_names
+from gmp_kernels.distributions import emptied_layers
 from gmp_kernels.errors import GMPError, OutputError
 from gmp_kernels.tables import new_table, print_whole
 
@@ -117,8 +120,9 @@ def prune(
         force=force,
     )
     console = Console()
+    coverage = cover_tensors(job.checkpoint.tensors, targets, ignore)
     if dry_run:
-        _show_targets(console, job)
+        _show_targets(console, job, coverage)
         return
     try:
         with _progress(console, "pruning") as advance:
@@ -128,6 +132,7 @@ def prune(
             Console(stderr=True).print("What is finished of it is kept: --resume goes on from there.")
         raise
     if os.environ.get("RANK", "0") == "0":
+        _show_coverage(console, coverage, [layer.num_pruned for layer in report.layers])
         console.print(_summary(job, report, target), soft_wrap=True, highlight=False)
 
 
@@ -176,7 +181,7 @@ def _progress(console: Console, what: str) -> Iterator[Callable[[int, int], None
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def _show_targets(console: Console, job: PruneJob) -> None:
+def _show_targets(console: Console, job: PruneJob, coverage: Coverage) -> None:
     by_layer = len(counts := job.num_prune()) == len(job.tensors)
     table = new_table(
         "tensor", "dtype", "shape", "weights", *(["num_prune"] if by_layer else []), right=(3, 4)[: 1 + by_layer]
@@ -185,6 +190,8 @@ def _show_targets(console: Console, job: PruneJob) -> None:
         count = [str(counts[i])] if by_layer else []
         table.add_row(escape(tensor.name), tensor.dtype, _shape(tensor.shape), str(tensor.numel), *count)
     print_whole(console, table)
+    # Only ranking all of them would tell who loses what in global scope.
+    _show_coverage(console, coverage, counts if by_layer else [0] * len(job.tensors))
     weights = sum(tensor.numel for tensor in job.tensors)
     others = len(job.checkpoint.tensors) - len(job.tensors)
     console.print(
@@ -192,6 +199,15 @@ def _show_targets(console: Console, job: PruneJob) -> None:
         soft_wrap=True,
         highlight=False,
     )
+
+
+def _show_coverage(console: Console, coverage: Coverage, num_pruned: Sequence[int]) -> None:
+    """Print the coverage, and what is left without a weight; ``num_pruned`` is by target, in their order."""
+    names, sizes = [tensor.name for tensor in coverage.targets], [tensor.num_weights for tensor in coverage.targets]
+    lines = [str(coverage)]
+    if emptied := emptied_layers(names, sizes, num_pruned):
+        lines.append(f"no weight is left in {shown_names(emptied)}")
+    console.print("\n".join(lines), soft_wrap=True, highlight=False, markup=False)
 
 
 def _summary(job: PruneJob, report: PruneReport, target: Path) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import TypeAlias
 
-__all__ = ["DISTRIBUTIONS", "Distribution", "erk", "uniform"]
+__all__ = ["DISTRIBUTIONS", "Distribution", "emptied_layers", "erk", "uniform"]
 
 Distribution: TypeAlias = Callable[[float, Sequence[Sequence[int]]], list[int]]
 
@@ -24,6 +24,11 @@ def uniform(sparsity: float, shapes: Sequence[Sequence[int]]) -> list[int]:
         One per layer, none empty.
     """
     return [round(sparsity * math.prod(shape)) for shape in shapes]
+
+
+def emptied_layers(names: Sequence[str], sizes: Sequence[int], num_pruned: Sequence[int]) -> list[str]:
+    """Return the names of the layers that have no weight left: whatever goes in, their output is a constant."""
+    return [name for name, n, pruned in zip(names, sizes, num_pruned, strict=True) if pruned >= n]
 
 
 def erk(sparsity: float, shapes: Sequence[Sequence[int]]) -> list[int]:

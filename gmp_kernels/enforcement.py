@@ -3,35 +3,29 @@
 from __future__ import annotations
 
 import warnings
-import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.weak import WeakIdKeyDictionary
 
 from gmp_kernels import capture
-from gmp_kernels.checks import DTYPES, PLAIN
+from gmp_kernels.coverage import shown_names
 from gmp_kernels.errors import CaptureError, GMPWarning, StateError, TargetError
 from gmp_kernels.masks import BitMask
-from gmp_kernels.ops import apply_masks_
 from gmp_kernels.optim.masked import MaskedOptimizer
+from gmp_kernels.owners import let_go, owners_of, set_owner
 from gmp_kernels.progress import StepCount
 from gmp_kernels.sharding import local, sum_over_shards
 from gmp_kernels.targets import Place, check_present
 from gmp_kernels.watch import Watch, compare
 from gmp_kernels.wrappers import optimizer_chain, with_own_hooks
-from gmp_kernels.zeroing import zero_where_pruned_
+from gmp_kernels.zeroing import zero_all_where_pruned_
 
 __all__ = ["Enforcement", "count_pruned", "refuse_capture"]
 
 # Of all weights: more of them are not zero by accident.
 MANY_ZEROS = 0.01
-
-# The enforcement that holds a parameter. Tensors compare by value, so ordinary weak dictionaries cannot have them as
-# keys.
-_owners: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def refuse_capture(device: torch.device, what: str, use: str) -> None:
@@ -165,19 +159,17 @@ class Enforcement:
         TargetError
             Another pruner holds some of them and other parameters too. Nothing has changed.
         """
-        others = {id(other): other for p in self._parameters.values() if (other := _owner(p)) not in (None, self)}
+        others = owners_of(self._parameters.values()) - {self}
         mine = set(map(id, self._parameters.values()))
-        for other in others.values():
-            left = [name for name, p in other._parameters.items() if id(p) not in mine]
-            if left:
+        for other in others:
+            if left := [name for name, p in other._parameters.items() if id(p) not in mine]:
                 raise TargetError(
                     f"GMPScheduler: expected parameters that no other pruner holds, got some of one that holds "
                     f"'{left[0]}' as well; call remove() on it first"
                 )
-        for other in others.values():
+        for other in others:
             other.release()
-        for parameter in self._parameters.values():
-            _owners[parameter] = weakref.ref(self)
+        set_owner(self._parameters.values(), self)
         self._attach()
 
     def release(self) -> None:
@@ -196,9 +188,7 @@ class Enforcement:
         """Let the parameters go, and leave their masks to the optimizer."""
         self._unhook()
         self.is_released = True
-        for parameter in self._parameters.values():
-            if _owner(parameter) is self:
-                del _owners[parameter]
+        let_go(self._parameters.values(), self)
 
     # -- masks -------------------------------------------------------------------------------------------------------
 
@@ -226,40 +216,17 @@ class Enforcement:
         self._watch.record()
 
     def _zero(self, weights: Iterable[torch.Tensor], masks: Mapping[torch.Tensor, BitMask]) -> None:
-        """Zero what is pruned of these weights and of the state of all parameters in ``masks``: one call per device."""
-        calls: dict[torch.device, tuple[list[torch.Tensor], list[BitMask]]] = {}
-        others: list[tuple[str, torch.Tensor, BitMask]] = []
-        found = [("", p.detach(), masks[p]) for p in weights]
-        found += [(key, value, mask) for p, mask in masks.items() for key, value in self._state(p)]
-        for key, whole, mask in found:
-            tensor = local(whole)
-            if not tensor.numel():
-                continue
-            if (type(tensor) in PLAIN and tensor.dtype in DTYPES and tensor.is_contiguous()) or not key:
-                tensors, bits = calls.setdefault(tensor.device, ([], []))
-                tensors.append(tensor)
-                bits.append(mask.to(tensor.device))
-            else:
-                others.append((key, tensor, mask))
-        for tensors, bits in calls.values():
-            apply_masks_(tensors, bits, backend=self._backend)
-        left = {key: tensor for key, tensor, mask in others if not zero_where_pruned_(tensor, mask)}
-        for key, tensor in left.items():
-            self._say(
-                f"state '{key}'",
-                f"the optimizer's state '{key}' ({type(tensor).__name__} of {tensor.dtype}) cannot be set to zero "
-                "where weights are pruned and is left as it is; the weights themselves stay zero",
+        """Zero what is pruned of these weights, and of the state of all parameters in ``masks``."""
+        state = self._innermost.state
+        entries = [("weight", p.detach(), masks[p]) for p in weights]
+        entries += [(f"state '{key}'", value, mask) for p, mask in masks.items() for key, value in _state_of(state, p)]
+        for i in zero_all_where_pruned_([entry[1:] for entry in entries], backend=self._backend):
+            key, tensor, _ = entries[i]
+            self.say(
+                key,
+                f"the {key} of a parameter, {type(tensor).__name__} of {tensor.dtype}, cannot be set to zero where "
+                "weights are pruned and is left as it is",
             )
-
-    def _state(self, parameter: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
-        """Return the state of an optimizer that has a parameter's shape: momentum, averages of gradients."""
-        return [
-            (key, value)
-            for key, value in self._innermost.state.get(parameter, {}).items()
-            # Counters such as Adam's ``step`` are floating tensors too, without dimensions.
-            if isinstance(value, torch.Tensor) and value.ndim and value.shape == parameter.shape
-            if value.is_floating_point()
-        ]
 
     # -- around the optimizer's steps --------------------------------------------------------------------------------
 
@@ -336,9 +303,17 @@ class Enforcement:
             zeros[name] = mask.numel - mask.num_kept + found[1]
         return zeros
 
+    def check_alive(self, what: str) -> None:
+        """Raise StateError if the parameters are let go."""
+        if self.is_released:
+            raise StateError(
+                f"GMPScheduler: expected a pruner that holds its parameters, got {what} of one that let them go, by "
+                "remove() or because another pruner was built for them; use that one"
+            )
+
     def say_idle(self, num_calls: int, step_count: int) -> None:
         """Say that the schedule stands still."""
-        self._say(
+        self.say(
             "idle",
             f"step() was called {num_calls} times in a row without a step of {self._name}, so that the schedule stays "
             f"at step {step_count}. If another optimizer steps these parameters, set pruner.optimizer to it; "
@@ -351,6 +326,15 @@ class Enforcement:
             check_present(self._model, self._parameters, self._shapes)
             # Another module leads to the same parameters now.
             self._watch.locate(self._model)
+
+    def say_emptied(self, names: Sequence[str]) -> None:
+        """Say which layers a ranking of all has left nothing of."""
+        if names:
+            self.say(
+                "emptied",
+                f"ranking all layers together has left {shown_names(names)} without a weight; prune less, use "
+                "scope='layer', or add them to ignore=",
+            )
 
     def _contradictions(self, positions: Iterable[int]) -> list[tuple[int, int]]:
         """Return, by parameter, how many pruned weights are not zero here and how many kept ones are."""
@@ -368,9 +352,9 @@ class Enforcement:
         share = sum(zeros for _, zeros in found.values()) / max(1, sum(self._mask_at(i).numel for i in positions))
         if damaged:
             self._repair(damaged)
-            self._say("repair", self._describe_repair(damaged))
+            self.say("repair", self._describe_repair(damaged))
         elif share > MANY_ZEROS:
-            self._say(
+            self.say(
                 "zeros",
                 f"{share:.1%} of the weights to be pruned have become zero although their masks keep them, and are not "
                 "held at zero. After loading later weights, load the pruner's state_dict() of that time too",
@@ -393,7 +377,7 @@ class Enforcement:
             self._masks[name].packed.copy_(BitMask.from_zeros(local(self._parameters[name])).packed)
         self.masks_changed(count_pruned(self._masks, self._parameters))
         self.apply(zeros)
-        self._say(
+        self.say(
             "zeros",
             f"{share:.1%} of the weights to be pruned are zero already and are held at zero from now on, as with "
             "start='zeros'. To resume a run, load the pruner's state_dict() too; to let them train, pass start={}",
@@ -420,18 +404,23 @@ class Enforcement:
     def _name(self) -> str:
         return type(self._innermost).__name__
 
-    def _say(self, what: str, message: str) -> None:
+    def say(self, what: str, message: str) -> None:
         """Warn once for each kind of thing."""
         if what not in self._said:
             self._said.add(what)
-            warnings.warn(f"GMPScheduler: {message}", GMPWarning, stacklevel=2)
+            warnings.warn(f"GMPScheduler: {message}", GMPWarning, stacklevel=3)
+
+
+def _state_of(state: Mapping[torch.Tensor, Mapping[str, Any]], p: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
+    """Return the state of a parameter that has its shape: momentum, averages of gradients."""
+    return [
+        (key, value)
+        for key, value in state.get(p, {}).items()
+        # Counters such as Adam's ``step`` are floating tensors too, without dimensions.
+        if isinstance(value, torch.Tensor) and value.ndim and value.shape == p.shape and value.is_floating_point()
+    ]
 
 
 def _left_alone_by_compilers(hook: Callable[..., None]) -> Callable[..., None]:
     """Keep a hook out of compiled steps: it depends on the masks, and would be compiled again at every update."""
     return torch.compiler.disable(hook)  # type: ignore[no-any-return,no-untyped-call]
-
-
-def _owner(parameter: nn.Parameter) -> Enforcement | None:
-    reference = _owners.get(parameter)  # type: ignore[no-untyped-call]
-    return None if reference is None else reference()

@@ -7,12 +7,13 @@ from typing import NamedTuple
 
 import torch
 
-from gmp_kernels.distributions import DISTRIBUTIONS, Distribution, uniform
+from gmp_kernels.coverage import shown_names
+from gmp_kernels.distributions import DISTRIBUTIONS, Distribution, emptied_layers, uniform
 from gmp_kernels.errors import TargetError
 from gmp_kernels.schedules import Schedule
 from gmp_kernels.targets import Entry, ParameterIndex
 
-__all__ = ["Group", "groups_of", "weights_to_prune"]
+__all__ = ["Group", "groups_of", "warn_of_emptied", "weights_to_prune"]
 
 
 class Group(NamedTuple):
@@ -30,6 +31,7 @@ def groups_of(
     schedule: Schedule,
     distribution: str,
     overrides: Mapping[Entry, float | Schedule],
+    scope: str,
 ) -> list[Group]:
     """Divide the targets among the schedule and the overrides; of these the first that reaches a layer decides.
 
@@ -39,7 +41,23 @@ def groups_of(
         An override reaches no target.
     SparsityError
         An override outside [0, 1].
+    ValueError
+        An unknown distribution; in global scope any but "uniform", and overrides.
     """
+    if distribution not in DISTRIBUTIONS:
+        raise ValueError(
+            f"GMPScheduler: expected distribution to be one of {tuple(DISTRIBUTIONS)}, got {distribution!r}"
+        )
+    if scope == "global" and distribution != "uniform":
+        raise ValueError(
+            f"GMPScheduler: expected distribution='uniform' with scope='global', got {distribution!r}; ranking all "
+            "layers together decides what each gives up"
+        )
+    if scope == "global" and overrides:
+        raise TargetError(
+            f"GMPScheduler: expected no overrides with scope='global', got {overrides!r}; use scope='layer', or "
+            "ignore= for layers to leave alone"
+        )
     left = dict.fromkeys(names)
     groups = []
     for entry, value in overrides.items():
@@ -55,6 +73,26 @@ def groups_of(
             left.pop(name, None)
     groups.insert(0, Group(schedule, list(left), DISTRIBUTIONS[distribution]))
     return [group for group in groups if group.names]
+
+
+def warn_of_emptied(groups: Sequence[Group], shapes: Mapping[str, torch.Size], scope: str) -> str | None:
+    """Return a warning if the schedules, where they end, leave a layer without a weight."""
+    emptied: list[str] = []
+    for group in groups:
+        sizes = [shapes[name].numel() for name in group.names]
+        sparsity = group.schedule.final_sparsity
+        if scope == "layer":
+            counts = group.distribute(sparsity, [shapes[name] for name in group.names])
+        else:
+            # Any layer may lose more than its share; only when all lose everything is it known before.
+            counts = sizes if round(sparsity * sum(sizes)) == sum(sizes) else [0] * len(sizes)
+        emptied += emptied_layers(group.names, sizes, counts)
+    if not emptied:
+        return None
+    return (
+        "GMPScheduler: expected weights left in every layer, got a schedule that prunes all of "
+        f"{shown_names(emptied)}; give them a lower sparsity in overrides=, or add them to ignore="
+    )
 
 
 def weights_to_prune(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 
@@ -13,7 +13,22 @@ from gmp_kernels.ops import NonFinite, PruneResult, Scope, Threshold, prune_
 from gmp_kernels.optim.masked import MaskedOptimizer
 from gmp_kernels.sharding import local
 
-__all__ = ["LayerPruner"]
+__all__ = ["LayerPruner", "write_despite_interrupts"]
+
+_T = TypeVar("_T")
+
+
+def write_despite_interrupts(write: Callable[[], _T], shards: Shards | None) -> _T:
+    """Call what writes; if an interrupt comes in between, write it all again, which changes nothing twice."""
+    try:
+        return write()
+    except Exception:
+        raise
+    except BaseException:
+        # Other ranks would not take part.
+        if shards is None:
+            write()
+        raise
 
 
 class LayerPruner:
@@ -28,6 +43,11 @@ class LayerPruner:
         Where parameters are shards or copies of those of other ranks.
     scope, nonfinite, backend
         As in ``prune_``.
+
+    Attributes
+    ----------
+    thresholds : dict of str to Threshold
+        Of the latest update of each layer.
     """
 
     def __init__(
@@ -46,6 +66,7 @@ class LayerPruner:
         self._scope: Scope = scope
         self._nonfinite: NonFinite = nonfinite
         self._backend = backend
+        self.thresholds: dict[str, Threshold] = {}
 
     def batches(self, names: Iterable[str]) -> list[list[str]]:
         """Split ``names`` by device for layer scope; ``prune_`` itself refuses global scope over several."""
@@ -56,13 +77,7 @@ class LayerPruner:
         return list(batches.values())
 
     def prune_(
-        self,
-        names: Sequence[str],
-        num_prune: list[int],
-        optimizer: MaskedOptimizer | None,
-        *,
-        step: int,
-        previous: Mapping[str, Threshold],
+        self, names: Sequence[str], num_prune: list[int], optimizer: MaskedOptimizer | None, *, step: int
     ) -> PruneResult:
         """Prune one batch.
 
@@ -75,14 +90,12 @@ class LayerPruner:
             Its master weights are ranked, where it keeps some.
         step : int
             What ranks compare.
-        previous : mapping of str to Threshold
-            Of earlier calls.
         """
         request: dict[str, Any] = {
             "names": names,
             "scope": self._scope,
             "nonfinite": self._nonfinite,
-            "previous": [previous.get(name) for name in names],
+            "previous": [self.thresholds.get(name) for name in names],
             "backend": self._backend,
         }
         weights = [self._ranked(name, optimizer) for name in names]
@@ -93,6 +106,7 @@ class LayerPruner:
             result = prune_(weights, num_prune=num_prune, masks=masks, **request)
         for name, mask in zip(names, masks, strict=True):
             self._masks[name].packed = mask.packed
+        self.thresholds.update(zip(names, result.thresholds, strict=True))
         return result
 
     def prune_nothing(self, names: Sequence[str], optimizer: MaskedOptimizer | None) -> None:

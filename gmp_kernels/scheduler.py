@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, TypeVar
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from gmp_kernels.checks import check_choice
+from gmp_kernels.coverage import Coverage, gap_in
 from gmp_kernels.distributed import Shards
-from gmp_kernels.distributions import DISTRIBUTIONS
 from gmp_kernels.enforcement import Enforcement, count_pruned, refuse_capture
-from gmp_kernels.errors import StateError, TargetError
-from gmp_kernels.groups import groups_of, weights_to_prune
+from gmp_kernels.errors import GMPWarning
+from gmp_kernels.groups import groups_of, warn_of_emptied, weights_to_prune
 from gmp_kernels.masks import BitMask
-from gmp_kernels.ops import NonFinite, Scope, Threshold
+from gmp_kernels.ops import NonFinite, Scope
 from gmp_kernels.optim.masked import MaskedOptimizer
+from gmp_kernels.parametrized import follow_update_
 from gmp_kernels.progress import Position, Progress
-from gmp_kernels.pruning import LayerPruner
+from gmp_kernels.pruning import LayerPruner, write_despite_interrupts
 from gmp_kernels.reports import LayerReport, StepReport
 from gmp_kernels.scheduler_state import Saved, Start, pack, starting_masks, unpack, unpack_masks
 from gmp_kernels.schedules import Schedule
@@ -28,8 +30,6 @@ from gmp_kernels.targets import Entry, ParameterIndex, check_optimized, check_pr
 from gmp_kernels.wrappers import optimizer_chain
 
 __all__ = ["GMPScheduler", "StepReport"]
-
-_T = TypeVar("_T")
 
 PATIENCE = 100  # calls in a row without an optimizer step before a word about it
 
@@ -56,9 +56,11 @@ class GMPScheduler:
         Sparsity against optimizer steps.
     targets : str, module type or list of them, optional
         What to prune: exact names of parameters or modules, globs, ``"re:"`` regular expressions, or module types; see
-        ``gmp_kernels.targets``. Default: the weights of Linear and Conv modules. A tied parameter is one parameter:
-        it is pruned if one of its names is a target (as an output layer tied to an embedding is by default), and left
-        alone if one of them is ignored.
+        ``gmp_kernels.targets``. A module means everything in it. Default: every weight of two or more dimensions that
+        multiplies activations: of Linear, Conv, attention, recurrent and expert modules, but no norms, biases,
+        embeddings, routers of experts, low-rank adapters or output heads of language models; ``coverage()`` says what
+        that comes to. A tied parameter is one parameter: it is pruned if one of its names is in ``targets``, and left
+        alone if one of them is ignored or, by default, an embedding.
     ignore : as targets, optional
         What not to prune.
     overrides : dict, optional
@@ -88,11 +90,18 @@ class GMPScheduler:
     Raises
     ------
     TargetError
-        An entry matches nothing, nothing is left to prune, or a target is not among the optimizer's parameters.
+        An entry matches nothing that can be pruned, nothing is left to prune, or a parameter named exactly is not among
+        the optimizer's or is one from which a weight is computed in a way that does not keep zeros.
     SparsityError
         An override outside [0, 1].
     DTypeError, ShapeError, LayoutError, BackendUnavailableError
         A target that ``prune_`` does not take.
+
+    Warns
+    -----
+    UserWarning
+        The default leaves out more than half of the weights in matrices, most weights are frozen, or the schedule ends
+        with a layer that has no weight left. At an update: a row under weight_norm has none, which makes it NaN.
 
     References
     ----------
@@ -118,30 +127,17 @@ class GMPScheduler:
         for value, kind in ((model, nn.Module), (schedule, Schedule)):
             if not isinstance(value, kind):
                 raise TypeError(f"GMPScheduler: expected a {kind.__module__}.{kind.__name__}, got {value!r}")
-        check_choice("GMPScheduler", "distribution", distribution, tuple(DISTRIBUTIONS))
         check_choice("GMPScheduler", "count", count, ("optimizer_steps", "calls"))
-        if scope == "global" and distribution != "uniform":
-            raise ValueError(
-                f"GMPScheduler: expected distribution='uniform' with scope='global', got {distribution!r}; ranking all "
-                "layers together decides what each gives up"
-            )
-        if scope == "global" and overrides:
-            raise TargetError(
-                f"GMPScheduler: expected no overrides with scope='global', got {overrides!r}; use scope='layer', or "
-                "ignore= for layers to leave alone"
-            )
         self.model = model
         self.schedule = schedule
         self._scope = scope
         self._distribution = distribution
-        index = ParameterIndex(model)
-        self._parameters = index.select(targets, ignore)
-        check_optimized(optimizer_chain(optimizer)[-1], self._parameters)
-        self._groups = groups_of(index, list(self._parameters), schedule, distribution, overrides or {})
+        index = ParameterIndex(model, optimizer_chain(optimizer)[-1])
+        self._parameters, self._coverage = index.select(targets, ignore)
+        self._groups = groups_of(index, list(self._parameters), schedule, distribution, overrides or {}, scope)
         self._shapes = {name: p.shape for name, p in self._parameters.items()}
         self.masks = starting_masks(start, self._parameters)
         self.history: list[StepReport] = []
-        self._thresholds: dict[str, Threshold] = {}
         self._shards = Shards.of(model, self._parameters)
         self._is_agreed = False
         self._enforcement = Enforcement(
@@ -162,6 +158,10 @@ class GMPScheduler:
         for names in self._pruner.batches(self._parameters):
             self._pruner.prune_nothing(names, self._masked_optimizer)
         num_pruned = count_pruned(self.masks, self._parameters) if start is not None else {}
+        gap = gap_in(self._coverage, by_default=targets is None)
+        for word in (gap, warn_of_emptied(self._groups, self._shapes, scope)):
+            if word is not None:
+                warnings.warn(word, GMPWarning, stacklevel=2)
         # From here on it has effects, the first of which can be refused.
         self._enforcement.own()
         try:
@@ -170,6 +170,7 @@ class GMPScheduler:
             if start is not None or not self._has_compact_state:
                 # Before the first update already, for graphs captured until then.
                 self._enforcement.apply(self._parameters, ranked_is_pruned=start is None)
+            self._follow_masks()
         except BaseException:
             self._enforcement.detach()
             raise
@@ -181,7 +182,7 @@ class GMPScheduler:
 
     @optimizer.setter
     def optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        self._check_alive("assigning optimizer")
+        self._enforcement.check_alive("assigning optimizer")
         check_optimized(optimizer_chain(optimizer)[-1], self._parameters)
         self._enforcement.follow(optimizer)
         self._enforcement.apply(self._parameters)
@@ -235,13 +236,13 @@ class GMPScheduler:
         whose weights had drifted apart are the exception: their masks are compared after they were made.) An interrupt
         while an update writes lets it be finished first.
         """
-        self._check_alive("step()")
+        self._enforcement.check_alive("step()")
         device = next(iter(self._parameters.values())).device
         refuse_capture(device, "GMPScheduler.step()", "it outside of the graph, after optimizer.step()")
         self._enforcement.check_present()
         self._enforcement.check(sample=True)
         if self._shards is not None and not self._is_agreed:
-            thresholds = {f"threshold of '{name}'": threshold for name, threshold in self._thresholds.items()}
+            thresholds = {f"threshold of '{name}'": threshold for name, threshold in self._pruner.thresholds.items()}
             self._shards.agree({**self._settings(), "step": self.step_count, **thresholds})
             self._is_agreed = True
         steps, position = self._progress.due([group.schedule for group in self._groups])
@@ -253,6 +254,20 @@ class GMPScheduler:
         if self._progress.num_idle == PATIENCE:
             self._enforcement.say_idle(PATIENCE, self.step_count)
         return report
+
+    def coverage(self) -> Coverage:
+        """Return what of the model is pruned, what is left out, and why, as it was when the scheduler was built."""
+        return self._coverage
+
+    def __repr__(self) -> str:
+        """Return the schedule, how far it has come, and the table of the coverage."""
+        end = max(group.schedule.end_step for group in self._groups)
+        state = "finished" if self.finished else f"not finished: the last update is due at step {end}"
+        return (
+            f"{type(self).__name__}({self.schedule!r}, scope={self._scope!r})\n"
+            f"step {self.step_count} after {self._progress.num_calls} calls, sparsity {self.sparsity:.4f}, {state}\n"
+            f"{self._coverage}"
+        )
 
     @property
     def sparsity(self) -> float:
@@ -301,7 +316,7 @@ class GMPScheduler:
             self._progress.is_current,
             self.masks,
             self._enforcement.num_pruned,
-            self._thresholds,
+            self._pruner.thresholds,
             self.history,
         )
         return pack(saved, self._parameters)
@@ -324,7 +339,7 @@ class GMPScheduler:
         StateError
             It comes from another version, other layers, or other settings. Nothing has been changed.
         """
-        self._check_alive("load_state_dict()")
+        self._enforcement.check_alive("load_state_dict()")
         if masks_only:
             masks, num_pruned = unpack_masks(state_dict, self._parameters)
             saved = None
@@ -333,39 +348,26 @@ class GMPScheduler:
             masks, num_pruned = saved.masks, saved.num_pruned
         if self._masked_optimizer is not None:
             self._masked_optimizer.check_masks({p: self.masks[name] for name, p in self._parameters.items()})
-        self._finish(lambda: self._load(masks, num_pruned, saved))
+        write_despite_interrupts(lambda: self._load(masks, num_pruned, saved), self._shards)
 
     def _load(self, masks: Mapping[str, BitMask], num_pruned: dict[str, int], saved: Saved | None) -> None:
         for name, mask in masks.items():
             written = self._pruner.writable_mask(name, self._masked_optimizer)
             written.packed.copy_(mask.packed)
             self.masks[name].packed = written.packed
-        self._thresholds, self._is_agreed = {}, False
+        self._pruner.thresholds, self._is_agreed = {}, False
         if saved is not None:
-            self._thresholds = saved.thresholds
+            self._pruner.thresholds = saved.thresholds
             self.history[:] = saved.history
             self._progress.restore(saved.step_count, is_current=saved.is_current, num_calls=saved.num_calls)
         self._enforcement.masks_changed(num_pruned)
         self._enforcement.apply(self._parameters)
+        self._follow_masks()
 
-    def _finish(self, write: Callable[[], _T]) -> _T:
-        """Call what writes; if an interrupt comes in between, write it all again, which changes nothing twice."""
-        try:
-            return write()
-        except Exception:
-            raise
-        except BaseException:
-            # Other ranks would not take part.
-            if self._shards is None:
-                write()
-            raise
-
-    def _check_alive(self, what: str) -> None:
-        if self._enforcement.is_released:
-            raise StateError(
-                f"GMPScheduler: expected a pruner that holds its parameters, got {what} of one that let them go, by "
-                "remove() or because another pruner was built for them; use that one"
-            )
+    def _follow_masks(self) -> None:
+        """Bring weights that the model computes from pruned ones up to date."""
+        if warning := follow_update_(self.model, self._parameters):
+            self._enforcement.say("computed", warning)
 
     def _counts(self, num_prune: Mapping[str, int], names: Sequence[str], step: int) -> list[int]:
         """Return what ``prune_`` is told for these layers, which are due at ``step``."""
@@ -386,8 +388,7 @@ class GMPScheduler:
         start = time.perf_counter()
         check_present(self.model, self._parameters, self._shapes)
         num_prune = weights_to_prune(self._groups, steps, self._shapes)
-        names = list(num_prune)
-        step = max(step for step in steps if step is not None)
+        names, step = list(num_prune), max(step for step in steps if step is not None)
         if self._masked_optimizer is not None:
             self._masked_optimizer.check_masks({self._parameters[name]: self.masks[name] for name in names})
         batches = self._pruner.batches(names)
@@ -396,7 +397,6 @@ class GMPScheduler:
             for batch in batches:
                 self._pruner.prune_nothing(batch, self._masked_optimizer)
         before, num_reports = self._enforcement.num_pruned, len(self.history)
-        after = dict(before)
         layers: dict[str, LayerReport] = {}
 
         def write() -> StepReport:
@@ -404,18 +404,14 @@ class GMPScheduler:
                 if batch[0] in layers:
                     continue
                 counts = self._counts(num_prune, batch, step)
-                result = self._pruner.prune_(
-                    batch, counts, self._masked_optimizer, step=step, previous=self._thresholds
-                )
-                self._thresholds.update(zip(batch, result.thresholds, strict=True))
-                after.update(zip(batch, result.num_pruned, strict=True))
+                result = self._pruner.prune_(batch, counts, self._masked_optimizer, step=step)
                 layers.update(
-                    (name, LayerReport(name, cut.value, self._num_weights([name]), n, n - before[name], cut.num_ties))
+                    (name, LayerReport(name, cut.value, self._shapes[name].numel(), n, n - before[name], cut.num_ties))
                     for name, cut, n in zip(batch, result.thresholds, result.num_pruned, strict=True)
                 )
-            self._enforcement.masks_changed(after)
+            self._enforcement.masks_changed(before | {name: layer.num_pruned for name, layer in layers.items()})
             try:
-                # Only the state of the optimizer can be missing now, and what zeroes it comes back to it.
+                # The state of the optimizer alone can be missing now, and what zeroes it comes back to it.
                 self._enforcement.apply(names, ranked_is_pruned=True)
             finally:
                 report = StepReport(
@@ -430,7 +426,11 @@ class GMPScheduler:
                 self._progress.advance(position)
             return report
 
-        return self._finish(write)
+        report = write_despite_interrupts(write, self._shards)
+        self._follow_masks()
+        if self._scope == "global":
+            self._enforcement.say_emptied([layer.name for layer in report.layers if layer.sparsity == 1.0])
+        return report
 
     @property
     def _masked_optimizer(self) -> MaskedOptimizer | None:

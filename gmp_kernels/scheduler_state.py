@@ -10,10 +10,10 @@ import torch
 
 from gmp_kernels.errors import ShapeError, StateError, TargetError
 from gmp_kernels.masks import BitMask
+from gmp_kernels.names import plain_name
 from gmp_kernels.ops import Threshold
 from gmp_kernels.reports import StepReport
 from gmp_kernels.sharding import local, local_mask, whole_mask
-from gmp_kernels.targets import plain_name
 
 __all__ = ["Saved", "Start", "pack", "starting_masks", "unpack", "unpack_masks"]
 

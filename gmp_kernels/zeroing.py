@@ -8,14 +8,45 @@ from functools import partial
 import torch
 
 from gmp_kernels.backends._at_once import at_once
-from gmp_kernels.checks import has_memory, is_wrapper
+from gmp_kernels.checks import DTYPES, PLAIN, has_memory, is_wrapper
 from gmp_kernels.masks import BitMask
+from gmp_kernels.ops import apply_masks_
 from gmp_kernels.sharding import local
 
-__all__ = ["zero_where_pruned_"]
+__all__ = ["zero_all_where_pruned_", "zero_where_pruned_"]
 
 SLICE = 1 << 18  # elements whose bits are unpacked at a time
 MOST_ROUNDING = 1 / 8  # by how much the norm of what is kept may move when it is quantized again
+
+
+def zero_all_where_pruned_(tensors: Sequence[tuple[torch.Tensor, BitMask]], *, backend: str | None = None) -> list[int]:
+    """Set tensors to zero wherever their mask bits are 0: by kernels, one call per device, where these take them.
+
+    Parameters
+    ----------
+    tensors : sequence of (torch.Tensor, BitMask)
+        As in ``zero_where_pruned_``; what is here of sharded ones may be empty.
+    backend : str, optional
+        As in ``apply_masks_``.
+
+    Returns
+    -------
+    list of int
+        Positions of tensors that are left as they were.
+    """
+    calls: dict[torch.device, tuple[list[torch.Tensor], list[BitMask]]] = {}
+    others = []
+    for i, (whole, mask) in enumerate(tensors):
+        tensor = local(whole)
+        if type(tensor) in PLAIN and tensor.dtype in DTYPES and tensor.is_contiguous() and tensor.numel():
+            members, bits = calls.setdefault(tensor.device, ([], []))
+            members.append(tensor)
+            bits.append(mask.to(tensor.device))
+        else:
+            others.append(i)
+    for members, bits in calls.values():
+        apply_masks_(members, bits, backend=backend)
+    return [i for i in others if not zero_where_pruned_(*tensors[i])]
 
 
 @torch.no_grad()

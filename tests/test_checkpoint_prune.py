@@ -226,7 +226,16 @@ def test_targets_in_the_words_of_the_scheduler(
 
 @pytest.mark.parametrize(
     "name",
-    ["transformer.wte", "wpe", "shared", "lm_head", "model.embed_tokens", "h.0.ln_1", "encoder.LayerNorm", "norm.proj"],
+    [
+        "transformer.wte",
+        "wpe",
+        "shared",
+        "lm_head",
+        "model.embed_tokens",
+        "h.0.ln_1",
+        "encoder.LayerNorm",
+        "final_norm",
+    ],
 )
 def test_embeddings_norms_and_heads_are_no_default_targets(tmp_path: Path, name: str) -> None:
     save_file({f"{name}.weight": torch.ones(4, 4), "mlp.weight": torch.ones(4, 4)}, tmp_path / "in.safetensors")

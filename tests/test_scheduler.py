@@ -129,7 +129,7 @@ def test_override_number_keeps_the_steps_of_the_schedule():
 def test_tied_parameter_is_pruned_once():
     model = nn.Sequential(nn.Embedding(6, 4), nn.Linear(4, 6, bias=False))
     model[1].weight = model[0].weight
-    pruner = GMPScheduler(model, torch.optim.SGD(model.parameters(), lr=0.1), schedules.OneShot(0.5))
+    pruner = GMPScheduler(model, torch.optim.SGD(model.parameters(), lr=0.1), schedules.OneShot(0.5), targets="1")
     assert [(layer.name, layer.num_pruned) for layer in pruner.step().layers] == [("0.weight", 12)]
 
 

@@ -53,7 +53,7 @@ def test_every_target_is_in_the_optimizer():
     model = make_model()
     optimizer = torch.optim.SGD(model[3:].parameters(), lr=0.1)
     with pytest.raises(TargetError, match=r"'0\.weight'.*ignore="):
-        GMPScheduler(model, optimizer, RAMP)
+        GMPScheduler(model, optimizer, RAMP, targets="0.weight")
     assert list(GMPScheduler(model, optimizer, RAMP, ignore="0").masks) == ["3.weight", "4.weight"]
 
 

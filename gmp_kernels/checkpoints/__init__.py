@@ -3,7 +3,7 @@
 from gmp_kernels.checkpoints.files import MASK_SUFFIX, mask_metadata
 from gmp_kernels.checkpoints.inspect import BINS_PER_OCTAVE, TensorStatistics, inspect_checkpoint
 from gmp_kernels.checkpoints.prune import DEFAULT_MEMORY, PruneJob, PruneReport
-from gmp_kernels.checkpoints.targets import DEFAULT_RULE
+from gmp_kernels.checkpoints.targets import DEFAULT_RULE, cover_tensors
 
 __all__ = [
     "BINS_PER_OCTAVE",
@@ -13,6 +13,7 @@ __all__ = [
     "PruneJob",
     "PruneReport",
     "TensorStatistics",
+    "cover_tensors",
     "inspect_checkpoint",
     "mask_metadata",
 ]

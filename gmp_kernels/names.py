@@ -1,0 +1,56 @@
+"""Names of modules and parameters, without what wrappers put into them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+__all__ = ["named_buffers", "named_modules", "named_parameters", "plain_name"]
+
+# Of torch.compile, activation checkpointing and FullyShardedDataParallel; nobody else calls an attribute so.
+WRAPPED = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
+PARALLEL = (DataParallel, DistributedDataParallel)
+
+
+def plain_name(name: str) -> str:
+    """Drop the levels between a module and its wrapper, so that names and checkpoints stay.
+
+    What data parallel wrappers add is not told from a module that is called "module"; ``named_modules`` knows it.
+    """
+    return ".".join(part for part in name.split(".") if part not in WRAPPED)
+
+
+def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield every module under every name it has, as if nothing were wrapped; a wrapper comes before what it wraps."""
+    inside: set[str] = set()  # names of what data parallel wrappers hold, as the model has them
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, PARALLEL):
+            inside.add(f"{name}.module" if name else "module")
+        if inside:
+            parts = name.split(".")
+            prefixes = (".".join(parts[: i + 1]) for i in range(len(parts)))
+            name = ".".join(part for part, prefix in zip(parts, prefixes, strict=True) if prefix not in inside)
+        yield plain_name(name), module
+
+
+def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return every parameter under every name it has, as if nothing were wrapped."""
+    return {
+        f"{path}.{key}" if path else key: parameter
+        for path, module in named_modules(model)
+        for key, parameter in module._parameters.items()
+        if parameter is not None
+    }
+
+
+def named_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return every buffer under every name it has, as if nothing were wrapped."""
+    return {
+        f"{path}.{key}" if path else key: buffer
+        for path, module in named_modules(model)
+        for key, buffer in module._buffers.items()
+        if buffer is not None
+    }

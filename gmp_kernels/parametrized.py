@@ -1,0 +1,81 @@
+"""Weights that a module computes from other parameters, and which of these can be pruned in their place.
+
+A zero of the parameter must be a zero of the weight. That holds where the weight is the parameter times something:
+weight_norm and spectral_norm scale it, torch's own pruning masks it. Nothing is known of any other parametrization.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations, parametrize, prune
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+__all__ = ["follow_update_", "reasons_against"]
+
+SCALINGS = (parametrizations._WeightNorm, parametrizations._SpectralNorm)
+LENGTHS = "a length that weight_norm keeps apart"
+
+
+def reasons_against(model: nn.Module) -> dict[nn.Parameter, str]:
+    """Return {parameter: why it cannot be pruned} of those from which a module computes a weight."""
+    reasons = {lengths: LENGTHS for _, lengths, _ in _weight_norms(model)}
+    for module in model.modules():
+        if not isinstance(module, parametrize.ParametrizationList):
+            continue
+        if others := sorted({type(step).__name__.lstrip("_") for step in module if not isinstance(step, SCALINGS)}):
+            reasons |= dict.fromkeys(module.parameters(), f"parametrized by {', '.join(others)}")
+    return reasons
+
+
+def follow_update_(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> str | None:
+    """Bring weights that modules compute from these parameters up to date; return a warning if one became NaN.
+
+    Layers under weight_norm are read once. Models without such weights cost nothing.
+    """
+    if not any("parametrizations" in name or name.endswith(("_orig", "_v")) for name in parameters):
+        return None
+    for module in model.modules():
+        for hook in module._forward_pre_hooks.values():
+            # The hooks of old-style functions compute the weight before every forward pass. Until then it would be
+            # the weight from before the update.
+            if isinstance(hook, SpectralNorm):
+                # The hook itself would take a step of the power iteration.
+                setattr(module, hook.name, hook.compute_weight(module, do_power_iteration=False))
+            elif isinstance(hook, (WeightNorm, prune.BasePruningMethod)):
+                hook(module, ())
+    rows = _rows_without_length(model, parameters)
+    if not rows:
+        return None
+    name, count = next(iter(rows.items()))
+    return (
+        f"expected weights left in every row under weight_norm, got {count} without one in '{name}' "
+        f"({len(rows)} such layers), which its forward pass divides by zero; remove the weight_norm before pruning "
+        "(torch.nn.utils.parametrize.remove_parametrizations), or prune less of it"
+    )
+
+
+def _rows_without_length(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[str, int]:
+    """Return {name: number of rows that are all zero} of the directions of weight_norm that have some."""
+    names = {parameter: name for name, parameter in parameters.items()}
+    counts = {}
+    for directions, _, dim in _weight_norms(model):
+        if directions in names and not hasattr(directions, "to_local"):
+            lengths = torch.norm_except_dim(directions.detach(), 2, dim)
+            counts[names[directions]] = lengths.numel() - int(lengths.count_nonzero())
+    return {name: count for name, count in counts.items() if count}
+
+
+def _weight_norms(model: nn.Module) -> Iterator[tuple[nn.Parameter, nn.Parameter, int]]:
+    """Yield directions, lengths, and the dimension along which the rows lie."""
+    for module in model.modules():
+        if isinstance(module, parametrize.ParametrizationList):
+            for step in module:
+                if isinstance(step, parametrizations._WeightNorm):
+                    yield module.original1, module.original0, step.dim  # type: ignore[misc]
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(hook, WeightNorm):
+                yield getattr(module, f"{hook.name}_v"), getattr(module, f"{hook.name}_g"), hook.dim
