@@ -236,6 +236,7 @@ class Enforcement:
         elif self._counts_steps:
             self._refuse_capture("that the pruner counts, whose replays would not tell it", "count='calls'")
         self._has_repaired = False
+        self._check_shapes(self._pruned)
         self.check()
 
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
@@ -283,6 +284,8 @@ class Enforcement:
             written = self._pruned
         if written:
             self._compare(written)
+            # Only now: what an interrupt comes before is looked at again.
+            self._watch.record()
 
     def verify(self) -> dict[str, int]:
         """Return the number of zeros of each target, counted from the weights.
@@ -336,13 +339,21 @@ class Enforcement:
                 "scope='layer', or add them to ignore=",
             )
 
-    def _contradictions(self, positions: Iterable[int]) -> list[tuple[int, int]]:
+    def _contradictions(self, positions: Sequence[int]) -> list[tuple[int, int]]:
         """Return, by parameter, how many pruned weights are not zero here and how many kept ones are."""
+        self._check_shapes(positions)
         parameters = [self._parameters[self._names[i]] for i in positions]
         found = [compare(local(p), self._mask_at(i)) for i, p in zip(positions, parameters, strict=True)]
         return [(alive, zeros) for alive, zeros in (counts.tolist() for counts in found)]
 
+    def _check_shapes(self, positions: Iterable[int]) -> None:
+        """Refuse parameters that were given other data, of another shape than their masks."""
+        names = [self._names[i] for i in positions]
+        if any(local(self._parameters[name]).shape != self._masks[name].shape for name in names):
+            check_present(self._model, self._parameters, self._shapes)
+
     def _compare(self, positions: Sequence[int]) -> None:
+        self._check_shapes(positions)
         if "repair" in self._said:
             # It happens at every step, perhaps: to count first would double the cost.
             self._repair([self._names[i] for i in self._pruned if i in positions])

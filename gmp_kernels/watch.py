@@ -112,13 +112,13 @@ class Watch:
         self._versions = None
 
     def written(self) -> list[int]:
-        """Return the positions of the parameters that torch saw written since they were recorded, and record them."""
-        before, now = self._versions, list(map(_version, self._parameters))
-        if before is None or before == now:
+        """Return the positions of the parameters that torch saw written since they were recorded."""
+        now = list(map(_version, self._parameters))
+        if self._versions is None:
             self._versions = now
+        if self._versions == now:
             return []
-        self._versions = now
-        return [i for i, (old, new) in enumerate(zip(before, now, strict=True)) if old != new]
+        return [i for i, (old, new) in enumerate(zip(self._versions, now, strict=True)) if old != new]
 
     def forget_samples(self) -> None:
         """Choose other weights for brief looks: masks have changed."""
