@@ -351,10 +351,11 @@ class GMPScheduler:
         write_despite_interrupts(lambda: self._load(masks, num_pruned, saved), self._shards)
 
     def _load(self, masks: Mapping[str, BitMask], num_pruned: dict[str, int], saved: Saved | None) -> None:
+        # Memory can run out here alone, where nothing is written yet.
+        written = {name: self._pruner.writable_mask(name, self._masked_optimizer) for name in masks}
         for name, mask in masks.items():
-            written = self._pruner.writable_mask(name, self._masked_optimizer)
-            written.packed.copy_(mask.packed)
-            self.masks[name].packed = written.packed
+            written[name].packed.copy_(mask.packed)
+            self.masks[name].packed = written[name].packed
         self._pruner.thresholds, self._is_agreed = {}, False
         if saved is not None:
             self._pruner.thresholds = saved.thresholds
