@@ -17,7 +17,7 @@ from gmp_kernels.optim.masked import MaskedOptimizer
 from gmp_kernels.owners import let_go, owners_of, set_owner
 from gmp_kernels.progress import StepCount
 from gmp_kernels.sharding import local, sum_over_shards
-from gmp_kernels.targets import Place
+from gmp_kernels.targets import Place, check_present
 from gmp_kernels.watch import Watch, compare
 from gmp_kernels.wrappers import optimizer_chain, with_own_hooks
 from gmp_kernels.zeroing import zero_all_where_pruned_
@@ -48,6 +48,7 @@ class Enforcement:
 
     Parameters
     ----------
+    model : torch.nn.Module
     parameters : mapping of str to Parameter
     places : mapping of str to Place
     masks : mapping of str to BitMask
@@ -78,6 +79,7 @@ class Enforcement:
 
     def __init__(
         self,
+        model: nn.Module,
         parameters: Mapping[str, nn.Parameter],
         places: Mapping[str, Place],
         masks: Mapping[str, BitMask],
@@ -87,7 +89,9 @@ class Enforcement:
         counts_steps: bool,
         expects_dense: bool,
     ) -> None:
+        self._model = model
         self._parameters = dict(parameters)
+        self._shapes = {name: p.shape for name, p in parameters.items()}
         self._names = list(parameters)
         self._places = [places[name] for name in parameters]
         self._masks = masks
@@ -102,7 +106,7 @@ class Enforcement:
         self.is_released = False
         self.pruner: Callable[[], object | None] = lambda: None
         self._choose(optimizer)
-        self._watch = Watch(list(self._parameters.values()), self._places)
+        self._watch = Watch(self._model, list(self._parameters.values()), self._places)
         self._hooks: list[Any] = []
 
     def __getstate__(self) -> dict[str, Any]:
@@ -111,7 +115,7 @@ class Enforcement:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._watch = Watch(list(self._parameters.values()), self._places)
+        self._watch = Watch(self._model, list(self._parameters.values()), self._places)
         self._hooks = []
         self.pruner = lambda: None
         if not self.is_released:
@@ -255,6 +259,7 @@ class Enforcement:
         elif self._counts_steps:
             self._refuse_capture("that the pruner counts, whose replays would not tell it", "count='calls'")
         self._has_repaired = False
+        self._check_shapes(self._pruned)
         self.check()
 
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
@@ -302,6 +307,8 @@ class Enforcement:
             written = self._pruned
         if written:
             self._compare(written)
+            # Only now: what an interrupt comes before is looked at again.
+            self._watch.record()
 
     def verify(self) -> dict[str, int]:
         """Return the number of zeros of each target, counted from the weights.
@@ -339,6 +346,13 @@ class Enforcement:
             "count='calls' is for loops whose optimizer cannot be watched",
         )
 
+    def check_present(self) -> None:
+        """Raise TargetError for a target that was removed from the model, replaced or reshaped."""
+        if not self._watch.are_in_place():
+            check_present(self._model, self._parameters, self._shapes)
+            # Another module leads to the same parameters now.
+            self._watch.locate(self._model)
+
     def say_emptied(self, names: Sequence[str]) -> None:
         """Say which layers a ranking of all has left nothing of."""
         if names:
@@ -348,17 +362,21 @@ class Enforcement:
                 "scope='layer', or add them to ignore=",
             )
 
-    def are_in_place(self) -> bool:
-        """Whether the model still has these very parameters."""
-        return self._watch.are_in_place()
-
-    def _contradictions(self, positions: Iterable[int]) -> list[tuple[int, int]]:
+    def _contradictions(self, positions: Sequence[int]) -> list[tuple[int, int]]:
         """Return, by parameter, how many pruned weights are not zero here and how many kept ones are."""
+        self._check_shapes(positions)
         parameters = [self._parameters[self._names[i]] for i in positions]
         found = [compare(local(p), self._mask_at(i)) for i, p in zip(positions, parameters, strict=True)]
         return [(alive, zeros) for alive, zeros in (counts.tolist() for counts in found)]
 
+    def _check_shapes(self, positions: Iterable[int]) -> None:
+        """Refuse parameters that were given other data, of another shape than their masks."""
+        names = [self._names[i] for i in positions]
+        if any(local(self._parameters[name]).shape != self._masks[name].shape for name in names):
+            check_present(self._model, self._parameters, self._shapes)
+
     def _compare(self, positions: Sequence[int]) -> None:
+        self._check_shapes(positions)
         if "repair" in self._said:
             # It happens at every step, perhaps: to count first would double the cost.
             self._repair([self._names[i] for i in self._pruned if i in positions])

@@ -142,6 +142,7 @@ class GMPScheduler:
         self._shards = Shards.of(model, self._parameters)
         self._is_agreed = False
         self._enforcement = Enforcement(
+            model,
             self._parameters,
             index.places(self._parameters),
             self.masks,
@@ -244,8 +245,7 @@ class GMPScheduler:
         self._enforcement.check_alive("step()")
         device = next(iter(self._parameters.values())).device
         refuse_capture(device, "GMPScheduler.step()", "it outside of the graph, after optimizer.step()")
-        if not self._enforcement.are_in_place():
-            check_present(self.model, self._parameters, self._shapes)
+        self._enforcement.check_present()
         self._enforcement.check(sample=True)
         if self._shards is not None and not self._is_agreed:
             thresholds = {f"threshold of '{name}'": threshold for name, threshold in self._pruner.thresholds.items()}
@@ -358,10 +358,11 @@ class GMPScheduler:
         self._follow_masks()
 
     def _load(self, masks: Mapping[str, BitMask], num_pruned: dict[str, int], saved: Saved | None) -> None:
+        # Memory can run out here alone, where nothing is written yet.
+        written = {name: self._pruner.writable_mask(name, self._masked_optimizer) for name in masks}
         for name, mask in masks.items():
-            written = self._pruner.writable_mask(name, self._masked_optimizer)
-            written.packed.copy_(mask.packed)
-            self.masks[name].packed = written.packed
+            written[name].packed.copy_(mask.packed)
+            self.masks[name].packed = written[name].packed
         self._pruner.thresholds, self._is_agreed = {}, False
         if saved is not None:
             self._pruner.thresholds = saved.thresholds

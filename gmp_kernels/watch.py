@@ -67,28 +67,39 @@ class Watch:
 
     Parameters
     ----------
+    model : torch.nn.Module
     parameters : sequence of Parameter
     places : sequence of Place
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], places: Sequence[Place]) -> None:
+    def __init__(self, model: nn.Module, parameters: Sequence[nn.Parameter], places: Sequence[Place]) -> None:
         self._parameters = parameters
-        self._versions: list[int] | None = None
-        self._samples: dict[int, torch.Tensor] = {}
+        self._places = places
         self._num_looks = 0
         self._look: _Look | None = None
+        self._versions: list[int] | None = None
+        self._samples: dict[int, torch.Tensor] = {}
         by_key: dict[str, list[int]] = {}
         for i, place in enumerate(places):
             by_key.setdefault(place.key, []).append(i)
-        self._holders = [
+        self._held = [
             (itemgetter(key), [places[i].holder for i in members], [parameters[i] for i in members])
             for key, members in by_key.items()
         ]
+        self.locate(model)
+
+    def locate(self, model: nn.Module) -> None:
+        """Take the modules by which this model leads to the parameters now for the right ones."""
+        self._way = _way_to({id(place.holder) for place in self._places}, model)
+        self._modules = [dict(modules) for modules in self._way]
 
     def are_in_place(self) -> bool:
         """Whether the model still has these very parameters."""
         try:
-            return all(all(map(is_, map(get, holders), held)) for get, holders, held in self._holders)
+            # Modules are equal where they are the same.
+            return self._way == self._modules and all(
+                all(map(is_, map(get, holders), held)) for get, holders, held in self._held
+            )
         except KeyError:
             return False
 
@@ -101,13 +112,13 @@ class Watch:
         self._versions = None
 
     def written(self) -> list[int]:
-        """Return the positions of the parameters that torch saw written since they were recorded, and record them."""
-        before, now = self._versions, list(map(_version, self._parameters))
-        if before is None or before == now:
+        """Return the positions of the parameters that torch saw written since they were recorded."""
+        now = list(map(_version, self._parameters))
+        if self._versions is None:
             self._versions = now
+        if self._versions == now:
             return []
-        self._versions = now
-        return [i for i, (old, new) in enumerate(zip(before, now, strict=True)) if old != new]
+        return [i for i, (old, new) in enumerate(zip(self._versions, now, strict=True)) if old != new]
 
     def forget_samples(self) -> None:
         """Choose other weights for brief looks: masks have changed."""
@@ -134,12 +145,14 @@ class Watch:
             if rest:
                 return False
         i = members[turn % len(members)]
-        weight = local(self._parameters[i]).detach()
+        weight, mask = local(self._parameters[i]).detach(), mask_of(i)
+        if weight.shape != mask.shape:
+            return True
         if not weight.is_contiguous():
             return False
         sample = self._samples.get(i)
         if sample is None:
-            sample = self._samples[i] = _pruned_sample(mask_of(i), turn)
+            sample = self._samples[i] = _pruned_sample(mask, turn)
         if not sample.numel():
             return False
         found = torch.take(weight, sample)
@@ -147,6 +160,14 @@ class Watch:
             return any(found.tolist())
         self._look = _answered_later(found.any())
         return False
+
+
+def _way_to(holders: set[int], module: nn.Module) -> list[dict[str, nn.Module | None]]:
+    """Return what holds modules on the way from this one to these dictionaries of parameters."""
+    children = [child for child in module._modules.values() if child is not None]
+    way = [modules for child in children for modules in _way_to(holders, child)]
+    leads_there = way or not holders.isdisjoint(id(child._parameters) for child in children)
+    return [module._modules, *way] if leads_there else []
 
 
 def _pruned_sample(mask: BitMask, offset: int) -> torch.Tensor:
