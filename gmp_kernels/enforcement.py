@@ -190,7 +190,7 @@ class Enforcement:
         places = dict(zip(self._names, self._places, strict=True))
         self._parameters, self._names = parameters, list(parameters)
         self._places = [places[name] for name in parameters]
-        self._watch = Watch(list(parameters.values()), self._places)
+        self._watch = Watch(self._model, list(parameters.values()), self._places)
         self.masks_changed({name: self.num_pruned[name] for name in parameters})
 
     def release(self) -> None:
@@ -256,10 +256,10 @@ class Enforcement:
     def _before_step(self, *_: object) -> None:
         if self.masked_optimizer is None:
             self._refuse_capture("after which masks are applied from Python", "gmp_kernels.optim")
+            self.check_shapes()
         elif self._counts_steps:
             self._refuse_capture("that the pruner counts, whose replays would not tell it", "count='calls'")
         self._has_repaired = False
-        self._check_shapes(self._pruned)
         self.check()
 
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
@@ -353,6 +353,11 @@ class Enforcement:
             # Another module leads to the same parameters now.
             self._watch.locate(self._model)
 
+    def check_shapes(self) -> None:
+        """Raise TargetError for a parameter that was given other data, of another shape than its mask."""
+        if not self._watch.have_their_shapes():
+            check_present(self._model, self._parameters, self._shapes)
+
     def say_emptied(self, names: Sequence[str]) -> None:
         """Say which layers a ranking of all has left nothing of."""
         if names:
@@ -364,19 +369,13 @@ class Enforcement:
 
     def _contradictions(self, positions: Sequence[int]) -> list[tuple[int, int]]:
         """Return, by parameter, how many pruned weights are not zero here and how many kept ones are."""
-        self._check_shapes(positions)
+        self.check_shapes()
         parameters = [self._parameters[self._names[i]] for i in positions]
         found = [compare(local(p), self._mask_at(i)) for i, p in zip(positions, parameters, strict=True)]
         return [(alive, zeros) for alive, zeros in (counts.tolist() for counts in found)]
 
-    def _check_shapes(self, positions: Iterable[int]) -> None:
-        """Refuse parameters that were given other data, of another shape than their masks."""
-        names = [self._names[i] for i in positions]
-        if any(local(self._parameters[name]).shape != self._masks[name].shape for name in names):
-            check_present(self._model, self._parameters, self._shapes)
-
     def _compare(self, positions: Sequence[int]) -> None:
-        self._check_shapes(positions)
+        self.check_shapes()
         if "repair" in self._said:
             # It happens at every step, perhaps: to count first would double the cost.
             self._repair([self._names[i] for i in self._pruned if i in positions])

@@ -27,7 +27,7 @@ from gmp_kernels.pruning import LayerPruner, write_despite_interrupts
 from gmp_kernels.reports import LayerReport, StepReport
 from gmp_kernels.scheduler_state import Saved, Start, pack, starting_masks, unpack, unpack_masks
 from gmp_kernels.schedules import Schedule
-from gmp_kernels.targets import Entry, ParameterIndex, check_optimized, check_present
+from gmp_kernels.targets import Entry, ParameterIndex, check_optimized
 from gmp_kernels.wrappers import optimizer_chain
 
 __all__ = ["GMPScheduler", "StepReport"]
@@ -393,7 +393,7 @@ class GMPScheduler:
 
     def _update(self, steps: Sequence[int | None], position: Position) -> StepReport:
         start = time.perf_counter()
-        check_present(self.model, self._parameters, self._shapes)
+        self._enforcement.check_shapes()
         num_prune = weights_to_prune(self._groups, steps, self._shapes)
         names, step = list(num_prune), max(step for step in steps if step is not None)
         if self._masked_optimizer is not None:

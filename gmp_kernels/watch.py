@@ -20,7 +20,7 @@ SLICE = 1 << 20  # weights compared with their mask at a time
 GPU_INTERVAL = 16  # brief looks asked for, to one that is taken at a GPU's weights
 STRIDE = 0x9E3779B1  # odd, and near the golden ratio of 2^32: multiples spread evenly over any layer
 
-_version = attrgetter("_version")
+_version, _shape = attrgetter("_version"), attrgetter("shape")
 
 
 def compare(weight: torch.Tensor, mask: BitMask) -> torch.Tensor:
@@ -78,6 +78,7 @@ class Watch:
         self._num_looks = 0
         self._look: _Look | None = None
         self._versions: list[int] | None = None
+        self._shapes = list(map(_shape, parameters))
         self._samples: dict[int, torch.Tensor] = {}
         by_key: dict[str, list[int]] = {}
         for i, place in enumerate(places):
@@ -102,6 +103,10 @@ class Watch:
             )
         except KeyError:
             return False
+
+    def have_their_shapes(self) -> bool:
+        """Whether all of them are of the shapes they began with: they may have been given other data."""
+        return list(map(_shape, self._parameters)) == self._shapes
 
     def record(self) -> None:
         """Take the parameters as they are now for unchanged."""

@@ -18,7 +18,6 @@ from pruning_machine import (
     COPIES,
     KINDS,
     SCHEDULES,
-    TAKES_FOUND_INF,
     WRAPPERS,
     Expected,
     Trio,
@@ -376,7 +375,9 @@ class PrunedTraining(RuleBasedStateMachine):
     )
     def write(self, position: int, traced: bool, where: str, value: float, seed: int | None) -> None:
         parameter, pruned = self.parameter(position), self.pruned(TARGETS[position])
-        written = {"all": torch.ones_like(pruned), "pruned": pruned, "kept": ~pruned, "one": torch.zeros_like(pruned)}[where]
+        written = {"all": torch.ones_like(pruned), "pruned": pruned, "kept": ~pruned, "one": torch.zeros_like(pruned)}[
+            where
+        ]
         if where == "one":
             written.view(-1)[-1] = traced  # one weight that is written without a trace may stay unseen
         with torch.no_grad():
@@ -561,7 +562,7 @@ FAULTS: dict[str, tuple[Any, str, Callable[..., Any]]] = {
     "writes are recorded before they are put right": (Watch, "written", _recorded_at_once),
     "samples show nothing": (Watch, "sees_life", lambda self, members, mask_of: False),
     "every module is in its place": (Watch, "are_in_place", lambda self: True),
-    "shapes are not looked at": (Enforcement, "_check_shapes", lambda self, positions: None),
+    "shapes are not looked at": (Enforcement, "check_shapes", lambda self, positions: None),
     "skipped steps count": (StepCount, "add", lambda self, found_inf=None: ADD(self)),
     "nothing follows a step": (Enforcement, "_after_step", lambda self, *_: self.steps.add()),
     "state is left as it is": (Enforcement, "_zero", _weights_alone),
