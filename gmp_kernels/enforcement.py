@@ -422,7 +422,7 @@ class Enforcement:
 
     def _describe_repair(self, damaged: Mapping[str, int]) -> str:
         first, *others = damaged
-        more = f" and {len(others)} more layers" if others else ""
+        more = f" and {len(others)} other layer{'s' * (len(others) > 1)}" if others else ""
         return (
             f"{sum(damaged.values())} pruned weights of '{first}'{more} were not zero any more and have been set to "
             f"zero again: something other than {self._name}, the optimizer the pruner knows, wrote to them. After "

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import compress
 from operator import attrgetter, is_, itemgetter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -15,7 +16,7 @@ from gmp_kernels.targets import Place
 
 __all__ = ["Watch", "compare"]
 
-SAMPLE = 32  # weights of a layer in a brief look
+SAMPLE = 64  # weights of a layer in a brief look
 SLICE = 1 << 20  # weights compared with their mask at a time
 GPU_INTERVAL = 16  # brief looks asked for, to one that is taken at a GPU's weights
 STRIDE = 0x9E3779B1  # odd, and near the golden ratio of 2^32: multiples spread evenly over any layer
@@ -55,6 +56,13 @@ def compare(weight: torch.Tensor, mask: BitMask) -> torch.Tensor:
     return found
 
 
+class _Sample(NamedTuple):
+    """Flat indices of some weights, and which of them are pruned: a list on the CPU, a tensor on a GPU."""
+
+    indices: torch.Tensor
+    is_pruned: Any
+
+
 class _Look(NamedTuple):
     """Result of a brief look that a GPU may still be working on."""
 
@@ -79,7 +87,7 @@ class Watch:
         self._look: _Look | None = None
         self._versions: list[int] | None = None
         self._shapes = list(map(_shape, parameters))
-        self._samples: dict[int, torch.Tensor] = {}
+        self._samples: dict[int, _Sample] = {}
         by_key: dict[str, list[int]] = {}
         for i, place in enumerate(places):
             by_key.setdefault(place.key, []).append(i)
@@ -157,13 +165,11 @@ class Watch:
             return False
         sample = self._samples.get(i)
         if sample is None:
-            sample = self._samples[i] = _pruned_sample(mask, turn)
-        if not sample.numel():
-            return False
-        found = torch.take(weight, sample)
+            sample = self._samples[i] = _sample_of(mask, turn)
+        found = torch.take(weight, sample.indices)
         if found.device.type == "cpu":
-            return any(found.tolist())
-        self._look = _answered_later(found.any())
+            return any(compress(found.tolist(), sample.is_pruned))
+        self._look = _answered_later(found.ne(0).logical_and_(sample.is_pruned).any())
         return False
 
 
@@ -175,15 +181,15 @@ def _way_to(holders: set[int], module: nn.Module) -> list[dict[str, nn.Module | 
     return [module._modules, *way] if leads_there else []
 
 
-def _pruned_sample(mask: BitMask, offset: int) -> torch.Tensor:
-    """Return flat indices of some pruned weights, spread over the layer."""
+def _sample_of(mask: BitMask, offset: int) -> _Sample:
+    """Return weights that are spread over the layer; to choose among the pruned ones would wait for a GPU."""
     device = mask.packed.device
-    if mask.numel <= SAMPLE:
-        indices = torch.arange(mask.numel, device=device)
-    else:
-        indices = (torch.arange(SAMPLE, device=device) + offset * SAMPLE).mul_(STRIDE).remainder_(mask.numel)
+    indices = torch.arange(min(SAMPLE, mask.numel), device=device)
+    if mask.numel > SAMPLE:
+        indices = (indices + offset * SAMPLE).mul_(STRIDE).remainder_(mask.numel)
     bits = mask.packed[indices >> 3] >> (indices & 7).to(torch.uint8)
-    return indices[(bits & 1) == 0]
+    is_pruned = (bits & 1) == 0
+    return _Sample(indices, is_pruned.tolist() if device.type == "cpu" else is_pruned)
 
 
 def _answered_later(found: torch.Tensor) -> _Look:

@@ -96,7 +96,7 @@ def test_weights_loaded_back_are_pruned_again_and_that_is_said_once(case: str) -
     dense = copy.deepcopy(run[0].state_dict())
     train(run)
     run[0].load_state_dict(dense)
-    with pytest.warns(GMPWarning, match=r"1620 pruned weights of '0\.weight' and 1 more layers were not zero"):
+    with pytest.warns(GMPWarning, match=r"1620 pruned weights of '0\.weight' and 1 other layer were not zero"):
         train(run)
     assert_held(run)
     for _ in range(2):
