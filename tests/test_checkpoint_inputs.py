@@ -44,32 +44,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "file").write_text("dear")
     (root / "loop").symlink_to("loop")
     (root / "broken").symlink_to("nowhere")
-    (root / "up").symlink_to("..")
     return root
 
 
 ODD = [
-    *(
-        "",
-        ".",
-        "..",
-        "./",
-        "model/..",
-        "pipe",
-        "file",
-        "file/x",
-        "empty",
-        "with_pipe",
-        "loop",
-        "loop/x",
-        "broken",
-        "up",
-    ),
+    *("", ".", "..", "./", "model/..", "pipe", "file", "file/x", "empty", "with_pipe", "loop", "loop/x", "broken"),
     *("in.safetensors", "model", "model/", "new", "no/where", "a\0b", "a\nb", "\x1b[2J", "\udcff", "\ud800", "-", "~"),
     *("x" * 245, "x" * 255, "x" * 256, "x/" * 3000),
 ]
-
-
 NEW = ("new", "a\nb", "\x1b[2J", "\udcff", "-", "~", "x" * 245)
 
 
@@ -333,6 +315,12 @@ def test_an_environment_of_processes_that_are_not_there(
 def test_expressions_that_are_none(place: Path, tmp_path: Path, entry: str) -> None:
     with pytest.raises(TargetError, match="expected a regular expression"):
         PruneJob(place / "in.safetensors", tmp_path / "out", sparsity=0.5, targets=[entry])
+
+
+def test_what_is_neither_file_nor_folder(place: Path) -> None:
+    for source in (place / "pipe", Path("/dev/null")):
+        with pytest.raises(CheckpointError, match="got a device or a pipe"):
+            open_checkpoint(source)
 
 
 def test_an_output_without_a_name(place: Path) -> None:

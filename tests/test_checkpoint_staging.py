@@ -83,7 +83,7 @@ def test_one_that_appears_after_the_check_is_refused_too(source: Path, tmp_path:
     before = contents(tmp_path)
     with pytest.raises(OutputError, match="nothing was touched"):
         job.run()
-    assert contents(tmp_path) == before
+    assert contents(tmp_path) == before and not job.is_begun()
 
 
 def test_a_folder_of_another_user_is_refused(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -148,7 +147,7 @@ class PruneJob:
 
     def is_begun(self) -> bool:
         """Whether there is an interrupted run of this output to resume."""
-        return os.path.lexists(Staging(self._target).folder)
+        return Staging(self._target).is_begun()
 
     def run(
         self,

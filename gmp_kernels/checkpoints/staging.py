@@ -36,7 +36,7 @@ __all__ = ["Staging", "output_errors"]
 LOCK = "gmp_kernels.lock"
 RUN = "run.json"
 PLACED = "placed"
-OWN = re.compile(r"gmp_kernels\.lock|files|finished|(run|decisions|placed)\.json(\.new)?")
+OWN = re.compile(r"gmp_kernels\.lock|files|finished|(run|decisions|placed)\.json(\.new)?|owner\..*")
 # No run with the same input and settings gets any further.
 HOPELESS = (DTypeError, NonFiniteError)
 
@@ -76,7 +76,7 @@ class Staging:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._lock is not None and (isinstance(error, HOPELESS) or not self.finished()):
+        if self._lock is not None and (isinstance(error, HOPELESS) or not self._records()):
             with contextlib.suppress(OSError):
                 self._remove()
         self._let_go()
@@ -137,8 +137,11 @@ class Staging:
 
     def finished(self) -> dict[int, Any]:
         """Return {shard: record} of all that are noted."""
-        paths = sorted((self._inside / "finished").glob("[0-9]*.json"))
-        return {int(path.stem): self._read(path) for path in paths}
+        return {int(path.stem): self._read(path) for path in self._records()}
+
+    def is_begun(self) -> bool:
+        """Whether there is a run to resume."""
+        return all(os.path.lexists(self._inside / name) for name in (LOCK, RUN))
 
     def note(self, name: str, record: Any) -> None:
         """Remember something of the whole run."""
@@ -214,6 +217,9 @@ class Staging:
         path = Path(f"/proc/self/fd/{self._descriptor}")
         return path if self._descriptor is not None and path.exists() else self.folder
 
+    def _records(self) -> list[Path]:
+        return sorted((self._inside / "finished").glob(f"{'[0-9]' * 5}.json"))
+
     def _open(self) -> int | None:
         """Open the folder, but not through a link; return None if there is nothing."""
         try:
@@ -278,7 +284,7 @@ class Staging:
         """
         owner = os.fstat(descriptor).st_uid
         if owner != os.geteuid():
-            with tempfile.TemporaryFile(dir=self._inside) as probe:
+            with tempfile.TemporaryFile(dir=self._inside, prefix="owner.") as probe:
                 if os.fstat(probe.fileno()).st_uid != owner:
                     self._refuse(f"a folder of the user {owner}")
         with contextlib.suppress(PermissionError):
