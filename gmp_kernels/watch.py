@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import compress
 from operator import attrgetter, is_, itemgetter
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -16,7 +15,7 @@ from gmp_kernels.targets import Place
 
 __all__ = ["Watch", "compare"]
 
-SAMPLE = 64  # weights of a layer in a brief look
+SAMPLE = 32  # weights of a layer in a brief look
 SLICE = 1 << 20  # weights compared with their mask at a time
 GPU_INTERVAL = 16  # brief looks asked for, to one that is taken at a GPU's weights
 STRIDE = 0x9E3779B1  # odd, and near the golden ratio of 2^32: multiples spread evenly over any layer
@@ -57,10 +56,10 @@ def compare(weight: torch.Tensor, mask: BitMask) -> torch.Tensor:
 
 
 class _Sample(NamedTuple):
-    """Flat indices of some weights, and which of them are pruned: a list on the CPU, a tensor on a GPU."""
+    """Flat indices of some weights, and which of them are pruned; None: all of them."""
 
     indices: torch.Tensor
-    is_pruned: Any
+    is_pruned: torch.Tensor | None
 
 
 class _Look(NamedTuple):
@@ -167,8 +166,8 @@ class Watch:
         if sample is None:
             sample = self._samples[i] = _sample_of(mask, turn)
         found = torch.take(weight, sample.indices)
-        if found.device.type == "cpu":
-            return any(compress(found.tolist(), sample.is_pruned))
+        if sample.is_pruned is None:
+            return any(found.tolist())
         self._look = _answered_later(found.ne(0).logical_and_(sample.is_pruned).any())
         return False
 
@@ -189,7 +188,7 @@ def _sample_of(mask: BitMask, offset: int) -> _Sample:
         indices = (indices + offset * SAMPLE).mul_(STRIDE).remainder_(mask.numel)
     bits = mask.packed[indices >> 3] >> (indices & 7).to(torch.uint8)
     is_pruned = (bits & 1) == 0
-    return _Sample(indices, is_pruned.tolist() if device.type == "cpu" else is_pruned)
+    return _Sample(indices[is_pruned], None) if device.type == "cpu" else _Sample(indices, is_pruned)
 
 
 def _answered_later(found: torch.Tensor) -> _Look:
