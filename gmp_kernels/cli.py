@@ -109,7 +109,7 @@ def top(
 
 
 class Optimizer(StrEnum):
-    """Whose SGD the demo trains with."""
+    """Maker of the SGD that the demo trains with."""
 
     GMP = "gmp"
     TORCH = "torch"

@@ -18,11 +18,11 @@ from gmp_kernels.owners import let_go, owners_of, set_owner
 from gmp_kernels.progress import StepCount
 from gmp_kernels.sharding import local, sum_over_shards
 from gmp_kernels.targets import Place, check_present
-from gmp_kernels.watch import Watch, compare
+from gmp_kernels.watch import Watch, compare, count_pruned
 from gmp_kernels.wrappers import optimizer_chain, with_own_hooks
-from gmp_kernels.zeroing import zero_all_where_pruned_
+from gmp_kernels.zeroing import state_beside, zero_all_where_pruned_
 
-__all__ = ["Enforcement", "count_pruned", "refuse_capture"]
+__all__ = ["Enforcement", "refuse_capture"]
 
 # Of all weights: more of them are not zero by accident.
 MANY_ZEROS = 0.01
@@ -32,12 +32,6 @@ def refuse_capture(device: torch.device, what: str, use: str) -> None:
     """Raise CaptureError while a CUDA graph is captured, whose replays do not run what Python does here."""
     if capture.is_capturing(device):
         raise CaptureError(f"expected nothing that a CUDA graph would leave out, got {what}; use {use}")
-
-
-def count_pruned(masks: Mapping[str, BitMask], parameters: Mapping[str, torch.Tensor]) -> dict[str, int]:
-    """Count the pruned weights of whole layers from the masks of what is here; all ranks take part."""
-    here = {name: mask.numel - mask.num_kept for name, mask in masks.items()}
-    return {name: int(sum_over_shards(n, parameters[name])) for name, n in here.items()}
 
 
 class Enforcement:
@@ -242,7 +236,9 @@ class Enforcement:
         """Zero what is pruned of these weights, and of the state of all parameters in ``masks``."""
         state = self._innermost.state
         entries = [("weight", p.detach(), masks[p]) for p in weights]
-        entries += [(f"state '{key}'", value, mask) for p, mask in masks.items() for key, value in _state_of(state, p)]
+        entries += [
+            (f"state '{key}'", value, mask) for p, mask in masks.items() for key, value in state_beside(p, state)
+        ]
         for i in zero_all_where_pruned_([entry[1:] for entry in entries], backend=self._backend):
             key, tensor, _ = entries[i]
             self.say(
@@ -442,16 +438,6 @@ class Enforcement:
         if what not in self._said:
             self._said.add(what)
             warnings.warn(f"GMPScheduler: {message}", GMPWarning, stacklevel=3)
-
-
-def _state_of(state: Mapping[torch.Tensor, Mapping[str, Any]], p: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
-    """Return the state of a parameter that has its shape: momentum, averages of gradients."""
-    return [
-        (key, value)
-        for key, value in state.get(p, {}).items()
-        # Counters such as Adam's ``step`` are floating tensors too, without dimensions.
-        if isinstance(value, torch.Tensor) and value.ndim and value.shape == p.shape and value.is_floating_point()
-    ]
 
 
 def _left_alone_by_compilers(hook: Callable[..., None]) -> Callable[..., None]:

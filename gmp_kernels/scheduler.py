@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 import warnings
 import weakref
@@ -15,9 +14,9 @@ from torch import nn
 from gmp_kernels.checks import check_choice
 from gmp_kernels.coverage import Coverage, gap_in
 from gmp_kernels.distributed import Shards
-from gmp_kernels.enforcement import Enforcement, count_pruned, refuse_capture
+from gmp_kernels.enforcement import Enforcement, refuse_capture
 from gmp_kernels.errors import GMPWarning
-from gmp_kernels.groups import groups_of, warn_of_emptied, weights_to_prune
+from gmp_kernels.groups import Groups
 from gmp_kernels.masks import BitMask
 from gmp_kernels.ops import NonFinite, Scope
 from gmp_kernels.optim.masked import MaskedOptimizer
@@ -28,6 +27,7 @@ from gmp_kernels.reports import LayerReport, StepReport
 from gmp_kernels.scheduler_state import Saved, Start, pack, starting_masks, unpack, unpack_masks
 from gmp_kernels.schedules import Schedule
 from gmp_kernels.targets import Entry, ParameterIndex, check_optimized
+from gmp_kernels.watch import count_pruned
 from gmp_kernels.wrappers import optimizer_chain
 
 __all__ = ["GMPScheduler", "StepReport"]
@@ -48,11 +48,11 @@ class GMPScheduler:
     Parameters
     ----------
     model : torch.nn.Module
-        May be compiled or wrapped; names are those of ``model.named_parameters()``, less compile's ``_orig_mod``.
+        May be compiled or wrapped; names are those of ``model.named_parameters()`` without the wrapper.
         May be sharded (``fully_shard``, tensor parallel, all that makes parameters DTensors) or replicated
         (``DistributedDataParallel``); its masks are those of one process. Every rank builds a scheduler and steps it.
     optimizer : torch.optim.Optimizer
-        Any, over all parameters that are pruned.
+        Any, over all parameters that are pruned; or a wrapper around one, such as Accelerate's and Lightning's.
     schedule : gmp_kernels.schedules.Schedule
         Sparsity against optimizer steps.
     targets : str, module type or list of them, optional
@@ -73,6 +73,14 @@ class GMPScheduler:
     distribution : {"uniform", "erk"}
         In layer scope: every layer at the schedule's sparsity, or small layers kept denser after Erdos-Renyi-Kernel,
         the schedule's sparsity holding for all layers together (those in ``overrides`` aside).
+    start : {name: BitMask}, str, path or None
+        What is pruned before the first update. "zeros": the zeros that the model has. A mapping: what its masks say,
+        of layers it does not name nothing. A path: masks that ``gmp-kernels prune --masks`` wrote. None: nothing; but
+        if more than 1 % of the weights are zero at the first step, layers of zeros alone aside, these zeros are held
+        as with "zeros", which is said. Pass {} to let them train.
+    count : {"optimizer_steps", "calls"}
+        Whether ``step()`` advances the schedule when the optimizer has stepped, or at every call: for loops whose
+        optimizer cannot be watched, such as those that replay CUDA graphs.
     nonfinite : {"error", "keep"}
         What NaN or Inf in unpruned weights does at an update; as in ``prune_``.
     backend : str, optional
@@ -81,12 +89,11 @@ class GMPScheduler:
     Attributes
     ----------
     masks : dict of str to BitMask
-        1 bit per weight, 1 = kept; all ones before the first update. Of a sharded parameter: for the shard held here.
+        1 bit per weight, 1 = kept; all ones before the first update, without ``start``. Of a sharded parameter: for
+        the shard held here.
         To be read: under compact state, an optimizer refuses to step once somebody else has written them.
     history : list of StepReport
         One per update; its figures are those of whole layers.
-    step_count : int
-        Calls of ``step()`` so far.
 
     Raises
     ------
@@ -100,7 +107,7 @@ class GMPScheduler:
 
     Warns
     -----
-    UserWarning
+    GMPWarning
         The default leaves out more than half of the weights in matrices, most weights are frozen, or the schedule ends
         with a layer that has no weight left. At an update: a row under weight_norm has none, which makes it NaN.
 
@@ -132,11 +139,12 @@ class GMPScheduler:
         self.model = model
         self.schedule = schedule
         self._scope = scope
-        self._distribution = distribution
         index = ParameterIndex(model, optimizer_chain(optimizer)[-1])
         self._parameters, self._coverage = index.select(targets, ignore)
-        self._groups = groups_of(index, list(self._parameters), schedule, distribution, overrides or {}, scope)
-        self._shapes = {name: p.shape for name, p in self._parameters.items()}
+        shapes = {name: p.shape for name, p in self._parameters.items()}
+        self._groups = Groups(
+            index, shapes, schedule, distribution=distribution, overrides=overrides or {}, scope=scope
+        )
         self.masks = starting_masks(start, self._parameters)
         self.history: list[StepReport] = []
         self._shards = Shards.of(model, self._parameters)
@@ -161,7 +169,7 @@ class GMPScheduler:
         num_pruned = count_pruned(self.masks, self._parameters) if start is not None else {}
         self._enforcement.pruner = weakref.ref(self)
         gap = gap_in(self._coverage, by_default=targets is None)
-        for word in (gap, warn_of_emptied(self._groups, self._shapes, scope)):
+        for word in (gap, self._groups.warn_of_emptied()):
             if word is not None:
                 warnings.warn(word, GMPWarning, stacklevel=2)
         # From here on it has effects, the first of which can be refused.
@@ -200,8 +208,8 @@ class GMPScheduler:
 
     @property
     def finished(self) -> bool:
-        """Whether the last update of every schedule has been made."""
-        return all(self._progress.has_made(group.schedule.end_step) for group in self._groups)
+        """Whether the last update has been made."""
+        return self._progress.has_made(self._groups.end_step)
 
     def step(self) -> StepReport | None:
         """Prune if an update is due, and make sure that pruned weights are zero; call it after ``optimizer.step()``.
@@ -239,8 +247,8 @@ class GMPScheduler:
         Notes
         -----
         When it raises nothing has changed and the step is not counted: repair the weights and call it again. (Copies
-        whose weights had drifted apart are the exception: their masks are compared after they were made.) An interrupt
-        while an update writes lets it be finished first.
+        that had drifted apart are the exception: their masks are compared after they were made.) An interrupt while an
+        update writes lets it be finished first.
         """
         self._enforcement.check_alive("step()")
         device = next(iter(self._parameters.values())).device
@@ -249,9 +257,9 @@ class GMPScheduler:
         self._enforcement.check(sample=True)
         if self._shards is not None and not self._is_agreed:
             thresholds = {f"threshold of '{name}'": threshold for name, threshold in self._pruner.thresholds.items()}
-            self._shards.agree({**self._settings(), "step": self.step_count, **thresholds})
+            self._shards.agree({**self._groups.settings(), "step": self.step_count, **thresholds})
             self._is_agreed = True
-        steps, position = self._progress.due([group.schedule for group in self._groups])
+        steps, position = self._progress.due(self._groups.schedules)
         report = None
         if any(step is not None for step in steps):
             report = self._update(steps, position)
@@ -267,8 +275,7 @@ class GMPScheduler:
 
     def __repr__(self) -> str:
         """Return the schedule, how far it has come, and the table of the coverage."""
-        end = max(group.schedule.end_step for group in self._groups)
-        state = "finished" if self.finished else f"not finished: the last update is due at step {end}"
+        state = "finished" if self.finished else f"not finished: the last update is due at step {self._groups.end_step}"
         return (
             f"{type(self).__name__}({self.schedule!r}, scope={self._scope!r})\n"
             f"step {self.step_count} after {self._progress.num_calls} calls, sparsity {self.sparsity:.4f}, {state}\n"
@@ -278,11 +285,11 @@ class GMPScheduler:
     @property
     def sparsity(self) -> float:
         """Fraction of pruned weights over all targets."""
-        return 1.0 - sum(self._num_kept().values()) / self._num_weights(self._parameters)
+        return 1.0 - sum(self._num_kept().values()) / self._groups.num_weights(self._parameters)
 
     def layer_sparsities(self) -> dict[str, float]:
         """Return {name: fraction of pruned weights} of all targets."""
-        return {name: 1.0 - kept / self._num_weights([name]) for name, kept in self._num_kept().items()}
+        return {name: 1.0 - kept / self._groups.num_weights([name]) for name, kept in self._num_kept().items()}
 
     def verify(self) -> dict[str, int]:
         """Return {name: number of zeros} of all targets, counted from the weights (of a sharded one: those here).
@@ -316,7 +323,7 @@ class GMPScheduler:
         latest 64 reports are there, the layers of the last only: the size does not grow with the number of updates.
         """
         saved = Saved(
-            self._settings(),
+            self._groups.settings(),
             self.step_count,
             self._progress.num_calls,
             self._progress.is_current,
@@ -350,7 +357,7 @@ class GMPScheduler:
             masks, num_pruned = unpack_masks(state_dict, self._parameters)
             saved = None
         else:
-            saved = unpack(state_dict, self._parameters, self._settings())
+            saved = unpack(state_dict, self._parameters, self._groups.settings())
             masks, num_pruned = saved.masks, saved.num_pruned
         if self._masked_optimizer is not None:
             self._masked_optimizer.check_masks({p: self.masks[name] for name, p in self._parameters.items()})
@@ -376,25 +383,18 @@ class GMPScheduler:
         if warning := follow_update_(self.model, self._parameters):
             self._enforcement.say("computed", warning)
 
-    def _counts(self, num_prune: Mapping[str, int], names: Sequence[str], step: int) -> list[int]:
-        """Return what ``prune_`` is told for these layers, which are due at ``step``."""
-        if self._scope == "layer":
-            return [num_prune[name] for name in names]
-        return [round(self.schedule.sparsity_at(step) * self._num_weights(names))]
-
-    def _num_weights(self, names: Iterable[str]) -> int:
-        return sum(math.prod(self._shapes[name]) for name in names)
-
     def _num_kept(self) -> dict[str, int]:
         """By layer: counted from the masks, where they are all here, or else what the last update of each counted."""
         if self._shards is None:
             return {name: mask.num_kept for name, mask in self.masks.items()}
-        return {name: self._num_weights([name]) - pruned for name, pruned in self._enforcement.num_pruned.items()}
+        return {
+            name: self._groups.num_weights([name]) - pruned for name, pruned in self._enforcement.num_pruned.items()
+        }
 
     def _update(self, steps: Sequence[int | None], position: Position) -> StepReport:
         start = time.perf_counter()
         self._enforcement.check_shapes()
-        num_prune = weights_to_prune(self._groups, steps, self._shapes)
+        num_prune = self._groups.weights_to_prune(steps)
         names, step = list(num_prune), max(step for step in steps if step is not None)
         if self._masked_optimizer is not None:
             self._masked_optimizer.check_masks({self._parameters[name]: self.masks[name] for name in names})
@@ -410,10 +410,15 @@ class GMPScheduler:
             for batch in batches:
                 if batch[0] in layers:
                     continue
-                counts = self._counts(num_prune, batch, step)
+                counts = self._groups.counts(num_prune, batch, step)
                 result = self._pruner.prune_(batch, counts, self._masked_optimizer, step=step)
                 layers.update(
-                    (name, LayerReport(name, cut.value, self._shapes[name].numel(), n, n - before[name], cut.num_ties))
+                    (
+                        name,
+                        LayerReport(
+                            name, cut.value, self._groups.num_weights([name]), n, n - before[name], cut.num_ties
+                        ),
+                    )
                     for name, cut, n in zip(batch, result.thresholds, result.num_pruned, strict=True)
                 )
             self._enforcement.masks_changed(before | {name: layer.num_pruned for name, layer in layers.items()})
@@ -425,7 +430,7 @@ class GMPScheduler:
                     step=step,
                     num_calls=position.num_calls,
                     target_sparsity=self.schedule.sparsity_at(step),
-                    sparsity=sum(layer.num_pruned for layer in layers.values()) / self._num_weights(names),
+                    sparsity=sum(layer.num_pruned for layer in layers.values()) / self._groups.num_weights(names),
                     seconds=time.perf_counter() - start,
                     layers=tuple(layers[name] for name in names),
                 )
@@ -446,13 +451,3 @@ class GMPScheduler:
     @property
     def _has_compact_state(self) -> bool:
         return self._masked_optimizer is not None and self._masked_optimizer.compact_state
-
-    def _settings(self) -> dict[str, Any]:
-        return {
-            "schedule": self.schedule.to_dict(),
-            "overrides": {
-                name: group.schedule.to_dict() for group in self._groups if group.is_override for name in group.names
-            },
-            "scope": self._scope,
-            "distribution": self._distribution,
-        }

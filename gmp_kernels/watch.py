@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from operator import attrgetter, is_, itemgetter
 from typing import NamedTuple
 
@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from gmp_kernels.masks import BitMask
-from gmp_kernels.sharding import local
+from gmp_kernels.sharding import local, sum_over_shards
 from gmp_kernels.targets import Place
 
-__all__ = ["Watch", "compare"]
+__all__ = ["Watch", "compare", "count_pruned"]
 
 SAMPLE = 32  # weights of a layer in a brief look
 SLICE = 1 << 20  # weights compared with their mask at a time
@@ -53,6 +53,12 @@ def compare(weight: torch.Tensor, mask: BitMask) -> torch.Tensor:
         differs = is_zero == kept
         found += torch.stack([differs.logical_and(is_zero.logical_not()).sum(), differs.logical_and_(is_zero).sum()])
     return found
+
+
+def count_pruned(masks: Mapping[str, BitMask], parameters: Mapping[str, torch.Tensor]) -> dict[str, int]:
+    """Count the pruned weights of whole layers from the masks of what is here; all ranks take part."""
+    here = {name: mask.numel - mask.num_kept for name, mask in masks.items()}
+    return {name: int(sum_over_shards(n, parameters[name])) for name, n in here.items()}
 
 
 class _Sample(NamedTuple):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -13,10 +14,20 @@ from gmp_kernels.masks import BitMask
 from gmp_kernels.ops import apply_masks_
 from gmp_kernels.sharding import local
 
-__all__ = ["zero_all_where_pruned_", "zero_where_pruned_"]
+__all__ = ["state_beside", "zero_all_where_pruned_", "zero_where_pruned_"]
 
 SLICE = 1 << 18  # elements whose bits are unpacked at a time
 MOST_ROUNDING = 1 / 8  # by how much the norm of what is kept may move when it is quantized again
+
+
+def state_beside(p: torch.Tensor, state: Mapping[torch.Tensor, Mapping[str, Any]]) -> list[tuple[str, torch.Tensor]]:
+    """Return what an optimizer keeps of a parameter in its shape: momentum, averages of gradients."""
+    return [
+        (key, value)
+        for key, value in state.get(p, {}).items()
+        # Counters such as Adam's ``step`` are floating tensors too, without dimensions.
+        if isinstance(value, torch.Tensor) and value.ndim and value.shape == p.shape and value.is_floating_point()
+    ]
 
 
 def zero_all_where_pruned_(tensors: Sequence[tuple[torch.Tensor, BitMask]], *, backend: str | None = None) -> list[int]:

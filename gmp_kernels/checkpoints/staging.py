@@ -362,7 +362,7 @@ def _write_durably(path: Path, document: Any) -> None:
 
 
 def _identity(path: Path) -> list[int]:
-    """What a file or folder keeps when it is renamed."""
+    """Return what a file or folder keeps when it is renamed."""
     found = path.lstat()
     return [found.st_dev, found.st_ino, found.st_mtime_ns]
 

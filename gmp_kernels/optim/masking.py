@@ -33,7 +33,7 @@ __all__ = ["Masking"]
 
 
 class Settlement(NamedTuple):
-    """What has to be done so that weights and state are what the masks say.
+    """Work left to do before weights and state are what the masks say.
 
     Attributes
     ----------
