@@ -103,7 +103,7 @@ class Enforcement:
         self.steps = StepCount()
         self.is_released = False
         self._choose(optimizer)
-        self._watch = Watch(self._model, list(self._parameters.values()), self._places)
+        self._watch = Watch(list(self._parameters.values()), self._places)
         self._hooks: list[Any] = []
 
     def __getstate__(self) -> dict[str, Any]:
@@ -112,7 +112,8 @@ class Enforcement:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._watch = Watch(self._model, list(self._parameters.values()), self._places)
+        self._watch = Watch(list(self._parameters.values()), self._places)
+        self._watch.record()
         self._hooks = []
         if not self.is_released:
             self.own()
@@ -209,6 +210,7 @@ class Enforcement:
             The tensor whose magnitudes decided, the master copy or else the weight, is zero there already.
         """
         masks: dict[torch.Tensor, BitMask] = {self._parameters[name]: self._masks[name] for name in names}
+        self._watch.distrust()
         if self.masked_optimizer is not None:
             self.masked_optimizer.share_masks(masks, ranked_is_pruned=ranked_is_pruned)
         else:
@@ -327,7 +329,7 @@ class Enforcement:
         """Raise TargetError for a target that was removed from the model, replaced or reshaped."""
         if not self._watch.are_in_place():
             check_present(self._model, self._parameters, self._shapes)
-            # Another module leads to the same parameters now.
+            # It is the first look, or another module leads to the same parameters now.
             self._watch.locate(self._model)
 
     def say_emptied(self, names: Sequence[str]) -> None:

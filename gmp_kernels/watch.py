@@ -67,12 +67,11 @@ class Watch:
 
     Parameters
     ----------
-    model : torch.nn.Module
     parameters : sequence of Parameter
     places : sequence of Place
     """
 
-    def __init__(self, model: nn.Module, parameters: Sequence[nn.Parameter], places: Sequence[Place]) -> None:
+    def __init__(self, parameters: Sequence[nn.Parameter], places: Sequence[Place]) -> None:
         self._parameters = parameters
         self._places = places
         self._num_looks = 0
@@ -86,7 +85,8 @@ class Watch:
             (itemgetter(key), [places[i].holder for i in members], [parameters[i] for i in members])
             for key, members in by_key.items()
         ]
-        self.locate(model)
+        self._way: list[dict[str, nn.Module | None]] = []
+        self._modules: list[dict[str, nn.Module | None]] | None = None
 
     def locate(self, model: nn.Module) -> None:
         """Take the modules by which this model leads to the parameters now for the right ones."""
@@ -94,7 +94,7 @@ class Watch:
         self._modules = [dict(modules) for modules in self._way]
 
     def are_in_place(self) -> bool:
-        """Whether the model still has these very parameters."""
+        """Whether the model that they were located in still has these very parameters."""
         try:
             # Modules are equal where they are the same.
             return self._way == self._modules and all(
@@ -106,6 +106,10 @@ class Watch:
     def record(self) -> None:
         """Take the parameters as they are now for unchanged."""
         self._versions = list(map(_version, self._parameters))
+
+    def distrust(self) -> None:
+        """Take all parameters for written, until they are recorded."""
+        self._versions = [-1] * len(self._parameters)
 
     def expect_writes(self) -> None:
         """Take them as they will be when they are next looked at for unchanged."""
