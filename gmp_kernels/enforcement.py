@@ -100,7 +100,7 @@ class Enforcement:
         self.is_released = False
         self.pruner: Callable[[], object | None] = lambda: None
         self._choose(optimizer)
-        self._watch = Watch(self._model, list(self._parameters.values()), self._places)
+        self._watch = Watch(list(self._parameters.values()), self._places)
         self._hooks: list[Any] = []
 
     def __getstate__(self) -> dict[str, Any]:
@@ -109,7 +109,8 @@ class Enforcement:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._watch = Watch(self._model, list(self._parameters.values()), self._places)
+        self._watch = Watch(list(self._parameters.values()), self._places)
+        self._watch.record()
         self._hooks = []
         self.pruner = lambda: None
         if not self.is_released:
@@ -184,7 +185,7 @@ class Enforcement:
         places = dict(zip(self._names, self._places, strict=True))
         self._parameters, self._names = parameters, list(parameters)
         self._places = [places[name] for name in parameters]
-        self._watch = Watch(self._model, list(parameters.values()), self._places)
+        self._watch = Watch(list(parameters.values()), self._places)
         self.masks_changed({name: self.num_pruned[name] for name in parameters})
 
     def release(self) -> None:
@@ -226,6 +227,7 @@ class Enforcement:
             An optimizer that applies masks itself has just checked them.
         """
         masks: dict[torch.Tensor, BitMask] = {self._parameters[name]: self._masks[name] for name in names}
+        self._watch.distrust()
         if self.masked_optimizer is not None:
             self.masked_optimizer.share_masks(masks, ranked_is_pruned=ranked_is_pruned, are_checked=are_checked)
         else:
@@ -346,7 +348,7 @@ class Enforcement:
         """Raise TargetError for a target that was removed from the model, replaced or reshaped."""
         if not self._watch.are_in_place():
             check_present(self._model, self._parameters, self._shapes)
-            # Another module leads to the same parameters now.
+            # It is the first look, or another module leads to the same parameters now.
             self._watch.locate(self._model)
 
     def check_shapes(self) -> None:

@@ -246,9 +246,9 @@ class GMPScheduler:
 
         Notes
         -----
-        When it raises nothing has changed and the step is not counted: repair the weights and call it again. (Copies
-        that had drifted apart are the exception: their masks are compared after they were made.) An interrupt while an
-        update writes lets it be finished first.
+        When it raises nothing has changed, but for pruned weights that were not zero and may be now, and the step is
+        not counted: repair the weights and call it again. (Copies whose weights had drifted apart are the exception:
+        their masks are compared after they were made.) An interrupt while an update writes lets it be finished first.
         """
         self._enforcement.check_alive("step()")
         device = next(iter(self._parameters.values())).device

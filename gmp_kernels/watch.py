@@ -15,7 +15,8 @@ from gmp_kernels.targets import Place
 
 __all__ = ["Watch", "compare", "count_pruned"]
 
-SAMPLE = 32  # weights of a layer in a brief look
+CANDIDATES = 1024  # weights of a layer, of which the pruned ones are for brief looks
+SAMPLE = 32  # of these, where the choice is no wait
 SLICE = 1 << 20  # weights compared with their mask at a time
 GPU_INTERVAL = 16  # brief looks asked for, to one that is taken at a GPU's weights
 STRIDE = 0x9E3779B1  # odd, and near the golden ratio of 2^32: multiples spread evenly over any layer
@@ -80,12 +81,11 @@ class Watch:
 
     Parameters
     ----------
-    model : torch.nn.Module
     parameters : sequence of Parameter
     places : sequence of Place
     """
 
-    def __init__(self, model: nn.Module, parameters: Sequence[nn.Parameter], places: Sequence[Place]) -> None:
+    def __init__(self, parameters: Sequence[nn.Parameter], places: Sequence[Place]) -> None:
         self._parameters = parameters
         self._places = places
         self._num_looks = 0
@@ -100,7 +100,8 @@ class Watch:
             (itemgetter(key), [places[i].holder for i in members], [parameters[i] for i in members])
             for key, members in by_key.items()
         ]
-        self.locate(model)
+        self._way: list[dict[str, nn.Module | None]] = []
+        self._modules: list[dict[str, nn.Module | None]] | None = None
 
     def locate(self, model: nn.Module) -> None:
         """Take the modules by which this model leads to the parameters now for the right ones."""
@@ -108,7 +109,7 @@ class Watch:
         self._modules = [dict(modules) for modules in self._way]
 
     def are_in_place(self) -> bool:
-        """Whether the model still has these very parameters."""
+        """Whether the model that they were located in still has these very parameters."""
         try:
             # Modules are equal where they are the same.
             return self._way == self._modules and all(
@@ -124,6 +125,10 @@ class Watch:
     def record(self) -> None:
         """Take the parameters as they are now for unchanged."""
         self._versions = list(map(_version, self._parameters))
+
+    def distrust(self) -> None:
+        """Take all parameters for written, until they are recorded."""
+        self._versions = [-1] * len(self._parameters)
 
     def expect_writes(self) -> None:
         """Take them as they will be when they are next looked at for unchanged."""
@@ -189,12 +194,12 @@ def _way_to(holders: set[int], module: nn.Module) -> list[dict[str, nn.Module | 
 def _sample_of(mask: BitMask, offset: int) -> _Sample:
     """Return weights that are spread over the layer; to choose among the pruned ones would wait for a GPU."""
     device = mask.packed.device
-    indices = torch.arange(min(SAMPLE, mask.numel), device=device)
-    if mask.numel > SAMPLE:
-        indices = (indices + offset * SAMPLE).mul_(STRIDE).remainder_(mask.numel)
+    indices = torch.arange(min(CANDIDATES, mask.numel), device=device)
+    if mask.numel > CANDIDATES:
+        indices = (indices + offset * CANDIDATES).mul_(STRIDE).remainder_(mask.numel)
     bits = mask.packed[indices >> 3] >> (indices & 7).to(torch.uint8)
     is_pruned = (bits & 1) == 0
-    return _Sample(indices[is_pruned], None) if device.type == "cpu" else _Sample(indices, is_pruned)
+    return _Sample(indices[is_pruned][:SAMPLE], None) if device.type == "cpu" else _Sample(indices, is_pruned)
 
 
 def _answered_later(found: torch.Tensor) -> _Look:

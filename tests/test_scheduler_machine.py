@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
@@ -14,22 +13,21 @@ from faults import OutOfMemory, interrupted
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
-from pruning_machine import (
+from pruned_runs import (
     COPIES,
     KINDS,
     SCHEDULES,
     WRAPPERS,
-    Expected,
     Trio,
     UntracedMasters,
     digest,
     digest_of_the_kept,
     digest_of_training,
     innermost,
-    make_model,
     set_gradients,
     train_step,
 )
+from pruning_invariants import TARGETS, CheckedTraining
 from torch import nn
 
 from gmp_kernels import GMPScheduler, scheduler
@@ -41,20 +39,14 @@ from gmp_kernels.zeroing import zero_all_where_pruned_
 
 pytestmark = pytest.mark.filterwarnings("ignore::gmp_kernels.errors.GMPWarning")
 
-TARGETS = ["0.weight", "2.weight", "3.weight"]
 POSITIONS = st.integers(0, len(TARGETS) - 1)
 SEEDS = st.integers(0, 99)
 PARTS = st.lists(st.sampled_from(["model", "optimizer", "pruner"]), min_size=1, unique=True)
 STARTS = ["dense", "zeros", "masks", "masks_only", "state"]
 
 
-class PrunedTraining(RuleBasedStateMachine):
-    """A network that is trained and pruned while all sorts of things happen to it.
-
-    After every call of ``pruner.step()`` that returned, the weights are compared with the masks, and the counts with
-    those that the machine keeps. After every call that raised, everything is as it was, or as the same call leaves an
-    undisturbed copy.
-    """
+class PrunedTraining(CheckedTraining, RuleBasedStateMachine):
+    """A network that is trained and pruned while all sorts of things happen to it."""
 
     @initialize(
         kind=st.sampled_from(list(KINDS)),
@@ -63,159 +55,10 @@ class PrunedTraining(RuleBasedStateMachine):
         scope=st.sampled_from(["layer", "global"]),
     )
     def begin(self, kind: str, wrapper: str, schedule: str, scope: Any) -> None:
-        self.schedule, self.scope = SCHEDULES[schedule], scope
-        self.model = make_model()
-        self.kinds: dict[int, str] = {}
         self.saves: list[dict[str, Any]] = []
         self.strays: list[Any] = []
         self.left: tuple[Trio, object] | None = None
-        self.is_hidden = False  # whether something was written without a trace
-        self.optimizer = self.build(kind, wrapper)
-        self.adopt(self.scheduler())
-
-    def build(self, kind: str, wrapper: str) -> Any:
-        inner = KINDS[kind](self.model.parameters())
-        return WRAPPERS[wrapper](inner)
-
-    def scheduler(self, **options: Any) -> GMPScheduler:
-        weights = [self.model.get_parameter(name).detach() for name in TARGETS]
-        try:
-            return GMPScheduler(self.model, self.optimizer, self.schedule, scope=self.scope, **options)
-        except NonFiniteError:
-            assert not all(weight.isfinite().all() for weight in weights)
-            for weight in weights:
-                weight.nan_to_num_(0.5, 0.5, -0.5)
-        return self.scheduler(**options)
-
-    def adopt(self, pruner: GMPScheduler) -> None:
-        """Go on with a new pruner."""
-        self.pruner = pruner
-        self.expected = [Expected()]
-        self.required: dict[str, int] = {}
-        self.floor: dict[str, torch.Tensor] | None = None
-        self.has_said: bool | None = False  # whether a repair was said; None: a call that was disturbed may have
-
-    @property
-    def trio(self) -> Trio:
-        return self.model, self.optimizer, self.pruner
-
-    @property
-    def is_masked(self) -> bool:
-        return hasattr(innermost(self.optimizer), "set_masks")
-
-    def parameter(self, position: int) -> nn.Parameter:
-        return self.model.get_parameter(TARGETS[position])
-
-    def pruned(self, name: str) -> torch.Tensor:
-        return ~self.pruner.masks[name].to_bool()
-
-    # -- what must hold ----------------------------------------------------------------------------------------------
-
-    def prune(self) -> None:
-        """Call ``pruner.step()``; NaN has to be refused by an update, and is repaired then."""
-        for _ in range(len(TARGETS) if self.is_hidden else 1):
-            self.call_once()
-        self.is_hidden = False
-        self.look()
-
-    def try_to_prune(self) -> None:
-        """Prune, which may be refused by name."""
-        if not any(self.is_refused(self.call_once) for _ in range(len(TARGETS) if self.is_hidden else 1)):
-            self.is_hidden = False
-            self.look()
-
-    def call_once(self) -> None:
-        weights = {name: self.model.get_parameter(name).detach() for name in TARGETS}
-        is_alive = any(weights[name][self.pruned(name)].any() for name in TARGETS)
-        has_nan = not all(weights[name][~self.pruned(name)].isfinite().all() for name in TARGETS)
-        before = digest_of_the_kept(self.trio) if has_nan else None
-        after = [(expected, expected.called(self.schedule)) for expected in self.expected]
-        with warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter("always")
-            try:
-                report = self.pruner.step()
-            except NonFiniteError:
-                # What contradicted a mask may have been put right before.
-                assert has_nan and digest_of_the_kept(self.trio) == before
-                self.expected = [old for old, new in after if new.updates != old.updates]
-                for weight in weights.values():
-                    weight.nan_to_num_(0.5, 0.5, -0.5)
-                return self.call_once()
-        steps = tuple(report.step for report in self.pruner.history)
-        self.expected = [
-            new
-            for old, new in after
-            if (new.seen, new.updates) == (self.pruner.step_count, steps)
-            if (report is None) == (new.updates == old.updates)
-        ]
-        assert self.expected, (after, self.pruner.step_count, steps)
-        assert report is None or not has_nan
-        words = [str(warning.message) for warning in said if "were not zero any more" in str(warning.message)]
-        assert len(words) <= (self.has_said is not True)
-        self.has_said = True if words else self.has_said
-        if is_alive and report is None and not self.is_hidden:
-            assert self.has_said is not False
-        return None
-
-    def require(self, step: int) -> None:
-        sparsity = self.schedule.sparsity_at(step)
-        sizes = {name: self.model.get_parameter(name).numel() for name in TARGETS}
-        if self.scope == "global":
-            self.required["all"] = round(sparsity * sum(sizes.values()))
-        else:
-            self.required.update({name: round(sparsity * n) for name, n in sizes.items()})
-
-    def look(self) -> None:
-        """Compare what the pruner says with what the weights are."""
-        masks = {name: mask.to_bool() for name, mask in self.pruner.masks.items()}
-        assert list(masks) == TARGETS
-        for name, mask in masks.items():
-            zeros = self.model.get_parameter(name).detach()[~mask]
-            assert not zeros.any() and not zeros.signbit().any(), name
-        self.pruner.verify()
-        counts = {name: int((~mask).sum()) for name, mask in masks.items()}
-        numel = sum(mask.numel() for mask in masks.values())
-        assert self.pruner.sparsity == pytest.approx(sum(counts.values()) / numel)
-        saved = self.pruner.state_dict()["layers"]
-        assert {name: layer["num_pruned"] for name, layer in saved.items()} == counts
-        if self.expected[0].updates:
-            self.require(self.expected[0].updates[-1])
-        for name, least in self.required.items():
-            assert (sum(counts.values()) if name == "all" else counts[name]) >= least
-        if self.floor is not None:
-            assert not any((mask & ~self.floor[name]).any() for name, mask in masks.items())
-        self.floor = masks
-        (expected,) = {(e.seen, e.made) for e in self.expected}
-        assert self.pruner.step_count == expected[0]
-        assert self.pruner.finished == (expected[1] >= self.schedule.end_step)
-
-    def look_at_state(self) -> None:
-        """Pruned weights are dead in the optimizer too."""
-        inner = innermost(self.optimizer)
-        saved = inner.state_dict()["state"]
-        owned = [p for group in inner.param_groups for p in group["params"]]
-        for name in TARGETS:
-            parameter = self.model.get_parameter(name)
-            position = next(i for i, p in enumerate(owned) if p is parameter)
-            for entry, value in saved.get(position, {}).items():
-                if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
-                    assert not value[self.pruned(name)].any(), (name, entry)
-
-    def train(self, seed: int, absent: Sequence[int] = ()) -> None:
-        train_step(self.trio, seed, absent)
-        self.expected = [expected.stepped() for expected in self.expected]
-        self.is_hidden |= isinstance(self.optimizer, UntracedMasters)
-        self.look_at_state()
-
-    def is_refused(self, call: Callable[[], object]) -> bool:
-        """Whether a call is refused by name, which changes nothing."""
-        before = digest(self.trio)
-        try:
-            call()
-        except GMPError:
-            assert digest(self.trio) == before
-            return True
-        return False
+        self.start(kind, wrapper, schedule, scope)
 
     # -- training ----------------------------------------------------------------------------------------------------
 
@@ -375,9 +218,8 @@ class PrunedTraining(RuleBasedStateMachine):
     )
     def write(self, position: int, traced: bool, where: str, value: float, seed: int | None) -> None:
         parameter, pruned = self.parameter(position), self.pruned(TARGETS[position])
-        written = {"all": torch.ones_like(pruned), "pruned": pruned, "kept": ~pruned, "one": torch.zeros_like(pruned)}[
-            where
-        ]
+        places = {"all": pruned | True, "pruned": pruned, "kept": ~pruned, "one": pruned & False}
+        written = places[where]
         if where == "one":
             written.view(-1)[-1] = traced  # one weight that is written without a trace may stay unseen
         with torch.no_grad():
@@ -486,6 +328,9 @@ class PrunedTraining(RuleBasedStateMachine):
 
         twin: Trio = copy.deepcopy(self.trio)
         whole = digest if what in ("prune", "load") else digest_of_training
+        if fault == "memory" or writes:
+            # What is pruned may become zero before the call raises, and state with the next step alone.
+            whole = digest_of_the_kept
         before, expected, masks = whole(self.trio), self.expected, dict(self.pruner.masks)
         has_raised = self.fails(call, fault, after)
         is_atomic = what != "train" or (innermost(self.optimizer) is self.optimizer and self.is_masked)
@@ -537,12 +382,44 @@ def run(examples: int, phases: Sequence[Phase] = tuple(Phase)) -> None:
 
 
 def test_what_the_pruner_says_is_what_the_weights_are() -> None:
-    run(50)
+    run(150)
+
+
+BEGUN = {"wrapper": "none", "schedule": "stairs", "scope": "layer"}
+FOUND: dict[str, list[tuple[str, dict[str, Any]]]] = {
+    "a write to a copy before its first step": [
+        ("copy", {"how": "deepcopy"}),
+        ("write", {"position": 0, "traced": True, "where": "all", "value": 1.5, "seed": None}),
+    ],
+    "a module that is replaced between updates": [("replace", {"position": 1})],
+    "a parameter resized between updates": [("resize", {"position": 0, "seed": 3})],
+    "another memory format": [("move_format", {"calls": ["train", "prune", "train"], "seed": 1})],
+    "no memory for one of the masks that are loaded": [
+        ("save", {}),
+        ("steps", {"seeds": [3, 4, 5, 6]}),
+        *(("disturb", {"what": "load", "fault": "memory", "after": n, "seed": 1, "writes": False}) for n in range(4)),
+    ],
+    "an interrupt between a look and the repair": [
+        ("disturb", {"what": "prune", "fault": "interrupt", "after": n, "seed": 1, "writes": True})
+        for n in range(0, 900, 30)
+    ],
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("found", FOUND)
+def test_what_the_machine_has_found(found: str, kind: str) -> None:
+    machine = PrunedTraining()
+    machine.begin(kind=kind, **BEGUN)
+    machine.steps(seeds=[1, 2])
+    for name, arguments in FOUND[found]:
+        getattr(machine, name)(**arguments)
+    machine.teardown()
 
 
 def _unhooked(self: Enforcement, state: dict[str, Any]) -> None:
     self.__dict__.update(state)
-    self._watch, self._hooks = Watch(self._model, list(self._parameters.values()), self._places), []
+    self._watch, self._hooks = Watch(list(self._parameters.values()), self._places), []
 
 
 def _recorded_at_once(self: Watch) -> list[int]:

@@ -1,4 +1,4 @@
-"""Small pruned networks for the state machine: optimizers, wrappers of them, what a pruner must count, and all bits."""
+"""Small pruned networks to try things on: optimizers, wrappers of them, what a pruner must count, and all bits."""
 
 from __future__ import annotations
 
@@ -29,7 +29,6 @@ KINDS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "gmp_adamw": lambda p: optim.AdamW(p, lr=0.01),
     "gmp_adamw_compact": lambda p: optim.AdamW(p, lr=0.01, compact_state=True),
 }
-TAKES_FOUND_INF = {"torch_adamw_fused", "gmp_sgd", "gmp_adamw", "gmp_adamw_compact"}
 
 Trio = tuple[nn.Module, Any, GMPScheduler]
 
