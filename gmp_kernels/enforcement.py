@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import nn
 
 from gmp_kernels import capture
 from gmp_kernels.coverage import shown_names
-from gmp_kernels.errors import CaptureError, GMPWarning, StateError, TargetError
+from gmp_kernels.errors import CaptureError, StateError, TargetError, warn
 from gmp_kernels.masks import BitMask
 from gmp_kernels.optim.masked import MaskedOptimizer
 from gmp_kernels.owners import let_go, owners_of, set_owner
@@ -164,8 +163,8 @@ class Enforcement:
             left = [name for name, p in other._parameters.items() if id(p) not in mine]
             if left and other.pruner() is not None:
                 raise TargetError(
-                    f"GMPScheduler: expected parameters that no other pruner holds, got some of one that holds "
-                    f"'{left[0]}' as well; call remove() on it first"
+                    f"GMPScheduler: expected parameters that no other pruner holds, got some of one that also holds "
+                    f"'{left[0]}', which this one leaves out; call remove() on that one first"
                 )
         for other in others:
             other._give_up(mine)
@@ -322,7 +321,8 @@ class Enforcement:
             if found[0]:
                 raise StateError(
                     f"verify: expected {mask.numel - mask.num_kept} zeros in '{name}' where its mask says pruned, got "
-                    f"{found[0]} that are not zero; call step(), which repairs them and says what it knows of the cause"
+                    f"{found[0]} that are not zero: something other than {self._name} wrote to them; step() sets "
+                    "them to zero again"
                 )
             zeros[name] = mask.numel - mask.num_kept + found[1]
         return zeros
@@ -330,9 +330,11 @@ class Enforcement:
     def check_alive(self, what: str) -> None:
         """Raise StateError if the parameters are let go."""
         if self.is_released:
+            taken = owners_of(self._parameters.values())
+            reason = "a newer one holds; use that one" if taken else "were let go by remove(); build a new one"
             raise StateError(
-                f"GMPScheduler: expected a pruner that holds its parameters, got {what} of one that let them go, by "
-                "remove() or because another pruner was built for them; use that one"
+                f"GMPScheduler: expected {what} of a pruner that holds its parameters, got one whose parameters "
+                f"{reason}"
             )
 
     def say_idle(self, num_calls: int, step_count: int) -> None:
@@ -439,7 +441,7 @@ class Enforcement:
         """Warn once for each kind of thing."""
         if what not in self._said:
             self._said.add(what)
-            warnings.warn(f"GMPScheduler: {message}", GMPWarning, stacklevel=3)
+            warn(f"GMPScheduler: {message}")
 
 
 def _left_alone_by_compilers(hook: Callable[..., None]) -> Callable[..., None]:

@@ -5,6 +5,8 @@ A call that raises one of these has changed no weight, no mask and no state.
 
 from __future__ import annotations
 
+import sys
+import warnings
 from functools import partial
 from typing import Any
 
@@ -27,7 +29,11 @@ __all__ = [
     "SparsityError",
     "StateError",
     "TargetError",
+    "warn",
 ]
+
+
+INSIDE = {"gmp_kernels", "torch"}
 
 
 class GMPError(Exception):
@@ -42,6 +48,14 @@ class GMPError(Exception):
 
 class GMPWarning(UserWarning):
     """Category of every warning of this package: what was repaired, left out, or will not do what it seems to."""
+
+
+def warn(message: str) -> None:
+    """Issue a GMPWarning that points at the first line outside of this package and torch."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back is not None and str(frame.f_globals.get("__name__")).partition(".")[0] in INSIDE:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, GMPWarning, stacklevel=level)
 
 
 class DTypeError(GMPError, TypeError):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
@@ -15,7 +14,7 @@ from gmp_kernels.checks import check_choice
 from gmp_kernels.coverage import Coverage, gap_in
 from gmp_kernels.distributed import Shards
 from gmp_kernels.enforcement import Enforcement, refuse_capture
-from gmp_kernels.errors import GMPWarning
+from gmp_kernels.errors import warn
 from gmp_kernels.groups import Groups
 from gmp_kernels.masks import BitMask
 from gmp_kernels.ops import NonFinite, Scope
@@ -41,7 +40,7 @@ class GMPScheduler:
     Call ``step()`` after every ``optimizer.step()``. At the schedule's update steps it prunes; between them a hook of
     the optimizer sets pruned weights and their optimizer state (momentum, Adam's averages, whatever has the shape of
     the weight) back to zero after each step, for as long as the optimizer lives. The model itself carries nothing.
-    With an optimizer of ``gmp_kernels.optim`` the mask is part of the step itself and there is no such hook: both read
+    With an optimizer of ``gmp_kernels.optim`` the mask is part of the step itself and a hook only checks: both read
     the same bits, which an update changes in place, so that a CUDA graph of the step stays right. Where it keeps master
     weights, they are what is ranked.
 
@@ -134,7 +133,10 @@ class GMPScheduler:
     ) -> None:
         for value, kind in ((model, nn.Module), (schedule, Schedule)):
             if not isinstance(value, kind):
-                raise TypeError(f"GMPScheduler: expected a {kind.__module__}.{kind.__name__}, got {value!r}")
+                raise TypeError(
+                    f"GMPScheduler: expected a {kind.__module__}.{kind.__name__}, got a {type(value).__name__}; the "
+                    "order is model, optimizer, schedule"
+                )
         check_choice("GMPScheduler", "count", count, ("optimizer_steps", "calls"))
         self.model = model
         self.schedule = schedule
@@ -171,7 +173,7 @@ class GMPScheduler:
         gap = gap_in(self._coverage, by_default=targets is None)
         for word in (gap, self._groups.warn_of_emptied()):
             if word is not None:
-                warnings.warn(word, GMPWarning, stacklevel=2)
+                warn(word)
         # From here on it has effects, the first of which can be refused.
         self._enforcement.own()
         try:
@@ -241,8 +243,8 @@ class GMPScheduler:
         Warns
         -----
         GMPWarning
-            Once for each: something else has written to pruned weights, which are zero again now; the model has zeros
-            that no mask holds; calls keep coming without an optimizer step.
+            Once for each: something else has written to pruned weights, which are zero again now; the model had zeros,
+            which are held from now on; calls keep coming without an optimizer step.
 
         Notes
         -----
@@ -276,6 +278,8 @@ class GMPScheduler:
     def __repr__(self) -> str:
         """Return the schedule, how far it has come, and the table of the coverage."""
         state = "finished" if self.finished else f"not finished: the last update is due at step {self._groups.end_step}"
+        if self._enforcement.is_released:
+            state = "removed"
         return (
             f"{type(self).__name__}({self.schedule!r}, scope={self._scope!r})\n"
             f"step {self.step_count} after {self._progress.num_calls} calls, sparsity {self.sparsity:.4f}, {state}\n"

@@ -193,9 +193,12 @@ def starting_masks(start: Start, parameters: Mapping[str, torch.Tensor]) -> dict
         from gmp_kernels.checkpoints.masks import read_masks
 
         start = read_masks(start)
-    if not isinstance(start, Mapping) or not all(isinstance(mask, BitMask) for mask in start.values()):
+    masks_given = start.values() if isinstance(start, Mapping) else [start]
+    others = [type(mask).__name__ for mask in masks_given if not isinstance(mask, BitMask)]
+    if others:
         raise TypeError(
-            f"GMPScheduler: expected start to be None, 'zeros', {{name: BitMask}} or the path of masks, got {start!r}"
+            f"GMPScheduler: expected start to be None, 'zeros', {{name: BitMask}} or the path of masks, got a "
+            f"{others[0]}; pack bool tensors by BitMask.from_bool, and give a pruner's state_dict() to load_state_dict"
         )
     names = _names_here(start, parameters)
     masks = {names[name]: mask for name, mask in start.items()}

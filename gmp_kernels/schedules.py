@@ -381,6 +381,14 @@ class Constant(_Staircase):
         """Return the schedule that begins after ``begin`` epochs, rounded to whole steps."""
         return cls(sparsity, to_steps("Constant.from_epochs: begin", begin, steps_per_epoch))
 
+    @property
+    def end_step(self) -> int:
+        return -1 if self.sparsity is None else self.begin_step
+
+    @property
+    def final_sparsity(self) -> float:
+        return self.sparsity or 0.0
+
     def is_update_step(self, step: int) -> bool:
         return self.sparsity is not None and super().is_update_step(step)
 

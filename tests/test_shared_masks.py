@@ -350,5 +350,5 @@ def test_a_second_scheduler_takes_over_the_zeros_it_finds(compact: bool) -> None
         optimizer.step()
     assert second.masks == masks
     assert_zeros_exact(params, dict(zip(params, masks.values(), strict=True)))
-    with pytest.raises(StateError, match="let them go"):
+    with pytest.raises(StateError, match="a newer one holds"):
         pruner.step()

@@ -34,7 +34,8 @@ def read_masks(path: str | PathLike[str]) -> dict[str, BitMask]:
     files = sorted(folder.glob(f"*{SUFFIX}")) if folder.is_dir() else [root]
     if not files or not all(file.is_file() for file in files):
         raise CheckpointError(
-            f"{path}: expected masks that 'gmp-kernels prune --masks' wrote, got nothing; check the path"
+            f"{path}: expected masks that 'gmp-kernels prune --masks' wrote, got nothing there; check the path, or "
+            "write 'zeros' for the zeros of the model"
         )
     masks: dict[str, BitMask] = {}
     for file in files:
