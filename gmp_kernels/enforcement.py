@@ -9,16 +9,16 @@ import torch
 from torch import nn
 
 from gmp_kernels import capture
-from gmp_kernels.coverage import shown_names
+from gmp_kernels.advice import on_damage, on_idle_calls, on_new_zeros, on_old_zeros
 from gmp_kernels.errors import CaptureError, StateError, TargetError, warn
 from gmp_kernels.masks import BitMask
 from gmp_kernels.optim.masked import MaskedOptimizer
-from gmp_kernels.owners import let_go, owners_of, set_owner
+from gmp_kernels.owners import let_go, owners_of, register
 from gmp_kernels.progress import StepCount
 from gmp_kernels.sharding import local, sum_over_shards
 from gmp_kernels.targets import Place, check_present
 from gmp_kernels.watch import Watch, compare, count_pruned
-from gmp_kernels.wrappers import optimizer_chain, with_own_hooks
+from gmp_kernels.wrappers import inside, optimizer_chain, with_own_hooks
 from gmp_kernels.zeroing import state_beside, zero_all_where_pruned_
 
 __all__ = ["Enforcement", "refuse_capture"]
@@ -115,6 +115,11 @@ class Enforcement:
         if not self.is_released:
             self.own()
 
+    @property
+    def held(self) -> list[nn.Parameter]:
+        """The parameters, in the order of their masks."""
+        return list(self._parameters.values())
+
     # -- who holds what ----------------------------------------------------------------------------------------------
 
     def follow(self, optimizer: Any) -> None:
@@ -124,14 +129,22 @@ class Enforcement:
         ------
         TargetError
             Its steps cannot be watched.
+        StateError, CaptureError
+            It cannot take the masks over, or the one before cannot let them go. Nothing has changed.
         """
-        optimizer_chain(optimizer)
+        innermost, before = optimizer_chain(optimizer)[-1], self.masked_optimizer
+        if isinstance(innermost, MaskedOptimizer):
+            innermost.check_masks(dict(zip(self.held, self._masks.values(), strict=True)))
+        if before is not None and before is not innermost:
+            # Their bits are written in place from now on, and nobody would tell it.
+            before.forget_masks(self.held)
         self._unhook()
         self._choose(optimizer)
         self._attach()
 
     def _choose(self, optimizer: Any) -> None:
         self.optimizer, self._innermost = optimizer, optimizer_chain(optimizer)[-1]
+        self._inside = inside(self._innermost)
         self.masked_optimizer = self._innermost if isinstance(self._innermost, MaskedOptimizer) else None
 
     def _attach(self) -> None:
@@ -168,7 +181,7 @@ class Enforcement:
                 )
         for other in others:
             other._give_up(mine)
-        set_owner(self._parameters.values(), self)
+        register(self)
         self._attach()
 
     def _give_up(self, identities: set[int]) -> None:
@@ -180,7 +193,6 @@ class Enforcement:
         gone = [p for p in self._parameters.values() if id(p) in identities]
         if self.masked_optimizer is not None:
             self.masked_optimizer.forget_masks(gone)
-        let_go(gone, self)
         places = dict(zip(self._names, self._places, strict=True))
         self._parameters, self._names = parameters, list(parameters)
         self._places = [places[name] for name in parameters]
@@ -203,7 +215,7 @@ class Enforcement:
         """Let the parameters go, and leave their masks to the optimizer."""
         self._unhook()
         self.is_released = True
-        let_go(self._parameters.values(), self)
+        let_go(self)
 
     # -- masks -------------------------------------------------------------------------------------------------------
 
@@ -235,11 +247,10 @@ class Enforcement:
 
     def _zero(self, weights: Iterable[torch.Tensor], masks: Mapping[torch.Tensor, BitMask]) -> None:
         """Zero what is pruned of these weights, and of the state of all parameters in ``masks``."""
-        state = self._innermost.state
         entries = [("weight", p.detach(), masks[p]) for p in weights]
-        entries += [
-            (f"state '{key}'", value, mask) for p, mask in masks.items() for key, value in state_beside(p, state)
-        ]
+        for state in [optimizer.state for optimizer in self._inside]:
+            for p, mask in masks.items():
+                entries += [(f"state '{key}'", value, mask) for key, value in state_beside(p, state)]
         for i in zero_all_where_pruned_([entry[1:] for entry in entries], backend=self._backend):
             key, tensor, _ = entries[i]
             self.say(
@@ -339,12 +350,7 @@ class Enforcement:
 
     def say_idle(self, num_calls: int, step_count: int) -> None:
         """Say that the schedule stands still."""
-        self.say(
-            "idle",
-            f"step() was called {num_calls} times in a row without a step of {self._name}, so that the schedule stays "
-            f"at step {step_count}. If another optimizer steps these parameters, set pruner.optimizer to it; "
-            "count='calls' is for loops whose optimizer cannot be watched",
-        )
+        self.say("idle", on_idle_calls(num_calls, self._name, step_count))
 
     def check_present(self) -> None:
         """Raise TargetError for a target that was removed from the model, replaced or reshaped."""
@@ -357,15 +363,6 @@ class Enforcement:
         """Raise TargetError for a parameter that was given other data, of another shape than its mask."""
         if not self._watch.have_their_shapes():
             check_present(self._model, self._parameters, self._shapes)
-
-    def say_emptied(self, names: Sequence[str]) -> None:
-        """Say which layers a ranking of all has left nothing of."""
-        if names:
-            self.say(
-                "emptied",
-                f"ranking all layers together has left {shown_names(names)} without a weight; prune less, use "
-                "scope='layer', or add them to ignore=",
-            )
 
     def _contradictions(self, positions: Sequence[int]) -> list[tuple[int, int]]:
         """Return, by parameter, how many pruned weights are not zero here and how many kept ones are."""
@@ -382,16 +379,15 @@ class Enforcement:
             return
         found = dict(zip(positions, self._contradictions(positions), strict=True))
         damaged = {self._names[i]: alive for i, (alive, _) in found.items() if alive}
-        share = sum(zeros for _, zeros in found.values()) / max(1, sum(self._mask_at(i).numel for i in positions))
+        sizes = {i: self._mask_at(i).numel for i in positions}
+        # Layers that start as zeros alone are another thing.
+        zeros = sum(zeros for i, (_, zeros) in found.items() if zeros < sizes[i])
+        share = zeros / max(1, sum(sizes.values()))
         if damaged:
             self._repair(damaged)
-            self.say("repair", self._describe_repair(damaged))
+            self.say("repair", on_damage(damaged, self._name))
         elif share > MANY_ZEROS:
-            self.say(
-                "zeros",
-                f"{share:.1%} of the weights to be pruned have become zero although their masks keep them, and are not "
-                "held at zero. After loading later weights, load the pruner's state_dict() of that time too",
-            )
+            self.say("zeros", on_new_zeros(share))
 
     def _look_for_zeros(self) -> None:
         """Hold the zeros of a model that was pruned before: nobody else knows of them."""
@@ -410,25 +406,11 @@ class Enforcement:
             self._masks[name].packed.copy_(BitMask.from_zeros(local(self._parameters[name])).packed)
         self.masks_changed(count_pruned(self._masks, self._parameters))
         self.apply(zeros)
-        self.say(
-            "zeros",
-            f"{share:.1%} of the weights to be pruned are zero already and are held at zero from now on, as with "
-            "start='zeros'. To resume a run, load the pruner's state_dict() too; to let them train, pass start={}",
-        )
+        self.say("zeros", on_old_zeros(share))
 
     def _repair(self, names: Iterable[str]) -> None:
         self._has_repaired = True
         self.apply(names)
-
-    def _describe_repair(self, damaged: Mapping[str, int]) -> str:
-        first, *others = damaged
-        more = f" and {len(others)} other layer{'s' * (len(others) > 1)}" if others else ""
-        return (
-            f"{sum(damaged.values())} pruned weights of '{first}'{more} were not zero any more and have been set to "
-            f"zero again: something other than {self._name}, the optimizer the pruner knows, wrote to them. After "
-            "loading earlier weights, load the pruner's state of that time as well; for a new optimizer, set "
-            "pruner.optimizer = new_optimizer; a wrapper that writes the weights itself is repaired at every step"
-        )
 
     def _mask_at(self, position: int) -> BitMask:
         return self._masks[self._names[position]]

@@ -10,8 +10,9 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 __all__ = ["named_buffers", "named_modules", "named_parameters", "plain_name"]
 
-# Of torch.compile, activation checkpointing and FullyShardedDataParallel; nobody else calls an attribute so.
-WRAPPED = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
+# Of torch.compile, activation checkpointing, Lightning's Fabric and FullyShardedDataParallel. Nobody else has
+# attributes of these names.
+WRAPPED = {"_orig_mod", "_checkpoint_wrapped_module", "_forward_module", "_fsdp_wrapped_module"}
 PARALLEL = (DataParallel, DistributedDataParallel)
 
 

@@ -2,34 +2,39 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Protocol
+from weakref import WeakSet
 
 import torch
-from torch.utils.weak import WeakIdKeyDictionary
 
-__all__ = ["let_go", "owners_of", "set_owner"]
+__all__ = ["let_go", "owners_of", "register"]
 
-# Neither parameters nor owners live longer for it. Tensors compare by value, so that ordinary weak dictionaries cannot
-# have them as keys.
-_owners: Any = WeakIdKeyDictionary()
+
+class Owner(Protocol):
+    """Holder of parameters, for as long as it lives and is registered."""
+
+    @property
+    def held(self) -> Iterable[torch.Tensor]:
+        """The parameters."""
+        ...
+
+
+# References to the parameters themselves, weak ones too, would keep torch from swapping them when a model is converted.
+_owners: WeakSet[Any] = WeakSet()
 
 
 def owners_of(parameters: Iterable[torch.Tensor]) -> set[Any]:
     """Return all that hold one of these parameters."""
-    found = (reference() for p in parameters if (reference := _owners.get(p)) is not None)
-    return {owner for owner in found if owner is not None}
+    wanted = set(map(id, parameters))
+    return {owner for owner in _owners if not wanted.isdisjoint(map(id, owner.held))}
 
 
-def set_owner(parameters: Iterable[torch.Tensor], owner: object) -> None:
-    """Make one the owner of these parameters."""
-    for p in parameters:
-        _owners[p] = weakref.ref(owner)
+def register(owner: Owner) -> None:
+    """Make it the owner of the parameters that it holds."""
+    _owners.add(owner)
 
 
-def let_go(parameters: Iterable[torch.Tensor], owner: object) -> None:
-    """Leave those of these parameters without an owner that this one holds."""
-    for p in parameters:
-        if (reference := _owners.get(p)) is not None and reference() is owner:
-            del _owners[p]
+def let_go(owner: Owner) -> None:
+    """Make it the owner of nothing."""
+    _owners.discard(owner)

@@ -112,6 +112,11 @@ class Progress:
         return self._position.num_idle
 
     @property
+    def num_uncounted(self) -> int:
+        """Optimizer steps taken since the latest call, which the next one counts."""
+        return 0 if self._steps is None else self._steps.settle().known - self._position.steps.settled().known
+
+    @property
     def is_current(self) -> bool:
         """Whether the updates of ``step_count`` have been made already."""
         return self._position.made >= self.step_count
@@ -120,9 +125,9 @@ class Progress:
         """Whether the updates up to this step have been made."""
         return self._position.made >= step
 
-    def restore(self, step_count: int, *, is_current: bool, num_calls: int) -> None:
+    def restore(self, step_count: int, *, is_current: bool, num_calls: int, num_uncounted: int = 0) -> None:
         """Continue at a step; ``is_current`` says whether its updates were made."""
-        now = Count() if self._steps is None else self._steps.settle()
+        now = Count() if self._steps is None else Count(self._steps.settle().known - num_uncounted)
         position = Position(now, step_count if is_current else step_count - 1, num_calls, 0)
         self._offset, self._position = now.known - step_count, position
 

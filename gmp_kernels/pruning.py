@@ -11,9 +11,10 @@ from gmp_kernels.distributed import Shards
 from gmp_kernels.masks import BitMask
 from gmp_kernels.ops import NonFinite, PruneResult, Scope, Threshold, prune_
 from gmp_kernels.optim.masked import MaskedOptimizer
+from gmp_kernels.reports import LayerReport
 from gmp_kernels.sharding import local
 
-__all__ = ["LayerPruner", "write_despite_interrupts"]
+__all__ = ["LayerPruner", "report_layers", "write_despite_interrupts"]
 
 _T = TypeVar("_T")
 
@@ -29,6 +30,16 @@ def write_despite_interrupts(write: Callable[[], _T], shards: Shards | None) -> 
         if shards is None:
             write()
         raise
+
+
+def report_layers(
+    names: Sequence[str], result: PruneResult, before: Mapping[str, int], shapes: Mapping[str, torch.Size]
+) -> dict[str, LayerReport]:
+    """Return what was done to each layer, of which so many weights were pruned before."""
+    return {
+        name: LayerReport(name, cut.value, shapes[name].numel(), n, n - before[name], cut.num_ties)
+        for name, cut, n in zip(names, result.thresholds, result.num_pruned, strict=True)
+    }
 
 
 class LayerPruner:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from gmp_kernels.advice import on_emptied_layers
 from gmp_kernels.checks import check_choice
 from gmp_kernels.coverage import Coverage, gap_in
 from gmp_kernels.distributed import Shards
@@ -21,7 +22,7 @@ from gmp_kernels.ops import NonFinite, Scope
 from gmp_kernels.optim.masked import MaskedOptimizer
 from gmp_kernels.parametrized import follow_update_
 from gmp_kernels.progress import Position, Progress
-from gmp_kernels.pruning import LayerPruner, write_despite_interrupts
+from gmp_kernels.pruning import LayerPruner, report_layers, write_despite_interrupts
 from gmp_kernels.reports import LayerReport, StepReport
 from gmp_kernels.scheduler_state import Saved, Start, pack, starting_masks, unpack, unpack_masks
 from gmp_kernels.schedules import Schedule
@@ -329,6 +330,7 @@ class GMPScheduler:
         saved = Saved(
             self._groups.settings(),
             self.step_count,
+            self._progress.num_uncounted,
             self._progress.num_calls,
             self._progress.is_current,
             self.masks,
@@ -378,7 +380,12 @@ class GMPScheduler:
         if saved is not None:
             self._pruner.thresholds = saved.thresholds
             self.history[:] = saved.history
-            self._progress.restore(saved.step_count, is_current=saved.is_current, num_calls=saved.num_calls)
+            self._progress.restore(
+                saved.step_count,
+                is_current=saved.is_current,
+                num_calls=saved.num_calls,
+                num_uncounted=saved.num_uncounted,
+            )
         self._enforcement.masks_changed(num_pruned)
         self._enforcement.apply(self._parameters)
 
@@ -416,15 +423,7 @@ class GMPScheduler:
                     continue
                 counts = self._groups.counts(num_prune, batch, step)
                 result = self._pruner.prune_(batch, counts, self._masked_optimizer, step=step)
-                layers.update(
-                    (
-                        name,
-                        LayerReport(
-                            name, cut.value, self._groups.num_weights([name]), n, n - before[name], cut.num_ties
-                        ),
-                    )
-                    for name, cut, n in zip(batch, result.thresholds, result.num_pruned, strict=True)
-                )
+                layers.update(report_layers(batch, result, before, self._groups.shapes))  # at once, for an interrupt
             self._enforcement.masks_changed(before | {name: layer.num_pruned for name, layer in layers.items()})
             try:
                 # The state of the optimizer alone can be missing now, and what zeroes it comes back to it.
@@ -444,8 +443,9 @@ class GMPScheduler:
 
         report = write_despite_interrupts(write, self._shards)
         self._follow_masks()
-        if self._scope == "global":
-            self._enforcement.say_emptied([layer.name for layer in report.layers if layer.sparsity == 1.0])
+        emptied = [layer.name for layer in report.layers if layer.sparsity == 1.0]
+        if self._scope == "global" and emptied:
+            self._enforcement.say("emptied", on_emptied_layers(emptied))
         return report
 
     @property

@@ -29,7 +29,8 @@ class Saved(NamedTuple):
     Attributes
     ----------
     settings : dict
-    step_count, num_calls : int
+    step_count, num_uncounted, num_calls : int
+        Steps counted, those taken since, and calls.
     is_current : bool
         Whether the updates of ``step_count`` have been made.
     masks : dict of str to BitMask
@@ -41,6 +42,7 @@ class Saved(NamedTuple):
 
     settings: dict[str, Any]
     step_count: int
+    num_uncounted: int
     num_calls: int
     is_current: bool
     masks: dict[str, BitMask]
@@ -60,6 +62,7 @@ def pack(saved: Saved, parameters: Mapping[str, torch.Tensor]) -> dict[str, Any]
         "version": STATE_VERSION,
         "settings": tuple(saved.settings.items()),
         "step_count": saved.step_count,
+        "num_uncounted": saved.num_uncounted,
         "num_calls": saved.num_calls,
         "is_current": saved.is_current,
         "history": tuple(reports),
@@ -96,6 +99,7 @@ def unpack(state: Any, parameters: Mapping[str, torch.Tensor], settings: Mapping
         return Saved(
             settings=found,
             step_count=int(state["step_count"]),
+            num_uncounted=int(state["num_uncounted"]),
             num_calls=int(state["num_calls"]),
             is_current=bool(state["is_current"]),
             masks=_masks(layers, parameters),

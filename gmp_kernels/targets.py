@@ -65,7 +65,7 @@ def check_present(model: nn.Module, parameters: Mapping[str, nn.Parameter], shap
             found = "nothing" if name not in live else f"one replaced or reshaped to {tuple(live[name].shape)}"
             raise TargetError(
                 f"GMPScheduler: expected the parameter '{name}' of shape {tuple(shapes[name])} that the scheduler was "
-                f"built with, got {found}; build a new GMPScheduler when the model changes"
+                f"built with, got {found}; call remove() and build a new GMPScheduler when the model changes"
             )
 
 
@@ -237,7 +237,10 @@ class ParameterIndex:
 
     def _obstacle(self, name: str) -> str | None:
         """Return why only an exact name, or nothing, reaches this parameter."""
-        return self._refusal(name) or (None if self._parameters[name].requires_grad else FROZEN)
+        parameter = self._parameters[name]
+        if not is_lazy(parameter) and parameter.numel() == 0:
+            return "empty"
+        return self._refusal(name) or (None if parameter.requires_grad else FROZEN)
 
     def _cover(
         self,

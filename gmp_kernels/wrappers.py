@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from gmp_kernels.errors import TargetError
 
-__all__ = ["optimizer_chain", "with_own_hooks"]
+__all__ = ["inside", "optimizer_chain", "with_own_hooks"]
 
 # Attributes by which wrappers are known to hold what they wrap.
 USUAL = ("optimizer", "_optimizer", "base_optimizer", "inner_optimizer", "inner")
@@ -38,16 +38,38 @@ def optimizer_chain(optimizer: Any) -> list[Any]:
     """
     chain = [optimizer]
     while (inner := _wrapped(chain[-1])) is not None and not any(inner is known for known in chain):
+        if not _steps_all_of(inner, chain[-1]):
+            # Copies of the parameters, or a part of them: only the wrapper writes all of them.
+            break
         chain.append(inner)
     # Learning rate schedulers hold an optimizer too, and no parameters.
     if not isinstance(chain[-1], Optimizer) or not hasattr(optimizer, "param_groups"):
-        raise TypeError(f"GMPScheduler: expected a torch.optim.Optimizer or a wrapper around one, got {optimizer!r}")
+        raise TypeError(
+            f"GMPScheduler: expected a torch.optim.Optimizer or a wrapper around one, got a {type(optimizer).__name__}"
+            "; of several, pass the one that steps the targets"
+        )
     if _hooks(chain[-1]) is None:
         raise TargetError(
             f"GMPScheduler: expected an optimizer that runs torch's hooks of steps, or a wrapper around one, got "
             f"{type(chain[-1]).__name__}; pass the optimizer inside it, or call Optimizer.__init__ in its constructor"
         )
     return chain
+
+
+def inside(optimizer: Any) -> list[Optimizer]:
+    """Return an optimizer and all that it holds, of however many it is made."""
+    found, rest = list[Optimizer](), [optimizer]
+    while rest:
+        one = rest.pop()
+        if isinstance(one, Optimizer) and not any(one is known for known in found):
+            found.append(one)
+            rest += [value for value in vars(one).values() if isinstance(value, Optimizer)]
+    return found
+
+
+def _steps_all_of(inner: Optimizer, outer: Any) -> bool:
+    held = {id(p) for group in inner.param_groups for p in group["params"]}
+    return all(id(p) in held for group in getattr(outer, "param_groups", ()) for p in group["params"])
 
 
 def _wrapped(optimizer: Any) -> Any:
@@ -57,5 +79,5 @@ def _wrapped(optimizer: Any) -> Any:
         inner = held[name] if name in held else getattr(type(optimizer), name, None) and getattr(optimizer, name)
         if isinstance(inner, Optimizer):
             return inner
-    inside = [value for value in held.values() if isinstance(value, Optimizer)]
-    return inside[0] if len(inside) == 1 else None
+    found = [value for value in held.values() if isinstance(value, Optimizer)]
+    return found[0] if len(found) == 1 else None

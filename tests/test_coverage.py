@@ -437,3 +437,12 @@ def test_a_checkpoint_refuses_what_cannot_be_pruned_by_its_reason():
         select_tensors(infos[1:], None, None)
     with pytest.raises(TargetError, match=r"there are e\.g\. 'layer\.weight'$"):
         select_tensors(infos, ["packed.qweigth"], None)
+
+
+def test_layers_of_no_size_are_left_out():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own, about the initialization of nothing
+        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 0))
+    pruner = schedule(model)
+    assert list(pruner.masks) == ["0.weight"]
+    assert reasons(pruner.coverage())["1.weight"] == "empty"

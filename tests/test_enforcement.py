@@ -14,9 +14,10 @@ import pytest
 import torch
 from torch import nn
 
-from gmp_kernels import GMPScheduler, optim, schedules
+from gmp_kernels import GMPScheduler, optim, pruning, schedules
 from gmp_kernels.errors import GMPWarning, StateError, TargetError
 from gmp_kernels.masks import BitMask
+from gmp_kernels.reports import LayerReport
 from gmp_kernels.watch import SLICE, compare
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -168,6 +169,26 @@ def test_an_optimizer_of_ours_can_take_over(case: str) -> None:
     assert new.state[run[0][0].weight]["exp_avg"].numel() == 120
 
 
+def test_an_optimizer_that_was_taken_over_from_holds_nothing() -> None:
+    """Its compact state is laid out by bits that are written in place from then on."""
+    model, first, pruner = run = start("gmp_adamw_compact", 0.5)
+    train(run)
+    second = torch.optim.SGD(model.parameters(), lr=0.1)
+    pruner.optimizer = second
+    train(run, 2, second)
+    copy.deepcopy(first)
+    assert first.state_dict()["state"][0]["exp_avg"].shape == (30, 40)
+    pruner.optimizer = first
+    train(run, 2)
+    assert_held(run, 0.5)
+    pruner.optimizer = second
+    pruner.remove()
+    first.zero_grad()
+    model(torch.randn(8, 40)).square().mean().backward()
+    first.step()
+    assert model[0].weight.count_nonzero() > 700
+
+
 def test_an_optimizer_of_other_parameters_cannot_take_over() -> None:
     run = start("torch_momentum")
     with pytest.raises(TargetError, match=r"'0\.weight'"):
@@ -288,6 +309,66 @@ def test_a_layer_that_starts_as_zeros_is_let_train() -> None:
         warnings.simplefilter("error")
         train((model, optimizer, GMPScheduler(model, optimizer, schedules.OneShot(0.9, step=3))), 2)
     assert model[2].weight.any()
+
+
+@EVERY_OPTIMIZER
+def test_loading_into_a_layer_that_starts_as_zeros_is_no_news(case: str) -> None:
+    model = nn.Sequential(nn.Linear(40, 30), nn.ReLU(), nn.Linear(30, 20))
+    nn.init.zeros_(model[2].weight)
+    optimizer = OPTIMIZERS[case](model.parameters())
+    pruner = GMPScheduler(model, optimizer, schedules.OneShot(0.9, step=3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):
+            model.load_state_dict(copy.deepcopy(model.state_dict()))
+            pruner.step()
+    train((model, optimizer, pruner))
+
+
+@EVERY_OPTIMIZER
+@pytest.mark.parametrize("again", ["deepcopy", "pickle"])
+def test_a_model_that_holds_its_pruner_can_be_copied(case: str, again: str) -> None:
+    model, _, pruner = run = start(case)
+    model.pruner = pruner
+    train(run)
+    twin: Any = copy.deepcopy(model) if again == "deepcopy" else pickle.loads(pickle.dumps(model))
+    del model.pruner, run
+    own = twin.pruner
+    assert own.model is twin and own.optimizer.param_groups[0]["params"][0] is twin[0].weight
+    train((twin, own.optimizer, own), 2)
+    assert_held((twin, own.optimizer, own))
+
+
+def test_parameters_can_be_swapped() -> None:
+    """torch refuses that for tensors with weak references to them."""
+    run = start("torch_momentum")
+    train(run)
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        run[0].to(torch.float64)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    run[2].verify()
+
+
+@pytest.mark.parametrize("moment", [1, 2])
+def test_an_interrupt_while_layers_are_reported(moment: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+
+    def interrupted(*args: Any) -> LayerReport:
+        made.append(args)
+        if len(made) == moment:
+            raise KeyboardInterrupt
+        return LayerReport(*args)
+
+    run = start("torch_momentum")
+    monkeypatch.setattr(pruning, "LayerReport", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run[2].step()
+    assert [layer.num_pruned for layer in run[2].history[0].layers] == [1080, 540]
+    assert run[2].step() is None
+    train(run)
+    assert_held(run)
 
 
 @EVERY_OPTIMIZER

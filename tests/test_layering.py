@@ -20,7 +20,7 @@ FACADE = "gmp_kernels"  # the package's own __init__
 FLOORS = [
     {"capture", "escaping", "names", "owners", "parametrized", "roles"},
     {"coverage", "errors"},
-    {"module_facts"},
+    {"advice", "module_facts"},
     {"distributions", "keys", "masks", "measurement", "reports", "schedules", "targets", "wrappers"},
     EXTENSIONS | {"groups", "progress", "sharding"},
     {"backends"},

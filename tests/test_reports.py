@@ -11,11 +11,13 @@ LAYER = LayerReport("conv.weight", threshold=0.0125, num_weights=1000, num_prune
 
 
 def test_a_step_in_a_line() -> None:
-    report = StepReport(1200, 0.512, 0.512, 0.00123, (LAYER, LAYER))
+    report = StepReport(1200, 1201, 0.512, 0.512, 0.00123, (LAYER, LAYER))
     assert str(report) == "step 1200: sparsity 0.5120 (target 0.5120), 2 layers, 1.2 ms"
-    assert str(StepReport(0, 0.5, 0.25, 2.0, (LAYER,))) == "step 0: sparsity 0.2500 (target 0.5000), 1 layer, 2000.0 ms"
+    assert (
+        str(StepReport(0, 1, 0.5, 0.25, 2.0, (LAYER,))) == "step 0: sparsity 0.2500 (target 0.5000), 1 layer, 2000.0 ms"
+    )
     # What one looks into stays whole.
-    assert repr(report).startswith("StepReport(step=1200, target_sparsity=0.512")
+    assert repr(report).startswith("StepReport(step=1200, num_calls=1201, target_sparsity=0.512")
 
 
 def test_a_layer_in_a_line() -> None:

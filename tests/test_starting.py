@@ -135,7 +135,7 @@ def test_masks_only_go_to_another_schedule() -> None:
     assert pruner.finished
 
 
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "_orig_mod.module."])
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "_orig_mod.module.", "_forward_module."])
 def test_prefixes_of_wrappers_that_are_gone(prefix: str) -> None:
     parts = make()
     run(*parts, range(8))
@@ -146,6 +146,29 @@ def test_prefixes_of_wrappers_that_are_gone(prefix: str) -> None:
     assert again[2].masks == parts[2].masks
     started = make(start={f"{prefix}{name}": mask for name, mask in parts[2].masks.items()})
     assert started[2].masks == parts[2].masks
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "gmp"])
+def test_a_step_not_counted_yet_when_the_state_was_saved_is_counted_after(optimizer: str) -> None:
+    parts = make() if optimizer == "adamw" else made_of_ours()
+    run(*parts, range(5))
+    train_step(*parts[:2], 5)
+    saved = copy.deepcopy([part.state_dict() for part in parts])
+    again = make() if optimizer == "adamw" else made_of_ours()
+    for part, state in zip(again, saved, strict=True):
+        part.load_state_dict(state)
+    for trio in (parts, again):
+        trio[2].step()
+        assert trio[2].step_count == 6
+        run(*trio, range(6, 12))
+    assert [report.step for report in again[2].history] == [2, 6, 10]
+    assert again[2].masks == parts[2].masks
+
+
+def made_of_ours() -> Any:
+    model = make_model()
+    optimizer = optim.AdamW(model.parameters(), lr=0.01)
+    return model, optimizer, GMPScheduler(model, optimizer, RAMP)
 
 
 def test_a_state_can_be_loaded_twice() -> None:

@@ -176,9 +176,49 @@ def test_copies_of_wrapped_runs_hold_too(inner: str) -> None:
     assert (run[2].step_count, twin[2].step_count) == (5, 8)
 
 
+class Share(torch.optim.Optimizer):
+    """Has the optimizer inside step a part of the parameters, as where each rank steps its share."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {})
+        self.optim = torch.optim.SGD(self.param_groups[0]["params"][:1], lr=0.1, momentum=0.9)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        self.optim.step()
+        for p in self.param_groups[0]["params"][1:]:
+            p.add_(p.grad, alpha=-0.1)
+
+
+class Pair(torch.optim.Optimizer):
+    """One optimizer for matrices and one for the rest, in one object."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {})
+        params = self.param_groups[0]["params"]
+        self.matrices = torch.optim.SGD([p for p in params if p.ndim > 1], lr=0.1, momentum=0.9)
+        self.others = torch.optim.AdamW([p for p in params if p.ndim < 2], lr=0.1)
+
+    def step(self, closure: Any = None) -> None:
+        self.matrices.step()
+        self.others.step()
+
+
+@pytest.mark.parametrize("wrap", [Share, Pair])
+def test_parts_inside_are_held_by_the_whole(wrap: Callable[[Any], Any]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(40, 30), nn.Linear(30, 20))
+    optimizer = wrap(model.parameters())
+    pruner = GMPScheduler(model, optimizer, schedules.OneShot(0.9))
+    go(model, optimizer, pruner, 4)
+    assert pruner.step_count == 4
+    inner = optimizer.optim if wrap is Share else optimizer.matrices
+    assert int((inner.state[model[0].weight]["momentum_buffer"] == 0).sum()) == 1080
+
+
 def test_copies_of_weights_that_others_step_are_refused() -> None:
     model = nn.Linear(8, 8)
-    with pytest.raises(TargetError, match="'weight', the largest matrix, is left out as not in the optimizer"):
+    with pytest.raises(TargetError, match="hooks of steps"):
         GMPScheduler(model, Masters(list(model.parameters())), schedules.OneShot(0.9))  # type: ignore[arg-type]
 
 

@@ -41,7 +41,7 @@ def sharded(placements: dict[str, object] | None = None) -> nn.Module:
 
 def pruner_of(model: nn.Module, schedule: gmp.schedules.Schedule = EVERY_STEP, **options: object) -> gmp.GMPScheduler:
     return gmp.GMPScheduler(
-        model, torch.optim.SGD(model.parameters(), lr=0.1), schedule, **{"targets": "re:.", **options}
+        model, torch.optim.SGD(model.parameters(), lr=0.1), schedule, **{"targets": "re:.", "count": "calls", **options}
     )
 
 
@@ -87,7 +87,7 @@ def nan_in_one_copy() -> None:
     pruner.step()
     if dist.get_rank() == 0:
         pruner.model.module["first"].data[3, 4] = torch.inf
-    refusal(pruner, gmp.NonFiniteError, f"'module.first' at flat index {3 * 9 + 4};")
+    refusal(pruner, gmp.NonFiniteError, f"'first' at flat index {3 * 9 + 4};")
 
 
 def disagreements() -> None:
@@ -110,7 +110,7 @@ def disagreements() -> None:
     late.load_state_dict([checkpoint, early.state_dict()][rank])
     refusal(late, gmp.StateError, "step: 1 on rank 0, 2 on rank 1")
 
-    early.step_count += rank
+    early._progress.restore(rank, is_current=False, num_calls=rank)
     refusal(early, gmp.StateError, "step: 2 on rank 0, 3 on rank 1; num_prune: ")
 
 
