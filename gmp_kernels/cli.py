@@ -27,6 +27,7 @@ try:
     from rich.progress import track
 
     from gmp_kernels.cli_checkpoints import fraction, register
+    from gmp_kernels.cli_options import Command, Group, UsageError, drawing, in_one_line
     from gmp_kernels.terminal import Table, say, show
 except ModuleNotFoundError as error:
     # The library works without them; a traceback would hide the one thing there is to do.
@@ -35,12 +36,10 @@ except ModuleNotFoundError as error:
 
 __all__ = ["app", "main"]
 
-app = typer.Typer(help="Gradual magnitude pruning for PyTorch.", add_completion=False)
+app = typer.Typer(cls=Group, help="Gradual magnitude pruning for PyTorch.", add_completion=False)
 register(app)
 
 
-# What typer raises for a wrong command line; it has no name of its own for all of them.
-UsageError: type[Exception] = typer.BadParameter.__base__  # type: ignore[assignment]
 FOR_TESTS = {"simt"}  # backends
 MOST_DIGITS = 18  # of a size
 
@@ -53,7 +52,7 @@ def main() -> None:
     except GMPError as error:
         fail(in_flags(str(error), flags_of(arguments)))
     except UsageError as error:
-        fail(error.format_message(), code=2)  # type: ignore[attr-defined]
+        fail(in_one_line(error), code=2)
     except typer.Abort:
         fail("stopped", code=130)
     except BrokenPipeError:
@@ -115,7 +114,7 @@ class Optimizer(StrEnum):
     TORCH = "torch"
 
 
-@app.command()
+@app.command(cls=Command)
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the report, pictures, metrics and model.")] = Path("gmp_demo"),
     sparsity: Annotated[float, typer.Option(min=0.05, max=1, help="Of every layer at the end.")] = 0.90,
@@ -133,7 +132,7 @@ def demo(
     run(out, sparsity=sparsity, seeds=seeds, seed=seed, optimizer=optimizer.value)
 
 
-@app.command()
+@app.command(cls=Command)
 def info() -> None:
     """Show the versions, and every backend: usable, or why not."""
     table = Table("backend", "priority", "on this machine")
@@ -144,7 +143,7 @@ def info() -> None:
     show(table)
 
 
-@app.command()
+@app.command(cls=Command)
 def plan(
     preset: Annotated[Preset, typer.Option(help="Run to start from; every other option changes it.")] = Preset.BLOG,
     initial_sparsity: Annotated[
@@ -167,6 +166,8 @@ def plan(
     json_file: Annotated[Path | None, typer.Option("--json", help="File for all rows, layer by layer.")] = None,
 ) -> None:
     """Show what a run will do, epoch by epoch, without training anything."""
+    if plot is not None:
+        drawing()  # before anything is shown
     chosen = PRESETS[preset]
     lengths = _given(
         stabilization=stabilization, pruning=pruning, finetuning=finetuning, steps_per_epoch=steps_per_epoch
@@ -200,7 +201,7 @@ class Device(StrEnum):
     CUDA = "cuda"
 
 
-@app.command()
+@app.command(cls=Command)
 def bench(
     device: Annotated[Device, typer.Option(help="The CPU, or the GPU that torch uses.")] = Device.CPU,
     quick: Annotated[
@@ -214,6 +215,8 @@ def bench(
     plot: Annotated[Path | None, typer.Option(help="PNG file for the ratios.")] = None,
 ) -> None:
     """Measure this machine: every operation beside what one would use instead."""
+    if plot is not None or output is not None:
+        drawing()  # before minutes of measuring
     if threads is not None:
         torch.set_num_threads(threads)
     torch_device = torch.device(device)
@@ -244,14 +247,11 @@ def bench(
         say(f"wrote {json_file}")
     results = [outcome for outcome in outcomes if isinstance(outcome, Result)]
     if plot is not None and results:
-        # matplotlib takes longer to import than most commands take to run.
-        from gmp_kernels.plots import plot_ratios
-
         rows = {
             f"{result.case.name} / {result.case.baseline}": (result.ratio, result.case.must, result.case.aim)
             for result in results
         }
-        plot_ratios(plot, rows, setting)
+        drawing().plot_ratios(plot, rows, setting)
         say(f"wrote {plot}")
     if failures:
         raise typer.Exit(1)
@@ -293,13 +293,13 @@ def _layers(plan: Plan, rows: list[Row]) -> Table:
 
 
 def _draw(plan: Plan, folder: Path) -> None:
-    # matplotlib takes longer to import than everything else here takes to run.
-    from gmp_kernels.plots import plot_learning_rate, plot_sparsity
-
+    plots = drawing()
     folder.mkdir(parents=True, exist_ok=True)
     steps = list(range(len(plan.trace.sparsity)))
-    plot_sparsity(folder / "sparsity.png", steps, {"every layer": plan.trace.sparsity}, "Sparsity", stages=plan.stages)
-    plot_learning_rate(
+    plots.plot_sparsity(
+        folder / "sparsity.png", steps, {"every layer": plan.trace.sparsity}, "Sparsity", stages=plan.stages
+    )
+    plots.plot_learning_rate(
         folder / "learning_rate.png", steps, plan.trace.learning_rate, "Learning rate", stages=plan.stages
     )
 

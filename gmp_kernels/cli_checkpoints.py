@@ -30,6 +30,7 @@ from gmp_kernels.checkpoints import (
     open_checkpoint,
     total_of,
 )
+from gmp_kernels.cli_options import Command, drawing
 from gmp_kernels.coverage import Coverage, shown_names, shown_shape
 from gmp_kernels.distributions import emptied_layers
 from gmp_kernels.errors import GMPError, OutputError
@@ -63,8 +64,8 @@ class DType(StrEnum):
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the command line."""
-    app.command()(prune)
-    app.command()(inspect)
+    app.command(cls=Command)(prune)
+    app.command(cls=Command)(inspect)
 
 
 def fraction(value: float | None) -> float | None:
@@ -115,7 +116,7 @@ def prune(
         ),
     ] = False,
     force: Annotated[
-        bool, typer.Option("--force", help="Replace OUT if it is there, once the new one is whole.")
+        bool, typer.Option("--force", help="Replace OUT if it is there, and its masks, once the new one is whole.")
     ] = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on after the last shard that an interrupted run has finished.")
@@ -163,6 +164,8 @@ def prune(
     if os.environ.get("RANK", "0") == "0":
         _show_coverage(coverage, [layer.num_pruned for layer in report.layers])
         _show_left_out(job.checkpoint)
+        if (beside := job.kept_beside()) is not None:
+            say(f"kept {beside}, which holds no masks of the new output")
         say(_summary(job, report, target))
 
 
@@ -183,6 +186,8 @@ def inspect(
             raise OutputError(f"{output}: expected its folder to be there, got none; create {output.parent}")
         if output is not None and output.is_dir():
             raise OutputError(f"{output}: expected the name of a file, got a folder; add a name")
+    if plot is not None:
+        drawing()
     checkpoint = open_checkpoint(path)
     with _progress(Console(), "reading") as advance:
         found = inspect_checkpoint(checkpoint, only=only, histogram=histogram or plot is not None, progress=advance)
@@ -192,11 +197,8 @@ def inspect(
         show(_bars(total.histogram))
     _show_left_out(checkpoint)
     if plot is not None:
-        # matplotlib takes longer to import than most checkpoints to read.
-        from gmp_kernels.plots import plot_histogram
-
         weights = {t.name: t.histogram for t in found if t.kind == "weight"}
-        plot_histogram(plot, weights, path.name, bins_per_octave=BINS_PER_OCTAVE)
+        drawing().plot_histogram(plot, weights, path.name, bins_per_octave=BINS_PER_OCTAVE)
         say(f"wrote {plot}")
     if json_file is not None:
         document = {"path": str(path), "total": total.to_dict(), "tensors": [t.to_dict() for t in found]}

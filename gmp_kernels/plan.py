@@ -13,10 +13,14 @@ from typing import NamedTuple
 
 import torch
 
+from gmp_kernels.errors import ScheduleError
 from gmp_kernels.schedules import Ramp
 from gmp_kernels.stages import Stages
 
 __all__ = ["PRESETS", "Plan", "Preset", "Row", "Trace", "plan_rows", "resnet50_layers"]
+
+# A trace holds every step; so many take a minute or two.
+MOST_STEPS = 10_000_000
 
 
 def resnet50_layers() -> dict[str, tuple[int, ...]]:
@@ -75,7 +79,7 @@ class Plan:
     Raises
     ------
     SparsityError, ScheduleError
-        The sparsities make no schedule.
+        The sparsities make no schedule, or the run has more than ten million steps.
     """
 
     stages: Stages
@@ -86,6 +90,11 @@ class Plan:
     layers: dict[str, tuple[int, ...]] = field(default_factory=resnet50_layers)
 
     def __post_init__(self) -> None:
+        if self.stages.total_steps > MOST_STEPS:
+            raise ScheduleError(
+                f"Plan: expected a run of at most {MOST_STEPS} optimizer steps, got {self.stages.total_steps:.3g}; "
+                "shorten a stage, or lower steps_per_epoch"
+            )
         self.schedule()
 
     def schedule(self) -> Ramp:

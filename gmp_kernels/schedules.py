@@ -427,7 +427,12 @@ def to_steps(what: str, epochs: float, steps_per_epoch: int) -> int:
     steps_per_epoch = _whole(f"{what}: steps_per_epoch", steps_per_epoch, 1)
     if not 0.0 <= _real(epochs) < math.inf:
         raise ScheduleError(f"{what}: expected a finite number of epochs >= 0, got {epochs!r}; count from the start")
-    return round(float(epochs) * steps_per_epoch)
+    try:
+        return round(float(epochs) * steps_per_epoch)
+    except OverflowError:
+        raise ScheduleError(
+            f"{what}: expected a number of steps that a float can hold, got more; lower the epochs or steps_per_epoch"
+        ) from None
 
 
 def _store(schedule: Schedule, name: str, value: object) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
+import torch
 from checkpoint_cases import INDEX, assert_pruned, contents, load, write_folder
 from rich.console import Console
+from safetensors.torch import save_file
 from subprocesses import run_python
 from typer.testing import CliRunner
 
@@ -32,6 +34,16 @@ def test_every_option_reaches_the_job(tmp_path: Path) -> None:
     run(source, target, "--sparsity", "0.5", "--force", "--dtype", "bfloat16", "--masks", "--max-memory", "8")
     assert {str(load(target)[name].dtype) for name in TARGETS} == {"torch.bfloat16"}
     assert len(list((target / "masks").iterdir())) == 3
+
+
+def test_what_is_kept_where_masks_would_lie_is_named(tmp_path: Path) -> None:
+    source, target, beside = (tmp_path / f"{name}.safetensors" for name in ("in", "out", "out.masks"))
+    save_file({"a.weight": torch.randn(4, 4)}, source)
+    run(source, target, "--sparsity", "0.5", "--masks")
+    assert str(beside) not in run(source, target, "--sparsity", "0.5", "--force") and not beside.exists()
+    beside.write_text("dear")
+    output = run(source, target, "--sparsity", "0.5", "--force")
+    assert f"kept {beside}, which holds no masks of the new output" in output.splitlines()
 
 
 def test_a_dry_run_checks_everything_and_writes_nothing(tmp_path: Path) -> None:

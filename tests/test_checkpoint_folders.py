@@ -41,8 +41,8 @@ OTHERS = {
     "training_args.bin": "states of a trainer or optimizer",
     "trainer_state.json": "states of a trainer or optimizer",
     "global_step100/mp_rank_00_model_states.pt": "states of a trainer or optimizer",
-    "masks/model.safetensors": "masks of an earlier run",
-    "old.masks.safetensors": "masks of an earlier run",
+    "masks/model.safetensors": "masks written by prune",
+    "old.masks.safetensors": "masks written by prune",
 }
 KEPT = (
     "config.json",

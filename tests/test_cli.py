@@ -113,18 +113,23 @@ def fails(*arguments: str) -> tuple[int, str]:
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        ("plan --final-sparsity 90", 2, "Invalid value for '--final-sparsity': expected a fraction in [0, 1], not a"),
-        ("prune in out --sparsity nan", 2, "Invalid value for '--sparsity': expected a fraction in [0, 1], not a"),
-        ("demo --sparsity 0.01", 2, "Invalid value for '--sparsity':"),
+        ("plan --final-sparsity 90", 2, "--final-sparsity: expected a fraction in [0, 1], not a"),
+        ("prune in out --sparsity nan", 2, "--sparsity: expected a fraction in [0, 1], not a"),
+        ("demo --sparsity 0.01", 2, "--sparsity: expected a number greater than or equal to 0.05, got '0.01'"),
+        ("demo --seed x", 2, "--seed: expected a valid integer, got 'x'"),
+        ("prune in out --sparsity .5 --scope all", 2, "--scope: expected 'layer' or 'global', got 'all'"),
         (
             "plan --initial-sparsity .5 --final-sparsity .2",
             1,
             "expected --initial-sparsity <= --final-sparsity, got 0.5",
         ),
         ("plan --pruning -1", 1, "--pruning: expected a finite number of epochs >= 0, got -1.0"),
+        ("plan --pruning 1e9", 1, "expected a run of at most 10000000 optimizer steps, got 5.01e+12; shorten a stage"),
+        ("plan --steps-per-epoch 100000000000", 1, "expected a run of at most 10000000 optimizer steps, got 6e+12"),
+        ("plan --finetuning 1e308", 1, "--finetuning: expected a number of steps that a float can hold, got more"),
         ("plan --steps-per-epoch 0", 1, "--steps-per-epoch: expected a whole number >= 1, got 0"),
-        (f"plan --layer {'9' * 5000}x2", 2, "Invalid value for --layer: expected sizes joined by x"),
-        ("prune  out --sparsity .5", 2, "Invalid value for 'IN': expected a path, got an empty one"),
+        (f"plan --layer {'9' * 5000}x2", 2, "--layer: expected sizes joined by x"),
+        ("prune  out --sparsity .5", 2, "IN: expected a path, got an empty one"),
         ("prune in", 2, "Missing argument 'OUT'."),
         ("nothing", 2, "No such command 'nothing'."),
     ],
@@ -162,6 +167,26 @@ def test_without_its_extra_it_says_what_to_install(monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(SystemExit, match=rf"needs {missing}; run: pip install 'gmp-kernels\[cli\]'"):
         importlib.import_module("gmp_kernels.cli")
+
+
+@pytest.mark.parametrize(
+    "arguments", [["plan", "--plot"], ["inspect", "nowhere", "--plot"], ["bench", "--plot"], ["bench", "--output"]]
+)
+def test_without_matplotlib_a_picture_is_refused_before_anything_else(arguments: list[str], tmp_path: Path) -> None:
+    start = "import sys; sys.modules['matplotlib'] = None; from gmp_kernels import cli; cli.main()"
+    done = run_python("-c", start, *arguments, tmp_path / "new")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == (
+        "gmp-kernels: pictures: expected matplotlib to be installed, got none; run: pip install 'gmp-kernels[cli]'\n"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", [[], ["prune"], ["inspect"], ["demo"], ["info"], ["plan"], ["bench"]])
+def test_help_shows_flags_without_a_value(command: list[str]) -> None:
+    shown = run(*command, "--help")
+    assert "--help" in shown and "bool" not in shown.lower()
+    assert command != ["plan"] or "<int>" in shown or "INTEGER" in shown
 
 
 def test_the_library_imports_neither_typer_nor_rich_nor_matplotlib() -> None:

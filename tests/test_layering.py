@@ -33,7 +33,7 @@ FLOORS = [
     {"scheduler"},
     {FACADE},
     {"plan", "plots"},
-    {"terminal"},
+    {"cli_options", "terminal"},
     {"demo"},
     {"bench_checkpoints", "bench_gpu", "bench_host", "cli_checkpoints"},
     {"bench"},

@@ -37,7 +37,7 @@ KINDS = {
         "hidden folders": r"(.*/)?\.[^/]*/.*",
         "states of a trainer or optimizer": r"(.*/)?(global_step\d+/.*|trainer_state\.json|(optimizer|scheduler|scaler|"
         r"rng_state|random_states|training_args|sampler|dataloader|gradscaler)[^/]*\.(pth?|bin|pkl|safetensors|distcp))",
-        "masks of an earlier run": r"masks/.*\.safetensors|(.*/)?[^/]*\.masks\.safetensors",
+        "masks written by prune": r"masks/.*\.safetensors|(.*/)?[^/]*\.masks\.safetensors",
         "adapters": r"(.*/)?(adapter_(model|config)|pytorch_lora_weights)\.[^/]*",
         "other weights": rf".*\.({FORMATS})(\.(index(\.[^/]*)?(\.json)?|data[^/]*|meta))?|.*\.data-\d+-of-\d+",
     }.items()

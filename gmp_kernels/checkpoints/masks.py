@@ -13,7 +13,17 @@ from gmp_kernels.checkpoints.folders import SUFFIX
 from gmp_kernels.errors import CheckpointError
 from gmp_kernels.masks import BitMask
 
-__all__ = ["read_masks"]
+__all__ = ["is_file_of_masks", "read_masks"]
+
+
+def is_file_of_masks(path: Path) -> bool:
+    """Whether a file holds such masks and nothing besides, going by its header."""
+    try:
+        with safe_open(path, "numpy") as stored:
+            shapes = json.loads((stored.metadata() or {})["masks"])["shapes"]
+            return {f"{name}{MASK_SUFFIX}" for name in shapes} == set(stored.keys())
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError):
+        return False
 
 
 def read_masks(path: str | PathLike[str]) -> dict[str, BitMask]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -15,6 +16,7 @@ from gmp_kernels.backends import Threshold, choose
 from gmp_kernels.checkpoints.copying import copy_others
 from gmp_kernels.checkpoints.counting import Counter, Decision, Located, Workspace
 from gmp_kernels.checkpoints.files import Shard, open_checkpoint
+from gmp_kernels.checkpoints.masks import is_file_of_masks
 from gmp_kernels.checkpoints.outputs import check_named, check_target
 from gmp_kernels.checkpoints.permissions import keep_folder_permissions
 from gmp_kernels.checkpoints.ranks import Ranks
@@ -83,7 +85,7 @@ class PruneJob:
         Also write the packed masks: ``<target>.masks.safetensors`` beside a file (without the file's own suffix),
         ``masks/<shard>`` in a folder.
     force : bool
-        An output that is there is replaced, once the new one is whole.
+        An output that is there is replaced, once the new one is whole. Masks beside a file go with it.
     copy_others : bool
         What lies in the folder and is not of the model is copied as it is: weights in other formats, adapters, states
         of optimizers. Default: it is left out.
@@ -149,6 +151,11 @@ class PruneJob:
         """Whether there is an interrupted run of this output to resume."""
         return Staging(self._target).is_begun()
 
+    def kept_beside(self) -> Path | None:
+        """Return what lies where masks of the output would and is not replaced: the output has no masks there."""
+        path = self._beside_output()
+        return None if self._force and self._old_masks() else path
+
     def run(
         self,
         *,
@@ -211,9 +218,23 @@ class PruneJob:
         if self.checkpoint.root.is_dir():
             return {"files": self._target}
         name = self.checkpoint.root.name
-        masks = {f"files/{MASKS}/{name}": self._target.with_name(f"{self._target.stem}.{MASKS}.safetensors")}
+        masks = {f"files/{MASKS}/{name}": self._place_of_masks()}
         # The masks come first, so that an output that is there has its masks.
         return (masks if self._masks else {}) | {f"files/{name}": self._target}
+
+    def _place_of_masks(self) -> Path:
+        return self._target.with_name(f"{self._target.stem}.{MASKS}.safetensors")
+
+    def _old_masks(self) -> Path | None:
+        """Return the masks of an earlier output of that name, which fit the new one no more."""
+        path = self._beside_output()
+        is_old = path is not None and is_file_of_masks(path) and not path.samefile(self.checkpoint.root)
+        return path if is_old else None
+
+    def _beside_output(self) -> Path | None:
+        """Return what lies where the masks of a file go, if this run writes none."""
+        path = self._place_of_masks()
+        return path if self.checkpoint.root.is_file() and not self._masks and os.path.lexists(path) else None
 
     def _check_targets(self, *, resume: bool) -> None:
         """Refuse outputs that are there, unless the run to resume has put them there itself."""
@@ -314,7 +335,8 @@ class PruneJob:
         if self.checkpoint.root.is_dir():
             with output_errors(self._target):
                 keep_folder_permissions(staging.files, self.checkpoint.root)
-        staging.commit(self._renames(), force=self._force)
+        old = self._old_masks() if self._force else None
+        staging.commit(self._renames(), force=self._force, old=old)
 
 
 @contextlib.contextmanager

@@ -6,7 +6,8 @@ Beside the output ``NAME`` there is, for as long as a run is not over, a folder 
 - ``files/``: what will be the output,
 - ``run.json``: the settings of the run and the identity of its input,
 - ``finished/``: what became of each shard that lies complete, and on the disk, in ``files/``,
-- ``placed.json``: what the run was about to give its name.
+- ``placed.json``: what the run was about to give its name,
+- ``replaced``: masks of an output that is being replaced by one without.
 
 The last act of a run is a rename. Whatever stops it before leaves the name as it was, and the folder to go on from. A
 folder of that name without the lock, or with anything else in it, is somebody else's: it is refused, never emptied.
@@ -36,7 +37,7 @@ __all__ = ["Staging", "output_errors"]
 LOCK = "gmp_kernels.lock"
 RUN = "run.json"
 PLACED = "placed"
-OWN = re.compile(r"gmp_kernels\.lock|files|finished|(run|decisions|placed)\.json(\.new)?|owner\..*")
+OWN = re.compile(r"gmp_kernels\.lock|files|finished|(run|decisions|placed)\.json(\.new)?|replaced|owner\..*")
 # No run with the same input and settings gets any further.
 HOPELESS = (DTypeError, NonFiniteError)
 
@@ -161,10 +162,11 @@ class Staging:
             return is_open and isinstance(placed, dict) and placed.get(target.name) == _identity(target)
         return False
 
-    def commit(self, renames: Mapping[str, Path], *, force: bool) -> None:
+    def commit(self, renames: Mapping[str, Path], *, force: bool, old: Path | None = None) -> None:
         """Give the files their names, {path in the folder: name}, each at once, and remove the folder.
 
-        A file that is not in the folder got its name already, in a run that was stopped right here.
+        A file that is not in the folder got its name already, in a run that was stopped right here. ``old`` is a file
+        to remove with the output that is replaced.
 
         Raises
         ------
@@ -180,10 +182,16 @@ class Staging:
             self.note(PLACED, placed | {target.name: _identity(source) for source, target in moves.items()})
             done: list[tuple[Path, Path]] = []
             try:
+                if old is not None:
+                    # First, and on the disk: it must not be found beside what it does not belong to.
+                    aside = self._inside / "replaced"
+                    old.rename(aside)
+                    done.append((old, aside))
+                    sync(old.parent)
                 for source, target in moves.items():
                     self._place(source, target, force=force)
                     done.append((source, target))
-            except OutputError:
+            except OSError:  # an OutputError too
                 for source, target in done:
                     target.rename(source)
                 raise
