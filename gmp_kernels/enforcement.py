@@ -15,9 +15,9 @@ from gmp_kernels.masks import BitMask
 from gmp_kernels.optim.masked import MaskedOptimizer
 from gmp_kernels.owners import let_go, owners_of, register
 from gmp_kernels.progress import StepCount
-from gmp_kernels.sharding import local, sum_over_shards
+from gmp_kernels.sharding import local
 from gmp_kernels.targets import Place, check_present
-from gmp_kernels.watch import Watch, compare, count_pruned
+from gmp_kernels.watch import Watch, compare
 from gmp_kernels.wrappers import inside, optimizer_chain, with_own_hooks
 from gmp_kernels.zeroing import state_beside, zero_all_where_pruned_
 
@@ -390,21 +390,21 @@ class Enforcement:
             self.say("zeros", on_new_zeros(share))
 
     def _look_for_zeros(self) -> None:
-        """Hold the zeros of a model that was pruned before: nobody else knows of them."""
+        """Hold the zeros of a model that was pruned before: nobody else knows of them.
+
+        Each rank looks at what it has. They have not agreed on anything yet, so nobody may wait for the others here.
+        """
         self._expects_dense = False
         counts = self._contradictions(range(len(self._names)))
-        zeros = {}
-        for (name, parameter), (_, here) in zip(self._parameters.items(), counts, strict=True):
-            number = int(sum_over_shards(here, parameter))
-            # Layers that start as zeros alone are another thing.
-            if 0 < number < parameter.numel():
-                zeros[name] = number
-        share = sum(zeros.values()) / sum(p.numel() for p in self._parameters.values())
+        sizes = {name: mask.numel for name, mask in self._masks.items()}
+        # Layers that start as zeros alone are another thing.
+        zeros = {name: here for name, (_, here) in zip(self._names, counts, strict=True) if 0 < here < sizes[name]}
+        share = sum(zeros.values()) / max(1, sum(sizes.values()))
         if share <= MANY_ZEROS:
             return
         for name in zeros:
             self._masks[name].packed.copy_(BitMask.from_zeros(local(self._parameters[name])).packed)
-        self.masks_changed(count_pruned(self._masks, self._parameters))
+        self.masks_changed(dict.fromkeys(self._names, 0) | zeros)
         self.apply(zeros)
         self.say("zeros", on_old_zeros(share))
 

@@ -13,7 +13,7 @@ from torch import nn
 from gmp_kernels.advice import on_emptied_layers
 from gmp_kernels.checks import check_choice
 from gmp_kernels.coverage import Coverage, gap_in
-from gmp_kernels.distributed import Shards
+from gmp_kernels.distributed import Shards, refuse_flattened
 from gmp_kernels.enforcement import Enforcement, refuse_capture
 from gmp_kernels.errors import warn
 from gmp_kernels.groups import Groups
@@ -139,6 +139,7 @@ class GMPScheduler:
                     "order is model, optimizer, schedule"
                 )
         check_choice("GMPScheduler", "count", count, ("optimizer_steps", "calls"))
+        refuse_flattened(model)
         self.model = model
         self.schedule = schedule
         self._scope = scope
@@ -262,6 +263,8 @@ class GMPScheduler:
             thresholds = {f"threshold of '{name}'": threshold for name, threshold in self._pruner.thresholds.items()}
             self._shards.agree({**self._groups.settings(), "step": self.step_count, **thresholds})
             self._is_agreed = True
+            # Zeros that were found at first are known by ranks alone until now.
+            self._enforcement.masks_changed(count_pruned(self.masks, self._parameters))
         steps, position = self._progress.due(self._groups.schedules)
         report = None
         if any(step is not None for step in steps):

@@ -6,6 +6,6 @@ then, where equal magnitudes have to be told apart, counts of those. All layers 
 draws the same conclusions from the same sums, and writes when there is nothing left that could go wrong.
 """
 
-from gmp_kernels.distributed.shards import Shards
+from gmp_kernels.distributed.shards import Shards, refuse_flattened
 
-__all__ = ["Shards"]
+__all__ = ["Shards", "refuse_flattened"]

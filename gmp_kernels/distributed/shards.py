@@ -20,9 +20,19 @@ from gmp_kernels.masks import BitMask
 from gmp_kernels.ops import NonFinite, PruneResult, Scope
 from gmp_kernels.sharding import Holding, is_sharded, region_of
 
-__all__ = ["Shards"]
+__all__ = ["Shards", "refuse_flattened"]
 
 STEP = "GMPScheduler.step"
+
+
+def refuse_flattened(model: nn.Module) -> None:
+    """Raise LayoutError for a model whose parameters do not keep their shapes."""
+    for module in model.modules():
+        if type(module).__name__ == "FullyShardedDataParallel":
+            raise LayoutError(
+                "GMPScheduler: expected parameters that keep their shape when sharded, got FullyShardedDataParallel, "
+                "which flattens them; use torch.distributed.fsdp.fully_shard"
+            )
 
 
 class Shards:
@@ -240,12 +250,6 @@ def _ranks(ranks: Sequence[int]) -> str:
 
 def _group(model: nn.Module, parameters: Sequence[torch.Tensor]) -> dist.ProcessGroup | None:
     """Return the group of those who take part: all processes that hold parts or copies of one of the parameters."""
-    for module in model.modules():
-        if type(module).__name__ == "FullyShardedDataParallel":
-            raise LayoutError(
-                "GMPScheduler: expected parameters that keep their shape when sharded, got FullyShardedDataParallel, "
-                "which flattens them; use torch.distributed.fsdp.fully_shard"
-            )
     group: dist.ProcessGroup | None
     meshes = {parameter.device_mesh for parameter in parameters if is_sharded(parameter)}  # type: ignore[attr-defined]
     members = {tuple(sorted(mesh.mesh.flatten().tolist())): mesh for mesh in meshes}
