@@ -84,7 +84,6 @@ class Enforcement:
     ) -> None:
         self._model = model
         self._parameters = dict(parameters)
-        self._shapes = {name: p.shape for name, p in parameters.items()}
         self._names = list(parameters)
         self._places = [places[name] for name in parameters]
         self._masks = masks
@@ -314,6 +313,8 @@ class Enforcement:
         elif sample and self._watch.sees_life(self._pruned, self._mask_at):
             written = self._pruned
         if written:
+            if self.masked_optimizer is not None:
+                self.masked_optimizer.follow_weights([self._parameters[self._names[i]] for i in written])
             self._compare(written)
             # Only now: what an interrupt comes before is looked at again.
             self._watch.record()
@@ -355,14 +356,17 @@ class Enforcement:
     def check_present(self) -> None:
         """Raise TargetError for a target that was removed from the model, replaced or reshaped."""
         if not self._watch.are_in_place():
-            check_present(self._model, self._parameters, self._shapes)
+            self._compare_with_model()
             # It is the first look, or another module leads to the same parameters now.
             self._watch.locate(self._model)
 
     def check_shapes(self) -> None:
         """Raise TargetError for a parameter that was given other data, of another shape than its mask."""
         if not self._watch.have_their_shapes():
-            check_present(self._model, self._parameters, self._shapes)
+            self._compare_with_model()
+
+    def _compare_with_model(self) -> None:
+        check_present(self._model, self._parameters, dict(zip(self._names, self._watch.shapes, strict=True)))
 
     def _contradictions(self, positions: Sequence[int]) -> list[tuple[int, int]]:
         """Return, by parameter, how many pruned weights are not zero here and how many kept ones are."""

@@ -125,8 +125,26 @@ class Progress:
         """Whether the updates up to this step have been made."""
         return self._position.made >= step
 
-    def restore(self, step_count: int, *, is_current: bool, num_calls: int, num_uncounted: int = 0) -> None:
-        """Continue at a step; ``is_current`` says whether its updates were made."""
+    def state(self) -> dict[str, int]:
+        """Return the arguments of ``restore`` that lead here, as plain data."""
+        return {
+            "step_count": self.step_count,
+            "num_uncounted": self.num_uncounted,
+            "num_calls": self.num_calls,
+            "is_current": self.is_current,
+        }
+
+    def restore(self, *, step_count: int, num_uncounted: int, num_calls: int, is_current: int) -> None:
+        """Continue where ``state`` was taken.
+
+        Parameters
+        ----------
+        step_count, num_calls : int
+        num_uncounted : int
+            Optimizer steps taken since the latest call.
+        is_current : int
+            Whether the updates of ``step_count`` were made.
+        """
         now = Count() if self._steps is None else Count(self._steps.settle().known - num_uncounted)
         position = Position(now, step_count if is_current else step_count - 1, num_calls, 0)
         self._offset, self._position = now.known - step_count, position

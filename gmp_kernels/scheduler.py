@@ -173,9 +173,8 @@ class GMPScheduler:
         num_pruned = count_pruned(self.masks, self._parameters) if start is not None else {}
         self._enforcement.pruner = weakref.ref(self)
         gap = gap_in(self._coverage, by_default=targets is None)
-        for word in (gap, self._groups.warn_of_emptied()):
-            if word is not None:
-                warn(word)
+        for word in filter(None, (gap, self._groups.warn_of_emptied())):
+            warn(word)
         # From here on it has effects, the first of which can be refused.
         self._enforcement.own()
         try:
@@ -282,8 +281,7 @@ class GMPScheduler:
     def __repr__(self) -> str:
         """Return the schedule, how far it has come, and the table of the coverage."""
         state = "finished" if self.finished else f"not finished: the last update is due at step {self._groups.end_step}"
-        if self._enforcement.is_released:
-            state = "removed"
+        state = "removed" if self._enforcement.is_released else state
         return (
             f"{type(self).__name__}({self.schedule!r}, scope={self._scope!r})\n"
             f"step {self.step_count} after {self._progress.num_calls} calls, sparsity {self.sparsity:.4f}, {state}\n"
@@ -332,10 +330,7 @@ class GMPScheduler:
         """
         saved = Saved(
             self._groups.settings(),
-            self.step_count,
-            self._progress.num_uncounted,
-            self._progress.num_calls,
-            self._progress.is_current,
+            self._progress.state(),
             self.masks,
             self._enforcement.num_pruned,
             self._pruner.thresholds,
@@ -383,12 +378,7 @@ class GMPScheduler:
         if saved is not None:
             self._pruner.thresholds = saved.thresholds
             self.history[:] = saved.history
-            self._progress.restore(
-                saved.step_count,
-                is_current=saved.is_current,
-                num_calls=saved.num_calls,
-                num_uncounted=saved.num_uncounted,
-            )
+            self._progress.restore(**saved.progress)
         self._enforcement.masks_changed(num_pruned)
         self._enforcement.apply(self._parameters)
 

@@ -20,6 +20,7 @@ __all__ = ["Saved", "Start", "pack", "starting_masks", "unpack", "unpack_masks"]
 Start: TypeAlias = Mapping[str, BitMask] | str | PathLike[str] | None
 
 STATE_VERSION = 3
+PROGRESS = ("step_count", "num_uncounted", "num_calls", "is_current")
 MOST_REPORTS = 64  # that a checkpoint keeps, the latest, and layer by layer only the last
 
 
@@ -29,10 +30,8 @@ class Saved(NamedTuple):
     Attributes
     ----------
     settings : dict
-    step_count, num_uncounted, num_calls : int
-        Steps counted, those taken since, and calls.
-    is_current : bool
-        Whether the updates of ``step_count`` have been made.
+    progress : dict of str to int
+        As ``Progress.state`` returns it.
     masks : dict of str to BitMask
     num_pruned : dict of str to int
         Of whole layers.
@@ -41,10 +40,7 @@ class Saved(NamedTuple):
     """
 
     settings: dict[str, Any]
-    step_count: int
-    num_uncounted: int
-    num_calls: int
-    is_current: bool
+    progress: dict[str, int]
     masks: dict[str, BitMask]
     num_pruned: dict[str, int]
     thresholds: dict[str, Threshold]
@@ -61,10 +57,7 @@ def pack(saved: Saved, parameters: Mapping[str, torch.Tensor]) -> dict[str, Any]
     return {
         "version": STATE_VERSION,
         "settings": tuple(saved.settings.items()),
-        "step_count": saved.step_count,
-        "num_uncounted": saved.num_uncounted,
-        "num_calls": saved.num_calls,
-        "is_current": saved.is_current,
+        **saved.progress,
         "history": tuple(reports),
         "layers": {
             name: {
@@ -98,10 +91,7 @@ def unpack(state: Any, parameters: Mapping[str, torch.Tensor], settings: Mapping
         thresholds = {n: Threshold(*layer["threshold"]) for n, layer in layers.items() if layer["threshold"]}
         return Saved(
             settings=found,
-            step_count=int(state["step_count"]),
-            num_uncounted=int(state["num_uncounted"]),
-            num_calls=int(state["num_calls"]),
-            is_current=bool(state["is_current"]),
+            progress={key: int(state[key]) for key in PROGRESS},
             masks=_masks(layers, parameters),
             num_pruned={name: int(layer["num_pruned"]) for name, layer in layers.items()},
             thresholds=thresholds,

@@ -83,6 +83,11 @@ class Watch:
     ----------
     parameters : sequence of Parameter
     places : sequence of Place
+
+    Attributes
+    ----------
+    shapes : list of torch.Size
+        Of the parameters, when they came here.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], places: Sequence[Place]) -> None:
@@ -91,7 +96,7 @@ class Watch:
         self._num_looks = 0
         self._look: _Look | None = None
         self._versions: list[int] | None = None
-        self._shapes = list(map(_shape, parameters))
+        self.shapes = list(map(_shape, parameters))
         self._samples: dict[int, _Sample] = {}
         by_key: dict[str, list[int]] = {}
         for i, place in enumerate(places):
@@ -120,7 +125,7 @@ class Watch:
 
     def have_their_shapes(self) -> bool:
         """Whether all of them are of the shapes they began with: they may have been given other data."""
-        return list(map(_shape, self._parameters)) == self._shapes
+        return list(map(_shape, self._parameters)) == self.shapes
 
     def record(self) -> None:
         """Take the parameters as they are now for unchanged."""

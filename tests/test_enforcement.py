@@ -263,6 +263,30 @@ def test_pruners_that_are_gone_are_in_nobodys_way() -> None:
     assert half.verify() == {"0.weight": 1080}
 
 
+def test_master_weights_follow_weights_that_are_loaded() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(40, 30), nn.ReLU(), nn.Linear(30, 20)).bfloat16()
+    optimizer = optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0, master_weights=True)
+    pruner = GMPScheduler(model, optimizer, schedules.OneShot(0.5))
+    for _ in range(3):
+        for p in model.parameters():
+            p.grad = torch.full_like(p, 1e-3)
+        optimizer.step()
+        pruner.step()
+    before = {p: optimizer.state[p]["master_weight"].clone() for p in model.parameters()}
+    model.load_state_dict(copy.deepcopy(model.state_dict()))
+    pruner.step()
+    # What rounds to the weights that were loaded is what they were rounded from.
+    assert all(torch.equal(optimizer.state[p]["master_weight"], master) for p, master in before.items())
+    model.load_state_dict({name: torch.full_like(value, 0.25) for name, value in model.state_dict().items()})
+    with pytest.warns(GMPWarning, match="were not zero any more"):
+        pruner.step()
+    for layer in (model[0], model[2]):
+        master = optimizer.state[layer.weight]["master_weight"]
+        assert torch.equal(master, layer.weight.float())
+        assert sorted(set(master.flatten().tolist())) == [0.0, 0.25]
+
+
 def test_verify_names_the_layer() -> None:
     run = start("torch_momentum")
     train(run)

@@ -108,7 +108,7 @@ def test_restored_positions_go_on(is_current: bool) -> None:
     for _ in range(7):
         steps.add()
     progress = Progress(steps)
-    progress.restore(3, is_current=is_current, num_calls=5)
+    progress.restore(step_count=3, num_uncounted=0, num_calls=5, is_current=is_current)
     assert (progress.step_count, progress.is_current, progress.num_calls) == (3, is_current, 5)
     assert made(progress) == (None if is_current else 3)
     steps.add()

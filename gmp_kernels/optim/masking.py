@@ -232,6 +232,19 @@ class Masking(torch.optim.Optimizer):
         master: torch.Tensor | None = self.state.get(parameter, {}).get(MASTER)
         return None if master is None else local(master)
 
+    @torch.no_grad()
+    def follow_weights(self, parameters: Iterable[torch.Tensor]) -> None:
+        """Give master weights the values of parameters that something else has written.
+
+        A master that rounds to what its parameter holds stays: it knows the weight better. Temporary memory: about 12
+        bytes per weight of the largest parameter.
+        """
+        for p in parameters:
+            master = self.master_weight(p)
+            if master is not None:
+                weight = local(p).detach()
+                master.copy_(torch.where(master.to(weight.dtype) == weight, master, weight))
+
     def _check_state(self, p: torch.Tensor) -> None:
         """Refuse state that does not belong to the parameter as it is now."""
         state, ready = self.state.get(p), self._ready.get(id(p))

@@ -1,0 +1,63 @@
+"""The state machine of the scheduler with its checks switched off, one at a time: it must fail then."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import Phase
+from test_scheduler_machine import run
+
+from gmp_kernels import scheduler
+from gmp_kernels.enforcement import Enforcement
+from gmp_kernels.progress import Progress, StepCount
+from gmp_kernels.watch import Watch
+from gmp_kernels.zeroing import zero_all_where_pruned_
+
+pytestmark = pytest.mark.filterwarnings("ignore::gmp_kernels.errors.GMPWarning")
+
+
+def _unhooked(self: Enforcement, state: dict[str, Any]) -> None:
+    self.__dict__.update(state)
+    self._watch, self._hooks = Watch(list(self._parameters.values()), self._places), []
+
+
+def _recorded_at_once(self: Watch) -> list[int]:
+    written = WRITTEN(self)
+    self.record()
+    return written
+
+
+def _weights_alone(self: Enforcement, weights: Any, masks: Any) -> None:
+    zero_all_where_pruned_([(p.detach(), masks[p]) for p in weights], backend=None)
+
+
+WRITTEN = Watch.written
+ADD = StepCount.add
+FAULTS: dict[str, tuple[Any, str, Callable[..., Any]]] = {
+    "writes go unseen": (Watch, "written", lambda self: []),
+    "writes are recorded before they are put right": (Watch, "written", _recorded_at_once),
+    "samples show nothing": (Watch, "sees_life", lambda self, members, mask_of: False),
+    "every module is in its place": (Watch, "are_in_place", lambda self: True),
+    "shapes are not looked at": (Enforcement, "check_shapes", lambda self: None),
+    "skipped steps count": (StepCount, "add", lambda self, found_inf=None: ADD(self)),
+    "nothing follows a step": (Enforcement, "_after_step", lambda self, *_: self.steps.add()),
+    "state is left as it is": (Enforcement, "_zero", _weights_alone),
+    "copies are left alone": (Enforcement, "__setstate__", _unhooked),
+    "what is interrupted is not finished": (scheduler, "write_despite_interrupts", lambda write, shards: write()),
+    "updates are repeated": (Progress, "_range", lambda self, now, before: range(now.known - self._offset + 1)),
+    "a pruner that was replaced goes on": (Enforcement, "release", lambda self: None),
+    "the new optimizer is not followed": (Enforcement, "_attach", lambda self: None),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_machine_finds_what_a_check_that_is_switched_off_lets_pass(
+    fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(*FAULTS[fault])
+    with pytest.raises(Exception) as caught:  # whatever a pruner that is wrong runs into
+        run(300, [Phase.generate])
+    # That would be what was switched off by the wrong hand.
+    assert not isinstance(caught.value, (AttributeError, TypeError)), caught.value
