@@ -15,7 +15,8 @@ from gmp_kernels.masks import BitMask
 from gmp_kernels.optim.masked import MaskedOptimizer
 from gmp_kernels.owners import let_go, owners_of, register
 from gmp_kernels.progress import StepCount
-from gmp_kernels.sharding import local
+from gmp_kernels.pruning import Agreement
+from gmp_kernels.sharding import local, sum_over_shards
 from gmp_kernels.targets import Place, check_present
 from gmp_kernels.watch import Watch, compare
 from gmp_kernels.wrappers import inside, optimizer_chain, with_own_hooks
@@ -64,6 +65,8 @@ class Enforcement:
         Steps of the innermost optimizer.
     masked_optimizer : MaskedOptimizer or None
         The innermost optimizer, if it applies masks itself.
+    agreement : Agreement
+        Of the ranks, without which none waits for another.
     pruner : callable
         A weak reference to the pruner. What it has pruned stays zero when it is gone.
     is_released : bool
@@ -97,6 +100,7 @@ class Enforcement:
         self.steps = StepCount()
         self.is_released = False
         self.pruner: Callable[[], object | None] = lambda: None
+        self.agreement: Agreement | None = None
         self._choose(optimizer)
         self._watch = Watch(list(self._parameters.values()), self._places)
         self._hooks: list[Any] = []
@@ -394,16 +398,16 @@ class Enforcement:
             self.say("zeros", on_new_zeros(share))
 
     def _look_for_zeros(self) -> None:
-        """Hold the zeros of a model that was pruned before: nobody else knows of them.
-
-        Each rank looks at what it has. They have not agreed on anything yet, so nobody may wait for the others here.
-        """
-        self._expects_dense = False
+        """Hold the zeros of a model that was pruned before, on all ranks alike: nobody else knows of them."""
+        assert self.agreement is not None
+        self.agreement.make()
         counts = self._contradictions(range(len(self._names)))
-        sizes = {name: mask.numel for name, mask in self._masks.items()}
+        found = zip(self._parameters.items(), counts, strict=True)
+        zeros = {name: int(sum_over_shards(here, p)) for (name, p), (_, here) in found}
         # Layers that start as zeros alone are another thing.
-        zeros = {name: here for name, (_, here) in zip(self._names, counts, strict=True) if 0 < here < sizes[name]}
-        share = sum(zeros.values()) / max(1, sum(sizes.values()))
+        zeros = {name: number for name, number in zeros.items() if 0 < number < self._parameters[name].numel()}
+        share = sum(zeros.values()) / sum(p.numel() for p in self._parameters.values())
+        self._expects_dense = False
         if share <= MANY_ZEROS:
             return
         for name in zeros:

@@ -8,13 +8,15 @@ from typing import Any, TypeVar
 import torch
 
 from gmp_kernels.distributed import Shards
+from gmp_kernels.groups import Groups
 from gmp_kernels.masks import BitMask
 from gmp_kernels.ops import NonFinite, PruneResult, Scope, Threshold, prune_
 from gmp_kernels.optim.masked import MaskedOptimizer
+from gmp_kernels.progress import Progress
 from gmp_kernels.reports import LayerReport
 from gmp_kernels.sharding import local
 
-__all__ = ["LayerPruner", "report_layers", "write_despite_interrupts"]
+__all__ = ["Agreement", "LayerPruner", "report_layers", "write_despite_interrupts"]
 
 _T = TypeVar("_T")
 
@@ -30,6 +32,46 @@ def write_despite_interrupts(write: Callable[[], _T], shards: Shards | None) -> 
         if shards is None:
             write()
         raise
+
+
+class Agreement:
+    """Agreement of all ranks on the run that they are in, made once and anew after a state was loaded.
+
+    Parameters
+    ----------
+    shards : Shards, optional
+        None: there is nobody to agree with.
+    groups : Groups
+    progress : Progress
+    pruner : LayerPruner
+    """
+
+    def __init__(self, shards: Shards | None, groups: Groups, progress: Progress, pruner: LayerPruner) -> None:
+        self._shards = shards
+        self._groups = groups
+        self._progress = progress
+        self._pruner = pruner
+        self._is_made = False
+
+    def make(self) -> None:
+        """Wait for the ranks, unless they have agreed already.
+
+        Raises
+        ------
+        StateError
+            They differ, on every rank.
+        DistributedError
+            A rank does not answer.
+        """
+        if self._shards is None or self._is_made:
+            return
+        thresholds = {f"threshold of '{name}'": value for name, value in self._pruner.thresholds.items()}
+        self._shards.agree({**self._groups.settings(), "step": self._progress.step_count, **thresholds})
+        self._is_made = True
+
+    def renew(self) -> None:
+        """Have it made again: another state was loaded."""
+        self._is_made = False
 
 
 def report_layers(

@@ -22,7 +22,7 @@ from gmp_kernels.ops import NonFinite, Scope
 from gmp_kernels.optim.masked import MaskedOptimizer
 from gmp_kernels.parametrized import follow_update_
 from gmp_kernels.progress import Position, Progress
-from gmp_kernels.pruning import LayerPruner, report_layers, write_despite_interrupts
+from gmp_kernels.pruning import Agreement, LayerPruner, report_layers, write_despite_interrupts
 from gmp_kernels.reports import LayerReport, StepReport
 from gmp_kernels.scheduler_state import Saved, Start, pack, starting_masks, unpack, unpack_masks
 from gmp_kernels.schedules import Schedule
@@ -152,7 +152,6 @@ class GMPScheduler:
         self.masks = starting_masks(start, self._parameters)
         self.history: list[StepReport] = []
         self._shards = Shards.of(model, self._parameters)
-        self._is_agreed = False
         self._enforcement = Enforcement(
             model,
             self._parameters,
@@ -167,6 +166,8 @@ class GMPScheduler:
         self._pruner = LayerPruner(
             self._parameters, self.masks, self._shards, scope=scope, nonfinite=nonfinite, backend=backend
         )
+        self._agreement = Agreement(self._shards, self._groups, self._progress, self._pruner)
+        self._enforcement.agreement = self._agreement
         # Pruning nothing finds every tensor prune_ would refuse now rather than epochs later.
         for names in self._pruner.batches(self._parameters):
             self._pruner.prune_nothing(names, self._masked_optimizer)
@@ -257,13 +258,8 @@ class GMPScheduler:
         device = next(iter(self._parameters.values())).device
         refuse_capture(device, "GMPScheduler.step()", "it outside of the graph, after optimizer.step()")
         self._enforcement.check_present()
+        self._agreement.make()
         self._enforcement.check(sample=True)
-        if self._shards is not None and not self._is_agreed:
-            thresholds = {f"threshold of '{name}'": threshold for name, threshold in self._pruner.thresholds.items()}
-            self._shards.agree({**self._groups.settings(), "step": self.step_count, **thresholds})
-            self._is_agreed = True
-            # Zeros that were found at first are known by ranks alone until now.
-            self._enforcement.masks_changed(count_pruned(self.masks, self._parameters))
         steps, position = self._progress.due(self._groups.schedules)
         report = None
         if any(step is not None for step in steps):
@@ -374,7 +370,8 @@ class GMPScheduler:
         for name, mask in masks.items():
             written[name].packed.copy_(mask.packed)
             self.masks[name].packed = written[name].packed
-        self._pruner.thresholds, self._is_agreed = {}, False
+        self._pruner.thresholds = {}
+        self._agreement.renew()
         if saved is not None:
             self._pruner.thresholds = saved.thresholds
             self.history[:] = saved.history
