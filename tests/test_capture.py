@@ -278,6 +278,7 @@ def test_a_scheduler_whose_masks_a_graph_does_not_read_changes_nothing(runtime: 
     with pytest.raises(CaptureError, match="got another one"):
         GMPScheduler(as_model(params), optimizer, schedules.Constant(0.9), targets="*")
     assert_unchanged(params, optimizer, before)
+    assert not optimizer._watchers
 
 
 @pytest.mark.parametrize("update", [0, 50], ids=["after an update", "before the first update"])

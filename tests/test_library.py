@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from gmp_kernels import BitMask, GMPScheduler, apply_masks_, magnitude_threshold, optim, prune_, schedules
 from gmp_kernels.errors import NonFiniteError, ShapeError, TargetError
 from gmp_kernels.testing import assert_bitwise_equal, device_of
+from gmp_kernels.watch import Watch
 
 OPS = torch.ops.gmp_kernels
 SHAPES = [(9, 5), (40,), (3, 2, 2)]
@@ -319,3 +320,27 @@ def test_a_step_on_other_shapes_is_refused(weight: tuple[int, ...], gradient: tu
     with pytest.raises(ShapeError, match="of parameter 0"):
         OPS.optimizer_step_(optimizer.handle, [0], [given], [torch.ones(gradient)])
     assert given.eq(1).all()
+
+
+def test_weights_loaded_before_a_compiled_step_are_pruned_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step gets a buffer, with the weights as they were loaded, that is copied to them when the graph is over."""
+    monkeypatch.setattr(Watch, "sees_life", lambda *_: False)
+    model = make_model()
+    optimizer = masked("adamw", model.parameters())
+    pruner = GMPScheduler(model, optimizer, schedules.OneShot(0.9))
+    dense = copy.deepcopy(model.state_dict())
+
+    def take(x: torch.Tensor, y: torch.Tensor) -> None:
+        nn.functional.cross_entropy(model(x), y).backward()
+        for p in model.parameters():
+            p.detach().mul_(1.0)
+        optimizer.step()
+
+    take = torch.compile(take, backend="aot_eager")
+    for step in STEPS:
+        if step == 3:
+            model.load_state_dict(dense)
+        optimizer.zero_grad()
+        take(*batch(step))
+        pruner.step()
+        pruner.verify()

@@ -201,7 +201,8 @@ def test_the_size_of_a_state_does_not_grow_with_the_updates() -> None:
         sizes.append(buffer.tell())
         again = GMPScheduler(model, optimizer, schedules.Linear(0.0, 0.5, 0, 10**6), count="calls")
         again.load_state_dict(state)
-        assert again.history[-1] == pruner.history[-1]
+        assert again.history[-1] == pruner.history[-1] and again.history[-1].layers
+        assert not any(report.layers for report in again.history[:-1])
         assert [report.step for report in again.history] == list(range(updates - 64, updates))
     assert sizes[1] - sizes[0] < 1024
 

@@ -164,8 +164,28 @@ def test_wrapped_runs_are_those_without_a_wrapper(inner: str) -> None:
 
 @EVERY_INNER
 def test_a_wrapper_may_write_weights_after_the_step_inside(inner: str) -> None:
-    _, _, pruner = train(Lookahead, inner, 6)
+    model, optimizer, pruner = train(Lookahead, inner, 6)
     assert pruner.step_count == 6
+    model(torch.randn(4, 40)).square().mean().backward()
+    for _ in range(2):
+        optimizer.step()
+        assert [int((layer.weight == 0).sum()) for layer in model] == [1080, 540]  # before the pruner looks
+
+
+class Twin(torch.optim.SGD):
+    """Has the attributes of what it wraps, hooks included, as Lightning's wrapper has."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.__dict__ = {**optimizer.__dict__, "_optimizer": optimizer}
+
+    def step(self, closure: Any = None) -> Any:
+        return self._optimizer.step(closure)
+
+
+def test_hooks_that_a_wrapper_shares_run_once() -> None:
+    _, optimizer, pruner = train(Twin, "torch")
+    assert pruner.step_count == 5
+    assert len(optimizer._optimizer._optimizer_step_post_hooks) == 1
 
 
 @EVERY_INNER
