@@ -145,3 +145,17 @@ def test_contradictions_are_counted_in_slices(dtype: torch.dtype) -> None:
     part = BitMask.from_bool(mask.to_bool()[: 1 << 20].view(1024, 1024))
     found = compare(square, part).tolist()
     assert found == [int((~part.to_bool() & (square != 0)).sum()), int((part.to_bool() & (square == 0)).sum())]
+
+
+def test_weights_that_come_back_to_life_with_their_masks_are_not_looked_at_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run, denser = start("torch_momentum", 0.9), start("torch_momentum", 0.1)
+    train(run, 4)
+    train(denser)
+    run[2].load_state_dict(denser[2].state_dict(), masks_only=True)
+    run[0].load_state_dict(denser[0].state_dict())
+    run[2].step()
+    monkeypatch.setattr(enforcement, "compare", None)
+    for _ in range(4):
+        run[2].step()
