@@ -266,7 +266,7 @@ class _Staircase(Schedule):
 
     @abstractmethod
     def _values(self) -> dict[int, float]:
-        """Return {step: sparsity}, both ascending."""
+        """Return {step: sparsity}, both ascending; empty if there is no update."""
 
     @property
     def begin_step(self) -> int:
@@ -274,11 +274,11 @@ class _Staircase(Schedule):
 
     @property
     def end_step(self) -> int:
-        return max(self._values())
+        return max(self._values(), default=-1)
 
     @property
     def final_sparsity(self) -> float:
-        return self._values()[self.end_step]
+        return max(self._values().values(), default=0.0)
 
     def sparsity_at(self, step: int) -> float:
         return max((sparsity for begin, sparsity in self._values().items() if begin <= step), default=0.0)
@@ -381,22 +381,11 @@ class Constant(_Staircase):
         """Return the schedule that begins after ``begin`` epochs, rounded to whole steps."""
         return cls(sparsity, to_steps("Constant.from_epochs: begin", begin, steps_per_epoch))
 
-    @property
-    def end_step(self) -> int:
-        return -1 if self.sparsity is None else self.begin_step
-
-    @property
-    def final_sparsity(self) -> float:
-        return self.sparsity or 0.0
-
-    def is_update_step(self, step: int) -> bool:
-        return self.sparsity is not None and super().is_update_step(step)
-
     def with_final_sparsity(self, sparsity: float) -> Self:
         return replace(self, sparsity=sparsity)
 
     def _values(self) -> dict[int, float]:
-        return {self.begin_step: self.sparsity or 0.0}
+        return {} if self.sparsity is None else {self.begin_step: self.sparsity}
 
 
 @dataclass(frozen=True)

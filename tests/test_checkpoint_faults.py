@@ -240,6 +240,8 @@ def test_force_replaces_nothing_but_checkpoints(tmp_path: Path) -> None:
         PruneJob(folder / SHARD, tmp_path / "home", sparsity=0.5, force=True)
     with pytest.raises(OutputError, match="expected its folder to be there"):
         PruneJob(folder, tmp_path / "no" / "where", sparsity=0.5)
+    (tmp_path / "empty").mkdir()
+    PruneJob(folder, tmp_path / "empty", sparsity=0.5, force=True).run()
     assert (tmp_path / "home" / "letter.txt").read_text() == (tmp_path / "file").read_text() == "dear"
 
 
@@ -251,6 +253,10 @@ def test_where_two_folders_cannot_be_swapped_in_one_step(tmp_path: Path, monkeyp
     PruneJob(folder, tmp_path / "out", sparsity=0.9, force=True).run()
     assert contents(tmp_path / "out") == contents(tmp_path / "other")
     assert names_in(tmp_path) == ["in", "other", "out"]
+    (tmp_path / ".out.replaced").mkdir()
+    with pytest.raises(OutputError, match=r"out: cannot be written: \.out\.replaced beside it is in the way"):
+        PruneJob(folder, tmp_path / "out", sparsity=0.1, force=True).run()
+    assert contents(tmp_path / "out") == contents(tmp_path / "other")
 
 
 @pytest.mark.parametrize("removed", ["nothing", "half"])
@@ -392,6 +398,8 @@ def test_an_interrupted_run_is_resumed_with_the_same_settings_only(interrupted: 
 
 
 def test_a_resumed_run_does_not_count_again(interrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # It was killed, say, while it noted the next shard.
+    (tmp_path / ".out.partial" / "finished" / "00001.json.new").write_text("{")
     PruneJob(interrupted, tmp_path / "whole", sparsity=0.5, scope="global").run()
     monkeypatch.delattr("gmp_kernels.checkpoints.counting.Counter.decide")
     PruneJob(interrupted, tmp_path / "out", sparsity=0.5, scope="global").run(resume=True)

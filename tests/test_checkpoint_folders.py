@@ -113,6 +113,7 @@ def test_the_command_names_what_it_leaves_out(model: Path, tmp_path: Path) -> No
         (["weights", "consolidated"], ["weights"]),
         (["consolidated"], ["consolidated"]),
         (["weights", "weights.masks"], ["weights"]),
+        (["weights", "adapter_model"], ["weights"]),
         (["adapter_model"], ["adapter_model"]),
         (["pytorch_lora_weights", "optimizer"], ["optimizer", "pytorch_lora_weights"]),
         (["a", "b"], ["a", "b"]),

@@ -1,4 +1,4 @@
-"""Pruning touches only what it made: the folder in which an output grows, the name it gets, and who may read it."""
+"""Pruning touches only what it made: the folder in which an output grows, and the name that the output gets."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
 
 import pytest
 import torch
 from checkpoint_cases import contents, write_folder
 from safetensors.torch import save_file
 
-from gmp_kernels.checkpoints import PruneJob, permissions, renaming, staging
+from gmp_kernels.checkpoints import PruneJob, renaming, staging
 from gmp_kernels.errors import NonFiniteError, OutputError, StateError
 
 LOCK = "gmp_kernels.lock"
@@ -35,6 +35,10 @@ def job(request: pytest.FixtureRequest, source: Path, tmp_path: Path) -> Callabl
     if request.param == "folder":
         source = write_folder(tmp_path / "in")
     return lambda **settings: PruneJob(source, tmp_path / "out", sparsity=0.5, masks=True, **settings)
+
+
+def interrupt(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
 
 
 def names_in(folder: Path) -> set[str]:
@@ -129,8 +133,9 @@ def test_whatever_a_killed_run_left_the_next_one_takes_over(
         with pytest.raises(StateError, match=r"run\.json of the run to resume, got one that cannot be read"):
             job().run(resume=True)
     else:
-        job().run(resume=resume)
-        assert names_in(tmp_path) == outputs(tmp_path)
+        modes = set()
+        job().run(resume=resume, progress=lambda *_: modes.add(folder.stat().st_mode & 0o777))
+        assert modes == {0o700} and names_in(tmp_path) == outputs(tmp_path)
     assert not folder.exists()
 
 
@@ -183,6 +188,46 @@ def test_a_lock_that_an_ending_run_takes_away_is_no_lock(
     monkeypatch.setattr(staging.fcntl, "flock", late)
     PruneJob(source, tmp_path / "out", sparsity=0.5).run()
     assert len(taken) == 2 and names_in(tmp_path) == {"out"}
+
+
+def test_a_folder_that_is_taken_away_before_it_is_locked(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check, calls = staging.Staging._check_owner, []
+
+    def late(self: staging.Staging, descriptor: int) -> None:
+        check(self, descriptor)
+        calls.append(descriptor)
+        if len(calls) == 1:
+            (tmp_path / ".out.partial").rmdir()
+
+    monkeypatch.setattr(staging.Staging, "_check_owner", late)
+    PruneJob(source, tmp_path / "out", sparsity=0.5).run()
+    assert len(calls) == 2 and names_in(tmp_path) == {"out"}
+
+
+def test_a_folder_that_cannot_be_locked_does_not_stay(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without its lock the next run would take it for somebody else's once there is anything in it."""
+    real = os.open
+
+    def refuse(path: str, *arguments: int, **settings: int) -> int:
+        if path == LOCK:
+            raise OSError(errno.EDQUOT, "Disk quota exceeded")
+        return real(path, *arguments, **settings)
+
+    monkeypatch.setattr(staging.os, "open", refuse)
+    with pytest.raises(OutputError, match="out: cannot be written: Disk quota exceeded"):
+        PruneJob(source, tmp_path / "out", sparsity=0.5).run()
+    assert names_in(tmp_path) == set()
+
+
+def test_another_process_of_the_run_joins_no_folder_of_somebody_else(tmp_path: Path) -> None:
+    (tmp_path / ".out.partial").mkdir()
+    (tmp_path / ".out.partial" / "letter").write_text("dear")
+    with pytest.raises(OutputError, match="a folder with 'letter' in it"), staging.Staging(tmp_path / "out") as joined:
+        joined.join()
 
 
 def test_an_error_that_no_resuming_mends_leaves_nothing(tmp_path: Path) -> None:
@@ -246,12 +291,9 @@ def test_a_run_that_is_stopped_while_it_gives_names_is_resumed(
         if step == "first" or (step == "last" and target.name == "out"):
             raise KeyboardInterrupt
 
-    def kill(self: staging.Staging) -> None:
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
         patch.setattr(staging, "rename_new", stop)
-        patch.setattr(staging.Staging, "_remove", kill)
+        patch.setattr(staging.Staging, "_remove", interrupt)
         with pytest.raises(KeyboardInterrupt):
             job().run()
     assert renamed
@@ -260,6 +302,76 @@ def test_a_run_that_is_stopped_while_it_gives_names_is_resumed(
     job().run(resume=True)
     assert contents(tmp_path / "out") == expected
     assert names_in(tmp_path) == outputs(tmp_path)
+
+
+def test_a_run_that_is_stopped_at_each_name_it_gives_is_resumed_each_time(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename = staging.rename_new
+
+    def stop(source: Path, target: Path) -> None:
+        rename(source, target)
+        raise KeyboardInterrupt
+
+    for last in ("out.masks.safetensors", "out"):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(staging, "rename_new", stop)
+            PruneJob(source, tmp_path / "out", sparsity=0.5, masks=True).run(resume=True)
+        assert (tmp_path / last).exists()
+    PruneJob(source, tmp_path / "out", sparsity=0.5, masks=True).run(resume=True)
+    assert names_in(tmp_path) == {"out", "out.masks.safetensors"}
+
+
+def test_an_output_that_has_changed_since_it_got_its_name_is_not_that_of_the_run(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(staging.Staging, "_remove", interrupt)
+        PruneJob(source, tmp_path / "out", sparsity=0.5).run()
+    os.utime(tmp_path / "out", (1, 1))
+    with pytest.raises(OutputError, match="got one that is there"):
+        PruneJob(source, tmp_path / "out", sparsity=0.5)
+
+
+def test_a_run_that_has_lost_its_settings_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of it is resumed, neither what is finished nor the name that it has given."""
+    source, out = write_folder(tmp_path / "in"), tmp_path / "out"
+    PruneJob(source, out, sparsity=0.9).run()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        # Once the folders are swapped the old one lies where the new one grew.
+        patch.setattr(staging.Staging, "_remove", interrupt)
+        PruneJob(source, out, sparsity=0.5, force=True).run()
+    expected = contents(out)
+    with pytest.raises(OutputError, match="got one that is there"):
+        PruneJob(source, out, sparsity=0.5)
+    PruneJob(source, out, sparsity=0.5, force=True).run(resume=True)
+    assert contents(out) == expected and names_in(tmp_path) == {"out"}
+
+
+def test_settings_go_before_what_was_made_with_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = PruneJob(write_folder(tmp_path / "in"), tmp_path / "out", sparsity=0.5)
+    with pytest.raises(KeyboardInterrupt):
+        job.run(progress=lambda *_: interrupt() if list((tmp_path / ".out.partial" / "finished").iterdir()) else None)
+    assert job.is_begun()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(staging.shutil, "rmtree", interrupt)
+        job.run()
+    assert not job.is_begun()
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOSYS, errno.EPERM])
+def test_a_kernel_or_file_system_without_such_renames(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    (tmp_path / "a").write_text("dear")
+    monkeypatch.setattr(renaming.ctypes, "CDLL", lambda *_, **__: SimpleNamespace(renameat2=lambda *_: -1))
+    monkeypatch.setattr(renaming.ctypes, "get_errno", lambda: code)
+    if code == errno.EPERM:
+        with pytest.raises(PermissionError):
+            renaming.rename_new(tmp_path / "a", tmp_path / "b")
+    else:
+        renaming.rename_new(tmp_path / "a", tmp_path / "b")
+        assert contents(tmp_path) == {"b": b"dear"}
 
 
 @pytest.mark.parametrize("taken", [False, True])
@@ -299,63 +411,6 @@ def test_force_replaces_no_file_but_a_checkpoint(source: Path, tmp_path: Path) -
     assert out.stat().st_size == source.stat().st_size
 
 
-def modes(path: Path) -> dict[str, int]:
-    return {found.relative_to(path).as_posix(): found.stat().st_mode & 0o7777 for found in (path, *path.rglob("*"))}
-
-
-@pytest.mark.parametrize("umask", [0o000, 0o022, 0o077])
-def test_outputs_have_the_permissions_of_the_source(tmp_path: Path, umask: int) -> None:
-    source, single = write_folder(tmp_path / "in"), tmp_path / "single.safetensors"
-    save_file({"a.weight": torch.ones(4, 4)}, single)
-    single.chmod(0o640)
-    (source / "assets").chmod(0o550)
-    source.chmod(0o750)
-    for i, file in enumerate(file for file in sorted(source.rglob("*")) if file.is_file()):
-        file.chmod((0o600, 0o640, 0o444, 0o664)[i % 4])
-    seen = set()
-    before = os.umask(umask)
-    try:
-
-        def look(done: int, total: int) -> None:
-            seen.add((tmp_path / ".out.partial").stat().st_mode & 0o777)
-
-        PruneJob(source, tmp_path / "out", sparsity=0.5, masks=True).run(progress=look)
-        PruneJob(single, tmp_path / "one", sparsity=0.5, masks=True).run()
-    finally:
-        os.umask(before)
-    assert seen == {0o700}
-    expected = modes(source) | {"assets": 0o750, "masks": 0o750}  # the owner may go on with folders
-    expected |= {f"masks/{name}": mode for name, mode in expected.items() if name.endswith(".safetensors")}
-    assert modes(tmp_path / "out") == expected
-    assert {(tmp_path / name).stat().st_mode & 0o777 for name in ("one", "one.masks.safetensors")} == {0o640}
-
-
-@pytest.mark.parametrize(("allowed", "mode"), [(True, 0o640), (False, 0o600)])
-def test_another_group_is_not_let_in(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, allowed: bool, mode: int
-) -> None:
-    source.chmod(0o640)
-    real, groups = os.stat_result, []
-
-    def give(descriptor: int, user: int, group: int) -> None:
-        if not allowed:
-            raise PermissionError(errno.EPERM, "Operation not permitted")
-        groups.append(group)
-
-    monkeypatch.setattr(permissions.os, "fchown", give)
-    keep = permissions.keep_permissions
-
-    def of_another_group(descriptor: int, origin: Any, **settings: int) -> None:
-        found = list(origin)
-        found[5] += 1
-        keep(descriptor, real(found), **settings)
-
-    monkeypatch.setattr("gmp_kernels.checkpoints.stream.keep_permissions", of_another_group)
-    PruneJob(source, tmp_path / "out", sparsity=0.5).run()
-    assert (tmp_path / "out").stat().st_mode & 0o777 == mode
-    assert groups == [source.stat().st_gid + 1] * allowed
-
-
 def test_a_file_system_without_permissions(
     job: Callable[..., PruneJob], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -372,13 +427,11 @@ def test_a_read_only_file_of_a_stopped_run_is_written_again(tmp_path: Path, monk
     source = write_folder(tmp_path / "in")
     for file in source.glob("*.safetensors"):
         file.chmod(0o444)
-
-    def stop(*_: object) -> None:
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         finish = staging.Staging.finish
-        patch.setattr(staging.Staging, "finish", lambda self, i, record: finish(self, i, record) if i == 0 else stop())
+        patch.setattr(
+            staging.Staging, "finish", lambda self, i, record: finish(self, i, record) if i == 0 else interrupt()
+        )
         PruneJob(source, tmp_path / "out", sparsity=0.5).run()
     PruneJob(source, tmp_path / "out", sparsity=0.5).run(resume=True)
     assert {file.stat().st_mode & 0o777 for file in (tmp_path / "out").glob("*.safetensors")} == {0o444}

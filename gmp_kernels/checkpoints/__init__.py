@@ -1,7 +1,8 @@
 """Safetensors checkpoints on disk: pruned or inspected piece by piece, in memory that does not depend on their size."""
 
-from gmp_kernels.checkpoints.files import MASK_SUFFIX, Checkpoint, mask_metadata, open_checkpoint
+from gmp_kernels.checkpoints.files import Checkpoint, open_checkpoint
 from gmp_kernels.checkpoints.inspect import BINS_PER_OCTAVE, TensorStatistics, inspect_checkpoint, total_of
+from gmp_kernels.checkpoints.masks import MASK_SUFFIX, mask_metadata
 from gmp_kernels.checkpoints.prune import DEFAULT_MEMORY, PruneJob, PruneReport
 from gmp_kernels.checkpoints.targets import DEFAULT_RULE, cover_tensors
 

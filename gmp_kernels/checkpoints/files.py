@@ -21,20 +21,10 @@ from safetensors import SafetensorError, safe_open
 from gmp_kernels.checkpoints.folders import SUFFIX, is_tied, look_into, read_index, unique_names
 from gmp_kernels.errors import CheckpointError
 
-__all__ = [
-    "DTYPES",
-    "MASK_SUFFIX",
-    "Checkpoint",
-    "Shard",
-    "TensorInfo",
-    "header_of",
-    "mask_metadata",
-    "open_checkpoint",
-]
+__all__ = ["DTYPES", "Checkpoint", "Shard", "TensorInfo", "header_of", "open_checkpoint"]
 
 # The dtypes whose magnitudes have an order here, by their names in the format.
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-MASK_SUFFIX = ".mask"
 LENGTH_BYTES = 8  # of the header's length, in front of it
 
 
@@ -173,17 +163,6 @@ def header_of(tensors: Sequence[tuple[str, str, Sequence[int], int]], metadata: 
     # Spaces, so that the data begins at a multiple of 8, as the format wants it.
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(LENGTH_BYTES, "little") + text
-
-
-def mask_metadata(shapes: Mapping[str, Sequence[int]]) -> dict[str, str]:
-    """Describe masks stored as uint8 tensors ``<name>.mask`` beside or apart from the weights of these shapes."""
-    description = {
-        "suffix": MASK_SUFFIX,
-        "packing": "1 bit per weight, little bit order, 1 = kept",
-        "shapes": {name: list(shape) for name, shape in shapes.items()},
-    }
-    # A single entry: the safetensors library writes several in an order that changes from run to run.
-    return {"masks": json.dumps(description)}
 
 
 def _size_and_time(path: Path) -> dict[str, int]:

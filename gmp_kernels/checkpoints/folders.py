@@ -11,7 +11,7 @@ import json
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ __all__ = ["SUFFIX", "Contents", "is_tied", "look_into", "read_index", "unique_n
 SUFFIX = ".safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
 PIPELINE = "model_index.json"
+MOST_LISTED = 4  # names in an error
 MAIN = ("model", "diffusion_pytorch_model")  # as the libraries call the model that they load
 NUMBERED = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<total>\d{5})\.safetensors")
 
@@ -222,6 +223,6 @@ def _without_weights(root: Path, files: Iterable[str]) -> str:
     return f"{root}: expected a folder with {SUFFIX} files, {found}; convert other formats first"
 
 
-def _listed(names: Iterable[str]) -> str:
-    first, more = list(names)[:4], len(list(names)) - 4
-    return ", ".join(map(repr, first)) + (f" and {more} more" if more > 0 else "")
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - MOST_LISTED} more" if len(names) > MOST_LISTED else ""
+    return ", ".join(map(repr, names[:MOST_LISTED])) + more

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +11,8 @@ from typing import Any, Literal, TypeGuard
 
 import torch
 
-from gmp_kernels.checkpoints.files import DTYPES, MASK_SUFFIX, Checkpoint, Shard, TensorInfo, open_checkpoint
+from gmp_kernels.checkpoints.files import DTYPES, Checkpoint, Shard, TensorInfo, open_checkpoint
+from gmp_kernels.checkpoints.masks import MASK_SUFFIX, shapes_in
 from gmp_kernels.checkpoints.stream import Source, Stream
 from gmp_kernels.checkpoints.targets import find_tensors
 from gmp_kernels.keys import keys_of, largest_key, magnitude_of
@@ -166,10 +166,9 @@ def total_of(found: Sequence[TensorStatistics]) -> TensorStatistics:
 def _shapes_of_masks(shard: Shard) -> Mapping[str, Any]:
     """Return what a file says about the packed masks in it: {name of the weight: its shape}, unchecked."""
     try:
-        shapes = json.loads((shard.metadata or {})["masks"])["shapes"]
+        return shapes_in(shard.metadata)
     except (KeyError, TypeError, ValueError, RecursionError):
         return {}
-    return shapes if isinstance(shapes, dict) else {}
 
 
 def _new_statistics(

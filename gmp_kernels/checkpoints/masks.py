@@ -3,25 +3,52 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from gmp_kernels.checkpoints.files import MASK_SUFFIX
 from gmp_kernels.checkpoints.folders import SUFFIX
 from gmp_kernels.errors import CheckpointError
 from gmp_kernels.masks import BitMask
 
-__all__ = ["is_file_of_masks", "read_masks"]
+__all__ = ["MASK_SUFFIX", "is_file_of_masks", "mask_metadata", "read_masks", "shapes_in"]
+
+MASK_SUFFIX = ".mask"
+
+
+def mask_metadata(shapes: Mapping[str, Sequence[int]]) -> dict[str, str]:
+    """Describe masks stored as uint8 tensors ``<name>.mask`` beside or apart from the weights of these shapes."""
+    description = {
+        "suffix": MASK_SUFFIX,
+        "packing": "1 bit per weight, little bit order, 1 = kept",
+        "shapes": {name: list(shape) for name, shape in shapes.items()},
+    }
+    # A single entry: the safetensors library writes several in an order that changes from run to run.
+    return {"masks": json.dumps(description)}
+
+
+def shapes_in(metadata: Mapping[str, str] | None) -> dict[str, Any]:
+    """Return {name of the weight: its shape, unchecked} as ``mask_metadata`` wrote it.
+
+    Raises
+    ------
+    ValueError, KeyError, TypeError, RecursionError
+        It did not write this metadata.
+    """
+    shapes = json.loads((metadata or {})["masks"])["shapes"]
+    if not isinstance(shapes, dict):
+        raise TypeError("its masks have no shapes by name")
+    return shapes
 
 
 def is_file_of_masks(path: Path) -> bool:
     """Whether a file holds such masks and nothing besides, going by its header."""
     try:
         with safe_open(path, "numpy") as stored:
-            shapes = json.loads((stored.metadata() or {})["masks"])["shapes"]
-            return {f"{name}{MASK_SUFFIX}" for name in shapes} == set(stored.keys())
+            return {f"{name}{MASK_SUFFIX}" for name in shapes_in(stored.metadata())} == set(stored.keys())
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
 
@@ -51,10 +78,9 @@ def read_masks(path: str | PathLike[str]) -> dict[str, BitMask]:
     for file in files:
         try:
             with safe_open(file, "pt") as stored:
-                shapes = json.loads((stored.metadata() or {})["masks"])["shapes"]
-                for name, shape in shapes.items():
+                for name, shape in shapes_in(stored.metadata()).items():
                     masks[name] = BitMask(stored.get_tensor(f"{name}{MASK_SUFFIX}"), shape)
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise CheckpointError(
                 f"{file}: expected masks that 'gmp-kernels prune --masks' wrote, got something else ({error!r}); give "
                 "the path of its masks, or of the folder that holds them"

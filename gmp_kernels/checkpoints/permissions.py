@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import stat
 from pathlib import Path
 
 __all__ = ["keep_folder_permissions", "keep_permissions"]
@@ -18,14 +17,14 @@ def keep_permissions(descriptor: int, origin: os.stat_result, *, least: int = 0)
     What another group may is otherwise left to nobody but those who may because everybody may. ``least`` is granted in
     any case. A file system without permissions has its own.
     """
-    mode, here = origin.st_mode & 0o777, os.fstat(descriptor)
-    if here.st_gid != origin.st_gid:
+    mode = origin.st_mode & 0o777
+    if os.fstat(descriptor).st_gid != origin.st_gid:
         try:
             os.fchown(descriptor, -1, origin.st_gid)
         except OSError:
             mode &= ~0o070 | (mode & 0o007) << 3
     with contextlib.suppress(PermissionError):
-        os.fchmod(descriptor, mode | least | stat.S_IMODE(here.st_mode) & ~0o777)
+        os.fchmod(descriptor, mode | least)
 
 
 def keep_folder_permissions(folder: Path, root: Path) -> None:

@@ -5,6 +5,7 @@ Beside the output ``NAME`` there is, for as long as a run is not over, a folder 
 - ``gmp_kernels.lock``: held by the run; made before all else, it tells that the folder is ours,
 - ``files/``: what will be the output,
 - ``run.json``: the settings of the run and the identity of its input,
+- ``decisions.json``: what global scope prunes of each tensor, once it is counted,
 - ``finished/``: what became of each shard that lies complete, and on the disk, in ``files/``,
 - ``placed.json``: what the run was about to give its name,
 - ``replaced``: masks of an output that is being replaced by one without.
@@ -276,7 +277,7 @@ class Staging:
             raise
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _is_at(lock, self._inside / LOCK) and _is_at(self._descriptor, self.folder):
+            if _is_at(lock, self._inside / LOCK):
                 self._lock, lock = lock, -1
             return self._lock is not None
         except BlockingIOError:

@@ -12,7 +12,8 @@ import torch
 
 from gmp_kernels.backends import Bracket, Implementation, Layer, Selection, Threshold
 from gmp_kernels.checkpoints.counting import Counter, Decision, Located, Workspace, check_finite
-from gmp_kernels.checkpoints.files import DTYPES, MASK_SUFFIX, Shard, TensorInfo, header_of, mask_metadata
+from gmp_kernels.checkpoints.files import DTYPES, Shard, TensorInfo, header_of
+from gmp_kernels.checkpoints.masks import MASK_SUFFIX, mask_metadata
 from gmp_kernels.checkpoints.ranks import Ranks
 from gmp_kernels.checkpoints.stream import Piece, Source, write_whole
 from gmp_kernels.errors import DTypeError
