@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from gmp_kernels import GMPScheduler, cli, schedules
 from gmp_kernels.checkpoints.files import TensorInfo
 from gmp_kernels.checkpoints.targets import cover_tensors, select_tensors
-from gmp_kernels.coverage import Coverage
+from gmp_kernels.coverage import Coverage, shown_names, shown_shape
 from gmp_kernels.distributions import emptied_layers
 from gmp_kernels.errors import DTypeError, TargetError
 from gmp_kernels.names import plain_name
@@ -154,6 +154,17 @@ def test_less_than_half_of_the_matrices_is_worth_a_warning():
     assert "embed1" not in warning
     assert not gap_of(large_and_small(), targets="*")
     assert not gap_of(large_and_small(), targets="layer")
+
+
+def test_a_warning_does_not_advise_what_would_be_refused():
+    model = build({"layer": linear(4, 4), "spectral": linear(8, 8).to(torch.complex64)})
+    assert "'spectral.weight' (complex); they cannot be pruned as they are" in gap_of(model)
+
+
+def test_names_and_shapes_are_shown_shortened():
+    assert shown_names(["a", "b\x07", "c"]) == r"'a', 'b\x07', 'c'"
+    assert shown_names(["a", "b", "c", "d", "e"]) == "'a', 'b', 'c' and 2 others"
+    assert [shown_shape(shape) for shape in ((3, 1, 2), (3,), ())] == ["3x1x2", "3", "scalar"]
 
 
 def test_what_was_ignored_is_not_missed():
