@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import TypeVar
 
 import torch
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 __all__ = ["named_buffers", "named_modules", "named_parameters", "plain_name"]
+
+_T = TypeVar("_T")
 
 # Of torch.compile, activation checkpointing, Lightning's Fabric and FullyShardedDataParallel. Nobody else has
 # attributes of these names.
@@ -41,19 +44,18 @@ def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return every parameter under every name it has, as if nothing were wrapped."""
-    return {
-        f"{path}.{key}" if path else key: parameter
-        for path, module in named_modules(model)
-        for key, parameter in module._parameters.items()
-        if parameter is not None
-    }
+    return _named_members(model, lambda module: module._parameters)
 
 
 def named_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return every buffer under every name it has, as if nothing were wrapped."""
+    return _named_members(model, lambda module: module._buffers)
+
+
+def _named_members(model: nn.Module, members: Callable[[nn.Module], Mapping[str, _T | None]]) -> dict[str, _T]:
     return {
-        f"{path}.{key}" if path else key: buffer
+        f"{path}.{key}" if path else key: member
         for path, module in named_modules(model)
-        for key, buffer in module._buffers.items()
-        if buffer is not None
+        for key, member in members(module).items()
+        if member is not None
     }

@@ -14,7 +14,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-__all__ = ["follow_update_", "reasons_against"]
+__all__ = ["follow_update_", "kept_by_torch", "reasons_against"]
 
 SCALINGS = (parametrizations._WeightNorm, parametrizations._SpectralNorm)
 LENGTHS = "a length that weight_norm keeps apart"
@@ -29,6 +29,29 @@ def reasons_against(model: nn.Module) -> dict[nn.Parameter, str]:
         if others := sorted({type(step).__name__.lstrip("_") for step in module if not isinstance(step, SCALINGS)}):
             reasons |= dict.fromkeys(module.parameters(), f"parametrized by {', '.join(others)}")
     return reasons
+
+
+def kept_by_torch(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+    """Return {name: bool tensor of the shape of the parameter, True = kept} of those that torch's own pruning masks.
+
+    A parameter that several modules share keeps what one of them keeps. Memory: 1 byte per weight of these parameters.
+    """
+    names = {parameter: name for name, parameter in parameters.items() if name.endswith("_orig")}
+    if not names:  # as nearly always
+        return {}
+    found: dict[nn.Parameter, list[torch.Tensor | None]] = {parameter: [] for parameter in names}
+    for module in model.modules():
+        hooks = [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, prune.BasePruningMethod)]
+        masks = {f"{hook._tensor_name}_orig": getattr(module, f"{hook._tensor_name}_mask") for hook in hooks}
+        for key, parameter in module._parameters.items():
+            if parameter in found:
+                found[parameter].append(masks.get(key))
+    kept = {}
+    for parameter, uses in found.items():
+        places = [mask != 0 for mask in uses if mask is not None]
+        if len(places) == len(uses):
+            kept[names[parameter]] = torch.stack(places).any(0) if len(places) > 1 else places[0]
+    return kept
 
 
 def follow_update_(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> str | None:

@@ -20,7 +20,7 @@ from gmp_kernels.groups import Groups
 from gmp_kernels.masks import BitMask
 from gmp_kernels.ops import NonFinite, Scope
 from gmp_kernels.optim.masked import MaskedOptimizer
-from gmp_kernels.parametrized import follow_update_
+from gmp_kernels.parametrized import follow_update_, kept_by_torch
 from gmp_kernels.progress import Position, Progress
 from gmp_kernels.pruning import Agreement, LayerPruner, report_layers, write_despite_interrupts
 from gmp_kernels.reports import LayerReport, StepReport
@@ -77,7 +77,8 @@ class GMPScheduler:
         What is pruned before the first update. "zeros": the zeros that the model has. A mapping: what its masks say,
         of layers it does not name nothing. A path: masks that ``gmp-kernels prune --masks`` wrote. None: nothing; but
         if more than 1 % of the weights are zero at the first step, layers of zeros alone aside, these zeros are held
-        as with "zeros", which is said. Pass {} to let them train.
+        as with "zeros", which is said. Pass {} to let them train. What ``torch.nn.utils.prune`` masks is pruned too,
+        whatever is passed; with None it is then the only thing that is.
     count : {"optimizer_steps", "calls"}
         Whether ``step()`` advances the schedule when the optimizer has stepped, or at every call: for loops whose
         optimizer cannot be watched, such as those that replay CUDA graphs.
@@ -149,7 +150,9 @@ class GMPScheduler:
         self._groups = Groups(
             index, shapes, schedule, distribution=distribution, overrides=overrides or {}, scope=scope
         )
-        self.masks = starting_masks(start, self._parameters)
+        kept = kept_by_torch(model, self._parameters)
+        has_start = start is not None or bool(kept)
+        self.masks = starting_masks(start, model, self._parameters, kept)
         self.history: list[StepReport] = []
         self._shards = Shards.of(model, self._parameters)
         self._enforcement = Enforcement(
@@ -171,7 +174,7 @@ class GMPScheduler:
         # Pruning nothing finds every tensor prune_ would refuse now rather than epochs later.
         for names in self._pruner.batches(self._parameters):
             self._pruner.prune_nothing(names, self._masked_optimizer)
-        num_pruned = count_pruned(self.masks, self._parameters) if start is not None else {}
+        num_pruned = count_pruned(self.masks, self._parameters) if has_start else {}
         self._enforcement.pruner = weakref.ref(self)
         gap = gap_in(self._coverage, by_default=targets is None)
         for word in filter(None, (gap, self._groups.warn_of_emptied())):
@@ -179,11 +182,11 @@ class GMPScheduler:
         # From here on it has effects, the first of which can be refused.
         self._enforcement.own()
         try:
-            if start is not None:
+            if has_start:
                 self._enforcement.masks_changed(num_pruned)
-            if start is not None or not self._has_compact_state:
+            if has_start or not self._has_compact_state:
                 # Before the first update already, for graphs captured until then.
-                self._enforcement.apply(self._parameters, ranked_is_pruned=start is None)
+                self._enforcement.apply(self._parameters, ranked_is_pruned=not has_start)
             self._follow_masks()
         except BaseException:
             self._enforcement.detach()

@@ -7,10 +7,11 @@ from os import PathLike
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
+from torch import nn
 
 from gmp_kernels.errors import ShapeError, StateError, TargetError
 from gmp_kernels.masks import BitMask
-from gmp_kernels.names import plain_name
+from gmp_kernels.names import named_parameters, plain_name
 from gmp_kernels.ops import Threshold
 from gmp_kernels.reports import StepReport
 from gmp_kernels.sharding import local, local_mask, whole_mask
@@ -160,14 +161,20 @@ def _names_here(names: Iterable[str], known: Iterable[str]) -> dict[str, str]:
     return plain
 
 
-def starting_masks(start: Start, parameters: Mapping[str, torch.Tensor]) -> dict[str, BitMask]:
+def starting_masks(
+    start: Start, model: nn.Module, parameters: Mapping[str, torch.Tensor], kept: Mapping[str, torch.Tensor]
+) -> dict[str, BitMask]:
     """Return the masks that a run of these parameters starts with; those of parameters not named keep everything.
 
     Parameters
     ----------
     start : mapping of str to BitMask, path, "zeros" or None
         As in ``GMPScheduler``.
+    model : torch.nn.Module
+        Where else a name may be from, for errors.
     parameters : mapping of str to Parameter
+    kept : mapping of str to Tensor
+        As ``kept_by_torch`` returns it. What is not kept there is pruned, whatever ``start`` says.
 
     Raises
     ------
@@ -178,6 +185,13 @@ def starting_masks(start: Start, parameters: Mapping[str, torch.Tensor]) -> dict
     CheckpointError
         The file of masks cannot be read.
     """
+    masks = _masks_of_start(start, model, parameters)
+    for name, places in kept.items():
+        masks[name].packed &= local_mask(places, parameters[name]).packed
+    return masks
+
+
+def _masks_of_start(start: Start, model: nn.Module, parameters: Mapping[str, torch.Tensor]) -> dict[str, BitMask]:
     if start is None:
         return {name: BitMask.ones(local(p).shape, p.device) for name, p in parameters.items()}
     if isinstance(start, str) and start == "zeros":
@@ -198,9 +212,15 @@ def starting_masks(start: Start, parameters: Mapping[str, torch.Tensor]) -> dict
     masks = {names[name]: mask for name, mask in start.items()}
     unknown = [name for name in masks if name not in parameters]
     if unknown:
+        is_there = unknown[0] in named_parameters(model)
         raise TargetError(
-            f"GMPScheduler: expected start to have masks of targets, got one of '{unknown[0]}'; add it to targets=, so "
-            "that something holds it, or leave its mask out"
+            f"GMPScheduler: expected start to have masks of targets, got one of '{unknown[0]}'; "
+            + (
+                "add it to targets=, so that something holds it, or leave its mask out"
+                if is_there
+                else "the model has no parameter of that name: rename the mask, or pass start='zeros', which takes the "
+                "zeros of the weights themselves"
+            )
         )
     for name, mask in masks.items():
         if mask.shape != parameters[name].shape:
@@ -208,7 +228,7 @@ def starting_masks(start: Start, parameters: Mapping[str, torch.Tensor]) -> dict
                 f"GMPScheduler: expected the mask that starts '{name}' of shape {tuple(parameters[name].shape)}, got "
                 f"{tuple(mask.shape)}; is it of another model?"
             )
-    ones = starting_masks(None, {name: p for name, p in parameters.items() if name not in masks})
+    ones = _masks_of_start(None, model, {name: p for name, p in parameters.items() if name not in masks})
     own = {name: local_mask(mask.packed, parameters[name]).to(parameters[name].device) for name, mask in masks.items()}
     # The pruner writes its masks: those given stay as they are.
     return {name: own[name].clone() if name in own else ones[name] for name in parameters}

@@ -10,31 +10,17 @@ import torch
 from model_trees import TREES
 from safetensors.torch import save_file, save_model
 from torch import nn
-from torch.nn.utils import parametrizations, parametrize, prune
-from tree_building import bare, build, linear, weights
+from tree_building import build, linear, schedule, tensors_of, weights
 from typer.testing import CliRunner
 
 from gmp_kernels import GMPScheduler, cli, schedules
-from gmp_kernels.checkpoints.files import DTYPES, TensorInfo
+from gmp_kernels.checkpoints.files import TensorInfo
 from gmp_kernels.checkpoints.targets import cover_tensors, select_tensors
-from gmp_kernels.coverage import Coverage
+from gmp_kernels.coverage import Coverage, shown_names, shown_shape
 from gmp_kernels.distributions import emptied_layers
 from gmp_kernels.errors import DTypeError, TargetError
 from gmp_kernels.names import plain_name
 from gmp_kernels.targets import ParameterIndex
-
-NAMES = {dtype: name for name, dtype in DTYPES.items()} | {torch.int64: "I64", torch.uint8: "U8"}
-
-
-def schedule(model: nn.Module, sparsity: float = 0.5, **options) -> GMPScheduler:
-    return GMPScheduler(model, torch.optim.SGD(model.parameters(), lr=0.1), schedules.OneShot(sparsity), **options)
-
-
-def tensors_of(model: nn.Module) -> list[TensorInfo]:
-    """What a checkpoint of the model holds: tied tensors once, under the name the model knows them by."""
-    first = {parameter: name for name, parameter in model.named_parameters()}
-    held = {first.get(tensor, name): tensor for name, tensor in model.state_dict(keep_vars=True).items()}
-    return [TensorInfo(name, NAMES[t.dtype], tuple(t.shape), 0, t.nbytes) for name, t in held.items()]
 
 
 def reasons(coverage: Coverage) -> dict[str, str]:
@@ -170,6 +156,17 @@ def test_less_than_half_of_the_matrices_is_worth_a_warning():
     assert not gap_of(large_and_small(), targets="layer")
 
 
+def test_a_warning_does_not_advise_what_would_be_refused():
+    model = build({"layer": linear(4, 4), "spectral": linear(8, 8).to(torch.complex64)})
+    assert "'spectral.weight' (complex); they cannot be pruned as they are" in gap_of(model)
+
+
+def test_names_and_shapes_are_shown_shortened():
+    assert shown_names(["a", "b\x07", "c"]) == r"'a', 'b\x07', 'c'"
+    assert shown_names(["a", "b", "c", "d", "e"]) == "'a', 'b', 'c' and 2 others"
+    assert [shown_shape(shape) for shape in ((3, 1, 2), (3,), ())] == ["3x1x2", "3", "scalar"]
+
+
 def test_what_was_ignored_is_not_missed():
     model = build({f"layer{i}": linear(8, 8) for i in range(4)})
     assert not gap_of(model, ignore=["layer0", "layer1", "layer2"])
@@ -189,154 +186,6 @@ def test_many_frozen_parameters_are_worth_a_warning_and_few_are_not(targets):
     assert "'layers.0.weight' (not in the optimizer)" in gap_of(model, parameters=unknown, targets=targets)
     # Nobody has meant the others.
     assert not gap_of(model, parameters=unknown, targets="layers.3")
-
-
-PARAMETRIZED = {
-    "weight_norm": (parametrizations.weight_norm, "0.parametrizations.weight.original1"),
-    "spectral_norm": (parametrizations.spectral_norm, "0.parametrizations.weight.original"),
-    "old weight_norm": (nn.utils.weight_norm, "0.weight_v"),
-    "old spectral_norm": (nn.utils.spectral_norm, "0.weight_orig"),
-    "torch prune": (lambda layer: prune.random_unstructured(layer, "weight", 0.1), "0.weight_orig"),
-    "torch prune twice": (
-        lambda layer: prune.identity(prune.random_unstructured(layer, "weight", 0.1), "weight"),
-        "0.weight_orig",
-    ),
-    "both": (
-        lambda layer: parametrizations.spectral_norm(parametrizations.weight_norm(layer)),
-        "0.parametrizations.weight.original1",
-    ),
-}
-
-
-def parametrized(kind: str) -> nn.Sequential:
-    torch.manual_seed(0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return nn.Sequential(PARAMETRIZED[kind][0](nn.Linear(64, 16)), nn.ReLU(), nn.Linear(16, 4))
-
-
-@pytest.mark.parametrize("kind", PARAMETRIZED)
-def test_zeros_of_what_a_weight_is_computed_from_are_zeros_of_the_weight(kind):
-    model, name = parametrized(kind), PARAMETRIZED[kind][1]
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-    pruner = GMPScheduler(model, optimizer, schedules.Linear(0.2, 0.5, 1, 3))
-    assert list(pruner.masks) == [name, "2.weight"]
-    for _ in range(5):
-        optimizer.zero_grad()
-        model(torch.randn(8, 64)).square().sum().backward()
-        optimizer.step()
-        pruner.step()
-        pruned = ~pruner.masks[name].to_bool()
-        # Before the next forward pass as well as after it.
-        assert not model[0].weight[pruned].any() and model[0].weight.isfinite().all()
-    assert int(pruned.sum()) == 512
-    model(torch.randn(8, 64))
-    assert not model[0].weight[pruned].any()
-    restored = parametrized(kind)
-    other = GMPScheduler(restored, torch.optim.Adam(restored.parameters()), schedules.Linear(0.2, 0.5, 1, 3))
-    restored.load_state_dict(model.state_dict())
-    other.load_state_dict(pruner.state_dict())
-    assert not restored[0].weight[pruned].any()
-
-
-@pytest.mark.parametrize("kind", PARAMETRIZED)
-@pytest.mark.parametrize("targets", ["0.weight", "0", nn.Linear, "*.weight", "re:0", ["0.weight", "2"]])
-def test_a_computed_weight_can_be_meant_by_its_own_name(kind, targets):
-    names = list(ParameterIndex(parametrized(kind)).select(targets, None).parameters)
-    assert names[0] == PARAMETRIZED[kind][1] and len(names) == (1 if targets in ("0.weight", "0", "re:0") else 2)
-
-
-@pytest.mark.parametrize("kind", PARAMETRIZED)
-def test_a_checkpoint_with_computed_weights_has_the_targets_of_its_model(kind):
-    model = parametrized(kind)
-    chosen = {tensor.name for tensor in select_tensors(tensors_of(model), None, None)}
-    assert chosen == set(ParameterIndex(model).select(None, None).parameters)
-    assert [t.name for t in select_tensors(tensors_of(model), ["0.weight"], None)] == [PARAMETRIZED[kind][1]]
-
-
-class Symmetric(nn.Module):
-    def forward(self, weight: torch.Tensor) -> torch.Tensor:
-        return weight.triu() + weight.triu(1).T
-
-
-class LowRank(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.down, self.up = bare(1, 8), bare(8, 1)
-
-    def forward(self, weight: torch.Tensor) -> torch.Tensor:
-        return weight + self.up @ self.down
-
-
-@pytest.mark.parametrize(
-    ("wrap", "kind"),
-    [
-        (parametrizations.orthogonal, "Orthogonal"),
-        (lambda layer: parametrize.register_parametrization(layer, "weight", Symmetric()), "Symmetric"),
-        (lambda layer: parametrize.register_parametrization(layer, "weight", LowRank()), "LowRank"),
-        (
-            lambda layer: parametrize.register_parametrization(
-                parametrizations.spectral_norm(layer), "weight", Symmetric()
-            ),
-            "Symmetric",
-        ),
-    ],
-)
-def test_other_parametrizations_are_left_out_and_refused_by_name(wrap, kind):
-    model = nn.Sequential(wrap(nn.Linear(8, 8)), nn.Linear(8, 4))
-    names, coverage = ParameterIndex(model).select(None, None)
-    assert list(names) == ["1.weight"]
-    matrices = [tensor for tensor in coverage.left_out if len(tensor.shape) == 2]
-    assert matrices and {tensor.reason for tensor in matrices} == {f"parametrized by {kind}"}
-    for name in ("0.weight", "0.parametrizations.weight.original"):
-        with pytest.raises(TargetError, match=f"which is parametrized by {kind}; leave it out, or remove"):
-            ParameterIndex(model).select(name, None)
-    with pytest.raises(TargetError, match=f"is parametrized by {kind}"):
-        ParameterIndex(model).select("0", None)
-    assert list(ParameterIndex(model).select("*", None).parameters) == ["1.weight"]
-    if kind == "Orthogonal":
-        assert [tensor.name for tensor in select_tensors(tensors_of(model), None, None)] == ["1.weight"]
-
-
-@pytest.mark.parametrize("kind", ["weight_norm", "old weight_norm"])
-def test_lengths_of_weight_norm_are_no_targets(kind):
-    model = parametrized(kind)
-    lengths = PARAMETRIZED[kind][1].replace("original1", "original0").replace("_v", "_g")
-    assert lengths not in ParameterIndex(model).select("*", None).parameters
-    with pytest.raises(TargetError, match="a length that weight_norm keeps apart"):
-        ParameterIndex(model).select(lengths, None)
-
-
-@pytest.mark.parametrize("kind", ["weight_norm", "old weight_norm"])
-def test_a_row_of_weight_norm_that_loses_every_weight_is_named(kind):
-    model, name = parametrized(kind), PARAMETRIZED[kind][1]
-    with torch.no_grad():
-        model.get_parameter(name)[3] *= 1e-3
-        model.get_parameter(name)[5] *= 1e-3
-    pruner = schedule(model)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        with pytest.raises(UserWarning, match=f"got 2 without one in '{name}'.*remove the weight_norm before pruning"):
-            pruner.step()
-    # As an error, it comes when everything else is done.
-    assert len(pruner.history) == 1 and pruner.masks[name].sparsity == 0.5
-
-
-def test_the_power_iteration_of_spectral_norm_is_left_alone():
-    model = parametrized("old spectral_norm")
-    before = model[0].weight_u.clone()
-    schedule(model).step()
-    assert torch.equal(model[0].weight_u, before)
-
-
-def test_recurrent_layers_under_weight_norm():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = nn.utils.weight_norm(nn.LSTM(8, 6), "weight_hh_l0")
-    pruner = schedule(model)
-    assert list(pruner.masks) == ["weight_ih_l0", "weight_hh_l0_v"]
-    pruner.step()
-    assert (model.weight_hh_l0 == 0).float().mean() == 0.5
 
 
 def test_complex_weights_are_left_out_or_refused_at_construction():

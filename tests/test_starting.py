@@ -93,7 +93,8 @@ def test_masks_that_the_command_line_wrote(form: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("start", "error", "message"),
     [
-        ({"5.weight": BitMask.ones((3,))}, TargetError, r"'5\.weight'; add it to targets="),
+        ({"1.weight": BitMask.ones((4,))}, TargetError, r"'1\.weight'; add it to targets="),
+        ({"5.weight": BitMask.ones((3,))}, TargetError, r"'5\.weight'; the model has no .* that name.* start='zeros'"),
         ({"3.weight": BitMask.ones((64, 16))}, ShapeError, r"\(16, 64\), got \(64, 16\)"),
         ({"3.weight": torch.ones(16, 64)}, TypeError, "BitMask"),
         (7, TypeError, "'zeros'"),

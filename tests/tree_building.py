@@ -1,4 +1,4 @@
-"""Modules and parameters put together to trees of any names."""
+"""Modules and parameters put together to trees of any names, and what is done with such a tree."""
 
 from __future__ import annotations
 
@@ -8,7 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from gmp_kernels import GMPScheduler, schedules
+from gmp_kernels.checkpoints.files import DTYPES, TensorInfo
+
 VOCABULARY, WIDTH, HIDDEN, EXPERTS = 96, 16, 40, 4
+NAMES = {dtype: name for name, dtype in DTYPES.items()} | {torch.int64: "I64", torch.uint8: "U8"}
 
 
 class Tree(NamedTuple):
@@ -86,3 +90,14 @@ def swiglu(path: str, names: str = "gate_proj up_proj down_proj") -> dict[str, n
         f"{path}.{up}": linear(HIDDEN),
         f"{path}.{down}": linear(WIDTH, HIDDEN),
     }
+
+
+def schedule(model: nn.Module, sparsity: float = 0.5, **options) -> GMPScheduler:
+    return GMPScheduler(model, torch.optim.SGD(model.parameters(), lr=0.1), schedules.OneShot(sparsity), **options)
+
+
+def tensors_of(model: nn.Module) -> list[TensorInfo]:
+    """What a checkpoint of the model holds: tied tensors once, under the name the model knows them by."""
+    first = {parameter: name for name, parameter in model.named_parameters()}
+    held = {first.get(tensor, name): tensor for name, tensor in model.state_dict(keep_vars=True).items()}
+    return [TensorInfo(name, NAMES[t.dtype], tuple(t.shape), 0, t.nbytes) for name, t in held.items()]
