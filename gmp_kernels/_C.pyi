@@ -1,6 +1,8 @@
 from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
+import torch
+
 # Address of a tensor and the number of its elements, zeros for none; the caller keeps the memory alive.
 _Array: TypeAlias = tuple[int, int]
 # the weights, and their packed mask
@@ -54,3 +56,4 @@ def sum_squares(gradients: list[tuple[str, _Array, _Array]], num_threads: int) -
 def ranks(mask: _Array, n: int) -> list[int]: ...
 def repack(moves: list[_Move], num_threads: int) -> None: ...
 def isa() -> str: ...
+def describe(exchange: object, tensors: list[torch.Tensor]) -> bytes | None: ...

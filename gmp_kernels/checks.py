@@ -10,7 +10,6 @@ import itertools
 import numbers
 import warnings
 from collections.abc import Iterable, Sequence
-from operator import attrgetter
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -19,6 +18,7 @@ from torch.nn.parameter import is_lazy
 
 from gmp_kernels.backends import Layer
 from gmp_kernels.backends._layers import Facts, Layers
+from gmp_kernels.backends._layouts import layouts_of
 from gmp_kernels.errors import DTypeError, LayoutError, NonFiniteError, ShapeError, SparsityError
 from gmp_kernels.masks import BitMask
 
@@ -45,7 +45,6 @@ PLAIN = {torch.Tensor, torch.nn.Parameter}
 MOST_LAYERS = 4096  # that are known at a time; about 1 KB each
 
 _known: dict[tuple[str, int, int], tuple[list[Any], Facts]] = {}  # by kind of call, number and address of weights
-_dtype, _shape = attrgetter("dtype"), attrgetter("shape")
 
 
 def checked_layers(
@@ -60,8 +59,8 @@ def checked_layers(
     packed, signature = None, None
     if weights and PLAIN.issuperset(map(type, weights)) and {BitMask}.issuperset(map(type, masks or ())):
         packed = None if masks is None else [mask.packed for mask in masks]
-        signature = _signature(weights, masks, packed)  # type: ignore[arg-type]
-    key = None if signature is None else (writes, len(weights), signature[0][0])
+        signature = _signature(list(weights), masks, packed)  # type: ignore[arg-type]
+    key = None if signature is None else (writes, len(weights), weights[0].data_ptr())  # type: ignore[union-attr]
     known = _known.get(key) if key is not None else None
     if known is not None and known[0] == signature:
         return Layers(weights, packed, known[1])  # type: ignore[arg-type]
@@ -87,7 +86,7 @@ def forget() -> None:
 
 
 def _signature(
-    weights: Sequence[torch.Tensor], masks: Sequence[BitMask] | None, packed: Sequence[torch.Tensor] | None
+    weights: list[torch.Tensor], masks: Sequence[BitMask] | None, packed: list[torch.Tensor] | None
 ) -> list[Any] | None:
     """All that the checks of a call look at, as cheap as can be; None where that is not enough.
 
@@ -98,14 +97,13 @@ def _signature(
     try:
         if any(map(of.is_neg, weights)):
             return None
-        signature: list[Any] = [list(map(f, weights)) for f in (of.data_ptr, _dtype, _shape, of.is_contiguous)]
+        signature: list[Any] = [layouts_of(weights)]
         signature.append(list(map(torch.UntypedStorage.nbytes, map(of.untyped_storage, weights))))
         if masks is not None and packed is not None:
-            signature.append([mask.shape for mask in masks])
-            signature += [list(map(f, packed)) for f in (of.data_ptr, of.numel, _dtype, of.is_contiguous)]
+            signature += [[mask.shape for mask in masks], layouts_of(packed)]
     except RuntimeError:
         return None  # a tensor without an address: what it is instead, the check of each alone will tell
-    return signature if all(signature[0]) else None
+    return None if None in signature else signature
 
 
 def checked_names(op: str, names: Sequence[str] | None, num_weights: int) -> list[str] | None:
@@ -356,8 +354,10 @@ def _exact_count(op: str, value: object, n: int) -> int:
     return int(value)
 
 
-def check_finite(op: str, nonfinite: Iterable[int], names: Sequence[str] | None) -> None:
+def check_finite(op: str, nonfinite: Sequence[int], names: Sequence[str] | None) -> None:
     """Refuse NaN and Inf, given the flat index of the first unpruned one in each weight, or -1."""
+    if max(nonfinite, default=-1) < 0:
+        return
     for layer, index in enumerate(nonfinite):
         if index >= 0:
             raise NonFiniteError(

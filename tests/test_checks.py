@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import weakref
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from gmp_kernels import (
     magnitude_threshold,
     prune_,
 )
+from gmp_kernels.backends._layouts import BY_DLPACK, by_getters
 from gmp_kernels.testing import assert_bitwise_equal
 
 Change = Callable[[list[torch.Tensor], list[BitMask]], object]
@@ -35,9 +37,13 @@ def tensors() -> tuple[list[torch.Tensor], list[BitMask]]:
     return weights, [BitMask.ones(weight.shape) for weight in weights]
 
 
-@pytest.fixture
-def full_checks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+LAYOUTS = {"getters": by_getters, **({} if BY_DLPACK is None else {"DLPack": BY_DLPACK})}
+
+
+@pytest.fixture(params=LAYOUTS)
+def full_checks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the operations whose tensors have been looked at one by one."""
+    monkeypatch.setattr(checks, "layouts_of", LAYOUTS[request.param])
     checks.forget()
     found: list[str] = []
     check = checks.check_tensors
@@ -238,6 +244,29 @@ def test_nothing_is_kept_alive() -> None:
     del weights, masks
     gc.collect()
     assert [ref() for ref in alive] == [None] * len(alive)
+
+
+@pytest.mark.skipif(BY_DLPACK is None, reason="DLPack's exchange API comes with torch 2.10 and the C++ extension")
+def test_dlpack_is_asked_in_the_version_that_is_understood() -> None:
+    from gmp_kernels._C import describe
+
+    def capsule_of(major: int, older: int | None) -> object:
+        header = (ctypes.c_uint32 * 2)(major, 0)
+        table = (ctypes.c_void_p * 7)(int.from_bytes(header, "little"), older)
+        kept.append(table)
+        new = ctypes.pythonapi.PyCapsule_New
+        new.argtypes, new.restype = (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p), ctypes.py_object
+        return new(ctypes.addressof(table), name, None)
+
+    kept: list[object] = []
+    name = b"dlpack_exchange_api"
+    exchange = torch.Tensor.__dlpack_c_exchange_api__  # type: ignore[attr-defined]
+    pointer = ctypes.pythonapi.PyCapsule_GetPointer
+    pointer.argtypes, pointer.restype = (ctypes.py_object, ctypes.c_char_p), ctypes.c_void_p
+    weights = [torch.randn(3, 4)]
+    assert describe(capsule_of(9, pointer(exchange, name)), weights) == describe(exchange, weights) is not None
+    assert describe(capsule_of(9, None), weights) is None
+    assert describe(capsule_of(1, None), weights) is None  # a producer may leave this function out
 
 
 def test_what_is_known_has_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,49 @@
+// What tensors say of themselves through the C exchange API of DLPack: one call of C each, where Python asks four
+// times. Source: DLPack 1.3, https://dmlc.github.io/dlpack/latest/c_api.html; the layouts are those of its ABI's
+// version 1.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+
+namespace gmp::dlpack {
+
+inline constexpr uint32_t kMajor = 1;
+
+struct Tensor {
+  void* data;
+  int32_t device_type, device_id, num_dimensions;
+  uint8_t type_code, type_bits;
+  uint16_t type_lanes;
+  const int64_t *shape, *strides;
+  uint64_t byte_offset;
+};
+
+struct Exchange {
+  uint32_t major, minor;
+  const Exchange* older;
+  const void *allocate, *take, *give;           // not needed here
+  int (*describe)(void* object, Tensor* into);  // may be missing
+};
+
+// The version of a table that is understood here, if there is one that can describe tensors.
+inline const Exchange* understood(const Exchange* table) {
+  while (table != nullptr && table->major != kMajor) table = table->older;
+  return table != nullptr && table->describe != nullptr ? table : nullptr;
+}
+
+// Adds address, device, dtype, shape and strides of a tensor; returns whether it has an address and told all of it.
+inline bool describe(const Exchange& table, void* object, std::string& bytes) {
+  Tensor tensor{};
+  if (table.describe(object, &tensor) != 0 || tensor.data == nullptr || tensor.strides == nullptr) return false;
+  const auto append = [&](const void* from, size_t size) { bytes.append(static_cast<const char*>(from), size); };
+  const auto size = static_cast<size_t>(tensor.num_dimensions) * sizeof(int64_t);
+  append(&tensor, offsetof(Tensor, shape));
+  append(&tensor.byte_offset, sizeof(tensor.byte_offset));
+  append(tensor.shape, size);
+  append(tensor.strides, size);
+  return true;
+}
+
+}  // namespace gmp::dlpack
