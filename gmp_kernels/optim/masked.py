@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
@@ -20,6 +20,16 @@ from gmp_kernels.optim.ready import Ready, bits_beside, checked_grad
 from gmp_kernels.sharding import is_sharded, local, local_grad
 
 __all__ = ["MaskedOptimizer"]
+
+
+class _Found(NamedTuple):
+    """A parameter to step: its group's index, what holds its value, and what an earlier step knows of it."""
+
+    group: int
+    parameter: torch.Tensor
+    weight: torch.Tensor
+    gradient: torch.Tensor
+    ready: Ready | None
 
 
 class MaskedOptimizer(Checkpointed):
@@ -171,9 +181,11 @@ class MaskedOptimizer(Checkpointed):
             # What the brief look does not settle is looked at parameter by parameter.
             self._settle()
             batch = self._batch
-            members, gradients, fresh, created, resolved = self._checked(given, keys, lazy)
-            if not members:
+            found, resolved = self._with_gradients(given, keys)
+            if not found:
                 return
+            members, fresh, created = self._made_ready(found, keys, lazy)
+            gradients = [one.gradient for one in found]
             if batch is None or not batch.consists_of(members):
                 batch = Batch(groups, keys, members, self._graphs.memory, counts_steps=self.counts_steps)
             elif given is None:
@@ -199,34 +211,16 @@ class MaskedOptimizer(Checkpointed):
         if capturing:
             self._graphs.note(ready for ready in batch.ready if not ready.is_empty)
 
-    def _checked(
+    def _with_gradients(
         self,
         given: Mapping[torch.Tensor, tuple[torch.Tensor, torch.Tensor]] | None,
         keys: Sequence[tuple[str, ...]],
-        lazy: Sequence[bool],
-    ) -> tuple[
-        list[tuple[int, Ready]],
-        list[torch.Tensor],
-        list[bool],
-        dict[torch.Tensor, dict[str, Any]],
-        list[tuple[torch.Tensor, torch.Tensor]],
-    ]:
-        """Check every parameter that has a gradient, and make the state that it lacks.
+    ) -> tuple[list[_Found], list[tuple[torch.Tensor, torch.Tensor]]]:
+        """Return every parameter that has a gradient, checked against it.
 
-        Returns
-        -------
-        members : list of (int, Ready)
-            With the indices of their groups.
-        gradients : list of torch.Tensor
-        fresh : list of bool
-            Whether state was made, which is before the first step.
-        created : dict of parameter to dict
-            State that is not the parameter's yet.
-        resolved : list of (torch.Tensor, torch.Tensor)
-            Weights that are views which negate what is in memory, and what is stepped in their place.
+        Beside them, weights that are views which negate what is in memory, each with what is stepped in its place.
         """
-        found: list[tuple[int, torch.Tensor, torch.Tensor, Ready | None]] = []
-        gradients: list[torch.Tensor] = []
+        found: list[_Found] = []
         resolved: list[tuple[torch.Tensor, torch.Tensor]] = []
         for index, group in enumerate(self.param_groups):
             for p in group["params"]:
@@ -251,26 +245,45 @@ class MaskedOptimizer(Checkpointed):
                     mask = self._masks.get(p)
                     is_compact = self._compact_state and mask is not None
                     grad = checked_grad(self._name, p, weight, dense, mask, is_compact=is_compact)
-                found.append((index, p, weight, ready))
-                gradients.append(grad)
-        if len({id(p) for _, p, *_ in found}) < len(found):
+                found.append(_Found(index, p, weight, grad, ready))
+        if len({id(one.parameter) for one in found}) < len(found):
             # Its two steps would be taken at once, in one piece of memory.
             raise LayoutError(f"{self._name}: expected each parameter once, got one twice; remove it from its group")
-        unready = [(index, p) for index, p, _, ready in found if ready is None]
+        return found, resolved
+
+    def _made_ready(
+        self, found: Sequence[_Found], keys: Sequence[tuple[str, ...]], lazy: Sequence[bool]
+    ) -> tuple[list[tuple[int, Ready]], list[bool], dict[torch.Tensor, dict[str, Any]]]:
+        """Check the state of those that are not ready, and make what it lacks.
+
+        Returns
+        -------
+        members : list of (int, Ready)
+            With the indices of their groups.
+        fresh : list of bool
+            Whether state was made, which is before the first step.
+        created : dict of parameter to dict
+            State that is not the parameter's yet.
+        """
+        unready = [(one.group, one.parameter) for one in found if one.ready is None]
         for _, p in unready:
             self._check_state(p)
         layouts: dict[torch.Tensor, Compaction] = {}
         if unready:
-            self._check_device([p for _, p, _, _ in found])
-            if capture.is_capturing(found[0][1].device):
-                self._check_capture(found[0][1].device, [lazy[index] for index, *_ in found])
-                if any(self._lacks_state(p, keys[index]) for index, p in unready):
+            self._check_device([one.parameter for one in found])
+            device, lacking = (
+                found[0].parameter.device,
+                [p for index, p in unready if self._lacks_state(p, keys[index])],
+            )
+            if capture.is_capturing(device):
+                self._check_capture(device, [lazy[one.group] for one in found])
+                if lacking:
                     self._graphs.refuse_first_step(self._name)
-            layouts = self._layouts_of([p for index, p in unready if self._lacks_state(p, keys[index])])
+            layouts = self._layouts_of(lacking)
         members: list[tuple[int, Ready]] = []
         fresh: list[bool] = []
         created: dict[torch.Tensor, dict[str, Any]] = {}
-        for index, p, weight, ready in found:
+        for index, p, weight, _, ready in found:
             is_first = False
             if ready is None:
                 state = self.state.get(p)
@@ -280,7 +293,7 @@ class MaskedOptimizer(Checkpointed):
                 ready = self._ready[id(p)] = self._prepare(keys[index], p, weight, state)
             fresh.append(is_first)
             members.append((index, ready))
-        return members, gradients, fresh, created, resolved
+        return members, fresh, created
 
     def _densified(self, grad: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:
         """Return a sparse gradient as a dense one, where torch's optimizer takes it."""
