@@ -2,6 +2,7 @@
 #pragma once
 
 #include "count.cuh"
+#include "deal.cuh"
 
 namespace gmp::cuda::kernels {
 
@@ -78,15 +79,12 @@ struct Crossing {
 };
 
 // Where the blocks that count a group add their bins up: there is a place for each group, or, where groups are more
-// than blocks, for each block, because no two groups that go on in another block begin in the same one.
+// than blocks, for each block that a group begins in. No two groups that go on in another block begin in the same one,
+// because the later one begins behind all chunks of the earlier one.
 __device__ inline uint64_t* bins_of(const Workspace& space, const GroupRow* groups, int64_t num_groups, int64_t g,
-                                    int64_t num_chunks, int64_t num_blocks) {
-  const int64_t place = num_groups <= num_blocks ? g : block_of(groups[g].first_chunk, num_chunks, num_blocks);
+                                    const Deal& deal, int64_t num_blocks) {
+  const int64_t place = num_groups <= num_blocks ? g : deal.block_of(groups[g].first_chunk, g);
   return pointer<uint64_t>(space.bins) + place * kBins;
-}
-
-__device__ inline int64_t num_blocks_of(const GroupRow& group, int64_t num_chunks) {
-  return block_of(group.first_chunk + group.num_chunks - 1, num_chunks) - block_of(group.first_chunk, num_chunks) + 1;
 }
 
 // Whether the lists have room for what a chunk is likely to have between two ranks of the sample. What is pruned comes
@@ -113,7 +111,8 @@ __global__ void __launch_bounds__(kThreads, 2)
     layers[group.first_layer + l].nonfinite = kNoIndex;
     layers[group.first_layer + l].cut = rows[l].n;
   }
-  uint64_t* const own = bins_of(space, groups, gridDim.x, blockIdx.x, num_chunks, num_counting);
+  uint64_t* const own =
+      bins_of(space, groups, gridDim.x, blockIdx.x, Deal(num_chunks, gridDim.x, num_counting), num_counting);
   for (int64_t b = threadIdx.x; b < kBins; b += kThreads) own[b] = 0;
   uint64_t lo = group.lo, hi = group.hi;
   if (hi == 0) {
