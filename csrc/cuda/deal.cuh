@@ -6,9 +6,9 @@
 namespace gmp::cuda::kernels {
 
 // Contiguous runs of chunks, as elsewhere. But what a block does once for each group that it meets takes about as long
-// as a chunk does, and of small groups one block could meet many while others wait. So each group counts as one chunk
-// more, which lies before its own; but for the first one, whose own would make nobody's share smaller. A block that
-// gets nothing else has nothing to do. Where there is a block for each chunk, they are dealt out as they are.
+// as a chunk does, and one block could meet many small groups while others wait. So each group but the first counts as
+// one chunk more: a place that lies before its own. A block whose only place is such a one has nothing to do. Where
+// there is a block for each chunk, chunks alone are dealt out.
 class Deal {
  public:
   __device__ Deal(int64_t num_chunks, int64_t num_groups, int64_t num_blocks)
@@ -26,7 +26,7 @@ class Deal {
     return block_of(group.first_chunk + group.num_chunks - 1, g) - block_of(group.first_chunk, g) + 1;
   }
 
-  // The first of group g that a block takes, which is one of those that take some, or the one after them.
+  // The first chunk of group g that a block takes; of the block behind the group's last one, any behind its last chunk.
   __device__ int64_t first_chunk_of(int64_t block, const GroupRow& group, int64_t g) const {
     const int64_t chunk = first_place_of(block) - padding_ * g;
     return chunk < group.first_chunk ? group.first_chunk : chunk;
