@@ -6,8 +6,8 @@ import pytest
 import torch
 from conftest import simt_extension
 
-from gmp_kernels import checks, magnitude_threshold, prune_
-from gmp_kernels.backends import Layer, _selection_tables
+from gmp_kernels import BitMask, checks, magnitude_threshold, prune_
+from gmp_kernels.backends import Layer, _selection_tables, choose
 from gmp_kernels.backends._selection_tables import Template
 from gmp_kernels.bench_gpu import resnet50_sizes
 from gmp_kernels.testing import assert_same_pruning
@@ -45,19 +45,55 @@ def test_lists_are_as_short_as_the_sample_allows(std: float) -> None:
     assert 0.012 < listed < 0.017  # 6 standard deviations of a rank among 16384
 
 
-def test_short_lists_get_a_large_sample(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Or they would overflow, and all weights be read once more."""
+def give_room(monkeypatch: pytest.MonkeyPatch, capacity: int, layers: list[Layer]) -> None:
+    """Have lists of all chunks hold so many keys each, or a few less."""
+    key_bytes = sum(-(-layer.weight.numel() // 16384) * layer.weight.itemsize for layer in layers)
+    monkeypatch.setattr(_selection_tables, "MEMORY_SHARE", 0.0)
+    monkeypatch.setattr(_selection_tables, "MEMORY_BYTES", 6_000 + capacity * key_bytes)
+    checks.forget()
+    taken = Template(_simt, 4, layers, is_global=True, selects=True, prunes=False)
+    assert capacity - 20 < taken.capacity <= capacity + 20
+
+
+def loaded_by(layers: list[Layer], num_prune: int) -> dict[str, int]:
+    """Bytes that a selection of one group loads, by kernel."""
+    _simt.take_traffic()
+    (*_, last) = choose("simt", torch.device("cpu")).select(layers, [num_prune], [None])
+    assert last.threshold.num_pruned == num_prune
+    return {row[0].partition("<")[0].removeprefix("kernels::"): row[2] for row in _simt.take_traffic()}
+
+
+@pytest.mark.parametrize(("capacity", "eights"), [(420, 2048), (300, 4096), (190, 8192)])
+def test_a_sample_is_as_large_as_the_lists_need(monkeypatch: pytest.MonkeyPatch, capacity: int, eights: int) -> None:
+    """Lists that overflow would have all weights read once more; eights that nobody needs cost their time."""
+    n = 1 << 20
+    layers = [Layer(torch.randn(n, generator=torch.Generator().manual_seed(0)), None)]
+    give_room(monkeypatch, capacity, layers)
+    loaded = loaded_by(layers, round(0.9 * n))
+    assert 0.95 * eights < loaded["begin"] / 32 <= eights
+    assert loaded["count"] < 1.1 * 4 * n
+
+
+def test_what_is_pruned_already_needs_no_room_in_lists(monkeypatch: pytest.MonkeyPatch) -> None:
     n = 1 << 20
     weight = torch.randn(n, generator=torch.Generator().manual_seed(0))
-    monkeypatch.setattr(_selection_tables, "MEMORY_SHARE", 0.0)
-    monkeypatch.setattr(_selection_tables, "MEMORY_BYTES", 52_000)
-    checks.forget()
-    taken = Template(_simt, 4, [Layer(weight, None)], is_global=False, selects=True, prunes=False)
-    assert 150 < taken.capacity < 200 < 0.014 * 16384
-    _simt.take_traffic()
-    magnitude_threshold(weight, round(0.9 * n), backend="simt")
-    (read,) = (row[2] for row in _simt.take_traffic() if "count<" in row[0])
-    assert read < 1.1 * weight.nbytes
+    mask = BitMask.from_bool(weight.abs() > weight.abs().sort().values[round(0.9 * n) - 200])
+    layers = [Layer(weight, mask.packed)]
+    give_room(monkeypatch, 300, layers)
+    loaded = loaded_by(layers, round(0.9 * n))
+    assert loaded["begin"] / 32 < 2 * 2048  # of weights, and of the mask
+    assert loaded["count"] < 1.1 * 4 * n + n / 8
+
+
+def test_layers_that_differ_get_a_sample_for_the_one_with_most_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a chunk of all layers has in the bracket on average is half of what one layer's chunks have."""
+    n = 1 << 19
+    generator = torch.Generator().manual_seed(0)
+    layers = [Layer(torch.randn(n, generator=generator) * std, None) for std in (1.0, 0.01)]
+    give_room(monkeypatch, 420, layers)
+    loaded = loaded_by(layers, round(0.9 * 2 * n))
+    assert loaded["begin"] / 32 > 0.95 * 8192
+    assert loaded["count"] < 1.1 * 4 * 2 * n
 
 
 def test_the_layers_of_a_model_have_room_for_lists_and_flags() -> None:

@@ -254,18 +254,15 @@ __device__ __forceinline__ T block_scan(T value, T& total) {
 // Blocks take contiguous runs of chunks, so that most of them meet one layer only. Block b begins at b * chunks /
 // blocks.
 __device__ inline int64_t first_chunk_of(int64_t block, int64_t num_chunks) { return block * num_chunks / gridDim.x; }
-__device__ inline int64_t block_of(int64_t chunk, int64_t num_chunks, int64_t num_blocks) {
-  return ((chunk + 1) * num_blocks - 1) / num_chunks;
-}
-__device__ inline int64_t block_of(int64_t chunk, int64_t num_chunks) { return block_of(chunk, num_chunks, gridDim.x); }
 
-// The row that a chunk belongs to: the last one that begins at or before it. Rows are never empty.
+// The row that a chunk belongs to: the last one that begins at or before it. Rows are never empty. With padding, what
+// is looked up is a place, and so many places lie before the chunks of each row but the first, and belong to it.
 template <typename Row>
-__device__ int64_t row_of(const Row* rows, int64_t num_rows, int64_t chunk) {
+__device__ int64_t row_of(const Row* rows, int64_t num_rows, int64_t chunk, int64_t padding = 0) {
   int64_t low = 0, high = num_rows - 1;
   while (low < high) {
     const int64_t middle = low + (high - low + 1) / 2;
-    if (rows[middle].first_chunk <= chunk) {
+    if (rows[middle].first_chunk + padding * (middle - 1) <= chunk) {
       low = middle;
     } else {
       high = middle - 1;
@@ -293,16 +290,23 @@ __device__ __forceinline__ void for_each_chunk(const Row* rows, int64_t num_rows
   }
 }
 
-// Calls visit(row number, first chunk, last chunk) for what each row has of [first, last); the last is not included.
-// Rows and chunks are numbered in 32 bits, because registers are scarce: 2^31 chunks are 2^45 weights.
+// Calls visit(row number, first chunk, last chunk) for what each row from `row` on has of [first, last); the last is
+// not included, and each row's beginning takes `padding` from it. Rows and chunks are numbered in 32 bits, because
+// registers are scarce: 2^31 chunks are 2^45 weights.
 template <typename Row, typename Visit>
-__device__ __forceinline__ void for_each_run(const Row* rows, int64_t num_rows, int first, int last, Visit visit) {
-  for (int row = static_cast<int>(row_of(rows, num_rows, first)); first < last; ++row) {
+__device__ __forceinline__ void for_each_run_from(const Row* rows, int64_t num_rows, int row, int first, int last,
+                                                  int padding, Visit visit) {
+  for (; first < last; ++row, last -= padding) {
     const int next = row + 1 < num_rows ? static_cast<int>(rows[row + 1].first_chunk) : last;
     const int until = next < last ? next : last;
     visit(row, first, until);
     first = until;
   }
+}
+
+template <typename Row, typename Visit>
+__device__ __forceinline__ void for_each_run(const Row* rows, int64_t num_rows, int first, int last, Visit visit) {
+  for_each_run_from(rows, num_rows, static_cast<int>(row_of(rows, num_rows, first)), first, last, 0, visit);
 }
 
 // The same for the chunks of this block.

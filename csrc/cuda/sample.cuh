@@ -2,19 +2,25 @@
 #pragma once
 
 #include "count.cuh"
+#include "deal.cuh"
 
 namespace gmp::cuda::kernels {
 
-// A larger sample gives a narrower bracket, and so shorter lists: worth its time where the lists are many.
+// A larger sample gives a narrower bracket, and so shorter lists: worth its time where the lists are many, or where
+// those of a smaller one would overflow.
 inline constexpr int64_t kSampleEights = 2048, kLargeSampleEights = 8192;  // at most
 inline constexpr int64_t kLargeSampleFrom = int64_t{1} << 28;              // weights
-inline constexpr int64_t kShortLists = 512;                                // or where there is room for no more keys
 inline constexpr int64_t kSampleShare = 16;                                // of smaller groups one key in so many
 // Standard deviations of the wanted key's rank in the sample that lie between it and the edges of the bracket: random
 // weights fail in 3 selections of 1000, or 6 of 100000. Many groups get the wider bracket, because one that fails is
 // read again by the few blocks that it belongs to while all others wait.
 inline constexpr float kDeviations = 3.0f, kDeviationsOfMany = 4.0f;
 inline constexpr unsigned kMany = 16;
+// Beyond the keys that a chunk is expected to have in the bracket, a list is to have room for so many square roots of
+// them. Their number has a standard deviation of one root, what is expected of another at most, and the bracket's ends
+// are interpolated: together of less than 1.5 roots, so that 8 are more than 5 deviations.
+inline constexpr float kSpareRoots = 8.0f;
+inline constexpr float kUnevenLayers = 2.0f;  // what the layer of a group that has most of them has over the average
 
 // Keys in 2048 bins that saturate: 64 to the octave from 2^-24 on for wide keys, one per key from 2^-13 on for
 // bfloat16.
@@ -73,15 +79,23 @@ struct Crossing {
 };
 
 // Where the blocks that count a group add their bins up: there is a place for each group, or, where groups are more
-// than blocks, for each block, because no two groups that go on in another block begin in the same one.
+// than blocks, for each block that a group begins in. No two groups that go on in another block begin in the same one,
+// because the later one begins behind all chunks of the earlier one.
 __device__ inline uint64_t* bins_of(const Workspace& space, const GroupRow* groups, int64_t num_groups, int64_t g,
-                                    int64_t num_chunks, int64_t num_blocks) {
-  const int64_t place = num_groups <= num_blocks ? g : block_of(groups[g].first_chunk, num_chunks, num_blocks);
+                                    const Deal& deal, int64_t num_blocks) {
+  const int64_t place = num_groups <= num_blocks ? g : deal.block_of(groups[g].first_chunk, g);
   return pointer<uint64_t>(space.bins) + place * kBins;
 }
 
-__device__ inline int64_t num_blocks_of(const GroupRow& group, int64_t num_chunks) {
-  return block_of(group.first_chunk + group.num_chunks - 1, num_chunks) - block_of(group.first_chunk, num_chunks) + 1;
+// Whether the lists have room for what a chunk is likely to have between two ranks of the sample. What is pruned comes
+// first there, and is in no list.
+__device__ inline bool fits(const GroupRow& group, float first, float last, unsigned pruned, unsigned sampled,
+                            int64_t capacity) {
+  const float all = static_cast<float>(sampled);
+  const float inside = fmaxf(0.0f, fminf(last, all) - fmaxf(first, static_cast<float>(pruned)));
+  const float average = inside / all * static_cast<float>(kChunk);
+  const float expected = group.num_layers > 1 ? kUnevenLayers * average : average;
+  return expected + kSpareRoots * sqrtf(expected) <= static_cast<float>(capacity);
 }
 
 // One block per group. With room for more of them to a multiprocessor, the compiler would have registers spilled.
@@ -97,7 +111,8 @@ __global__ void __launch_bounds__(kThreads, 2)
     layers[group.first_layer + l].nonfinite = kNoIndex;
     layers[group.first_layer + l].cut = rows[l].n;
   }
-  uint64_t* const own = bins_of(space, groups, gridDim.x, blockIdx.x, num_chunks, num_counting);
+  uint64_t* const own =
+      bins_of(space, groups, gridDim.x, blockIdx.x, Deal(num_chunks, gridDim.x, num_counting), num_counting);
   for (int64_t b = threadIdx.x; b < kBins; b += kThreads) own[b] = 0;
   uint64_t lo = group.lo, hi = group.hi;
   if (hi == 0) {
@@ -109,46 +124,52 @@ __global__ void __launch_bounds__(kThreads, 2)
     // Eights at pseudo-random places of evenly spread chunks: in step with no period of the weights. All that a thread
     // asks for at a time is under way together.
     constexpr int kAtOnce = 32 / sizeof(Key);
-    const bool is_large = group.n >= kLargeSampleFrom || space.capacity < kShortLists;
-    const int64_t most = is_large ? kLargeSampleEights : kSampleEights;
+    const float wanted = static_cast<float>(static_cast<double>(group.num_prune) / static_cast<double>(group.n));
     const int64_t share = group.n / kEach / kSampleShare + 1;
-    const int64_t eights = share < most ? share : most;
-    const uint64_t step = (static_cast<uint64_t>(group.num_chunks) << 32) / static_cast<uint64_t>(eights);
+    const int64_t most = share < kLargeSampleEights ? share : kLargeSampleEights;
+    int64_t taken = 0, eights = group.n >= kLargeSampleFrom || most < kSampleEights ? most : kSampleEights;
     unsigned sampled = 0, pruned = 0;
-    for (int64_t first = threadIdx.x; first < eights; first += kAtOnce * kThreads) {
-      Key raw[kAtOnce][kEach];
-      unsigned bits[kAtOnce];
+    float rank, half;
+    while (true) {
+      const uint64_t step = (static_cast<uint64_t>(group.num_chunks) << 32) / static_cast<uint64_t>(eights - taken);
+      unsigned own_sampled = 0, own_pruned = 0;
+      for (int64_t first = taken + threadIdx.x; first < eights; first += kAtOnce * kThreads) {
+        Key raw[kAtOnce][kEach];
+        unsigned bits[kAtOnce];
 #pragma unroll
-      for (int u = 0; u < kAtOnce; ++u) {
-        const uint64_t e = static_cast<uint64_t>(first) + u * kThreads;
-        const bool is_one = static_cast<int64_t>(e) < eights;
-        const int64_t chunk = group.first_chunk + (is_one ? static_cast<int64_t>(e * step >> 32) : 0);
-        const LayerRow& row = rows[row_of(rows, group.num_layers, chunk)];
-        const int64_t start = (chunk - row.first_chunk) * kChunk;
-        uint64_t random = (e + 1) * 0x9e3779b97f4a7c15ull;
-        random = (random ^ random >> 29) * 0xbf58476d1ce4e5b9ull >> 32;
-        const int64_t num_eights = (size_of_chunk(row.n, start) + kEach - 1) / kEach;
-        const int64_t i = start + static_cast<int64_t>(random * static_cast<uint64_t>(num_eights) >> 32) * kEach;
-        const int count = is_one ? count_from(i, row.n) : 0;
-        bits[u] = load_bits(pointer<const uint8_t>(row.mask), i, count);
-        load8(pointer<const Key>(row.weights) + i, count, raw[u]);
-        sampled += count;
-        pruned += count - count_bits(bits[u]);
-      }
+        for (int u = 0; u < kAtOnce; ++u) {
+          const uint64_t e = static_cast<uint64_t>(first) + u * kThreads;
+          const bool is_one = static_cast<int64_t>(e) < eights;
+          const int64_t chunk = group.first_chunk + (is_one ? static_cast<int64_t>((e - taken) * step >> 32) : 0);
+          const LayerRow& row = rows[row_of(rows, group.num_layers, chunk)];
+          const int64_t start = (chunk - row.first_chunk) * kChunk;
+          uint64_t random = (e + 1) * 0x9e3779b97f4a7c15ull;
+          random = (random ^ random >> 29) * 0xbf58476d1ce4e5b9ull >> 32;
+          const int64_t num_eights = (size_of_chunk(row.n, start) + kEach - 1) / kEach;
+          const int64_t i = start + static_cast<int64_t>(random * static_cast<uint64_t>(num_eights) >> 32) * kEach;
+          const int count = is_one ? count_from(i, row.n) : 0;
+          bits[u] = load_bits(pointer<const uint8_t>(row.mask), i, count);
+          load8(pointer<const Key>(row.weights) + i, count, raw[u]);
+          own_sampled += count;
+          own_pruned += count - count_bits(bits[u]);
+        }
 #pragma unroll
-      for (int u = 0; u < kAtOnce; ++u) {
+        for (int u = 0; u < kAtOnce; ++u) {
 #pragma unroll
-        for (int j = 0; j < kEach; ++j) {
-          if (bits[u] >> j & 1) atomicAdd(&hist[bins.bin(magnitude_key(raw[u][j], infinity))], 1u);
+          for (int j = 0; j < kEach; ++j) {
+            if (bits[u] >> j & 1) atomicAdd(&hist[bins.bin(magnitude_key(raw[u][j], infinity))], 1u);
+          }
         }
       }
+      sampled += block_sum(own_sampled);
+      pruned += block_sum(own_pruned);  // and all of hist is there
+      rank = wanted * static_cast<float>(sampled);
+      half = 2.0f + (gridDim.x < kMany ? kDeviations : kDeviationsOfMany) * sqrtf(rank * (1.0f - wanted));
+      if (eights == most || fits(group, rank - half, rank + half, pruned, sampled, space.capacity)) break;
+      taken = eights;
+      eights = 2 * eights < most ? 2 * eights : most;
     }
-    sampled = block_sum(sampled);
-    pruned = block_sum(pruned);  // and all of hist is there
 
-    const float wanted = static_cast<float>(static_cast<double>(group.num_prune) / static_cast<double>(group.n));
-    const float rank = wanted * static_cast<float>(sampled);
-    const float half = 2.0f + (gridDim.x < kMany ? kDeviations : kDeviationsOfMany) * sqrtf(rank * (1.0f - wanted));
     unsigned counts[kPerThread], sum = 0, total;
 #pragma unroll
     for (int b = 0; b < kPerThread; ++b) sum += counts[b] = hist[threadIdx.x * kPerThread + b];

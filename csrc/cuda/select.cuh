@@ -160,7 +160,8 @@ __global__ void __launch_bounds__(kThreads, kReaders)
     count(LayerRow* layers, GroupRow* groups, int64_t num_groups, int64_t num_chunks, Workspace space, Key infinity) {
   __shared__ Counts<Key> shared;
   Counter<Key> counter(shared, space.capacity, infinity);
-  for_each_run(groups, num_groups, num_chunks, [&](int g, int first, int last) {
+  const Deal deal(num_chunks, num_groups, gridDim.x);
+  deal.for_each_run(groups, num_groups, [&](int g, int first, int last) {
     GroupRow& group = groups[g];
     const int64_t mode = group.mode;
     if (mode == kDone) return;
@@ -179,9 +180,8 @@ __global__ void __launch_bounds__(kThreads, kReaders)
       if (group.passes == 0) add_sums(group, counter);
     }
     __syncthreads();
-    const int64_t num_blocks = num_blocks_of(group, num_chunks);
-    auto* const bins =
-        reinterpret_cast<unsigned long long*>(bins_of(space, groups, num_groups, g, num_chunks, gridDim.x));
+    const int64_t num_blocks = deal.num_blocks_of(group, g);
+    auto* const bins = reinterpret_cast<unsigned long long*>(bins_of(space, groups, num_groups, g, deal, gridDim.x));
     if (num_blocks > 1) {
       counter.move_bins(bins, kBins);
       if (!is_last_block(&group.blocks_done, num_blocks)) return;

@@ -56,20 +56,17 @@ __device__ uint64_t ties_of(const LayerRow& layer, int64_t begin, Key threshold,
 
 // The last block of a group: the block, the chunk and the weight from which on ties go.
 template <typename Key>
-__device__ void place_cut(LayerRow* layers, const GroupRow& group, const unsigned* block_ties,
-                          const unsigned* tie_counts, int64_t num_chunks, Key infinity) {
+__device__ void place_cut(LayerRow* layers, const GroupRow& group, int64_t g, const Deal& deal,
+                          const unsigned* block_ties, const unsigned* tie_counts, Key infinity) {
   static_assert(kChunk == 64 * kThreads);
   int64_t rank = group.num_ties_kept;
-  const int64_t first_block = block_of(group.first_chunk, num_chunks);
-  const auto first_of = [&](int64_t block) {  // of the group's chunks
-    const int64_t first = first_chunk_of(first_block + block, num_chunks);
-    return first < group.first_chunk ? group.first_chunk : first;
-  };
-  const int64_t block = find_crossing(num_blocks_of(group, num_chunks), rank,
+  const int64_t first_block = deal.block_of(group.first_chunk, g);
+  const auto first_of = [&](int64_t block) { return deal.first_chunk_of(first_block + block, group, g); };
+  const int64_t block = find_crossing(deal.num_blocks_of(group, g), rank,
                                       [&](int64_t b) { return int64_t{__ldcg(&block_ties[first_of(b)])}; });
   if (block < 0) return;  // the weights have changed meanwhile
   const int64_t first = first_of(block);
-  const int64_t until = first_chunk_of(first_block + block + 1, num_chunks), end = group.first_chunk + group.num_chunks;
+  const int64_t until = first_of(block + 1), end = group.first_chunk + group.num_chunks;
   const int64_t found = find_crossing((until < end ? until : end) - first, rank,
                                       [&](int64_t c) { return int64_t{__ldcg(&tie_counts[first + c])}; });
   if (found < 0) return;
@@ -112,7 +109,8 @@ template <typename Key>
 __global__ void __launch_bounds__(kThreads, kReaders)
     ties(LayerRow* layers, GroupRow* groups, int64_t num_groups, int64_t num_chunks, Workspace space, Key infinity) {
   unsigned* const tie_counts = pointer<unsigned>(space.tie_counts);
-  for_each_run(groups, num_groups, num_chunks, [&](int g, int first, int last) {
+  const Deal deal(num_chunks, num_groups, gridDim.x);
+  deal.for_each_run(groups, num_groups, [&](int g, int first, int last) {
     GroupRow& group = groups[g];
     if (group.num_ties_kept == 0) return;
     const Key threshold = static_cast<Key>(group.key);
@@ -148,8 +146,8 @@ __global__ void __launch_bounds__(kThreads, kReaders)
     sum = block_sum(sum);
     unsigned* const block_ties = pointer<unsigned>(space.list_counts);
     if (threadIdx.x == 0) block_ties[first] = sum;
-    if (is_last_block(&group.blocks_done, num_blocks_of(group, num_chunks))) {
-      place_cut<Key>(layers, group, block_ties, tie_counts, num_chunks, infinity);
+    if (is_last_block(&group.blocks_done, deal.num_blocks_of(group, g))) {
+      place_cut<Key>(layers, group, g, deal, block_ties, tie_counts, infinity);
     }
     __syncthreads();
   });
