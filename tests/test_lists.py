@@ -74,6 +74,16 @@ def test_a_sample_is_as_large_as_the_lists_need(monkeypatch: pytest.MonkeyPatch,
     assert loaded["count"] < 1.1 * 4 * n
 
 
+@pytest.mark.parametrize("n", [256, 2000, 16384])
+@pytest.mark.parametrize("share", [0.01, 0.5, 0.9, 1.0])
+def test_a_layer_of_one_chunk_is_found_in_a_bin_or_two(n: int, share: float) -> None:
+    """Brackets of samples so small would hold a third of it, and take more passes than those of all other layers."""
+    layers = [Layer(torch.randn(n, generator=torch.Generator().manual_seed(0)), None)]
+    loaded = loaded_by(layers, max(1, round(share * n)))
+    assert loaded["begin"] == -(-4 * n // 32) * 32  # whole sectors
+    assert loaded["count"] <= 1.07 * 4 * n + 64
+
+
 def test_what_is_pruned_already_needs_no_room_in_lists(monkeypatch: pytest.MonkeyPatch) -> None:
     n = 1 << 20
     weight = torch.randn(n, generator=torch.Generator().manual_seed(0))

@@ -125,7 +125,9 @@ __global__ void __launch_bounds__(kThreads, 2)
     // asks for at a time is under way together.
     constexpr int kAtOnce = 32 / sizeof(Key);
     const float wanted = static_cast<float>(static_cast<double>(group.num_prune) / static_cast<double>(group.n));
-    const int64_t share = group.n / kEach / kSampleShare + 1;
+    // A group of one chunk is looked at in full: its bracket is then a bin or two, where that of a sample would be wide.
+    const bool is_whole = group.num_chunks == 1;
+    const int64_t share = is_whole ? (group.n + kEach - 1) / kEach : group.n / kEach / kSampleShare + 1;
     const int64_t most = share < kLargeSampleEights ? share : kLargeSampleEights;
     int64_t taken = 0, eights = group.n >= kLargeSampleFrom || most < kSampleEights ? most : kSampleEights;
     unsigned sampled = 0, pruned = 0;
@@ -146,7 +148,8 @@ __global__ void __launch_bounds__(kThreads, 2)
           uint64_t random = (e + 1) * 0x9e3779b97f4a7c15ull;
           random = (random ^ random >> 29) * 0xbf58476d1ce4e5b9ull >> 32;
           const int64_t num_eights = (size_of_chunk(row.n, start) + kEach - 1) / kEach;
-          const int64_t i = start + static_cast<int64_t>(random * static_cast<uint64_t>(num_eights) >> 32) * kEach;
+          const uint64_t place = is_whole ? e : random * static_cast<uint64_t>(num_eights) >> 32;
+          const int64_t i = start + static_cast<int64_t>(place) * kEach;
           const int count = is_one ? count_from(i, row.n) : 0;
           bits[u] = load_bits(pointer<const uint8_t>(row.mask), i, count);
           load8(pointer<const Key>(row.weights) + i, count, raw[u]);
@@ -165,6 +168,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       pruned += block_sum(own_pruned);  // and all of hist is there
       rank = wanted * static_cast<float>(sampled);
       half = 2.0f + (gridDim.x < kMany ? kDeviations : kDeviationsOfMany) * sqrtf(rank * (1.0f - wanted));
+      if (is_whole) half = 1.0f;
       if (eights == most || fits(group, rank - half, rank + half, pruned, sampled, space.capacity)) break;
       taken = eights;
       eights = 2 * eights < most ? 2 * eights : most;
@@ -182,7 +186,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       if (crossing.bin < 0) continue;
       // As if the keys of a bin were evenly spread in it: bins are wider than brackets are to be.
       const Key lower = bins.lower(crossing.bin), upper = bins.upper(crossing.bin, largest);
-      const bool is_bounded = crossing.bin > 0 && crossing.bin < kMostBins - 1;
+      const bool is_bounded = !is_whole && crossing.bin > 0 && crossing.bin < kMostBins - 1;
       const unsigned from = static_cast<unsigned>(edge) - crossing.before;
       const auto at = [&](unsigned k) {
         return static_cast<Key>(static_cast<double>(upper - lower) * k / crossing.count);
