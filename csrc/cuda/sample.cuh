@@ -9,8 +9,8 @@ namespace gmp::cuda::kernels {
 // A larger sample gives a narrower bracket, and so shorter lists: worth its time where the lists are many, or where
 // those of a smaller one would overflow.
 inline constexpr int64_t kSampleEights = 2048, kLargeSampleEights = 8192;  // at most
-inline constexpr int64_t kLargeSampleFrom = int64_t{1} << 28;              // weights
-inline constexpr int64_t kSampleShare = 16;                                // of smaller groups one key in so many
+inline constexpr int64_t kSampleShare = 4;  // of a group's eights, those in a sample larger than the smallest one
+inline constexpr int64_t kLargeSampleFrom = int64_t{1} << 28;  // weights
 // Standard deviations of the wanted key's rank in the sample that lie between it and the edges of the bracket: random
 // weights fail in 3 selections of 1000, or 6 of 100000. Many groups get the wider bracket, because one that fails is
 // read again by the few blocks that it belongs to while all others wait.
@@ -125,11 +125,14 @@ __global__ void __launch_bounds__(kThreads, 2)
     // asks for at a time is under way together.
     constexpr int kAtOnce = 32 / sizeof(Key);
     const float wanted = static_cast<float>(static_cast<double>(group.num_prune) / static_cast<double>(group.n));
-    // A group of one chunk is looked at in full: its bracket is then a bin or two, where that of a sample would be wide.
+    // A group of one chunk is looked at in full: its bracket is then a bin or two, where that of a sample would be
+    // wide.
     const bool is_whole = group.num_chunks == 1;
-    const int64_t share = is_whole ? (group.n + kEach - 1) / kEach : group.n / kEach / kSampleShare + 1;
-    const int64_t most = share < kLargeSampleEights ? share : kLargeSampleEights;
-    int64_t taken = 0, eights = group.n >= kLargeSampleFrom || most < kSampleEights ? most : kSampleEights;
+    const int64_t all = (group.n + kEach - 1) / kEach;
+    const int64_t share = all / kSampleShare < kLargeSampleEights ? all / kSampleShare : kLargeSampleEights;
+    const int64_t small = all < kSampleEights ? all : kSampleEights;
+    const int64_t most = share > small ? share : small;
+    int64_t taken = 0, eights = group.n >= kLargeSampleFrom ? most : small;
     unsigned sampled = 0, pruned = 0;
     float rank, half;
     while (true) {
