@@ -125,13 +125,13 @@ __global__ void __launch_bounds__(kThreads, 2)
     // asks for at a time is under way together.
     constexpr int kAtOnce = 32 / sizeof(Key);
     const float wanted = static_cast<float>(static_cast<double>(group.num_prune) / static_cast<double>(group.n));
-    // A group of one chunk is looked at in full: its bracket is then a bin or two, where that of a sample would be
-    // wide.
+    // A group of one chunk is looked at in full: its bracket is a bin or two then, where that of a sample is wide.
     const bool is_whole = group.num_chunks == 1;
     const int64_t all = (group.n + kEach - 1) / kEach;
     const int64_t share = all / kSampleShare < kLargeSampleEights ? all / kSampleShare : kLargeSampleEights;
     const int64_t small = all < kSampleEights ? all : kSampleEights;
     const int64_t most = share > small ? share : small;
+    // Keys of 16 bits get no smaller one: a wider bracket has more of them counted one by one, which takes longer.
     int64_t taken = 0, eights = group.n >= kLargeSampleFrom ? most : small;
     unsigned sampled = 0, pruned = 0;
     float rank, half;
