@@ -10,6 +10,7 @@ import itertools
 import numbers
 import warnings
 from collections.abc import Iterable, Sequence
+from operator import le
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -331,6 +332,8 @@ def counts_to_prune(
         expected = "a single value for scope='global'" if scope == "global" else f"1 or {len(sizes)} values"
         raise ShapeError(f"{op}: expected {expected} of sparsity or num_prune, got {len(given)}")
     if sparsity is None:
+        if {int}.issuperset(map(type, given)) and all(map(le, given, sizes)) and min(given, default=0) >= 0:
+            return list(given)  # type: ignore[arg-type]  # as a schedule gives them, while a GPU waits
         return [_exact_count(op, value, n) for value, n in zip(given, sizes, strict=True)]
     return [round(check_sparsity(op, value) * n) for value, n in zip(given, sizes, strict=True)]
 
