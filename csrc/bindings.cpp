@@ -374,7 +374,9 @@ py::object describe(const py::capsule& exchange, const py::list& tensors) {
   bytes.reserve(tensors.size() * 96);  // four dimensions each
   for (const py::handle tensor : tensors) {
     if (gmp::dlpack::describe(*table, tensor.ptr(), bytes)) continue;
-    PyErr_Clear();  // the caller finds out what it is instead
+    // The caller finds out what it is instead; but an interrupt goes on.
+    if (PyErr_Occurred() != nullptr && !PyErr_ExceptionMatches(PyExc_Exception)) throw py::error_already_set();
+    PyErr_Clear();
     return py::none();
   }
   return py::bytes(bytes);

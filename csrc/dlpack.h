@@ -33,7 +33,8 @@ inline const Exchange* understood(const Exchange* table) {
   return table != nullptr && table->describe != nullptr ? table : nullptr;
 }
 
-// Adds address, device, dtype, shape and strides of a tensor; returns whether it has an address and told all of it.
+// Adds address, device, dtype, shape and strides of a tensor; returns whether it has an address and told all of it. One
+// whose storage was freed has one that is no more than its offset.
 inline bool describe(const Exchange& table, void* object, std::string& bytes) {
   Tensor tensor{};
   if (table.describe(object, &tensor) != 0 || tensor.data == nullptr || tensor.strides == nullptr) return false;

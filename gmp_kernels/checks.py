@@ -94,16 +94,16 @@ def _signature(
     Only memory of the CPU or a GPU has an address, and only one of them has this one. Storage that was cut may lie
     where a larger one was.
     """
-    of = torch.Tensor
+    of, in_memory = torch.Tensor, [*weights, *(packed or [])]
     try:
         if any(map(of.is_neg, weights)):
             return None
-        signature: list[Any] = [layouts_of(weights)]
-        signature.append(list(map(torch.UntypedStorage.nbytes, map(of.untyped_storage, weights))))
-        if masks is not None and packed is not None:
-            signature += [[mask.shape for mask in masks], layouts_of(packed)]
-    except RuntimeError:
-        return None  # a tensor without an address: what it is instead, the check of each alone will tell
+        signature: list[Any] = [layouts_of(in_memory)]
+        signature.append(list(map(torch.UntypedStorage.nbytes, map(of.untyped_storage, in_memory))))
+        if masks is not None:
+            signature.append([mask.shape for mask in masks])
+    except (RuntimeError, TypeError):
+        return None  # no tensor, or one without an address: what it is, the check of each alone will tell
     return None if None in signature else signature
 
 
@@ -174,6 +174,11 @@ def check_tensors(
                 raise ShapeError(
                     f"{op}: expected a mask of shape {tuple(tensor.shape)} for {_label(names, i)}, "
                     f"got {tuple(mask.shape)}; a mask belongs to one weight"
+                )
+            if not isinstance(mask.packed, torch.Tensor):
+                raise DTypeError(
+                    f"{op}: expected a tensor of packed bits in the mask of {_label(names, i)}, got "
+                    f"{type(mask.packed).__name__}; make a new BitMask"
                 )
             if mask.packed.device != tensor.device:
                 raise LayoutError(

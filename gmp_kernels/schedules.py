@@ -270,7 +270,7 @@ class _Staircase(Schedule):
 
     @property
     def begin_step(self) -> int:
-        return min(self._values())
+        return min(self._values(), default=-1)
 
     @property
     def end_step(self) -> int:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import subprocess
+import sys
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -267,6 +269,25 @@ def test_dlpack_is_asked_in_the_version_that_is_understood() -> None:
     assert describe(capsule_of(9, pointer(exchange, name)), weights) == describe(exchange, weights) is not None
     assert describe(capsule_of(9, None), weights) is None
     assert describe(capsule_of(1, None), weights) is None  # a producer may leave this function out
+
+
+@pytest.mark.skipif(BY_DLPACK is None, reason="DLPack's exchange API comes with torch 2.10 and the C++ extension")
+@pytest.mark.parametrize("device", ["meta", "cuda"])
+def test_dlpack_is_found_whatever_the_default_device(device: str) -> None:
+    program = (
+        f"import torch; torch.set_default_device({device!r}); "
+        "from gmp_kernels.backends._layouts import BY_DLPACK; assert BY_DLPACK is not None"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@pytest.mark.parametrize("packed", [np.zeros(8, np.uint8), None, [1]], ids=["array", "none", "list"])
+def test_bits_that_are_no_tensor_are_refused_by_name(full_checks: list[str], packed: object) -> None:
+    weights, masks = tensors()
+    masks[1].packed = packed  # type: ignore[assignment]
+    for _ in range(2):
+        with pytest.raises(DTypeError, match=r"packed bits in the mask of weights\[1\], got "):
+            prune_(weights, sparsity=0.5, masks=masks)
 
 
 def test_what_is_known_has_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:

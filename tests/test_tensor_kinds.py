@@ -184,6 +184,19 @@ def test_memory_that_was_cut_where_a_whole_weight_was_known_is_refused() -> None
         prune_(again, num_prune=3)
 
 
+def test_bits_that_were_cut_where_those_of_a_whole_mask_were_known_are_refused() -> None:
+    checks.forget()
+    weight, mask = values(), BitMask.ones((N,))
+    prune_(weight, num_prune=3, masks=mask)
+    (known,) = [facts for (_, _, address), facts in checks._known.items() if address == weight.data_ptr()]
+    mask.packed.untyped_storage().resize_(1)
+    place = layouts_of([weight, mask.packed])
+    checks._known["weights and masks", 1, weight.data_ptr()] = ([place, *known[0][1:]], known[1])
+    with pytest.raises(ShapeError, match="contiguous bytes as the mask"):
+        prune_(weight, num_prune=5, masks=mask)
+    assert int((weight == 0).sum()) == 3
+
+
 def average_of(*averages: object) -> None:
     ema_update_(averages, [torch.ones(N) for _ in averages], 0.5)  # type: ignore[arg-type]
 

@@ -9,8 +9,8 @@ namespace gmp::cuda::kernels {
 // A larger sample gives a narrower bracket, and so shorter lists: worth its time where the lists are many, or where
 // those of a smaller one would overflow.
 inline constexpr int64_t kSampleEights = 2048, kLargeSampleEights = 8192;  // at most
-inline constexpr int64_t kSampleShare = 4;  // of a group's eights, those in a sample larger than the smallest one
-inline constexpr int64_t kLargeSampleFrom = int64_t{1} << 28;  // weights
+inline constexpr int64_t kLargeSampleFrom = int64_t{1} << 28;              // weights
+inline constexpr int64_t kSampleShare = 4;  // beyond the first 2048, a sample has at most one of so many eights
 // Standard deviations of the wanted key's rank in the sample that lie between it and the edges of the bracket: random
 // weights fail in 3 selections of 1000, or 6 of 100000. Many groups get the wider bracket, because one that fails is
 // read again by the few blocks that it belongs to while all others wait.
@@ -20,7 +20,7 @@ inline constexpr unsigned kMany = 16;
 // them. Their number has a standard deviation of one root, what is expected of another at most, and the bracket's ends
 // are interpolated: together of less than 1.5 roots, so that 8 are more than 5 deviations.
 inline constexpr float kSpareRoots = 8.0f;
-inline constexpr float kUnevenLayers = 2.0f;  // what the layer of a group that has most of them has over the average
+inline constexpr float kUnevenLayers = 2.0f;  // keys inside, per chunk: the layer with most of them over the average
 
 // Keys in 2048 bins that saturate: 64 to the octave from 2^-24 on for wide keys, one per key from 2^-13 on for
 // bfloat16.
@@ -131,7 +131,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     const int64_t share = all / kSampleShare < kLargeSampleEights ? all / kSampleShare : kLargeSampleEights;
     const int64_t small = all < kSampleEights ? all : kSampleEights;
     const int64_t most = share > small ? share : small;
-    // Keys of 16 bits get no smaller one: a wider bracket has more of them counted one by one, which takes longer.
+    // Keys of 16 bits get no smaller sample: a wider bracket has more of them counted one by one, which takes longer.
     int64_t taken = 0, eights = group.n >= kLargeSampleFrom ? most : small;
     unsigned sampled = 0, pruned = 0;
     float rank, half;

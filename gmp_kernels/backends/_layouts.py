@@ -28,9 +28,12 @@ def by_getters(tensors: Sequence[torch.Tensor]) -> list[list[Any]] | None:
 
 
 def _by_dlpack() -> Layouts | None:
-    """Return what does the same in a third of the time, from torch 2.10 on; None where it cannot be had."""
+    """Return what tells the same in a third of the time, from torch 2.10 on; None where it cannot be had.
+
+    To it torch's integers of 1 to 7 bits are those of 8, whose bytes they lie in.
+    """
     exchange = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
-    if describe is None or exchange is None or describe(exchange, [torch.ones(1)]) is None:
+    if describe is None or exchange is None or describe(exchange, [torch.ones(1, device="cpu")]) is None:
         return None
     return partial(describe, exchange)
 

@@ -271,10 +271,8 @@ class MaskedOptimizer(Checkpointed):
         layouts: dict[torch.Tensor, Compaction] = {}
         if unready:
             self._check_device([one.parameter for one in found])
-            device, lacking = (
-                found[0].parameter.device,
-                [p for index, p in unready if self._lacks_state(p, keys[index])],
-            )
+            device = found[0].parameter.device
+            lacking = [p for index, p in unready if self._lacks_state(p, keys[index])]
             if capture.is_capturing(device):
                 self._check_capture(device, [lazy[one.group] for one in found])
                 if lacking:
