@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from operator import attrgetter, is_, itemgetter
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -199,12 +200,29 @@ def _way_to(holders: set[int], module: nn.Module) -> list[dict[str, nn.Module | 
 def _sample_of(mask: BitMask, offset: int) -> _Sample:
     """Return weights that are spread over the layer; to choose among the pruned ones would wait for a GPU."""
     device = mask.packed.device
+    if device.type == "cpu":
+        return _Sample(_pruned_among(mask, offset), None)
     indices = torch.arange(min(CANDIDATES, mask.numel), device=device)
     if mask.numel > CANDIDATES:
         indices = (indices + offset * CANDIDATES).mul_(STRIDE).remainder_(mask.numel)
     bits = mask.packed[indices >> 3] >> (indices & 7).to(torch.uint8)
-    is_pruned = (bits & 1) == 0
-    return _Sample(indices[is_pruned][:SAMPLE], None) if device.type == "cpu" else _Sample(indices, is_pruned)
+    return _Sample(indices, (bits & 1) == 0)
+
+
+def _pruned_among(mask: BitMask, offset: int) -> torch.Tensor:
+    """Return flat indices of pruned weights, of bytes that are spread over the mask.
+
+    By numpy, in a tenth of the time that torch takes for so few numbers: the first steps after an update come here.
+    """
+    packed = mask.packed.numpy()
+    chosen = np.arange(min(CANDIDATES // 8, packed.size))
+    if packed.size > chosen.size:
+        chosen = (chosen + offset * chosen.size) * STRIDE % packed.size
+    # The first bits of all bytes come first, so that the sample is of many places.
+    bits = np.unpackbits(packed[chosen], bitorder="little").reshape(-1, 8).T
+    bit, byte = np.nonzero(bits == 0)
+    indices = chosen[byte] * 8 + bit
+    return torch.from_numpy(indices[indices < mask.numel][:SAMPLE])
 
 
 def _answered_later(found: torch.Tensor) -> _Look:

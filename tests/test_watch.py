@@ -14,7 +14,7 @@ from gmp_kernels import GMPScheduler, enforcement, schedules
 from gmp_kernels.errors import GMPWarning
 from gmp_kernels.masks import BitMask
 from gmp_kernels.targets import Place
-from gmp_kernels.watch import SLICE, Watch, compare
+from gmp_kernels.watch import SLICE, Watch, _sample_of, compare
 
 
 @EVERY_OPTIMIZER
@@ -159,3 +159,15 @@ def test_weights_that_come_back_to_life_with_their_masks_are_not_looked_at_again
     monkeypatch.setattr(enforcement, "compare", None)
     for _ in range(4):
         run[2].step()
+
+
+@pytest.mark.parametrize("numel", [1, 5, 64, 1000, 1024, 9001, 1 << 16])
+@pytest.mark.parametrize("share", [0.0, 0.05, 0.9, 1.0])
+def test_samples_are_pruned_weights_of_many_places(numel: int, share: float) -> None:
+    kept = torch.rand(numel, generator=torch.Generator().manual_seed(0)) >= share
+    for offset in range(5):
+        chosen = _sample_of(BitMask.from_bool(kept), offset).indices.tolist()
+        assert not kept[chosen].any() and len(set(chosen)) == len(chosen)
+        assert len(chosen) == min(32, numel) if share == 1.0 else len(chosen) <= min(32, int((~kept).sum()))
+        if numel >= 9001 and share == 0.9:
+            assert len(chosen) == 32 and max(chosen) - min(chosen) > numel / 2
