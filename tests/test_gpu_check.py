@@ -404,3 +404,11 @@ def test_a_person_reads_facts_without_their_data(capsys: pytest.CaptureFixture[s
     monkeypatch.delenv("GMP_GPU_CHECK_FACTS", raising=False)
     tell("as text", number=1)
     assert capsys.readouterr().out == "as text\n"
+
+
+def test_records_name_paths_as_the_repository_has_them(record, tmp_path: Path) -> None:
+    record.begin("build")
+    record.fact({"text": f"cannot import it ({ROOT}/gmp_kernels/__init__.py)"})
+    for kind in ("json", "md", "log"):
+        text = (tmp_path / f"gpu-check.{kind}").read_text()
+        assert "(gmp_kernels/__init__.py)" in text and str(ROOT) not in text

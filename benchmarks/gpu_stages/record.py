@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gpu_stages.running import Outcome
+from gpu_stages.running import ROOT, Outcome
 
 MOST_CHARACTERS = 12_000  # of a summary: what one sees of a long output is often its end
 LONGEST_TEXT = 600
@@ -96,6 +96,8 @@ class Record:
     def fact(self, fact: dict[str, Any]) -> None:
         """Take a fact of the stage that is running, and write all files."""
         if fact.get("text"):
+            # Records are published: paths are those in the repository, not in this machine.
+            fact = {**fact, "text": str(fact["text"]).replace(f"{ROOT}/", "")}
             self.say("  " + short(fact["text"]).replace("\n", "\n  "))
         if isinstance(fact.get("machine"), dict):
             self.machine |= fact["machine"]
