@@ -5,14 +5,14 @@ Everything a user can get wrong is found before any memory is written (``checks`
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 
 from gmp_kernels.backends import Threshold, choose
-from gmp_kernels.backends._layers import Layers, PruneCounts, columns_of, is_lazy
+from gmp_kernels.backends._layers import Layers, PruneCounts, Selections, columns_of, is_lazy
 from gmp_kernels.checks import (
     Weight,
     bump_versions,
@@ -181,6 +181,39 @@ def prune_(
     ----------
     .. [1] M. Zhu and S. Gupta, "To prune, or not to prune", 2017, arXiv:1710.01878.
     """
+    return begin_prune(
+        weights,
+        sparsity=sparsity,
+        num_prune=num_prune,
+        masks=masks,
+        scope=scope,
+        nonfinite=nonfinite,
+        previous=previous,
+        names=names,
+        backend=backend,
+    )()
+
+
+def begin_prune(
+    weights: Weight | Sequence[Weight],
+    *,
+    masks: BitMask | Sequence[BitMask] | None,
+    scope: Scope,
+    nonfinite: NonFinite,
+    previous: Sequence[Threshold | None] | None,
+    names: Sequence[str] | None,
+    backend: str | None,
+    sparsity: float | Sequence[float] | None = None,
+    num_prune: int | Sequence[int] | None = None,
+) -> Callable[[], PruneResult]:
+    """Do what comes before the first write of ``prune_``, which has the same arguments.
+
+    Returns
+    -------
+    callable
+        Writes, and returns the result. If it is interrupted, another call writes what is missing, and its result has
+        the thresholds of the first; weights pruned by the first count no more as newly pruned.
+    """
     op = "prune_"
     weights_, masks_ = _as_lists(weights, masks)
     names = checked_names(op, names, len(weights_))
@@ -193,7 +226,7 @@ def prune_(
         raise DTypeError(f"{op}: expected one dtype for scope='global', got {found}; cast, or use scope='layer'")
     hints = _hints(op, previous, len(weights_), scope)
     if layers is None:
-        return PruneResult([], [], [], [])
+        return lambda: PruneResult([], [], [], [])
 
     implementation = choose(backend, layers.facts.device)
     chosen = implementation.select(layers, counts, hints, prunes=True)
@@ -206,20 +239,30 @@ def prune_(
         out = layers.masks
     if nonfinite == "error" and not is_lazy(chosen):
         check_finite(op, columns_of(chosen).nonfinite, names)
-    # First, so that no interrupt in between leaves a write that nobody knows of. The write is one call, or all its
-    # launches are.
-    bump_versions([*layers.weights, *out])
-    written = implementation.prune(layers, chosen, out, finite=nonfinite == "error")
-    thresholds, _, nonfinite_indices = columns_of(chosen)
-    if nonfinite == "error":
-        check_finite(op, nonfinite_indices, names)
-    counted = PruneCounts.of(written)
-    return PruneResult(
-        masks_,
-        thresholds if len(thresholds) == len(layers) else thresholds * len(layers),
-        counted.num_pruned,
-        counted.num_newly_pruned,
-    )
+    is_first = True
+
+    def write() -> PruneResult:
+        nonlocal is_first
+        # Selecting again would find zeros where the first attempt has pruned. A copy, because a GPU has counted already
+        # in what it was given.
+        cut = chosen if is_first else Selections(columns_of(chosen))
+        is_first = False
+        # First, so that no interrupt in between leaves a write that nobody knows of. The write is one call, or all its
+        # launches are.
+        bump_versions([*layers.weights, *out])
+        written = implementation.prune(layers, cut, out, finite=nonfinite == "error")
+        thresholds, _, nonfinite_indices = columns_of(cut)
+        if nonfinite == "error":
+            check_finite(op, nonfinite_indices, names)
+        counted = PruneCounts.of(written)
+        return PruneResult(
+            masks_,
+            thresholds if len(thresholds) == len(layers) else thresholds * len(layers),
+            counted.num_pruned,
+            counted.num_newly_pruned,
+        )
+
+    return write
 
 
 def apply_masks_(

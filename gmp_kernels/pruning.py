@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -10,7 +11,7 @@ import torch
 from gmp_kernels.distributed import Shards
 from gmp_kernels.groups import Groups
 from gmp_kernels.masks import BitMask
-from gmp_kernels.ops import NonFinite, PruneResult, Scope, Threshold, prune_
+from gmp_kernels.ops import NonFinite, PruneResult, Scope, Threshold, begin_prune, prune_
 from gmp_kernels.optim.masked import MaskedOptimizer
 from gmp_kernels.progress import Progress
 from gmp_kernels.reports import LayerReport
@@ -22,7 +23,7 @@ _T = TypeVar("_T")
 
 
 def write_despite_interrupts(write: Callable[[], _T], shards: Shards | None) -> _T:
-    """Call what writes; if an interrupt comes in between, write it all again, which changes nothing twice."""
+    """Call what writes; an interrupt in between is raised once it was called again, which changes nothing twice."""
     try:
         return write()
     except Exception:
@@ -129,10 +130,10 @@ class LayerPruner:
             batches.setdefault(device, []).append(name)
         return list(batches.values())
 
-    def prune_(
+    def begin(
         self, names: Sequence[str], num_prune: list[int], optimizer: MaskedOptimizer | None, *, step: int
-    ) -> PruneResult:
-        """Prune one batch.
+    ) -> Callable[[], PruneResult]:
+        """Do what comes before the first write to one batch.
 
         Parameters
         ----------
@@ -143,6 +144,11 @@ class LayerPruner:
             Its master weights are ranked, where it keeps some.
         step : int
             What ranks compare.
+
+        Returns
+        -------
+        callable
+            Prunes the batch. May be called again if it is interrupted, unless there are other ranks.
         """
         request: dict[str, Any] = {
             "names": names,
@@ -154,13 +160,20 @@ class LayerPruner:
         weights = [self._ranked(name, optimizer) for name in names]
         masks = [self.writable_mask(name, optimizer) for name in names]
         if self._shards is not None:
-            result = self._shards.prune_(weights, masks, num_prune, step=step, **request)
+            prune: Callable[[], PruneResult] = partial(
+                self._shards.prune_, weights, masks, num_prune, step=step, **request
+            )
         else:
-            result = prune_(weights, num_prune=num_prune, masks=masks, **request)
-        for name, mask in zip(names, masks, strict=True):
-            self._masks[name].packed = mask.packed
-        self.thresholds.update(zip(names, result.thresholds, strict=True))
-        return result
+            prune = begin_prune(weights, num_prune=num_prune, masks=masks, **request)
+
+        def write() -> PruneResult:
+            result = prune()
+            for name, mask in zip(names, masks, strict=True):
+                self._masks[name].packed = mask.packed
+            self.thresholds.update(zip(names, result.thresholds, strict=True))
+            return result
+
+        return write
 
     def prune_nothing(self, names: Sequence[str], optimizer: MaskedOptimizer | None) -> None:
         """Raise what ``prune_`` would raise for these layers, and change nothing."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -18,7 +18,7 @@ from gmp_kernels.enforcement import Enforcement, refuse_capture
 from gmp_kernels.errors import warn
 from gmp_kernels.groups import Groups
 from gmp_kernels.masks import BitMask
-from gmp_kernels.ops import NonFinite, Scope
+from gmp_kernels.ops import NonFinite, PruneResult, Scope
 from gmp_kernels.optim.masked import MaskedOptimizer
 from gmp_kernels.parametrized import follow_update_, kept_by_torch
 from gmp_kernels.progress import Position, Progress
@@ -408,15 +408,15 @@ class GMPScheduler:
             for batch in batches:
                 self._pruner.prune_nothing(batch, self._masked_optimizer)
         before, num_reports = self._enforcement.num_pruned, len(self.history)
-        layers: dict[str, LayerReport] = {}
+        begun, layers = dict[str, Callable[[], PruneResult]](), dict[str, LayerReport]()
 
         def write() -> StepReport:
             for batch in batches:
-                if batch[0] in layers:
-                    continue
-                counts = self._groups.counts(num_prune, batch, step)
-                result = self._pruner.prune_(batch, counts, self._masked_optimizer, step=step)
-                layers.update(report_layers(batch, result, before, self._groups.shapes))  # at once, for an interrupt
+                if batch[0] not in begun:
+                    counts = self._groups.counts(num_prune, batch, step)
+                    begun[batch[0]] = self._pruner.begin(batch, counts, self._masked_optimizer, step=step)
+                if batch[0] not in layers:
+                    layers.update(report_layers(batch, begun[batch[0]](), before, self._groups.shapes))
             self._enforcement.masks_changed(before | {name: layer.num_pruned for name, layer in layers.items()})
             try:
                 # The state of the optimizer alone can be missing now, and what zeroes it comes back to it.

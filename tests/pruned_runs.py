@@ -154,7 +154,7 @@ class Expected(NamedTuple):
 
     def saved(self) -> Expected:
         """Return what is left of it once the pruner was saved and loaded."""
-        return Expected(self.seen, self.seen, self.seen if self.made >= self.seen else self.seen - 1, self.updates)
+        return self._replace(made=self.seen if self.made >= self.seen else self.seen - 1)
 
 
 def innermost(optimizer: Any) -> torch.optim.Optimizer:

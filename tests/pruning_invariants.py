@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -63,7 +64,7 @@ class CheckedTraining:
         self.expected = [Expected()]
         self.required: dict[str, int] = {}
         self.floor: dict[str, torch.Tensor] | None = None
-        self.has_said: bool | None = False  # whether a repair was said; None: a call that raised may have
+        self.has_said: bool | None = False  # whether a repair was said; None: an interrupted call may have
 
     @property
     def trio(self) -> Trio:
@@ -100,18 +101,16 @@ class CheckedTraining:
         has_nan = not all(weights[name][~self.pruned(name)].isfinite().all() for name in TARGETS)
         before = digest_of_the_kept(self.trio) if has_nan else None
         after = [(expected, expected.called(self.schedule)) for expected in self.expected]
-        with warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter("always")
-            try:
+        try:
+            with self.heard():
                 report = self.pruner.step()
-            except NonFiniteError:
-                # What contradicted a mask may have been put right before.
-                assert has_nan and digest_of_the_kept(self.trio) == before
-                self.expected = [old for old, new in after if new.updates != old.updates]
-                for weight in weights.values():
-                    weight.nan_to_num_(0.5, 0.5, -0.5)
-                self.has_said = self.has_said or None
-                return self.call_once()
+        except NonFiniteError:
+            # What contradicted a mask may have been put right before.
+            assert has_nan and digest_of_the_kept(self.trio) == before
+            self.expected = [old for old, new in after if new.updates != old.updates]
+            for weight in weights.values():
+                weight.nan_to_num_(0.5, 0.5, -0.5)
+            return self.call_once()
         steps = tuple(report.step for report in self.pruner.history)
         is_current = self.pruner.state_dict()["is_current"]
         fitting = (
@@ -123,12 +122,21 @@ class CheckedTraining:
         self.expected = list(dict.fromkeys(fitting))
         assert self.expected, (after, self.pruner.step_count, steps)
         assert report is None or not has_nan
-        words = [str(warning.message) for warning in said if "were not zero any more" in str(warning.message)]
-        assert len(words) <= (self.has_said is not True)
-        self.has_said = True if words else self.has_said
         if is_alive and report is None and not self.is_hidden:
             assert self.has_said is not False
         return None
+
+    @contextmanager
+    def heard(self) -> Iterator[None]:
+        """Note whether a repair is said, which may be once, in a step of the pruner or of its optimizer."""
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            try:
+                yield
+            finally:
+                words = [warning for warning in said if "were not zero any more" in str(warning.message)]
+                assert len(words) <= (self.has_said is not True)
+                self.has_said = True if words else self.has_said
 
     def require(self, step: int) -> None:
         sparsity = self.schedule.sparsity_at(step)
@@ -175,7 +183,8 @@ class CheckedTraining:
                     assert not value[self.pruned(name)].any(), (name, entry)
 
     def train(self, seed: int, absent: Sequence[int] = ()) -> None:
-        train_step(self.trio, seed, absent)
+        with self.heard():
+            train_step(self.trio, seed, absent)
         self.expected = [expected.stepped() for expected in self.expected]
         self.is_hidden |= isinstance(self.optimizer, UntracedMasters)
         self.look_at_state()

@@ -16,6 +16,7 @@ from conftest import BACKENDS
 import gmp_kernels
 from gmp_kernels import BitMask, apply_masks_, checks, prune_
 from gmp_kernels.backends import choose
+from gmp_kernels.ops import PruneResult, begin_prune
 from gmp_kernels.optim import ema_update_
 
 PACKAGE = str(Path(gmp_kernels.__file__).parent)
@@ -126,3 +127,24 @@ def test_an_interrupt_leaves_all_as_before_or_all_as_after(
             assert bytes_of(written) == after
     assert bytes_of(written) == after
     assert min(found.values()) > 0  # the write is between two lines, and both sides of it were interrupted
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+@pytest.mark.parametrize("backend", INTERRUPTED)
+def test_what_was_interrupted_is_finished_with_the_result_it_would_have_had(backend: str, scope: Any) -> None:
+    def begin() -> tuple[Callable[[], PruneResult], list[torch.Tensor]]:
+        weights, masks = weights_and_masks()
+        weights, masks = (weights[::2], masks[::2]) if scope == "global" else (weights, masks)
+        options = {"scope": scope, "nonfinite": "error", "previous": None, "names": None, "backend": backend}
+        return begin_prune(weights, sparsity=0.5, masks=masks, **options), [*weights, *(mask.packed for mask in masks)]
+
+    write, written = begin()
+    expected, after = write(), bytes_of(written)
+    for line in itertools.count():
+        write, written = begin()
+        if not interrupted(write, line):
+            break
+        result = write()
+        assert bytes_of(written) == after
+        assert (result.thresholds, result.num_pruned) == (expected.thresholds, expected.num_pruned), line
+    assert line > 10

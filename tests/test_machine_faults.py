@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 from hypothesis import Phase
-from test_scheduler_machine import run
+from pruned_runs import KINDS
+from test_scheduler_machine import FOUND, replay, run
 
 from gmp_kernels import scheduler
 from gmp_kernels.enforcement import Enforcement
@@ -58,6 +59,9 @@ def test_the_machine_finds_what_a_check_that_is_switched_off_lets_pass(
 ) -> None:
     monkeypatch.setattr(*FAULTS[fault])
     with pytest.raises(Exception) as caught:  # whatever a pruner that is wrong runs into
-        run(300, [Phase.generate])
+        for kind in KINDS:
+            for found in FOUND:
+                replay(kind, found)
+            run(kind, 100, [Phase.generate])
     # That would be what was switched off by the wrong hand.
     assert not isinstance(caught.value, (AttributeError, TypeError)), caught.value

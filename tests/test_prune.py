@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gmp_kernels import BitMask, LayoutError, prune_
+from gmp_kernels.ops import NonFinite, Scope, begin_prune
 from gmp_kernels.testing import DTYPES, adversarial_cases, assert_bitwise_equal
 
 FINITE_CASES = sorted(set(adversarial_cases(1, torch.float32)) - {"any_bits"})
@@ -23,6 +24,24 @@ def finite_weights(draw: st.DrawFn, dtype: torch.dtype | None = None) -> torch.T
 
 float_weights = finite_weights(dtype=torch.float32)
 sparsities = st.floats(0.0, 1.0)
+
+
+@pytest.mark.parametrize("nonfinite", ["error", "keep"])
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_writing_twice_changes_nothing_and_tells_the_same(
+    backend: str, device: torch.device, scope: Scope, nonfinite: NonFinite
+) -> None:
+    weights = [case.to(device) for n in (40, 5000) for case in adversarial_cases(n, torch.float32).values()]
+    weights = [weight for weight in weights if weight.isfinite().all()]
+    masks = [BitMask.ones(weight.shape, device=device) for weight in weights]
+    options = {"scope": scope, "nonfinite": nonfinite, "previous": None, "names": None, "backend": backend}
+    write = begin_prune(weights, sparsity=0.6, masks=masks, **options)
+    first, bits = write(), [weight.clone() for weight in weights]
+    second = write()
+    for weight, before in zip(weights, bits, strict=True):
+        assert_bitwise_equal(weight, before, "weights")
+    assert (second.thresholds, second.num_pruned) == (first.thresholds, first.num_pruned)
+    assert second.num_pruned == [mask.numel - mask.num_kept for mask in second.masks]
 
 
 @given(weight=finite_weights(), sparsity=sparsities)
