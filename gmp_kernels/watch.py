@@ -17,7 +17,7 @@ from gmp_kernels.targets import Place
 __all__ = ["Watch", "compare", "count_pruned"]
 
 CANDIDATES = 1024  # weights of a layer, of which the pruned ones are for brief looks
-SAMPLE = 32  # of these, where the choice is no wait
+SAMPLE = 32  # about so many of these, where the choice is no wait
 SLICE = 1 << 20  # weights compared with their mask at a time
 GPU_INTERVAL = 16  # brief looks asked for, to one that is taken at a GPU's weights
 STRIDE = 0x9E3779B1  # odd, and near the golden ratio of 2^32: multiples spread evenly over any layer
@@ -215,14 +215,13 @@ def _pruned_among(mask: BitMask, offset: int) -> torch.Tensor:
     By numpy, in a tenth of the time that torch takes for so few numbers: the first steps after an update come here.
     """
     packed = mask.packed.numpy()
-    chosen = np.arange(min(CANDIDATES // 8, packed.size))
-    if packed.size > chosen.size:
-        chosen = (chosen + offset * chosen.size) * STRIDE % packed.size
-    # The first bits of all bytes come first, so that the sample is of many places.
-    bits = np.unpackbits(packed[chosen], bitorder="little").reshape(-1, 8).T
-    bit, byte = np.nonzero(bits == 0)
-    indices = chosen[byte] * 8 + bit
-    return torch.from_numpy(indices[indices < mask.numel][:SAMPLE])
+    # Strides are odd, so that in a layer of 2^n columns they do not stay in one of them.
+    stride = packed.size // (CANDIDATES // 8) | 1
+    first = offset % stride
+    places = np.flatnonzero(np.unpackbits(packed[first::stride], bitorder="little") == 0)
+    places = places[:: places.size // SAMPLE | 1]
+    indices = places + (places >> 3) * (8 * stride - 8) + 8 * first
+    return torch.from_numpy(indices[indices < mask.numel])
 
 
 def _answered_later(found: torch.Tensor) -> _Look:

@@ -102,10 +102,11 @@ def test_resnet50_layers_and_the_one_tensor_hold_the_same_weights() -> None:
     assert sum(mask.numel for mask in layers.masks) == whole.masks[0].numel  # type: ignore[attr-defined]
 
 
-def test_the_timed_scheduler_step_is_not_an_update() -> None:
-    ours, limit = bench.scheduler_cases()[0].build(SHRINK)
-    assert isinstance(ours, Timed) and limit == 30e-6
-    assert [ran(ours) for _ in range(3)] == [None] * 3
+@pytest.mark.parametrize(("case", "num_calls"), zip(bench.scheduler_cases(), (1, 100), strict=True))
+def test_the_timed_scheduler_steps_are_no_updates(case: Case, num_calls: int) -> None:
+    ours, limit = case.build(SHRINK)
+    assert isinstance(ours, Timed) and limit == pytest.approx(num_calls * 30e-6)
+    assert [ran(ours) for _ in range(3)] == [[None] * num_calls] * 3
 
 
 def test_the_demo_is_timed_from_the_backward_pass_on() -> None:

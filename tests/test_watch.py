@@ -168,6 +168,7 @@ def test_samples_are_pruned_weights_of_many_places(numel: int, share: float) -> 
     for offset in range(5):
         chosen = _sample_of(BitMask.from_bool(kept), offset).indices.tolist()
         assert not kept[chosen].any() and len(set(chosen)) == len(chosen)
-        assert len(chosen) == min(32, numel) if share == 1.0 else len(chosen) <= min(32, int((~kept).sum()))
+        assert len(chosen) <= 64 and (share < 1.0 or len(chosen) >= min(16, numel))
         if numel >= 9001 and share == 0.9:
-            assert len(chosen) == 32 and max(chosen) - min(chosen) > numel / 2
+            assert len(chosen) >= 16 and max(chosen) - min(chosen) > numel / 2
+            assert len({index % 64 for index in chosen}) > 8
