@@ -41,6 +41,11 @@ class Groups:
         The first that reaches a layer decides.
     scope : {"layer", "global"}
 
+    Attributes
+    ----------
+    schedules : list of Schedule
+        One per group.
+
     Raises
     ------
     TargetError
@@ -94,11 +99,7 @@ class Groups:
                 left.pop(name, None)
         groups.insert(0, _Group(schedule, list(left), DISTRIBUTIONS[distribution]))
         self._groups = [group for group in groups if group.names]
-
-    @property
-    def schedules(self) -> list[Schedule]:
-        """One per group."""
-        return [group.schedule for group in self._groups]
+        self.schedules = [group.schedule for group in self._groups]
 
     @property
     def end_step(self) -> int:

@@ -152,7 +152,7 @@ class Progress:
     def due(self, schedules: Sequence[Schedule]) -> tuple[list[int | None], Position]:
         """Return the step of the update that each schedule is due for, and the position once they are made."""
         before = self._position
-        now = before.steps._replace(known=before.steps.known + 1) if self._steps is None else self._steps.now
+        now = Count(before.steps.known + 1) if self._steps is None else self._steps.now
         steps = self._range(now, before)
         if now.taken is not None and any(_latest(schedule, steps) is not None for schedule in schedules):
             assert self._steps is not None
