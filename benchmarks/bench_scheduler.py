@@ -3,8 +3,8 @@
 import pytest
 from conftest import RunSide
 
-from gmp_kernels.bench import scheduler_cases
-from gmp_kernels.measurement import Case
+from gmp_kernels.tools.bench.measurement import Case
+from gmp_kernels.tools.bench.run import scheduler_cases
 
 
 @pytest.mark.parametrize("case", scheduler_cases(), ids=lambda case: case.name)

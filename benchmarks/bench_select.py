@@ -3,8 +3,8 @@
 import pytest
 from conftest import RunSide
 
-from gmp_kernels.bench import select_cases
-from gmp_kernels.measurement import Case
+from gmp_kernels.tools.bench.measurement import Case
+from gmp_kernels.tools.bench.run import select_cases
 
 
 @pytest.mark.parametrize("side", ["ours", "baseline"])

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from gmp_kernels.measurement import Case, time_once
+from gmp_kernels.tools.bench.measurement import Case, time_once
 
 # Divides the number of weights where benchmarks are disabled and only have to run.
 SMOKE = 4096

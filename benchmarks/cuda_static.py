@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 from gmp_kernels import BitMask, _simt, apply_masks_, magnitude_threshold, optim, prune_
-from gmp_kernels.bench_gpu import SECTOR, llama_8b_sizes, resnet50_sizes
+from gmp_kernels.tools.bench.gpu import SECTOR, llama_8b_sizes, resnet50_sizes
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "csrc"))

@@ -280,8 +280,7 @@ struct UpdateBatch {
 };
 
 void check_states(gmp::Rule rule, const UpdateBatch& batch) {
-  const bool is_adam = rule == gmp::Rule::adam;
-  const size_t fewest = is_adam ? 2 : 0, most = is_adam ? 3 : rule == gmp::Rule::sgd ? 1 : 0;
+  const auto [fewest, most] = gmp::num_states_of(rule);
   if (batch.tensors.empty() || (batch.fewest_states >= fewest && batch.most_states <= most)) return;
   throw std::invalid_argument("a rule of " + std::to_string(fewest) + " to " + std::to_string(most) +
                               " arrays of state got others");

@@ -1,15 +1,13 @@
 // What Python calls dtypes, rules and constants.
 #pragma once
 
-#include <cstring>
-#include <iterator>
 #include <map>
 #include <stdexcept>
 #include <string>
 #include <utility>
 
-#include "dtypes.h"
-#include "update_constants.h"
+#include "optim/rules.h"
+#include "order/dtypes.h"
 
 namespace gmp {
 
@@ -22,31 +20,40 @@ inline DType dtype_of(const std::string& name) {
 }
 
 inline Rule rule_of(const std::string& name) {
-  if (name == "sgd") return Rule::sgd;
-  if (name == "adam") return Rule::adam;
-  if (name == "average") return Rule::average;
+#define GMP_RULE(rule, fewest, most) \
+  if (name == #rule) return Rule::rule;
+  GMP_RULES(GMP_RULE)
+#undef GMP_RULE
   throw std::invalid_argument("unknown rule '" + name + "'");
 }
 
-// The fields of UpdateConstants in order, and what they are where absent: without effect.
+// Arrays of state per weight that a rule keeps: the fewest, and the most.
+inline std::pair<size_t, size_t> num_states_of(Rule rule) {
+  switch (rule) {
+#define GMP_RULE(name, fewest, most) \
+  case Rule::name:                   \
+    return {fewest, most};
+    GMP_RULES(GMP_RULE)
+#undef GMP_RULE
+  }
+  __builtin_unreachable();
+}
+
+// Constants in order, and their values where they are absent.
 inline constexpr std::pair<const char*, double> kConstants[] = {
-    {"grad_factor", 1.0}, {"weight_decay", 0.0},    {"decay", 1.0},
-    {"lr", 0.0},          {"momentum", 0.0},        {"one_minus_dampening", 1.0},
-    {"nesterov", 0.0},    {"first_step", 0.0},      {"one_minus_beta1", 0.0},
-    {"beta2", 0.0},       {"one_minus_beta2", 0.0}, {"bias_correction2_sqrt", 1.0},
-    {"eps", 0.0},         {"step_size", 0.0},       {"skip", 0.0},
+#define GMP_CONSTANT(name, absent) {#name, absent},
+    GMP_CONSTANTS(GMP_CONSTANT)
+#undef GMP_CONSTANT
 };
 
 inline UpdateConstants<double> constants_of(const std::map<std::string, double>& given) {
-  double values[std::size(kConstants)];
-  for (size_t i = 0; i < std::size(kConstants); ++i) {
-    const auto found = given.find(kConstants[i].first);
-    values[i] = found == given.end() ? kConstants[i].second : found->second;
-  }
-  UpdateConstants<double> constants;
-  static_assert(sizeof(constants) == sizeof(values));
-  std::memcpy(&constants, values, sizeof(values));
-  return constants;
+  const auto value_of = [&](const char* name, double absent) {
+    const auto found = given.find(name);
+    return found == given.end() ? absent : found->second;
+  };
+#define GMP_CONSTANT(name, absent) value_of(#name, absent),
+  return {GMP_CONSTANTS(GMP_CONSTANT)};
+#undef GMP_CONSTANT
 }
 
 }  // namespace gmp

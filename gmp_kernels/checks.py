@@ -18,8 +18,8 @@ import torch
 from torch.nn.parameter import is_lazy
 
 from gmp_kernels.backends import Layer
-from gmp_kernels.backends._layers import Facts, Layers
-from gmp_kernels.backends._layouts import layouts_of
+from gmp_kernels.backends.layers import Facts, Layers
+from gmp_kernels.backends.layouts import layouts_of
 from gmp_kernels.errors import DTypeError, LayoutError, NonFiniteError, ShapeError, SparsityError
 from gmp_kernels.masks import BitMask
 

@@ -10,8 +10,6 @@ import warnings
 from functools import partial
 from typing import Any
 
-from gmp_kernels.escaping import printable
-
 __all__ = [
     "BackendUnavailableError",
     "CaptureError",
@@ -29,11 +27,31 @@ __all__ = [
     "SparsityError",
     "StateError",
     "TargetError",
+    "printable",
     "warn",
 ]
 
 
 INSIDE = {"gmp_kernels", "torch"}
+
+
+def printable(text: str, *, keep: str = "") -> str:
+    """Return ``text`` with everything escaped that has no glyph: controls, bidi overrides, separators, surrogates.
+
+    Parameters
+    ----------
+    text : str
+    keep : str
+        Characters to leave as they are, such as a newline.
+
+    Examples
+    --------
+    >>> printable("a\\x1b[2J")
+    'a\\\\x1b[2J'
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
 
 
 class GMPError(Exception):

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from gmp_kernels.backends import Threshold, choose
-from gmp_kernels.backends._layers import Layers, PruneCounts, Selections, columns_of, is_lazy
+from gmp_kernels.backends.layers import Layers, PruneCounts, Selections, columns_of, is_lazy
 from gmp_kernels.checks import (
     Weight,
     bump_versions,

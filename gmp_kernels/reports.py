@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from gmp_kernels.escaping import printable
+from gmp_kernels.errors import printable
 
 __all__ = ["LayerReport", "StepReport"]
 

@@ -10,25 +10,25 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from gmp_kernels.advice import on_emptied_layers
 from gmp_kernels.checks import check_choice
-from gmp_kernels.coverage import Coverage, gap_in
 from gmp_kernels.distributed import Shards, refuse_flattened
-from gmp_kernels.enforcement import Enforcement, refuse_capture
 from gmp_kernels.errors import warn
-from gmp_kernels.groups import Groups
 from gmp_kernels.masks import BitMask
+from gmp_kernels.model.coverage import Coverage, gap_in
+from gmp_kernels.model.parametrized import follow_update_, kept_by_torch
+from gmp_kernels.model.targets import Entry, ParameterIndex, check_optimized
+from gmp_kernels.model.wrappers import optimizer_chain
 from gmp_kernels.ops import NonFinite, PruneResult, Scope
 from gmp_kernels.optim.masked import MaskedOptimizer
-from gmp_kernels.parametrized import follow_update_, kept_by_torch
-from gmp_kernels.progress import Position, Progress
-from gmp_kernels.pruning import Agreement, LayerPruner, report_layers, write_despite_interrupts
+from gmp_kernels.pruner.advice import on_emptied_layers
+from gmp_kernels.pruner.enforcement import Enforcement, refuse_capture
+from gmp_kernels.pruner.groups import Groups
+from gmp_kernels.pruner.layers import Agreement, LayerPruner, report_layers, write_despite_interrupts
+from gmp_kernels.pruner.progress import Position, Progress
+from gmp_kernels.pruner.state import Saved, Start, pack, starting_masks, unpack, unpack_masks
+from gmp_kernels.pruner.watch import count_pruned
 from gmp_kernels.reports import LayerReport, StepReport
-from gmp_kernels.scheduler_state import Saved, Start, pack, starting_masks, unpack, unpack_masks
 from gmp_kernels.schedules import Schedule
-from gmp_kernels.targets import Entry, ParameterIndex, check_optimized
-from gmp_kernels.watch import count_pruned
-from gmp_kernels.wrappers import optimizer_chain
 
 __all__ = ["GMPScheduler", "StepReport"]
 
@@ -57,8 +57,8 @@ class GMPScheduler:
         Sparsity against optimizer steps.
     targets : str, module type or list of them, optional
         What to prune: exact names of parameters or modules, globs, ``"re:"`` regular expressions, or module types; see
-        ``gmp_kernels.targets``. A module means everything in it. Default: every weight of two or more dimensions that
-        multiplies activations: of Linear, Conv, attention, recurrent and expert modules, but no norms, biases,
+        ``gmp_kernels.model.targets``. A module means everything in it. Default: every weight of two or more dimensions
+        that multiplies activations: of Linear, Conv, attention, recurrent and expert modules, but no norms, biases,
         embeddings, routers of experts, low-rank adapters or output heads of language models; ``coverage()`` says what
         that comes to. A tied parameter is one parameter: it is pruned if one of its names is in ``targets``, and left
         alone if one of them is ignored or, by default, an embedding.

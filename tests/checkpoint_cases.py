@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from gmp_kernels import BitMask, prune_
-from gmp_kernels.testing import adversarial_cases, assert_bitwise_equal
+from gmp_kernels.tools.testing import adversarial_cases, assert_bitwise_equal
 
 INDEX = "model.safetensors.index.json"
 TINY = 4096  # bytes of memory that make even small tensors come in pieces

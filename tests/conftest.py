@@ -12,7 +12,7 @@ import torch
 from hypothesis import settings
 
 from gmp_kernels.backends import choose, cpu
-from gmp_kernels.testing import device_of
+from gmp_kernels.tools.testing import device_of
 
 if not torch.cuda.is_available():
     # Before anything imports triton, here and in the processes that tests start: its kernels then run on the host.

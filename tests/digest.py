@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from gmp_kernels import _C, BitMask, Threshold, apply_masks_, prune_
-from gmp_kernels.testing import DTYPES, adversarial_cases
+from gmp_kernels.tools.testing import DTYPES, adversarial_cases
 
 
 def requests() -> Iterator[tuple[list[torch.Tensor], dict[str, Any]]]:

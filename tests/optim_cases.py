@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from gmp_kernels import BitMask, optim, prune_
-from gmp_kernels.testing import assert_bitwise_equal
+from gmp_kernels.tools.testing import assert_bitwise_equal
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "sgd": ("SGD", {"lr": 0.1}),

@@ -17,7 +17,7 @@ from optim_cases import CASES, masked, parameters, random_gradients, random_mask
 
 from gmp_kernels import apply_masks_
 from gmp_kernels.optim import clip_grad_norm_, ema_update_
-from gmp_kernels.testing import DTYPES, device_of
+from gmp_kernels.tools.testing import DTYPES, device_of
 
 SHAPES = [(3 * 16384 + 5,), (129, 17), (1,), (0,)]
 DEVICE = device_of(os.environ.get("GMP_KERNELS_BACKEND", "cpu"))

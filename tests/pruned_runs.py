@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from gmp_kernels import GMPScheduler, optim, schedules
+from gmp_kernels.model.wrappers import optimizer_chain
 from gmp_kernels.schedules import Schedule
-from gmp_kernels.wrappers import optimizer_chain
 
 SCHEDULES = {
     "ramp": schedules.Cubic(0.2, 0.8, 1, 7, frequency=2),

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gmp_kernels import BitMask, apply_masks_
-from gmp_kernels.testing import DTYPES, GuardedCopy, adversarial_cases, assert_bitwise_equal, device_of
+from gmp_kernels.tools.testing import DTYPES, GuardedCopy, adversarial_cases, assert_bitwise_equal, device_of
 
 
 def random_bools(n: int, density: float, seed: int) -> torch.Tensor:

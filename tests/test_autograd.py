@@ -10,7 +10,7 @@ import torch
 from optim_cases import masked, parameters, random_gradients, random_masks
 
 from gmp_kernels import BitMask, GMPScheduler, apply_masks_, optim, prune_, schedules
-from gmp_kernels.testing import device_of
+from gmp_kernels.tools.testing import device_of
 
 OPS = torch.ops.gmp_kernels
 SHAPES = [(9, 5), (40,)]

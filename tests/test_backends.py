@@ -10,7 +10,7 @@ import torch
 from subprocesses import run_python
 
 from gmp_kernels import BackendUnavailableError, backends, prune_
-from gmp_kernels.backends import Backend, choose
+from gmp_kernels.backends import Backend, choose, registry
 from gmp_kernels.backends.cpu import Cpu
 from gmp_kernels.backends.reference import Reference
 
@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 
 
 def forget_what_was_probed() -> None:
-    for cached in (backends.available, backends._choose, backends._probe, backends._load, backends._say_once):
+    for cached in (registry.available, registry._choose, registry._probe, registry._load, registry._say_once):
         cached.cache_clear()
 
 
@@ -26,7 +26,7 @@ def forget_what_was_probed() -> None:
 def add(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     """Register a backend of highest priority, as one more file in the folder would, for one test."""
     backends.available()
-    monkeypatch.setattr(backends, "_REGISTRY", dict(backends._REGISTRY))
+    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
     monkeypatch.delenv("GMP_KERNELS_BACKEND", raising=False)
 
     def add(*, name: str = "fast", why_not: str | None = None, device: str = "cpu") -> None:

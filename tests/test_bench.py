@@ -14,8 +14,21 @@ from hypothesis import strategies as st
 from matplotlib.figure import Figure
 from typer.testing import CliRunner
 
-from gmp_kernels import ShapeError, Threshold, bench, cli, plots
-from gmp_kernels.measurement import Case, Machine, Pair, Result, Spread, Timed, measure, measure_all, time_once
+from gmp_kernels import ShapeError, Threshold
+from gmp_kernels.tools import plots
+from gmp_kernels.tools.bench import run as bench
+from gmp_kernels.tools.bench.measurement import (
+    Case,
+    Machine,
+    Pair,
+    Result,
+    Spread,
+    Timed,
+    measure,
+    measure_all,
+    time_once,
+)
+from gmp_kernels.tools.cli import main as cli
 
 SHRINK = 4096
 # bf16 rounds, and ten times the weights have another threshold: their two sides agree on nothing.

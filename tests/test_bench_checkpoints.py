@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from gmp_kernels.bench import all_cases
-from gmp_kernels.bench_checkpoints import checkpoint_cases
 from gmp_kernels.checkpoints import inspect_checkpoint
-from gmp_kernels.measurement import Case, Timed
+from gmp_kernels.tools.bench.checkpoints import checkpoint_cases
+from gmp_kernels.tools.bench.measurement import Case, Timed
+from gmp_kernels.tools.bench.run import all_cases
 
 SHRINK = 4096
 

@@ -9,11 +9,13 @@ import torch
 from conftest import needs_simt
 from typer.testing import CliRunner
 
-from gmp_kernels import bench_gpu, cli, measurement
-from gmp_kernels.bench_gpu import gpu_cases, llama_8b_sizes, resnet50_sizes
 from gmp_kernels.errors import DeviceError
-from gmp_kernels.measurement import Case, Machine, Pair, Result, Spread, Timed, measure
-from gmp_kernels.plan import resnet50_layers
+from gmp_kernels.tools.bench import gpu as bench_gpu
+from gmp_kernels.tools.bench import measurement
+from gmp_kernels.tools.bench.gpu import gpu_cases, llama_8b_sizes, resnet50_sizes
+from gmp_kernels.tools.bench.measurement import Case, Machine, Pair, Result, Spread, Timed, measure
+from gmp_kernels.tools.cli import main as cli
+from gmp_kernels.tools.plan import resnet50_layers
 
 CPU = torch.device("cpu")
 SHRINK = 1 << 16

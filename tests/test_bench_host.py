@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gmp_kernels import bench_host
 from gmp_kernels.backends import cuda
-from gmp_kernels.measurement import Case, Timed
+from gmp_kernels.tools.bench import host as bench_host
+from gmp_kernels.tools.bench.measurement import Case, Timed
 
 CASES = bench_host.host_cases()
 FEW = [

@@ -21,7 +21,7 @@ from gmp_kernels.backends import (
     choose,
 )
 from gmp_kernels.optim import AdamW
-from gmp_kernels.testing import assert_bitwise_equal
+from gmp_kernels.tools.testing import assert_bitwise_equal
 
 N = 20_000  # more than a chunk
 COMPILED = sorted({"cpu", "simt"} & set(HOST_BACKENDS))

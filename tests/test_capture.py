@@ -20,10 +20,10 @@ from optim_cases import assert_same_run, clones, masked, parameters, random_grad
 from subprocesses import run_python
 from torch import nn
 
-from gmp_kernels import BitMask, CaptureError, GMPScheduler, capture, prune_, schedules
-from gmp_kernels.backends import _tables, choose
+from gmp_kernels import BitMask, CaptureError, GMPScheduler, prune_, schedules
+from gmp_kernels.backends import capture, choose, uploads
 from gmp_kernels.optim import SGD, clip_grad_norm_
-from gmp_kernels.testing import assert_bitwise_equal
+from gmp_kernels.tools.testing import assert_bitwise_equal
 
 _simt = simt_extension()
 SHAPES = [(24, 33), (7,), (65, 9), (16384 + 5,)]
@@ -60,7 +60,7 @@ class Runtime:
 def runtime(monkeypatch: pytest.MonkeyPatch) -> Runtime:
     """A runtime in which no memory can be pinned while it captures."""
     runtime = Runtime()
-    pinned_like = _tables.pinned_like
+    pinned_like = uploads.pinned_like
 
     def pinned(table: torch.Tensor) -> torch.Tensor:
         assert runtime.graph is None, "memory cannot be pinned during a capture"
@@ -68,7 +68,7 @@ def runtime(monkeypatch: pytest.MonkeyPatch) -> Runtime:
 
     monkeypatch.setattr(choose("simt", torch.device("cpu")), "_module", runtime)
     monkeypatch.setattr(capture, "is_capturing", lambda device: runtime.graph is not None)
-    monkeypatch.setattr(_tables, "pinned_like", pinned)
+    monkeypatch.setattr(uploads, "pinned_like", pinned)
     return runtime
 
 
@@ -136,7 +136,7 @@ def test_graphs_captured_one_after_another_have_tables_of_their_own(runtime: Run
     params, optimizer = started()
     mirror, other = copy.deepcopy((params, optimizer))
     graphs, buffers = [], []
-    for _ in range(_tables.Table.SPARES):
+    for _ in range(uploads.Table.SPARES):
         for p in params:
             p.grad = torch.zeros_like(p)
         buffers.append([p.grad for p in params])
@@ -163,7 +163,7 @@ def test_a_graph_repeated_on_the_same_gradients_uploads_again(
 ) -> None:
     """The uploads of an earlier step may be gone or changed when a graph is replayed: rows, and constants' columns."""
     _, optimizer = started(case, **options)
-    for count in range(_tables.Table.SPARES):
+    for count in range(uploads.Table.SPARES):
         with runtime.capture():
             optimizer.step()
         assert len(set(map(id, optimizer._graphs.memory))) == tables * (count + 1)
@@ -171,7 +171,7 @@ def test_a_graph_repeated_on_the_same_gradients_uploads_again(
 
 def test_a_capture_for_which_no_memory_is_set_aside_is_refused(runtime: Runtime) -> None:
     params, optimizer = started()
-    for _ in range(_tables.Table.SPARES):
+    for _ in range(uploads.Table.SPARES):
         with runtime.capture():
             optimizer.step()
     before = clones(params), copy.deepcopy(optimizer.state_dict())

@@ -12,8 +12,9 @@ from safetensors.torch import save_file
 from subprocesses import run_python
 from typer.testing import CliRunner
 
-from gmp_kernels import cli, cli_checkpoints
 from gmp_kernels.checkpoints import PruneJob
+from gmp_kernels.tools.cli import checkpoints as cli_checkpoints
+from gmp_kernels.tools.cli import main as cli
 
 RUNNER = CliRunner(env={"COLUMNS": "160"})
 TARGETS = [f"layers.{i}.{name}.weight" for i in range(3) for name in ("k", "q")]

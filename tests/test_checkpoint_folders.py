@@ -11,9 +11,9 @@ from checkpoint_cases import INDEX, contents, load, model_tensors, write_folder
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from gmp_kernels import cli
 from gmp_kernels.checkpoints import PruneJob, open_checkpoint
 from gmp_kernels.errors import CheckpointError, OutputError
+from gmp_kernels.tools.cli import main as cli
 
 RUNNER = CliRunner()
 WEIGHTS = {"q.weight": torch.randn(8, 8, generator=torch.Generator().manual_seed(0))}

@@ -20,10 +20,11 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from gmp_kernels import cli, cli_checkpoints
 from gmp_kernels.checkpoints import PruneJob, folders, inspect_checkpoint, open_checkpoint, stream, total_of
 from gmp_kernels.checkpoints import files as files_module
 from gmp_kernels.errors import CheckpointError, DeviceError, DistributedError, GMPError, OutputError, TargetError
+from gmp_kernels.tools.cli import checkpoints as cli_checkpoints
+from gmp_kernels.tools.cli import main as cli
 
 WEIGHTS = {"a.weight": torch.randn(8, 8, generator=torch.Generator().manual_seed(0)), "b.bias": torch.ones(4)}
 INDEX = {"metadata": {"total_size": 272}, "weight_map": dict.fromkeys(WEIGHTS, "model.safetensors")}

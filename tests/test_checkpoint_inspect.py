@@ -14,9 +14,11 @@ from safetensors.torch import save_file
 from subprocesses import run_python
 from typer.testing import CliRunner
 
-from gmp_kernels import TargetError, cli, cli_checkpoints, prune_
+from gmp_kernels import TargetError, prune_
 from gmp_kernels.checkpoints import BINS_PER_OCTAVE, PruneJob, files, inspect, inspect_checkpoint, mask_metadata
-from gmp_kernels.testing import DTYPES, adversarial_cases
+from gmp_kernels.tools.cli import checkpoints as cli_checkpoints
+from gmp_kernels.tools.cli import main as cli
+from gmp_kernels.tools.testing import DTYPES, adversarial_cases
 
 RUNNER = CliRunner(env={"COLUMNS": "160"})
 

@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from gmp_kernels import BitMask, DTypeError, NonFiniteError, ShapeError, TargetError, prune_
 from gmp_kernels.checkpoints import DEFAULT_MEMORY, PruneJob, stream
 from gmp_kernels.checkpoints.prune import _buffers
-from gmp_kernels.testing import DTYPES, assert_bitwise_equal
+from gmp_kernels.tools.testing import DTYPES, assert_bitwise_equal
 
 DEFAULT_TARGETS = [f"layers.{i}.{name}.weight" for i in range(3) for name in ("k", "q")]
 

@@ -26,8 +26,8 @@ from gmp_kernels import (
     magnitude_threshold,
     prune_,
 )
-from gmp_kernels.backends._layouts import BY_DLPACK, by_getters
-from gmp_kernels.testing import assert_bitwise_equal
+from gmp_kernels.backends.layouts import BY_DLPACK, by_getters
+from gmp_kernels.tools.testing import assert_bitwise_equal
 
 Change = Callable[[list[torch.Tensor], list[BitMask]], object]
 
@@ -276,7 +276,7 @@ def test_dlpack_is_asked_in_the_version_that_is_understood() -> None:
 def test_dlpack_is_found_whatever_the_default_device(device: str) -> None:
     program = (
         f"import torch; torch.set_default_device({device!r}); "
-        "from gmp_kernels.backends._layouts import BY_DLPACK; assert BY_DLPACK is not None"
+        "from gmp_kernels.backends.layouts import BY_DLPACK; assert BY_DLPACK is not None"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
 

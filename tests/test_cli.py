@@ -13,7 +13,8 @@ import torch
 from subprocesses import ROOT, run_python
 from typer.testing import CliRunner
 
-from gmp_kernels import __version__, backends, cli
+from gmp_kernels import __version__, backends
+from gmp_kernels.tools.cli import main as cli
 
 SMALL = ["--stabilization", "1", "--pruning", "2", "--finetuning", "2", "--steps-per-epoch", "4", "--layer", "8x16"]
 
@@ -162,18 +163,18 @@ def test_whoever_stops_reading_gets_no_error() -> None:
 @pytest.mark.parametrize("missing", ["typer", "rich", "safetensors"])
 def test_without_its_extra_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
     for name in list(sys.modules):
-        if name.startswith((f"{missing}.", "gmp_kernels.cli", "gmp_kernels.checkpoints")):
+        if name.startswith((f"{missing}.", "gmp_kernels.tools.cli", "gmp_kernels.checkpoints")):
             monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(SystemExit, match=rf"needs {missing}; run: pip install 'gmp-kernels\[cli\]'"):
-        importlib.import_module("gmp_kernels.cli")
+        importlib.import_module("gmp_kernels.tools.cli.main")
 
 
 @pytest.mark.parametrize(
     "arguments", [["plan", "--plot"], ["inspect", "nowhere", "--plot"], ["bench", "--plot"], ["bench", "--output"]]
 )
 def test_without_matplotlib_a_picture_is_refused_before_anything_else(arguments: list[str], tmp_path: Path) -> None:
-    start = "import sys; sys.modules['matplotlib'] = None; from gmp_kernels import cli; cli.main()"
+    start = "import sys; sys.modules['matplotlib'] = None; from gmp_kernels.tools.cli import main; main.main()"
     done = run_python("-c", start, *arguments, tmp_path / "new")
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == (

@@ -11,7 +11,7 @@ from peak_memory import peak, reset_peak
 
 from gmp_kernels.errors import LayoutError
 from gmp_kernels.optim import clip_grad_norm_, gradients
-from gmp_kernels.testing import assert_bitwise_equal
+from gmp_kernels.tools.testing import assert_bitwise_equal
 
 HALF = [torch.bfloat16, torch.float16]
 SHAPES = [(41, 243), (), (0, 3), (7,), (5, 4)]

@@ -13,14 +13,15 @@ from torch import nn
 from tree_building import build, linear, schedule, tensors_of, weights
 from typer.testing import CliRunner
 
-from gmp_kernels import GMPScheduler, cli, schedules
+from gmp_kernels import GMPScheduler, schedules
 from gmp_kernels.checkpoints.files import TensorInfo
 from gmp_kernels.checkpoints.targets import cover_tensors, select_tensors
-from gmp_kernels.coverage import Coverage, shown_names, shown_shape
-from gmp_kernels.distributions import emptied_layers
 from gmp_kernels.errors import DTypeError, TargetError
-from gmp_kernels.names import plain_name
-from gmp_kernels.targets import ParameterIndex
+from gmp_kernels.model.coverage import Coverage, shown_names, shown_shape
+from gmp_kernels.model.names import plain_name
+from gmp_kernels.model.targets import ParameterIndex
+from gmp_kernels.pruner.distributions import emptied_layers
+from gmp_kernels.tools.cli import main as cli
 
 
 def reasons(coverage: Coverage) -> dict[str, str]:

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from gmp_kernels import BitMask, checks
 from gmp_kernels.backends import Layer, choose
-from gmp_kernels.backends._selection_tables import SelectionTables
-from gmp_kernels.testing import DTYPES, adversarial_cases, assert_same_pruning
+from gmp_kernels.backends.cuda.selection_tables import SelectionTables
+from gmp_kernels.tools.testing import DTYPES, adversarial_cases, assert_same_pruning
 
 _simt = simt_extension()
 CPU = torch.device("cpu")

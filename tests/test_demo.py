@@ -14,9 +14,10 @@ from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from gmp_kernels import BitMask, ScheduleError, SparsityError, demo
-from gmp_kernels.demo import data, report
-from gmp_kernels.demo.model import ResidualCNN
+from gmp_kernels import BitMask, ScheduleError, SparsityError
+from gmp_kernels.tools import demo
+from gmp_kernels.tools.demo import data, report
+from gmp_kernels.tools.demo.model import ResidualCNN
 
 SPARSITY = 0.7
 FILES = {"sparsity.png", "learning_rate.png", "accuracy.png", "report.md", "metrics.json", "model.safetensors"}
@@ -177,7 +178,7 @@ def test_threads_are_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         seen.append(torch.get_num_threads())
         raise RuntimeError("stop")
 
-    monkeypatch.setattr("gmp_kernels.demo.job.compare", fail)
+    monkeypatch.setattr("gmp_kernels.tools.demo.job.compare", fail)
     with pytest.raises(RuntimeError, match="stop"):
         run(tmp_path, threads=before + 1)
     assert [*seen, torch.get_num_threads()] == [before + 1, before]
@@ -201,11 +202,11 @@ def test_what_describes_no_run_is_refused_before_a_file_is_written(
 
 
 def test_a_missing_package_is_named_with_the_way_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in sys.modules if name.startswith(("gmp_kernels.demo", "sklearn"))]:
+    for name in [name for name in sys.modules if name.startswith(("gmp_kernels.tools.demo", "sklearn"))]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "sklearn", None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'gmp-kernels\[demo\]'"):
-        importlib.import_module("gmp_kernels.demo")
+        importlib.import_module("gmp_kernels.tools.demo")
 
 
 def test_split_is_stratified_normalised_and_fixed_by_the_seed() -> None:

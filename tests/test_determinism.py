@@ -9,7 +9,7 @@ import torch
 from peak_memory import SCENARIOS
 from subprocesses import run_python
 
-from gmp_kernels.testing import DTYPES, adversarial_cases, assert_same_pruning
+from gmp_kernels.tools.testing import DTYPES, adversarial_cases, assert_same_pruning
 
 DIGEST = Path(__file__).with_name("digest.py")
 PEAK_MEMORY = Path(__file__).with_name("peak_memory.py")

@@ -15,10 +15,12 @@ import torch
 from held_runs import EVERY_OPTIMIZER, Run, assert_held, start, train
 from torch import nn
 
-from gmp_kernels import GMPScheduler, enforcement, optim, pruning, schedules
+from gmp_kernels import GMPScheduler, optim, schedules
 from gmp_kernels.errors import GMPWarning, StateError, TargetError
+from gmp_kernels.pruner import enforcement
+from gmp_kernels.pruner import layers as pruning
+from gmp_kernels.pruner.watch import Watch
 from gmp_kernels.reports import LayerReport
-from gmp_kernels.watch import Watch
 
 
 def by_torch_save(run: Run) -> Run:

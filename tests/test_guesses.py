@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from gmp_kernels.backends import Layer, choose
+from gmp_kernels.backends.keys import keys_of, largest_key
 from gmp_kernels.distributed.guesses import Question, guess
-from gmp_kernels.keys import keys_of, largest_key
 from gmp_kernels.masks import BitMask
-from gmp_kernels.testing import DTYPES, adversarial_cases
+from gmp_kernels.tools.testing import DTYPES, adversarial_cases
 
 CPU = torch.device("cpu")
 

@@ -16,8 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gmp_kernels import BitMask, GMPScheduler, apply_masks_, magnitude_threshold, optim, prune_, schedules
 from gmp_kernels.errors import NonFiniteError, ShapeError, TargetError
-from gmp_kernels.testing import assert_bitwise_equal, device_of
-from gmp_kernels.watch import Watch
+from gmp_kernels.pruner.watch import Watch
+from gmp_kernels.tools.testing import assert_bitwise_equal, device_of
 
 OPS = torch.ops.gmp_kernels
 SHAPES = [(9, 5), (40,), (3, 2, 2)]

@@ -7,10 +7,11 @@ import torch
 from conftest import simt_extension
 
 from gmp_kernels import BitMask, checks, magnitude_threshold, prune_
-from gmp_kernels.backends import Layer, _selection_tables, choose
-from gmp_kernels.backends._selection_tables import Template
-from gmp_kernels.bench_gpu import resnet50_sizes
-from gmp_kernels.testing import assert_same_pruning
+from gmp_kernels.backends import Layer, choose
+from gmp_kernels.backends.cuda import selection_tables
+from gmp_kernels.backends.cuda.selection_tables import Template
+from gmp_kernels.tools.bench.gpu import resnet50_sizes
+from gmp_kernels.tools.testing import assert_same_pruning
 
 _simt = simt_extension()
 
@@ -22,7 +23,7 @@ def test_keys_of_16_bits_are_counted_where_lists_of_them_would_overflow(
     """Of many layers, each has room for few keys of so many that are alike."""
     generator = torch.Generator().manual_seed(0)
     layers = [(torch.randn(5 * 16384, generator=generator) * 0.02).to(dtype) for _ in range(4)]
-    monkeypatch.setattr(_selection_tables, "MEMORY_BYTES", 17_000)
+    monkeypatch.setattr(selection_tables, "MEMORY_BYTES", 17_000)
     checks.forget()
     taken = Template(_simt, 4, [Layer(layer, None) for layer in layers], is_global=False, selects=True, prunes=True)
     assert 64 < taken.capacity < 200 < 0.014 * 16384
@@ -48,8 +49,8 @@ def test_lists_are_as_short_as_the_sample_allows(std: float) -> None:
 def give_room(monkeypatch: pytest.MonkeyPatch, capacity: int, layers: list[Layer]) -> None:
     """Have lists of all chunks hold so many keys each, or a few less."""
     key_bytes = sum(-(-layer.weight.numel() // 16384) * layer.weight.itemsize for layer in layers)
-    monkeypatch.setattr(_selection_tables, "MEMORY_SHARE", 0.0)
-    monkeypatch.setattr(_selection_tables, "MEMORY_BYTES", 6_000 + capacity * key_bytes)
+    monkeypatch.setattr(selection_tables, "MEMORY_SHARE", 0.0)
+    monkeypatch.setattr(selection_tables, "MEMORY_BYTES", 6_000 + capacity * key_bytes)
     checks.forget()
     taken = Template(_simt, 4, layers, is_global=True, selects=True, prunes=False)
     assert capacity - 20 < taken.capacity <= capacity + 20

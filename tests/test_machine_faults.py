@@ -11,10 +11,10 @@ from pruned_runs import KINDS
 from test_scheduler_machine import FOUND, replay, run
 
 from gmp_kernels import scheduler
-from gmp_kernels.enforcement import Enforcement
-from gmp_kernels.progress import Progress, StepCount
-from gmp_kernels.watch import Watch
-from gmp_kernels.zeroing import zero_all_where_pruned_
+from gmp_kernels.pruner.enforcement import Enforcement
+from gmp_kernels.pruner.progress import Progress, StepCount
+from gmp_kernels.pruner.watch import Watch
+from gmp_kernels.pruner.zeroing import zero_all_where_pruned_
 
 pytestmark = pytest.mark.filterwarnings("ignore::gmp_kernels.errors.GMPWarning")
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from gmp_kernels.names import named_buffers, named_modules, named_parameters, plain_name
+from gmp_kernels.model.names import named_buffers, named_modules, named_parameters, plain_name
 
 
 class Net(nn.Module):

@@ -25,7 +25,7 @@ from torch import nn
 
 from gmp_kernels import BitMask, optim
 from gmp_kernels.errors import DTypeError, LayoutError, ShapeError
-from gmp_kernels.testing import assert_bitwise_equal
+from gmp_kernels.tools.testing import assert_bitwise_equal
 
 
 def columns_first(params, optimizer):

@@ -30,7 +30,7 @@ from torch import nn
 from gmp_kernels import BitMask, GMPScheduler, optim, schedules
 from gmp_kernels.errors import CaptureError, DTypeError, LayoutError, ShapeError, StateError
 from gmp_kernels.optim.compact import CompactState, layout_of
-from gmp_kernels.testing import assert_bitwise_equal
+from gmp_kernels.tools.testing import assert_bitwise_equal
 
 SHAPE = (24, 33)
 BAD: dict[str, Callable[[torch.Tensor], Any]] = {

@@ -19,9 +19,9 @@ from optim_cases import LAYOUTS, clones, masked, parameters, random_gradients, r
 from optim_cases import one_thread as one_thread
 
 from gmp_kernels.backends import cpu
-from gmp_kernels.backends._at_once import at_once
+from gmp_kernels.backends.at_once import at_once
 from gmp_kernels.optim import masking
-from gmp_kernels.testing import assert_bitwise_equal
+from gmp_kernels.tools.testing import assert_bitwise_equal
 
 SHAPES = [(6, 7), (5,), (0,)]
 STRIDE = 41  # instructions between two interrupts that are tried

@@ -24,7 +24,7 @@ from optim_cases import one_thread as one_thread
 
 from gmp_kernels.errors import StateError
 from gmp_kernels.optim.compact import CompactState
-from gmp_kernels.testing import assert_bitwise_equal
+from gmp_kernels.tools.testing import assert_bitwise_equal
 
 
 @LAYOUTS

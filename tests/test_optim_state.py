@@ -33,7 +33,7 @@ from gmp_kernels import BitMask, optim
 from gmp_kernels.errors import DTypeError, LayoutError, ShapeError, StateError, TargetError
 from gmp_kernels.optim import clip_grad_norm_, ema_update_
 from gmp_kernels.optim.compact import layout_of
-from gmp_kernels.testing import assert_bitwise_equal
+from gmp_kernels.tools.testing import assert_bitwise_equal
 
 RULES = pytest.mark.parametrize("case", ["sgd", "nesterov", "adamw_amsgrad"])
 

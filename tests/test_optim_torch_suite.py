@@ -40,7 +40,7 @@ from torch import nn
 
 from gmp_kernels import BitMask, optim
 from gmp_kernels.errors import DTypeError, LayoutError
-from gmp_kernels.testing import assert_bitwise_equal
+from gmp_kernels.tools.testing import assert_bitwise_equal
 
 # For tests of its own, torch's module asks for a package that has nothing to do with optimizers.
 sys.modules.setdefault("expecttest", types.ModuleType("expecttest")).__dict__.setdefault("TestCase", unittest.TestCase)

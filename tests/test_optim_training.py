@@ -34,7 +34,7 @@ from torch import nn
 
 import gmp_kernels
 from gmp_kernels import GMPScheduler, schedules
-from gmp_kernels.testing import GuardedCopy, assert_bitwise_equal, device_of
+from gmp_kernels.tools.testing import GuardedCopy, assert_bitwise_equal, device_of
 
 SHAPES = [(24, 33), (7,), (65, 9)]
 PRUNE_AT = {10: 0.05, 40: 0.5, 90: 0.9, 140: 0.97}

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gmp_kernels import BitMask, Threshold, magnitude_threshold, prune_
-from gmp_kernels.testing import DTYPES, adversarial_cases
+from gmp_kernels.tools.testing import DTYPES, adversarial_cases
 
 CASE_NAMES = list(adversarial_cases(1, torch.float32))
 

@@ -12,9 +12,9 @@ from conftest import needs_simt
 from optim_cases import parameters, random_gradients, set_gradients
 
 from gmp_kernels import BitMask, DeviceError, prune_
-from gmp_kernels.backends import _tables
+from gmp_kernels.backends import uploads
 from gmp_kernels.optim import AdamW
-from gmp_kernels.testing import assert_bitwise_equal
+from gmp_kernels.tools.testing import assert_bitwise_equal
 
 pytestmark = needs_simt
 NO_MEMORY = torch.OutOfMemoryError("CUDA out of memory")
@@ -68,7 +68,7 @@ def test_a_step_that_there_is_no_memory_for_leaves_the_weights(monkeypatch: pyte
     params = parameters([(300,)])
     set_gradients(params, random_gradients(params, 0), {})
     before = params[0].detach().clone()
-    monkeypatch.setattr(_tables, "put", fail)
+    monkeypatch.setattr(uploads, "put", fail)
     with pytest.raises(DeviceError, match="no memory left on cpu"):
         AdamW(params, backend="simt").step()
     assert_bitwise_equal(params[0].detach(), before)

@@ -13,7 +13,7 @@ from tree_building import bare, schedule, tensors_of
 from gmp_kernels import BitMask, GMPScheduler, optim, schedules
 from gmp_kernels.checkpoints.targets import select_tensors
 from gmp_kernels.errors import TargetError
-from gmp_kernels.targets import ParameterIndex
+from gmp_kernels.model.targets import ParameterIndex
 
 PARAMETRIZED = {
     "weight_norm": (parametrizations.weight_norm, "0.parametrizations.weight.original1"),

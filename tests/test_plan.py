@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from gmp_kernels.errors import ScheduleError
-from gmp_kernels.plan import PRESETS, Plan, Preset, Row, plan_rows, resnet50_layers
 from gmp_kernels.stages import Stages
+from gmp_kernels.tools.plan import PRESETS, Plan, Preset, Row, plan_rows, resnet50_layers
 
 
 @pytest.fixture(scope="module")

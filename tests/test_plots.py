@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from matplotlib.figure import Figure
 
-from gmp_kernels import ShapeError, Stages, plots
+from gmp_kernels import ShapeError, Stages
+from gmp_kernels.tools import plots
 
 STEPS = list(range(0, 61, 5))
 STAGES = Stages(1, 3, 2, steps_per_epoch=10)
@@ -125,7 +126,7 @@ def test_drawing_neither_imports_pyplot_nor_chooses_a_backend(tmp_path: Path) ->
 import sys, matplotlib
 before = dict.__getitem__(matplotlib.rcParams, "backend")
 from pathlib import Path
-from gmp_kernels.plots import plot_sparsity
+from gmp_kernels.tools.plots import plot_sparsity
 plot_sparsity(Path({str(tmp_path / "a.png")!r}), [0, 1], {{"a": [0.0, 0.5]}}, "")
 assert "matplotlib.pyplot" not in sys.modules
 assert dict.__getitem__(matplotlib.rcParams, "backend") is before

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from gmp_kernels import GMPScheduler, optim, schedules
-from gmp_kernels.progress import Progress, StepCount
+from gmp_kernels.pruner.progress import Progress, StepCount
 
 EVERY_THIRD = schedules.Linear(0.1, 0.9, 0, 9, frequency=3)
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from gmp_kernels import BitMask, LayoutError, prune_
 from gmp_kernels.ops import NonFinite, Scope, begin_prune
-from gmp_kernels.testing import DTYPES, adversarial_cases, assert_bitwise_equal
+from gmp_kernels.tools.testing import DTYPES, adversarial_cases, assert_bitwise_equal
 
 FINITE_CASES = sorted(set(adversarial_cases(1, torch.float32)) - {"any_bits"})
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gmp_kernels import BitMask, Threshold, magnitude_threshold
-from gmp_kernels.testing import DTYPES, adversarial_cases, assert_same_pruning, device_of
+from gmp_kernels.tools.testing import DTYPES, adversarial_cases, assert_same_pruning, device_of
 
 CASE_NAMES = list(adversarial_cases(1, torch.float32))
 # One below, at and one above: a byte of the mask, 8/16/32 lanes, the smallest sample (1024), a chunk (16384).

@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gmp_kernels.backends import Bracket, Census, Implementation, Layer, Selection, Threshold, choose
-from gmp_kernels.keys import key_of, keys_of, largest_key, magnitude_of
+from gmp_kernels.backends.keys import key_of, keys_of, largest_key, magnitude_of
 from gmp_kernels.masks import BitMask
-from gmp_kernels.selection import Counted, Cut, cut_indices, divide_ties, find_cuts, near, piece
-from gmp_kernels.testing import DTYPES, adversarial_cases, device_of
+from gmp_kernels.search.cutoffs import Counted, Cut, cut_indices, divide_ties, find_cuts, near, piece
+from gmp_kernels.tools.testing import DTYPES, adversarial_cases, device_of
 
 CPU = torch.device("cpu")
 N = 40_003

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gmp_kernels.distributed.placement import Holding, Region
 from gmp_kernels.errors import LayoutError
-from gmp_kernels.sharding import Holding, Region
 
 
 @st.composite

@@ -18,20 +18,13 @@ from conftest import simt_extension
 from optim_cases import assert_same_run, masked, parameters, random_gradients, random_masks, set_gradients
 from subprocesses import ROOT
 
-from gmp_kernels import (
-    BitMask,
-    DeviceError,
-    NonFiniteError,
-    StateError,
-    magnitude_threshold,
-    prune_,
-)
-from gmp_kernels.backends import Bracket, Layer, StateMove, _tables, choose, cuda
-from gmp_kernels.backends._selection_tables import SelectionTables, Template
-from gmp_kernels.backends._tables import put
-from gmp_kernels.keys import key_of, largest_key
+from gmp_kernels import BitMask, DeviceError, NonFiniteError, StateError, magnitude_threshold, prune_
+from gmp_kernels.backends import Bracket, Layer, StateMove, choose, cuda
+from gmp_kernels.backends.cuda.selection_tables import SelectionTables, Template
+from gmp_kernels.backends.keys import key_of, largest_key
+from gmp_kernels.backends.uploads import put
 from gmp_kernels.optim import AdamW
-from gmp_kernels.testing import DTYPES, adversarial_cases, assert_bitwise_equal, assert_same_pruning, device_of
+from gmp_kernels.tools.testing import DTYPES, adversarial_cases, assert_bitwise_equal, assert_same_pruning, device_of
 
 _simt = simt_extension()
 SIMT = ROOT / "csrc/simt"
@@ -266,7 +259,7 @@ def test_chunk_offsets_of_many_masks_come_in_one_call() -> None:
 def test_constants_as_arguments_or_from_a_table_give_the_same_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     most = _simt.MAX_ARGUMENT_CONSTANTS
     uploads = []
-    monkeypatch.setattr(_tables, "put", lambda *args: uploads.append(args) or put(*args))
+    monkeypatch.setattr(uploads, "put", lambda *args: uploads.append(args) or put(*args))
     for groups in (1, most, most + 1):
         runs = []
         for backend in ("simt", "cpu"):
@@ -323,7 +316,7 @@ def test_numbers_kept_on_the_device_give_the_same_steps(case: str) -> None:
 
 def test_tables_are_uploaded_only_when_they_change(monkeypatch: pytest.MonkeyPatch) -> None:
     uploads = []
-    monkeypatch.setattr(_tables, "put", lambda *args: uploads.append(args) or put(*args))
+    monkeypatch.setattr(uploads, "put", lambda *args: uploads.append(args) or put(*args))
     params = parameters([(300,), (20_000,)])
     optimizer = AdamW(params, backend="simt", capturable=True)
     set_gradients(params, random_gradients(params, 0), {})

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from gmp_kernels.errors import DTypeError, TargetError
-from gmp_kernels.targets import ParameterIndex
+from gmp_kernels.model.targets import ParameterIndex
 
 
 class Block(nn.Module):

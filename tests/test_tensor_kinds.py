@@ -24,9 +24,9 @@ from gmp_kernels import (
     magnitude_threshold,
     prune_,
 )
-from gmp_kernels.backends._layouts import layouts_of
+from gmp_kernels.backends.layouts import layouts_of
 from gmp_kernels.optim import ema_update_
-from gmp_kernels.testing import assert_bitwise_equal
+from gmp_kernels.tools.testing import assert_bitwise_equal
 
 N = 64
 

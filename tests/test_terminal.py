@@ -14,10 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from gmp_kernels import TargetError, cli
-from gmp_kernels.errors import CheckpointError, NonFiniteError, OutputError
-from gmp_kernels.escaping import printable
-from gmp_kernels.terminal import Table, say
+from gmp_kernels import TargetError
+from gmp_kernels.errors import CheckpointError, NonFiniteError, OutputError, printable
+from gmp_kernels.tools.cli import main as cli
+from gmp_kernels.tools.cli.terminal import Table, say
 
 EVIL = "a\x1b[2J\x1b]0;owned\x07\r\x9b31m\u202egnp.\u2028\u2066\x00\x7f\udcff.weight"
 SHOWN = r"a\x1b[2J\x1b]0;owned\x07\r\x9b31m\u202egnp.\u2028\u2066\x00\x7f\udcff.weight"

@@ -9,8 +9,8 @@ import torch
 from conftest import needs_simt
 
 from gmp_kernels import BitMask, Threshold, checks
-from gmp_kernels.backends import _selection_tables
-from gmp_kernels.testing import adversarial_cases, assert_same_pruning
+from gmp_kernels.backends.cuda import selection_tables
+from gmp_kernels.tools.testing import adversarial_cases, assert_same_pruning
 
 pytestmark = needs_simt
 
@@ -53,7 +53,7 @@ def test_what_apply_skips_follows_the_bracket(monkeypatch: pytest.MonkeyPatch, h
         request = {"masks": masks, "backend": "simt", "scope": scope, "previous": hints}
         for room in (None, 900_000, 1_000):
             if room is not None:
-                monkeypatch.setattr(_selection_tables, "MEMORY_BYTES", room)
+                monkeypatch.setattr(selection_tables, "MEMORY_BYTES", room)
             checks.forget()  # or a template made for another room would be used
             num_prune = counts[0] if scope == "global" else counts
             assert_same_pruning(layers, num_prune=num_prune, **request)

@@ -12,7 +12,7 @@ import torch
 from conftest import simt_extension
 
 from gmp_kernels import BitMask, apply_masks_
-from gmp_kernels.backends import _tables
+from gmp_kernels.backends import uploads
 
 _simt = simt_extension()
 
@@ -27,7 +27,7 @@ def test_numbers_are_put_into_tables_of_any_size(monkeypatch: pytest.MonkeyPatch
     for size in (1, 255, 480, 481, 1000, most, most + 1):
         numbers = np.random.default_rng(size).integers(-(1 << 63), (1 << 63) - 1, size)
         table = torch.zeros(size + 1, dtype=torch.int64)
-        _tables.put(runtime, launch, numbers, table)
+        uploads.put(runtime, launch, numbers, table)
         found = np.empty(size + 1, np.int64)
         _simt.fetch(launch, table.data_ptr(), found)
         assert np.array_equal(found[:-1], numbers) and found[-1] == 0

@@ -18,12 +18,14 @@ from subprocesses import run_python
 
 import gmp_kernels
 from gmp_kernels import checks, prune_
-from gmp_kernels.backends import Bracket, Layer, _triton_kernels, _triton_search, choose
-from gmp_kernels.backends._interpreter import _fma
+from gmp_kernels.backends import Bracket, Layer, choose
+from gmp_kernels.backends.keys import key_of, largest_key
 from gmp_kernels.backends.triton import Triton
-from gmp_kernels.keys import key_of, largest_key
+from gmp_kernels.backends.triton import kernels as triton_kernels
+from gmp_kernels.backends.triton import search as triton_search
+from gmp_kernels.backends.triton.interpreter import _fma
 from gmp_kernels.optim import clip_grad_norm_, ema_update_
-from gmp_kernels.testing import DTYPES, GuardedCopy, adversarial_cases, assert_same_pruning, device_of
+from gmp_kernels.tools.testing import DTYPES, GuardedCopy, adversarial_cases, assert_same_pruning, device_of
 
 DEVICE = device_of("triton")
 COMPILE = Path(__file__).with_name("triton_compile.py")
@@ -97,7 +99,7 @@ def test_every_launch_compiles_for_real_gpus_and_fits_their_registers(
 ) -> None:
     """The interpreter takes programs that no compiler does."""
     names = {name for name, *_ in launches}
-    assert names == set(_triton_kernels.__all__) - {"FLOATS", "INTEGERS"}
+    assert names == set(triton_kernels.__all__) - {"FLOATS", "INTEGERS"}
     launches = launches[::every]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
@@ -127,7 +129,7 @@ def test_a_selection_is_exact_whatever_hinders_it(
     monkeypatch: pytest.MonkeyPatch, hindrance: str, dtype: torch.dtype, scope: str
 ) -> None:
     checks.forget()  # or parts laid out without the hindrance may be used, of tensors at the same addresses
-    launch, part_of = Triton._launch, _triton_search._part
+    launch, part_of = Triton._launch, triton_search._part
     one = key_of(1.0, dtype)
     wrong = {"bracket_below": (0, 3), "bracket_above": (one * 2, largest_key(dtype)), "bracket_empty": (one, one - 1)}
     passes = []
@@ -139,18 +141,18 @@ def test_a_selection_is_exact_whatever_hinders_it(
         passes.append(name)
         if name == "begin" and hindrance in wrong:
             state, groups = args[3], args[4]
-            fields = state[_triton_search.HEADER :][: 3 * groups].view(3, groups)
+            fields = state[triton_search.HEADER :][: 3 * groups].view(3, groups)
             lo, hi = wrong[hindrance]
             for row, value in zip(fields, (lo, hi, Bracket(lo, hi).shift(2048)), strict=True):
                 row.fill_(value)
 
-    def part(*args: Any) -> _triton_search.Part:
+    def part(*args: Any) -> triton_search.Part:
         made = part_of(*args)
         changes = {"no_lists": {"capacity": 0}, "short_lists": {"capacity": 3}, "few_bins": {"bin_bits": 4}}
         return made._replace(**(changes | {"one_bin_bit": {"bin_bits": 1}}).get(hindrance, {}))
 
     monkeypatch.setattr(Triton, "_launch", launching)
-    monkeypatch.setattr(_triton_search, "_part", part)
+    monkeypatch.setattr(triton_search, "_part", part)
     names = ("small_integers", "random") if hindrance != "one_bin_bit" else ("small_integers",)
     for name in names:
         sizes = (70_000, 5, 20_000) if name == "small_integers" else (20_000, 300)

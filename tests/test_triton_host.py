@@ -12,23 +12,15 @@ import torch
 from optim_cases import parameters
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gmp_kernels import BitMask, CaptureError, Threshold, apply_masks_, capture, prune_
-from gmp_kernels.backends import (
-    Bracket,
-    Constants,
-    Layer,
-    UpdateBatch,
-    UpdateTensor,
-    _triton_search,
-    _triton_steps,
-    _triton_tables,
-    choose,
-    triton,
-)
-from gmp_kernels.backends._triton_search import MEMORY_BYTES, MEMORY_SHARE
+from gmp_kernels import BitMask, CaptureError, Threshold, apply_masks_, prune_
+from gmp_kernels.backends import Bracket, Constants, Layer, UpdateBatch, UpdateTensor, capture, choose, triton
 from gmp_kernels.backends.triton import Triton
+from gmp_kernels.backends.triton import search as triton_search
+from gmp_kernels.backends.triton import steps as triton_steps
+from gmp_kernels.backends.triton import tables as triton_tables
+from gmp_kernels.backends.triton.search import MEMORY_BYTES, MEMORY_SHARE
 from gmp_kernels.optim import AdamW, clip_grad_norm_, ema_update_
-from gmp_kernels.testing import DTYPES, assert_bitwise_equal, device_of
+from gmp_kernels.tools.testing import DTYPES, assert_bitwise_equal, device_of
 
 DEVICE = device_of("triton")
 
@@ -115,13 +107,13 @@ def _unwatched() -> Iterator[None]:
 
 def test_numbers_go_to_the_device_by_uploads_alone(idle: Triton, monkeypatch: pytest.MonkeyPatch) -> None:
     """A copy from memory that is not pinned waits for the device, and a graph cannot hold it."""
-    upload = _triton_tables.upload
+    upload = triton_tables.upload
 
     def unwatched(*args: Any) -> torch.Tensor:
         with _unwatched():
             return upload(*args)
 
-    for module in (triton, _triton_tables, _triton_steps, _triton_search):
+    for module in (triton, triton_tables, triton_steps, triton_search):
         monkeypatch.setattr(module, "upload", unwatched)
     layers = layers_of(100, 3) + layers_of(50, dtype=torch.bfloat16)
     on_device = [("skip", 0, 2, torch.zeros((), dtype=torch.float64, device=DEVICE))]
@@ -220,9 +212,9 @@ def test_squares_are_summed_to_a_tensor_on_the_device() -> None:
 def test_a_selection_stays_within_its_memory(
     idle: Triton, monkeypatch: pytest.MonkeyPatch, sizes: list[int], dtypes: tuple[torch.dtype, ...]
 ) -> None:
-    monkeypatch.setattr(_triton_tables, "BLOCK", 2048)  # as on a GPU, where chunks are many
-    monkeypatch.setattr(_triton_search, "BLOCK", 2048)
-    monkeypatch.setattr(_triton_search, "MAX_CAPACITY", 128)
+    monkeypatch.setattr(triton_tables, "BLOCK", 2048)  # as on a GPU, where chunks are many
+    monkeypatch.setattr(triton_search, "BLOCK", 2048)
+    monkeypatch.setattr(triton_search, "MAX_CAPACITY", 128)
     layers = [layer for i, n in enumerate(sizes) for layer in layers_of(n, dtype=dtypes[i % len(dtypes)])]
     for scope in (len(sizes), 1) if len(dtypes) == 1 else (len(sizes),):
         with Operations() as operations:

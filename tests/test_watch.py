@@ -10,11 +10,12 @@ import torch
 from held_runs import EVERY_OPTIMIZER, OPTIMIZERS, assert_held, start, train
 from torch import nn
 
-from gmp_kernels import GMPScheduler, enforcement, schedules
+from gmp_kernels import GMPScheduler, schedules
 from gmp_kernels.errors import GMPWarning
 from gmp_kernels.masks import BitMask
-from gmp_kernels.targets import Place
-from gmp_kernels.watch import SLICE, Watch, _sample_of, compare
+from gmp_kernels.model.targets import Place
+from gmp_kernels.pruner import enforcement
+from gmp_kernels.pruner.watch import SLICE, Watch, _sample_of, compare
 
 
 @EVERY_OPTIMIZER

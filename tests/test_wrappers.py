@@ -12,7 +12,7 @@ from torch import nn
 
 from gmp_kernels import GMPScheduler, optim, schedules
 from gmp_kernels.errors import GMPWarning, TargetError
-from gmp_kernels.wrappers import optimizer_chain
+from gmp_kernels.model.wrappers import optimizer_chain
 
 INNER: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "torch": lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9),

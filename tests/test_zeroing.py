@@ -12,9 +12,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from wrapper_tensors import Codes
 
-from gmp_kernels import BitMask, zeroing
-from gmp_kernels.testing import device_of
-from gmp_kernels.zeroing import zero_where_pruned_
+from gmp_kernels import BitMask
+from gmp_kernels.pruner import zeroing
+from gmp_kernels.pruner.zeroing import zero_where_pruned_
+from gmp_kernels.tools.testing import device_of
 
 SHAPE = (6, 5, 3, 7)
 

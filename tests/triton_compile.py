@@ -20,9 +20,9 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import MockTensor
 
-from gmp_kernels.backends import _triton_kernels
-from gmp_kernels.backends._triton_tables import BLOCK
 from gmp_kernels.backends.triton import SAMPLED_EIGHTS, options_of
+from gmp_kernels.backends.triton import kernels as triton_kernels
+from gmp_kernels.backends.triton.tables import BLOCK
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -62,7 +62,7 @@ if __name__ == "__main__":
         SimpleNamespace(**{name: lambda *_, value=value: value for name, value in current.items()})
     )
     for name, arguments, constants in json.load(sys.stdin):
-        kernel = getattr(_triton_kernels, name)
+        kernel = getattr(triton_kernels, name)
         options = {key: constant(key, value) for key, value in constants.items()}
         compiled = kernel.warmup(*map(argument, arguments), grid=(1,), **options, **options_of(name))
         print(json.dumps([name, constants, resources(compiled.asm)]), flush=True)

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 import torch
 
-from gmp_kernels.bench_gpu import gpu_cases
-from gmp_kernels.measurement import Failure, measure_all
+from gmp_kernels.tools.bench.gpu import gpu_cases
+from gmp_kernels.tools.bench.measurement import Failure, measure_all
 from gpu_stages.facts import tell
 
 

@@ -17,7 +17,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from gmp_kernels.measurement import Timed
+from gmp_kernels.tools.bench.measurement import Timed
 from gpu_stages.facts import tell
 from gpu_stages.work import Work
 

@@ -20,7 +20,7 @@ from torch import nn
 
 from gmp_kernels import BitMask, apply_masks_, magnitude_threshold, optim, prune_
 from gmp_kernels.errors import GMPError
-from gmp_kernels.testing import assert_bitwise_equal
+from gmp_kernels.tools.testing import assert_bitwise_equal
 from gpu_stages.facts import tell
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from gmp_kernels import BitMask, optim, prune_
-from gmp_kernels.bench_gpu import llama_8b_sizes, resnet50_sizes
-from gmp_kernels.measurement import Timed
+from gmp_kernels.tools.bench.gpu import llama_8b_sizes, resnet50_sizes
+from gmp_kernels.tools.bench.measurement import Timed
 
 LARGE = 1 << 28
 FEWER = 256  # times the weights of Llama 8B: of its tensors the number counts here

@@ -5,8 +5,8 @@
 #include <vector>
 
 #include "chunks.h"
-#include "dtypes.h"
 #include "kernels.h"
+#include "order/dtypes.h"
 #include "select.h"
 
 namespace gmp::cpu {

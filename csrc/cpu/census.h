@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "dtypes.h"
+#include "order/dtypes.h"
 #include "select.h"
 
 namespace gmp::cpu {

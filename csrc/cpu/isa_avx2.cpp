@@ -3,7 +3,7 @@
 #include <immintrin.h>
 
 #include "kernels.h"
-#include "magnitude_key.h"
+#include "order/magnitude_key.h"
 
 namespace gmp::cpu {
 namespace {

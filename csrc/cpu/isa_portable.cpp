@@ -1,6 +1,6 @@
 // Plain C++, for every CPU: compilers turn the small inner loops into whatever vectors there are.
 #include "kernels.h"
-#include "magnitude_key.h"
+#include "order/magnitude_key.h"
 
 namespace gmp::cpu {
 namespace {

@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "dtypes.h"
+#include "order/dtypes.h"
 #include "update.h"
 
 namespace gmp::cpu {

@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "magnitude_key.h"
+#include "order/magnitude_key.h"
 #include "select.h"
 
 namespace gmp::cpu {

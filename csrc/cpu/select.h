@@ -5,7 +5,7 @@
 #include <optional>
 #include <vector>
 
-#include "dtypes.h"
+#include "order/dtypes.h"
 
 namespace gmp::cpu {
 

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "../update_constants.h"
+#include "optim/rules.h"
 
 namespace gmp::cpu {
 

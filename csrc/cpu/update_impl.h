@@ -83,7 +83,7 @@ inline Vec<T> zero_unless(uint64_t bits, Vec<T> v) {
 }
 
 #define GMP_RULE_INLINE inline
-#include "../update_rule.h"
+#include "optim/update_rule.h"
 #undef GMP_RULE_INLINE
 
 // The arrays of a run, at one of its weights. How many of them there are is known to the compiler, so that no block

@@ -6,8 +6,8 @@
 #include <cstring>
 #include <stdexcept>
 
-#include "../names.h"
 #include "launchers.h"
+#include "names.h"
 #include "transfers.h"
 
 #if defined(GMP_SIMT)

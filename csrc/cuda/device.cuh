@@ -4,7 +4,7 @@
 // load8 and store8, which the host execution layer counts.
 #pragma once
 
-#include "../magnitude_key.h"
+#include "order/magnitude_key.h"
 #include "tables.h"
 
 #if !defined(__CUDACC__)

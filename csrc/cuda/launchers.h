@@ -4,8 +4,8 @@
 #include <cstdint>
 #include <string>
 
-#include "../dtypes.h"
-#include "../update_constants.h"
+#include "optim/rules.h"
+#include "order/dtypes.h"
 #include "tables.h"
 
 namespace gmp::cuda {

@@ -1,8 +1,8 @@
 // What walks over optimizer state and gradients besides the step itself.
 #pragma once
 
-#include "../dtypes.h"
 #include "formats.cuh"
+#include "order/dtypes.h"
 
 namespace gmp::cuda::kernels {
 

@@ -4,7 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "../update_constants.h"
+#include "optim/rules.h"
 
 namespace gmp::cuda {
 
@@ -58,7 +58,7 @@ struct Workspace {
   uint64_t nonfinite;  // int64_t, set once there is an unpruned NaN or Inf in any layer
 };
 
-// A layer that is counted against a bracket of the caller's (see Census in backends/__init__.py).
+// A layer that is counted against a bracket of the caller's (see Census in backends/types.py).
 struct CensusRow {
   uint64_t weights, mask;
   int64_t n, first_chunk;

@@ -7,8 +7,8 @@
 // compact state is read and written in a row.
 #pragma once
 
-#include "../update_constants.h"
 #include "formats.cuh"
+#include "optim/rules.h"
 
 namespace gmp::cuda::kernels {
 
@@ -25,7 +25,7 @@ inline double square_root(double v) { return __builtin_sqrt(v); }
 #endif
 
 #define GMP_RULE_INLINE __device__ inline
-#include "../update_rule.h"
+#include "optim/update_rule.h"
 #undef GMP_RULE_INLINE
 
 template <Rule kRule>

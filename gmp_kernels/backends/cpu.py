@@ -25,8 +25,10 @@ from gmp_kernels.backends import (
     Written,
     register,
 )
-from gmp_kernels.backends._at_once import at_once
-from gmp_kernels.backends._layers import (
+from gmp_kernels.backends.addresses import by_dtype, dtype_name
+from gmp_kernels.backends.addresses import parts as split
+from gmp_kernels.backends.at_once import at_once
+from gmp_kernels.backends.layers import (
     Columns,
     Layers,
     PruneCounts,
@@ -36,8 +38,6 @@ from gmp_kernels.backends._layers import (
     prepared,
     thresholds_of,
 )
-from gmp_kernels.backends._rows import by_dtype, dtype_name
-from gmp_kernels.backends._rows import parts as split
 
 try:
     from gmp_kernels import _C

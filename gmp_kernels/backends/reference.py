@@ -29,8 +29,8 @@ from gmp_kernels.backends import (
     has_nonfinite,
     register,
 )
-from gmp_kernels.backends._at_once import at_once
-from gmp_kernels.keys import largest_key, magnitude_of
+from gmp_kernels.backends.at_once import at_once
+from gmp_kernels.backends.keys import largest_key, magnitude_of
 
 
 def _magnitude(weight: torch.Tensor) -> np.ndarray:

@@ -14,7 +14,7 @@ from gmp_kernels.checkpoints.files import DTYPES, Shard, TensorInfo
 from gmp_kernels.checkpoints.ranks import Ranks
 from gmp_kernels.checkpoints.stream import Source, Stream
 from gmp_kernels.errors import NonFiniteError
-from gmp_kernels.selection import Counted, divide_ties, find_cuts
+from gmp_kernels.search.cutoffs import Counted, divide_ties, find_cuts
 
 __all__ = ["Counter", "Decision", "Located", "Workspace", "check_finite"]
 

@@ -11,11 +11,11 @@ from typing import Any, Literal, TypeGuard
 
 import torch
 
+from gmp_kernels.backends.keys import keys_of, largest_key, magnitude_of
 from gmp_kernels.checkpoints.files import DTYPES, Checkpoint, Shard, TensorInfo, open_checkpoint
 from gmp_kernels.checkpoints.masks import MASK_SUFFIX, shapes_in
 from gmp_kernels.checkpoints.stream import Source, Stream
 from gmp_kernels.checkpoints.targets import find_tensors
-from gmp_kernels.keys import keys_of, largest_key, magnitude_of
 from gmp_kernels.masks import BitMask
 
 __all__ = ["BINS_PER_OCTAVE", "TensorStatistics", "inspect_checkpoint", "total_of"]

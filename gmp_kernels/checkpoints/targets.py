@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from functools import cached_property
 
 from gmp_kernels.checkpoints.files import DTYPES, TensorInfo
-from gmp_kernels.coverage import IGNORED, NOT_A_TARGET, Coverage, CoveredTensor
 from gmp_kernels.errors import DTypeError, ShapeError, TargetError
-from gmp_kernels.roles import COMPLEX, DEFAULT_RULE, NO_WEIGHTS, QUANTIZED, SMALL, Facts, Roles, effective_name
-from gmp_kernels.targets import reached_by_name
+from gmp_kernels.model.coverage import IGNORED, NOT_A_TARGET, Coverage, CoveredTensor
+from gmp_kernels.model.roles import COMPLEX, DEFAULT_RULE, NO_WEIGHTS, QUANTIZED, SMALL, Facts, Roles, effective_name
+from gmp_kernels.model.targets import reached_by_name
 
 __all__ = ["DEFAULT_RULE", "cover_tensors", "find_tensors", "select_tensors"]
 

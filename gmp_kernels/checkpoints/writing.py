@@ -18,7 +18,7 @@ from gmp_kernels.checkpoints.ranks import Ranks
 from gmp_kernels.checkpoints.stream import Piece, Source, write_whole
 from gmp_kernels.errors import DTypeError
 from gmp_kernels.reports import LayerReport
-from gmp_kernels.selection import cut_indices
+from gmp_kernels.search.cutoffs import cut_indices
 
 __all__ = ["ShardWriter", "Target", "size_of"]
 

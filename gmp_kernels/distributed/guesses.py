@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from gmp_kernels.backends import Bracket, Layer
-from gmp_kernels.keys import bits_of, largest_key
+from gmp_kernels.backends.keys import bits_of, largest_key
 
 __all__ = ["Guess", "Question", "guess"]
 

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from gmp_kernels.backends import Bracket, Census, Layer, Selection, Threshold
-from gmp_kernels.selection import Cut
-from gmp_kernels.sharding import Holding
+from gmp_kernels.distributed.placement import Holding
+from gmp_kernels.search.cutoffs import Cut
 
 __all__ = ["NO_BRACKET", "Piece"]
 

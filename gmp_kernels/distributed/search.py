@@ -8,12 +8,12 @@ import numpy as np
 import torch
 
 from gmp_kernels.backends import Bracket, Implementation, Threshold
+from gmp_kernels.backends.keys import largest_key
 from gmp_kernels.distributed.guesses import Question, guess
 from gmp_kernels.distributed.pieces import NO_BRACKET, Piece
 from gmp_kernels.distributed.ranks import Ranks
 from gmp_kernels.distributed.ties import divide
-from gmp_kernels.keys import largest_key
-from gmp_kernels.selection import Counted, Cut, find_cuts, near
+from gmp_kernels.search.cutoffs import Counted, Cut, find_cuts, near
 
 __all__ = ["Search"]
 

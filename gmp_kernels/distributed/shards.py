@@ -13,12 +13,12 @@ from torch.nn.parallel import DistributedDataParallel
 from gmp_kernels.backends import Bracket, Layer, Threshold, choose
 from gmp_kernels.checks import bump_versions, check_disjoint, check_finite, check_tensors, check_writable
 from gmp_kernels.distributed.pieces import Piece
+from gmp_kernels.distributed.placement import Holding, is_sharded, region_of
 from gmp_kernels.distributed.ranks import Ranks
 from gmp_kernels.distributed.search import Search
 from gmp_kernels.errors import DistributedError, GMPError, LayoutError, StateError
 from gmp_kernels.masks import BitMask
 from gmp_kernels.ops import NonFinite, PruneResult, Scope
-from gmp_kernels.sharding import Holding, is_sharded, region_of
 
 __all__ = ["Shards", "refuse_flattened"]
 

@@ -12,9 +12,9 @@ import torch
 
 from gmp_kernels.backends import Implementation, Layer
 from gmp_kernels.distributed.pieces import Piece
+from gmp_kernels.distributed.placement import Region
 from gmp_kernels.distributed.ranks import Ranks
-from gmp_kernels.selection import Cut, cut_indices, tied, ties_around, window_of_tie
-from gmp_kernels.sharding import Region
+from gmp_kernels.search.cutoffs import Cut, cut_indices, tied, ties_around, window_of_tie
 
 __all__ = ["divide"]
 

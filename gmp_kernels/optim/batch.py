@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from gmp_kernels.backends import UpdateBatch
+from gmp_kernels.distributed.placement import is_sharded
 from gmp_kernels.optim.compact import version_of
 from gmp_kernels.optim.constants import Group, Steps
 from gmp_kernels.optim.counts import StepCounts
 from gmp_kernels.optim.ready import Ready
-from gmp_kernels.sharding import is_sharded
 
 __all__ = ["Batch"]
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
+from gmp_kernels.distributed.placement import local, sharded_like
 from gmp_kernels.errors import StateError
 from gmp_kernels.optim.compact import check_layout, layout_of
 from gmp_kernels.optim.entries import STEP, as_count, check_complete, check_loaded, dense_state, per_weight, state_dtype
 from gmp_kernels.optim.masking import Masking
-from gmp_kernels.sharding import local, sharded_like
 
 __all__ = ["Checkpointed"]
 

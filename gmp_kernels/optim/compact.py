@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from gmp_kernels.backends import Compaction, choose
+from gmp_kernels.distributed.placement import local
 from gmp_kernels.errors import StateError
-from gmp_kernels.sharding import local
 
 __all__ = ["CompactState", "check_layout", "layout_of", "layouts_by", "version_of"]
 

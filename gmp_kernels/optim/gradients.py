@@ -8,12 +8,12 @@ from functools import partial
 import torch
 
 from gmp_kernels.backends import Constants, UpdateBatch, UpdateTensor, choose
-from gmp_kernels.backends._at_once import at_once
+from gmp_kernels.backends.at_once import at_once
 from gmp_kernels.checks import bump_versions, check_tensors, check_writable, may_overlap
+from gmp_kernels.distributed.placement import local_grad, sharding_of, sum_over_shards
 from gmp_kernels.errors import LayoutError, ShapeError, SparsityError
 from gmp_kernels.masks import BitMask
 from gmp_kernels.optim.ready import is_dense
-from gmp_kernels.sharding import local_grad, sharding_of, sum_over_shards
 
 __all__ = ["clip_grad_norm_", "ema_update_"]
 

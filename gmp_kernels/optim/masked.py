@@ -8,8 +8,8 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 
-from gmp_kernels import capture
-from gmp_kernels.backends import Compaction, UpdateTensor, choose
+from gmp_kernels.backends import Compaction, UpdateTensor, capture, choose
+from gmp_kernels.distributed.placement import is_sharded, local, local_grad
 from gmp_kernels.errors import DTypeError, LayoutError
 from gmp_kernels.optim.batch import Batch
 from gmp_kernels.optim.checkpoint import Checkpointed
@@ -17,7 +17,6 @@ from gmp_kernels.optim.compact import CompactState, check_layout, layout_of, lay
 from gmp_kernels.optim.constants import constants_of, is_on_gpu
 from gmp_kernels.optim.entries import MASTER, STEP, as_count, follow, per_weight, state_dtype
 from gmp_kernels.optim.ready import Ready, bits_beside, checked_grad
-from gmp_kernels.sharding import is_sharded, local, local_grad
 
 __all__ = ["MaskedOptimizer"]
 

@@ -16,9 +16,9 @@ from weakref import WeakValueDictionary
 import torch
 from torch.utils.hooks import RemovableHandle
 
-from gmp_kernels import capture
-from gmp_kernels.backends import StateMove, choose
-from gmp_kernels.backends._at_once import at_once
+from gmp_kernels.backends import StateMove, capture, choose
+from gmp_kernels.backends.at_once import at_once
+from gmp_kernels.distributed.placement import local
 from gmp_kernels.errors import DTypeError, LayoutError, ShapeError, TargetError
 from gmp_kernels.masks import BitMask
 from gmp_kernels.ops import apply_masks_
@@ -27,7 +27,6 @@ from gmp_kernels.optim.compact import CompactState, check_layout, layout_of, lay
 from gmp_kernels.optim.entries import MASTER, check_state, dense_state, per_weight
 from gmp_kernels.optim.graphs import Graphs
 from gmp_kernels.optim.ready import Ready
-from gmp_kernels.sharding import local
 
 __all__ = ["Masking"]
 

@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import gmp_kernels as gmp
 from gmp_kernels.distributed.ranks import Ranks
-from gmp_kernels.testing import assert_bitwise_equal
+from gmp_kernels.tools.testing import assert_bitwise_equal
 
 EVERY_STEP = gmp.schedules.Linear(0.1, 0.9, begin_step=0, end_step=8)
 

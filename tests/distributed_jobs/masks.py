@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
 from gmp_kernels import BitMask, GMPScheduler, schedules
-from gmp_kernels.testing import DTYPES, adversarial_cases, assert_bitwise_equal
+from gmp_kernels.tools.testing import DTYPES, adversarial_cases, assert_bitwise_equal
 
 BACKENDS = ("reference", "simt")
 

@@ -22,7 +22,7 @@ from torch.distributed.fsdp import fully_shard
 from training import OPTIMIZERS, STEPS, WAYS, local, network, piece_of
 
 import gmp_kernels as gmp
-from gmp_kernels.testing import assert_bitwise_equal
+from gmp_kernels.tools.testing import assert_bitwise_equal
 
 STOP = 7
 # Update steps as keys, and layers of their own: what a checkpoint has to bring back as it was.

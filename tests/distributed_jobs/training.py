@@ -19,8 +19,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 
 import gmp_kernels as gmp
-from gmp_kernels.names import named_parameters
-from gmp_kernels.testing import assert_bitwise_equal
+from gmp_kernels.model.names import named_parameters
+from gmp_kernels.tools.testing import assert_bitwise_equal
 
 STEPS = 12
 SCHEDULE = gmp.schedules.Cubic(0.2, 0.9, begin_step=2, end_step=9, frequency=3)

@@ -9,7 +9,7 @@ import torch
 from conftest import KERNELS
 from optim_cases import masked, parameters, random_gradients, random_masks, set_gradients
 
-from gmp_kernels.testing import device_of
+from gmp_kernels.tools.testing import device_of
 
 GPU = device_of("cuda")
 # Where none was asked for, "cuda" fails with the reason why it cannot run.

@@ -13,7 +13,7 @@ from subprocesses import run_python
 
 from gmp_kernels import BitMask, prune_
 from gmp_kernels.errors import DeviceError, LayoutError
-from gmp_kernels.testing import DTYPES, adversarial_cases, assert_same_pruning
+from gmp_kernels.tools.testing import DTYPES, adversarial_cases, assert_same_pruning
 
 OTHER_DEVICES = ["cpu", *(f"cuda:{i}" for i in range(1, torch.cuda.device_count()))]
 ROOM = 1e6  # bytes, less than the allocator takes of the device at a time

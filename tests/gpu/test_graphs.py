@@ -13,7 +13,7 @@ from optim_cases import assert_zeros_exact, clones, prune_more
 from subprocesses import run_python
 
 from gmp_kernels import errors
-from gmp_kernels.testing import assert_bitwise_equal
+from gmp_kernels.tools.testing import assert_bitwise_equal
 
 # Triton's tables are uploaded from memory that a graph cannot hold.
 CAPTURING = [name for name in ON_GPU if name != "triton"]

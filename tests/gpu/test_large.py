@@ -11,7 +11,7 @@ from on_gpu import GPU, ON_GPU, random_weight
 from torch import nn
 
 from gmp_kernels import BitMask, Threshold, apply_masks_, optim, prune_
-from gmp_kernels.testing import assert_bitwise_equal
+from gmp_kernels.tools.testing import assert_bitwise_equal
 
 N = 2**31 + 5
 # Pieces that are compared with the CPU: the ends, and around where 31 and 32 bits of elements or bytes end.

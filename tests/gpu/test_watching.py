@@ -10,7 +10,7 @@ from torch import nn
 
 import gmp_kernels as gmp
 from gmp_kernels.errors import GMPWarning
-from gmp_kernels.watch import GPU_INTERVAL, compare
+from gmp_kernels.pruner.watch import GPU_INTERVAL, compare
 
 
 @pytest.fixture(params=ON_GPU)

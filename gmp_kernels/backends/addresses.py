@@ -1,0 +1,111 @@
+"""Helpers of backends that hand layers to kernels: names of dtypes, addresses, one call per dtype, GPU errors."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from gmp_kernels.backends import Layer
+from gmp_kernels.errors import DeviceError, LayoutError
+
+__all__ = [
+    "INTEGERS",
+    "address",
+    "array_address",
+    "bits_address",
+    "by_dtype",
+    "dtype_name",
+    "element_address",
+    "on_device",
+    "parts",
+]
+
+# Which hold the bits of a weight, by its bytes.
+INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+# As in csrc/order/dtypes.h.
+_DTYPE_NAMES = {
+    torch.float32: "float32",
+    torch.float64: "float64",
+    torch.float16: "float16",
+    torch.bfloat16: "bfloat16",
+}
+
+
+def address(tensor: torch.Tensor | None) -> int:
+    """Address of the first element; 0 for None."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def array_address(tensor: torch.Tensor | None, numel: int, what: str) -> int:
+    """``address``, and ``element_address``, of a tensor that has to have so many elements.
+
+    Raises
+    ------
+    ValueError
+        It has others: a kernel would walk past its end.
+    """
+    if tensor is not None and tensor.numel() != numel:
+        raise ValueError(f"expected {numel} elements of {what}, got {tensor.numel()}")
+    return element_address(tensor)
+
+
+def bits_address(mask: torch.Tensor | None, numel: int) -> int:
+    """``array_address`` of the packed bits of so many weights."""
+    return array_address(mask, -(-numel // 8), "a mask")
+
+
+def element_address(tensor: torch.Tensor | None) -> int:
+    """``address`` for kernels whose loads have the type of what they load: elsewhere than on its multiples they fail.
+
+    Raises
+    ------
+    LayoutError
+        The tensor begins between two of them, as views of raw bytes can.
+    """
+    if tensor is not None and tensor.data_ptr() % tensor.itemsize:
+        raise LayoutError(
+            f"expected tensors that begin on a multiple of their element size, got a {tensor.dtype} one at address "
+            f"{tensor.data_ptr():#x}; copy it, or use backend 'cpu'"
+        )
+    return address(tensor)
+
+
+def dtype_name(tensor: torch.Tensor) -> str:
+    """Return the name of its dtype in csrc/order/dtypes.h."""
+    return _DTYPE_NAMES[tensor.dtype]
+
+
+def by_dtype(layers: Sequence[Layer]) -> dict[str, list[int]]:
+    """Positions of the layers of each dtype: one call per dtype nearly always means one call."""
+    positions: dict[str, list[int]] = defaultdict(list)
+    for i, layer in enumerate(layers):
+        positions[dtype_name(layer.weight)].append(i)
+    return positions
+
+
+def parts(layers: Sequence[Layer], num_prune: Sequence[float]) -> list[tuple[str, list[int], list[int]]]:
+    """Split a selection by dtype: its name, the positions of its layers and of their entries in ``num_prune``."""
+    is_global = len(num_prune) != len(layers)
+    return [(dtype, positions, [0] if is_global else positions) for dtype, positions in by_dtype(layers).items()]
+
+
+@contextmanager
+def on_device(device: torch.device, what: str) -> Iterator[None]:
+    """Make a GPU current and give its errors a name; the host needs neither."""
+    if device.type == "cpu":
+        yield
+        return
+    try:
+        with torch.cuda.device(device):
+            yield
+    except torch.OutOfMemoryError as error:
+        raise DeviceError(f"{what}: no memory left on {device} for the workspace ({error}); free some") from error
+    except RuntimeError as error:
+        raise DeviceError(
+            f"{what}: {device} reports an error, of this kernel or an earlier one ({error}); run again with "
+            "CUDA_LAUNCH_BLOCKING=1 to see which"
+        ) from error

@@ -1,0 +1,118 @@
+"""The registry of backends, and which one runs a call.
+
+One file or folder per backend, which ends in ``register(...)``. The choice is ``backend=``, then the environment
+variable ``GMP_KERNELS_BACKEND``, then the highest priority whose ``probe`` and ``supports`` pass.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from gmp_kernels.backends.types import Implementation
+from gmp_kernels.errors import BackendUnavailableError
+
+__all__ = ["Backend", "available", "choose", "register"]
+
+logger = logging.getLogger("gmp_kernels")
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One row of the registry.
+
+    Attributes
+    ----------
+    name : str
+    priority : int
+        The highest usable one runs when nobody names one.
+    probe : callable
+        Returns None when usable on this machine, else a sentence saying why not and what to do.
+    supports : callable
+        Returns None when it can take tensors of this device, else a sentence.
+    load : callable
+        Returns the implementation; called once.
+    """
+
+    name: str
+    priority: int
+    probe: Callable[[], str | None]
+    supports: Callable[[torch.device], str | None]
+    load: Callable[[], Implementation]
+
+
+_REGISTRY: dict[str, Backend] = {}
+
+
+def register(backend: Backend) -> None:
+    """Add a backend to the registry."""
+    _REGISTRY[backend.name] = backend
+    _choose.cache_clear()
+
+
+@cache
+def available() -> tuple[Backend, ...]:
+    """Every registered backend, highest priority first; its file or folder beside this one is imported on first use."""
+    for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
+        importlib.import_module(f"{__package__}.{module.name}")
+    return tuple(sorted(_REGISTRY.values(), key=lambda backend: -backend.priority))
+
+
+@cache
+def _probe(backend: Backend) -> str | None:
+    return backend.probe()
+
+
+@cache
+def _load(backend: Backend) -> Implementation:
+    return backend.load()
+
+
+@cache
+def _say_once(message: str) -> None:
+    logger.warning(message)
+
+
+def _why_not(backend: Backend, device: torch.device) -> str | None:
+    return _probe(backend) or backend.supports(device)
+
+
+def choose(name: str | None, device: torch.device) -> Implementation:
+    """Return the implementation that runs tensors of ``device``.
+
+    Raises
+    ------
+    BackendUnavailableError
+        The backend named (by argument or environment) is unknown or cannot run here, or none can.
+    """
+    return _choose(name or os.environ.get("GMP_KERNELS_BACKEND") or None, device)
+
+
+@cache
+def _choose(name: str | None, device: torch.device) -> Implementation:
+    if name is not None:
+        available()
+        if name not in _REGISTRY:
+            raise BackendUnavailableError(f"backend: expected one of {sorted(_REGISTRY)}, got '{name}'")
+        if reason := _why_not(_REGISTRY[name], device):
+            raise BackendUnavailableError(f"backend '{name}' cannot run: {reason}")
+        return _load(_REGISTRY[name])
+    reasons = []
+    for backend in available():
+        if reason := _why_not(backend, device):
+            reasons.append(f"{backend.name}: {reason}")
+            continue
+        # Only a backend made for this device that is missing is worth a word; "cuda" on a CPU tensor is not.
+        missed = [b for b in available() if b.priority > backend.priority and b.supports(device) is None]
+        for other in missed:
+            _say_once(f"using backend '{backend.name}': '{other.name}' cannot run ({_probe(other)})")
+        return _load(backend)
+    raise BackendUnavailableError(f"no backend can run tensors on {device}: " + "; ".join(reasons))

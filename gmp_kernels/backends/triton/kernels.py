@@ -1,0 +1,36 @@
+"""All kernels of backend triton: a table's rows in device memory say where their programs read and write."""
+
+from __future__ import annotations
+
+import torch
+import triton.language as tl
+
+from gmp_kernels.backends.triton.apply import apply, collect
+from gmp_kernels.backends.triton.count import count, count_ties, recount
+from gmp_kernels.backends.triton.select import begin, narrow, place_cuts
+from gmp_kernels.backends.triton.update import count_kept, repack, sum_squares, update
+
+__all__ = [
+    "FLOATS",
+    "INTEGERS",
+    "apply",
+    "begin",
+    "collect",
+    "count",
+    "count_kept",
+    "count_ties",
+    "narrow",
+    "place_cuts",
+    "recount",
+    "repack",
+    "sum_squares",
+    "update",
+]
+
+INTEGERS = {2: tl.int16, 4: tl.int32, 8: tl.int64}
+FLOATS = {
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+}

@@ -1,0 +1,77 @@
+"""Tables in device memory that the Triton kernels read; most steps find those of the last one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import torch
+
+from gmp_kernels.backends.uploads import upload
+
+__all__ = ["BLOCK", "INTERPRETED", "Recent", "Table", "Uploads", "stream_of", "table_of"]
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+# Weights per chunk: as many as registers hold; under the interpreter a program takes milliseconds of whatever size,
+# and the tests' sizes lie around this one.
+BLOCK = 16384 if INTERPRETED else 2048
+FIELDS = 9  # of a table's rows, as in _triton_tiles.py
+
+T = TypeVar("T")
+
+
+class Recent(Generic[T]):
+    """The latest few things made, by what they were made of."""
+
+    def __init__(self, size: int = 8) -> None:
+        self._size = size
+        self._entries: list[tuple[object, T]] = []  # replaced, never changed: other threads may be reading
+
+    def get(self, key: object, make: Callable[[], T]) -> T:
+        """Return what was made of an equal key, or make it."""
+        entries = self._entries
+        for entry in entries:
+            if entry[0] == key:
+                if entry is not entries[0]:
+                    self._entries = [entry, *(other for other in entries if other is not entry)]
+                return entry[1]
+        made = make()
+        self._entries = [(key, made), *entries[: self._size - 1]]
+        return made
+
+
+def stream_of(device: torch.device) -> int:
+    """Identify the stream that uploads run on: another one would have to wait for them."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
+class Uploads:
+    """Columns of numbers on the device, uploaded only when they change. They are never written."""
+
+    def __init__(self) -> None:
+        self._recent: Recent[torch.Tensor] = Recent(16)
+
+    def at(self, values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """Return these values on the device."""
+        key = (dtype, device, stream_of(device), values)
+        return self._recent.get(key, lambda: upload(values, dtype, device))
+
+
+class Table(NamedTuple):
+    """Rows in device memory, and whose row each chunk is; chunks of all rows are numbered through."""
+
+    rows: torch.Tensor
+    owners: torch.Tensor
+    num_chunks: int
+
+
+def table_of(sizes: Sequence[int], fields: Sequence[Sequence[int]], device: torch.device) -> Table:
+    """Upload the table of tensors of these sizes, with what its rows hold behind them and their first chunks."""
+    rows, chunks, total = [], [], 0
+    for n, given in zip(sizes, fields, strict=True):
+        rows.append([n, total, *given, *[0] * (FIELDS - 2 - len(given))])
+        chunks.append(-(-n // BLOCK))
+        total += chunks[-1]
+    counts = upload(chunks, torch.int32, device)
+    return Table(upload(rows, torch.int64, device), torch.repeat_interleave(counts, output_size=total), total)

@@ -1,0 +1,107 @@
+"""Tiles that every Triton kernel is made of: whose a chunk is, its weights, their mask bits and keys.
+
+A tile is one chunk of BLOCK weights of one tensor, as rows of eight whose mask bits are one byte.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# Fields of a table's rows, eight-byte integers: of every tensor, of a layer, of an UpdateTensor and of a StateMove.
+N, FIRST, WEIGHTS, MASK = map(tl.constexpr, range(4))
+GROUP, OFFSET = map(tl.constexpr, range(4, 6))
+MASTER, STATE, RANKS = map(tl.constexpr, (4, 5, 8))
+SOURCE, SOURCE_MASK, SOURCE_RANKS, TARGET, TARGET_MASK, TARGET_RANKS = map(tl.constexpr, range(2, 8))
+FIELDS = tl.constexpr(9)
+
+NO_INDEX = tl.constexpr((1 << 63) - 1)
+
+
+@triton.jit
+def row_of(table, owners, chunk, BLOCK: tl.constexpr):
+    """The row that a chunk belongs to, and the flat index of its first weight."""
+    row = table + tl.load(owners + chunk).to(tl.int64) * FIELDS
+    return row, (chunk - tl.load(row + FIRST)) * BLOCK
+
+
+@triton.jit
+def end_of_segment(row, chunk, run, BLOCK: tl.constexpr):
+    """The end of the chunks that are both of this chunk's layer and of its run of ``run`` chunks."""
+    return tl.minimum((chunk // run + 1) * run, tl.load(row + FIRST) + (tl.load(row + N) + BLOCK - 1) // BLOCK)
+
+
+@triton.jit
+def pointer_to(address, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    pointer = address.to(tl.pointer_type(TYPE))
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
+
+
+@triton.jit
+def places(begin, BLOCK: tl.constexpr):
+    """Flat indices in rows of eight."""
+    return (begin + tl.arange(0, BLOCK // 8) * 8)[:, None] + tl.arange(0, 8)[None, :]
+
+
+@triton.jit
+def mask_bytes(address, begin, n, BLOCK: tl.constexpr, FULL: tl.constexpr):
+    """Mask bits of a chunk, a row to the byte; all ones where there is no mask. FULL: the tensor does not end here."""
+    place = begin // 8 + tl.arange(0, BLOCK // 8)
+    if address != 0:
+        pointer = address.to(tl.pointer_type(tl.uint8)) + place
+        bits = (tl.load(pointer) if FULL else tl.load(pointer, mask=place * 8 < n, other=0)).to(tl.int32)
+    else:
+        bits = tl.full([BLOCK // 8], 255, tl.int32)
+    return bits
+
+
+@triton.jit
+def spread(bits, index, n, FULL: tl.constexpr):
+    """Bytes to booleans, one per weight."""
+    flags = (bits[:, None] >> tl.arange(0, 8)[None, :]) & 1 != 0
+    return flags if FULL else flags & (index < n)
+
+
+@triton.jit
+def load_rows(pointer, index, n, rows, FULL: tl.constexpr):
+    """The weights of the rows that are asked for, zeros for the others; in vectors if FULL."""
+    return tl.load(pointer + index, mask=rows[:, None] if FULL else rows[:, None] & (index < n), other=0)
+
+
+@triton.jit
+def store_rows(pointer, index, n, rows, values, FULL: tl.constexpr):
+    tl.store(pointer + index, values, mask=rows[:, None] if FULL else rows[:, None] & (index < n))
+
+
+@triton.jit
+def magnitude_keys(raw, INFINITY: tl.constexpr):
+    """csrc/order/magnitude_key.h: bits without the sign, all NaN being one key; in 32 bits where they fit."""
+    if raw.dtype == tl.int64:
+        keys = raw & 0x7FFFFFFFFFFFFFFF
+    elif raw.dtype == tl.int32:
+        keys = raw & 0x7FFFFFFF
+    else:
+        keys = raw.to(tl.int32) & 0x7FFF
+    return tl.minimum(keys, INFINITY + 1)
+
+
+@triton.jit
+def flags_before(flags, BLOCK: tl.constexpr):
+    """Number of flags set before each, in the order of the weights."""
+    flat = tl.reshape(flags.to(tl.int32), [BLOCK])
+    return tl.reshape(tl.cumsum(flat, 0) - flat, [BLOCK // 8, 8])
+
+
+@triton.jit
+def keys_of_chunk(
+    row, begin, BITS: tl.constexpr, INFINITY: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
+    FULL: tl.constexpr,
+):  # fmt: skip
+    """Keys of a chunk's weights, which of them are kept, and their flat indices."""
+    n = tl.load(row + N)
+    index = places(begin, BLOCK)
+    bits = mask_bytes(tl.load(row + MASK), begin, n, BLOCK, FULL)
+    raw = load_rows(pointer_to(tl.load(row + WEIGHTS), BITS, ALIGNED), index, n, bits != 0, FULL)
+    return magnitude_keys(raw, INFINITY), spread(bits, index, n, FULL), index

@@ -1,0 +1,251 @@
+"""The kernels of the optimizers: the masked step, the gradients' norm, and compact state on its way between layouts."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from gmp_kernels.backends.triton.tiles import (
+    MASK,
+    MASTER,
+    RANKS,
+    SOURCE,
+    SOURCE_MASK,
+    SOURCE_RANKS,
+    STATE,
+    TARGET,
+    TARGET_MASK,
+    TARGET_RANKS,
+    WEIGHTS,
+    N,
+    flags_before,
+    load_rows,
+    mask_bytes,
+    places,
+    pointer_to,
+    row_of,
+    spread,
+    store_rows,
+)
+
+# Fields of a step's constants, in the order of triton.py.
+GRAD_FACTOR, DECAY, WEIGHT_DECAY, LR, MOMENTUM, ONE_MINUS_DAMPENING, NESTEROV, FIRST_STEP = map(tl.constexpr, range(8))
+ONE_MINUS_BETA1, BETA2, ONE_MINUS_BETA2, BIAS_CORRECTION2_SQRT, EPS, STEP_SIZE, SKIP = map(tl.constexpr, range(8, 15))
+NUM_CONSTANTS = tl.constexpr(15)
+
+
+@triton.jit
+def _widen(raw, dtype: tl.constexpr):
+    """Bits of a weight to what is computed with."""
+    if dtype == tl.bfloat16:
+        values = (raw.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    elif dtype == tl.float16:
+        values = raw.to(tl.float16, bitcast=True).to(tl.float32)
+    else:
+        values = raw.to(dtype, bitcast=True)
+    return values
+
+
+@triton.jit
+def _narrow(values, dtype: tl.constexpr):
+    """The way back, rounded to nearest even; of NaN the bits that the CPU's conversions give."""
+    if dtype == tl.bfloat16:
+        wide = values.to(tl.int32, bitcast=True)
+        rounded = (wide + 0x7FFF + ((wide >> 16) & 1)) >> 16
+        bits = tl.where(values != values, 0x7FC0, rounded).to(tl.int16)
+    elif dtype == tl.float16:
+        wide = values.to(tl.int32, bitcast=True)
+        nan = ((wide >> 16) & 0x8000) | 0x7E00 | ((wide >> 13) & 0x3FF)
+        rounded = values.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32)
+        bits = tl.where(values != values, nan, rounded).to(tl.int16)
+    elif dtype == tl.float32:
+        bits = values.to(tl.int32, bitcast=True)
+    else:
+        bits = values.to(tl.int64, bitcast=True)
+    return bits
+
+
+@triton.jit
+def _square_root(values):
+    return tl.sqrt_rn(values) if values.dtype == tl.float32 else tl.sqrt(values)
+
+
+@triton.jit
+def _quotient(a, b):
+    return tl.div_rn(a, b) if a.dtype == tl.float32 else a / b
+
+
+@triton.jit
+def _lerp(start, end, weight):
+    """torch's: from the nearer end, so that weight 1 gives ``end`` exactly."""
+    from_start = weight < 0.5
+    return tl.fma(end - start, tl.where(from_start, weight, weight - 1.0), tl.where(from_start, start, end))
+
+
+@triton.jit
+def _step(w, g, s0, s1, s2, c, RULE: tl.constexpr, STATES: tl.constexpr, T: tl.constexpr):
+    """csrc/optim/update_rule.h in the same order, fused where it fuses; compiled without contraction.
+
+    What depends on a constant is selected: branches in between would keep layouts from being simplified.
+    """
+    if RULE == "average":
+        w = _lerp(w, g, tl.load(c + ONE_MINUS_BETA1).to(T))
+    else:
+        g = g * tl.load(c + GRAD_FACTOR).to(T)
+        w = w * tl.load(c + DECAY).to(T)
+        weight_decay = tl.load(c + WEIGHT_DECAY).to(T)
+        g = tl.where(weight_decay != 0, tl.fma(w, weight_decay, g), g)
+    if RULE == "sgd":
+        if STATES > 0:
+            momentum = tl.load(c + MOMENTUM).to(T)
+            weight = tl.load(c + ONE_MINUS_DAMPENING).to(T)
+            s0 = tl.where(tl.load(c + FIRST_STEP) != 0, g, tl.fma(g, weight, s0 * momentum))
+            g = tl.where(tl.load(c + NESTEROV) != 0, tl.fma(s0, momentum, g), s0)
+        w = tl.fma(g, -tl.load(c + LR).to(T), w)
+    if RULE == "adam":
+        s0 = _lerp(s0, g, tl.load(c + ONE_MINUS_BETA1).to(T))
+        s1 = tl.fma(tl.load(c + ONE_MINUS_BETA2).to(T) * g, g, s1 * tl.load(c + BETA2).to(T))
+        second = s1
+        if STATES > 2:
+            s2 = tl.where((s2 > s1) | (s2 != s2), s2, s1)  # hands a NaN on, from either side
+            second = s2
+        bias = tl.load(c + BIAS_CORRECTION2_SQRT).to(T)
+        denominator = _quotient(_square_root(second), bias) + tl.load(c + EPS).to(T)
+        w = w + _quotient(-tl.load(c + STEP_SIZE).to(T) * s0, denominator)
+    return w, s0, s1, s2
+
+
+@triton.jit
+def _update(
+    row, begin, grads, c,
+    RULE: tl.constexpr, STATES: tl.constexpr, COMPACT: tl.constexpr, HAS_MASTER: tl.constexpr,
+    dtype: tl.constexpr, BITS: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
+    FULL: tl.constexpr,
+):  # fmt: skip
+    n = tl.load(row + N)
+    index = places(begin, BLOCK)
+    bits = mask_bytes(tl.load(row + MASK), begin, n, BLOCK, FULL)
+    kept = spread(bits, index, n, FULL)
+    live = bits != 0
+    g = _widen(load_rows(pointer_to(grads, BITS, ALIGNED), index, n, live, FULL), dtype)
+    weights = pointer_to(tl.load(row + WEIGHTS), BITS, ALIGNED)
+    if HAS_MASTER:
+        master = pointer_to(tl.load(row + MASTER), T, ALIGNED)
+        w = load_rows(master, index, n, live, FULL)
+    else:
+        w = _widen(load_rows(weights, index, n, live, FULL), dtype)
+
+    if COMPACT:
+        ranks = tl.load(row + RANKS).to(tl.pointer_type(tl.int64))
+        place = tl.load(ranks + begin // BLOCK) + flags_before(kept, BLOCK)
+        held = kept
+    else:
+        place = index
+        held = live[:, None] if FULL else live[:, None] & (index < n)
+    s0, s1, s2 = g, g, g
+    if STATES > 0:
+        p0 = pointer_to(tl.load(row + STATE), T, ALIGNED) + place
+        s0 = tl.load(p0, mask=held, other=0)
+    if STATES > 1:
+        p1 = pointer_to(tl.load(row + STATE + 1), T, ALIGNED) + place
+        s1 = tl.load(p1, mask=held, other=0)
+    if STATES > 2:
+        p2 = pointer_to(tl.load(row + STATE + 2), T, ALIGNED) + place
+        s2 = tl.load(p2, mask=held, other=0)
+
+    w, s0, s1, s2 = _step(w, g, s0, s1, s2, c, RULE, STATES, T)
+
+    if STATES > 0:
+        tl.store(p0, tl.where(kept, s0, 0), mask=held)
+    if STATES > 1:
+        tl.store(p1, tl.where(kept, s1, 0), mask=held)
+    if STATES > 2:
+        tl.store(p2, tl.where(kept, s2, 0), mask=held)
+    if HAS_MASTER:
+        store_rows(master, index, n, live, tl.where(kept, w, 0), FULL)
+    store_rows(weights, index, n, live, tl.where(kept, _narrow(w, dtype), 0), FULL)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def update(
+    table, owners, steps, num_rows, constants,
+    RULE: tl.constexpr, STATES: tl.constexpr, COMPACT: tl.constexpr, HAS_MASTER: tl.constexpr,
+    dtype: tl.constexpr, BITS: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """The masked step; of rows of eight weights that are all pruned only the mask is read.
+
+    ``steps`` has the gradients of all rows and then the constants of all rows. Compact state holds the values of the
+    kept weights, ``ranks`` how many come before each chunk.
+    """
+    chunk = tl.program_id(0).to(tl.int64)
+    row, begin = row_of(table, owners, chunk, BLOCK)
+    own = steps + tl.load(owners + chunk)
+    grads, c = tl.load(own), constants + tl.load(own + num_rows) * NUM_CONSTANTS
+    if tl.load(c + SKIP) == 0:
+        if begin + BLOCK <= tl.load(row + N):
+            _update(row, begin, grads, c, RULE, STATES, COMPACT, HAS_MASTER, dtype, BITS, T, BLOCK, ALIGNED, True)
+        elif COMPACT:
+            _update(row, begin, grads, c, RULE, STATES, COMPACT, HAS_MASTER, dtype, BITS, T, BLOCK, ALIGNED, False)
+        else:
+            # In pieces: loads weight by weight take more registers than others, and every program has to have them.
+            PIECE: tl.constexpr = BLOCK // 4
+            for at in range(begin, tl.load(row + N), PIECE):
+                _update(row, at, grads, c, RULE, STATES, COMPACT, HAS_MASTER, dtype, BITS, T, PIECE, ALIGNED, False)
+
+
+@triton.jit
+def count_kept(table, owners, counts, BLOCK: tl.constexpr):
+    """Kept weights of each chunk of the masks."""
+    chunk = tl.program_id(0).to(tl.int64)
+    row, begin = row_of(table, owners, chunk, BLOCK)
+    n = tl.load(row + N)
+    kept = spread(mask_bytes(tl.load(row + MASK), begin, n, BLOCK, False), places(begin, BLOCK), n, False)
+    tl.store(counts + chunk, tl.sum(kept.to(tl.int32)).to(tl.int64))
+
+
+@triton.jit
+def _layout(mask, ranks, index, begin, n, BLOCK: tl.constexpr):
+    """Weights that a layout holds, and their places."""
+    if mask != 0:
+        held = spread(mask_bytes(mask, begin, n, BLOCK, False), index, n, False)
+        place = tl.load(ranks.to(tl.pointer_type(tl.int64)) + begin // BLOCK) + flags_before(held, BLOCK)
+    else:
+        held = index < n
+        place = index
+    return held, place
+
+
+@triton.jit
+def repack(table, owners, BITS: tl.constexpr, BLOCK: tl.constexpr):
+    """State on its way from layout to layout."""
+    row, begin = row_of(table, owners, tl.program_id(0).to(tl.int64), BLOCK)
+    n = tl.load(row + N)
+    index = places(begin, BLOCK)
+    held, place = _layout(tl.load(row + SOURCE_MASK), tl.load(row + SOURCE_RANKS), index, begin, n, BLOCK)
+    values = tl.load(tl.load(row + SOURCE).to(tl.pointer_type(BITS)) + place, mask=held, other=0)
+    held, place = _layout(tl.load(row + TARGET_MASK), tl.load(row + TARGET_RANKS), index, begin, n, BLOCK)
+    tl.store(tl.load(row + TARGET).to(tl.pointer_type(BITS)) + place, values, mask=held)
+
+
+@triton.jit
+def _squares(row, begin, dtype: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
+             FULL: tl.constexpr):  # fmt: skip
+    n = tl.load(row + N)
+    index = places(begin, BLOCK)
+    bits = mask_bytes(tl.load(row + MASK), begin, n, BLOCK, FULL)
+    raw = load_rows(pointer_to(tl.load(row + WEIGHTS), BITS, ALIGNED), index, n, bits != 0, FULL)
+    values = tl.where(spread(bits, index, n, FULL), _widen(raw, dtype).to(tl.float64), 0.0)
+    return tl.sum(values * values)
+
+
+@triton.jit
+def sum_squares(
+    table, owners, sums, dtype: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr
+):  # fmt: skip
+    """Of the kept gradients of each chunk."""
+    row, begin = row_of(table, owners, tl.program_id(0).to(tl.int64), BLOCK)
+    if begin + BLOCK <= tl.load(row + N):
+        total = _squares(row, begin, dtype, BITS, BLOCK, ALIGNED, True)
+    else:
+        total = _squares(row, begin, dtype, BITS, BLOCK, ALIGNED, False)
+    tl.store(sums + tl.program_id(0), total)

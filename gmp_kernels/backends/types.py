@@ -1,0 +1,331 @@
+"""What goes into a backend and comes out of it, and the operations that it has to offer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+import torch
+
+__all__ = [
+    "Bracket",
+    "Census",
+    "Compaction",
+    "Constants",
+    "Implementation",
+    "Layer",
+    "Selection",
+    "StateMove",
+    "Threshold",
+    "UpdateBatch",
+    "UpdateTensor",
+    "Written",
+    "has_nonfinite",
+]
+
+
+class Layer(NamedTuple):
+    """One weight as every backend gets it: validated, detached, contiguous, not empty.
+
+    ``mask`` holds the packed bits on the weight's device, or is None where nothing is pruned yet.
+    """
+
+    weight: torch.Tensor
+    mask: torch.Tensor | None
+
+
+class Threshold(NamedTuple):
+    """The cut between pruned and kept weights.
+
+    Attributes
+    ----------
+    value : float
+        The num_prune-th smallest magnitude; 0.0 when nothing more has to be pruned (num_prune is 0, or not above the
+        number already pruned).
+    num_below : int
+        Weights ordered before all those that tie at ``value``: the already pruned ones and the smaller magnitudes.
+    num_ties : int
+        Unpruned weights of exactly that magnitude (0 when nothing more has to be pruned).
+    num_ties_kept : int
+        How many of them stay: those of lowest flat index.
+    """
+
+    value: float
+    num_below: int
+    num_ties: int
+    num_ties_kept: int
+
+    @property
+    def num_pruned(self) -> int:
+        """Weights pruned once this threshold is applied: max(num_prune, already pruned)."""
+        return self.num_below + self.num_ties - self.num_ties_kept
+
+
+class Selection(NamedTuple):
+    """Result of a selection for one layer (layer scope) or for all of them together (global scope).
+
+    Attributes
+    ----------
+    threshold : Threshold
+        Counts run over all layers of the group.
+    cuts : tuple of int
+        One entry per layer of the group: of the weights that tie, those at flat index >= cut are pruned.
+    nonfinite : tuple of int
+        One entry per layer of the group: flat index of the first unpruned NaN or Inf, -1 if there is none.
+    """
+
+    threshold: Threshold
+    cuts: tuple[int, ...]
+    nonfinite: tuple[int, ...]
+
+
+class Bracket(NamedTuple):
+    """An interval of magnitude keys (see ``gmp_kernels.backends.keys``), both ends included; empty if lo > hi."""
+
+    lo: int
+    hi: int
+
+    def shift(self, num_bins: int) -> int:
+        """Return the smallest shift that maps the interval into so many bins."""
+        return max(0, (self.hi - self.lo).bit_length() - (num_bins.bit_length() - 1)) if self.lo <= self.hi else 0
+
+
+class Census(NamedTuple):
+    """Counts of one layer or a piece of it relative to a bracket; counts of disjoint pieces sum.
+
+    Attributes
+    ----------
+    below : int
+        Unpruned keys below the bracket.
+    inside : int
+        Unpruned keys in it.
+    pruned : int
+        Mask bits that are 0.
+    nonfinite : int
+        Flat index of the first unpruned NaN or Inf, -1 if there is none.
+    bins : torch.Tensor
+        int64, on the CPU: of the keys inside, how many have which ``(key - lo) >> shift``.
+    """
+
+    below: int
+    inside: int
+    pruned: int
+    nonfinite: int
+    bins: torch.Tensor
+
+
+def has_nonfinite(selections: Sequence[Selection]) -> bool:
+    """Whether any of them found a NaN or Inf."""
+    return any(index >= 0 for selection in selections for index in selection.nonfinite)
+
+
+class Written(NamedTuple):
+    """Zeros in the mask of one layer after ``prune``, and those among them that are new."""
+
+    num_pruned: int
+    num_newly_pruned: int
+
+
+class Compaction(NamedTuple):
+    """Layout of compact state: the values of the kept weights only, in the order of the weights.
+
+    Attributes
+    ----------
+    mask : torch.Tensor
+        Packed bits; never written while state is laid out by it.
+    ranks : torch.Tensor
+        int64: kept weights before each chunk, in a chunk size that the backend knows.
+    num_kept : int
+    """
+
+    mask: torch.Tensor
+    ranks: torch.Tensor
+    num_kept: int
+
+
+class StateMove(NamedTuple):
+    """One tensor of optimizer state on its way from one layout to another; a layout of None is dense.
+
+    Values kept before but not after are dropped, those kept after but not before become zero.
+    """
+
+    source: torch.Tensor
+    source_layout: Compaction | None
+    target: torch.Tensor
+    target_layout: Compaction | None
+    numel: int
+
+
+@dataclass(eq=False, slots=True)
+class UpdateTensor:
+    """One parameter as optimizer steps see it, for as long as its tensors stay. All fill memory in the same order.
+
+    Attributes
+    ----------
+    weight : torch.Tensor
+        Written.
+    master : torch.Tensor or None
+        float32 copy that the arithmetic runs on, written too.
+    state : tuple of torch.Tensor
+        What the rule keeps per weight, float32 (float64 for float64 weights); compact if ``compaction`` is given.
+    mask : torch.Tensor or None
+        Packed bits. Weight and state are zero already wherever a bit is 0.
+    compaction : Compaction or None
+    row : object
+        What a backend makes of the others and would rather not make again.
+    """
+
+    weight: torch.Tensor
+    master: torch.Tensor | None = None
+    state: tuple[torch.Tensor, ...] = ()
+    mask: torch.Tensor | None = None
+    compaction: Compaction | None = None
+    row: object = None
+
+
+@dataclass(eq=False, slots=True)
+class UpdateBatch:
+    """Parameters that step together, for as long as their tensors stay.
+
+    Attributes
+    ----------
+    tensors : list of UpdateTensor
+    captured : list
+        Receives what CUDA graphs of a step read at every replay. It lives as long as the tensors have an owner, which
+        is as long as a replay makes sense.
+    prepared : object
+        What a backend makes of the tensors and would rather not make again.
+    """
+
+    tensors: list[UpdateTensor]
+    captured: list[torch.Tensor] = field(default_factory=list)
+    prepared: object = None
+
+
+class Constants(NamedTuple):
+    """Numbers of a step, in rows; each tensor uses one of them.
+
+    Attributes
+    ----------
+    blocks : list of (mapping of str to float, int)
+        Runs of that many equal rows. Absent constants change nothing.
+    on_device : list of (str, int, int, torch.Tensor)
+        Name, first row, row after the last, and float64 values (0-d, or one per row) that replace what the blocks say
+        and that the host does not look at.
+    """
+
+    blocks: list[tuple[Mapping[str, float], int]]
+    on_device: list[tuple[str, int, int, torch.Tensor]]
+
+    def on_host(self) -> list[Mapping[str, float]]:
+        """Return one mapping per row, for kernels on the host; waits for what is on a device."""
+        if not self.on_device:
+            return [given for given, count in self.blocks for _ in range(count)]
+        rows = [dict(given) for given, count in self.blocks for _ in range(count)]
+        for name, first, end, values in self.on_device:
+            for row, value in zip(rows[first:end], values.expand(end - first).tolist(), strict=True):
+                row[name] = value
+        return [*rows]
+
+
+class Implementation(Protocol):
+    """The operations of a backend. None of them validates; none of them may fail halfway through a write.
+
+    Attributes
+    ----------
+    capturable : bool
+        Whether a CUDA graph can hold an ``update``.
+    """
+
+    capturable: bool
+
+    def select(
+        self,
+        layers: Sequence[Layer],
+        num_prune: Sequence[int],
+        hints: Sequence[Threshold | None],
+        *,
+        prunes: bool = False,
+    ) -> Sequence[Selection]:
+        """Find where each selection cuts. Reads only. A GPU is waited for when the answer is looked at, not before.
+
+        ``num_prune`` has one entry per layer (layer scope) or exactly one for all layers together, ranked with the
+        flat index running through them in order (global scope). ``hints``, one per entry, are earlier thresholds of
+        the same weights: they may save work and never change the answer. ``prunes`` says that ``prune`` follows, which
+        may be spared weights that it would find unchanged.
+        """
+        ...
+
+    def sample(self, layers: Sequence[Layer], shares: Sequence[float]) -> list[Bracket]:
+        """Guess where the key at rank ``share * n`` lies, pruned weights ranking below every key. Reads only.
+
+        ``shares``, in [0, 1], has one entry per layer, or exactly one for all layers together.
+        """
+        ...
+
+    def count(
+        self,
+        layers: Sequence[Layer],
+        brackets: Sequence[Bracket],
+        num_bins: int,
+        rooms: Sequence[torch.Tensor | None] | None = None,
+    ) -> list[Census]:
+        """Count each layer against its bracket. Reads only.
+
+        ``num_bins`` is a power of two. Where ``rooms``, 1-d and of the layer's dtype and device, have place for all of
+        them, they receive the magnitudes inside, in any order.
+        """
+        ...
+
+    def prune(
+        self,
+        layers: Sequence[Layer],
+        selections: Sequence[Selection],
+        out: Sequence[torch.Tensor],
+        *,
+        finite: bool = False,
+    ) -> Sequence[Written]:
+        """Zero what the selections prune and write the new packed bits, zeros after the last weight, to ``out``.
+
+        ``out[i]`` may be ``layers[i].mask`` itself. With ``finite``, nothing is written if any selection found a NaN
+        or Inf, and the list returned is empty. ``selections`` as ``select`` returned them, for these very ``layers``,
+        need not have been looked at.
+        """
+        ...
+
+    def apply(self, layers: Sequence[Layer]) -> None:
+        """Zero (+0.0) every weight whose mask bit is 0."""
+        ...
+
+    def update(
+        self,
+        rule: str,
+        batch: UpdateBatch,
+        gradients: Sequence[torch.Tensor],
+        rows: Sequence[int],
+        constants: Constants,
+        *,
+        after: Sequence[Callable[[], object]] = (),
+    ) -> None:
+        """Take one optimizer step. ``rule`` is "sgd", "adam" or "average".
+
+        ``gradients`` and ``rows`` (of the constants) have one entry per tensor of the batch; a gradient is laid out as
+        its weight is. "skip" not 0: nothing is written. ``after`` are C functions called once all is written or
+        launched, with no Python between the two where a step is one call.
+
+        Pruned weights and their state stay zero whatever their gradient; the arithmetic is that of torch.optim.
+        """
+        ...
+
+    def sum_squares(self, gradients: Sequence[Layer]) -> float | torch.Tensor:
+        """Sum of the squares of the kept elements of all tensors, in float64; on a GPU a 0-d tensor."""
+        ...
+
+    def compactions(self, masks: Sequence[tuple[torch.Tensor, int]]) -> list[Compaction]:
+        """Address compact state by packed bits, each of so many weights. A GPU is waited for once."""
+        ...
+
+    def move_state(self, moves: Sequence[StateMove]) -> None:
+        """Copy state from layout to layout."""
+        ...

@@ -1,0 +1,116 @@
+"""Tables of rows in a device's memory, uploaded without waiting for the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import numpy.typing as npt
+import torch
+
+from gmp_kernels.backends import capture
+from gmp_kernels.errors import CaptureError
+
+__all__ = ["Table", "current", "num_chunks_of", "pinned_like", "put", "refuse_capture", "upload"]
+
+
+def num_chunks_of(n: int, chunk: int) -> int:
+    """Chunks of a tensor of ``n`` elements."""
+    return -(-n // chunk)
+
+
+def current(device: torch.device) -> AbstractContextManager[object]:
+    """Make a device current: launches and copies do so, and torch's would stay another one.
+
+    To make current what is so already takes longer than to ask.
+    """
+    if device.type == "cpu" or torch.cuda.current_device() == device.index:
+        return nullcontext()
+    return torch.cuda.device(device)
+
+
+def refuse_capture(device: torch.device) -> None:
+    """Raise CaptureError while a CUDA graph is captured: its replays would find the numbers of this call."""
+    if capture.is_capturing(device):
+        raise CaptureError(
+            "expected an operation that a CUDA graph can hold, got one that uploads numbers of this call; call it "
+            "outside of the capture"
+        )
+
+
+def upload(values: Sequence[Any] | torch.Tensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Copy numbers to a device without waiting for it. Torch keeps the memory copied from until that is done."""
+    refuse_capture(device)
+    # The host whatever torch's default device is.
+    host = values if isinstance(values, torch.Tensor) else torch.tensor(values, dtype=dtype, device="cpu")
+    return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
+
+
+def put(module: Any, launch: Any, values: npt.NDArray[Any], table: torch.Tensor) -> None:
+    """Copy eight-byte numbers to the front of a table as ``upload`` does, few of them in launches of _cuda or _simt.
+
+    Those take less of the host's time than memory that has to be pinned first.
+    """
+    device = table.device
+    refuse_capture(device)
+    if values.size <= module.MOST_STORED:
+        module.store(launch, table.data_ptr(), values)
+    else:
+        host = torch.from_numpy(values.reshape(-1))
+        table.view(-1)[: values.size].copy_(host if device.type == "cpu" else host.pin_memory(), non_blocking=True)
+
+
+def pinned_like(table: torch.Tensor) -> torch.Tensor:
+    """Host memory for a table, from which its device copies without the host waiting."""
+    return torch.empty_like(table, device="cpu", pin_memory=table.device.type == "cuda")
+
+
+class Table:
+    """A table that is uploaded only when it changes, so that most steps upload nothing.
+
+    A CUDA graph uploads its own at every replay, from memory that stays as long as ``captured``. While one is captured
+    no memory can be pinned: uploads before set it aside, for ``SPARES`` captures without a step between them.
+    """
+
+    SPARES = 2
+
+    def __init__(self) -> None:
+        self._contents: object = None
+        self._table: torch.Tensor | None = None
+        self._spares: list[torch.Tensor] = []
+
+    def at(
+        self,
+        contents: object,
+        make: Callable[[], torch.Tensor],
+        device: torch.device,
+        captured: list[torch.Tensor],
+        module: Any,
+        launch: Any,
+    ) -> torch.Tensor:
+        """Return the table that ``make`` returns on the host, and that is the same for as long as ``contents`` is."""
+        if capture.is_capturing(device):
+            # Even if nothing has changed: what another graph uploads is there after its replays only, and what the
+            # caller writes to the table of other steps has to stay out of the graph.
+            host = make()
+            spare = next((spare for spare in self._spares if spare.shape == host.shape), None)
+            if spare is None:
+                raise CaptureError(
+                    "expected a step outside of CUDA graphs, with these parameters, before one is captured, and after "
+                    f"every {self.SPARES} captures; take one"
+                )
+            self._spares = [other for other in self._spares if other is not spare]
+            captured.append(spare.copy_(host))
+            return spare.to(device, non_blocking=True)
+        # Another stream gets another table: freed memory is used again in the order of its own stream.
+        contents = (contents, device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0)
+        if self._table is None or self._contents != contents:
+            host = make()
+            table = torch.empty(host.shape, dtype=host.dtype, device=device)
+            put(module, launch, host.numpy(), table)
+            self._table, self._contents = table, contents
+            self._spares = [spare for spare in self._spares if spare.shape == host.shape]
+        while len(self._spares) < self.SPARES:
+            self._spares.append(pinned_like(self._table))
+        return self._table

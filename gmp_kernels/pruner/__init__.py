@@ -1,0 +1,1 @@
+"""The parts of ``GMPScheduler``: what is due, the update itself, and zeros that hold between updates."""

@@ -1,0 +1,233 @@
+"""Telling, without reading the weights, whether parameters are what they were."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from operator import attrgetter, is_, itemgetter
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from gmp_kernels.distributed.placement import local, sum_over_shards
+from gmp_kernels.masks import BitMask
+from gmp_kernels.model.targets import Place
+
+__all__ = ["Watch", "compare", "count_pruned"]
+
+CANDIDATES = 1024  # weights of a layer, of which the pruned ones are for brief looks
+SAMPLE = 32  # about so many of these, where the choice is no wait
+SLICE = 1 << 20  # weights compared with their mask at a time
+GPU_INTERVAL = 16  # brief looks asked for, to one that is taken at a GPU's weights
+STRIDE = 0x9E3779B1  # odd, and near the golden ratio of 2^32: multiples spread evenly over any layer
+
+_version, _shape = attrgetter("_version"), attrgetter("shape")
+
+
+def compare(weight: torch.Tensor, mask: BitMask) -> torch.Tensor:
+    """Count the weights that contradict their mask.
+
+    Parameters
+    ----------
+    weight : torch.Tensor
+        Of any dtype and strides, on any device.
+    mask : BitMask
+        Of its shape.
+
+    Returns
+    -------
+    torch.Tensor
+        int64 of shape (2,) on the weight's device: pruned weights that are not zero, and kept weights that are.
+
+    Notes
+    -----
+    Temporary memory: about 4 MB, or a copy of the weight where it is not contiguous.
+    """
+    flat = weight.detach().reshape(-1)
+    found = torch.zeros(2, dtype=torch.int64, device=flat.device)
+    for start in range(0, flat.numel(), SLICE):
+        part = flat[start : start + SLICE]
+        bits = mask.packed[start // 8 : -(-(start + len(part)) // 8)]
+        kept = BitMask.of(bits.to(part.device), part.shape).to_bool()
+        # Both are wrong where only one of "zero" and "pruned" is true.
+        is_zero = part == 0
+        differs = is_zero == kept
+        found += torch.stack([differs.logical_and(is_zero.logical_not()).sum(), differs.logical_and_(is_zero).sum()])
+    return found
+
+
+def count_pruned(masks: Mapping[str, BitMask], parameters: Mapping[str, torch.Tensor]) -> dict[str, int]:
+    """Count the pruned weights of whole layers from the masks of what is here; all ranks take part."""
+    here = {name: mask.numel - mask.num_kept for name, mask in masks.items()}
+    return {name: int(sum_over_shards(n, parameters[name])) for name, n in here.items()}
+
+
+class _Sample(NamedTuple):
+    """Flat indices of some weights, and which of them are pruned; None: all of them."""
+
+    indices: torch.Tensor
+    is_pruned: torch.Tensor | None
+
+
+class _Look(NamedTuple):
+    """Result of a brief look that a GPU may still be working on."""
+
+    is_done: Callable[[], bool]
+    has_found: torch.Tensor
+
+
+class Watch:
+    """Parameters at their places, and the versions they had when they were last seen.
+
+    Parameters
+    ----------
+    parameters : sequence of Parameter
+    places : sequence of Place
+
+    Attributes
+    ----------
+    shapes : list of torch.Size
+        Of the parameters, when they came here.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], places: Sequence[Place]) -> None:
+        self._parameters = parameters
+        self._places = places
+        self._num_looks = 0
+        self._look: _Look | None = None
+        self._versions: list[int] | None = None
+        self.shapes = list(map(_shape, parameters))
+        self._samples: dict[int, _Sample] = {}
+        by_key: dict[str, list[int]] = {}
+        for i, place in enumerate(places):
+            by_key.setdefault(place.key, []).append(i)
+        self._held = [
+            (itemgetter(key), [places[i].holder for i in members], [parameters[i] for i in members])
+            for key, members in by_key.items()
+        ]
+        self._way: list[dict[str, nn.Module | None]] = []
+        self._modules: list[dict[str, nn.Module | None]] | None = None
+
+    def locate(self, model: nn.Module) -> None:
+        """Take the modules by which this model leads to the parameters now for the right ones."""
+        self._way = _way_to({id(place.holder) for place in self._places}, model)
+        self._modules = [dict(modules) for modules in self._way]
+
+    def are_in_place(self) -> bool:
+        """Whether the model that they were located in still has these very parameters."""
+        try:
+            # Modules are equal where they are the same.
+            return self._way == self._modules and all(
+                all(map(is_, map(get, holders), held)) for get, holders, held in self._held
+            )
+        except KeyError:
+            return False
+
+    def have_their_shapes(self) -> bool:
+        """Whether all of them are of the shapes they began with: they may have been given other data."""
+        return list(map(_shape, self._parameters)) == self.shapes
+
+    def record(self) -> None:
+        """Take the parameters as they are now for unchanged."""
+        self._versions = list(map(_version, self._parameters))
+
+    def distrust(self) -> None:
+        """Take all parameters for written, until they are recorded."""
+        self._versions = [-1] * len(self._parameters)
+
+    def expect_writes(self) -> None:
+        """Take them as they will be when they are next looked at for unchanged."""
+        self._versions = None
+
+    def written(self) -> list[int]:
+        """Return the positions of the parameters that torch saw written since they were recorded."""
+        now = list(map(_version, self._parameters))
+        if self._versions is None:
+            self._versions = now
+        if self._versions == now:
+            return []
+        return [i for i, (old, new) in enumerate(zip(self._versions, now, strict=True)) if old != new]
+
+    def forget_samples(self) -> None:
+        """Choose other weights for brief looks: masks have changed."""
+        self._samples.clear()
+        self._look = None
+
+    def sees_life(self, members: Sequence[int], mask_of: Callable[[int], BitMask]) -> bool:
+        """Whether a sample of weights of one of these parameters, another at every call, holds any that should be zero.
+
+        Shows writes that leave no trace in versions: through ``.data``, by memory that others share. On a GPU the
+        answer is that of an earlier call, and most calls do not look.
+        """
+        if not members:
+            return False
+        if self._look is not None:
+            if not self._look.is_done():
+                return False
+            look, self._look = self._look, None
+            return bool(look.has_found)
+        self._num_looks += 1
+        turn = self._num_looks
+        if self._parameters[members[0]].device.type != "cpu":
+            turn, rest = divmod(turn, GPU_INTERVAL)
+            if rest:
+                return False
+        i = members[turn % len(members)]
+        weight, mask = local(self._parameters[i]).detach(), mask_of(i)
+        if weight.shape != mask.shape:
+            return True
+        if not weight.is_contiguous():
+            return False
+        sample = self._samples.get(i)
+        if sample is None:
+            sample = self._samples[i] = _sample_of(mask, turn)
+        found = torch.take(weight, sample.indices)
+        if sample.is_pruned is None:
+            return any(found.tolist())
+        self._look = _answered_later(found.ne(0).logical_and_(sample.is_pruned).any())
+        return False
+
+
+def _way_to(holders: set[int], module: nn.Module) -> list[dict[str, nn.Module | None]]:
+    """Return what holds modules on the way from this one to these dictionaries of parameters."""
+    children = [child for child in module._modules.values() if child is not None]
+    way = [modules for child in children for modules in _way_to(holders, child)]
+    leads_there = way or not holders.isdisjoint(id(child._parameters) for child in children)
+    return [module._modules, *way] if leads_there else []
+
+
+def _sample_of(mask: BitMask, offset: int) -> _Sample:
+    """Return weights that are spread over the layer; to choose among the pruned ones would wait for a GPU."""
+    device = mask.packed.device
+    if device.type == "cpu":
+        return _Sample(_pruned_among(mask, offset), None)
+    indices = torch.arange(min(CANDIDATES, mask.numel), device=device)
+    if mask.numel > CANDIDATES:
+        indices = (indices + offset * CANDIDATES).mul_(STRIDE).remainder_(mask.numel)
+    bits = mask.packed[indices >> 3] >> (indices & 7).to(torch.uint8)
+    return _Sample(indices, (bits & 1) == 0)
+
+
+def _pruned_among(mask: BitMask, offset: int) -> torch.Tensor:
+    """Return flat indices of pruned weights, of bytes that are spread over the mask.
+
+    By numpy, in a tenth of the time that torch takes for so few numbers: the first steps after an update come here.
+    """
+    packed = mask.packed.numpy()
+    # Strides are odd, so that in a layer of 2^n columns they do not stay in one of them.
+    stride = packed.size // (CANDIDATES // 8) | 1
+    first = offset % stride
+    places = np.flatnonzero(np.unpackbits(packed[first::stride], bitorder="little") == 0)
+    places = places[:: places.size // SAMPLE | 1]
+    indices = places + (places >> 3) * (8 * stride - 8) + 8 * first
+    return torch.from_numpy(indices[indices < mask.numel])
+
+
+def _answered_later(found: torch.Tensor) -> _Look:
+    """Bring an answer from a GPU without waiting for it."""
+    answer = torch.empty((), dtype=torch.bool, device="cpu", pin_memory=True)
+    answer.copy_(found, non_blocking=True)
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record(torch.cuda.current_stream(found.device))
+    return _Look(event.query, answer)

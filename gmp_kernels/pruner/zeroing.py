@@ -1,0 +1,194 @@
+"""Zeros at the pruned places of tensors that no kernel takes, such as other people's optimizer state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from gmp_kernels.backends.at_once import at_once
+from gmp_kernels.checks import DTYPES, PLAIN, has_memory, is_wrapper, may_overlap
+from gmp_kernels.distributed.placement import local
+from gmp_kernels.masks import BitMask
+from gmp_kernels.ops import apply_masks_
+
+__all__ = ["state_beside", "zero_all_where_pruned_", "zero_where_pruned_"]
+
+SLICE = 1 << 18  # elements whose bits are unpacked at a time
+MOST_ROUNDING = 1 / 8  # by how much the norm of what is kept may move when it is quantized again
+
+
+def state_beside(p: torch.Tensor, state: Mapping[torch.Tensor, Mapping[str, Any]]) -> list[tuple[str, torch.Tensor]]:
+    """Return what an optimizer keeps of a parameter in its shape: momentum, averages of gradients."""
+    return [
+        (key, value)
+        for key, value in state.get(p, {}).items()
+        # Counters such as Adam's ``step`` are floating tensors too, without dimensions.
+        if isinstance(value, torch.Tensor) and value.ndim and value.shape == p.shape and value.is_floating_point()
+    ]
+
+
+def zero_all_where_pruned_(tensors: Sequence[tuple[torch.Tensor, BitMask]], *, backend: str | None = None) -> list[int]:
+    """Set tensors to zero wherever their mask bits are 0: by kernels, one call per device, where these take them.
+
+    Parameters
+    ----------
+    tensors : sequence of (torch.Tensor, BitMask)
+        As in ``zero_where_pruned_``; what is here of sharded ones may be empty.
+    backend : str, optional
+        As in ``apply_masks_``.
+
+    Returns
+    -------
+    list of int
+        Positions of tensors that are left as they were.
+    """
+    calls: dict[torch.device, tuple[list[torch.Tensor], list[BitMask]]] = {}
+    others = []
+    for i, (whole, mask) in enumerate(tensors):
+        tensor = local(whole)
+        if type(tensor) in PLAIN and tensor.dtype in DTYPES and tensor.is_contiguous() and tensor.numel():
+            members, bits = calls.setdefault(tensor.device, ([], []))
+            members.append(tensor)
+            bits.append(mask.to(tensor.device))
+        else:
+            others.append(i)
+    for members, bits in calls.values():
+        apply_masks_(members, bits, backend=backend)
+    return [i for i in others if not zero_where_pruned_(*tensors[i])]
+
+
+@torch.no_grad()
+def zero_where_pruned_(tensor: torch.Tensor, mask: BitMask) -> bool:
+    """Set a tensor to zero wherever its mask bit is 0, with torch's own operations, in place.
+
+    Parameters
+    ----------
+    tensor : torch.Tensor
+        Floating or complex, of any strides, on any device. Of a sharded one, what is here. A subclass that keeps its
+        values elsewhere, as quantized state does, is written by its ``copy_``: operations in place may act on a
+        temporary there. What it keeps is then rounded again as it rounds.
+    mask : BitMask
+        Of its shape, on any device.
+
+    Returns
+    -------
+    bool
+        Whether every pruned place is zero now. If not, nothing has changed: codes whose zero is not 0, elements that
+        share memory, memory that was freed, and subclasses that cannot be read back or do not hold what was written.
+
+    Notes
+    -----
+    Temporary memory: 256 KB and a copy of the bits on another device; of a subclass three times its plain values.
+    """
+    tensor = local(tensor)
+    if tensor.is_nested or tensor.layout != torch.strided or tensor.device.type == "meta" or tensor.is_quantized:
+        return False
+    if tensor.shape != mask.shape or not (tensor.is_floating_point() or tensor.is_complex()):
+        return False
+    if tensor.numel() == 0:
+        return True
+    return _zero_wrapped(tensor, mask) if is_wrapper(tensor) else _zero_plain(tensor, mask)
+
+
+def _zero_plain(tensor: torch.Tensor, mask: BitMask) -> bool:
+    zero = torch.zeros((), dtype=tensor.dtype, device="cpu")  # of float8_e8m0fnu there is none
+    if bool(zero.to(torch.complex64).abs() != 0) or may_overlap(tensor) or not has_memory(tensor):
+        return False
+    with torch.inference_mode(tensor.is_inference()):
+        # torch has few operations for float8; as bytes it has all, and 0 is 0.
+        values = tensor.detach().view(torch.uint8) if tensor.itemsize == 1 else tensor.detach()
+        at_once(list(_zeroing(values, mask.packed.to(tensor.device))))
+    return True
+
+
+def _zeroing(tensor: torch.Tensor, packed: torch.Tensor) -> Iterator[Callable[[], object]]:
+    """Yield the calls that zero a tensor slice by slice. They share one buffer, so that none has to find memory."""
+    bits = torch.arange(8, dtype=torch.uint8, device=packed.device)
+    buffer = torch.empty(min(SLICE // 8 + 1, packed.numel()), 8, dtype=torch.uint8, device=packed.device)
+    for piece, start in _slices(tensor, 0):
+        first, end = start // 8, -(-(start + piece.numel()) // 8)
+        unpacked = buffer[: end - first]
+        yield partial(torch.bitwise_right_shift, packed[first:end].unsqueeze(1), bits, out=unpacked)
+        yield partial(unpacked.bitwise_and_, 1)
+        yield partial(unpacked.bitwise_xor_, 1)
+        pruned = unpacked.view(torch.bool).view(-1)[start % 8 :][: piece.numel()]
+        yield partial(piece.masked_fill_, pruned.view(piece.shape), 0)
+
+
+def _slices(tensor: torch.Tensor, start: int) -> Iterator[tuple[torch.Tensor, int]]:
+    """Cut a tensor into views of at most ``SLICE`` elements in row-major order, each with its first flat index."""
+    if tensor.numel() <= SLICE:
+        yield tensor, start
+        return
+    if tensor.is_contiguous():
+        tensor = tensor.view(-1)
+    row = tensor[0].numel()
+    if row > SLICE:
+        for i, part in enumerate(tensor.unbind()):
+            yield from _slices(part, start + i * row)
+        return
+    rows = SLICE // row
+    for i in range(0, len(tensor), rows):
+        yield tensor[i : i + rows], start + i * row
+
+
+def _zero_wrapped(tensor: torch.Tensor, mask: BitMask) -> bool:
+    inner = _inner(tensor)
+    before = None if inner is None else _plain(tensor)
+    if inner is None or before is None:
+        return False
+    pruned = mask.to_bool().to(before.device).logical_not_()
+    if not before[pruned].any():
+        return True  # to round again what is right would let it drift
+    saved = [part.clone() for _, part in inner]
+    try:
+        tensor.copy_(before.masked_fill(pruned, 0))
+        after = _plain(tensor)
+        holds = after is not None and _holds(before, after, pruned)
+    except Exception:  # whatever their code raises
+        holds = False
+    except BaseException:
+        _restore(tensor, inner, saved)
+        raise
+    if not holds:
+        _restore(tensor, inner, saved)
+    return holds
+
+
+def _inner(tensor: torch.Tensor) -> list[tuple[str, torch.Tensor]] | None:
+    """Return the plain tensors that a subclass keeps its values in, by name; None if it does not tell."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return None
+    names, _ = tensor.__tensor_flatten__()
+    inner = [(name, getattr(tensor, name)) for name in names]
+    return None if any(is_wrapper(part) for _, part in inner) else inner
+
+
+def _plain(tensor: torch.Tensor) -> torch.Tensor | None:
+    """Return the values of a subclass as a plain floating tensor; None if it cannot be read."""
+    for read in (tensor.dequantize, partial(torch.add, tensor, 0)):
+        try:
+            values = read()
+        except Exception:  # whatever their code raises
+            continue
+        if values.shape == tensor.shape and values.is_floating_point() and not is_wrapper(values):
+            return values.clone()
+    return None
+
+
+def _holds(before: torch.Tensor, after: torch.Tensor, pruned: torch.Tensor) -> bool:
+    """Whether what is pruned is zero, and the rest is as it was but for rounding."""
+    if after[pruned].any():
+        return False
+    kept = before.masked_fill(pruned, 0).double()
+    return bool((after.double() - kept).norm() <= MOST_ROUNDING * kept.norm())
+
+
+def _restore(tensor: torch.Tensor, inner: Sequence[tuple[str, torch.Tensor]], saved: Sequence[torch.Tensor]) -> None:
+    for (name, part), values in zip(inner, saved, strict=True):
+        part.copy_(values)
+        if getattr(tensor, name) is not part:
+            setattr(tensor, name, part)

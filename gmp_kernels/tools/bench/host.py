@@ -1,0 +1,171 @@
+"""Host cost of many small tensors: ``prune_`` and ``AdamW.step`` with kernels replaced by nothing, beside torch's step.
+
+Everything but the launches runs: checks, tables, uploads, result objects. The tables of the GPU backends lie in host
+memory here, and what they do on the device with torch, such as zeroing counters, counts as host time; to ask for the
+stream and to copy tables to a device and back, some microseconds a call, does not. The kernels of the cpu backend do
+run, over 64 weights a tensor, as do torch's.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+from collections.abc import Callable
+from functools import partial
+from types import BuiltinFunctionType, ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from gmp_kernels.backends import Backend, Implementation, cuda, register, triton
+from gmp_kernels.masks import BitMask
+from gmp_kernels.ops import prune_
+from gmp_kernels.optim import AdamW
+from gmp_kernels.tools.bench.measurement import Case, Pair, Timed
+
+__all__ = ["host_cases"]
+
+NUM_WEIGHTS = 64  # per tensor
+SPARSITY = 0.9
+BASELINE = "torch fused AdamW.step"
+# Of prune_ and of AdamW.step, by the number of tensors: few show what a call costs, 161 are ResNet-50's parameters and
+# 291 those of Llama 3 8B.
+BOUNDS = {
+    1: ((2.0, 1.0), (1.5, 1.0)),
+    25: ((1.2, 0.6), (1.2, 0.8)),
+    161: ((1.0, 0.4), (1.0, 0.7)),
+    291: ((1.0, 0.4), (1.0, 0.7)),
+}
+
+
+def host_cases() -> list[Case]:
+    """Host time of a call, for every backend whose host code is installed."""
+    cases = []
+    for backend, why_not in (
+        ("cpu", None),
+        ("cuda", None if cuda._modules else "not built"),
+        ("triton", None if importlib.util.find_spec("triton") else "not installed"),
+    ):
+        if why_not is None:
+            for num_tensors, (pruning, stepping) in BOUNDS.items():
+                where = f"{num_tensors} tensor{'s' * (num_tensors > 1)}, {backend}"
+                build = partial(_prune_and_fused, backend, num_tensors)
+                cases.append(Case(f"host time of prune_, {where}", BASELINE, *pruning, build))
+                build = partial(_step_and_fused, backend, num_tensors)
+                cases.append(Case(f"host time of AdamW.step, {where}", BASELINE, *stepping, build))
+    if cuda._modules:
+        cases += [
+            Case(f"host time of AdamW.step {how}, 161 tensors, cuda", "the plain step", 1.2, None, partial(build_, 161))
+            for how, build_ in (("with capturable", _capturable_and_plain), ("of a GradScaler", _scaled_and_plain))
+        ]
+    return cases
+
+
+MAKERS = {"launch_on", "tables"}  # functions of the module that start no kernel
+
+
+def _nothing(*_: object, **__: object) -> None:
+    """Stand in for a launch."""
+
+
+def _four(_: int) -> int:
+    return 4
+
+
+def _store(_: object, to: int, values: npt.NDArray[np.int64]) -> None:
+    ctypes.memmove(to, values.tobytes(), values.nbytes)
+
+
+def _fetch(_: object, place: int, into: npt.NDArray[np.int64]) -> None:
+    into[:] = np.frombuffer(ctypes.string_at(place, into.nbytes), np.int64)
+
+
+def _idle_cuda() -> Implementation:
+    """Launches of a module that has its constants and classes but starts no kernel."""
+    built: ModuleType = cuda._modules.get("simt") or cuda._modules["cuda"]
+    idle = {
+        name: _nothing if isinstance(f, BuiltinFunctionType) and name not in MAKERS else f
+        for name, f in vars(built).items()
+    }
+    # A device that counts with few blocks, because clearing what they count in is no host time elsewhere.
+    idle |= dict.fromkeys(("multiprocessors_of", "num_counting_blocks"), _four)
+    # And what a launch takes with it as toolkits from 13.0 on have it.
+    idle |= {"store": _store, "fetch": _fetch, "MOST_STORED": 4 * 4080}
+    return cuda.Launches(SimpleNamespace(**idle))  # type: ignore[arg-type]
+
+
+def _idle_triton() -> Implementation:
+    implementation = triton.Triton()
+    implementation._launch = _nothing  # type: ignore[method-assign]
+    return implementation
+
+
+def _backend(name: str) -> str:
+    """Name of the backend to ask for; of one without kernels it is registered first."""
+    if name == "cpu":
+        return name
+    idle = f"{name} without kernels"
+    load = {"cuda": _idle_cuda, "triton": _idle_triton}[name]
+    register(Backend(idle, priority=-100, probe=lambda: None, supports=lambda device: None, load=load))
+    return idle
+
+
+def _parameters(num_tensors: int) -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    parameters = [nn.Parameter(torch.randn(NUM_WEIGHTS, generator=generator)) for _ in range(num_tensors)]
+    for parameter in parameters:
+        parameter.grad = torch.randn(NUM_WEIGHTS, generator=generator)
+    return parameters
+
+
+def _on_one_thread(run: Callable[[], object]) -> Timed:
+    """Time on one thread, as what a call costs is measured; to change their number takes 0.2 us."""
+
+    def run_() -> None:
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            run()
+        finally:
+            torch.set_num_threads(before)
+
+    return Timed(run_)
+
+
+def _fused(num_tensors: int) -> Timed:
+    return _on_one_thread(torch.optim.AdamW(_parameters(num_tensors), fused=True).step)
+
+
+def _prune_and_fused(backend: str, num_tensors: int, _shrink: int) -> Pair:
+    backend = _backend(backend)
+    weights = _parameters(num_tensors)
+    masks = [BitMask.ones(weight.shape) for weight in weights]
+    ours = partial(prune_, weights, sparsity=SPARSITY, masks=masks, backend=backend)
+    return Pair(_on_one_thread(ours), _fused(num_tensors))
+
+
+def _optimizer(backend: str, num_tensors: int, **options: Any) -> AdamW:
+    parameters = _parameters(num_tensors)
+    optimizer = AdamW(parameters, backend=_backend(backend), **options)
+    optimizer.set_masks({parameter: BitMask.ones(parameter.shape) for parameter in parameters})
+    return optimizer
+
+
+def _step_and_fused(backend: str, num_tensors: int, _shrink: int) -> Pair:
+    return Pair(_on_one_thread(_optimizer(backend, num_tensors).step), _fused(num_tensors))
+
+
+def _capturable_and_plain(num_tensors: int, _shrink: int) -> Pair:
+    ours, plain = (_optimizer("cuda", num_tensors, capturable=capturable) for capturable in (True, False))
+    return Pair(_on_one_thread(ours.step), _on_one_thread(plain.step))
+
+
+def _scaled_and_plain(num_tensors: int, _shrink: int) -> Pair:
+    # With capturable, scale and flag are tensors that nobody on the host looks at, as on a GPU.
+    ours, plain = (_optimizer("cuda", num_tensors, capturable=capturable) for capturable in (True, False))
+    for name, value in (("grad_scale", 8.0), ("found_inf", 0.0)):
+        setattr(ours, name, torch.tensor(value, device="cpu"))
+    return Pair(_on_one_thread(ours.step), _on_one_thread(plain.step))

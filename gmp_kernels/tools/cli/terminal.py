@@ -1,0 +1,63 @@
+"""The one way text leaves a command, and the look of its tables. Nothing printed here is taken for markup."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+
+from rich.cells import cell_len
+
+from gmp_kernels.errors import printable
+
+__all__ = ["Table", "say", "show"]
+
+GAP = "   "
+MOST_RULE = 40
+
+
+class Table:
+    """Rows of text under headings, laid out once all are there, as wide as they are: names cut short cannot be found.
+
+    Parameters
+    ----------
+    *columns : str
+        Headings.
+    right : iterable of int
+        Positions of the columns that are flush right.
+    """
+
+    def __init__(self, *columns: str, right: Iterable[int] = ()) -> None:
+        self._rows: list[list[str]] = [list(columns)]
+        self._right = set(right)
+
+    def add_row(self, *cells: str) -> None:
+        """Add a row, of one cell per column."""
+        self._rows.append([printable(cell) for cell in cells])
+
+    def lines(self) -> Iterator[str]:
+        """Yield the headings, a rule, and the rows; linear in their number."""
+        widths = [max(map(cell_len, column)) for column in zip(*self._rows, strict=True)]
+        for i, row in enumerate(self._rows):
+            yield GAP.join(self._aligned(row, widths)).rstrip()
+            if i == 0:
+                # The last column may hold sentences, under which the rule would wrap.
+                yield GAP.join("─" * width for width in [*widths[:-1], min(widths[-1], MOST_RULE)]).replace(" ", "─")
+
+    def _aligned(self, row: Sequence[str], widths: Sequence[int]) -> Iterator[str]:
+        for position, (cell, width) in enumerate(zip(row, widths, strict=True)):
+            padding = " " * (width - cell_len(cell))
+            yield padding + cell if position in self._right else cell + padding
+
+
+def say(text: str, *, error: bool = False) -> None:
+    """Print one line to standard output, or with ``error`` to standard error; escape what is not printable."""
+    stream = sys.stderr if error else sys.stdout
+    encoding = stream.encoding or "utf-8"
+    # A stream for less than all of Unicode shows what it lacks as escapes too.
+    stream.write(printable(text).encode(encoding, "backslashreplace").decode(encoding) + "\n")
+
+
+def show(table: Table) -> None:
+    """Print a table between two empty lines."""
+    for line in ("", *table.lines(), ""):
+        say(line)

@@ -1,0 +1,159 @@
+"""Everything the demo does, from the options to the files."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import statistics
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from gmp_kernels.errors import ScheduleError, printable
+from gmp_kernels.schedules import Ramp
+from gmp_kernels.stages import Stages
+from gmp_kernels.tools.demo import checkpoint, data, metrics, report
+from gmp_kernels.tools.demo.trial import METHODS, OPTIMIZERS, Trial, compare, num_epochs, stages_of
+from gmp_kernels.tools.plots import plot_accuracy, plot_learning_rate, plot_sparsity
+
+__all__ = ["run"]
+
+
+def run(
+    out_dir: Path,
+    *,
+    sparsity: float = 0.90,
+    epochs: int = 60,
+    seeds: int = 1,
+    seed: int = 0,
+    optimizer: str = "gmp",
+    threads: int = 1,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Train a small residual CNN on scikit-learn's digits, prune it in three ways, and write what came of it.
+
+    The dense network is pruned gradually (stabilization, pruning and fine-tuning in the proportion 1 : 34 : 25, 5% at
+    the first update, an update per epoch), in one shot, and in one shot with as much training as the gradual run.
+    Into ``out_dir`` go ``sparsity.png``, ``learning_rate.png``, ``accuracy.png``, ``report.md``, ``metrics.json`` and
+    the gradually pruned ``model.safetensors`` with its masks; files of these names are replaced.
+
+    Parameters
+    ----------
+    out_dir : Path
+        Folder, created where missing.
+    sparsity : float
+        Of every prunable layer at the end, a fraction in [0.05, 1].
+    epochs : int
+        Of either run that trains and prunes; the dense network is trained for half as many.
+    seeds : int
+        Repetitions, each with the next seed, split, initial weights and order of images.
+    seed : int
+        The first of them; its network is saved.
+    optimizer : {"gmp", "torch"}
+        ``gmp_kernels.optim.SGD`` with compact state, or ``torch.optim.SGD``.
+    threads : int
+        Of torch while the job runs, >= 1. Batches this small gain next to nothing from a second one and lose much
+        where other work competes for the cores. Another number of threads sums in another order, so that the networks
+        differ.
+    console : rich.console.Console, optional
+        Where progress and the closing table go; default: standard output.
+
+    Returns
+    -------
+    dict
+        What ``metrics.json`` holds.
+
+    Raises
+    ------
+    SparsityError, ScheduleError
+        ``sparsity``, ``epochs`` or ``seeds`` describes no run. Nothing has been written.
+    """
+    if seeds < 1:
+        raise ScheduleError(f"demo: expected at least 1 seed, got {seeds}; each one is a comparison")
+    if optimizer not in OPTIMIZERS:
+        raise ValueError(f"demo: expected optimizer to be one of {tuple(OPTIMIZERS)}, got {optimizer!r}")
+    stages = stages_of(epochs, data.steps_per_epoch(data.load(seed)))
+    schedule = stages.schedule(final_sparsity=sparsity)
+    console = console or Console()
+
+    with _torch_threads(threads):
+        out_dir.mkdir(parents=True, exist_ok=True)
+        trials = _compare(stages, schedule, range(seed, seed + seeds), optimizer, console)
+        numbers = metrics.collect(trials, stages, sparsity, optimizer)
+    options = {"--out": out_dir, "--sparsity": sparsity, "--seeds": seeds, "--seed": seed, "--optimizer": optimizer}
+    command = shlex.join(["gmp-kernels", "demo", *(str(part) for option in options.items() for part in option)])
+
+    _draw(out_dir, trials, stages, sparsity)
+    checkpoint.save(out_dir / "model.safetensors", trials[0].model, trials[0].masks)
+    (out_dir / "metrics.json").write_text(json.dumps(numbers, indent=2) + "\n")
+    (out_dir / "report.md").write_text(report.markdown(numbers, command))
+    console.print(report.table(numbers))
+    wrote = f"wrote {out_dir / 'report.md'} with its pictures, metrics.json and model.safetensors"
+    console.print(printable(wrote), markup=False, soft_wrap=True)
+    return numbers
+
+
+@contextmanager
+def _torch_threads(threads: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _compare(stages: Stages, schedule: Ramp, seeds: Sequence[int], optimizer: str, console: Console) -> list[Trial]:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("epochs"))
+    with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
+        task = progress.add_task("", total=len(seeds) * num_epochs(stages))
+
+        def after_epoch(seed: int, method: str) -> None:
+            progress.update(task, advance=1, description=f"seed {seed}: {METHODS[method]}")
+
+        return [compare(stages, schedule, seed, optimizer, partial(after_epoch, seed)) for seed in seeds]
+
+
+def _draw(out_dir: Path, trials: Sequence[Trial], stages: Stages, sparsity: float) -> None:
+    first = trials[0]
+    staircases = {name: [0.0] for name in first.masks}
+    for update in first.history:
+        for layer in update.layers:
+            staircases[layer.name].append(layer.sparsity)
+    plot_sparsity(
+        out_dir / "sparsity.png",
+        [0, *(update.step for update in first.history), stages.total_steps],
+        {name: [*values, values[-1]] for name, values in staircases.items()},
+        "Sparsity of each layer, pruned gradually",
+        stages=stages,
+    )
+    plot_learning_rate(
+        out_dir / "learning_rate.png",
+        range(stages.total_steps),
+        first.learning_rates,
+        "Learning rate of both runs that prune and train",
+        stages=stages,
+    )
+    epochs = range(len(first.results["gmp"].curve))
+    plot_accuracy(
+        out_dir / "accuracy.png",
+        epochs,
+        {
+            # One-shot without retraining has one value, which holds throughout.
+            METHODS[method]: [
+                curve if len(curve) > 1 else curve * len(epochs)
+                for curve in (trial.results[method].curve for trial in trials)
+            ]
+            for method in ("gmp", "oneshot_retrained", "oneshot")
+        },
+        f"Test accuracy at {100 * sparsity:g}% sparsity"
+        + (f", mean and range of {len(trials)} seeds" if len(trials) > 1 else ""),
+        baselines={METHODS["dense"]: statistics.fmean(trial.results["dense"].accuracy for trial in trials)},
+        stages=stages,
+    )

@@ -1,0 +1,198 @@
+"""The words of a demo run: report.md and the table on the terminal, both written from the metrics alone."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, TypeAlias
+
+from rich import box
+from rich.table import Table
+
+from gmp_kernels.tools.demo.trial import METHODS
+
+__all__ = ["markdown", "table"]
+
+Metrics: TypeAlias = dict[str, Any]
+Row: TypeAlias = tuple[str, ...]
+
+LOADING = """```python
+from safetensors.torch import load_file
+from gmp_kernels import BitMask
+from gmp_kernels.tools.demo.model import ResidualCNN
+
+tensors = load_file("model.safetensors")
+masks = {name: tensors.pop(f"{name}.mask") for name in list(tensors) if f"{name}.mask" in tensors}
+model = ResidualCNN()
+model.load_state_dict(tensors)
+masks = {name: BitMask(packed, model.get_parameter(name).shape) for name, packed in masks.items()}
+```"""
+
+
+def table(metrics: Metrics) -> Table:
+    """Return the summary for the terminal: one row per method."""
+    header, rows = _summary(metrics)
+    result = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    result.add_column(header[0])
+    for name in header[1:]:
+        result.add_column(name, justify="right")
+    for row in rows:
+        result.add_row(*row)
+    return result
+
+
+def markdown(metrics: Metrics, command: str) -> str:
+    """Return the report; ``command`` is what repeats the run."""
+    config = metrics["config"]
+    stages = config["stages"]
+    seeds = config["seeds"]
+    num_weights = sum(layer["num_weights"] for layer in metrics["layers"].values())
+    sections = [
+        "# Gradual magnitude pruning on handwritten digits",
+        _paragraph(
+            f"A residual CNN with {num_weights:,} prunable weights, trained dense on scikit-learn's digits,",
+            f"was pruned to {_percent(config['sparsity'])} sparsity in every layer, in three ways from the same dense",
+            f"network; {metrics['num_test_images']} images were held out for testing.",
+            f"The two ways that train had the same {config['epochs']} epochs of {stages['steps_per_epoch']} steps, the",
+            "same order of images and the same learning rates.",
+            f"Seeds: {', '.join(map(str, seeds))}." if len(seeds) > 1 else f"One seed: {seeds[0]}.",
+        ),
+        _markdown_table(*_summary(metrics)),
+        _paragraph(
+            "Training time includes the pruning steps and excludes evaluation; the pruned methods start from the dense",
+            "network, whose own time comes on top.",
+            *(("The spread is the standard deviation over the seeds.",) if len(seeds) > 1 else ()),
+        ),
+        "## What the numbers say",
+        "\n".join(f"- {sentence}" for sentence in _findings(metrics)),
+    ]
+    if len(seeds) > 1:
+        sections += ["## Every seed", _markdown_table(*_per_seed(metrics))]
+    sections += [
+        "## Pictures",
+        "![Sparsity of each layer against optimizer steps](sparsity.png)",
+        "![Learning rate against optimizer steps](learning_rate.png)",
+        "![Test accuracy against epochs](accuracy.png)",
+        "## Layers",
+        _markdown_table(*_layers(metrics)),
+        "## Repeat it",
+        f"```\n{command}\n```",
+        _paragraph(
+            "The same seed gives the same networks on the same machine with the same versions and number of threads:",
+            ", ".join(f"{name} {number}" for name, number in metrics["versions"].items()) + ",",
+            f"torch threads: {config['threads']}. All numbers are in `metrics.json`.",
+        ),
+        _paragraph(
+            f"`model.safetensors` is the gradually pruned network of seed {seeds[0]}, its masks (one bit per weight)",
+            "beside the weights they belong to:",
+        ),
+        LOADING,
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _findings(metrics: Metrics) -> list[str]:
+    config, seconds = metrics["config"], metrics["seconds"]
+    gmp, retrained = seconds["gmp"], seconds["oneshot_retrained"]
+    updates = metrics["num_updates"]
+    return [
+        _versus_dense(metrics, "gmp", "Gradual pruning"),
+        _versus_dense(metrics, "oneshot", "One-shot pruning without retraining")
+        + " Its batch norms still hold the averages of the dense network.",
+        _versus_dense(metrics, "oneshot_retrained", "One-shot pruning with retraining"),
+        _gradual_versus_retrained(metrics),
+        _paragraph(
+            f"The {updates} updates of gradual pruning took {gmp['pruning'] * 1e3:.1f} ms together,",
+            f"{gmp['pruning'] / updates * 1e3:.2f} ms each: {_percent(gmp['pruning'] / gmp['training'])} of its",
+            f"{gmp['training']:.1f} s of training, {gmp['updates']:.1f} s of which followed the backward pass",
+            f"(optimizer `{config['optimizer']}` and pruning).",
+            f"Retraining after one-shot took {retrained['training']:.1f} s.",
+        ),
+        f"Every layer has exactly round(sparsity x weights) zeros at a sparsity of {config['sparsity']:g}."
+        if _counts_are_exact(metrics)
+        else "The zeros of some layers are not round(sparsity x weights).",
+    ]
+
+
+def _versus_dense(metrics: Metrics, method: str, subject: str) -> str:
+    accuracy = metrics["test_accuracy"]
+    reached, dense = accuracy[method]["mean"], accuracy["dense"]["mean"]
+    return f"{subject} ends at {_percent(reached)}, {_difference(metrics, reached, dense, 'the dense network')}."
+
+
+def _gradual_versus_retrained(metrics: Metrics) -> str:
+    gmp, retrained = metrics["test_accuracy"]["gmp"], metrics["test_accuracy"]["oneshot_retrained"]
+    difference = _difference(metrics, gmp["mean"], retrained["mean"], "one-shot with retraining")
+    sentence = f"Gradual pruning ends {difference}"
+    pairs = list(zip(gmp["per_seed"], retrained["per_seed"], strict=True))
+    if len(pairs) > 1:
+        ahead, behind = sum(a > b for a, b in pairs), sum(a < b for a, b in pairs)
+        sentence += f": ahead in {ahead} of {len(pairs)} seeds, behind in {behind}"
+    if retrained["mean"] >= gmp["mean"]:
+        sentence += "; here the gradual schedule buys nothing over pruning at once with the same retraining"
+    return sentence + "."
+
+
+def _difference(metrics: Metrics, value: float, other: float, name: str) -> str:
+    """Say how far ``value`` is above or below ``other``, called ``name``, and whether so few images can tell."""
+    num_images = metrics["num_test_images"]
+    points, images = 100 * abs(value - other), abs(value - other) * num_images
+    if images < 0.005:
+        return f"level with {name}"
+    # Two standard errors of the difference of two binomial fractions. Repetitions share test images, so they are not
+    # counted as more of them.
+    mean = (value + other) / 2
+    chance = 200 * math.sqrt(2 * mean * (1 - mean) / num_images)
+    doubt = f", less than the {chance:.2f} points that chance alone may give" if points <= chance else ""
+    side = "above" if value > other else "below"
+    return f"{points:.2f} points {side} {name} ({images:.3g} of {num_images} test images{doubt})"
+
+
+def _counts_are_exact(metrics: Metrics) -> bool:
+    sparsity = metrics["config"]["sparsity"]
+    return all(layer["num_pruned"] == round(sparsity * layer["num_weights"]) for layer in metrics["layers"].values())
+
+
+def _summary(metrics: Metrics) -> tuple[Row, list[Row]]:
+    rows: list[Row] = []
+    for method, name in METHODS.items():
+        accuracy, seconds = metrics["test_accuracy"][method], metrics["seconds"][method]
+        spread = "" if accuracy["std"] is None else f" ± {100 * accuracy['std']:.2f}"
+        rows.append(
+            (
+                name,
+                _percent(accuracy["mean"]) + spread,
+                _percent(metrics["sparsity"][method]),
+                f"{seconds['training']:.1f} s",
+                f"{seconds['pruning'] * 1e3:.1f} ms",
+            )
+        )
+    return ("method", "test accuracy", "sparsity", "training", "pruning"), rows
+
+
+def _layers(metrics: Metrics) -> tuple[Row, list[Row]]:
+    counts = {name: (layer["num_weights"], layer["num_pruned"]) for name, layer in metrics["layers"].items()}
+    num_weights, num_pruned = (sum(column) for column in zip(*counts.values(), strict=True))
+    counts["all"] = (num_weights, num_pruned)
+    rows: list[Row] = [(name, f"{n:,}", f"{zeros:,}", _percent(zeros / n)) for name, (n, zeros) in counts.items()]
+    return ("layer", "weights", "zeros", "sparsity"), rows
+
+
+def _per_seed(metrics: Metrics) -> tuple[Row, list[Row]]:
+    rows: list[Row] = [
+        (str(seed), *(_percent(metrics["test_accuracy"][method]["per_seed"][i]) for method in METHODS))
+        for i, seed in enumerate(metrics["config"]["seeds"])
+    ]
+    return ("seed", *METHODS.values()), rows
+
+
+def _markdown_table(header: Row, rows: list[Row]) -> str:
+    lines = [header, ("---", *["---:"] * (len(header) - 1)), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _paragraph(*sentences: str) -> str:
+    return " ".join(sentences)
+
+
+def _percent(fraction: float) -> str:
+    return f"{100 * fraction:.2f}%"
