@@ -10,7 +10,6 @@
 #include <stdexcept>
 
 #include "cpu/apply.h"
-#include "cpu/census.h"
 #include "cpu/chunks.h"
 #include "cpu/kernels.h"
 #include "cpu/optim.h"
@@ -77,117 +76,88 @@ struct Rows {
       : dtype(dtype_of(dtype_name)), views(views_of(layers)) {}
 };
 
-using ThresholdTuple = std::tuple<double, int64_t, int64_t, int64_t>;
-
-void check_counts(const std::vector<LayerView>& layers, const std::vector<int64_t>& num_prune) {
-  const bool global = num_prune.size() == 1;
-  if (!global && num_prune.size() != layers.size()) {
-    throw std::invalid_argument("num_prune needs one entry per layer, or one for all");
-  }
-  int64_t total = 0;
-  for (const LayerView& layer : layers) total += layer.n;
-  for (size_t i = 0; i < num_prune.size(); ++i) {
-    if (num_prune[i] < 0 || num_prune[i] > (global ? total : layers[i].n)) {
-      throw std::invalid_argument("num_prune exceeds the number of weights");
-    }
-  }
-}
-
-// By column: value, num_below, num_ties and num_ties_kept of every selection; cut and nonfinite of every layer.
-using SelectionColumns = std::tuple<std::vector<double>, std::vector<int64_t>, std::vector<int64_t>,
-                                    std::vector<int64_t>, std::vector<int64_t>, std::vector<int64_t>>;
-
-// hints: one per entry of num_prune, or none at all.
-SelectionColumns select_thresholds(const Rows& rows, const std::vector<int64_t>& num_prune,
-                                   const std::vector<std::optional<ThresholdTuple>>& hints, int num_threads) {
-  check_counts(rows.views, num_prune);
-  check_threads(num_threads);
-  if (!hints.empty() && hints.size() != num_prune.size()) {
-    throw std::invalid_argument("hints need one entry per count");
-  }
-  std::vector<std::optional<gmp::cpu::Threshold>> typed_hints(num_prune.size());
-  for (size_t i = 0; i < hints.size(); ++i) {
-    if (!hints[i]) continue;
-    const auto& [value, num_below, num_ties, num_ties_kept] = *hints[i];
-    typed_hints[i] = gmp::cpu::Threshold{value, num_below, num_ties, num_ties_kept};
-  }
-  py::gil_scoped_release release;
-  SelectionColumns columns;
-  auto& [values, num_below, num_ties, num_ties_kept, cuts, nonfinite] = columns;
-  for (const auto& found : gmp::cpu::select(rows.dtype, rows.views, num_prune, typed_hints, num_threads)) {
-    values.push_back(found.threshold.value);
-    num_below.push_back(found.threshold.num_below);
-    num_ties.push_back(found.threshold.num_ties);
-    num_ties_kept.push_back(found.threshold.num_ties_kept);
-    cuts.insert(cuts.end(), found.cuts.begin(), found.cuts.end());
-    nonfinite.insert(nonfinite.end(), found.nonfinite.begin(), found.nonfinite.end());
-  }
-  return columns;
-}
-
 using BracketTuple = std::pair<uint64_t, uint64_t>;
 
-std::vector<BracketTuple> sample(const std::string& dtype, const std::vector<LayerTuple>& layers,
-                                 const std::vector<int64_t>& num_prune, int num_threads) {
-  const std::vector<LayerView> views = views_of(layers);
-  check_counts(views, num_prune);
+// By column, one entry per layer: key, num_below, num_ties, num_ties_kept, tie index, nonfinite.
+using CutoffColumns = std::tuple<std::vector<uint64_t>, std::vector<int64_t>, std::vector<int64_t>,
+                                 std::vector<int64_t>, std::vector<int64_t>, std::vector<int64_t>>;
+
+// num_prune and group_sizes, in layers: one per group; brackets: one per group, or none at all.
+CutoffColumns select_cutoffs(const Rows& rows, const std::vector<int64_t>& num_prune,
+                             const std::vector<size_t>& group_sizes,
+                             const std::vector<std::optional<BracketTuple>>& brackets, int num_threads) {
   check_threads(num_threads);
-  std::vector<BracketTuple> result;
-  py::gil_scoped_release release;
-  for (const auto& [lo, hi] : gmp::cpu::sample(dtype_of(dtype), views, num_prune, num_threads)) {
-    result.emplace_back(lo, hi);
+  if (group_sizes.size() != num_prune.size() || (!brackets.empty() && brackets.size() != num_prune.size())) {
+    throw std::invalid_argument("a selection needs one count, one size and, if there are any, one bracket per group");
   }
-  return result;
+  std::vector<gmp::cpu::RankedGroup> groups;
+  size_t first = 0;
+  for (size_t g = 0; g < num_prune.size(); ++g) {
+    if (group_sizes[g] < 1 || group_sizes[g] > rows.views.size() - first) {
+      throw std::invalid_argument("groups need a layer each, and all layers together");
+    }
+    gmp::cpu::RankedGroup group{first, group_sizes[g], num_prune[g], std::nullopt};
+    int64_t n = 0;
+    for (size_t l = 0; l < group.num_layers; ++l) n += rows.views[first++].n;
+    if (group.num_prune < 0 || group.num_prune > n) {
+      throw std::invalid_argument("num_prune exceeds the number of weights");
+    }
+    if (!brackets.empty() && brackets[g]) group.bracket = gmp::Bracket{brackets[g]->first, brackets[g]->second};
+    groups.push_back(group);
+  }
+  if (first != rows.views.size()) throw std::invalid_argument("groups need a layer each, and all layers together");
+  py::gil_scoped_release release;
+  gmp::cpu::Cutoffs found = gmp::cpu::select(rows.dtype, rows.views, groups, num_threads);
+  return {std::move(found.keys),          std::move(found.num_below),   std::move(found.num_ties),
+          std::move(found.num_ties_kept), std::move(found.tie_indices), std::move(found.nonfinite)};
 }
 
 // below, inside, pruned, nonfinite
-using CensusTuple = std::tuple<int64_t, int64_t, int64_t, int64_t>;
+using CountsTuple = std::tuple<int64_t, int64_t, int64_t, int64_t>;
 
-// rooms: one per layer; bins: one row of num_bins zeros per layer.
-std::vector<CensusTuple> count(const std::string& dtype, const std::vector<LayerTuple>& layers,
-                               const std::vector<BracketTuple>& brackets, const std::vector<Array>& rooms,
-                               const Array& bins, int64_t num_bins, int num_threads) {
-  const std::vector<LayerView> views = views_of(layers);
+// candidates: one per layer; bins: one row of num_bins zeros per layer.
+std::vector<CountsTuple> count(const Rows& rows, const std::vector<BracketTuple>& brackets,
+                               const std::vector<Array>& candidates, const Array& bins, int64_t num_bins,
+                               int num_threads) {
   check_threads(num_threads);
-  if (brackets.size() != views.size() || rooms.size() != views.size() || num_bins < 1) {
-    throw std::invalid_argument("a count needs one bracket and one room per layer, and bins");
+  const size_t n = rows.views.size();
+  if (brackets.size() != n || candidates.size() != n || num_bins < 1) {
+    throw std::invalid_argument("a count needs one bracket and one place for candidates per layer, and bins");
   }
-  int64_t* const counts = checked<int64_t>(bins, num_bins * static_cast<int64_t>(views.size()), "bins");
-  std::vector<gmp::cpu::Bracket> typed_brackets;
+  int64_t* const counts = checked<int64_t>(bins, num_bins * static_cast<int64_t>(n), "bins");
+  std::vector<gmp::Bracket> typed_brackets;
   for (const auto& [lo, hi] : brackets) typed_brackets.push_back({lo, hi});
-  std::vector<gmp::cpu::Room> typed_rooms;
-  for (const auto& [address, capacity] : rooms) typed_rooms.push_back({pointer(address), address == 0 ? 0 : capacity});
-  std::vector<CensusTuple> result;
+  std::vector<gmp::cpu::Candidates> places;
+  for (const auto& [address, size] : candidates) places.push_back({pointer(address), address == 0 ? 0 : size});
+  std::vector<CountsTuple> result;
   py::gil_scoped_release release;
-  for (const auto& c :
-       gmp::cpu::count(dtype_of(dtype), views, typed_brackets, typed_rooms, counts, num_bins, num_threads)) {
-    result.emplace_back(c.below, c.inside, c.pruned, c.nonfinite);
+  for (const auto& found :
+       gmp::cpu::count(rows.dtype, rows.views, typed_brackets, places, counts, num_bins, num_threads)) {
+    result.emplace_back(found.counts.below, found.counts.inside, found.counts.pruned, found.nonfinite);
   }
   return result;
 }
 
-// Layers of one dtype, the value and cut of each, and where its bits go: if there are no such places, to its mask.
-using PruneTuple = std::tuple<const Rows*, std::vector<double>, std::vector<int64_t>, std::vector<Array>>;
+// Layers of one dtype, the key and tie index of each, and where its bits go: if there are no such places, to its mask.
+using PruneTuple = std::tuple<const Rows*, std::vector<uint64_t>, std::vector<int64_t>, std::vector<Array>>;
 
 // Weights kept before, and now, by layer, of one part after the other.
 using KeptColumns = std::pair<std::vector<int64_t>, std::vector<int64_t>>;
 
 gmp::cpu::ApplyPass pass_of(const PruneTuple& part) {
-  const auto& [rows, values, cuts, out] = part;
+  const auto& [rows, keys, tie_indices, out] = part;
   const size_t n = rows->views.size();
-  if (values.size() != n || cuts.size() != n || (!out.empty() && out.size() != n)) {
-    throw std::invalid_argument("values and cuts need one entry per layer, and so does out if there are any");
+  if (keys.size() != n || tie_indices.size() != n || (!out.empty() && out.size() != n)) {
+    throw std::invalid_argument("keys and tie indices need one entry per layer, and so does out if there are any");
   }
-  std::vector<gmp::cpu::Cut> typed_cuts;
   std::vector<uint8_t*> outputs;
   for (size_t i = 0; i < n; ++i) {
     const LayerView& layer = rows->views[i];
-    typed_cuts.push_back({values[i], cuts[i]});
     outputs.push_back(out.empty() ? const_cast<uint8_t*>(layer.mask)
                                   : checked<uint8_t>(out[i], bytes_of_bits(layer.n), "new bits"));
     if (outputs.back() == nullptr) throw std::invalid_argument("bits need a place to go");
   }
-  return {rows->dtype, rows->views, typed_cuts, std::move(outputs)};
+  return {rows->dtype, rows->views, keys, tie_indices, std::move(outputs)};
 }
 
 // All parts in one call: between two of them nothing may fail, nor Python take its turn.
@@ -219,7 +189,7 @@ void apply_masks(const std::vector<const Rows*>& parts, int num_threads) {
   std::vector<gmp::cpu::ApplyPass> passes;
   passes.reserve(parts.size());
   for (const Rows* rows : parts) {
-    passes.emplace_back(rows->dtype, rows->views, std::vector<gmp::cpu::Cut>(), std::vector<uint8_t*>());
+    passes.push_back({rows->dtype, rows->views, {}, {}, {}});
   }
   py::gil_scoped_release release;
   for (gmp::cpu::ApplyPass& pass : passes) pass.run(num_threads);
@@ -393,8 +363,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("update_row", &made<UpdateRow, const std::string&, const Array&, const Array&, const std::vector<Array>&,
                             const Array&, const Array&, int64_t>);
   m.def("update_batch", &made<UpdateBatch, const std::vector<const UpdateRow*>&>);
-  m.def("select", &select_thresholds);
-  m.def("sample", &sample);
+  m.def("select", &select_cutoffs);
   m.def("count", &count);
   m.def("prune", &prune);
   m.def("apply_masks", &apply_masks);

@@ -7,7 +7,6 @@ import torch
 _Array: TypeAlias = tuple[int, int]
 # the weights, and their packed mask
 _Layer: TypeAlias = tuple[_Array, _Array]
-_Threshold: TypeAlias = tuple[float, int, int, int]
 # values, and of compact ones mask and ranks
 _State: TypeAlias = tuple[_Array, _Array, _Array]
 # from, to, number of weights, bytes per value
@@ -19,24 +18,26 @@ class UpdateBatch: ...
 
 def rows(dtype: str, layers: list[_Layer]) -> Rows: ...
 
-# value, num_below, num_ties and num_ties_kept per selection; cut and nonfinite per layer
+# per layer: key, num_below, num_ties, num_ties_kept, tie index, nonfinite
 def select(
-    rows: Rows, num_prune: Sequence[int], hints: Sequence[_Threshold | None], num_threads: int
-) -> tuple[list[float], list[int], list[int], list[int], list[int], list[int]]: ...
-def sample(dtype: str, layers: list[_Layer], num_prune: list[int], num_threads: int) -> list[tuple[int, int]]: ...
+    rows: Rows,
+    num_prune: Sequence[int],
+    group_sizes: Sequence[int],
+    brackets: Sequence[tuple[int, int] | None],
+    num_threads: int,
+) -> tuple[list[int], list[int], list[int], list[int], list[int], list[int]]: ...
 def count(
-    dtype: str,
-    layers: list[_Layer],
-    brackets: list[tuple[int, int]],
-    rooms: list[_Array],
+    rows: Rows,
+    brackets: Sequence[tuple[int, int]],
+    candidates: Sequence[_Array],
     bins: _Array,
     num_bins: int,
     num_threads: int,
 ) -> list[tuple[int, int, int, int]]: ...
 
-# Parts with value, cut and place for the bits of every layer; kept before and kept, of one part after the other.
+# Parts with key, tie index and place for the bits of every layer; kept before and kept, of one part after the other.
 def prune(
-    parts: list[tuple[Rows, Sequence[float], Sequence[int], Sequence[_Array]]], num_threads: int
+    parts: list[tuple[Rows, Sequence[int], Sequence[int], Sequence[_Array]]], num_threads: int
 ) -> tuple[list[int], list[int]]: ...
 def apply_masks(parts: list[Rows], num_threads: int) -> None: ...
 def update_row(

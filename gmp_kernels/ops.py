@@ -6,13 +6,15 @@ Everything a user can get wrong is found before any memory is written (``checks`
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import repeat
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 
-from gmp_kernels.backends import Threshold, choose
-from gmp_kernels.backends.layers import Layers, PruneCounts, Selections, columns_of, is_lazy
+from gmp_kernels.backends import Cutoffs, Selection, Threshold, choose
+from gmp_kernels.backends.keys import magnitude_of, magnitudes_of_keys
+from gmp_kernels.backends.layers import Layers
 from gmp_kernels.checks import (
     Weight,
     bump_versions,
@@ -24,8 +26,9 @@ from gmp_kernels.checks import (
 )
 from gmp_kernels.errors import DeviceError, DTypeError, ShapeError
 from gmp_kernels.masks import BitMask
+from gmp_kernels.search.brackets import brackets_near
 
-__all__ = ["PruneResult", "Threshold", "apply_masks_", "magnitude_threshold", "prune_"]
+__all__ = ["PruneResult", "Threshold", "apply_masks_", "magnitude_threshold", "prune_", "thresholds_of"]
 
 Scope: TypeAlias = Literal["layer", "global"]
 NonFinite: TypeAlias = Literal["error", "keep"]
@@ -117,10 +120,11 @@ def magnitude_threshold(
     assert layers is not None
     check_choice(op, "nonfinite", nonfinite, ("error", "keep"))
     counts = counts_to_prune(op, layers.facts.sizes, None, num_prune, "layer")
-    found = columns_of(choose(backend, layers.facts.device).select(layers, counts, [previous]))
+    brackets = brackets_near([previous], counts, layers.facts.sizes, layers.facts.dtypes)
+    found = choose(backend, layers.facts.device).select(layers, counts, [1], brackets).cutoffs
     if nonfinite == "error":
         check_finite(op, found.nonfinite, None)
-    return found.thresholds[0]
+    return thresholds_of(found, layers.facts.dtypes)[0]
 
 
 def prune_(
@@ -224,12 +228,19 @@ def begin_prune(
     if scope == "global" and layers and len(set(layers.facts.dtypes)) > 1:
         found = ", ".join(sorted(map(str, set(layers.facts.dtypes))))
         raise DTypeError(f"{op}: expected one dtype for scope='global', got {found}; cast, or use scope='layer'")
-    hints = _hints(op, previous, len(weights_), scope)
+    if previous is not None and len(previous) != len(weights_):
+        raise ShapeError(f"{op}: expected one previous threshold per weight, got {len(previous)} for {len(weights_)}")
     if layers is None:
         return lambda: PruneResult([], [], [], [])
 
-    implementation = choose(backend, layers.facts.device)
-    chosen = implementation.select(layers, counts, hints, prunes=True)
+    implementation, facts = choose(backend, layers.facts.device), layers.facts
+    is_global = scope == "global"
+    brackets = None
+    if previous is not None:
+        sizes = [sum(facts.sizes)] if is_global else facts.sizes
+        brackets = brackets_near(previous[: len(sizes)], counts, sizes, facts.dtypes)
+    group_sizes = [len(layers)] if is_global else [1] * len(layers)
+    selection = implementation.select(layers, counts, group_sizes, brackets, prunes=True)
     # While a GPU selects.
     if masks_ is None:
         masks_ = _new_masks(op, layers)
@@ -237,30 +248,25 @@ def begin_prune(
     else:
         assert layers.masks is not None
         out = layers.masks
-    if nonfinite == "error" and not is_lazy(chosen):
-        check_finite(op, columns_of(chosen).nonfinite, names)
+    if nonfinite == "error" and not selection.is_lazy:
+        check_finite(op, selection.cutoffs.nonfinite, names)
     is_first = True
 
     def write() -> PruneResult:
         nonlocal is_first
         # Selecting again would find zeros where the first attempt has pruned. A copy, because a GPU has counted already
         # in what it was given.
-        cut = chosen if is_first else Selections(columns_of(chosen))
+        chosen = selection if is_first else Selection(selection.cutoffs)
         is_first = False
         # First, so that no interrupt in between leaves a write that nobody knows of. The write is one call, or all its
         # launches are.
         bump_versions([*layers.weights, *out])
-        written = implementation.prune(layers, cut, out, finite=nonfinite == "error")
-        thresholds, _, nonfinite_indices = columns_of(cut)
-        if nonfinite == "error":
-            check_finite(op, nonfinite_indices, names)
-        counted = PruneCounts.of(written)
-        return PruneResult(
-            masks_,
-            thresholds if len(thresholds) == len(layers) else thresholds * len(layers),
-            counted.num_pruned,
-            counted.num_newly_pruned,
-        )
+        counted = implementation.prune(layers, chosen, out, finite=nonfinite == "error")
+        cutoffs = chosen.cutoffs
+        if counted is None:
+            check_finite(op, cutoffs.nonfinite, names)
+        assert counted is not None
+        return PruneResult(masks_, thresholds_of(cutoffs, facts.dtypes), *counted)
 
     return write
 
@@ -315,11 +321,15 @@ def _as_list(given: Any) -> list[Any]:
     return [given] if is_one else list(given)
 
 
-def _hints(op: str, previous: Sequence[Threshold | None] | None, num_layers: int, scope: str) -> list[Threshold | None]:
-    if previous is not None and len(previous) != num_layers:
-        raise ShapeError(f"{op}: expected one previous threshold per weight, got {len(previous)} for {num_layers}")
-    hints: list[Threshold | None] = [None] * num_layers if previous is None else list(previous)
-    return hints[:1] if scope == "global" else hints
+def thresholds_of(cutoffs: Cutoffs, dtypes: Sequence[torch.dtype]) -> list[Threshold]:
+    """Return the threshold of every layer."""
+    if len(set(dtypes)) == 1:
+        values: list[float] = magnitudes_of_keys(np.array(cutoffs.keys), dtypes[0]).tolist()
+    else:
+        values = list(map(magnitude_of, cutoffs.keys, dtypes))
+    columns = values, cutoffs.num_below, cutoffs.num_ties, cutoffs.num_ties_kept
+    # Their own constructor takes twice as long.
+    return list(map(tuple.__new__, repeat(Threshold), zip(*columns, strict=True)))
 
 
 def _new_masks(op: str, layers: Layers) -> list[BitMask]:

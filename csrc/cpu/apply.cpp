@@ -5,11 +5,11 @@
 namespace gmp::cpu {
 namespace {
 
-// One chunk in which the layer's cut may fall: before it ties stay, from it on they go. A cut inside a byte of the mask
-// sends the eight weights around it through a copy of their own.
+// One chunk in which the layer's tie index may fall: before it ties stay, from it on they go. One inside a byte of the
+// mask sends the eight weights around it through a copy of their own.
 template <typename Key>
 ApplyCounts apply_chunk(const Kernels<Key>& kernels, const LayerView& layer, int64_t begin, int64_t end, Key infinity,
-                        Key limit, int64_t cut, uint8_t* kept) {
+                        Key key, int64_t tie_index, uint8_t* kept) {
   ApplyCounts total;
   const auto run = [&](int64_t from, int64_t to, Key range_limit) {
     if (from >= to) return;
@@ -19,10 +19,10 @@ ApplyCounts apply_chunk(const Kernels<Key>& kernels, const LayerView& layer, int
     total.kept += counts.kept;
     total.kept_before += counts.kept_before;
   };
-  const Key limit_after = static_cast<Key>(limit + 1);
-  const int64_t byte_begin = std::clamp(cut / 8 * 8, begin, end);
-  run(begin, byte_begin, limit);
-  if (byte_begin < end && cut > byte_begin) {
+  const Key limit_after = static_cast<Key>(key + 1);
+  const int64_t byte_begin = std::clamp(tie_index / 8 * 8, begin, end);
+  run(begin, byte_begin, key);
+  if (byte_begin < end && tie_index > byte_begin) {
     const int64_t byte_end = std::min(byte_begin + 8, end);
     Key low[8], high[8];
     uint8_t low_bits = 0, high_bits = 0;
@@ -31,8 +31,8 @@ ApplyCounts apply_chunk(const Kernels<Key>& kernels, const LayerView& layer, int
     __builtin_memcpy(low, weights, bytes);
     __builtin_memcpy(high, weights, bytes);
     const uint8_t* mask = layer.mask == nullptr ? nullptr : layer.mask + byte_begin / 8;
-    const int64_t n = byte_end - byte_begin, low_n = std::min(cut - byte_begin, n);
-    const ApplyCounts before = kernels.apply(low, n, mask, &low_bits, infinity, limit);
+    const int64_t n = byte_end - byte_begin, low_n = std::min(tie_index - byte_begin, n);
+    const ApplyCounts before = kernels.apply(low, n, mask, &low_bits, infinity, key);
     kernels.apply(high, n, mask, &high_bits, infinity, limit_after);
     __builtin_memcpy(low + low_n, high + low_n, static_cast<size_t>(n - low_n) * sizeof(Key));
     __builtin_memcpy(weights, low, bytes);
@@ -50,20 +50,19 @@ ApplyCounts apply_chunk(const Kernels<Key>& kernels, const LayerView& layer, int
 
 }  // namespace
 
-ApplyPass::ApplyPass(DType dtype, const std::vector<LayerView>& layers, const std::vector<Cut>& cuts,
-                     std::vector<uint8_t*> kept)
+ApplyPass::ApplyPass(DType dtype, const std::vector<LayerView>& layers, std::vector<uint64_t> keys,
+                     std::vector<int64_t> tie_indices, std::vector<uint8_t*> kept)
     : dtype_(dtype),
       layers_(layers),
-      limits_(layers.size(), 0),
-      cuts_(sizes_of(layers)),
+      keys_(std::move(keys)),
+      tie_indices_(std::move(tie_indices)),
       kept_(std::move(kept)),
       chunks_(sizes_of(layers)),
       counts_(layers.size()) {
   active_kernels();  // may throw at its first call
-  for (size_t i = 0; i < cuts.size(); ++i) {
-    limits_[i] = key_of_magnitude(cuts[i].value, infinity_of(dtype));
-    cuts_[i] = cuts[i].index;
-  }
+  if (!keys_.empty()) return;
+  keys_.resize(layers.size(), 0);
+  tie_indices_ = sizes_of(layers);
 }
 
 template <typename Key>
@@ -74,8 +73,8 @@ void ApplyPass::run_typed(Key infinity, int num_threads) noexcept {
     const Chunk chunk = chunks_[i];
     const size_t l = chunk.tensor;
     const ApplyCounts counts =
-        apply_chunk<Key>(kernels, layers_[l], chunk.begin, chunk.end, infinity, static_cast<Key>(limits_[l]), cuts_[l],
-                         kept_.empty() ? nullptr : kept_[l]);
+        apply_chunk<Key>(kernels, layers_[l], chunk.begin, chunk.end, infinity, static_cast<Key>(keys_[l]),
+                         tie_indices_[l], kept_.empty() ? nullptr : kept_[l]);
 #pragma omp atomic
     counts_[l].kept += counts.kept;
 #pragma omp atomic
@@ -84,14 +83,7 @@ void ApplyPass::run_typed(Key infinity, int num_threads) noexcept {
 }
 
 void ApplyPass::run(int num_threads) noexcept {
-  switch (dtype_) {
-#define GMP_DTYPE(name, key, infinity) \
-  case DType::name:                    \
-    return run_typed<key>(infinity, num_threads);
-    GMP_DTYPES(GMP_DTYPE)
-#undef GMP_DTYPE
-  }
-  __builtin_unreachable();
+  with_dtype(dtype_, [&](auto infinity) { run_typed(infinity, num_threads); });
 }
 
 }  // namespace gmp::cpu

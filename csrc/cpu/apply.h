@@ -6,26 +6,21 @@
 
 #include "chunks.h"
 #include "kernels.h"
+#include "layers.h"
 #include "order/dtypes.h"
-#include "select.h"
 
 namespace gmp::cpu {
 
-// Where one layer is cut: weights of magnitude < value are pruned, and those of magnitude == value at index >= cut.
-struct Cut {
-  double value;
-  int64_t index;
-};
-
 // One pass over layers of a dtype: zeroes the pruned weights, writes the bits of the kept ones to kept[i] (which may be
-// layers[i].mask; an empty `kept`: not wanted), and counts. An empty `cuts` only enforces the masks.
+// layers[i].mask; an empty `kept`: not wanted), and counts. Pruned are the keys below keys[i], and of those equal to it
+// the ones from index tie_indices[i] on; without keys, the masks are enforced and no more.
 //
 // The constructor allocates all that run() needs. So passes that belong together are made first and run then: once one
 // has written, none can fail. `layers` has to outlive the pass.
 class ApplyPass {
  public:
-  ApplyPass(DType dtype, const std::vector<LayerView>& layers, const std::vector<Cut>& cuts,
-            std::vector<uint8_t*> kept);
+  ApplyPass(DType dtype, const std::vector<LayerView>& layers, std::vector<uint64_t> keys,
+            std::vector<int64_t> tie_indices, std::vector<uint8_t*> kept);
 
   void run(int num_threads) noexcept;
 
@@ -37,8 +32,8 @@ class ApplyPass {
 
   DType dtype_;
   const std::vector<LayerView>& layers_;
-  std::vector<uint64_t> limits_;  // keys below are pruned, and from the cut on this key is
-  std::vector<int64_t> cuts_;
+  std::vector<uint64_t> keys_;
+  std::vector<int64_t> tie_indices_;
   std::vector<uint8_t*> kept_;
   ChunkTable chunks_;
   std::vector<ApplyCounts> counts_;

@@ -1,6 +1,7 @@
 // The masked optimizer step: one pass over all tensors, in which pruned weights cost nothing.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <vector>
 

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "kernels.h"
+#include "layers.h"
 
 namespace gmp::cpu {
 
@@ -95,6 +96,13 @@ int64_t find_match(const Key* weights, int64_t n, const uint8_t* mask, Key infin
     if (count(begin, i + 1) > rank) return begin + i;
   }
   return -1;
+}
+
+// Flat index of the first unpruned NaN or Inf of a layer, -1 if there is none.
+template <typename Key>
+int64_t first_nonfinite(const LayerView& layer, Key infinity) {
+  return find_match<Key>(static_cast<const Key*>(layer.weights), layer.n, layer.mask, infinity, infinity,
+                         static_cast<Key>(infinity + 1), 0);
 }
 
 }  // namespace gmp::cpu

@@ -3,17 +3,44 @@
 #include "selector.h"
 
 namespace gmp::cpu {
+namespace {
 
-std::vector<Selection> select(DType dtype, const std::vector<LayerView>& layers, const std::vector<int64_t>& num_prune,
-                              const std::vector<std::optional<Threshold>>& hints, int num_threads) {
-  switch (dtype) {
-#define GMP_DTYPE(name, key, infinity) \
-  case DType::name:                    \
-    return Selector<key>(infinity, layers, num_prune, hints, num_threads).run();
-    GMP_DTYPES(GMP_DTYPE)
-#undef GMP_DTYPE
+template <typename Key>
+std::vector<LayerCounts> count_typed(Key infinity, const std::vector<LayerView>& layers,
+                                     const std::vector<Bracket>& brackets, const std::vector<Candidates>& candidates,
+                                     int64_t* bins, int64_t num_bins, int num_threads) {
+  std::vector<CountedGroup> groups;
+  std::vector<CountedGroup*> addresses;
+  groups.reserve(layers.size());
+  for (size_t l = 0; l < layers.size(); ++l) {
+    groups.push_back(
+        {l, 1, brackets[l], bins + static_cast<int64_t>(l) * num_bins, candidates[l].keys, candidates[l].capacity});
+    addresses.push_back(&groups.back());
   }
-  __builtin_unreachable();
+  std::vector<char> nonfinite(layers.size(), 0);
+  std::vector<LayerCounts> found(layers.size());
+  Counter<Key>(infinity, layers, std::move(addresses), num_bins, nonfinite, num_threads).run();
+  for (size_t l = 0; l < layers.size(); ++l) {
+    found[l].counts = groups[l].counts;
+    if (nonfinite[l]) found[l].nonfinite = first_nonfinite<Key>(layers[l], infinity);
+  }
+  return found;
+}
+
+}  // namespace
+
+Cutoffs select(DType dtype, const std::vector<LayerView>& layers, const std::vector<RankedGroup>& groups,
+               int num_threads) {
+  return with_dtype(
+      dtype, [&](auto infinity) { return Selector<decltype(infinity)>(infinity, layers, groups, num_threads).run(); });
+}
+
+std::vector<LayerCounts> count(DType dtype, const std::vector<LayerView>& layers, const std::vector<Bracket>& brackets,
+                               const std::vector<Candidates>& candidates, int64_t* bins, int64_t num_bins,
+                               int num_threads) {
+  return with_dtype(dtype, [&](auto infinity) {
+    return count_typed(infinity, layers, brackets, candidates, bins, num_bins, num_threads);
+  });
 }
 
 }  // namespace gmp::cpu

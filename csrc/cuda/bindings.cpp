@@ -42,7 +42,7 @@ void begin(const Launch& launch, const std::string& dtype, const Tables& tables)
   gmp::cuda::begin(launch, dtype_of(dtype), tables);
 }
 
-void select_thresholds(const Launch& launch, const std::string& dtype, const Tables& tables) {
+void select_cutoffs(const Launch& launch, const std::string& dtype, const Tables& tables) {
   gmp::cuda::select(launch, dtype_of(dtype), tables);
 }
 
@@ -59,8 +59,8 @@ void apply(const Launch& launch, const std::vector<ApplyTuple>& parts, uint64_t 
   }
 }
 
-void census(const Launch& launch, const std::string& dtype, uint64_t rows, int64_t num_rows, int64_t num_chunks) {
-  gmp::cuda::census(launch, dtype_of(dtype), pointer<gmp::cuda::CensusRow>(rows), num_rows, num_chunks);
+void count_layers(const Launch& launch, const std::string& dtype, uint64_t rows, int64_t num_rows, int64_t num_chunks) {
+  gmp::cuda::count(launch, dtype_of(dtype), pointer<gmp::cuda::CountRow>(rows), num_rows, num_chunks);
 }
 
 // dtype, address of the rows, their number and that of their chunks
@@ -142,9 +142,9 @@ PYBIND11_MODULE(GMP_MODULE, m) {
   m.def("tables", &tables_of);
   m.def("num_counting_blocks", &gmp::cuda::num_counting_blocks);
   m.def("begin", &begin);
-  m.def("select", &select_thresholds);
+  m.def("select", &select_cutoffs);
   m.def("apply", &apply);
-  m.def("census", &census);
+  m.def("count", &count_layers);
   m.def("update", &update);
   m.def("repack", &repack);
   m.def("chunk_offsets", &chunk_offsets);

@@ -1,6 +1,6 @@
 // Everything but the optimizer step.
 #include "apply.cuh"
-#include "census.cuh"
+#include "count_layers.cuh"
 #include "launch.h"
 #include "state.cuh"
 #include "ties.cuh"
@@ -20,25 +20,13 @@ void select_typed(const Launch& launch, Key infinity, const Tables& t) {
   GMP_LAUNCH(kernels::ties<Key>, grid, launch, t.layers, t.groups, t.num_groups, t.num_chunks, t.space, infinity);
 }
 
-// Calls visit(+Inf as a key of the dtype).
-template <typename Visit>
-void with_dtype(const Launch& launch, DType dtype, Visit visit) {
-  prepare(launch);
-  switch (dtype) {
-#define GMP_DTYPE(name, Key, infinity) \
-  case DType::name:                    \
-    return visit(Key{infinity});
-    GMP_DTYPES(GMP_DTYPE)
-#undef GMP_DTYPE
-  }
-}
-
 }  // namespace
 
 unsigned num_counting_blocks(unsigned multiprocessors) { return multiprocessors * kReaders; }
 
 void begin(const Launch& launch, DType dtype, const Tables& t) {
-  with_dtype(launch, dtype, [&](auto infinity) {
+  prepare(launch);
+  with_dtype(dtype, [&](auto infinity) {
     using Key = decltype(infinity);
     GMP_LAUNCH(kernels::begin<Key>, static_cast<unsigned>(t.num_groups), launch, t.layers, t.groups, t.num_chunks,
                int64_t{grid_of(launch, kReaders, t.num_chunks)}, t.space, infinity);
@@ -46,21 +34,24 @@ void begin(const Launch& launch, DType dtype, const Tables& t) {
 }
 
 void select(const Launch& launch, DType dtype, const Tables& tables) {
-  with_dtype(launch, dtype, [&](auto infinity) { select_typed(launch, infinity, tables); });
+  prepare(launch);
+  with_dtype(dtype, [&](auto infinity) { select_typed(launch, infinity, tables); });
 }
 
 void apply(const Launch& launch, DType dtype, const Tables& t, const uint64_t* out, const int64_t* stop) {
-  with_dtype(launch, dtype, [&](auto infinity) {
+  prepare(launch);
+  with_dtype(dtype, [&](auto infinity) {
     using Key = decltype(infinity);
     GMP_LAUNCH(kernels::apply<Key>, grid_of(launch, kReaders, t.num_chunks), launch, t.layers, t.num_layers,
                t.num_chunks, t.groups, out, stop, infinity);
   });
 }
 
-void census(const Launch& launch, DType dtype, CensusRow* rows, int64_t num_rows, int64_t num_chunks) {
-  with_dtype(launch, dtype, [&](auto infinity) {
+void count(const Launch& launch, DType dtype, CountRow* rows, int64_t num_rows, int64_t num_chunks) {
+  prepare(launch);
+  with_dtype(dtype, [&](auto infinity) {
     using Key = decltype(infinity);
-    GMP_LAUNCH(kernels::census<Key>, grid_of(launch, kReaders, num_chunks), launch, rows, num_rows, num_chunks,
+    GMP_LAUNCH(kernels::count_layers<Key>, grid_of(launch, kReaders, num_chunks), launch, rows, num_rows, num_chunks,
                infinity);
   });
 }
@@ -93,7 +84,7 @@ void load_kernels(const Launch& launch) {
     load(kernels::count<Key>);
     load(kernels::ties<Key>);
     load(kernels::apply<Key>);
-    load(kernels::census<Key>);
+    load(kernels::count_layers<Key>);
   };
   load_typed(uint16_t{});
   load_typed(uint32_t{});

@@ -38,7 +38,7 @@ void begin(const Launch& launch, DType dtype, const Tables& tables);
 void select(const Launch& launch, DType dtype, const Tables& tables);
 // out: addresses; stop: nothing is written if that is not 0. Each may be null, and so may the groups.
 void apply(const Launch& launch, DType dtype, const Tables& tables, const uint64_t* out, const int64_t* stop);
-void census(const Launch& launch, DType dtype, CensusRow* rows, int64_t num_rows, int64_t num_chunks);
+void count(const Launch& launch, DType dtype, CountRow* rows, int64_t num_rows, int64_t num_chunks);
 
 // constants: on the device, or null: then they are those of the argument.
 void update(const Launch& launch, DType dtype, Rule rule, const UpdateRow* rows, int64_t num_rows, int64_t num_chunks,

@@ -1,8 +1,11 @@
 // A sample of each group's keys, and the bracket that follows from it.
 #pragma once
 
-#include "count.cuh"
+#include <cmath>
+
+#include "counter.cuh"
 #include "deal.cuh"
+#include "search/bracket.h"
 
 namespace gmp::cuda::kernels {
 
@@ -51,13 +54,6 @@ struct SampleBins {
     return last < largest ? last : largest;  // that of NaN: the bin goes on to bit patterns that are no keys
   }
 };
-
-// Smallest shift that maps [lo, hi] into the bins.
-__device__ inline int64_t shift_of(uint64_t lo, uint64_t hi) {
-  int64_t shift = 0;
-  while ((hi - lo) >> shift >= static_cast<uint64_t>(kBins)) ++shift;
-  return shift;
-}
 
 // The bin where the running sum of counts first exceeds `rank`; each thread has kCount of them in a row.
 template <typename Count, int kCount>
@@ -206,7 +202,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   if (threadIdx.x > 0) return;
   group.lo = lo;
   group.hi = hi;
-  group.shift = shift_of(lo, hi);
+  group.shift = shift_of({lo, hi}, kBins);
   group.mode = kRead;
   group.passes = group.below = group.pruned = group.overflow = group.listed = group.blocks_done = 0;
 }

@@ -28,52 +28,50 @@ template <typename Key, typename Take>
 __device__ void narrow(LayerRow* layers, GroupRow& group, bool counts_each, Key infinity, Take take) {
   constexpr int kPerThread = kBins / kThreads;
   __shared__ bool finished;
-  const uint64_t lo = group.lo, hi = group.hi;
-  const int64_t shift = group.shift;
+  const Bracket bracket{group.lo, group.hi};
+  const int shift = static_cast<int>(group.shift);
   const int64_t below = __ldcg(&group.below), pruned = __ldcg(&group.pruned);
   const bool listed = group.mode == kList || __ldcg(&group.overflow) == 0;
-  const int64_t wanted = group.num_prune - pruned;  // rank, from 1, among the unpruned
+  const int64_t wanted = group.num_prune - pruned;
   unsigned long long counts[kPerThread], sum = 0, inside;
 #pragma unroll
   for (int b = 0; b < kPerThread; ++b) sum += counts[b] = take(threadIdx.x * kPerThread + b);
   const unsigned long long before = block_scan(sum, inside);  // and all have read what is written from here on
-  const bool proven = wanted > below && wanted <= below + static_cast<int64_t>(inside);
-  if (threadIdx.x == 0) finished = wanted <= 0;  // and nobody looks at that of an earlier call any more
+  const Proof proof = prove(wanted, below, static_cast<int64_t>(inside));
+  if (threadIdx.x == 0) finished = proof == Proof::kNothingWanted;  // and nobody looks at that of an earlier call
   __syncthreads();
-  if (wanted <= 0) {
+  const auto aim = [&](const Bracket& next, int64_t below_next, int64_t mode) {
+    group.lo = next.lo;
+    group.hi = next.hi;
+    group.below = below_next;
+    group.shift = shift_of(next, kBins);
+    group.mode = mode;
+  };
+  if (proof == Proof::kNothingWanted) {
     if (threadIdx.x == 0) {
       group.key = 0;
       group.num_below = pruned;
       group.num_ties = group.num_ties_kept = 0;
     }
-  } else if (!proven) {
+  } else if (proof != Proof::kHolds) {
     if (threadIdx.x == 0) {
-      const bool too_high = wanted <= below;
-      group.lo = too_high ? 0 : hi + 1;
-      group.hi = too_high ? lo - 1 : static_cast<uint64_t>(infinity) + 1;
-      group.below = too_high ? 0 : below + static_cast<int64_t>(inside);
-      group.shift = shift_of(group.lo, group.hi);
-      group.mode = kRead;
+      aim(beside(bracket, proof, static_cast<uint64_t>(infinity) + 1),
+          proof == Proof::kTooHigh ? 0 : below + static_cast<int64_t>(inside), kRead);
     }
   } else {
     const Crossing crossing(counts, before, static_cast<unsigned long long>(wanted - below - 1));
     if (crossing.bin >= 0) {
       const int64_t lower = below + static_cast<int64_t>(crossing.before);
-      const uint64_t first = lo + (static_cast<uint64_t>(crossing.bin) << shift);
+      const Bracket bin = bin_of(bracket, static_cast<uint64_t>(crossing.bin), shift);
       if (shift == 0) {
-        group.key = first;
+        group.key = bin.lo;
         group.num_below = pruned + lower;
         group.num_ties = crossing.count;
         group.num_ties_kept = group.num_below + group.num_ties - group.num_prune;
         group.listed = !listed ? kNotListed : counts_each ? kCounts : kKeys;
         finished = true;
       } else {
-        const uint64_t last = first + ((uint64_t{1} << shift) - 1);
-        group.lo = first;
-        group.hi = last < hi ? last : hi;
-        group.below = lower;
-        group.shift = shift_of(group.lo, group.hi);
-        group.mode = listed ? kList : kRead;
+        aim(bin, lower, listed ? kList : kRead);
       }
     }
   }

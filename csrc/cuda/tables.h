@@ -58,15 +58,15 @@ struct Workspace {
   uint64_t nonfinite;  // int64_t, set once there is an unpruned NaN or Inf in any layer
 };
 
-// A layer that is counted against a bracket of the caller's (see Census in backends/types.py).
-struct CensusRow {
+// A layer that is counted against a bracket of the caller's (see BracketCounts in backends/types.py).
+struct CountRow {
   uint64_t weights, mask;
   int64_t n, first_chunk;
   uint64_t lo, hi;
   int64_t shift;
-  uint64_t room;  // address; receives the magnitudes inside
-  int64_t room_size;
-  uint64_t bins;  // int64_t
+  uint64_t candidates;  // address; receives the keys inside
+  int64_t capacity;     // in keys
+  uint64_t bins;        // int64_t
   int64_t num_bins;
   int64_t below, inside, pruned, nonfinite;  // the answer
 };

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 
 import torch
 
-from gmp_kernels.backends import Layer
+from gmp_kernels.backends.types import Layer
 from gmp_kernels.errors import DeviceError, LayoutError
 
 __all__ = [
@@ -19,8 +20,8 @@ __all__ = [
     "by_dtype",
     "dtype_name",
     "element_address",
+    "group_positions",
     "on_device",
-    "parts",
 ]
 
 # Which hold the bits of a weight, by its bytes.
@@ -87,10 +88,12 @@ def by_dtype(layers: Sequence[Layer]) -> dict[str, list[int]]:
     return positions
 
 
-def parts(layers: Sequence[Layer], num_prune: Sequence[float]) -> list[tuple[str, list[int], list[int]]]:
-    """Split a selection by dtype: its name, the positions of its layers and of their entries in ``num_prune``."""
-    is_global = len(num_prune) != len(layers)
-    return [(dtype, positions, [0] if is_global else positions) for dtype, positions in by_dtype(layers).items()]
+def group_positions(positions: Sequence[int], group_sizes: Sequence[int]) -> Sequence[int]:
+    """Return which groups the layers at these positions make up; each has layers of one dtype."""
+    if len(group_sizes) == 1 or max(group_sizes) == 1:
+        return range(1) if len(group_sizes) == 1 else positions
+    firsts, wanted = accumulate(group_sizes[:-1], initial=0), set(positions)
+    return [g for g, first in enumerate(firsts) if first in wanted]
 
 
 @contextmanager

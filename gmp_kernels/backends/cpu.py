@@ -10,33 +10,22 @@ from typing import NamedTuple, TypeAlias, TypeVar
 # Before _C: the process then has one OpenMP runtime, torch's, and our loops run on the threads torch keeps warm.
 import torch
 
-from gmp_kernels.backends import (
-    Backend,
+from gmp_kernels.backends.addresses import by_dtype, dtype_name, group_positions
+from gmp_kernels.backends.at_once import at_once
+from gmp_kernels.backends.layers import Layers, merged, prepared
+from gmp_kernels.backends.registry import Backend, register
+from gmp_kernels.backends.types import (
     Bracket,
-    Census,
+    BracketCounts,
     Compaction,
     Constants,
+    Cutoffs,
     Layer,
+    PruneCounts,
     Selection,
     StateMove,
-    Threshold,
     UpdateBatch,
     UpdateTensor,
-    Written,
-    register,
-)
-from gmp_kernels.backends.addresses import by_dtype, dtype_name
-from gmp_kernels.backends.addresses import parts as split
-from gmp_kernels.backends.at_once import at_once
-from gmp_kernels.backends.layers import (
-    Columns,
-    Layers,
-    PruneCounts,
-    Selections,
-    columns_of,
-    merged,
-    prepared,
-    thresholds_of,
 )
 
 try:
@@ -90,7 +79,7 @@ def _parts(layers: Sequence[Layer]) -> list[_Part]:
 
 
 def _taken(column: Sequence[T], positions: Sequence[int]) -> Sequence[T]:
-    """The entries of one part in a column of all layers; a column of none, or of one for all, stays as it is."""
+    """Return the entries of one part in a column of all; an empty column stays as it is."""
     return [column[i] for i in positions] if len(positions) < len(column) else column
 
 
@@ -118,73 +107,48 @@ class Cpu:
         self,
         layers: Sequence[Layer],
         num_prune: Sequence[int],
-        hints: Sequence[Threshold | None],
+        group_sizes: Sequence[int],
+        brackets: Sequence[Bracket | None] | None = None,
         *,
         prunes: bool = False,
-    ) -> Selections:
-        hints = hints if any(hints) else []
-        parts, num_threads = _parts(layers), torch.get_num_threads()
-        found = []
+    ) -> Selection:
+        parts, found = _parts(layers), []
         for rows, positions, _ in parts:
-            columns = _C.select(rows, _taken(num_prune, positions), _taken(hints, positions), num_threads)
-            found.append((thresholds_of(*columns[:4]), *columns[4:]))
+            own = group_positions(positions, group_sizes)
+            given = _taken(num_prune, own), _taken(group_sizes, own), _taken(brackets or [], own)
+            found.append(_C.select(rows, *given, torch.get_num_threads()))
         all_positions = [part.positions for part in parts]
-        thresholds, cuts, nonfinite = (merged(all_positions, pieces) for pieces in zip(*found, strict=True))
-        return Selections(Columns(thresholds, cuts, nonfinite))
-
-    def sample(self, layers: Sequence[Layer], shares: Sequence[float]) -> list[Bracket]:
-        found: dict[int, Bracket] = {}
-        for dtype, positions, groups in split(layers, shares):
-            sizes = [layers[i].weight.numel() for i in positions]
-            sizes = sizes if len(groups) == len(sizes) else [sum(sizes)]
-            num_prune = [round(shares[g] * n) for g, n in zip(groups, sizes, strict=True)]
-            brackets = _C.sample(dtype, [_row(layers[i]) for i in positions], num_prune, torch.get_num_threads())
-            found.update(zip(groups, (Bracket(*bracket) for bracket in brackets), strict=True))
-        return [found[g] for g in range(len(shares))]
+        return Selection(Cutoffs(*(merged(all_positions, list(pieces)) for pieces in zip(*found, strict=True))))
 
     def count(
         self,
         layers: Sequence[Layer],
         brackets: Sequence[Bracket],
         num_bins: int,
-        rooms: Sequence[torch.Tensor | None] | None = None,
-    ) -> list[Census]:
-        found: dict[int, Census] = {}
-        for dtype, positions in by_dtype(layers).items():
+        candidates: Sequence[torch.Tensor | None] | None = None,
+    ) -> list[BracketCounts]:
+        parts, found = _parts(layers), []
+        for rows, positions, _ in parts:
             bins = torch.zeros(len(positions), num_bins, dtype=torch.int64, device="cpu")
-            given = [None if rooms is None else rooms[i] for i in positions]
-            counts = _C.count(
-                dtype,
-                [_row(layers[i]) for i in positions],
-                [brackets[i] for i in positions],
-                list(map(_array, given)),
-                _array(bins),
-                num_bins,
-                torch.get_num_threads(),
-            )
-            found.update((i, Census(*c, row)) for i, c, row in zip(positions, counts, bins, strict=True))
-        return [found[i] for i in range(len(layers))]
+            places = [(0, 0)] * len(positions) if candidates is None else [_array(candidates[i]) for i in positions]
+            own = [brackets[i] for i in positions]
+            counts = _C.count(rows, own, places, _array(bins), num_bins, torch.get_num_threads())
+            found.append([BracketCounts(*c, row) for c, row in zip(counts, bins, strict=True)])
+        return merged([part.positions for part in parts], found)
 
     def prune(
-        self,
-        layers: Sequence[Layer],
-        selections: Sequence[Selection],
-        out: Sequence[torch.Tensor],
-        *,
-        finite: bool = False,
-    ) -> Sequence[Written]:
-        thresholds, cuts, nonfinite = columns_of(selections)
-        if finite and max(nonfinite) >= 0:
-            return PruneCounts([], [])
-        values = [threshold.value for threshold in thresholds]
-        values = values if len(values) == len(cuts) else values * len(cuts)
+        self, layers: Sequence[Layer], selection: Selection, out: Sequence[torch.Tensor], *, finite: bool = False
+    ) -> PruneCounts | None:
+        cutoffs = selection.cutoffs
+        if finite and max(cutoffs.nonfinite) >= 0:
+            return None
         out_rows = [] if isinstance(layers, Layers) and out is layers.masks else list(map(_array, out))
         parts = _parts(layers)
-        columns = [
-            (rows, _taken(values, positions), _taken(cuts, positions), _taken(out_rows, positions))
-            for rows, positions, _ in parts
+        requests = [
+            (rows, _taken(cutoffs.keys, own), _taken(cutoffs.tie_indices, own), _taken(out_rows, own))
+            for rows, own, _ in parts
         ]
-        counts = [iter(column) for column in _C.prune(columns, torch.get_num_threads())]
+        counts = [iter(column) for column in _C.prune(requests, torch.get_num_threads())]
         all_positions, sizes = [part.positions for part in parts], [part.sizes for part in parts]
         # Those of one part come after those of the other.
         before, now = ([list(islice(column, len(own))) for own in all_positions] for column in counts)

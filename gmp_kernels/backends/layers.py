@@ -1,52 +1,22 @@
-"""Many layers as one thing: what ``ops`` hands to backends in one call, and what a selection found, column by column.
+"""Many layers as one thing, which ``ops`` hands to backends in one call.
 
-A backend takes any sequence of layers and may return any sequence of selections. These save the time that 291 small
-layers take as objects of their own: a GPU would wait for it.
+A backend takes any sequence of layers. This one saves the time that 291 small layers take as objects of their own: a
+GPU would wait for it.
 """
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Callable, Hashable, Iterable, Sequence
-from itertools import chain, repeat
-from operator import sub
-from typing import ClassVar, NamedTuple, TypeVar, overload
+from collections.abc import Callable, Hashable, Sequence
+from itertools import chain
+from typing import TypeVar, overload
 
 import torch
 
-from gmp_kernels.backends import Layer, Selection, Threshold, Written
+from gmp_kernels.backends.types import Layer
 
-__all__ = [
-    "Columns",
-    "Facts",
-    "Layers",
-    "PruneCounts",
-    "Selections",
-    "columns_of",
-    "device_of",
-    "is_lazy",
-    "merged",
-    "prepared",
-    "thresholds_of",
-]
+__all__ = ["Facts", "Layers", "device_of", "merged", "prepared"]
 
 T = TypeVar("T")
-
-
-class ByColumn(Sequence[T]):
-    """Rows that are kept as columns, and made when somebody wants one."""
-
-    @abstractmethod
-    def _row(self, index: int) -> T:
-        """Make one of them."""
-
-    @overload
-    def __getitem__(self, index: int) -> T: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[T]: ...
-    def __getitem__(self, index: int | slice) -> T | Sequence[T]:
-        found = range(len(self))[index]
-        return self._row(found) if isinstance(found, int) else [self._row(i) for i in found]
 
 
 class Facts:
@@ -71,7 +41,7 @@ class Facts:
         self.prepared: dict[Hashable, object] = {}
 
 
-class Layers(ByColumn[Layer]):
+class Layers(Sequence[Layer]):
     """Validated layers of one call.
 
     Attributes
@@ -92,7 +62,13 @@ class Layers(ByColumn[Layer]):
     def __len__(self) -> int:
         return len(self.weights)
 
-    def _row(self, index: int) -> Layer:
+    @overload
+    def __getitem__(self, index: int) -> Layer: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Layer]: ...
+    def __getitem__(self, index: int | slice) -> Layer | Sequence[Layer]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(len(self))[index]]
         return Layer(self.weights[index].detach(), None if self.masks is None else self.masks[index])
 
 
@@ -109,88 +85,6 @@ def prepared(layers: Sequence[Layer], key: Hashable, make: Callable[[], T]) -> T
     if key not in known:
         known[key] = make()
     return known[key]  # type: ignore[return-value]
-
-
-class Columns(NamedTuple):
-    """Selections by column: one threshold per selection, and per layer what ``Selection`` keeps per layer."""
-
-    thresholds: list[Threshold]
-    cuts: list[int]
-    nonfinite: list[int]
-
-
-class Selections(ByColumn[Selection]):
-    """Selections kept as columns.
-
-    Attributes
-    ----------
-    is_lazy : bool
-        Whether a look at them waits for a device.
-    """
-
-    is_lazy: ClassVar[bool] = False
-
-    def __init__(self, columns: Columns) -> None:
-        self._columns = columns
-
-    @property
-    def columns(self) -> Columns:
-        """All there is to know of them."""
-        return self._columns
-
-    def __len__(self) -> int:
-        return len(self.columns.thresholds)
-
-    def _row(self, index: int) -> Selection:
-        thresholds, cuts, nonfinite = self.columns
-        own = slice(None) if len(thresholds) == 1 else slice(index, index + 1)
-        return Selection(thresholds[index], tuple(cuts[own]), tuple(nonfinite[own]))
-
-
-class PruneCounts(ByColumn[Written]):
-    """Counts of a prune step, kept as columns."""
-
-    def __init__(self, num_pruned: list[int], num_newly_pruned: list[int]) -> None:
-        self.num_pruned, self.num_newly_pruned = num_pruned, num_newly_pruned
-
-    @classmethod
-    def of(cls, written: Sequence[Written]) -> PruneCounts:
-        """Return them by column, however they are kept."""
-        if isinstance(written, PruneCounts):
-            return written
-        return cls([count.num_pruned for count in written], [count.num_newly_pruned for count in written])
-
-    @classmethod
-    def from_kept(cls, sizes: Sequence[int], before: Sequence[int], now: Sequence[int]) -> PruneCounts:
-        """Return them for layers of these sizes, given how many weights each kept before, and keeps now."""
-        return cls(list(map(sub, sizes, now)), list(map(sub, before, now)))
-
-    def __len__(self) -> int:
-        return len(self.num_pruned)
-
-    def _row(self, index: int) -> Written:
-        return Written(self.num_pruned[index], self.num_newly_pruned[index])
-
-
-def columns_of(selections: Sequence[Selection]) -> Columns:
-    """Return selections by column, however they are kept."""
-    if isinstance(selections, Selections):
-        return selections.columns
-    return Columns(
-        [selection.threshold for selection in selections],
-        [cut for selection in selections for cut in selection.cuts],
-        [index for selection in selections for index in selection.nonfinite],
-    )
-
-
-def is_lazy(selections: Sequence[Selection]) -> bool:
-    """Whether a look at them waits for a device."""
-    return isinstance(selections, Selections) and selections.is_lazy
-
-
-def thresholds_of(*columns: Iterable[float]) -> list[Threshold]:
-    """Return the thresholds that have these columns; their own constructor takes twice as long."""
-    return list(map(tuple.__new__, repeat(Threshold), zip(*columns, strict=True)))
 
 
 def merged(positions: Sequence[Sequence[int]], pieces: Sequence[list[T]]) -> list[T]:

@@ -14,23 +14,21 @@ from functools import partial
 import numpy as np
 import torch
 
-from gmp_kernels.backends import (
-    Backend,
+from gmp_kernels.backends.at_once import at_once
+from gmp_kernels.backends.keys import key_of, largest_key, magnitude_of
+from gmp_kernels.backends.registry import Backend, register
+from gmp_kernels.backends.types import (
     Bracket,
-    Census,
+    BracketCounts,
     Compaction,
     Constants,
+    Cutoffs,
     Layer,
+    PruneCounts,
     Selection,
     StateMove,
-    Threshold,
     UpdateBatch,
-    Written,
-    has_nonfinite,
-    register,
 )
-from gmp_kernels.backends.at_once import at_once
-from gmp_kernels.backends.keys import largest_key, magnitude_of
 
 
 def _magnitude(weight: torch.Tensor) -> np.ndarray:
@@ -55,24 +53,28 @@ class Reference:
         self,
         layers: Sequence[Layer],
         num_prune: Sequence[int],
-        hints: Sequence[Threshold | None],
+        group_sizes: Sequence[int],
+        brackets: Sequence[Bracket | None] | None = None,
         *,
         prunes: bool = False,
-    ) -> list[Selection]:
-        groups = [[layer] for layer in layers] if len(num_prune) == len(layers) else [list(layers)]
-        return [self._select_group(group, k) for group, k in zip(groups, num_prune, strict=True)]
+    ) -> Selection:
+        rows: list[tuple[int, ...]] = []
+        for count, size in zip(num_prune, group_sizes, strict=True):
+            rows += self._select_group(layers[len(rows) : len(rows) + size], count)
+        return Selection(Cutoffs(*map(list, zip(*rows, strict=True))))
 
-    def _select_group(self, layers: list[Layer], num_prune: int) -> Selection:
+    def _select_group(self, layers: Sequence[Layer], num_prune: int) -> list[tuple[int, ...]]:
+        """A row of ``Cutoffs`` for each layer."""
         magnitude = np.concatenate([_magnitude(layer.weight) for layer in layers])
         kept = np.concatenate([_kept(layer) for layer in layers])
-        starts = np.cumsum([0] + [layer.weight.numel() for layer in layers])
-        nonfinite = tuple(
+        sizes = [layer.weight.numel() for layer in layers]
+        starts = np.cumsum([0, *sizes])
+        nonfinite = [
             _first(kept[start:end] & ~np.isfinite(magnitude[start:end])) for start, end in itertools.pairwise(starts)
-        )
+        ]
         already = int((~kept).sum())
         if num_prune <= already:
-            sizes = tuple(layer.weight.numel() for layer in layers)
-            return Selection(Threshold(0.0, already, 0, 0), sizes, nonfinite)
+            return [(0, already, 0, 0, *row) for row in zip(sizes, nonfinite, strict=True)]
 
         # The order of the contract: already pruned first, then magnitude ascending (NaN last), then higher index first.
         higher_index_first = -np.arange(magnitude.size)
@@ -83,56 +85,44 @@ class Reference:
         pruned = np.zeros(magnitude.size, dtype=bool)
         pruned[order[:num_prune]] = True
         num_ties_kept = int((ties & ~pruned).sum())
-        threshold = Threshold(float(value), num_prune - (num_ties - num_ties_kept), num_ties, num_ties_kept)
+        threshold = key_of(float(value), layers[0].weight.dtype), num_prune - (num_ties - num_ties_kept)
         first_pruned_tie = int(np.flatnonzero(ties & pruned)[0])
-        cuts = tuple(
-            int(np.clip(first_pruned_tie - start, 0, end - start)) for start, end in itertools.pairwise(starts)
-        )
-        return Selection(threshold, cuts, nonfinite)
-
-    def sample(self, layers: Sequence[Layer], shares: Sequence[float]) -> list[Bracket]:
-        # The one guess that needs no look at the weights.
-        return [Bracket(0, largest_key(layers[i].weight.dtype)) for i in range(len(shares))]
+        tie_indices = [int(np.clip(first_pruned_tie - start, 0, n)) for start, n in zip(starts, sizes, strict=False)]
+        return [(*threshold, num_ties, num_ties_kept, *row) for row in zip(tie_indices, nonfinite, strict=True)]
 
     def count(
         self,
         layers: Sequence[Layer],
         brackets: Sequence[Bracket],
         num_bins: int,
-        rooms: Sequence[torch.Tensor | None] | None = None,
-    ) -> list[Census]:
-        given = [None] * len(layers) if rooms is None else rooms
+        candidates: Sequence[torch.Tensor | None] | None = None,
+    ) -> list[BracketCounts]:
+        given = [None] * len(layers) if candidates is None else candidates
         return [_count(*row, num_bins) for row in zip(layers, brackets, given, strict=True)]
 
     def prune(
-        self,
-        layers: Sequence[Layer],
-        selections: Sequence[Selection],
-        out: Sequence[torch.Tensor],
-        *,
-        finite: bool = False,
-    ) -> list[Written]:
-        if finite and has_nonfinite(selections):
-            return []
-        per_layer = [(s.threshold, cut) for s in selections for cut in s.cuts]
-        written = []
+        self, layers: Sequence[Layer], selection: Selection, out: Sequence[torch.Tensor], *, finite: bool = False
+    ) -> PruneCounts | None:
+        cutoffs = selection.cutoffs
+        if finite and max(cutoffs.nonfinite) >= 0:
+            return None
+        before, now = [], []
         writes: list[tuple[torch.Tensor, np.ndarray]] = []
         bits: list[Callable[[], object]] = []
-        for layer, (threshold, cut), packed in zip(layers, per_layer, out, strict=True):
+        for layer, key, tie_index, packed in zip(layers, cutoffs.keys, cutoffs.tie_indices, out, strict=True):
             kept = _kept(layer)
-            already = int((~kept).sum())
-            magnitude = _magnitude(layer.weight)
-            tie = (magnitude == threshold.value) | (np.isnan(magnitude) & np.isnan(threshold.value))
-            above = magnitude > threshold.value
-            if not np.isnan(threshold.value):
+            before.append(int(kept.sum()))
+            magnitude, value = _magnitude(layer.weight), magnitude_of(key, layer.weight.dtype)
+            tie = (magnitude == value) | (np.isnan(magnitude) & np.isnan(value))
+            above = magnitude > value
+            if not np.isnan(value):
                 above |= np.isnan(magnitude)
-            kept &= above | (tie & (np.arange(kept.size) < cut))
+            kept &= above | (tie & (np.arange(kept.size) < tie_index))
             writes.append((layer.weight, kept))
             bits.append(partial(packed.copy_, torch.from_numpy(np.packbits(kept, bitorder="little"))))
-            num_pruned = int((~kept).sum())
-            written.append(Written(num_pruned, num_pruned - already))
+            now.append(int(kept.sum()))
         _write(writes, bits)
-        return written
+        return PruneCounts.from_kept([layer.weight.numel() for layer in layers], before, now)
 
     def apply(self, layers: Sequence[Layer]) -> None:
         _write([(layer.weight, _kept(layer)) for layer in layers])
@@ -198,7 +188,7 @@ class Reference:
                 move.target.copy_(dense[_kept_places(move.target_layout, move.numel)])
 
 
-def _count(layer: Layer, bracket: Bracket, room: torch.Tensor | None, num_bins: int) -> Census:
+def _count(layer: Layer, bracket: Bracket, candidates: torch.Tensor | None, num_bins: int) -> BracketCounts:
     magnitude, kept, dtype = _magnitude(layer.weight), _kept(layer), layer.weight.dtype
     nonfinite = _first(kept & ~np.isfinite(magnitude))
     # Of sorted magnitudes, NaN at the end, those below any key are the first ones.
@@ -208,9 +198,9 @@ def _count(layer: Layer, bracket: Bracket, room: torch.Tensor | None, num_bins: 
     below, *until = (_num_below(ranked, key, dtype) for key in (bracket.lo, *ends))
     bins = torch.from_numpy(np.diff([below, *(max(below, u) for u in until)]))
     inside = int(bins.sum())
-    if room is not None and inside <= room.numel():
-        room[:inside] = torch.from_numpy(ranked[below : below + inside]).to(dtype)
-    return Census(below, inside, int((~kept).sum()), nonfinite, bins)
+    if candidates is not None and inside <= candidates.numel():
+        candidates[:inside] = torch.from_numpy(ranked[below : below + inside]).to(dtype)
+    return BracketCounts(below, inside, int((~kept).sum()), nonfinite, bins)
 
 
 def _num_below(ranked: np.ndarray, key: int, dtype: torch.dtype) -> int:

@@ -4,24 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from operator import sub
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 
 __all__ = [
     "Bracket",
-    "Census",
+    "BracketCounts",
     "Compaction",
     "Constants",
+    "Cutoffs",
     "Implementation",
     "Layer",
+    "PruneCounts",
     "Selection",
     "StateMove",
     "Threshold",
     "UpdateBatch",
     "UpdateTensor",
-    "Written",
-    "has_nonfinite",
 ]
 
 
@@ -62,26 +63,52 @@ class Threshold(NamedTuple):
         return self.num_below + self.num_ties - self.num_ties_kept
 
 
-class Selection(NamedTuple):
-    """Result of a selection for one layer (layer scope) or for all of them together (global scope).
+class Cutoffs(NamedTuple):
+    """Where each layer is cut, column by column: every list has one entry per layer.
+
+    Pruned are a layer's weights of keys below its entry in ``keys`` (see ``keys.py``), and of those whose key it is the
+    ones at flat index >= its entry in ``tie_indices``.
 
     Attributes
     ----------
-    threshold : Threshold
-        Counts run over all layers of the group.
-    cuts : tuple of int
-        One entry per layer of the group: of the weights that tie, those at flat index >= cut are pruned.
-    nonfinite : tuple of int
-        One entry per layer of the group: flat index of the first unpruned NaN or Inf, -1 if there is none.
+    keys, num_below, num_ties, num_ties_kept : list of int
+        The key of a threshold and its counts; those of all layers together where these are ranked together. The key is
+        0 where nothing more has to be pruned.
+    tie_indices : list of int
+    nonfinite : list of int
+        Flat index of the first unpruned NaN or Inf, -1 if there is none.
     """
 
-    threshold: Threshold
-    cuts: tuple[int, ...]
-    nonfinite: tuple[int, ...]
+    keys: list[int]
+    num_below: list[int]
+    num_ties: list[int]
+    num_ties_kept: list[int]
+    tie_indices: list[int]
+    nonfinite: list[int]
+
+
+class Selection:
+    """Cutoffs that ``select`` has found. Those found on a GPU stay there: the first access synchronizes.
+
+    Attributes
+    ----------
+    is_lazy : bool
+        Whether an access waits for a device.
+    """
+
+    is_lazy: ClassVar[bool] = False
+
+    def __init__(self, cutoffs: Cutoffs) -> None:
+        self._cutoffs = cutoffs
+
+    @property
+    def cutoffs(self) -> Cutoffs:
+        """The cutoffs on the host."""
+        return self._cutoffs
 
 
 class Bracket(NamedTuple):
-    """An interval of magnitude keys (see ``gmp_kernels.backends.keys``), both ends included; empty if lo > hi."""
+    """Interval of keys (see ``keys.py``), both ends included; empty if lo > hi."""
 
     lo: int
     hi: int
@@ -91,8 +118,8 @@ class Bracket(NamedTuple):
         return max(0, (self.hi - self.lo).bit_length() - (num_bins.bit_length() - 1)) if self.lo <= self.hi else 0
 
 
-class Census(NamedTuple):
-    """Counts of one layer or a piece of it relative to a bracket; counts of disjoint pieces sum.
+class BracketCounts(NamedTuple):
+    """Counts of one layer or shard relative to a bracket; counts of disjoint shards sum.
 
     Attributes
     ----------
@@ -115,16 +142,16 @@ class Census(NamedTuple):
     bins: torch.Tensor
 
 
-def has_nonfinite(selections: Sequence[Selection]) -> bool:
-    """Whether any of them found a NaN or Inf."""
-    return any(index >= 0 for selection in selections for index in selection.nonfinite)
+class PruneCounts(NamedTuple):
+    """Per layer, zeros in its mask after ``prune``, and those among them that are new."""
 
+    num_pruned: list[int]
+    num_newly_pruned: list[int]
 
-class Written(NamedTuple):
-    """Zeros in the mask of one layer after ``prune``, and those among them that are new."""
-
-    num_pruned: int
-    num_newly_pruned: int
+    @classmethod
+    def from_kept(cls, sizes: Sequence[int], before: Sequence[int], now: Sequence[int]) -> PruneCounts:
+        """Return them for layers of these sizes, given how many weights each kept before, and keeps now."""
+        return cls(list(map(sub, sizes, now)), list(map(sub, before, now)))
 
 
 class Compaction(NamedTuple):
@@ -244,23 +271,25 @@ class Implementation(Protocol):
         self,
         layers: Sequence[Layer],
         num_prune: Sequence[int],
-        hints: Sequence[Threshold | None],
+        group_sizes: Sequence[int],
+        brackets: Sequence[Bracket | None] | None = None,
         *,
         prunes: bool = False,
-    ) -> Sequence[Selection]:
-        """Find where each selection cuts. Reads only. A GPU is waited for when the answer is looked at, not before.
+    ) -> Selection:
+        """Find the cutoff of every layer. Reads only.
 
-        ``num_prune`` has one entry per layer (layer scope) or exactly one for all layers together, ranked with the
-        flat index running through them in order (global scope). ``hints``, one per entry, are earlier thresholds of
-        the same weights: they may save work and never change the answer. ``prunes`` says that ``prune`` follows, which
-        may be spared weights that it would find unchanged.
-        """
-        ...
-
-    def sample(self, layers: Sequence[Layer], shares: Sequence[float]) -> list[Bracket]:
-        """Guess where the key at rank ``share * n`` lies, pruned weights ranking below every key. Reads only.
-
-        ``shares``, in [0, 1], has one entry per layer, or exactly one for all layers together.
+        Parameters
+        ----------
+        layers : sequence of Layer
+        num_prune : sequence of int
+            One per group.
+        group_sizes : sequence of int
+            How many layers each group has: the next ones in order, of one dtype. They are ranked together, the flat
+            index running through them.
+        brackets : sequence of Bracket or None, optional
+            One per group: where its threshold is expected. They may save work and never change the answer.
+        prunes : bool
+            ``prune`` follows, which may be spared weights that it would find unchanged.
         """
         ...
 
@@ -269,28 +298,22 @@ class Implementation(Protocol):
         layers: Sequence[Layer],
         brackets: Sequence[Bracket],
         num_bins: int,
-        rooms: Sequence[torch.Tensor | None] | None = None,
-    ) -> list[Census]:
+        candidates: Sequence[torch.Tensor | None] | None = None,
+    ) -> list[BracketCounts]:
         """Count each layer against its bracket. Reads only.
 
-        ``num_bins`` is a power of two. Where ``rooms``, 1-d and of the layer's dtype and device, have place for all of
-        them, they receive the magnitudes inside, in any order.
+        ``num_bins`` is a power of two. Where ``candidates``, 1-d and of the layer's dtype and device, have place for
+        all of them, they receive the magnitudes inside, in any order.
         """
         ...
 
     def prune(
-        self,
-        layers: Sequence[Layer],
-        selections: Sequence[Selection],
-        out: Sequence[torch.Tensor],
-        *,
-        finite: bool = False,
-    ) -> Sequence[Written]:
-        """Zero what the selections prune and write the new packed bits, zeros after the last weight, to ``out``.
+        self, layers: Sequence[Layer], selection: Selection, out: Sequence[torch.Tensor], *, finite: bool = False
+    ) -> PruneCounts | None:
+        """Zero what lies below the cutoffs and write the new packed bits, zeros after the last weight, to ``out``.
 
-        ``out[i]`` may be ``layers[i].mask`` itself. With ``finite``, nothing is written if any selection found a NaN
-        or Inf, and the list returned is empty. ``selections`` as ``select`` returned them, for these very ``layers``,
-        need not have been looked at.
+        ``out[i]`` may be ``layers[i].mask`` itself. With ``finite``, nothing is written if a NaN or Inf was found, and
+        the answer is None. A selection made of these very ``layers`` need not have been looked at.
         """
         ...
 

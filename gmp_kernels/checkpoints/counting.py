@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from gmp_kernels.backends import Bracket, Census, Implementation, Layer, Threshold
+from gmp_kernels.backends import Bracket, BracketCounts, Implementation, Layer, Threshold
+from gmp_kernels.backends.keys import magnitude_of
 from gmp_kernels.checkpoints.files import DTYPES, Shard, TensorInfo
 from gmp_kernels.checkpoints.ranks import Ranks
 from gmp_kernels.checkpoints.stream import Source, Stream
 from gmp_kernels.errors import NonFiniteError
-from gmp_kernels.search.cutoffs import Counted, divide_ties, find_cuts
+from gmp_kernels.search.driver import Piece, Search
+from gmp_kernels.search.placement import Placement, Region
+from gmp_kernels.search.sample import estimate
 
-__all__ = ["Counter", "Decision", "Located", "Workspace", "check_finite"]
+__all__ = ["Decision", "Located", "Workspace", "check_finite", "decide"]
 
-NUM_BINS = 2048
 # What is read for a first guess: so many blocks, evenly spread, each of a few pages.
 SAMPLE_BLOCKS = 64
 SAMPLE_BLOCK_BYTES = 1 << 14
@@ -74,108 +76,103 @@ def check_finite(name: str, layer: int, begin: int, index: int) -> None:
         )
 
 
-class Counter:
-    """Counts a group of tensors of one dtype, in the order of the flat index, until it knows what to prune of each.
+def decide(
+    group: Mapping[int, Located],
+    workspace: Workspace,
+    num_prune: int,
+    mine: Callable[[Shard], bool],
+    ranks: Ranks,
+) -> dict[int, Decision]:
+    """Rank all weights of a group of tensors together and return what is pruned of each.
 
     Parameters
     ----------
     group : mapping of int to Located
-        {position in the list of all targets: tensor}.
+        {position in the list of all targets: tensor}, of one dtype, in the order of the flat index.
     workspace : Workspace
         Its progress is told the bytes read, the first time they are.
+    num_prune : int
+    mine : callable
+        Tells which files this rank reads; each file is one rank's.
+    ranks : Ranks
+
+    Raises
+    ------
+    NonFiniteError
+        A weight is NaN or Inf.
     """
+    stream, implementation, room, progress = workspace
+    dtype = DTYPES[next(iter(group.values())).tensor.dtype]
+    candidates = room.view(dtype)
+    pieces = {
+        i: Piece(i if mine(shard) else None, dtype, _placement(tensor.numel, mine(shard)))
+        for i, (shard, tensor) in group.items()
+    }
+    first_round = True
 
-    def __init__(self, group: Mapping[int, Located], workspace: Workspace) -> None:
-        self._group = group
-        self._stream, self._implementation, room, self._progress = workspace
-        self._dtype = DTYPES[next(iter(group.values())).tensor.dtype]
-        self._room = room.view(self._dtype)
-        self._bracket = Bracket(0, -1)
-        self._counted: dict[int, Census] = {}
-        # The bracket whose keys the room holds, and where in it those of each tensor lie.
-        self._held = Bracket(0, -1)
-        self._places: dict[int, slice] = {}
-
-    def decide(self, num_prune: int, mine: Callable[[Shard], bool], ranks: Ranks) -> dict[int, Decision]:
-        """Rank all weights of the group together and return what is pruned of each tensor.
-
-        ``mine`` tells which files this rank reads; each file is one rank's.
-
-        Raises
-        ------
-        NonFiniteError
-            A weight is NaN or Inf.
-        """
-        own = {i: located for i, located in self._group.items() if mine(located.shard)}
-
-        def count(brackets: Mapping[int, Bracket]) -> dict[int, Counted]:
-            ranks.together(lambda: self._count(own, brackets[0]))
-            whole = _sum(ranks.gather(_sum(self._counted.values())))
-            return {0: Counted(whole.below, whole.pruned, whole.nonfinite, whole.bins.numpy().cumsum())}
-
-        bracket = ranks.together(lambda: self._guess(num_prune))
-        (cut,) = find_cuts([num_prune], [self._dtype], [bracket], count)
-        ties = dict.fromkeys(self._group, 0)
-        if cut.threshold.num_ties:
-            # The last round had a bin for each key.
-            found = {i: int(census.bins[cut.key - self._bracket.lo]) for i, census in self._counted.items()}
-            for counted in ranks.gather(found):
-                ties |= counted
-        kept = divide_ties(list(ties.values()), cut.threshold.num_ties_kept)
-        numbers = zip(ties.items(), kept, strict=True)
-        return {i: Decision(cut.key, cut.threshold, num_ties, num_kept) for (i, num_ties), num_kept in numbers}
-
-    def _guess(self, num_prune: int) -> Bracket:
-        """Sample the whole group, on every rank the same."""
-        tensors = list(self._group.values())
-        ends = list(accumulate(located.tensor.nbytes for located in tensors))
-        itemsize = self._dtype.itemsize
-        sample = torch.empty(SAMPLE_BLOCKS * SAMPLE_BLOCK_BYTES, dtype=torch.uint8, device="cpu")
-        used = 0
-        for block in range(SAMPLE_BLOCKS):
-            place = ends[-1] * block // SAMPLE_BLOCKS // itemsize * itemsize
-            shard, tensor = tensors[i := bisect_right(ends, place)]
-            left = ends[i] - place
-            nbytes = min(SAMPLE_BLOCK_BYTES, left, -(-ends[-1] // SAMPLE_BLOCKS // itemsize) * itemsize)
+    def read(
+        positions: Sequence[int], brackets: Sequence[Bracket], num_bins: int, _: object = None
+    ) -> list[BracketCounts]:
+        used, counted = 0, []
+        for i, bracket in zip(positions, brackets, strict=True):
+            (shard, tensor), counts, first = group[i], [], used
             with Source(shard.path) as source:
-                source.read(sample[used : used + nbytes], tensor.begin + tensor.nbytes - left)
-            used += nbytes
-        share = num_prune / sum(located.tensor.numel for located in tensors)
-        return self._implementation.sample([Layer(sample[:used].view(self._dtype), None)], [share])[0]
-
-    def _count(self, own: Mapping[int, Located], bracket: Bracket) -> None:
-        """Count this rank's tensors against the bracket, from the candidates if they suffice."""
-        first_round = not self._counted
-        self._bracket = bracket
-        if self._held.lo <= bracket.lo and bracket.hi <= self._held.hi:
-            for i, place in self._places.items():
-                self._counted[i] = self._census(self._room[place], None)
-            return
-        self._places, used, fits = {}, 0, True
-        for i, (shard, tensor) in own.items():
-            censuses, first = [], used
-            with Source(shard.path) as source:
-                for begin, weights, _ in self._stream.weights(source, tensor, self._dtype):
-                    census = self._census(weights, self._room[used:] if fits else None)
-                    check_finite(tensor.name, i, begin, census.nonfinite)
-                    fits = fits and census.inside <= len(self._room) - used
-                    used += census.inside if fits else 0
-                    censuses.append(census)
+                for begin, weights, _buffer in stream.weights(source, tensor, dtype):
+                    place = candidates[used:] if first_round and used <= len(candidates) else None
+                    (found,) = implementation.count([Layer(weights, None)], [bracket], num_bins, [place])
+                    check_finite(tensor.name, i, begin, found.nonfinite)
+                    used += found.inside
+                    counts.append(found)
                     if first_round:
-                        self._progress(weights.nbytes)
-            self._counted[i] = _sum(censuses)
-            self._places[i] = slice(first, used)
-        self._held = bracket if fits else Bracket(0, -1)
+                        progress(weights.nbytes)
+            # Kept between rounds, so that nearly always files are read once.
+            if first_round and used <= len(candidates):
+                pieces[i].candidates = candidates[first:used]
+            counted.append(_sum(counts, num_bins))
+        return counted
 
-    def _census(self, weights: torch.Tensor, room: torch.Tensor | None) -> Census:
-        if not len(weights):
-            return _sum([])
-        return self._implementation.count([Layer(weights, None)], [self._bracket], NUM_BINS, [room])[0]
+    def read_together(*request: Any) -> list[BracketCounts]:
+        nonlocal first_round
+        found = ranks.together(lambda: read(*request))
+        first_round = False
+        return found
+
+    search = Search(ranks, implementation, [list(pieces.values())], [num_prune], read_together)
+    bracket = ranks.together(lambda: _estimate(list(group.values()), num_prune, dtype))
+    (cutoff,) = search.find([bracket])
+    search.share_ties([cutoff])
+    key, *counts = cutoff[:4]
+    threshold = Threshold(magnitude_of(key, dtype), *counts)
+    return {i: Decision(key, threshold, p.num_ties, p.num_ties_kept) for i, p in pieces.items()}
 
 
-def _sum(censuses: Iterable[Census]) -> Census:
-    below, inside, pruned, bins = 0, 0, 0, torch.zeros(NUM_BINS, dtype=torch.int64, device="cpu")
-    for census in censuses:
-        below, inside, pruned = below + census.below, inside + census.inside, pruned + census.pruned
-        bins += census.bins
-    return Census(below, inside, pruned, -1, bins)
+def _placement(numel: int, is_mine: bool) -> Placement:
+    whole, nothing = Region((numel,), (0,), (numel,)), Region((numel,), (0,), (0,))
+    return Placement("tensor", [whole] if is_mine else [nothing, whole], 0)
+
+
+def _estimate(tensors: Sequence[Located], num_prune: int, dtype: torch.dtype) -> Bracket:
+    """Bracket the threshold by a sample of the whole group, on every rank the same."""
+    ends = list(accumulate(located.tensor.nbytes for located in tensors))
+    itemsize = dtype.itemsize
+    sample = torch.empty(SAMPLE_BLOCKS * SAMPLE_BLOCK_BYTES, dtype=torch.uint8, device="cpu")
+    used = 0
+    for block in range(SAMPLE_BLOCKS):
+        place = ends[-1] * block // SAMPLE_BLOCKS // itemsize * itemsize
+        shard, tensor = tensors[i := bisect_right(ends, place)]
+        left = ends[i] - place
+        nbytes = min(SAMPLE_BLOCK_BYTES, left, -(-ends[-1] // SAMPLE_BLOCKS // itemsize) * itemsize)
+        with Source(shard.path) as source:
+            source.read(sample[used : used + nbytes], tensor.begin + tensor.nbytes - left)
+        used += nbytes
+    size = sum(located.tensor.numel for located in tensors)
+    return estimate([[Layer(sample[:used].view(dtype), None)]], [num_prune], [0], [size], [1])[0].bracket
+
+
+def _sum(counts: Sequence[BracketCounts], num_bins: int) -> BracketCounts:
+    """Add up the counts of the pieces of one tensor, all finite."""
+    below, inside, pruned, bins = 0, 0, 0, torch.zeros(num_bins, dtype=torch.int64, device="cpu")
+    for found in counts:
+        below, inside, pruned = below + found.below, inside + found.inside, pruned + found.pruned
+        bins += found.bins
+    return BracketCounts(below, inside, pruned, -1, bins)

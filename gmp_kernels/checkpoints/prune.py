@@ -14,7 +14,7 @@ import torch
 
 from gmp_kernels.backends import Threshold, choose
 from gmp_kernels.checkpoints.copying import copy_others
-from gmp_kernels.checkpoints.counting import Counter, Decision, Located, Workspace
+from gmp_kernels.checkpoints.counting import Decision, Located, Workspace, decide
 from gmp_kernels.checkpoints.files import Shard, open_checkpoint
 from gmp_kernels.checkpoints.masks import is_file_of_masks
 from gmp_kernels.checkpoints.outputs import check_named, check_target
@@ -296,7 +296,7 @@ class PruneJob:
         mine = {shard.name for shard in owned.values()}
         shard_of = {tensor.name: shard for shard in self.checkpoint.shards for tensor in shard.tensors}
         group = {i: Located(shard_of[tensor.name], tensor) for i, tensor in enumerate(self.tensors)}
-        decisions = Counter(group, workspace).decide(self.num_prune()[0], lambda shard: shard.name in mine, ranks)
+        decisions = decide(group, workspace, self.num_prune()[0], lambda shard: shard.name in mine, ranks)
         if ranks.rank == 0:
             staging.note("decisions", list(decisions.values()))
         return decisions

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeVar, cast
 
+import torch
 import torch.distributed as dist
 
 from gmp_kernels.errors import DistributedError, GMPError
@@ -55,6 +56,14 @@ class Ranks(NamedTuple):
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value)
         return values
+
+    def total(self, values: torch.Tensor, bound: int) -> torch.Tensor:
+        """Add up the values of all ranks."""
+        return torch.stack(self.gather(values)).sum(0)
+
+    def largest(self, values: torch.Tensor) -> torch.Tensor:
+        """Take the maximum over all ranks."""
+        return torch.stack(self.gather(values)).amax(0)
 
     def together(self, work: Callable[[], T]) -> T:
         """Do the work of this rank; if it fails on any, raise on every rank what it raised on the first of them."""

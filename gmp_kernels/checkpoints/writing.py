@@ -10,19 +10,21 @@ from typing import NamedTuple
 
 import torch
 
-from gmp_kernels.backends import Bracket, Implementation, Layer, Selection, Threshold
-from gmp_kernels.checkpoints.counting import Counter, Decision, Located, Workspace, check_finite
+from gmp_kernels.backends import Bracket, Cutoffs, Implementation, Layer, Selection
+from gmp_kernels.backends.keys import magnitude_of
+from gmp_kernels.checkpoints.counting import Decision, Located, Workspace, check_finite, decide
 from gmp_kernels.checkpoints.files import DTYPES, Shard, TensorInfo, header_of
 from gmp_kernels.checkpoints.masks import MASK_SUFFIX, mask_metadata
 from gmp_kernels.checkpoints.ranks import Ranks
 from gmp_kernels.checkpoints.stream import Piece, Source, write_whole
 from gmp_kernels.errors import DTypeError
 from gmp_kernels.reports import LayerReport
-from gmp_kernels.search.cutoffs import cut_indices
+from gmp_kernels.search.ties import tie_indices
 
 __all__ = ["ShardWriter", "Target", "size_of"]
 
 ALONE = Ranks(0, 1)
+NOTHING = Cutoffs([0], [0], [0], [0], [0], [-1])  # of a tensor without weights
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -102,40 +104,41 @@ class ShardWriter:
         return {name.removesuffix(MASK_SUFFIX): begin for name, begin in begins.items()}
 
     def _prune(
-        self, tensor: TensorInfo, selected: Iterable[tuple[Piece, Selection]], place: _Output, bits: _Output | None
+        self, tensor: TensorInfo, selected: Iterable[tuple[Piece, Cutoffs]], place: _Output, bits: _Output | None
     ) -> LayerReport:
-        num_pruned = 0
-        threshold = Threshold(0.0, 0, 0, 0)
-        for piece, selection in selected:
-            weights, threshold = piece.data, selection.threshold
+        num_pruned, cutoffs = 0, NOTHING
+        for piece, cutoffs in selected:
+            weights = piece.data
             packed = torch.empty(-(-len(weights) // 8), dtype=torch.uint8, device="cpu")
-            num_pruned += self._implementation.prune([Layer(weights, None)], [selection], [packed])[0].num_pruned
+            counts = self._implementation.prune([Layer(weights, None)], Selection(cutoffs), [packed])
+            assert counts is not None
+            num_pruned += counts.num_pruned[0]
             self._store(tensor, piece, place)
             if bits is not None:
                 self._stream.write(bits.descriptor, packed, bits.begin + piece.begin // 8, piece.buffer)
-        return LayerReport(tensor.name, threshold.value, tensor.numel, num_pruned, num_pruned, threshold.num_ties)
+        threshold = magnitude_of(cutoffs.keys[0], DTYPES[tensor.dtype])
+        return LayerReport(tensor.name, threshold, tensor.numel, num_pruned, num_pruned, cutoffs.num_ties[0])
 
     def _selected(
         self, source: Source, shard: Shard, tensor: TensorInfo, target: Target, following: TensorInfo | None
-    ) -> Iterator[tuple[Piece, Selection]]:
+    ) -> Iterator[tuple[Piece, Cutoffs]]:
         """Yield the pieces of a target, in order, each with what to prune of it."""
         pieces = self._stream.weights(source, tensor, DTYPES[tensor.dtype], following)
         decision = target.decision
         if decision is None and tensor.nbytes <= self._stream.num_bytes:
             held = list(pieces)
             layers = [Layer(piece.data, None) for piece in held]
-            (whole,) = self._implementation.select(layers, [target.num_prune], [None])
-            for piece, index in zip(held, whole.nonfinite, strict=True):
+            found = self._implementation.select(layers, [target.num_prune], [len(layers)]).cutoffs
+            for piece, index in zip(held, found.nonfinite, strict=True):
                 check_finite(tensor.name, target.position, piece.begin, index)
-            for piece, cut in zip(held, whole.cuts, strict=True):
-                yield piece, Selection(whole.threshold, (cut,), (-1,))
+            for i, piece in enumerate(held):
+                yield piece, Cutoffs(*([column[i]] for column in found))
             return
         if decision is None:
-            counter = Counter({target.position: Located(shard, tensor)}, self._workspace)
-            decision = counter.decide(target.num_prune, lambda _: True, ALONE)[target.position]
-        cuts = _Cuts(self._implementation, decision)
-        for piece in pieces:
-            yield piece, cuts.select(Layer(piece.data, None))
+            group = {target.position: Located(shard, tensor)}
+            decision = decide(group, self._workspace, target.num_prune, lambda _: True, ALONE)[target.position]
+        for piece, tie_index in _tie_indices(self._implementation, decision, pieces):
+            yield piece, Cutoffs([decision.key], *([n] for n in decision.threshold[1:]), [tie_index], [-1])
 
     def _store(self, tensor: TensorInfo, piece: Piece, place: _Output) -> None:
         """Write a piece, converted if need be."""
@@ -151,31 +154,23 @@ class ShardWriter:
         self._stream.write(place.descriptor, weights, place.begin + begin * weights.itemsize, buffer)
 
 
-class _Cuts:
-    """Index at which each piece of a tensor is cut, in the order of the pieces."""
-
-    def __init__(self, implementation: Implementation, decision: Decision) -> None:
-        self._implementation = implementation
-        self._decision = decision
-        self._ties_left = decision.num_ties
-        self._kept_left = decision.num_ties_kept
-
-    def select(self, layer: Layer) -> Selection:
-        threshold, n = self._decision.threshold, layer.weight.numel()
-        if not threshold.num_ties or self._kept_left == self._ties_left:
-            cut = n
-        elif not self._kept_left:
-            cut = 0
-        else:
-            key = self._decision.key
-            ties = self._implementation.count([layer], [Bracket(key, key)], 1)[0].inside
-            if ties <= self._kept_left:
-                cut = n
-            else:
-                (cut,) = cut_indices(self._implementation, [layer], [key], [ties], [self._kept_left])
-            self._kept_left -= min(ties, self._kept_left)
-            self._ties_left -= ties
-        return Selection(threshold, (cut,), (-1,))
+def _tie_indices(
+    implementation: Implementation, decision: Decision, pieces: Iterable[Piece]
+) -> Iterator[tuple[Piece, int]]:
+    """Yield the pieces of a tensor, in order, each with the flat index in it from which on ties are pruned."""
+    key, threshold, ties_left, kept_left = decision
+    for piece in pieces:
+        layer, n = Layer(piece.data, None), len(piece.data)
+        if not threshold.num_ties or kept_left == ties_left:
+            yield piece, n
+            continue
+        if not kept_left:
+            yield piece, 0
+            continue
+        ties = implementation.count([layer], [Bracket(key, key)], 1)[0].inside
+        tie_index = n if ties <= kept_left else tie_indices(implementation, [layer], [key], [ties], [kept_left])[0]
+        ties_left, kept_left = ties_left - ties, kept_left - min(ties, kept_left)
+        yield piece, tie_index
 
 
 def dtype_of(tensor: TensorInfo, dtype: torch.dtype | None) -> str:

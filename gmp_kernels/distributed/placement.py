@@ -1,21 +1,15 @@
-"""The part of a sharded parameter that this process holds, and where it lies in the whole."""
+"""Sharded parameters: the part that this process holds, and where it lies in the whole."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from typing import NamedTuple
-
-import numpy as np
 import torch
 import torch.distributed as dist
 
 from gmp_kernels.errors import LayoutError, StateError
 from gmp_kernels.masks import BitMask
+from gmp_kernels.search.placement import Region
 
 __all__ = [
-    "Holding",
-    "Region",
     "is_sharded",
     "local",
     "local_grad",
@@ -28,108 +22,6 @@ __all__ = [
 ]
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
-
-
-class Region(NamedTuple):
-    """A box of a tensor, as ``DTensor`` cuts them: whatever the mesh, each dimension gives one range.
-
-    The row-major order of the box's elements is their order in the whole tensor, so that an order by flat index means
-    the same in both, and a cut through the one is a cut through the other.
-
-    Attributes
-    ----------
-    shape : tuple of int
-        Of the whole tensor.
-    offsets, sizes : tuple of int
-        Where the box begins and what it spans, by dimension.
-    """
-
-    shape: tuple[int, ...]
-    offsets: tuple[int, ...]
-    sizes: tuple[int, ...]
-
-    @property
-    def numel(self) -> int:
-        """Number of elements of the box."""
-        return math.prod(self.sizes)
-
-    @property
-    def flat_range(self) -> tuple[int, int] | None:
-        """First flat index in the whole tensor and the one after the last, if nothing of others lies between."""
-        if self.numel == 0:
-            return 0, 0
-        start, end = self.to_global(0), self.to_global(self.numel - 1) + 1
-        return (start, end) if end - start == self.numel else None
-
-    def to_global(self, index: int) -> int:
-        """Turn a flat index of the box into the one of the whole tensor."""
-        result, stride = 0, 1
-        for whole, offset, size in zip(*map(reversed, (self.shape, self.offsets, self.sizes)), strict=True):
-            index, place = divmod(index, size)
-            result += (place + offset) * stride
-            stride *= whole
-        return result
-
-    def to_local(self, indices: np.ndarray) -> np.ndarray:
-        """Count, for each of some flat indices of the whole tensor, the elements of the box that come before it."""
-        rest, outer = indices, math.prod(self.shape)
-        inner = self.numel
-        before = np.where(rest >= outer, inner, 0)
-        is_open = (rest < outer) & (inner > 0)
-        for whole, offset, size in zip(self.shape, self.offsets, self.sizes, strict=True):
-            inner, outer = inner // max(size, 1), outer // whole
-            place, rest = np.divmod(rest, outer) if outer > 1 else (rest, np.zeros_like(rest))
-            place = place - offset
-            before += np.where(is_open, np.clip(place, 0, size) * inner, 0)
-            # Only inside the range of this dimension do the next ones decide.
-            is_open &= (place >= 0) & (place < size)
-        return before
-
-
-class Holding:
-    """Parts of one layer that processes hold, and which of it this process does.
-
-    Attributes
-    ----------
-    region : Region
-        What is here.
-    size : int
-        Number of weights of the whole layer.
-    num_pieces : int
-        Into how many different parts it is divided.
-    num_others : int
-        Processes that hold the same.
-    speaks : bool
-        Whether this one speaks for them: the lowest rank does.
-    has_copies : bool
-        Whether anything of the layer is held more than once.
-    starts : list of int or None
-        Flat indices of the layer at which what is held begins, if it is a run of them everywhere.
-    slot : int
-        Which of ``starts`` is the one here.
-
-    Raises
-    ------
-    LayoutError
-        The processes do not hold the layer between them, or hold parts that overlap.
-    """
-
-    def __init__(self, name: str, regions: Sequence[Region], rank: int) -> None:
-        self.region, self.size = regions[rank], math.prod(regions[rank].shape)
-        held = {region for region in regions if region.numel}
-        if sum(region.numel for region in held) != self.size:
-            raise LayoutError(
-                f"GMPScheduler.step: expected the ranks to hold the {self.size} weights of '{name}' between them, got "
-                f"{sum(region.numel for region in held)}; shard it over the ranks of one mesh"
-            )
-        self.num_pieces = len(held)
-        self.num_others = regions.count(self.region) - 1
-        self.speaks = regions.index(self.region) == rank
-        self.has_copies = sum(region.numel for region in regions) > self.size
-        runs = [region.flat_range for region in held]
-        self.starts = sorted(run[0] for run in runs if run is not None) if None not in runs else None
-        here = self.region.flat_range
-        self.slot = self.starts.index(here[0]) if self.starts and here and self.region.numel else 0
 
 
 def is_sharded(tensor: torch.Tensor) -> bool:

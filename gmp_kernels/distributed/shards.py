@@ -10,19 +10,21 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from gmp_kernels.backends import Bracket, Layer, Threshold, choose
+from gmp_kernels.backends import Bracket, Cutoffs, Layer, Selection, Threshold, choose
 from gmp_kernels.checks import bump_versions, check_disjoint, check_finite, check_tensors, check_writable
-from gmp_kernels.distributed.pieces import Piece
-from gmp_kernels.distributed.placement import Holding, is_sharded, region_of
-from gmp_kernels.distributed.ranks import Ranks
-from gmp_kernels.distributed.search import Search
+from gmp_kernels.distributed.communicator import Communicator
+from gmp_kernels.distributed.placement import is_sharded, region_of
 from gmp_kernels.errors import DistributedError, GMPError, LayoutError, StateError
 from gmp_kernels.masks import BitMask
-from gmp_kernels.ops import NonFinite, PruneResult, Scope
+from gmp_kernels.ops import NonFinite, PruneResult, Scope, thresholds_of
+from gmp_kernels.search.brackets import brackets_near, without_far_below
+from gmp_kernels.search.driver import Piece, Search
+from gmp_kernels.search.placement import Placement
 
 __all__ = ["Shards", "refuse_flattened"]
 
 STEP = "GMPScheduler.step"
+NOTHING = Cutoffs([], [], [], [], [], [])
 
 
 def refuse_flattened(model: nn.Module) -> None:
@@ -40,16 +42,16 @@ class Shards:
 
     Parameters
     ----------
-    ranks : Ranks
+    communicator : Communicator
     parameters : mapping of str to torch.Tensor
         The same on every rank, in the same order.
     """
 
-    def __init__(self, ranks: Ranks, parameters: Mapping[str, torch.Tensor]) -> None:
-        self.ranks = ranks
+    def __init__(self, communicator: Communicator, parameters: Mapping[str, torch.Tensor]) -> None:
+        self.communicator = communicator
         self._dtypes = {name: parameter.dtype for name, parameter in parameters.items()}
         self._own = {name: region_of(name, parameter) for name, parameter in parameters.items()}
-        self._holdings: dict[str, Holding] = {}
+        self._placements: dict[str, Placement] = {}
 
     @classmethod
     def of(cls, model: nn.Module, parameters: Mapping[str, torch.Tensor]) -> Shards | None:
@@ -57,13 +59,13 @@ class Shards:
         if not (dist.is_available() and dist.is_initialized()):
             return None
         group = _group(model, list(parameters.values()))
-        return None if group is None else cls(Ranks(group), parameters)
+        return None if group is None else cls(Communicator(group), parameters)
 
     @property
     def are_copies(self) -> bool:
         """Whether the ranks have agreed, and each of them holds every layer as a whole."""
-        holdings = self._holdings.values()
-        return bool(holdings) and all(holding.num_others == self.ranks.size - 1 for holding in holdings)
+        placements = self._placements.values()
+        return bool(placements) and all(placement.num_copies == self.communicator.size - 1 for placement in placements)
 
     def agree(self, facts: Mapping[str, object]) -> None:
         """Make sure that all ranks mean the same run, and learn who holds what.
@@ -77,8 +79,10 @@ class Shards:
         """
         layers = {f"layer '{name}'": (self._dtypes[name], own.shape) for name, own in self._own.items()}
         self._compare({**facts, "layers": list(self._own), **layers})
-        gathered = self.ranks.gather(self._own)
-        self._holdings = {name: Holding(name, [own[name] for own in gathered], self.ranks.rank) for name in self._own}
+        gathered = self.communicator.gather(self._own)
+        self._placements = {
+            name: Placement(name, [own[name] for own in gathered], self.communicator.rank) for name in self._own
+        }
 
     def prune_(
         self,
@@ -138,38 +142,54 @@ class Shards:
             failure = error
         implementation = choose(backend, weights[0].device)
         pieces = [
-            Piece(layer, weight.dtype, self._holdings[name])
+            Piece(layer, weight.dtype, self._placements[name])
             for name, layer, weight in zip(names, layers, weights, strict=True)
         ]
-        search = None
-        hints = previous if scope == "layer" else previous[:1]
+        is_global = scope == "global"
+        sizes = [p.placement.size for p in pieces]
+        sizes, hints = ([sum(sizes)], previous[:1]) if is_global else (sizes, previous)
+        dtypes = [p.dtype for p in pieces]
         facts: dict[str, object] = {"step": step, "num_prune": list(num_prune)}
+        num_before: list[int] | None = None
         if self.are_copies:
-            chosen = [] if failure else implementation.select(checked, num_prune, hints, prunes=True)
-            facts["thresholds"] = [(*selection.threshold, *selection.cuts) for selection in chosen]
-            found = [index for selection in chosen for index in selection.nonfinite]
-            self._begin(facts, failure, names, found if nonfinite == "error" else [], [])
-            thresholds = [selection.threshold for selection in chosen for _ in selection.cuts]
+            found = NOTHING
+            if failure is None:
+                group_sizes = [len(checked)] if is_global else [1] * len(checked)
+                near = brackets_near(hints, num_prune, sizes, dtypes)
+                found = implementation.select(checked, num_prune, group_sizes, near, prunes=True).cutoffs
+            facts["cutoffs"] = [list(column) for column in found[:5]]
+            self._begin(facts, failure, names, found.nonfinite if nonfinite == "error" else [], [])
+            thresholds, chosen = thresholds_of(found, dtypes) if checked else [], found
         else:
-            groups = [[p] for p in pieces] if scope == "layer" else [pieces]
-            search = Search(self.ranks, implementation, groups, num_prune, hints)
-            brackets = self._begin(facts, failure, names, [], [] if failure else search.guess())
-            cuts = search.cuts(brackets)
-            if nonfinite == "error" and any(cut.nonfinite >= 0 for cut in cuts):
+            groups = [pieces] if is_global else [[p] for p in pieces]
+            search = Search(self.communicator, implementation, groups, num_prune)
+            num_pruned = [0 if last is None else last.num_pruned for last in hints]
+            brackets = self._begin(facts, failure, names, [], [] if failure else search.estimate(num_pruned))
+            brackets = list(map(without_far_below, brackets, hints, dtypes))
+            cutoffs = search.find(brackets)
+            search.locate_ties(cutoffs)
+            if nonfinite == "error" and any(cutoff.nonfinite > 0 for cutoff in cutoffs):
                 check_finite(STEP, search.first_nonfinite(), names)
-            thresholds = [cut.threshold for cut, group in zip(cuts, groups, strict=True) for _ in group]
-            chosen = []
-            if checked:
-                chosen = [p.selection(t.value) for p, t in zip(pieces, thresholds, strict=True) if p.layer is not None]
+            rows = [
+                (*cutoff[:4], p.tie_index, p.nonfinite)
+                for cutoff, group in zip(cutoffs, groups, strict=True)
+                for p in group
+            ]
+            thresholds = thresholds_of(_columns(rows), dtypes)
+            chosen = _columns([rows[i] for i in present])
+            if not is_global and not any(p.placement.has_copies for p in pieces):
+                num_before = [cutoff.num_pruned for cutoff in cutoffs]
         counts = [(0, 0)] * len(pieces)
         if checked:
             out = [mask.packed for mask in own[1]]
             bump_versions([*(layer.weight for layer in checked), *out])
-            for i, written in zip(present, implementation.prune(checked, chosen, out), strict=True):
-                counts[i] = written.num_pruned, written.num_newly_pruned
-        if search is not None and scope == "layer" and not any(p.holding.has_copies for p in pieces):
+            written = implementation.prune(checked, Selection(chosen), out)
+            assert written is not None
+            for i, *numbers in zip(present, *written, strict=True):
+                counts[i] = tuple(numbers)
+        if num_before is not None:
             totals = [threshold.num_pruned for threshold in thresholds]
-            new = [after - before for after, before in zip(totals, search.num_pruned, strict=True)]
+            new = [after - before for after, before in zip(totals, num_before, strict=True)]
         else:
             totals, new = self._confirm(pieces, masks, names, counts)
         return PruneResult(list(masks), thresholds, totals, new)
@@ -190,11 +210,11 @@ class Shards:
         ends = [end for bracket in brackets for end in (-bracket.lo, bracket.hi)]
         room = [0] * (2 * len(self._own) - len(ends))
         found = any(index >= 0 for index in nonfinite)
-        merged = self.ranks.largest(
+        merged = self.communicator.largest(
             torch.tensor([failure is not None, found, digest, -digest, *ends, *room], device="cpu")
         ).tolist()
         if merged[0]:
-            failures = self.ranks.gather(None if failure is None else str(failure))
+            failures = self.communicator.gather(None if failure is None else str(failure))
             if failure is not None:
                 raise failure
             rank, message = next((rank, message) for rank, message in enumerate(failures) if message is not None)
@@ -202,7 +222,7 @@ class Shards:
                 f"{STEP}: expected tensors that can be pruned on every rank, got on rank {rank}: {message}"
             )
         if merged[1]:
-            of_ranks = self.ranks.gather(nonfinite)
+            of_ranks = self.communicator.gather(nonfinite)
             first = [min((i for i in found if i >= 0), default=-1) for found in zip(*of_ranks, strict=True)]
             check_finite(STEP, first, names)
         if merged[2] != -merged[3]:
@@ -211,7 +231,7 @@ class Shards:
 
     def _compare(self, facts: Mapping[str, object]) -> None:
         """Raise the same StateError on every rank if these are not the same on all that know them."""
-        gathered = self.ranks.gather({name: repr(value) for name, value in facts.items()})
+        gathered = self.communicator.gather({name: repr(value) for name, value in facts.items()})
         differences = []
         for name in dict.fromkeys(name for of_rank in gathered for name in of_rank):
             holders: dict[str, list[int]] = {}
@@ -235,13 +255,19 @@ class Shards:
         rows = []
         for p, digest, (num_pruned, num_new) in zip(pieces, digests, counts, strict=True):
             # The one that speaks for a region sets its digest against those of all others: equal ones cancel.
-            speaks, others = p.holding.speaks, p.holding.num_others
+            speaks, others = p.placement.is_primary, p.placement.num_copies
             rows.append([num_pruned, num_new, -others * digest] if speaks else [0, 0, digest])
-        sums = self.ranks.total(torch.tensor(rows, device="cpu"), torch.iinfo(torch.int64).max)
+        sums = self.communicator.total(torch.tensor(rows, device="cpu"), torch.iinfo(torch.int64).max)
         if sums[:, 2].any():
-            places = [f"mask of '{name}' at {p.holding.region.offsets}" for name, p in zip(names, pieces, strict=True)]
+            places = [
+                f"mask of '{name}' at {p.placement.region.offsets}" for name, p in zip(names, pieces, strict=True)
+            ]
             self._compare(dict(zip(places, digests, strict=True)))
         return sums[:, 0].tolist(), sums[:, 1].tolist()
+
+
+def _columns(rows: Sequence[tuple[int, ...]]) -> Cutoffs:
+    return Cutoffs(*map(list, zip(*rows, strict=True))) if rows else NOTHING
 
 
 def _ranks(ranks: Sequence[int]) -> str:

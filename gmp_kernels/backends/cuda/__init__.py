@@ -18,25 +18,23 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from gmp_kernels.backends import (
-    Backend,
-    Bracket,
-    Census,
-    Compaction,
-    Constants,
-    Layer,
-    Selection,
-    StateMove,
-    Threshold,
-    UpdateBatch,
-    UpdateTensor,
-    Written,
-    register,
-)
 from gmp_kernels.backends.addresses import address, array_address, bits_address, by_dtype, dtype_name, element_address
 from gmp_kernels.backends.at_once import at_once
 from gmp_kernels.backends.cuda.selection_tables import SelectionTables, Template
-from gmp_kernels.backends.layers import Layers, columns_of, device_of, prepared
+from gmp_kernels.backends.layers import Layers, device_of, prepared
+from gmp_kernels.backends.registry import Backend, register
+from gmp_kernels.backends.types import (
+    Bracket,
+    BracketCounts,
+    Compaction,
+    Constants,
+    Layer,
+    PruneCounts,
+    Selection,
+    StateMove,
+    UpdateBatch,
+    UpdateTensor,
+)
 from gmp_kernels.backends.uploads import Table, current, num_chunks_of, put, refuse_capture, upload
 from gmp_kernels.errors import CaptureError, DeviceError, LayoutError
 
@@ -57,8 +55,8 @@ except ImportError as error:
 
 LOWEST_CAPABILITY = (8, 0)  # what csrc/cuda is compiled for
 _DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}  # as in csrc/order/dtypes.h
-_CENSUS_FIELDS, _CENSUS_ANSWER = 15, 11  # of csrc/cuda/tables.h
-_MOST_BINS = 2048  # that a census counts in at once
+_COUNTS_FOUND = 11  # the first field of a CountRow of csrc/cuda/tables.h that receives an answer
+_MOST_BINS = 2048  # that layers are counted in at once
 _NO_INDEX = (1 << 63) - 1
 
 
@@ -103,93 +101,86 @@ class Launches:
         return self._multiprocessors[device]
 
     def _template(
-        self, layers: Sequence[Layer], *, is_global: bool = False, selects: bool = True, prunes: bool = False
+        self,
+        layers: Sequence[Layer],
+        group_sizes: Sequence[int] | None = None,
+        *,
+        selects: bool = True,
+        prunes: bool = False,
     ) -> Template:
-        def make() -> Template:
-            size = self._size(layers[0].weight.device)
-            return Template(self._module, size, layers, is_global=is_global, selects=selects, prunes=prunes)
+        """Return the template for these groups, or for layers on their own."""
+        sizes = [1] * len(layers) if group_sizes is None else group_sizes
 
-        return prepared(layers, (self, is_global, selects, prunes), make)
+        def make() -> Template:
+            multiprocessors = self._size(layers[0].weight.device)
+            return Template(self._module, multiprocessors, layers, sizes, selects=selects, prunes=prunes)
+
+        return prepared(layers, (self, *sizes, selects, prunes), make)
 
     def select(
         self,
         layers: Sequence[Layer],
         num_prune: Sequence[int],
-        hints: Sequence[Threshold | None],
+        group_sizes: Sequence[int],
+        brackets: Sequence[Bracket | None] | None = None,
         *,
         prunes: bool = False,
-    ) -> Sequence[Selection]:
+    ) -> Selection:
         with self._on(device_of(layers), "select") as launch:
-            template = self._template(layers, is_global=len(num_prune) != len(layers), prunes=prunes)
-            found = SelectionTables(self._module, launch, template, layers, num_prune, hints)
+            template = self._template(layers, group_sizes, prunes=prunes)
+            found = SelectionTables(self._module, launch, template, layers, num_prune, brackets)
             for dtype, tables in found.tables:
                 self._module.begin(launch, dtype, tables)
                 self._module.select(launch, dtype, tables)
         return found
-
-    def sample(self, layers: Sequence[Layer], shares: Sequence[float]) -> list[Bracket]:
-        sizes = [layer.weight.numel() for layer in layers]
-        sizes = sizes if len(shares) == len(sizes) else [sum(sizes)]
-        num_prune = [round(share * n) for share, n in zip(shares, sizes, strict=True)]
-        with self._on(layers[0].weight.device, "sample") as launch:
-            template = self._template(layers, is_global=len(shares) != len(layers))
-            found = SelectionTables(self._module, launch, template, layers, num_prune)
-            for dtype, tables in found.tables:
-                self._module.begin(launch, dtype, tables)
-            return found.brackets()
 
     def count(
         self,
         layers: Sequence[Layer],
         brackets: Sequence[Bracket],
         num_bins: int,
-        rooms: Sequence[torch.Tensor | None] | None = None,
-    ) -> list[Census]:
+        candidates: Sequence[torch.Tensor | None] | None = None,
+    ) -> list[BracketCounts]:
         if num_bins > _MOST_BINS:
             raise ValueError(f"count: expected at most {_MOST_BINS} bins, got {num_bins}")
         device = layers[0].weight.device
-        found: dict[int, Census] = {}
+        found: dict[int, BracketCounts] = {}
         with self._on(device, "count") as launch:
             for dtype, positions in by_dtype(layers).items():
                 bins = torch.zeros(len(positions), num_bins, dtype=torch.int64, device=device)
                 rows, first_chunk = [], 0
                 for i, own in zip(positions, bins, strict=True):
                     weight, mask = layers[i]
-                    room = None if rooms is None else rooms[i]
+                    place = None if candidates is None else candidates[i]
                     rows.append(
                         [
                             *(element_address(weight), bits_address(mask, weight.numel()), weight.numel(), first_chunk),
                             *(*brackets[i], brackets[i].shift(num_bins)),
-                            *(address(room), 0 if room is None else room.numel(), own.data_ptr(), num_bins),
+                            *(address(place), 0 if place is None else place.numel(), own.data_ptr(), num_bins),
                             *(0, 0, 0, _NO_INDEX),
                         ]
                     )
                     first_chunk += num_chunks_of(weight.numel(), self._module.CHUNK)
                 table = upload(rows, torch.int64, device)
-                self._module.census(launch, dtype, table.data_ptr(), len(rows), first_chunk)
+                self._module.count(launch, dtype, table.data_ptr(), len(rows), first_chunk)
                 for i, row, own in zip(positions, table.tolist(), bins.cpu(), strict=True):
-                    below, inside, pruned, nonfinite = row[_CENSUS_ANSWER:]
-                    found[i] = Census(below, inside, pruned, -1 if nonfinite == _NO_INDEX else nonfinite, own)
+                    below, inside, pruned, nonfinite = row[_COUNTS_FOUND:]
+                    found[i] = BracketCounts(below, inside, pruned, -1 if nonfinite == _NO_INDEX else nonfinite, own)
         return [found[i] for i in range(len(layers))]
 
     def prune(
-        self,
-        layers: Sequence[Layer],
-        selections: Sequence[Selection],
-        out: Sequence[torch.Tensor],
-        *,
-        finite: bool = False,
-    ) -> Sequence[Written]:
+        self, layers: Sequence[Layer], selection: Selection, out: Sequence[torch.Tensor], *, finite: bool = False
+    ) -> PruneCounts | None:
         device = device_of(layers)
         with self._on(device, "prune") as launch:
-            if isinstance(selections, SelectionTables) and selections.layers is layers:
-                found = selections
+            if isinstance(selection, SelectionTables) and selection.layers is layers:
+                found = selection
             else:
-                columns = columns_of(selections)
-                if finite and max(columns.nonfinite) >= 0:
-                    return []
-                template = self._template(layers, is_global=len(selections) != len(layers), selects=False)
-                found = SelectionTables(self._module, launch, template, layers, found=columns)
+                cutoffs = selection.cutoffs
+                if finite and max(cutoffs.nonfinite) >= 0:
+                    return None
+                template = self._template(layers, selects=False)
+                found = SelectionTables(self._module, launch, template, layers, found=cutoffs)
             stop = found.address if finite else 0
             if isinstance(layers, Layers) and out is layers.masks:
                 first = found.address + 8 * found.template.out_start
@@ -205,9 +196,7 @@ class Launches:
                 first += 8 * len(part.positions)
             found.forget(launch)
             self._module.apply(launch, parts, stop)
-            if finite and not found.is_finite:
-                return []
-            return found.counts()
+            return None if finite and not found.is_finite else found.counts()
 
     def apply(self, layers: Sequence[Layer]) -> None:
         device = device_of(layers)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from gmp_kernels.backends import Bracket, Layer, Threshold
-from gmp_kernels.backends.addresses import bits_address, by_dtype, element_address
-from gmp_kernels.backends.keys import keys_of_magnitudes, largest_key, magnitudes_of_keys
-from gmp_kernels.backends.layers import Columns, PruneCounts, Selections, merged, thresholds_of
+from gmp_kernels.backends.addresses import bits_address, by_dtype, element_address, group_positions
+from gmp_kernels.backends.layers import merged
+from gmp_kernels.backends.types import Bracket, Cutoffs, Layer, PruneCounts, Selection
 from gmp_kernels.backends.uploads import current, num_chunks_of, put
 
 __all__ = ["SelectionTables", "Template"]
@@ -25,7 +24,6 @@ MEMORY_BYTES = 3 << 20
 MEMORY_SHARE = 0.05
 ALIGNMENT = 128  # bytes, of what follows the rows: a cache line
 LEAST_CAPACITY = 256  # keys per chunk that come before the flags of what is touched: a list that overflows costs a read
-DRIFT_BITS = 6  # a threshold is expected within 1/64 of an octave of the last one
 
 Integers = npt.NDArray[np.int64]
 
@@ -33,7 +31,7 @@ Integers = npt.NDArray[np.int64]
 class LayerField:
     """Positions in a LayerRow of csrc/cuda/tables.h."""
 
-    WEIGHTS, MASK, N, FIRST_CHUNK, GROUP, CUT, NONFINITE, KEPT_BEFORE, KEPT, TOUCHED, COUNT = range(11)
+    WEIGHTS, MASK, N, FIRST_CHUNK, GROUP, TIE_INDEX, NONFINITE, KEPT_BEFORE, KEPT, TOUCHED, COUNT = range(11)
 
 
 class GroupField:
@@ -46,13 +44,17 @@ class GroupField:
 class Part(NamedTuple):
     """The layers of one dtype, and where their rows are among all."""
 
-    dtype: torch.dtype
-    name: str
+    dtype: str
     positions: list[int]
+    group_positions: Sequence[int]
     start: int
-    num_groups: int
     num_chunks: int
     lists: tuple[int, int, int]  # where candidates and both counts per chunk begin in the buffer, in bytes
+
+    @property
+    def num_groups(self) -> int:
+        """Groups of its layers."""
+        return len(self.group_positions)
 
     def layers(self, rows: Integers) -> Integers:
         """The rows of its layers."""
@@ -64,10 +66,6 @@ class Part(NamedTuple):
         start = self.start + LayerField.COUNT * len(self.positions)
         return rows[start : start + GroupField.COUNT * self.num_groups].reshape(-1, GroupField.COUNT)
 
-    def taken(self, column: Sequence[Any]) -> Sequence[Any]:
-        """The entries of its groups, or layers, in a column of all."""
-        return [column[i] for i in self.positions] if len(self.positions) < len(column) else column
-
 
 class Template:
     """Contents of a selection's tables that follow from the addresses, sizes and dtypes of its layers.
@@ -78,8 +76,8 @@ class Template:
         _cuda or _simt.
     multiprocessors : int
     layers : sequence of Layer
-    is_global : bool
-        All layers are one group; else each is.
+    group_sizes : sequence of int
+        As for ``Implementation.select``.
     selects, prunes : bool
         Whether there is something to select, and whether that is applied afterwards: what this will not change is then
         noted down for it.
@@ -90,8 +88,8 @@ class Template:
         module: Any,
         multiprocessors: int,
         layers: Sequence[Layer],
+        group_sizes: Sequence[int],
         *,
-        is_global: bool,
         selects: bool,
         prunes: bool,
     ) -> None:
@@ -100,7 +98,7 @@ class Template:
         item_sizes = [layer.weight.itemsize for layer in layers]
         chunks = [num_chunks_of(n, module.CHUNK) for n in sizes]
         masks = [bits_address(layer.mask, n) for layer, n in zip(layers, sizes, strict=True)]
-        num_groups = 1 if is_global else len(layers)
+        num_groups = len(group_sizes)
         num_values = 1 + (LayerField.COUNT + 1) * len(layers) + GroupField.COUNT * num_groups
         self._blocks = module.num_counting_blocks(multiprocessors)
         self._bins = module.BINS
@@ -126,36 +124,27 @@ class Template:
         start = 1
         for name, positions in by_dtype(layers).items():
             own_chunks = np.array([chunks[i] for i in positions])
-            dtype, num_chunks = layers[positions[0]].weight.dtype, int(own_chunks.sum())
+            itemsize, num_chunks = item_sizes[positions[0]], int(own_chunks.sum())
             lists = -(-used // 8) * 8
-            counts = lists + num_chunks * self.capacity * dtype.itemsize
+            counts = lists + num_chunks * self.capacity * itemsize
             counts = -(-counts // 4) * 4
-            part = Part(
-                dtype,
-                name,
-                positions,
-                start,
-                1 if is_global else len(positions),
-                num_chunks,
-                (lists, counts, counts + 4 * num_chunks),
-            )
+            own_groups = group_positions(positions, group_sizes)
+            part = Part(name, positions, own_groups, start, num_chunks, (lists, counts, counts + 4 * num_chunks))
             if selects:
                 used = counts + 8 * num_chunks
             rows, groups = part.layers(self.rows), part.groups(self.rows)
             rows[:, LayerField.WEIGHTS] = [element_address(layers[i].weight) for i in positions]
             rows[:, LayerField.MASK] = [masks[i] for i in positions]
-            rows[:, LayerField.N] = rows[:, LayerField.CUT] = [sizes[i] for i in positions]
+            rows[:, LayerField.N] = rows[:, LayerField.TIE_INDEX] = [sizes[i] for i in positions]
             rows[:, LayerField.FIRST_CHUNK] = own_chunks.cumsum() - own_chunks
             rows[:, LayerField.NONFINITE] = _NO_INDEX
-            groups[:, GroupField.NUM_LAYERS] = len(positions) // part.num_groups
-            if is_global:
-                groups[:, GroupField.N] = rows[:, LayerField.N].sum()
-                groups[:, GroupField.NUM_CHUNKS] = part.num_chunks
-            else:
-                rows[:, LayerField.GROUP] = groups[:, GroupField.FIRST_LAYER] = range(len(positions))
-                groups[:, GroupField.N] = rows[:, LayerField.N]
-                groups[:, GroupField.FIRST_CHUNK] = rows[:, LayerField.FIRST_CHUNK]
-                groups[:, GroupField.NUM_CHUNKS] = own_chunks
+            num_layers = np.array([group_sizes[g] for g in own_groups])
+            rows[:, LayerField.GROUP] = np.arange(part.num_groups).repeat(num_layers)
+            groups[:, GroupField.NUM_LAYERS] = num_layers
+            groups[:, GroupField.FIRST_LAYER] = firsts = num_layers.cumsum() - num_layers
+            groups[:, GroupField.N] = np.add.reduceat(rows[:, LayerField.N], firsts)
+            groups[:, GroupField.FIRST_CHUNK] = rows[firsts, LayerField.FIRST_CHUNK]
+            groups[:, GroupField.NUM_CHUNKS] = np.add.reduceat(own_chunks, firsts)
             self.parts.append(part)
             start += rows.size + groups.size
         # One part after the other counts in these, and clears them first.
@@ -170,8 +159,7 @@ class Template:
         self.num_prune_at = np.concatenate([part.groups(places)[:, GroupField.NUM_PRUNE] for part in self.parts])
         touched_at = np.concatenate([part.layers(places)[:, LayerField.TOUCHED] for part in self.parts])
         order = np.argsort([i for part in self.parts for i in part.positions])
-        if not is_global:
-            self.num_prune_at = self.num_prune_at[order]
+        self.num_prune_at = self.num_prune_at[np.argsort([g for part in self.parts for g in part.group_positions])]
         self.touched_at = touched_at[order][list(touched)]
         self.touched = np.array(list(touched.values()), np.int64)
 
@@ -180,8 +168,8 @@ class Template:
         return int(self._bins * min(self._blocks, num_groups))
 
 
-class SelectionTables(Selections):
-    """Selections whose numbers stay on the device until somebody looks at them; then all are read at once.
+class SelectionTables(Selection):
+    """Cutoffs whose numbers stay on the device until somebody looks at them; then all are read at once.
 
     Parameters
     ----------
@@ -192,10 +180,10 @@ class SelectionTables(Selections):
     template : Template
     layers : sequence of Layer, optional
         Those that ``prune`` may take these for, as they are.
-    num_prune, hints : sequence, optional
+    num_prune, brackets : sequence, optional
         As for ``Implementation.select``.
-    found : Columns, optional
-        Selections made elsewhere, in place of these.
+    found : Cutoffs, optional
+        Those of a selection made elsewhere.
     """
 
     is_lazy = True
@@ -207,14 +195,14 @@ class SelectionTables(Selections):
         template: Template,
         layers: Sequence[Layer] | None = None,
         num_prune: Sequence[int] = (),
-        hints: Sequence[Threshold | None] = (),
-        found: Columns | None = None,
+        brackets: Sequence[Bracket | None] | None = None,
+        found: Cutoffs | None = None,
     ) -> None:
         self.layers = layers
         self.template = template
         self._module, self._launch = module, launch
         self._rows: Integers | None = None
-        self._read: Columns | None = None
+        self._read: Cutoffs | None = None
         self.buffer = torch.empty(template.num_words, dtype=torch.int64, device=template.device)
         self.address = self.buffer.data_ptr()
         rows = template.rows.copy()
@@ -222,16 +210,15 @@ class SelectionTables(Selections):
             rows[template.touched_at] = template.touched + self.address
         if num_prune:
             rows[template.num_prune_at] = num_prune
-        if any(hints):
-            for part in template.parts:
-                _fill_brackets(part.groups(rows), part.taken(hints), part.dtype)
-        if found is not None:
-            for part in template.parts:
-                part.layers(rows)[:, LayerField.CUT] = part.taken(found.cuts)
-                values = [threshold.value for threshold in part.taken(found.thresholds)]
-                part.groups(rows)[:, GroupField.KEY] = keys_of_magnitudes(values, part.dtype)
+        for part in template.parts:
+            if brackets:
+                ends = [brackets[g] or (0, 0) for g in part.group_positions]  # (0, 0): a sample gives one
+                part.groups(rows)[:, GroupField.LO : GroupField.HI + 1] = ends
+            if found is not None:
+                part.layers(rows)[:, LayerField.TIE_INDEX] = [found.tie_indices[i] for i in part.positions]
+                part.groups(rows)[:, GroupField.KEY] = [found.keys[i] for i in part.positions]
         put(module, launch, rows, self.buffer)
-        self.tables = [(part.name, self._tables(part)) for part in template.parts]
+        self.tables = [(part.dtype, self._tables(part)) for part in template.parts]
 
     def _tables(self, part: Part) -> Any:
         layers = self.address + 8 * part.start
@@ -266,54 +253,29 @@ class SelectionTables(Selections):
 
     def counts(self) -> PruneCounts:
         """Return what pruning changed, once it is done."""
-        positions = [part.positions for part in self.template.parts]
-        of_parts = [part.layers(self.rows()).T for part in self.template.parts]
-        pruned, newly = (
-            merged(positions, [(own[field] - own[LayerField.KEPT]).tolist() for own in of_parts])
-            for field in (LayerField.N, LayerField.KEPT_BEFORE)
-        )
-        return PruneCounts(pruned, newly)
+        n, before, now = self._columns(LayerField.N, LayerField.KEPT_BEFORE, LayerField.KEPT)
+        return PruneCounts.from_kept(n, before, now)
 
-    def brackets(self) -> list[Bracket]:
-        """The bracket of every group."""
-        return list(map(Bracket, *self._fields(Part.groups, GroupField.LO, 2)))
-
-    def _fields(self, rows_of: Callable[[Part, Integers], Integers], first: int, number: int) -> list[list[int]]:
-        """So many columns of the layers or groups of all parts, from the first on."""
-        parts, rows = self.template.parts, self.rows()
-        pieces: list[list[list[int]]] = [rows_of(part, rows)[:, first : first + number].T.tolist() for part in parts]
-        if len(pieces) == 1:
-            return pieces[0]
-        positions = [part.positions for part in parts]
-        return [merged(positions, column) for column in zip(*pieces, strict=True)]
+    def _columns(self, *fields: int) -> list[list[int]]:
+        """Return columns of the layers of all parts."""
+        parts = self.template.parts
+        pieces = [part.layers(self.rows())[:, fields].T.tolist() for part in parts]
+        return [merged([part.positions for part in parts], list(column)) for column in zip(*pieces, strict=True)]
 
     @property
-    def columns(self) -> Columns:
-        """All that was found; waits for the device the first time."""
+    def cutoffs(self) -> Cutoffs:
+        """The cutoffs on the host; waits for the device the first time."""
         if self._read is None:
+            # What belongs to a group is repeated for each of its layers.
+            fields = slice(GroupField.KEY, GroupField.NUM_TIES_KEPT + 1)
             parts, rows = self.template.parts, self.rows()
-            cuts, nonfinite = self._fields(Part.layers, LayerField.CUT, 2)
-            counts = self._fields(Part.groups, GroupField.NUM_BELOW, 3)
-            # Where there is nothing to prune, the key is 0, and so is the value.
-            values = [magnitudes_of_keys(part.groups(rows)[:, GroupField.KEY], part.dtype).tolist() for part in parts]
-            all_values = merged([part.positions for part in parts], values)
+            pieces = [part.groups(rows)[part.layers(rows)[:, LayerField.GROUP], fields].T.tolist() for part in parts]
+            positions = [part.positions for part in parts]
+            key, below, ties, kept = (merged(positions, list(column)) for column in zip(*pieces, strict=True))
+            tie_indices, nonfinite = self._columns(LayerField.TIE_INDEX, LayerField.NONFINITE)
             if self.is_finite:
                 nonfinite = [-1] * len(nonfinite)
             else:
                 nonfinite = [-1 if index == _NO_INDEX else index for index in nonfinite]
-            self._read = Columns(thresholds_of(all_values, *counts), cuts, nonfinite)
+            self._read = Cutoffs(key, below, ties, kept, tie_indices, nonfinite)
         return self._read
-
-
-def _fill_brackets(groups: Integers, hints: Sequence[Threshold | None], dtype: torch.dtype) -> None:
-    """Brackets around earlier thresholds; (0, 0) where it is not worth trying, because a miss costs a read."""
-    nothing = Threshold(0.0, 0, 0, 0)
-    value, below, ties, kept = zip(*(hint or nothing for hint in hints), strict=True)
-    num_pruned = np.array(below) + np.array(ties) - np.array(kept)
-    moved = np.abs(num_pruned - groups[:, GroupField.NUM_PRUNE])
-    near = (np.array(ties) > 0) & (moved <= groups[:, GroupField.N] // 1024)
-    one, two = keys_of_magnitudes([1.0, 2.0], dtype).tolist()
-    drift = max(1, (two - one) >> DRIFT_BITS)
-    keys = keys_of_magnitudes(value, dtype)
-    groups[:, GroupField.LO] = np.where(near, np.maximum(keys - drift, 0), 0)
-    groups[:, GroupField.HI] = np.where(near, np.minimum(keys + drift, largest_key(dtype)), 0)

@@ -1,20 +1,20 @@
 // Counts layers against brackets of the caller's, for selections that no single call sees whole.
 #pragma once
 
-#include "count.cuh"
+#include "counter.cuh"
 
 namespace gmp::cuda::kernels {
 
 template <typename Key>
 __global__ void __launch_bounds__(kThreads, kReaders)
-    census(CensusRow* rows, int64_t num_rows, int64_t num_chunks, Key infinity) {
+    count_layers(CountRow* rows, int64_t num_rows, int64_t num_chunks, Key infinity) {
   __shared__ Counts<Key> shared;
   Counter<Key> counter(shared, kListCapacity, infinity);
   int64_t current = -1;
 
   const auto leave = [&] {
     if (current < 0) return;
-    CensusRow& row = rows[current];
+    CountRow& row = rows[current];
     const auto below = block_sum(static_cast<unsigned long long>(counter.below));
     const auto pruned = block_sum(static_cast<unsigned long long>(counter.pruned));
     if (threadIdx.x == 0) {
@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(kThreads, kReaders)
   };
 
   for_each_chunk(rows, num_rows, num_chunks, [&](int64_t r, int64_t, int64_t begin, int64_t) {
-    CensusRow& row = rows[r];
+    CountRow& row = rows[r];
     if (r != current) {
       leave();
       current = r;
@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(kThreads, kReaders)
     }
     const auto keep = [&](Key key) {
       const unsigned long long place = atomicAdd(counter_at(&row.inside), 1ull);
-      if (place < static_cast<unsigned long long>(row.room_size)) store1(pointer<Key>(row.room) + place, key);
+      if (place < static_cast<unsigned long long>(row.capacity)) store1(pointer<Key>(row.candidates) + place, key);
     };
     count_chunks(row.weights, row.mask, 0, row.n, begin, 1, counter, keep, [&](int) {
       counter.report_nonfinite(&row.nonfinite, begin);

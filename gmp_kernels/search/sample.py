@@ -1,4 +1,4 @@
-"""Thresholds guessed from a sample of the unpruned weights that this rank holds."""
+"""THE sample of the Python driver: brackets for thresholds, from a few thousand unpruned weights."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from gmp_kernels.backends import Bracket, Layer
 from gmp_kernels.backends.keys import bits_of, largest_key
+from gmp_kernels.backends.types import Bracket, Layer
 
-__all__ = ["Guess", "Question", "guess"]
+__all__ = ["Estimate", "estimate"]
 
 LINE = 64  # bytes: what the memory brings anyway is looked at as a whole
 LEAST, MOST = 1 << 10, 1 << 16  # weights to sample of a group; n^(2/3) in between, as in csrc/cpu/selector.h
@@ -22,36 +22,35 @@ BATCH_BYTES = 1 << 19  # of weights that are sampled at a time
 MISS = NormalDist().cdf(-4)  # how often a threshold may lie above the union of all brackets, or below it
 
 
-class Question(NamedTuple):
-    """One threshold to guess.
-
-    Attributes
-    ----------
-    layers : sequence of Layer
-        One group, ranked together.
-    share : float
-        Of the unpruned weights: how many lie up to the threshold.
-    num_answers : int
-        How many ranks guess from other weights of the same group: the union of their brackets is what counts.
-    """
-
-    layers: Sequence[Layer]
-    share: float
-    num_answers: int
-
-
-class Guess(NamedTuple):
+class Estimate(NamedTuple):
     """A bracket, and which fraction of the weights lies on each key around the threshold."""
 
     bracket: Bracket
     density: float
 
 
-def guess(questions: Sequence[Question]) -> list[Guess]:
-    """Answer the questions. Where a sample finds nothing unpruned, the bracket is empty."""
+def estimate(
+    groups: Sequence[Sequence[Layer]],
+    num_prune: Sequence[int],
+    num_pruned: Sequence[int | None],
+    sizes: Sequence[int],
+    num_parts: Sequence[int],
+) -> list[Estimate]:
+    """Bracket a threshold per group by a sample. Where it finds nothing unpruned, the bracket is empty.
+
+    Parameters
+    ----------
+    groups : sequence of sequences of Layer
+        Each is ranked together; of whole layers, or of the parts of them that are here.
+    num_prune, num_pruned, sizes : sequences of int
+        Per group, of the whole layers: weights to prune, those pruned already (None: unknown), and all of them.
+    num_parts : sequence of int
+        Per group: how many ranks sample other parts of it. The union of their brackets holds the threshold, nearly
+        always.
+    """
     alike: dict[tuple[torch.dtype, int, tuple[int, ...]], list[int]] = defaultdict(list)
     strides = []
-    for i, (layers, _, _) in enumerate(questions):
+    for i, layers in enumerate(groups):
         sizes, dtype = [layer.weight.numel() for layer in layers], layers[0].weight.dtype
         width = min(LINE // dtype.itemsize, max(sizes))
         lines, wanted = sum(sizes) // width, min(max(LEAST, round(sum(sizes) ** (2 / 3))), MOST) // width
@@ -60,7 +59,7 @@ def guess(questions: Sequence[Question]) -> list[Guess]:
         # Odd, lest it be in step with rows: their lengths are even.
         strides.append(max(1, (lines // wanted - 1) | 1))
         alike[dtype, width, tuple(-(-(size // width) // strides[i]) for size in sizes)].append(i)
-    answers: dict[int, Guess] = {}
+    found: dict[int, Estimate] = {}
     for (dtype, width, lines_of_layers), positions in alike.items():
         num_lines = sum(lines_of_layers)
         step = max(1, BATCH_BYTES // (num_lines * width * dtype.itemsize))
@@ -69,33 +68,43 @@ def guess(questions: Sequence[Question]) -> list[Guess]:
             views = [
                 _spread(layer, lines, width, strides[i])
                 for i in batch
-                for layer, lines in zip(questions[i].layers, lines_of_layers, strict=True)
+                for layer, lines in zip(groups[i], lines_of_layers, strict=True)
             ]
             weights, masks = (torch.cat(views_).view(len(batch), -1).cpu() for views_ in zip(*views, strict=True))
-            found = _brackets(weights, masks.numpy(), [questions[i] for i in batch])
-            answers.update(zip(batch, found, strict=True))
-    return [answers[i] for i in range(len(questions))]
+            request = np.array([(num_prune[i], num_pruned[i] or 0, sizes[i], _sigmas(num_parts[i])) for i in batch]).T
+            is_known = np.array([num_pruned[i] is not None for i in batch])
+            found.update(zip(batch, _brackets(weights, masks.numpy(), is_known, *request), strict=True))
+    return [found[i] for i in range(len(groups))]
 
 
 def _spread(layer: Layer, num_lines: int, width: int, stride: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Every ``stride``-th line of a layer, as far as there are ``num_lines``, and the bytes of its mask."""
     weight, mask = layer
-    assert mask is not None
     num_bytes = -(-width // 8)
-    return (
-        weight.as_strided((num_lines, width), (stride * width, 1)),
-        mask.as_strided((num_lines, num_bytes), (stride * num_bytes, 1)),
-    )
+    if mask is None:
+        bits = torch.full((num_lines, num_bytes), 255, dtype=torch.uint8, device=weight.device)
+        bits[:, -1] >>= -width % 8
+    else:
+        bits = mask.as_strided((num_lines, num_bytes), (stride * num_bytes, 1))
+    return weight.reshape(-1).as_strided((num_lines, width), (stride * width, 1)), bits
 
 
 @cache
-def _sigmas(num_answers: int) -> float:
+def _sigmas(num_parts: int) -> float:
     """Half the width of a bracket. The union misses on one side only if each of them does: they need not be wide."""
-    return max(0.0, -NormalDist().inv_cdf(MISS ** (1 / num_answers)))
+    return max(0.0, -NormalDist().inv_cdf(MISS ** (1 / num_parts)))
 
 
-def _brackets(weights: torch.Tensor, masks: np.ndarray, questions: Sequence[Question]) -> list[Guess]:
-    """One row of sampled weights, and of the bytes of their masks, per question."""
+def _brackets(
+    weights: torch.Tensor,
+    masks: np.ndarray,
+    is_known: np.ndarray,
+    num_prune: np.ndarray,
+    num_pruned: np.ndarray,
+    sizes: np.ndarray,
+    sigmas: np.ndarray,
+) -> list[Estimate]:
+    """Estimate from a row of sampled weights, and of the bytes of their masks, per group."""
     largest = largest_key(weights.dtype)
     keys = bits_of(weights).numpy()
     keys &= np.iinfo(keys.dtype).max
@@ -103,10 +112,11 @@ def _brackets(weights: torch.Tensor, masks: np.ndarray, questions: Sequence[Ques
     keys.sort(axis=1)
     size = keys.shape[1]
     unpruned = np.unpackbits(masks, axis=1).sum(axis=1, dtype=np.int64)
-    shares = np.array([question.share for question in questions])
-    sigmas = np.array([_sigmas(question.num_answers) for question in questions])
-    ranks = shares * unpruned
-    half = 1 + sigmas * np.sqrt(ranks * (1 - shares))
+    # Of the unpruned weights, or if it is not known how many these are, of all.
+    shares = np.clip((num_prune - num_pruned) / np.maximum(1, sizes - num_pruned), 0.0, 1.0)
+    ranked = np.where(is_known, unpruned, size)
+    ranks = shares * ranked - (ranked - unpruned) * ~is_known
+    half = 1 + sigmas * np.sqrt(shares * ranked * (1 - shares))
     low, high = np.floor(ranks - half).astype(np.int64), np.ceil(ranks + half).astype(np.int64)
     rows = np.arange(len(keys))
 
@@ -119,4 +129,4 @@ def _brackets(weights: torch.Tensor, masks: np.ndarray, questions: Sequence[Ques
     # From further around: the few ranks inside would tell less.
     first, last = np.maximum(low - (high - low), 1), np.minimum(high + (high - low), unpruned)
     density = (last - first + 1) / (size * (keys_at(last) - keys_at(first).astype(float) + 1))
-    return [Guess(Bracket(*row), d) for *row, d in zip(lo.tolist(), hi.tolist(), density.tolist(), strict=True)]
+    return [Estimate(Bracket(*row), d) for *row, d in zip(lo.tolist(), hi.tolist(), density.tolist(), strict=True)]

@@ -11,14 +11,14 @@ import torch.distributed as dist
 
 from gmp_kernels.errors import DistributedError
 
-__all__ = ["Ranks"]
+__all__ = ["Communicator"]
 
 # Smallest first: what a sum is sent as is chosen by what it cannot exceed.
 DTYPES = (torch.uint8, torch.int32, torch.int64)
 
 
-class Ranks:
-    """The processes that hold parts or copies of the same parameters, and what they tell each other.
+class Communicator:
+    """The ranks that hold parts or copies of the same parameters, and their collectives.
 
     Attributes
     ----------

@@ -4,8 +4,8 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "cpu/layers.h"
 #include "order/magnitude_key.h"
-#include "select.h"
 
 namespace gmp::cpu {
 
