@@ -61,7 +61,7 @@ class Reference:
         rows: list[tuple[int, ...]] = []
         for count, size in zip(num_prune, group_sizes, strict=True):
             rows += self._select_group(layers[len(rows) : len(rows) + size], count)
-        return Selection(Cutoffs(*map(list, zip(*rows, strict=True))))
+        return Selection(Cutoffs.of(rows))
 
     def _select_group(self, layers: Sequence[Layer], num_prune: int) -> list[tuple[int, ...]]:
         """A row of ``Cutoffs`` for each layer."""

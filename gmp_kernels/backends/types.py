@@ -86,6 +86,11 @@ class Cutoffs(NamedTuple):
     tie_indices: list[int]
     nonfinite: list[int]
 
+    @classmethod
+    def of(cls, rows: Sequence[tuple[int, ...]]) -> Cutoffs:
+        """Return the columns of a row per layer."""
+        return cls(*(list(column) for column in zip(*rows, strict=True))) if rows else cls([], [], [], [], [], [])
+
 
 class Selection:
     """Cutoffs that ``select`` has found. Those found on a GPU stay there: the first access synchronizes.
@@ -256,18 +261,10 @@ class Constants(NamedTuple):
         return [*rows]
 
 
-class Implementation(Protocol):
-    """The operations of a backend. None of them validates; none of them may fail halfway through a write.
+class Select(Protocol):
+    """The operation that finds cutoffs."""
 
-    Attributes
-    ----------
-    capturable : bool
-        Whether a CUDA graph can hold an ``update``.
-    """
-
-    capturable: bool
-
-    def select(
+    def __call__(
         self,
         layers: Sequence[Layer],
         num_prune: Sequence[int],
@@ -291,6 +288,25 @@ class Implementation(Protocol):
         prunes : bool
             ``prune`` follows, which may be spared weights that it would find unchanged.
         """
+        ...
+
+
+class Implementation(Protocol):
+    """The operations of a backend. None of them validates; none of them may fail halfway through a write.
+
+    Attributes
+    ----------
+    capturable : bool
+        Whether a CUDA graph can hold an ``update``.
+    select : Select or None
+        None: thresholds come from ``count``, by ``search.driver.select``.
+    """
+
+    capturable: bool
+
+    @property
+    def select(self) -> Select | None:
+        """The operation, if there is one."""
         ...
 
     def count(

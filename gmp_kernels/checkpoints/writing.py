@@ -19,6 +19,7 @@ from gmp_kernels.checkpoints.ranks import Ranks
 from gmp_kernels.checkpoints.stream import Piece, Source, write_whole
 from gmp_kernels.errors import DTypeError
 from gmp_kernels.reports import LayerReport
+from gmp_kernels.search.driver import select
 from gmp_kernels.search.ties import tie_indices
 
 __all__ = ["ShardWriter", "Target", "size_of"]
@@ -128,17 +129,18 @@ class ShardWriter:
         if decision is None and tensor.nbytes <= self._stream.num_bytes:
             held = list(pieces)
             layers = [Layer(piece.data, None) for piece in held]
-            found = self._implementation.select(layers, [target.num_prune], [len(layers)]).cutoffs
+            found = select(self._implementation, layers, [target.num_prune], [len(layers)]).cutoffs
             for piece, index in zip(held, found.nonfinite, strict=True):
                 check_finite(tensor.name, target.position, piece.begin, index)
             for i, piece in enumerate(held):
-                yield piece, Cutoffs(*([column[i]] for column in found))
+                yield piece, Cutoffs.of([tuple(column[i] for column in found)])
             return
         if decision is None:
             group = {target.position: Located(shard, tensor)}
             decision = decide(group, self._workspace, target.num_prune, lambda _: True, ALONE)[target.position]
         for piece, tie_index in _tie_indices(self._implementation, decision, pieces):
-            yield piece, Cutoffs([decision.key], *([n] for n in decision.threshold[1:]), [tie_index], [-1])
+            _, below, ties, kept = decision.threshold
+            yield piece, Cutoffs.of([(decision.key, below, ties, kept, tie_index, -1)])
 
     def _store(self, tensor: TensorInfo, piece: Piece, place: _Output) -> None:
         """Write a piece, converted if need be."""

@@ -18,13 +18,12 @@ from gmp_kernels.errors import DistributedError, GMPError, LayoutError, StateErr
 from gmp_kernels.masks import BitMask
 from gmp_kernels.ops import NonFinite, PruneResult, Scope, thresholds_of
 from gmp_kernels.search.brackets import brackets_near, without_far_below
-from gmp_kernels.search.driver import Piece, Search
+from gmp_kernels.search.driver import Piece, Search, select
 from gmp_kernels.search.placement import Placement
 
 __all__ = ["Shards", "refuse_flattened"]
 
 STEP = "GMPScheduler.step"
-NOTHING = Cutoffs([], [], [], [], [], [])
 
 
 def refuse_flattened(model: nn.Module) -> None:
@@ -152,11 +151,11 @@ class Shards:
         facts: dict[str, object] = {"step": step, "num_prune": list(num_prune)}
         num_before: list[int] | None = None
         if self.are_copies:
-            found = NOTHING
+            found = Cutoffs.of([])
             if failure is None:
                 group_sizes = [len(checked)] if is_global else [1] * len(checked)
                 near = brackets_near(hints, num_prune, sizes, dtypes)
-                found = implementation.select(checked, num_prune, group_sizes, near, prunes=True).cutoffs
+                found = select(implementation, checked, num_prune, group_sizes, near, prunes=True).cutoffs
             facts["cutoffs"] = [list(column) for column in found[:5]]
             self._begin(facts, failure, names, found.nonfinite if nonfinite == "error" else [], [])
             thresholds, chosen = thresholds_of(found, dtypes) if checked else [], found
@@ -168,15 +167,15 @@ class Shards:
             brackets = list(map(without_far_below, brackets, hints, dtypes))
             cutoffs = search.find(brackets)
             search.locate_ties(cutoffs)
-            if nonfinite == "error" and any(cutoff.nonfinite > 0 for cutoff in cutoffs):
+            if nonfinite == "error" and any(cutoff.has_nonfinite for cutoff in cutoffs):
                 check_finite(STEP, search.first_nonfinite(), names)
             rows = [
                 (*cutoff[:4], p.tie_index, p.nonfinite)
                 for cutoff, group in zip(cutoffs, groups, strict=True)
                 for p in group
             ]
-            thresholds = thresholds_of(_columns(rows), dtypes)
-            chosen = _columns([rows[i] for i in present])
+            thresholds = thresholds_of(Cutoffs.of(rows), dtypes)
+            chosen = Cutoffs.of([rows[i] for i in present])
             if not is_global and not any(p.placement.has_copies for p in pieces):
                 num_before = [cutoff.num_pruned for cutoff in cutoffs]
         counts = [(0, 0)] * len(pieces)
@@ -185,8 +184,8 @@ class Shards:
             bump_versions([*(layer.weight for layer in checked), *out])
             written = implementation.prune(checked, Selection(chosen), out)
             assert written is not None
-            for i, *numbers in zip(present, *written, strict=True):
-                counts[i] = tuple(numbers)
+            for i, num_pruned_now, num_new in zip(present, *written, strict=True):
+                counts[i] = num_pruned_now, num_new
         if num_before is not None:
             totals = [threshold.num_pruned for threshold in thresholds]
             new = [after - before for after, before in zip(totals, num_before, strict=True)]
@@ -264,10 +263,6 @@ class Shards:
             ]
             self._compare(dict(zip(places, digests, strict=True)))
         return sums[:, 0].tolist(), sums[:, 1].tolist()
-
-
-def _columns(rows: Sequence[tuple[int, ...]]) -> Cutoffs:
-    return Cutoffs(*map(list, zip(*rows, strict=True))) if rows else NOTHING
 
 
 def _ranks(ranks: Sequence[int]) -> str:

@@ -227,8 +227,15 @@ def select(
     num_prune: Sequence[int],
     group_sizes: Sequence[int],
     brackets: Sequence[Bracket | None] | None = None,
+    *,
+    prunes: bool = False,
 ) -> Selection:
-    """Do what ``Implementation.select`` does, for a backend that only counts. Waits for the device in every round."""
+    """Find the cutoff of every layer, as ``backends.types.Select`` says: by the backend, or if it only counts, here.
+
+    Here, the host waits for the device in every round.
+    """
+    if implementation.select is not None:
+        return implementation.select(layers, num_prune, group_sizes, brackets, prunes=prunes)
     pieces = [Piece(layer, layer.weight.dtype, _whole(layer.weight.numel())) for layer in layers]
     firsts = [0, *accumulate(group_sizes)]
     groups = [pieces[first : first + size] for first, size in zip(firsts, group_sizes, strict=False)]
@@ -239,7 +246,7 @@ def select(
     found = search.find(aims)
     search.locate_ties(found)
     rows = [(*cutoff[:4], p.tie_index, p.nonfinite) for g, cutoff in zip(groups, found, strict=True) for p in g]
-    return Selection(Cutoffs(*map(list, zip(*rows, strict=True))))
+    return Selection(Cutoffs.of(rows))
 
 
 def _whole(n: int) -> Placement:

@@ -51,14 +51,14 @@ def estimate(
     alike: dict[tuple[torch.dtype, int, tuple[int, ...]], list[int]] = defaultdict(list)
     strides = []
     for i, layers in enumerate(groups):
-        sizes, dtype = [layer.weight.numel() for layer in layers], layers[0].weight.dtype
-        width = min(LINE // dtype.itemsize, max(sizes))
-        lines, wanted = sum(sizes) // width, min(max(LEAST, round(sum(sizes) ** (2 / 3))), MOST) // width
+        numels, dtype = [layer.weight.numel() for layer in layers], layers[0].weight.dtype
+        width = min(LINE // dtype.itemsize, max(numels))
+        lines, wanted = sum(numels) // width, min(max(LEAST, round(sum(numels) ** (2 / 3))), MOST) // width
         # With few keys around a threshold there is little to gain from a narrow bracket.
         wanted //= 2 if dtype.itemsize == 2 else 1
         # Odd, lest it be in step with rows: their lengths are even.
         strides.append(max(1, (lines // wanted - 1) | 1))
-        alike[dtype, width, tuple(-(-(size // width) // strides[i]) for size in sizes)].append(i)
+        alike[dtype, width, tuple(-(-(n // width) // strides[i]) for n in numels)].append(i)
     found: dict[int, Estimate] = {}
     for (dtype, width, lines_of_layers), positions in alike.items():
         num_lines = sum(lines_of_layers)

@@ -1,7 +1,7 @@
 """Triton kernels: the GPU path where no CUDA compiler was at hand, and for AMD.
 
-A call is a few tables of rows in device memory, which most calls find as the last one left them, and a fixed number of
-launches on torch's current stream, for every dtype there is. What it finds stays on the device until it is needed.
+A call is a few tables of rows in device memory, which most calls find as the last one left them, and a launch per dtype
+on torch's current stream. Thresholds come from counts (see ``gmp_kernels.search``), which the host waits for.
 With ``TRITON_INTERPRET=1`` in the environment the same kernels run on the host, for the tests: milliseconds for 16384
 weights.
 """
@@ -13,45 +13,33 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from gmp_kernels.backends import (
-    Backend,
+from gmp_kernels.backends import capture
+from gmp_kernels.backends.addresses import address, element_address, on_device
+from gmp_kernels.backends.at_once import at_once
+from gmp_kernels.backends.keys import largest_key
+from gmp_kernels.backends.layers import Layers, device_of, merged, prepared
+from gmp_kernels.backends.registry import Backend, register
+from gmp_kernels.backends.triton.steps import ConstantTables, Rows, StepPart, row_of, step_parts
+from gmp_kernels.backends.triton.tables import BLOCK, INTERPRETED, Recent, Table, Uploads, stream_of, table_of
+from gmp_kernels.backends.types import (
     Bracket,
-    Census,
+    BracketCounts,
     Compaction,
     Constants,
     Layer,
+    PruneCounts,
     Selection,
     StateMove,
-    Threshold,
     UpdateBatch,
-    Written,
-    capture,
-    register,
 )
-from gmp_kernels.backends.addresses import INTEGERS, address, element_address, on_device
-from gmp_kernels.backends.at_once import at_once
-from gmp_kernels.backends.keys import largest_key
-from gmp_kernels.backends.layers import Layers, PruneCounts, columns_of, device_of, merged, prepared
-from gmp_kernels.backends.triton.search import (
-    COUNTERS,
-    HEADER,
-    LAYER_FIELDS,
-    MAX_SLOTS,
-    NO_INDEX,
-    FoundSelections,
-    Part,
-    counts_of,
-    parts_of,
-    taken,
-)
-from gmp_kernels.backends.triton.steps import ConstantTables, Rows, StepPart, row_of, step_parts
-from gmp_kernels.backends.triton.tables import BLOCK, INTERPRETED, Recent, Uploads, stream_of, table_of
 from gmp_kernels.backends.uploads import upload
 from gmp_kernels.errors import CaptureError
+
+T = TypeVar("T")
 
 # Contraction would round once what csrc/optim/update_rule.h rounds twice.
 OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
@@ -59,13 +47,17 @@ OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
 # more weights to the column, and the sums over columns are what takes the time.
 COUNT_OPTIONS = OPTIONS | {"num_warps": 4}
 THREADS = 32 * COUNT_OPTIONS["num_warps"]
-SAMPLED_EIGHTS = 256 if INTERPRETED else 2048  # per group, at most: 16384 keys on a GPU
-SCANNED = 1024  # at a time, of segments, keys and chunks, for the first tie that does not stay
+# Programs that share a read of all weights: so many more than a GPU holds that the last ones keep few of the others
+# waiting, and yet each has enough to do. Under the interpreter so few that each gets a run of chunks too.
+PROGRAMS = 3 if INTERPRETED else 4096
+MAX_SLOTS = 32  # that neighbouring chunks add to in turn
+COUNTERS, ANSWER_FIELDS = 4, 2  # of the kernels
+NO_INDEX = (1 << 63) - 1
 
 
 def options_of(name: str) -> dict[str, Any]:
     """Return what a kernel is compiled with."""
-    return COUNT_OPTIONS if name in ("count", "recount", "count_ties") else OPTIONS
+    return COUNT_OPTIONS if name == "count" else OPTIONS
 
 
 @contextmanager
@@ -80,10 +72,52 @@ def _on(device: torch.device, what: str) -> Iterator[None]:
         yield
 
 
+class Part(NamedTuple):
+    """The layers of one dtype, as the kernels get them."""
+
+    positions: list[int]
+    numels: list[int]
+    dtype: torch.dtype
+    device: torch.device
+    aligned: bool
+    masked: bool  # some layer has a mask
+    table: Table
+    run: int  # chunks per program that reads all weights
+
+    @property
+    def slots(self) -> int:
+        """Slots of each of a layer's sums: many where there are few of them, for then each is added to often."""
+        return max(1, min(MAX_SLOTS, 4096 // len(self.numels), -(-max(self.numels) // BLOCK)))
+
+
+def _parts_of(layers: Sequence[Layer]) -> list[Part]:
+    """Split layers by dtype, and upload what of them stays as long as their addresses do."""
+    by_dtype: dict[torch.dtype, list[int]] = {}
+    for i, layer in enumerate(layers):
+        by_dtype.setdefault(layer.weight.dtype, []).append(i)
+    parts = []
+    for dtype, positions in by_dtype.items():
+        own = [layers[i] for i in positions]
+        numels = [weight.numel() for weight, _ in own]
+        device = own[0].weight.device
+        table = table_of(numels, [(element_address(weight), address(mask)) for weight, mask in own], device)
+        aligned = all(weight.data_ptr() % 16 == 0 for weight, _ in own)
+        masked = any(mask is not None for _, mask in own)
+        run = -(-table.num_chunks // PROGRAMS)
+        parts.append(Part(positions, numels, dtype, device, aligned, masked, table, run))
+    return parts
+
+
+def taken(column: Sequence[T], positions: Sequence[int]) -> Sequence[T]:
+    """Return the entries of one part in a column of all layers; most calls have one part."""
+    return [column[i] for i in positions] if len(positions) < len(column) else column
+
+
 class Triton:
-    """Implementation by launches of kernels."""
+    """Implementation by launches of the functions in kernels.py."""
 
     capturable = False
+    select = None
 
     def __init__(self) -> None:
         # Not before somebody wants it: importing triton takes longer than importing all of this package.
@@ -104,18 +138,15 @@ class Triton:
             return
         getattr(self._kernels, name)[(num_programs,)](*args, **constants, **options_of(name))
 
-    # -- selections --------------------------------------------------------------------------------------------------
-
-    def _parts(self, layers: Sequence[Layer], *, is_global: bool = False) -> list[Part]:
-        """Layers in groups of one or all together, as tables; made when their addresses change."""
+    def _parts(self, layers: Sequence[Layer]) -> list[Part]:
+        """Return layers as tables, which are made when their addresses change."""
         device = device_of(layers)
-        stream = stream_of(device)
-        make = partial(parts_of, layers, is_global=is_global)
+        stream, make = stream_of(device), partial(_parts_of, layers)
         if isinstance(layers, Layers):
-            return prepared(layers, ("triton", is_global, stream), make)
+            return prepared(layers, ("triton", stream), make)
         addresses = [(element_address(weight), address(mask)) for weight, mask in layers]
         shapes = [(weight.dtype, weight.numel()) for weight, _ in layers]
-        return self._parts_of.get((is_global, device, stream, addresses, shapes), make)
+        return self._parts_of.get((device, stream, addresses, shapes), make)
 
     def _tile(self, part: Part) -> dict[str, Any]:
         return {
@@ -124,180 +155,93 @@ class Triton:
             "BLOCK": BLOCK,
         }
 
-    def _bracket(self, part: Part, state: torch.Tensor, wanted: torch.Tensor) -> None:
-        tile = self._tile(part)
-        del tile["BLOCK"]
-        constants = {"KEY_BITS": part.key_bits, "BIN_BITS": part.bin_bits, "EIGHTS": SAMPLED_EIGHTS}
-        groups = len(part.groups)
-        self._launch("begin", groups, part.table.rows, part.group_table, wanted, state, groups, **tile, **constants)
-
-    def select(
-        self,
-        layers: Sequence[Layer],
-        num_prune: Sequence[int],
-        hints: Sequence[Threshold | None],
-        *,
-        prunes: bool = False,
-    ) -> FoundSelections:
-        with _on(device_of(layers), "select"):
-            parts = self._parts(layers, is_global=len(num_prune) != len(layers))
-            found = FoundSelections(layers, parts)
-            for part, state, work in zip(parts, found.states, found.works, strict=True):
-                self._select(part, taken(num_prune, part.groups), state, found.buffer, work)
-        return found
-
-    def _select(
-        self, part: Part, num_prune: Sequence[int], state: torch.Tensor, stop: torch.Tensor, work: torch.Tensor
-    ) -> None:
-        """Bracket each group's threshold by a sample, and count until the bracket has shrunk to one key.
-
-        However wrong the brackets are, so many passes do; those of groups that are done cost next to nothing, where
-        asking which are would cost a wait for the GPU.
-        """
-        table, device, groups, bits = part.table, part.device, len(part.groups), part.bin_bits
-        slots, run = part.group_slots, part.run
-        wanted = self._uploads.at(num_prune, torch.int64, device)
-        lists = torch.empty(table.num_chunks * part.capacity, dtype=INTEGERS[part.dtype.itemsize], device=device)
-        ends = torch.empty(table.num_chunks, dtype=torch.int32, device=device)
-        tile = self._tile(part)
-        chunks, listed = (table.rows, table.owners, table.num_chunks, run, state, groups), (lists, part.capacity, ends)
-        binned = (*chunks, work, 1 << bits, slots, *listed)
-        narrowed = (part.group_table, wanted, state, groups, work, slots)
-        constants = {"KEY_BITS": part.key_bits, "LARGEST": largest_key(part.dtype), "BIN_BITS": bits}
-        constants["MAX_SLOTS"] = MAX_SLOTS
-        shared = {**tile, "THREADS": THREADS, "MASKED": part.masked}
-
-        self._bracket(part, state, wanted)
-        self._launch("count", part.num_runs, *chunks, stop, *binned[len(chunks) :], **shared, LISTS=True)
-        self._launch("narrow", groups, *narrowed, **constants, AFTER_COUNT=True)
-        for _ in range(-(-part.key_bits // bits)):
-            self._launch("recount", part.num_runs, *binned, **shared)
-            self._launch("narrow", groups, *narrowed, **constants, AFTER_COUNT=False)
-        self._launch("count_ties", part.num_runs, *binned, **shared)
-        arguments = (table.rows, part.group_table, run, state, groups, *binned[len(chunks) :])
-        self._launch("place_cuts", groups, *arguments, **tile, SCAN=SCANNED)
-
-    def sample(self, layers: Sequence[Layer], shares: Sequence[float]) -> list[Bracket]:
-        device = device_of(layers)
-        found: dict[int, Bracket] = {}
-        with _on(device, "sample"):
-            for part in self._parts(layers, is_global=len(shares) != len(layers)):
-                groups = len(part.groups)
-                sizes = [sum(part.numels[i] for i in members) for members in part.members]
-                wanted = [round(shares[g] * n) for g, n in zip(part.groups, sizes, strict=True)]
-                state = torch.zeros(part.end - part.start, dtype=torch.int64, device=device)
-                self._bracket(part, state, upload(wanted, torch.int64, device))
-                lo, hi = state[HEADER : HEADER + 2 * groups].view(2, -1).tolist()
-                found.update(zip(part.groups, map(Bracket, lo, hi), strict=True))
-        return [found[g] for g in range(len(shares))]
-
     def count(
         self,
         layers: Sequence[Layer],
         brackets: Sequence[Bracket],
         num_bins: int,
-        rooms: Sequence[torch.Tensor | None] | None = None,
-    ) -> list[Census]:
-        found: dict[int, Census] = {}
+        candidates: Sequence[torch.Tensor | None] | None = None,
+    ) -> list[BracketCounts]:
+        given = [None] * len(layers) if candidates is None else candidates
         with _on(device_of(layers), "count"):
-            for part in self._parts(layers):
-                given = [brackets[i] for i in part.positions]
-                counted, state = self._count(part, given, num_bins)
-                if rooms is not None:
-                    fits = [
-                        room if room is not None and census.inside <= room.numel() else None
-                        for room, census in zip([rooms[i] for i in part.positions], counted, strict=True)
-                    ]
-                    self._collect(part, state, fits)
-                found.update(zip(part.positions, counted, strict=True))
-        return [found[i] for i in range(len(layers))]
+            parts = self._parts(layers)
+            found = [
+                self._count(part, taken(brackets, part.positions), num_bins, taken(given, part.positions))
+                for part in parts
+            ]
+        return merged([part.positions for part in parts], found)
 
-    def _count(self, part: Part, brackets: Sequence[Bracket], num_bins: int) -> tuple[list[Census], torch.Tensor]:
-        """Counts of each layer, and the state with its bracket."""
-        table, device, groups = part.table, part.device, len(part.groups)
-        slots = part.group_slots
-        columns = *zip(*brackets, strict=True), [bracket.shift(num_bins) for bracket in brackets]
-        width = num_bins + COUNTERS * slots
-        # A word for the flag that selections look at, the state, and what is counted: read back in one piece.
-        buffer = torch.zeros(part.counts_start - part.start + 1 + groups * width, dtype=torch.int64, device=device)
-        state, work = buffer[1:], buffer[part.counts_start - part.start + 1 :]
-        state[HEADER : HEADER + 3 * groups] = upload(list(chain(*columns)), torch.int64, device)
-        none = torch.empty(0, dtype=torch.int32, device=device)  # no lists
-        chunks = (table.rows, table.owners, table.num_chunks, part.run, state, groups)
-        shared = {**self._tile(part), "THREADS": THREADS, "MASKED": part.masked}
+    def _count(
+        self,
+        part: Part,
+        brackets: Sequence[Bracket],
+        num_bins: int,
+        candidates: Sequence[torch.Tensor | None],
+    ) -> list[BracketCounts]:
+        table, device, num_layers, slots = part.table, part.device, len(part.numels), part.slots
+        lo, hi = zip(*brackets, strict=True)
+        shifts = [bracket.shift(num_bins) for bracket in brackets]
+        places = [[address(place), 0 if place is None else place.numel()] for place in candidates]
+        asked = upload([*lo, *hi, *shifts, *chain(*zip(*places, strict=True))], torch.int64, device)
+        width = num_bins + COUNTERS * slots + ANSWER_FIELDS
+        answers = torch.zeros(num_layers * width, dtype=torch.int64, device=device)
         self._launch(
-            "count", part.num_runs, *chunks, buffer, work, num_bins, slots, none, 0, none, **shared, LISTS=False
+            "count",
+            -(-table.num_chunks // part.run),
+            *(table.rows, table.owners, table.num_chunks, part.run, asked, num_layers, answers, num_bins, slots),
+            **self._tile(part),
+            THREADS=THREADS,
+            MASKED=part.masked,
         )
-        values = buffer.cpu()
-        first = 1 + part.layers_start - part.start
-        nonfinite = values[first : first + LAYER_FIELDS * groups].view(-1, LAYER_FIELDS)[:, 1].tolist()
-        counted = values[-groups * width :].view(groups, width)
-        bins, counters = counted[:, :num_bins], counted[:, num_bins:]
-        sums = counters.reshape(groups, slots, COUNTERS).sum(1)[:, :2].tolist()
-        inside = bins.sum(1).tolist()
-        rows = zip(sums, inside, nonfinite, bins, strict=True)
+        rows = answers.cpu().view(num_layers, width)
+        bins, counters = rows[:, :num_bins], rows[:, num_bins:-ANSWER_FIELDS]
+        sums = counters.reshape(num_layers, slots, COUNTERS).sum(1)[:, :2].tolist()
+        columns = zip(sums, bins.sum(1).tolist(), rows[:, -1].tolist(), bins, strict=True)
         return [
-            Census(below, within, pruned, NO_INDEX - index if index else -1, row)
-            for (below, pruned), within, index, row in rows
-        ], state
-
-    def _collect(self, part: Part, state: torch.Tensor, rooms: Sequence[torch.Tensor | None]) -> None:
-        """Write the magnitudes inside the brackets to the rooms."""
-        if not any(room is not None and room.numel() for room in rooms):
-            return
-        outs = upload([address(room) for room in rooms], torch.int64, part.device)
-        cursors = torch.zeros(part.num_layers, dtype=torch.int64, device=part.device)
-        arguments = (part.table.rows, part.table.owners, outs, state, part.num_layers, cursors)
-        self._launch("collect", part.table.num_chunks, *arguments, **self._tile(part))
+            BracketCounts(below, inside, pruned, NO_INDEX - index if index else -1, row)
+            for (below, pruned), inside, index, row in columns
+        ]
 
     def prune(
-        self,
-        layers: Sequence[Layer],
-        selections: Sequence[Selection],
-        out: Sequence[torch.Tensor],
-        *,
-        finite: bool = False,
-    ) -> Sequence[Written]:
+        self, layers: Sequence[Layer], selection: Selection, out: Sequence[torch.Tensor], *, finite: bool = False
+    ) -> PruneCounts | None:
+        cutoffs = selection.cutoffs
+        if finite and max(cutoffs.nonfinite) >= 0:
+            return None
+        columns = cutoffs.keys, cutoffs.tie_indices, list(map(torch.Tensor.data_ptr, out))
         with _on(device_of(layers), "prune"):
-            if isinstance(selections, FoundSelections) and selections.layers is layers:
-                found = selections
-            else:
-                columns = columns_of(selections)
-                if finite and max(columns.nonfinite) >= 0:
-                    return []
-                parts = self._parts(layers, is_global=len(selections) != len(layers))
-                found = FoundSelections.of(layers, parts, columns)
-            addresses = list(map(torch.Tensor.data_ptr, out))
-            outs = [
-                self._uploads.at(taken(addresses, part.positions), torch.int64, part.device) for part in found.parts
-            ]
+            parts = self._parts(layers)
+            requests = []
+            for part in parts:
+                asked = list(chain(*(taken(column, part.positions) for column in columns)))
+                size = len(part.numels) * part.slots * COUNTERS
+                counts = torch.zeros(size, dtype=torch.int64, device=part.device)
+                requests.append((upload(asked, torch.int64, part.device), counts))
             # Everything there has to be memory for is there: from here on weights are written.
-            for part, own, state in zip(found.parts, outs, found.states, strict=True):
-                self._apply(part, own, state, found.buffer, SELECTED=True, STOPS=finite)
-            values = found.read()
-        if finite and values[0]:
-            return []
-        counts = [counts_of(part, values) for part in found.parts]
-        positions = [part.positions for part in found.parts]
-        sizes = merged(positions, [part.numels for part in found.parts])
-        before, after = (merged(positions, list(column)) for column in zip(*counts, strict=True))
-        return PruneCounts.from_kept(sizes, before, after)
+            for part, request in zip(parts, requests, strict=True):
+                self._apply(part, *request, SELECTED=True)
+            kept = [
+                counts.cpu().view(len(part.numels), part.slots, COUNTERS).sum(1).T.tolist()
+                for part, (_, counts) in zip(parts, requests, strict=True)
+            ]
+        positions = [part.positions for part in parts]
+        sizes, before, now = (
+            merged(positions, pieces)
+            for pieces in ([part.numels for part in parts], [own[0] for own in kept], [own[1] for own in kept])
+        )
+        return PruneCounts.from_kept(sizes, before, now)
 
-    def _apply(
-        self, part: Part, outs: torch.Tensor, state: torch.Tensor, stop: torch.Tensor, **constants: bool
-    ) -> None:
-        table, layers = part.table, part.num_layers
-        arguments = (outs, state, len(part.groups), layers, part.layer_slots, stop)
-        constants["ALIGNED"] = part.aligned
-        self._launch("apply", table.num_chunks, table.rows, table.owners, *arguments, **self._tile(part), **constants)
+    def _apply(self, part: Part, asked: torch.Tensor, counts: torch.Tensor, *, SELECTED: bool) -> None:
+        table = part.table
+        arguments = (table.rows, table.owners, asked, len(part.numels), counts, part.slots)
+        constants = {**self._tile(part), "ALIGNED": part.aligned, "SELECTED": SELECTED}
+        self._launch("apply", table.num_chunks, *arguments, **constants)
 
     def apply(self, layers: Sequence[Layer]) -> None:
         with _on(device_of(layers), "apply_masks_"):
             for part in self._parts(layers):
-                nothing = part.group_table  # for the masks say it all
-                self._apply(part, nothing, nothing, nothing, SELECTED=False, STOPS=False)
-
-    # -- optimizers --------------------------------------------------------------------------------------------------
+                nothing = part.table.rows  # for the masks say it all
+                self._apply(part, nothing, nothing, SELECTED=False)
 
     def update(
         self,

@@ -1,46 +1,25 @@
-"""The kernels of a selection that read all weights, or the lists of those inside the brackets.
-
-A program takes a run of chunks. The chunks of one layer in a run are a segment: what a program finds in one it adds up
-in registers, and adds to what others found by one atomic per sum; the keys inside the bracket it lists one after
-another, as far as the memory set aside for the segment's chunks reaches. For each chunk ``ends`` says how many keys
-inside the bracket there are from the segment's start to the chunk's end, whether they were listed or not.
-"""
+"""THE counter of Triton: one read of the weights, each layer against its bracket."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from gmp_kernels.backends.triton.select import (
-    COUNTERS,
-    DONE,
-    HEADER,
-    HI,
-    KEPT,
-    KEY,
-    LAYER_FIELDS,
-    LISTED,
-    LO,
-    MODE,
-    NONFINITE,
-    NUM_DONE,
-    NUM_WITH_TIES,
-    SHIFT,
-    TIES_COUNTED,
-    state_of_layers,
-    ties_of_segments,
-)
 from gmp_kernels.backends.triton.tiles import (
-    FIELDS,
+    COUNTERS,
     FIRST,
-    GROUP,
     MASK,
     NO_INDEX,
     WEIGHTS,
     N,
     end_of_segment,
     magnitude_keys,
+    row_of,
 )
+
+# Columns of what is asked, each with an entry per layer, and behind the bins and counters of a layer's answer.
+LO, HI, SHIFT, CANDIDATES, CAPACITY = map(tl.constexpr, range(5))
+CURSOR, NONFINITE, ANSWER_FIELDS = map(tl.constexpr, range(3))
 
 
 @triton.jit
@@ -110,21 +89,11 @@ def _keys(
 
 
 @triton.jit
-def _bins(distance, shift, spare):
-    """Bins of keys at these distances from the bracket's start; a negative shift leaves several to the key.
-
-    Those are there so that sums of few keys need not all wait for one another.
-    """
-    right, left = tl.maximum(shift, 0).to(distance.dtype), tl.maximum(-shift, 0).to(distance.dtype)
-    return ((distance >> right) << left) + (spare & ((1 << left) - 1)).to(distance.dtype)
-
-
-@triton.jit
 def _take(
-    keys, lo, size, shift, spare, bins, cursor, list, room, kept, below, top,
-    BLOCK: tl.constexpr, MASKED: tl.constexpr, LISTS: tl.constexpr, BINS: tl.constexpr,
+    keys, lo, size, shift, bins, candidates, capacity, cursor, kept, below, top,
+    BLOCK: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Count a chunk's keys, and list or bin those of the ``size`` from ``lo`` on; sums are kept by column."""
+    """Count a chunk's keys, and bin and list those of the ``size`` from ``lo`` on; sums are kept by column."""
     if MASKED:
         kept += tl.sum((keys >= 0).to(tl.int32), axis=0)
     distance = keys - lo
@@ -132,33 +101,31 @@ def _take(
     top = tl.maximum(top, tl.max(keys, axis=0))
     unsigned: tl.constexpr = tl.uint64 if keys.dtype == tl.int64 else tl.uint32
     inside = distance.to(unsigned, bitcast=True) < size.to(unsigned, bitcast=True)
-    flags = inside.to(tl.int32)
-    column = tl.sum(flags, axis=0)
-    if LISTS:
-        place = (cursor + tl.cumsum(column, 0) - column)[None, :] + tl.cumsum(flags, 0) - flags
+    tl.atomic_add(bins + (distance >> shift), tl.full(keys.shape, 1, tl.int64), mask=inside)
+    if capacity > 0:
+        flags = inside.to(tl.int32)
+        column = tl.sum(flags, axis=0)
+        first = tl.atomic_add(cursor, tl.sum(column).to(tl.int64))
+        place = first + (tl.cumsum(column, 0) - column)[None, :] + tl.cumsum(flags, 0) - flags
         # In one dimension, for which all versions of triton choose the layout that the keys have.
-        listed = tl.reshape(inside & (place < room), [BLOCK])
-        tl.store(list + tl.reshape(place, [BLOCK]), tl.reshape(keys, [BLOCK]), mask=listed)
-    if BINS:
-        tl.atomic_add(bins + _bins(distance, shift, spare), tl.full(keys.shape, 1, tl.int64), mask=inside)
-    return cursor + tl.sum(column), kept, below, top
+        listed = tl.reshape(inside & (place < capacity), [BLOCK])
+        tl.store(candidates + tl.reshape(place, [BLOCK]), tl.reshape(keys, [BLOCK]), mask=listed)
+    return kept, below, top
 
 
 @triton.jit
 def _read(
-    row, chunk, end, lo, hi, shift, spare, bins, lists, capacity, ends,
+    row, chunk, end, lo, hi, shift, bins, candidates, capacity, cursor,
     BITS: tl.constexpr, INFINITY: tl.constexpr, BLOCK: tl.constexpr, THREADS: tl.constexpr, MASKED: tl.constexpr,
-    LISTS: tl.constexpr, BINS: tl.constexpr,
 ):  # fmt: skip
-    """Read a segment: how many keys lie below the bracket, are pruned and lie inside, and the largest there is."""
+    """Read a segment: how many keys lie below the bracket, how many are pruned, and the largest there is."""
     WIDE: tl.constexpr = tl.int64 if BITS.primitive_bitwidth == 64 else tl.int32
-    lo, size = lo.to(WIDE), tl.maximum(hi - lo + 1, 0).to(WIDE)
-    list, room = lists + chunk * capacity, ((end - chunk) * capacity).to(tl.int32)
+    lo, size, shift = lo.to(WIDE), tl.maximum(hi - lo + 1, 0).to(WIDE), shift.to(WIDE)
     n, first = tl.load(row + N), tl.load(row + FIRST)
     weights, mask = tl.load(row + WEIGHTS).to(tl.pointer_type(BITS)), tl.load(row + MASK)
     whole = tl.minimum(end, first + n // BLOCK)
     kept = tl.zeros([THREADS], tl.int32)
-    below, top, cursor = kept, kept.to(WIDE), tl.full([], 0, tl.int32)
+    below, top = kept, kept.to(WIDE)
     # The next chunk is under way while one is counted; with a mask, of which more is kept in registers, it is not.
     begin = (chunk - first) * BLOCK
     ahead = chunk if MASKED else whole
@@ -171,24 +138,20 @@ def _read(
         begin += BLOCK
         if not MASKED:
             raw = _raw(weights, begin, n, bytes, c + 1 < ahead, BLOCK, THREADS, MASKED, True)
-        cursor, kept, below, top = _take(
-            keys, lo, size, shift, spare, bins, cursor, list, room, kept, below, top, BLOCK, MASKED, LISTS, BINS
+        kept, below, top = _take(
+            keys, lo, size, shift, bins, candidates, capacity, cursor, kept, below, top, BLOCK, MASKED
         )
-        if LISTS:
-            tl.store(ends + c, cursor)
     if whole < end:
         bytes = _bytes(mask, begin, n, BLOCK, THREADS, MASKED)
         raw = _raw(weights, begin, n, bytes, begin < n, BLOCK, THREADS, MASKED, False)
         keys = _keys(raw, bytes, begin, n, INFINITY, BLOCK, THREADS, MASKED, False)
-        cursor, kept, below, top = _take(
-            keys, lo, size, shift, spare, bins, cursor, list, room, kept, below, top, BLOCK, MASKED, LISTS, BINS
+        kept, below, top = _take(
+            keys, lo, size, shift, bins, candidates, capacity, cursor, kept, below, top, BLOCK, MASKED
         )
-        if LISTS:
-            tl.store(ends + whole, cursor)
     num_there = tl.minimum((end - first) * BLOCK, n) - (chunk - first) * BLOCK
     num_kept = tl.sum(kept).to(tl.int64) if MASKED else num_there
     num_below = tl.sum(below).to(tl.int64) - ((end - chunk) * BLOCK - num_kept)
-    return num_below, num_there - num_kept, cursor, tl.max(top)
+    return num_below, num_there - num_kept, tl.max(top)
 
 
 @triton.jit
@@ -212,132 +175,35 @@ def _first_nonfinite(
 
 
 @triton.jit(
-    do_not_specialize=["num_chunks", "run", "num_groups", "num_bins", "slots", "capacity"],
-    do_not_specialize_on_alignment=["state", "work"],
+    do_not_specialize=["num_chunks", "run", "num_layers", "num_bins", "slots"],
+    do_not_specialize_on_alignment=["answers"],
 )
 def count(
-    table, owners, num_chunks, run, state, num_groups, stop, work, num_bins, slots, lists, capacity, ends,
+    table, owners, num_chunks, run, asked, num_layers, answers, num_bins, slots,
     BITS: tl.constexpr, INFINITY: tl.constexpr, BLOCK: tl.constexpr, THREADS: tl.constexpr, MASKED: tl.constexpr,
-    LISTS: tl.constexpr,
 ):  # fmt: skip
-    """One read of the weights: how many lie below the bracket and in it, and a list of those; without LISTS their bins.
-
-    ``stop`` is set where a weight is NaN or Inf.
-    """
+    """Count each layer's keys against its bracket; those inside by bin, and listed in no particular order."""
     program = tl.program_id(0).to(tl.int64)
     chunk = program * run
     while chunk < tl.minimum((program + 1) * run, num_chunks):
-        owner = tl.load(owners + chunk).to(tl.int64)
-        row = table + owner * FIELDS
+        layer = tl.load(owners + chunk).to(tl.int64)
+        row, _ = row_of(table, owners, chunk, BLOCK)
         end = end_of_segment(row, chunk, run, BLOCK)
-        group = tl.load(row + GROUP)
-        own = state + HEADER + group
-        lo, hi = tl.load(own + LO * num_groups), tl.load(own + HI * num_groups)
-        bins = work + group * (num_bins + COUNTERS * slots)
-        below, pruned, inside, top = _read(
-            row, chunk, end, lo, hi, tl.load(own + SHIFT * num_groups), program, bins, lists, capacity, ends,
-            BITS, INFINITY, BLOCK, THREADS, MASKED, LISTS, not LISTS,
+        own = asked + layer
+        lo, hi = tl.load(own + LO * num_layers), tl.load(own + HI * num_layers)
+        candidates = tl.load(own + CANDIDATES * num_layers).to(tl.pointer_type(BITS))
+        bins = answers + layer * (num_bins + COUNTERS * slots + ANSWER_FIELDS)
+        fields = bins + num_bins + COUNTERS * slots
+        below, pruned, top = _read(
+            row, chunk, end, lo, hi, tl.load(own + SHIFT * num_layers), bins, candidates,
+            tl.load(own + CAPACITY * num_layers), fields + CURSOR, BITS, INFINITY, BLOCK, THREADS, MASKED,
         )  # fmt: skip
         # Sums of one address wait for one another: neighbours add to different ones.
         counters = bins + num_bins + program % slots * COUNTERS
         tl.atomic_add(counters, below, mask=below > 0)
         tl.atomic_add(counters + 1, pruned, mask=pruned > 0)
-        tl.atomic_add(counters + 2, inside.to(tl.int64), mask=inside > 0)
         if top >= INFINITY:
             first = _first_nonfinite(row, chunk, end, BITS, INFINITY, BLOCK, THREADS, MASKED)
             # So that zeros say there is none.
-            tl.atomic_max(state_of_layers(state, num_groups) + owner * LAYER_FIELDS + NONFINITE, -first + NO_INDEX)
-            tl.store(stop, 1)
-        chunk = end
-
-
-@triton.jit(
-    do_not_specialize=["num_chunks", "run", "num_groups", "num_bins", "slots", "capacity"],
-    do_not_specialize_on_alignment=["state", "work"],
-)
-def recount(
-    table, owners, num_chunks, run, state, num_groups, work, num_bins, slots, lists, capacity, ends,
-    BITS: tl.constexpr, INFINITY: tl.constexpr, BLOCK: tl.constexpr, THREADS: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """Bins of the keys inside the brackets, from the lists.
-
-    Segments whose list did not fit, and all where the bracket was wrong, are read again and listed again.
-    """
-    program = tl.program_id(0).to(tl.int64)
-    chunk = program * run
-    last = tl.minimum(chunk + run, num_chunks)
-    if tl.load(state + NUM_DONE) == num_groups:
-        last = chunk
-    while chunk < last:
-        row = table + tl.load(owners + chunk).to(tl.int64) * FIELDS
-        end = end_of_segment(row, chunk, run, BLOCK)
-        group = tl.load(row + GROUP)
-        own = state + HEADER + group
-        mode = tl.load(own + MODE * num_groups)
-        if mode < DONE:
-            lo, hi, shift = (
-                tl.load(own + LO * num_groups),
-                tl.load(own + HI * num_groups),
-                tl.load(own + SHIFT * num_groups),
-            )
-            bins = work + group * (num_bins + COUNTERS * slots)
-            size = tl.load(ends + end - 1)
-            if (mode == LISTED) & (size <= (end - chunk) * capacity):
-                for at in range(0, size, BLOCK):
-                    place = at + tl.arange(0, BLOCK)
-                    keys = tl.load(lists + chunk * capacity + place, mask=place < size, other=0)
-                    KEY: tl.constexpr = tl.int64 if BITS.primitive_bitwidth == 64 else tl.int32
-                    distance = keys.to(KEY) - lo.to(KEY)
-                    inside = (place < size) & (distance >= 0) & (distance <= (hi - lo).to(KEY))
-                    bin = _bins(distance, shift, program)
-                    tl.atomic_add(bins + bin, tl.full([BLOCK], 1, tl.int64), mask=inside)
-            else:
-                _read(
-                    row, chunk, end, lo, hi, shift, program, bins, lists, capacity, ends,
-                    BITS, INFINITY, BLOCK, THREADS, MASKED, True, True,
-                )  # fmt: skip
-        chunk = end
-
-
-@triton.jit(
-    do_not_specialize=["num_chunks", "run", "num_groups", "num_bins", "slots", "capacity"],
-    do_not_specialize_on_alignment=["state", "work"],
-)
-def count_ties(
-    table, owners, num_chunks, run, state, num_groups, work, num_bins, slots, lists, capacity, ends,
-    BITS: tl.constexpr, INFINITY: tl.constexpr, BLOCK: tl.constexpr, THREADS: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """Ties of each segment of the groups that keep some.
-
-    Segments whose list did not fit are read again, to list the ties alone or at least to leave in ``ends`` how many
-    there are.
-    """
-    program = tl.program_id(0).to(tl.int64)
-    chunk = program * run
-    last = tl.minimum(chunk + run, num_chunks)
-    if tl.load(state + NUM_WITH_TIES) == 0:
-        last = chunk
-    while chunk < last:
-        owner = tl.load(owners + chunk).to(tl.int64)
-        row = table + owner * FIELDS
-        end = end_of_segment(row, chunk, run, BLOCK)
-        own = state + HEADER + tl.load(row + GROUP)
-        if tl.load(own + KEPT * num_groups) > 0:
-            key = tl.load(own + KEY * num_groups)
-            size = tl.load(ends + end - 1)
-            found = size
-            if tl.load(own + MODE * num_groups) != TIES_COUNTED:
-                if size <= (end - chunk) * capacity:
-                    equal = tl.zeros([BLOCK], tl.int32)
-                    for at in range(0, size, BLOCK):
-                        place = at + tl.arange(0, BLOCK)
-                        keys = tl.load(lists + chunk * capacity + place, mask=place < size, other=0)
-                        equal += ((keys == key.to(keys.dtype)) & (place < size)).to(tl.int32)
-                    found = tl.sum(equal)
-                else:
-                    _, _, found, _ = _read(
-                        row, chunk, end, key, key, key, program, work, lists, capacity, ends,
-                        BITS, INFINITY, BLOCK, THREADS, MASKED, True, False,
-                    )  # fmt: skip
-            tl.store(ties_of_segments(work, num_groups, num_bins, slots) + chunk // run + owner, found.to(tl.int64))
+            tl.atomic_max(fields + NONFINITE, -first + NO_INDEX)
         chunk = end

@@ -5,23 +5,16 @@ from __future__ import annotations
 import torch
 import triton.language as tl
 
-from gmp_kernels.backends.triton.apply import apply, collect
-from gmp_kernels.backends.triton.count import count, count_ties, recount
-from gmp_kernels.backends.triton.select import begin, narrow, place_cuts
+from gmp_kernels.backends.triton.apply import apply
+from gmp_kernels.backends.triton.count import count
 from gmp_kernels.backends.triton.update import count_kept, repack, sum_squares, update
 
 __all__ = [
     "FLOATS",
     "INTEGERS",
     "apply",
-    "begin",
-    "collect",
     "count",
     "count_kept",
-    "count_ties",
-    "narrow",
-    "place_cuts",
-    "recount",
     "repack",
     "sum_squares",
     "update",

@@ -10,12 +10,12 @@ import triton.language as tl
 
 # Fields of a table's rows, eight-byte integers: of every tensor, of a layer, of an UpdateTensor and of a StateMove.
 N, FIRST, WEIGHTS, MASK = map(tl.constexpr, range(4))
-GROUP, OFFSET = map(tl.constexpr, range(4, 6))
 MASTER, STATE, RANKS = map(tl.constexpr, (4, 5, 8))
 SOURCE, SOURCE_MASK, SOURCE_RANKS, TARGET, TARGET_MASK, TARGET_RANKS = map(tl.constexpr, range(2, 8))
 FIELDS = tl.constexpr(9)
 
 NO_INDEX = tl.constexpr((1 << 63) - 1)
+COUNTERS = tl.constexpr(4)  # of which two are used: a cache sector to the slot
 
 
 @triton.jit
@@ -92,16 +92,3 @@ def flags_before(flags, BLOCK: tl.constexpr):
     """Number of flags set before each, in the order of the weights."""
     flat = tl.reshape(flags.to(tl.int32), [BLOCK])
     return tl.reshape(tl.cumsum(flat, 0) - flat, [BLOCK // 8, 8])
-
-
-@triton.jit
-def keys_of_chunk(
-    row, begin, BITS: tl.constexpr, INFINITY: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
-    FULL: tl.constexpr,
-):  # fmt: skip
-    """Keys of a chunk's weights, which of them are kept, and their flat indices."""
-    n = tl.load(row + N)
-    index = places(begin, BLOCK)
-    bits = mask_bytes(tl.load(row + MASK), begin, n, BLOCK, FULL)
-    raw = load_rows(pointer_to(tl.load(row + WEIGHTS), BITS, ALIGNED), index, n, bits != 0, FULL)
-    return magnitude_keys(raw, INFINITY), spread(bits, index, n, FULL), index
