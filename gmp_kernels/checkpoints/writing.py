@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from gmp_kernels.backends import Bracket, Implementation, Layer, Selection, Threshold
+from gmp_kernels.backends import Bracket, Implementation, Layer, Selection, Threshold, dtypes
 from gmp_kernels.checkpoints.counting import Counter, Decision, Located, Workspace, check_finite
 from gmp_kernels.checkpoints.files import DTYPES, Shard, TensorInfo, header_of
 from gmp_kernels.checkpoints.masks import MASK_SUFFIX, mask_metadata
@@ -23,7 +23,6 @@ from gmp_kernels.search.cutoffs import cut_indices
 __all__ = ["ShardWriter", "Target", "size_of"]
 
 ALONE = Ranks(0, 1)
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class Target(NamedTuple):
@@ -180,7 +179,7 @@ class _Cuts:
 
 def dtype_of(tensor: TensorInfo, dtype: torch.dtype | None) -> str:
     """Return the name of the dtype that a tensor has in the output."""
-    return tensor.dtype if dtype is None or tensor.dtype not in DTYPES else NAMES[dtype]
+    return tensor.dtype if dtype is None or tensor.dtype not in DTYPES else dtypes.DTYPES[dtype].stored
 
 
 def size_of(tensor: TensorInfo, dtype: torch.dtype | None) -> int:

@@ -36,6 +36,7 @@ from gmp_kernels.backends import (
 from gmp_kernels.backends.addresses import address, array_address, bits_address, by_dtype, dtype_name, element_address
 from gmp_kernels.backends.at_once import at_once
 from gmp_kernels.backends.cuda.selection_tables import SelectionTables, Template
+from gmp_kernels.backends.dtypes import DTYPES
 from gmp_kernels.backends.layers import Layers, columns_of, device_of, prepared
 from gmp_kernels.backends.uploads import Table, current, num_chunks_of, put, refuse_capture, upload
 from gmp_kernels.errors import CaptureError, DeviceError, LayoutError
@@ -56,7 +57,7 @@ except ImportError as error:
     _missing["simt"] = str(error)
 
 LOWEST_CAPABILITY = (8, 0)  # what csrc/cuda is compiled for
-_DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}  # as in csrc/order/dtypes.h
+_DTYPE_CODES = {dtype: code for code, dtype in enumerate(DTYPES)}
 _CENSUS_FIELDS, _CENSUS_ANSWER = 15, 11  # of csrc/cuda/tables.h
 _MOST_BINS = 2048  # that a census counts in at once
 _NO_INDEX = (1 << 63) - 1

@@ -32,8 +32,9 @@ from gmp_kernels.backends import (
     capture,
     register,
 )
-from gmp_kernels.backends.addresses import INTEGERS, address, element_address, on_device
+from gmp_kernels.backends.addresses import address, element_address, on_device
 from gmp_kernels.backends.at_once import at_once
+from gmp_kernels.backends.dtypes import DTYPES
 from gmp_kernels.backends.keys import largest_key
 from gmp_kernels.backends.layers import Layers, PruneCounts, columns_of, device_of, merged, prepared
 from gmp_kernels.backends.triton.search import (
@@ -157,7 +158,7 @@ class Triton:
         table, device, groups, bits = part.table, part.device, len(part.groups), part.bin_bits
         slots, run = part.group_slots, part.run
         wanted = self._uploads.at(num_prune, torch.int64, device)
-        lists = torch.empty(table.num_chunks * part.capacity, dtype=INTEGERS[part.dtype.itemsize], device=device)
+        lists = torch.empty(table.num_chunks * part.capacity, dtype=DTYPES[part.dtype].integer, device=device)
         ends = torch.empty(table.num_chunks, dtype=torch.int32, device=device)
         tile = self._tile(part)
         chunks, listed = (table.rows, table.owners, table.num_chunks, run, state, groups), (lists, part.capacity, ends)

@@ -11,7 +11,7 @@ import torch
 
 from gmp_kernels.backends import Layer, Threshold
 from gmp_kernels.backends.addresses import address, element_address, on_device
-from gmp_kernels.backends.keys import key_of, largest_key
+from gmp_kernels.backends.keys import key_of, largest_key, magnitudes_of_keys
 from gmp_kernels.backends.layers import Columns, Selections, merged, thresholds_of
 from gmp_kernels.backends.triton.tables import BLOCK, INTERPRETED, Table, table_of
 from gmp_kernels.backends.uploads import upload
@@ -246,14 +246,5 @@ def counts_of(part: Part, values: Numbers) -> tuple[list[int], list[int]]:
 def _columns(part: Part, values: Numbers) -> tuple[list[Threshold], list[int], list[int]]:
     state = values[part.start + HEADER : part.layers_start].reshape(STATE_FIELDS, -1)
     cuts, nonfinite = values[part.layers_start : part.counts_start].reshape(-1, LAYER_FIELDS).T
-    thresholds = thresholds_of(_magnitudes(state[KEY], part.dtype), *state[KEY + 1 :].tolist())
+    thresholds = thresholds_of(magnitudes_of_keys(state[KEY], part.dtype).tolist(), *state[KEY + 1 :].tolist())
     return thresholds, cuts.tolist(), np.where(nonfinite, NO_INDEX - nonfinite, -1).tolist()
-
-
-def _magnitudes(keys: Numbers, dtype: torch.dtype) -> list[float]:
-    """``keys.magnitude_of`` for many keys."""
-    if dtype == torch.bfloat16:
-        keys, dtype = keys << 16, torch.float32
-    integers, floats = f"i{dtype.itemsize}", f"f{dtype.itemsize}"
-    magnitudes: list[float] = keys.astype(integers).view(floats).tolist()
-    return magnitudes
