@@ -11,8 +11,8 @@ import torch
 
 from gmp_kernels.backends import Bracket, Census, Implementation, Layer, Threshold
 from gmp_kernels.checkpoints.files import DTYPES, Shard, TensorInfo
-from gmp_kernels.checkpoints.ranks import Ranks
 from gmp_kernels.checkpoints.stream import Source, Stream
+from gmp_kernels.distributed.communicator import Communicator
 from gmp_kernels.errors import NonFiniteError
 from gmp_kernels.search.cutoffs import Counted, divide_ties, find_cuts
 
@@ -96,7 +96,7 @@ class Counter:
         self._held = Bracket(0, -1)
         self._places: dict[int, slice] = {}
 
-    def decide(self, num_prune: int, mine: Callable[[Shard], bool], ranks: Ranks) -> dict[int, Decision]:
+    def decide(self, num_prune: int, mine: Callable[[Shard], bool], ranks: Communicator) -> dict[int, Decision]:
         """Rank all weights of the group together and return what is pruned of each tensor.
 
         ``mine`` tells which files this rank reads; each file is one rank's.

@@ -14,15 +14,15 @@ from gmp_kernels.backends import Bracket, Implementation, Layer, Selection, Thre
 from gmp_kernels.checkpoints.counting import Counter, Decision, Located, Workspace, check_finite
 from gmp_kernels.checkpoints.files import DTYPES, Shard, TensorInfo, header_of
 from gmp_kernels.checkpoints.masks import MASK_SUFFIX, mask_metadata
-from gmp_kernels.checkpoints.ranks import Ranks
 from gmp_kernels.checkpoints.stream import Piece, Source, write_whole
+from gmp_kernels.distributed.communicator import Communicator
 from gmp_kernels.errors import DTypeError
 from gmp_kernels.reports import LayerReport
 from gmp_kernels.search.cutoffs import cut_indices
 
 __all__ = ["ShardWriter", "Target", "size_of"]
 
-ALONE = Ranks(0, 1)
+ALONE = Communicator(None)
 
 
 class Target(NamedTuple):

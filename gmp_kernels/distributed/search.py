@@ -9,9 +9,9 @@ import torch
 
 from gmp_kernels.backends import Bracket, Implementation, Threshold
 from gmp_kernels.backends.keys import largest_key
+from gmp_kernels.distributed.communicator import Communicator
 from gmp_kernels.distributed.guesses import Question, guess
 from gmp_kernels.distributed.pieces import NO_BRACKET, Piece
-from gmp_kernels.distributed.ranks import Ranks
 from gmp_kernels.distributed.ties import divide
 from gmp_kernels.search.cutoffs import Counted, Cut, find_cuts, near
 
@@ -30,7 +30,7 @@ class Search:
 
     Parameters
     ----------
-    ranks : Ranks
+    ranks : Communicator
     implementation : Implementation
     groups : sequence of sequences of Piece
         Layers that are ranked together; in each the flat index runs through them in order.
@@ -47,7 +47,7 @@ class Search:
 
     def __init__(
         self,
-        ranks: Ranks,
+        ranks: Communicator,
         implementation: Implementation,
         groups: Sequence[Sequence[Piece]],
         num_prune: Sequence[int],

@@ -12,9 +12,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gmp_kernels.backends import Bracket, Layer, Threshold, choose
 from gmp_kernels.checks import bump_versions, check_disjoint, check_finite, check_tensors, check_writable
+from gmp_kernels.distributed.communicator import Communicator
 from gmp_kernels.distributed.pieces import Piece
 from gmp_kernels.distributed.placement import Holding, is_sharded, region_of
-from gmp_kernels.distributed.ranks import Ranks
 from gmp_kernels.distributed.search import Search
 from gmp_kernels.errors import DistributedError, GMPError, LayoutError, StateError
 from gmp_kernels.masks import BitMask
@@ -40,12 +40,12 @@ class Shards:
 
     Parameters
     ----------
-    ranks : Ranks
+    ranks : Communicator
     parameters : mapping of str to torch.Tensor
         The same on every rank, in the same order.
     """
 
-    def __init__(self, ranks: Ranks, parameters: Mapping[str, torch.Tensor]) -> None:
+    def __init__(self, ranks: Communicator, parameters: Mapping[str, torch.Tensor]) -> None:
         self.ranks = ranks
         self._dtypes = {name: parameter.dtype for name, parameter in parameters.items()}
         self._own = {name: region_of(name, parameter) for name, parameter in parameters.items()}
@@ -57,7 +57,7 @@ class Shards:
         if not (dist.is_available() and dist.is_initialized()):
             return None
         group = _group(model, list(parameters.values()))
-        return None if group is None else cls(Ranks(group), parameters)
+        return None if group is None else cls(Communicator(group), parameters)
 
     @property
     def are_copies(self) -> bool:

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 from gmp_kernels.backends import Implementation, Layer
+from gmp_kernels.distributed.communicator import Communicator
 from gmp_kernels.distributed.pieces import Piece
 from gmp_kernels.distributed.placement import Region
-from gmp_kernels.distributed.ranks import Ranks
 from gmp_kernels.search.cutoffs import Cut, cut_indices, tied, ties_around, window_of_tie
 
 __all__ = ["divide"]
@@ -56,7 +56,7 @@ class _Open:
 
 
 def divide(
-    ranks: Ranks, implementation: Implementation, groups: Sequence[Sequence[Piece]], cuts: Sequence[Cut]
+    ranks: Communicator, implementation: Implementation, groups: Sequence[Sequence[Piece]], cuts: Sequence[Cut]
 ) -> None:
     """Set ``num_kept`` and ``cut`` of each piece, given the cut of each group.
 
@@ -109,7 +109,7 @@ def _closer(opened: Sequence[_Open], bound: int) -> list[_Count]:
 
 
 def _take(
-    ranks: Ranks,
+    ranks: Communicator,
     implementation: Implementation,
     members: Sequence[Sequence[_Count]],
     quotas: Sequence[int],
