@@ -18,6 +18,7 @@ import torch
 from torch.nn.parameter import is_lazy
 
 from gmp_kernels.backends import Layer
+from gmp_kernels.backends.dtypes import DTYPES
 from gmp_kernels.backends.layers import Facts, Layers
 from gmp_kernels.backends.layouts import layouts_of
 from gmp_kernels.errors import DTypeError, LayoutError, NonFiniteError, ShapeError, SparsityError
@@ -40,7 +41,6 @@ __all__ = [
 
 Weight: TypeAlias = torch.Tensor | np.ndarray
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # Tensors of other types may be anything: shards, wrappers.
 PLAIN = {torch.Tensor, torch.nn.Parameter}
 MOST_LAYERS = 4096  # that are known at a time; about 1 KB each

@@ -17,10 +17,10 @@ import torch
 from gmp_kernels import BitMask, GMPError, NonFiniteError, apply_masks_, magnitude_threshold, prune_
 from gmp_kernels.backends import Bracket, Layer, StateMove, Threshold, choose
 from gmp_kernels.backends.cpu import _C
+from gmp_kernels.backends.dtypes import DTYPES
 from gmp_kernels.checks import forget
 from gmp_kernels.optim import SGD, Adam, AdamW, clip_grad_norm_, ema_update_
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 SIZES = (3, 1000, 17_000)  # of a chunk and more
 VALUES = torch.randn(max(SIZES), generator=torch.Generator().manual_seed(0))
 LIBRARY = _C.__file__.encode()

@@ -81,7 +81,7 @@ def test_an_error_is_one_line_and_exit_code_1(tmp_path: Path) -> None:
 
 INTERRUPT = """
 import os, signal, sys
-from gmp_kernels import cli
+from gmp_kernels.tools.cli.main import main
 from gmp_kernels.checkpoints import staging
 # Whoever runs the tests in the background may have had it ignored.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -90,7 +90,7 @@ def press(*arguments):
     finish(*arguments)
     os.kill(os.getpid(), signal.SIGINT)
 staging.Staging.finish = press
-cli.main()
+main()
 """
 
 

@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 from gmp_kernels import GMPScheduler, schedules
-from gmp_kernels.checkpoints.files import DTYPES, TensorInfo
+from gmp_kernels.backends.dtypes import DTYPES
+from gmp_kernels.checkpoints.files import TensorInfo
 
 VOCABULARY, WIDTH, HIDDEN, EXPERTS = 96, 16, 40, 4
-NAMES = {dtype: name for name, dtype in DTYPES.items()} | {torch.int64: "I64", torch.uint8: "U8"}
+NAMES = {dtype: row.stored for dtype, row in DTYPES.items()} | {torch.int64: "I64", torch.uint8: "U8"}
 
 
 class Tree(NamedTuple):

@@ -9,11 +9,11 @@ from itertools import accumulate
 
 import torch
 
+from gmp_kernels.backends.dtypes import DTYPES
 from gmp_kernels.backends.types import Layer
 from gmp_kernels.errors import DeviceError, LayoutError
 
 __all__ = [
-    "INTEGERS",
     "address",
     "array_address",
     "bits_address",
@@ -23,17 +23,6 @@ __all__ = [
     "group_positions",
     "on_device",
 ]
-
-# Which hold the bits of a weight, by its bytes.
-INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-# As in csrc/order/dtypes.h.
-_DTYPE_NAMES = {
-    torch.float32: "float32",
-    torch.float64: "float64",
-    torch.float16: "float16",
-    torch.bfloat16: "bfloat16",
-}
 
 
 def address(tensor: torch.Tensor | None) -> int:
@@ -77,7 +66,7 @@ def element_address(tensor: torch.Tensor | None) -> int:
 
 def dtype_name(tensor: torch.Tensor) -> str:
     """Return the name of its dtype in csrc/order/dtypes.h."""
-    return _DTYPE_NAMES[tensor.dtype]
+    return DTYPES[tensor.dtype].name
 
 
 def by_dtype(layers: Sequence[Layer]) -> dict[str, list[int]]:

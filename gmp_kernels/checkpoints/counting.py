@@ -12,9 +12,9 @@ import torch
 from gmp_kernels.backends import Bracket, BracketCounts, Implementation, Layer, Threshold
 from gmp_kernels.backends.keys import magnitude_of
 from gmp_kernels.checkpoints.files import DTYPES, Shard, TensorInfo
-from gmp_kernels.checkpoints.ranks import Ranks
 from gmp_kernels.checkpoints.stream import Source, Stream
 from gmp_kernels.errors import NonFiniteError
+from gmp_kernels.search.communicator import Communicator
 from gmp_kernels.search.driver import Piece, Search
 from gmp_kernels.search.placement import Placement, Region
 from gmp_kernels.search.sample import estimate
@@ -81,7 +81,7 @@ def decide(
     workspace: Workspace,
     num_prune: int,
     mine: Callable[[Shard], bool],
-    ranks: Ranks,
+    ranks: Communicator,
 ) -> dict[int, Decision]:
     """Rank all weights of a group of tensors together and return what is pruned of each.
 
@@ -94,7 +94,7 @@ def decide(
     num_prune : int
     mine : callable
         Tells which files this rank reads; each file is one rank's.
-    ranks : Ranks
+    ranks : Communicator
 
     Raises
     ------

@@ -15,16 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from safetensors import SafetensorError, safe_open
 
+from gmp_kernels.backends import dtypes
 from gmp_kernels.checkpoints.folders import SUFFIX, is_tied, look_into, read_index, unique_names
 from gmp_kernels.errors import CheckpointError
 
 __all__ = ["DTYPES", "Checkpoint", "Shard", "TensorInfo", "header_of", "open_checkpoint"]
 
 # The dtypes whose magnitudes have an order here, by their names in the format.
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = {row.stored: dtype for dtype, row in dtypes.DTYPES.items()}
 LENGTH_BYTES = 8  # of the header's length, in front of it
 
 

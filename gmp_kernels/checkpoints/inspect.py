@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeGuard
 
 import torch
 
-from gmp_kernels.backends.keys import keys_of, largest_key, magnitude_of
+from gmp_kernels.backends.keys import key_of, keys_of, largest_key, magnitude_of
 from gmp_kernels.checkpoints.files import DTYPES, Checkpoint, Shard, TensorInfo, open_checkpoint
 from gmp_kernels.checkpoints.masks import MASK_SUFFIX, shapes_in
 from gmp_kernels.checkpoints.stream import Source, Stream
@@ -26,7 +26,6 @@ BINS_PER_OCTAVE = 4
 
 # Float8 is looked at in float32, which holds all its values.
 FLOATS = DTYPES | {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
-MANTISSA_BITS = {torch.float64: 52, torch.float32: 23, torch.float16: 10, torch.bfloat16: 7}
 # Of these only zeros are counted, for which the sign does not matter.
 INTEGERS = (
     dict.fromkeys(("BOOL", "I8", "U8"), torch.uint8)
@@ -222,7 +221,7 @@ def _add(total: TensorStatistics, piece: torch.Tensor, *, histogram: bool) -> No
     if histogram:
         bits = keys[keys > 0]
         # The exponent and the first bits of the mantissa: four bins an octave, from that of 1 on.
-        shift = MANTISSA_BITS[dtype] - (BINS_PER_OCTAVE.bit_length() - 1)
-        one = int(keys_of(torch.ones(1, dtype=dtype, device="cpu"))) >> shift
+        one, two = key_of(1.0, dtype), key_of(2.0, dtype)
+        shift = ((two - one) // BINS_PER_OCTAVE).bit_length() - 1
         counts = torch.bincount(bits >> shift)
-        total.histogram.update({int(b) - one: int(counts[b]) for b in counts.nonzero()})
+        total.histogram.update({int(b) - (one >> shift): int(counts[b]) for b in counts.nonzero()})

@@ -19,7 +19,6 @@ from gmp_kernels.checkpoints.files import Shard, open_checkpoint
 from gmp_kernels.checkpoints.masks import is_file_of_masks
 from gmp_kernels.checkpoints.outputs import check_named, check_target
 from gmp_kernels.checkpoints.permissions import keep_folder_permissions
-from gmp_kernels.checkpoints.ranks import Ranks
 from gmp_kernels.checkpoints.staging import PLACED, Staging, output_errors
 from gmp_kernels.checkpoints.stream import PIECE_UNIT, Stream
 from gmp_kernels.checkpoints.targets import select_tensors
@@ -28,6 +27,7 @@ from gmp_kernels.checks import check_sparsity
 from gmp_kernels.errors import DeviceError, DTypeError, OutputError
 from gmp_kernels.ops import Scope
 from gmp_kernels.reports import LayerReport
+from gmp_kernels.search.communicator import Communicator, of_torchrun
 
 __all__ = ["DEFAULT_MEMORY", "PruneJob", "PruneReport"]
 
@@ -197,7 +197,11 @@ class PruneJob:
         start = time.perf_counter()
         self._check_targets(resume=resume)
         max_memory = self._needed(max_memory)
-        with Ranks.joined() as ranks, Staging(self._target) as staging, _cores_to_spare():
+        with (
+            of_torchrun("prune", "a process has died; run again with --resume") as ranks,
+            Staging(self._target) as staging,
+            _cores_to_spare(),
+        ):
             ranks.together(lambda: staging.begin(self._settings(), resume=resume) if ranks.rank == 0 else None)
             ranks.together(staging.join)
             # Together, and so before any rank can finish another: they must all divide the same.
@@ -285,7 +289,7 @@ class PruneJob:
         return advance
 
     def _decisions(
-        self, workspace: Workspace, owned: Mapping[int, Shard], staging: Staging, ranks: Ranks
+        self, workspace: Workspace, owned: Mapping[int, Shard], staging: Staging, ranks: Communicator
     ) -> dict[int, Decision]:
         """Return what global scope prunes of each target, counted or as the run that is resumed has noted it."""
         if self._scope == "layer":
@@ -377,7 +381,7 @@ def _cores_to_spare() -> Iterator[None]:
         torch.set_num_threads(num_threads)
 
 
-def _divide(shards: Sequence[Shard], ranks: Ranks, finished: Container[int]) -> dict[int, Shard]:
+def _divide(shards: Sequence[Shard], ranks: Communicator, finished: Container[int]) -> dict[int, Shard]:
     """Return {position: shard} of what is left to this rank: the largest first, each to the rank with the least."""
     loads = [0] * ranks.size
     owned = {}

@@ -10,23 +10,22 @@ from typing import NamedTuple
 
 import torch
 
-from gmp_kernels.backends import Bracket, Cutoffs, Implementation, Layer, Selection
+from gmp_kernels.backends import Bracket, Cutoffs, Implementation, Layer, Selection, dtypes
 from gmp_kernels.backends.keys import magnitude_of
 from gmp_kernels.checkpoints.counting import Decision, Located, Workspace, check_finite, decide
 from gmp_kernels.checkpoints.files import DTYPES, Shard, TensorInfo, header_of
 from gmp_kernels.checkpoints.masks import MASK_SUFFIX, mask_metadata
-from gmp_kernels.checkpoints.ranks import Ranks
 from gmp_kernels.checkpoints.stream import Piece, Source, write_whole
 from gmp_kernels.errors import DTypeError
 from gmp_kernels.reports import LayerReport
+from gmp_kernels.search.communicator import Communicator
 from gmp_kernels.search.driver import select
 from gmp_kernels.search.ties import tie_indices
 
 __all__ = ["ShardWriter", "Target", "size_of"]
 
-ALONE = Ranks(0, 1)
+ALONE = Communicator(None)
 NOTHING = Cutoffs([0], [0], [0], [0], [0], [-1])  # of a tensor without weights
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class Target(NamedTuple):
@@ -177,7 +176,7 @@ def _tie_indices(
 
 def dtype_of(tensor: TensorInfo, dtype: torch.dtype | None) -> str:
     """Return the name of the dtype that a tensor has in the output."""
-    return tensor.dtype if dtype is None or tensor.dtype not in DTYPES else NAMES[dtype]
+    return tensor.dtype if dtype is None or tensor.dtype not in DTYPES else dtypes.DTYPES[dtype].stored
 
 
 def size_of(tensor: TensorInfo, dtype: torch.dtype | None) -> int:

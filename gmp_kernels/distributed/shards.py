@@ -12,12 +12,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gmp_kernels.backends import Bracket, Cutoffs, Layer, Selection, Threshold, choose
 from gmp_kernels.checks import bump_versions, check_disjoint, check_finite, check_tensors, check_writable
-from gmp_kernels.distributed.communicator import Communicator
 from gmp_kernels.distributed.placement import is_sharded, region_of
 from gmp_kernels.errors import DistributedError, GMPError, LayoutError, StateError
 from gmp_kernels.masks import BitMask
 from gmp_kernels.ops import NonFinite, PruneResult, Scope, thresholds_of
 from gmp_kernels.search.brackets import brackets_near, without_far_below
+from gmp_kernels.search.communicator import Communicator
 from gmp_kernels.search.driver import Piece, Search, select
 from gmp_kernels.search.placement import Placement
 

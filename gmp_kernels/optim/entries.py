@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from gmp_kernels.backends import StateMove, choose
-from gmp_kernels.checks import DTYPES, PLAIN, has_memory
+from gmp_kernels.backends.dtypes import DTYPES
+from gmp_kernels.checks import PLAIN, has_memory
 from gmp_kernels.distributed.placement import is_sharded, local, sharded_like
 from gmp_kernels.errors import StateError
 from gmp_kernels.optim.compact import CompactState

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from gmp_kernels.backends.at_once import at_once
-from gmp_kernels.checks import DTYPES, PLAIN, has_memory, is_wrapper, may_overlap
+from gmp_kernels.backends.dtypes import DTYPES
+from gmp_kernels.checks import PLAIN, has_memory, is_wrapper, may_overlap
 from gmp_kernels.distributed.placement import local
 from gmp_kernels.masks import BitMask
 from gmp_kernels.ops import apply_masks_

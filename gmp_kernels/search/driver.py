@@ -24,10 +24,11 @@ from gmp_kernels.backends.types import (
     Selection,
 )
 from gmp_kernels.search.brackets import FEW_BITS
+from gmp_kernels.search.communicator import Communicator
 from gmp_kernels.search.cutoffs import GroupCutoff, find_cutoffs
 from gmp_kernels.search.placement import Placement, Region
 from gmp_kernels.search.sample import estimate
-from gmp_kernels.search.ties import Alone, Communicator, locate_ties, share_ties
+from gmp_kernels.search.ties import locate_ties, share_ties
 
 __all__ = ["Piece", "Search", "select"]
 
@@ -239,7 +240,7 @@ def select(
     pieces = [Piece(layer, layer.weight.dtype, _whole(layer.weight.numel())) for layer in layers]
     firsts = [0, *accumulate(group_sizes)]
     groups = [pieces[first : first + size] for first, size in zip(firsts, group_sizes, strict=False)]
-    search = Search(Alone(), implementation, groups, num_prune)
+    search = Search(Communicator(None), implementation, groups, num_prune)
     aims = search.estimate([None] * len(groups))
     if brackets is not None:
         aims = [given or sampled for given, sampled in zip(brackets, aims, strict=True)]

@@ -5,20 +5,21 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from gmp_kernels.backends.keys import bits_of, largest_key
 from gmp_kernels.backends.types import Bracket, Implementation, Layer
+from gmp_kernels.search.communicator import Communicator
 from gmp_kernels.search.cutoffs import GroupCutoff
 from gmp_kernels.search.placement import Region
 
 if TYPE_CHECKING:
     from gmp_kernels.search.driver import Piece
 
-__all__ = ["Alone", "Communicator", "locate_ties", "piece_of", "share_ties", "tie_indices"]
+__all__ = ["locate_ties", "piece_of", "share_ties", "tie_indices"]
 
 CHUNK = 1 << 17  # weights that are searched for ties at a time
 # Half the width of the window in which a tie is looked for first, in standard deviations. A tie outside of it costs a
@@ -27,37 +28,6 @@ SIGMAS, SIGMAS_OF_RANKS = 2, 4
 # A range of flat indices is divided into so many slots to count ties in: 1 KB as int32 or, where counts are small, as
 # uint8.
 SLOTS, SMALL, MOST_SLOTS = 256, 255, 1024
-
-
-class Communicator(Protocol):
-    """The ranks that hold pieces of the same layers."""
-
-    @property
-    def size(self) -> int:
-        """How many there are."""
-        ...
-
-    def total(self, values: torch.Tensor, bound: int) -> torch.Tensor:
-        """Add up over the ranks, where no sum can exceed ``bound``. int64, on the CPU."""
-        ...
-
-    def largest(self, values: torch.Tensor) -> torch.Tensor:
-        """Take the maximum over the ranks. int64, on the CPU."""
-        ...
-
-
-class Alone:
-    """The communicator of a process that holds everything."""
-
-    size = 1
-
-    def total(self, values: torch.Tensor, bound: int) -> torch.Tensor:
-        """Return the values."""
-        return values
-
-    def largest(self, values: torch.Tensor) -> torch.Tensor:
-        """Return the values."""
-        return values
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from gmp_kernels.checks import DTYPES
+from gmp_kernels.backends import dtypes
 from gmp_kernels.masks import BitMask
 from gmp_kernels.ops import PruneResult, prune_
 
@@ -17,6 +17,7 @@ __all__ = ["DTYPES", "GuardedCopy", "adversarial_cases", "assert_bitwise_equal",
 
 CACHE_LINE_BYTES = 64
 SAMPLE_STRIDE_LINES = 16  # of large tensors the CPU kernels sample one cache line in so many, or fewer
+DTYPES = tuple(dtypes.DTYPES)
 GUARD = 7.0  # neither a weight that gets pruned to zero nor a byte of its bits that looks like a mask
 
 

@@ -22,7 +22,7 @@ from torch.distributed.tensor import Replicate, Shard
 from torch.nn.parallel import DistributedDataParallel
 
 import gmp_kernels as gmp
-from gmp_kernels.distributed.ranks import Ranks
+from gmp_kernels.search.communicator import Communicator
 from gmp_kernels.tools.testing import assert_bitwise_equal
 
 EVERY_STEP = gmp.schedules.Linear(0.1, 0.9, begin_step=0, end_step=8)
@@ -189,7 +189,7 @@ def train(folder: Path, steps: range, save_at: int, die_at: int) -> tuple[nn.Mod
 
 def die_in_the_middle(pruner: gmp.GMPScheduler) -> None:
     if dist.get_rank() == 1:
-        Ranks.total = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        Communicator.total = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
     before = everything(pruner)
     with pytest.raises(gmp.DistributedError, match="expected an answer from each of 2 ranks"):
         pruner.step()

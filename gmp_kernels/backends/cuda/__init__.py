@@ -21,6 +21,7 @@ import torch
 from gmp_kernels.backends.addresses import address, array_address, bits_address, by_dtype, dtype_name, element_address
 from gmp_kernels.backends.at_once import at_once
 from gmp_kernels.backends.cuda.selection_tables import SelectionTables, Template
+from gmp_kernels.backends.dtypes import DTYPES
 from gmp_kernels.backends.layers import Layers, device_of, prepared
 from gmp_kernels.backends.registry import Backend, register
 from gmp_kernels.backends.types import (
@@ -54,7 +55,7 @@ except ImportError as error:
     _missing["simt"] = str(error)
 
 LOWEST_CAPABILITY = (8, 0)  # what csrc/cuda is compiled for
-_DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}  # as in csrc/order/dtypes.h
+_DTYPE_CODES = {dtype: code for code, dtype in enumerate(DTYPES)}
 _COUNTS_FOUND = 11  # the first field of a CountRow of csrc/cuda/tables.h that receives an answer
 _MOST_BINS = 2048  # that layers are counted in at once
 _NO_INDEX = (1 << 63) - 1

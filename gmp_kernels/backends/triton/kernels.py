@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 import triton.language as tl
 
+from gmp_kernels.backends.dtypes import DTYPES
 from gmp_kernels.backends.triton.apply import apply
 from gmp_kernels.backends.triton.count import count
 from gmp_kernels.backends.triton.update import count_kept, repack, sum_squares, update
@@ -20,10 +20,5 @@ __all__ = [
     "update",
 ]
 
-INTEGERS = {2: tl.int16, 4: tl.int32, 8: tl.int64}
-FLOATS = {
-    torch.float32: tl.float32,
-    torch.float64: tl.float64,
-    torch.float16: tl.float16,
-    torch.bfloat16: tl.bfloat16,
-}
+INTEGERS = {2: tl.int16, 4: tl.int32, 8: tl.int64}  # by size
+FLOATS = {dtype: getattr(tl, row.name) for dtype, row in DTYPES.items()}

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from gmp_kernels.backends.dtypes import DTYPES
 from gmp_kernels.checkpoints import (
     BINS_PER_OCTAVE,
     DEFAULT_MEMORY,
@@ -54,12 +55,11 @@ class Scope(StrEnum):
 
 
 class DType(StrEnum):
-    """Of floating-point tensors in the output."""
+    """Dtypes that the output can be converted to."""
 
-    FLOAT64 = "float64"
-    FLOAT32 = "float32"
-    FLOAT16 = "float16"
-    BFLOAT16 = "bfloat16"
+    _ignore_ = "row"
+    for row in DTYPES.values():
+        vars()[row.name.upper()] = row.name
 
 
 def register(app: typer.Typer) -> None:
@@ -101,7 +101,7 @@ def prune(
         DType | None,
         typer.Option(
             help="Convert floating-point tensors of the output, after pruning; configs stay as they are. "
-            "Default: every tensor keeps its dtype."
+            "Default: every tensor keeps its dtype.",
         ),
     ] = None,
     masks: Annotated[

@@ -1,0 +1,132 @@
+"""Processes that work on one thing together, and what they tell each other."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+
+from gmp_kernels.errors import DistributedError, GMPError
+
+__all__ = ["Communicator", "of_torchrun"]
+
+T = TypeVar("T")
+
+# Smallest first: what a sum is sent as is chosen by what it cannot exceed.
+DTYPES = (torch.uint8, torch.int32, torch.int64)
+
+
+class Communicator:
+    """The ranks of a process group, or this process alone.
+
+    Parameters
+    ----------
+    group : ProcessGroup or None
+        None: no process but this one.
+    call, advice : str
+        For errors: what all ranks are in, and why one of them may not answer.
+
+    Attributes
+    ----------
+    size, rank : int
+        Number of processes, and which of them this one is.
+    num_collectives, num_bytes : int
+        Reductions so far, and the bytes of their results.
+    """
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None,
+        call: str = "GMPScheduler.step",
+        advice: str = "a process has died, or calls step() less often than the others. Start again from the last "
+        "checkpoint",
+    ) -> None:
+        self._group, self._call, self._advice = group, call, advice
+        self.size, self.rank = (1, 0) if group is None else (dist.get_world_size(group), dist.get_rank(group))
+        has_cpu = group is None or "cpu:" in dist.get_backend_config(group)
+        self._device = torch.device("cpu" if has_cpu else "cuda")
+        self.num_collectives = self.num_bytes = 0
+
+    def total(self, values: torch.Tensor, bound: int) -> torch.Tensor:
+        """Add up over the ranks, where no sum can exceed ``bound``. int64, on the CPU."""
+        return self._reduce(
+            values, dist.ReduceOp.SUM, next(dtype for dtype in DTYPES if bound <= torch.iinfo(dtype).max)
+        )
+
+    def largest(self, values: torch.Tensor) -> torch.Tensor:
+        """Take the maximum over the ranks. int64, on the CPU."""
+        return self._reduce(values, dist.ReduceOp.MAX, torch.int64)
+
+    def gather(self, value: object) -> list[Any]:
+        """Collect a picklable value of every rank, in their order."""
+        if self._group is None:
+            return [value]
+        values: list[Any] = [None] * self.size
+        with self._answered():
+            dist.all_gather_object(values, value, group=self._group)
+        return values
+
+    def together(self, work: Callable[[], T]) -> T:
+        """Do the work of this rank; if it fails on any, raise on every rank what it raised on the first of them."""
+        if self._group is None:
+            return work()
+        result, error = None, None
+        try:
+            result = work()
+        except GMPError as raised:
+            error = raised
+        found = next((other for other in self.gather(error) if other is not None), None)
+        if found is not None:
+            raise found
+        return cast(T, result)
+
+    def _reduce(self, values: torch.Tensor, op: dist.ReduceOp.RedOpType, dtype: torch.dtype) -> torch.Tensor:
+        if self._group is None:
+            return values
+        buffer = values.to(self._device, dtype, copy=True)
+        with self._answered():
+            dist.all_reduce(buffer, op, group=self._group)
+            result = buffer.to("cpu", torch.int64)
+        self.num_collectives += 1
+        self.num_bytes += buffer.nbytes
+        return result
+
+    @contextmanager
+    def _answered(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            raise DistributedError(
+                f"{self._call}: expected an answer from each of {self.size} ranks, got none from some ({error}); "
+                f"{self._advice}"
+            ) from error
+
+
+@contextmanager
+def of_torchrun(call: str, advice: str) -> Iterator[Communicator]:
+    """Join the processes that torchrun started beside this one, if it did.
+
+    Raises
+    ------
+    DistributedError
+        The environment speaks of others that cannot be reached.
+    """
+    size = os.environ.get("WORLD_SIZE", "1")
+    if size == "1":
+        yield Communicator(None)
+        return
+    try:
+        dist.init_process_group("gloo")
+    except (ValueError, RuntimeError) as error:
+        raise DistributedError(
+            f"{call}: expected {size} processes, as WORLD_SIZE says, got no connection ({error}); start them with "
+            "torchrun, or unset WORLD_SIZE"
+        ) from error
+    try:
+        yield Communicator(dist.group.WORLD, call, advice)
+    finally:
+        dist.destroy_process_group()
