@@ -99,7 +99,7 @@ def counts() -> Call:
 
     def run() -> object:
         found = backend.count(layers, brackets, 16, [None, torch.empty(1000), torch.empty(5)])
-        return backend.sample(layers, [0.5] * len(layers)), [[*c[:4], c.bins.tolist()] for c in found]
+        return [[*c[:4], c.bins.tolist()] for c in found]
 
     return Call(run, lambda: weights)
 

@@ -12,14 +12,15 @@ from gmp_kernels import BitMask
 from gmp_kernels.backends import (
     Compaction,
     Constants,
+    Cutoffs,
     Layer,
     Selection,
     StateMove,
-    Threshold,
     UpdateBatch,
     UpdateTensor,
     choose,
 )
+from gmp_kernels.backends.keys import key_of
 from gmp_kernels.optim import AdamW
 from gmp_kernels.tools.testing import assert_bitwise_equal
 
@@ -32,8 +33,8 @@ def bits(n: int = N) -> torch.Tensor:
     return BitMask.from_bool(torch.arange(n) % 3 != 0).packed
 
 
-def selection() -> list[Selection]:
-    return [Selection(Threshold(0.5, 10, 1, 0), (0,), (-1,))]
+def selection() -> Selection:
+    return Selection(Cutoffs.of([(key_of(0.5, torch.float32), 10, 1, 0, 0, -1)]))
 
 
 class Case:

@@ -43,7 +43,7 @@ def runs_of(sizes: list[int]) -> list[int]:
     Where all weights of a group tie, a block leaves their number in place of the size of its first list.
     """
     layers = [Layer(torch.ones(n), None) for n in sizes]
-    tables = choose("simt", CPU).select(layers, [0 if n == 1 else n // 2 for n in sizes], [None] * len(sizes))
+    tables = choose("simt", CPU).select(layers, [0 if n == 1 else n // 2 for n in sizes], [1] * len(sizes))
     assert isinstance(tables, SelectionTables)
     (part,) = tables.template.parts
     left_at = tables.buffer.view(torch.int32)[part.lists[1] // 4 :]

@@ -25,7 +25,7 @@ def test_keys_of_16_bits_are_counted_where_lists_of_them_would_overflow(
     layers = [(torch.randn(5 * 16384, generator=generator) * 0.02).to(dtype) for _ in range(4)]
     monkeypatch.setattr(selection_tables, "MEMORY_BYTES", 17_000)
     checks.forget()
-    taken = Template(_simt, 4, [Layer(layer, None) for layer in layers], is_global=False, selects=True, prunes=True)
+    taken = Template(_simt, 4, [Layer(layer, None) for layer in layers], [1] * 4, selects=True, prunes=True)
     assert 64 < taken.capacity < 200 < 0.014 * 16384
     _simt.take_traffic()
     prune_(layers, sparsity=0.9, backend="simt")
@@ -52,15 +52,15 @@ def give_room(monkeypatch: pytest.MonkeyPatch, capacity: int, layers: list[Layer
     monkeypatch.setattr(selection_tables, "MEMORY_SHARE", 0.0)
     monkeypatch.setattr(selection_tables, "MEMORY_BYTES", 6_000 + capacity * key_bytes)
     checks.forget()
-    taken = Template(_simt, 4, layers, is_global=True, selects=True, prunes=False)
+    taken = Template(_simt, 4, layers, [len(layers)], selects=True, prunes=False)
     assert capacity - 20 < taken.capacity <= capacity + 20
 
 
 def loaded_by(layers: list[Layer], num_prune: int) -> dict[str, int]:
     """Bytes that a selection of one group loads, by kernel."""
     _simt.take_traffic()
-    (*_, last) = choose("simt", torch.device("cpu")).select(layers, [num_prune], [None])
-    assert last.threshold.num_pruned == num_prune
+    found = choose("simt", torch.device("cpu")).select(layers, [num_prune], [len(layers)]).cutoffs
+    assert found.num_below[-1] + found.num_ties[-1] - found.num_ties_kept[-1] == num_prune
     return {row[0].partition("<")[0].removeprefix("kernels::"): row[2] for row in _simt.take_traffic()}
 
 
@@ -110,6 +110,6 @@ def test_layers_that_differ_get_a_sample_for_the_one_with_most_keys(monkeypatch:
 def test_the_layers_of_a_model_have_room_for_lists_and_flags() -> None:
     """Bins have a place for each group, not for each block, and leave many layers enough for both."""
     layers = [Layer(torch.empty(n), torch.empty(-(-n // 8), dtype=torch.uint8)) for n in resnet50_sizes()]
-    taken = Template(_simt, 132, layers, is_global=False, selects=True, prunes=True)
+    taken = Template(_simt, 132, layers, [1] * len(layers), selects=True, prunes=True)
     assert taken.capacity > 1.25 * 8 * 0.3 / 65536**0.5 * 16384  # 8 standard deviations wide, of a large sample
     assert len(taken.touched) == len(layers)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -12,10 +12,18 @@ from conftest import thinned
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gmp_kernels.backends import Bracket, Census, Implementation, Layer, Selection, Threshold, choose
+from gmp_kernels.backends import Bracket, Cutoffs, Implementation, Layer, Selection, choose
 from gmp_kernels.backends.keys import key_of, keys_of, largest_key, magnitude_of
 from gmp_kernels.masks import BitMask
-from gmp_kernels.search.cutoffs import Counted, Cut, cut_indices, divide_ties, find_cuts, near, piece
+from gmp_kernels.ops import magnitude_threshold
+from gmp_kernels.search import driver
+from gmp_kernels.search.brackets import bracket_near
+from gmp_kernels.search.communicator import Communicator
+from gmp_kernels.search.cutoffs import GroupCutoff
+from gmp_kernels.search.driver import Piece, Search
+from gmp_kernels.search.placement import Placement, Region
+from gmp_kernels.search.sample import estimate
+from gmp_kernels.search.ties import piece_of, tie_indices
 from gmp_kernels.tools.testing import DTYPES, adversarial_cases, device_of
 
 CPU = torch.device("cpu")
@@ -31,49 +39,36 @@ def on(device: torch.device, layer: Layer) -> Layer:
     return Layer(layer.weight.to(device), None if layer.mask is None else layer.mask.to(device))
 
 
-def added(parts: list[Census]) -> Counted:
-    below, pruned = (sum(getattr(part, field) for part in parts) for field in ("below", "pruned"))
-    nonfinite = max(part.nonfinite for part in parts)
-    return Counted(below, pruned, nonfinite, torch.stack([part.bins for part in parts]).sum(0).numpy().cumsum())
-
-
 def cut_by_counts(
-    implementation: Implementation, parts: list[Layer], num_prune: int, guess: Bracket, num_bins: int
-) -> tuple[Cut, list[int]]:
+    implementation: Implementation, parts: list[Layer], num_prune: int, bracket: Bracket
+) -> tuple[GroupCutoff, list[int]]:
     """The threshold of layers that are pieces of one, and where the ties of each piece end."""
-
-    def count(brackets: Mapping[int, Bracket]) -> dict[int, Counted]:
-        return {g: added(implementation.count(parts, [b] * len(parts), num_bins)) for g, b in brackets.items()}
-
-    (cut,) = find_cuts([num_prune], [parts[0].weight.dtype], [guess], count)
-    exact = Bracket(cut.key, cut.key)
-    ties = [c.inside for c in implementation.count(parts, [exact] * len(parts), 1)]
-    if not cut.threshold.num_ties:
-        return cut, [part.weight.numel() for part in parts]
-    kept = divide_ties(ties, cut.threshold.num_ties_kept)
-    ends = [part.weight.numel() for part in parts]
-    some = [i for i in range(len(parts)) if kept[i] < ties[i]]
-    of_some = [[values[i] for i in some] for values in (parts, ties, kept)]
-    if some:
-        found = cut_indices(implementation, of_some[0], [cut.key] * len(some), *of_some[1:])
-        ends = [dict(zip(some, found, strict=True)).get(i, end) for i, end in enumerate(ends)]
-    return cut, ends
+    pieces = [Piece(p, p.weight.dtype, Placement("part", [whole(p.weight.numel())], 0)) for p in parts]
+    search = Search(Communicator(None), implementation, [pieces], [num_prune])
+    (cutoff,) = cutoffs = search.find([bracket])
+    search.locate_ties(cutoffs)
+    return cutoff, [p.tie_index for p in pieces]
 
 
-def kept_of(parts: list[Layer], threshold: Threshold, cuts: Sequence[int]) -> torch.Tensor:
+def whole(n: int) -> Region:
+    return Region((n,), (0,), (n,))
+
+
+def kept_of(parts: list[Layer], key: int, tie_indices: Sequence[int]) -> torch.Tensor:
     """Return what stays, over all pieces, when each is pruned at its index."""
     kept = []
-    for part, cut in zip(parts, cuts, strict=True):
+    for part, tie_index in zip(parts, tie_indices, strict=True):
         copy = on(CPU, Layer(part.weight.clone(), part.mask))
         bits = torch.empty(-(-part.weight.numel() // 8), dtype=torch.uint8)
-        choose("reference", CPU).prune([copy], [Selection(threshold, (cut,), (-1,))], [bits])
+        cutoffs = Cutoffs.of([(key, 0, 0, 0, tie_index, -1)])
+        choose("reference", CPU).prune([copy], Selection(cutoffs), [bits])
         kept.append(BitMask(bits, part.weight.shape).to_bool())
     return torch.cat(kept)
 
 
 def split(layer: Layer, places: list[int]) -> list[Layer]:
     ends = sorted({0, *(place // 8 * 8 for place in places), layer.weight.numel()})
-    return [piece(layer, begin, end) for begin, end in itertools.pairwise(ends)]
+    return [piece_of(layer, begin, end) for begin, end in itertools.pairwise(ends)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -84,11 +79,11 @@ def test_pieces_are_cut_as_the_whole(backend: str, case: str, dtype: torch.dtype
     layer = on(device, Layer(adversarial_cases(N, dtype)[case], random_mask(N, 0.3)))
     parts = split(layer, [8, 12_000, 12_008, 30_000])
     for num_prune in thinned(backend, (1, N // 2, N - 1, N), len(case) + DTYPES.index(dtype)):
-        (expected,) = choose("reference", CPU).select([on(CPU, layer)], [num_prune], [None])
-        (guess,) = implementation.sample([layer], [num_prune / N])
-        cut, ends = cut_by_counts(implementation, parts, num_prune, guess, 2048)
-        assert repr(cut.threshold) == repr(expected.threshold)
-        assert torch.equal(kept_of(parts, cut.threshold, ends), kept_of([layer], expected.threshold, expected.cuts))
+        expected = choose("reference", CPU).select([on(CPU, layer)], [num_prune], [1]).cutoffs
+        ((bracket, _),) = estimate([[layer]], [num_prune], [None], [N], [1])
+        cutoff, ends = cut_by_counts(implementation, parts, num_prune, bracket)
+        assert cutoff[:4] == tuple(column[0] for column in expected[:4])
+        assert torch.equal(kept_of(parts, cutoff.key, ends), kept_of([layer], cutoff.key, expected.tie_indices))
 
 
 @given(data=st.data())
@@ -106,11 +101,15 @@ def test_any_guess_and_any_pieces_give_the_same_cut(data: st.DataObject) -> None
     num_prune = data.draw(st.integers(0, n))
     lo, hi = sorted(data.draw(st.tuples(*[st.integers(0, largest_key(dtype))] * 2)))
     parts = split(layer, data.draw(st.lists(st.integers(0, n), max_size=3)))
-    cut, ends = cut_by_counts(implementation, parts, num_prune, Bracket(lo, hi), data.draw(st.sampled_from([2, 64])))
-    (expected,) = choose("reference", CPU).select([layer], [num_prune], [None])
-    assert repr(cut.threshold) == repr(expected.threshold)
-    assert cut.nonfinite >= 0 or expected.nonfinite[0] < 0
-    assert torch.equal(kept_of(parts, cut.threshold, ends), kept_of([layer], expected.threshold, expected.cuts))
+    bits_of_round = data.draw(st.sampled_from([1, 6, 11]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(driver, "MOST_BITS", bits_of_round)
+        patch.setattr(driver, "FEW_BITS", bits_of_round)
+        cutoff, ends = cut_by_counts(implementation, parts, num_prune, Bracket(lo, hi))
+    expected = choose("reference", CPU).select([layer], [num_prune], [1]).cutoffs
+    assert cutoff[:4] == tuple(column[0] for column in expected[:4])
+    assert cutoff.has_nonfinite == (expected.nonfinite[0] >= 0)
+    assert torch.equal(kept_of(parts, cutoff.key, ends), kept_of([layer], cutoff.key, expected.tie_indices))
 
 
 @pytest.mark.parametrize("places", ["even", "early", "late", "runs", "all"])
@@ -129,7 +128,7 @@ def test_ties_are_found_wherever_they_lie(kernels: str, places: str) -> None:
     device = device_of(kernels)
     ties = (tied & BitMask(mask, weight.shape).to_bool()).nonzero().view(-1)
     kept = [0, 1, len(ties) // 2, len(ties) - 1]
-    found = cut_indices(
+    found = tie_indices(
         choose(kernels, device),
         [on(device, Layer(weight, mask))] * 4,
         [key_of(0.5, torch.float32)] * 4,
@@ -146,38 +145,26 @@ def test_a_count_is_the_oracles(kernels: str, dtype: torch.dtype) -> None:
     layers[1] = Layer(weights[1], None)
     middle, device = key_of(1.0, dtype), device_of(kernels)
     for bracket in (Bracket(0, largest_key(dtype)), Bracket(middle, middle + 300), Bracket(middle, middle - 1)):
-        rooms = [torch.zeros(n, dtype=dtype, device=device) for n in (0, 7, 20_000, 1)]
-        found = choose(kernels, device).count([on(device, layer) for layer in layers], [bracket] * 4, 64, rooms)
+        candidates = [torch.zeros(n, dtype=dtype, device=device) for n in (0, 7, 20_000, 1)]
+        found = choose(kernels, device).count([on(device, layer) for layer in layers], [bracket] * 4, 64, candidates)
         expected = choose("reference", CPU).count(layers, [bracket] * 4, 64)
-        for layer, one, other, room in zip(layers, found, expected, rooms, strict=True):
+        for layer, one, other, place in zip(layers, found, expected, candidates, strict=True):
             assert one[:4] == other[:4]
             assert torch.equal(one.bins, other.bins)
-            if one.inside > room.numel():
+            if one.inside > place.numel():
                 continue
             keys = keys_of(layer.weight)
             inside = (keys >= bracket.lo) & (keys <= bracket.hi)
             if layer.mask is not None:
                 inside &= BitMask(layer.mask, layer.weight.shape).to_bool()
-            assert torch.equal(keys_of(room[: one.inside].cpu()).sort().values, keys[inside].sort().values)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_sample_brackets_most_thresholds(kernels: str, dtype: torch.dtype) -> None:
-    weight = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)).to(dtype)
-    device = device_of(kernels)
-    layer, implementation = on(device, Layer(weight, None)), choose(kernels, device)
-    for share in (0.1, 0.5, 0.99):
-        (bracket,) = implementation.sample([layer], [share])
-        (census,) = implementation.count([layer], [bracket], 1)
-        assert census.below < share * weight.numel() <= census.below + census.inside
-        assert census.inside < weight.numel() / 8
+            assert torch.equal(keys_of(place[: one.inside].cpu()).sort().values, keys[inside].sort().values)
 
 
 def test_an_earlier_threshold_gives_a_bracket_around_it() -> None:
     weight = torch.randn(100_000, generator=torch.Generator().manual_seed(0))
-    (selection,) = choose("reference", CPU).select([Layer(weight, None)], [50_000], [None])
-    lo, hi = near(selection.threshold, torch.float32)
-    value = selection.threshold.value
+    threshold = magnitude_threshold(weight, 50_000, backend="reference")
+    lo, hi = bracket_near(threshold, torch.float32)
+    value = threshold.value
     assert 0.97 * value < magnitude_of(lo, torch.float32) < value < magnitude_of(hi, torch.float32) < 1.03 * value
 
 

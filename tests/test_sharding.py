@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gmp_kernels.distributed.placement import Holding, Region
 from gmp_kernels.errors import LayoutError
+from gmp_kernels.search.placement import Placement, Region
 
 
 @st.composite
@@ -45,28 +45,30 @@ def rows(*ranges, of=6):
     return [Region((of, 4), (begin, 0), (end - begin, 4)) for begin, end in ranges]
 
 
-def test_the_lowest_rank_speaks_for_copies_and_runs_are_in_the_order_of_the_layer():
+def test_the_lowest_rank_counts_for_copies_and_runs_are_in_the_order_of_the_layer():
     held = rows((3, 6), (0, 3), (3, 6), (0, 3))
-    holdings = [Holding("layer", held, rank) for rank in range(4)]
-    assert [holding.speaks for holding in holdings] == [True, True, False, False]
-    assert [holding.slot for holding in holdings] == [1, 0, 1, 0]
-    assert all(holding.starts == [0, 12] and holding.num_others == 1 and holding.has_copies for holding in holdings)
+    placements = [Placement("layer", held, rank) for rank in range(4)]
+    assert [placement.is_primary for placement in placements] == [True, True, False, False]
+    assert [placement.slot for placement in placements] == [1, 0, 1, 0]
+    assert all(
+        placement.starts == [0, 12] and placement.num_copies == 1 and placement.has_copies for placement in placements
+    )
 
 
 def test_nothing_is_held_where_there_are_fewer_rows_than_ranks():
-    holding = Holding("layer", rows((0, 1), (1, 2), (2, 2), of=2), 2)
-    assert (holding.region.numel, holding.starts, holding.has_copies) == (0, [0, 4], False)
+    placement = Placement("layer", rows((0, 1), (1, 2), (2, 2), of=2), 2)
+    assert (placement.region.numel, placement.starts, placement.has_copies) == (0, [0, 4], False)
 
 
 def test_columns_are_no_runs():
     held = [Region((6, 4), (0, begin), (6, 2)) for begin in (0, 2)]
-    assert Holding("layer", held, 1).starts is None
+    assert Placement("layer", held, 1).starts is None
 
 
 @pytest.mark.parametrize("held", [rows((0, 3), (3, 5)), rows((0, 3), (2, 6))], ids=["missing", "twice"])
 def test_layers_that_the_ranks_do_not_hold_between_them_are_refused(held):
     with pytest.raises(LayoutError, match="expected the ranks to hold the 24 weights of 'layer' between them"):
-        Holding("layer", held, 0)
+        Placement("layer", held, 0)
 
 
 def test_layers_of_more_than_2_to_the_31_weights():

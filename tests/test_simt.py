@@ -20,10 +20,12 @@ from subprocesses import ROOT
 
 from gmp_kernels import BitMask, DeviceError, NonFiniteError, StateError, magnitude_threshold, prune_
 from gmp_kernels.backends import Bracket, Layer, StateMove, choose, cuda
+from gmp_kernels.backends import uploads as uploads_module
 from gmp_kernels.backends.cuda.selection_tables import SelectionTables, Template
 from gmp_kernels.backends.keys import key_of, largest_key
 from gmp_kernels.backends.uploads import put
 from gmp_kernels.optim import AdamW
+from gmp_kernels.search.driver import select
 from gmp_kernels.tools.testing import DTYPES, adversarial_cases, assert_bitwise_equal, assert_same_pruning, device_of
 
 _simt = simt_extension()
@@ -74,9 +76,9 @@ def test_any_order_gives_the_same_counts(shuffled: None, case: str) -> None:
         for found, expected in zip(*(b.count(layers, [bracket] * 2, 64) for b in (simt, oracle)), strict=True):
             assert found[:4] == expected[:4]
             assert torch.equal(found.bins, expected.bins)
-    for num_prune in ((60_000,), (30_000, 30_000)):
-        along, expected = (b.select(layers, num_prune, [None] * len(num_prune)) for b in (simt, oracle))
-        assert [s.threshold for s in along] == [s.threshold for s in expected]
+    for num_prune, sizes in (([60_000], [2]), ([30_000, 30_000], [1, 1])):
+        along, expected = (b.select(layers, num_prune, sizes).cutoffs for b in (simt, oracle))
+        assert along[:4] == expected[:4]
     assert float(simt.sum_squares(layers)) == pytest.approx(oracle.sum_squares(layers), rel=1e-12)
 
 
@@ -185,9 +187,9 @@ def test_a_prune_update_reads_back_once(monkeypatch: pytest.MonkeyPatch) -> None
 def test_selections_that_were_looked_at_are_counted_when_they_are_applied(kernels: str) -> None:
     backend, weights = choose(kernels, device_of(kernels)), [torch.randn(n, device=device_of(kernels)) for n in (50, 9)]
     layers = [Layer(weight, BitMask.ones(weight.shape, weight.device).packed) for weight in weights]
-    chosen = backend.select(layers, [20, 5], [None, None], prunes=True)
-    assert [selection.threshold.num_pruned for selection in chosen] == [20, 5]
-    assert list(backend.prune(layers, chosen, [layer.mask for layer in layers])) == [(20, 20), (5, 5)]
+    chosen = select(backend, layers, [20, 5], [1, 1], prunes=True)
+    assert [below + ties - kept for _, below, ties, kept, *_ in zip(*chosen.cutoffs, strict=True)] == [20, 5]
+    assert backend.prune(layers, chosen, [layer.mask for layer in layers]) == ([20, 5], [20, 5])
 
 
 def test_a_nan_in_any_layer_of_any_dtype_leaves_all_as_they_were() -> None:
@@ -204,7 +206,7 @@ def test_a_nan_in_any_layer_of_any_dtype_leaves_all_as_they_were() -> None:
 
 
 def workspace_of(layers: list[Layer]) -> int:
-    template = Template(_simt, 132, layers, is_global=False, selects=True, prunes=True)
+    template = Template(_simt, 132, layers, [1] * len(layers), selects=True, prunes=True)
     launch = _simt.launch_on(0, 0, 132)
     tables = SelectionTables(_simt, launch, template, layers, [1] * len(layers), [None] * len(layers))
     return tables.buffer.nbytes
@@ -259,7 +261,7 @@ def test_chunk_offsets_of_many_masks_come_in_one_call() -> None:
 def test_constants_as_arguments_or_from_a_table_give_the_same_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     most = _simt.MAX_ARGUMENT_CONSTANTS
     uploads = []
-    monkeypatch.setattr(uploads, "put", lambda *args: uploads.append(args) or put(*args))
+    monkeypatch.setattr(uploads_module, "put", lambda *args: uploads.append(args) or put(*args))
     for groups in (1, most, most + 1):
         runs = []
         for backend in ("simt", "cpu"):
@@ -316,7 +318,7 @@ def test_numbers_kept_on_the_device_give_the_same_steps(case: str) -> None:
 
 def test_tables_are_uploaded_only_when_they_change(monkeypatch: pytest.MonkeyPatch) -> None:
     uploads = []
-    monkeypatch.setattr(uploads, "put", lambda *args: uploads.append(args) or put(*args))
+    monkeypatch.setattr(uploads_module, "put", lambda *args: uploads.append(args) or put(*args))
     params = parameters([(300,), (20_000,)])
     optimizer = AdamW(params, backend="simt", capturable=True)
     set_gradients(params, random_gradients(params, 0), {})

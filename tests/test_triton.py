@@ -17,14 +17,15 @@ from optim_cases import masked, parameters, random_gradients, random_masks, set_
 from subprocesses import run_python
 
 import gmp_kernels
-from gmp_kernels import checks, prune_
+from gmp_kernels import prune_
 from gmp_kernels.backends import Bracket, Layer, choose
 from gmp_kernels.backends.keys import key_of, largest_key
 from gmp_kernels.backends.triton import Triton
 from gmp_kernels.backends.triton import kernels as triton_kernels
-from gmp_kernels.backends.triton import search as triton_search
 from gmp_kernels.backends.triton.interpreter import _fma
 from gmp_kernels.optim import clip_grad_norm_, ema_update_
+from gmp_kernels.search import driver
+from gmp_kernels.search.sample import Estimate
 from gmp_kernels.tools.testing import DTYPES, GuardedCopy, adversarial_cases, assert_same_pruning, device_of
 
 DEVICE = device_of("triton")
@@ -118,8 +119,8 @@ def test_every_launch_compiles_for_real_gpus_and_fits_their_registers(
         assert resources["spilled"] <= 16, (name, constants, resources)
 
 
-# What the kernels may be wrong about, or short of, without the result being so.
-HINDRANCES = ["bracket_below", "bracket_above", "bracket_empty", "no_lists", "short_lists", "few_bins", "one_bin_bit"]
+# What a selection may be wrong about, or short of, without the result being so.
+HINDRANCES = ["bracket_below", "bracket_above", "bracket_empty", "no_candidates", "few_candidates", "one_bit"]
 
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
@@ -128,38 +129,26 @@ HINDRANCES = ["bracket_below", "bracket_above", "bracket_empty", "no_lists", "sh
 def test_a_selection_is_exact_whatever_hinders_it(
     monkeypatch: pytest.MonkeyPatch, hindrance: str, dtype: torch.dtype, scope: str
 ) -> None:
-    checks.forget()  # or parts laid out without the hindrance may be used, of tensors at the same addresses
-    launch, part_of = Triton._launch, triton_search._part
     one = key_of(1.0, dtype)
     wrong = {"bracket_below": (0, 3), "bracket_above": (one * 2, largest_key(dtype)), "bracket_empty": (one, one - 1)}
-    passes = []
+    estimated = driver.estimate
 
-    def launching(backend: Triton, name: str, num_programs: int, *args: Any, **constants: Any) -> None:
-        if name == "place_cuts":
-            constants["SCAN"] = 2
-        launch(backend, name, num_programs, *args, **constants)
-        passes.append(name)
-        if name == "begin" and hindrance in wrong:
-            state, groups = args[3], args[4]
-            fields = state[triton_search.HEADER :][: 3 * groups].view(3, groups)
-            lo, hi = wrong[hindrance]
-            for row, value in zip(fields, (lo, hi, Bracket(lo, hi).shift(2048)), strict=True):
-                row.fill_(value)
+    def estimate(*args: Any) -> list[Estimate]:
+        found = estimated(*args)
+        if hindrance in wrong:
+            return [e._replace(bracket=Bracket(*wrong[hindrance])) for e in found]
+        return [e._replace(density=e.density / 50) for e in found] if hindrance == "few_candidates" else found
 
-    def part(*args: Any) -> triton_search.Part:
-        made = part_of(*args)
-        changes = {"no_lists": {"capacity": 0}, "short_lists": {"capacity": 3}, "few_bins": {"bin_bits": 4}}
-        return made._replace(**(changes | {"one_bin_bit": {"bin_bits": 1}}).get(hindrance, {}))
-
-    monkeypatch.setattr(Triton, "_launch", launching)
-    monkeypatch.setattr(triton_search, "_part", part)
-    names = ("small_integers", "random") if hindrance != "one_bin_bit" else ("small_integers",)
-    for name in names:
+    monkeypatch.setattr(driver, "estimate", estimate)
+    if hindrance == "no_candidates":
+        monkeypatch.setattr(driver, "CANDIDATE_BYTES", -(1 << 40))
+    if hindrance == "one_bit":
+        monkeypatch.setattr(driver, "MOST_BITS", 1)
+        monkeypatch.setattr(driver, "FEW_BITS", 1)
+    for name in ("small_integers", "random"):
         sizes = (70_000, 5, 20_000) if name == "small_integers" else (20_000, 300)
         layers = [adversarial_cases(n, dtype)[name] for n in sizes]
         assert_same_pruning(layers, backend="triton", sparsity=0.6, scope=scope)
-    bits = {"few_bins": 4, "one_bin_bit": 1}.get(hindrance, 11)
-    assert passes.count("recount") == len(names) * -(-largest_key(dtype).bit_length() // bits)
 
 
 def test_the_interpreter_rounds_a_fused_multiply_add_once() -> None:

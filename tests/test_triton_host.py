@@ -12,14 +12,25 @@ import torch
 from optim_cases import parameters
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gmp_kernels import BitMask, CaptureError, Threshold, apply_masks_, prune_
-from gmp_kernels.backends import Bracket, Constants, Layer, UpdateBatch, UpdateTensor, capture, choose, triton
+from gmp_kernels import BitMask, CaptureError, apply_masks_, prune_
+from gmp_kernels.backends import (
+    Bracket,
+    BracketCounts,
+    Constants,
+    Cutoffs,
+    Layer,
+    Selection,
+    UpdateBatch,
+    UpdateTensor,
+    capture,
+    choose,
+    triton,
+)
 from gmp_kernels.backends.triton import Triton
-from gmp_kernels.backends.triton import search as triton_search
 from gmp_kernels.backends.triton import steps as triton_steps
 from gmp_kernels.backends.triton import tables as triton_tables
-from gmp_kernels.backends.triton.search import MEMORY_BYTES, MEMORY_SHARE
 from gmp_kernels.optim import AdamW, clip_grad_norm_, ema_update_
+from gmp_kernels.search.driver import select
 from gmp_kernels.tools.testing import DTYPES, assert_bitwise_equal, device_of
 
 DEVICE = device_of("triton")
@@ -70,23 +81,22 @@ class Operations(TorchDispatchMode):
         self.bytes -= nbytes
 
 
-def pruned_by(backend: Triton, layers: list[Layer]) -> list[Any]:
-    found = backend.select(layers, [layer.weight.numel() // 2 for layer in layers], [None] * len(layers))
-    return backend.prune(layers, found, [layer.mask for layer in layers], finite=True)
+def cutoffs_of(layers: list[Layer]) -> Selection:
+    return Selection(Cutoffs.of([(1, 0, 0, 0, 0, -1)] * len(layers)))
 
 
-def test_a_prune_step_is_few_torch_operations_whatever_the_number_of_layers(idle: Triton) -> None:
+def test_an_operation_is_few_torch_operations_whatever_the_number_of_layers(idle: Triton) -> None:
     counts = []
     for number in (2, 60):
         layers = layers_of(*[100] * number)
-        weights, masks = [layer.weight for layer in layers], [BitMask.ones((100,), device=DEVICE) for _ in layers]
         for _ in range(2):
-            with Operations() as again:
-                prune_(weights, sparsity=0.5, masks=masks, backend="triton")
-            with Operations() as unprepared:  # as by those who check their layers themselves
-                pruned_by(idle, layers)
-        counts.append((len(again.names), len(unprepared.names)))
-    assert counts[0] == counts[1] <= (6, 6), (again.names, unprepared.names)
+            with Operations() as counting:
+                idle.count(layers, [Bracket(1, 5)] * number, 4)
+            with Operations() as pruning:
+                idle.prune(layers, cutoffs_of(layers), [layer.mask for layer in layers], finite=True)
+        counts.append((len(counting.names), len(pruning.names)))
+    assert counts[0][1] == counts[1][1] <= 8
+    assert counts[1][0] - counts[0][0] <= 58  # a row of bins for each layer
 
 
 def test_a_step_of_plain_numbers_is_no_torch_operation_but_its_uploads(idle: Triton) -> None:
@@ -113,7 +123,7 @@ def test_numbers_go_to_the_device_by_uploads_alone(idle: Triton, monkeypatch: py
         with _unwatched():
             return upload(*args)
 
-    for module in (triton, triton_tables, triton_steps, triton_search):
+    for module in (triton, triton_tables, triton_steps):
         monkeypatch.setattr(module, "upload", unwatched)
     layers = layers_of(100, 3) + layers_of(50, dtype=torch.bfloat16)
     on_device = [("skip", 0, 2, torch.zeros((), dtype=torch.float64, device=DEVICE))]
@@ -121,9 +131,8 @@ def test_numbers_go_to_the_device_by_uploads_alone(idle: Triton, monkeypatch: py
         torch.tensor([1], device=DEVICE)
         pageable = set(operations.names)  # what such a copy is made of
         operations.names.clear()
-        idle.prune(layers, [*pruned_selections(idle, layers)], [layer.mask for layer in layers])
+        idle.prune(layers, cutoffs_of(layers), [layer.mask for layer in layers])
         idle.apply(layers)
-        idle.sample(layers, [0.5] * 3)
         idle.count(layers, [Bracket(1, 5)] * 3, 4)
         idle.compactions([(layer.mask, layer.weight.numel()) for layer in layers])
         idle.sum_squares(layers)
@@ -132,10 +141,6 @@ def test_numbers_go_to_the_device_by_uploads_alone(idle: Triton, monkeypatch: py
         )
     assert pageable
     assert not pageable & set(operations.names)
-
-
-def pruned_selections(backend: Triton, layers: list[Layer]) -> list[Any]:
-    return list(backend.select(layers, [1] * len(layers), [None] * len(layers)))
 
 
 class Unseen(torch.Tensor):
@@ -155,13 +160,13 @@ def test_nothing_is_read_back_but_the_result(idle: Triton, monkeypatch: pytest.M
     for name in ("item", "tolist", "__float__", "__int__", "__bool__", "numpy"):
         look = getattr(torch.Tensor, name)
         monkeypatch.setattr(torch.Tensor, name, lambda t, look=look: look(t) if readbacks else Unseen._refuse(t))
-    found = idle.select(layers, [1, 1, 1], [None] * 3)
     idle.apply(layers)
     idle.sum_squares(layers)
     idle.update("sgd", batch_of(layers), [layer.weight for layer in layers], [0] * 3, Constants([({}, 1)], []))
     assert readbacks == []
-    idle.prune(layers, found, [layer.mask for layer in layers], finite=True)
-    assert (len(found.columns.cuts), len(readbacks)) == (3, 1)
+    idle.prune(layers, cutoffs_of(layers), [layer.mask for layer in layers], finite=True)
+    idle.count(layers, [Bracket(1, 5)] * 3, 4)
+    assert len(readbacks) == 4  # one of each operation and dtype
 
 
 @pytest.mark.parametrize("skip", [0.0, 1.0])
@@ -213,14 +218,24 @@ def test_a_selection_stays_within_its_memory(
     idle: Triton, monkeypatch: pytest.MonkeyPatch, sizes: list[int], dtypes: tuple[torch.dtype, ...]
 ) -> None:
     monkeypatch.setattr(triton_tables, "BLOCK", 2048)  # as on a GPU, where chunks are many
-    monkeypatch.setattr(triton_search, "BLOCK", 2048)
-    monkeypatch.setattr(triton_search, "MAX_CAPACITY", 128)
     layers = [layer for i, n in enumerate(sizes) for layer in layers_of(n, dtype=dtypes[i % len(dtypes)])]
-    for scope in (len(sizes), 1) if len(dtypes) == 1 else (len(sizes),):
+    counted: list[int] = []
+
+    def count(given: list[Layer], brackets: list[Bracket], num_bins: int, places: Any = None) -> list[BracketCounts]:
+        """One weight of each layer is found inside, in the first bin."""
+        found = Triton.count(idle, given, brackets, num_bins, places)
+        counted.append(num_bins)
+        return [c._replace(inside=1, bins=c.bins.index_fill(0, torch.tensor(0), 1)) for c in found]
+
+    monkeypatch.setattr(idle, "count", count, raising=False)
+    for scope in ("layer", "global") if len(dtypes) == 1 else ("layer",):
+        group_sizes = [len(layers)] if scope == "global" else [1] * len(layers)
         with Operations() as operations:
-            found = idle.select(layers, [1] * scope, [None] * scope)
-            idle.prune(layers, found, [layer.mask for layer in layers], finite=True)
-        assert 1e5 < operations.peak <= MEMORY_SHARE * max(layer.weight.nbytes for layer in layers) + MEMORY_BYTES
+            select(idle, layers, [1] * len(group_sizes), group_sizes)
+            idle.prune(layers, cutoffs_of(layers), [layer.mask for layer in layers], finite=True)
+        assert counted and operations.peak > 1e5
+        assert operations.peak <= 0.05 * max(layer.weight.nbytes for layer in layers) + 4_000_000
+        counted.clear()
 
 
 def test_no_operation_lets_itself_be_captured(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,7 +247,7 @@ def test_no_operation_lets_itself_be_captured(monkeypatch: pytest.MonkeyPatch) -
     optimizer.step()
     weight, before = params[0].detach(), params[0].detach().clone()
     operations: dict[str, Callable[[], object]] = {
-        "select": lambda: prune_(weight, sparsity=0.5, masks=mask, backend="triton"),
+        "count": lambda: prune_(weight, sparsity=0.5, masks=mask, backend="triton"),
         "apply_masks_": lambda: apply_masks_(weight, mask, backend="triton"),
         "sum_squares": lambda: clip_grad_norm_(params, 1.0, backend="triton"),
         "update": lambda: ema_update_([weight], [params[0].grad], 0.5, backend="triton"),
@@ -243,13 +258,3 @@ def test_no_operation_lets_itself_be_captured(monkeypatch: pytest.MonkeyPatch) -
         with pytest.raises(CaptureError, match=name):
             operation()
     assert_bitwise_equal(weight, before)
-
-
-def test_thresholds_of_earlier_calls_may_be_read_late() -> None:
-    """Each selection keeps its numbers, also when the tables of its layers are used again."""
-    backend = choose("triton", DEVICE)
-    layers = [Layer(torch.arange(1.0, n + 1, device=DEVICE), None) for n in (10, 300)]
-    early = backend.select(layers, [2, 200], [None] * 2)
-    late = backend.select(layers, [9, 1], [None] * 2)
-    assert [s.threshold for s in late] == [Threshold(9.0, 8, 1, 0), Threshold(1.0, 0, 1, 0)]
-    assert [s.threshold for s in early] == [Threshold(2.0, 1, 1, 0), Threshold(200.0, 199, 1, 0)]

@@ -20,8 +20,8 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import MockTensor
 
-from gmp_kernels.backends.triton import SAMPLED_EIGHTS, options_of
 from gmp_kernels.backends.triton import kernels as triton_kernels
+from gmp_kernels.backends.triton import options_of
 from gmp_kernels.backends.triton.tables import BLOCK
 
 TARGETS = {
@@ -34,8 +34,8 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 def constant(name: str, value: Any) -> Any:
     """As launched on a GPU: the interpreter's sizes are its own."""
-    if name in (own := {"BLOCK": BLOCK, "EIGHTS": SAMPLED_EIGHTS}):
-        return own[name]
+    if name == "BLOCK":
+        return BLOCK
     return tl.dtype(value["tl"]) if isinstance(value, dict) else value
 
 

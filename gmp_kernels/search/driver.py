@@ -35,9 +35,9 @@ __all__ = ["Piece", "Search", "select"]
 # Bits of the key by which a round narrows a bracket, at most. Counts are sent as int32 at first, 8 KB for each layer at
 # most, and soon as uint8, when few weights are left inside.
 MOST_BITS = 11
-# The candidates of the first bracket are kept, up to CANDIDATE_BYTES and another 1 / CANDIDATE_PART of the largest
-# piece: within the memory that a prune step may take.
-CANDIDATE_BYTES, CANDIDATE_PART = 3 << 20, 40
+# Memory of a selection, within what a prune step may take: bins of all pieces together, and the candidates of the first
+# bracket, which get another 1 / CANDIDATE_PART of the largest piece.
+BIN_BYTES, CANDIDATE_BYTES, CANDIDATE_PART = 1 << 20, 2 << 20, 40
 
 
 @dataclass(slots=True, eq=False)
@@ -167,9 +167,10 @@ class Search:
     def _count(self, groups: Sequence[int], brackets: Sequence[Bracket], most: int) -> tuple[np.ndarray, np.ndarray]:
         """Count one round: every open group against its bracket, summed over layers and ranks."""
         is_first = not self._last
-        num_bins = 1 << _bits(max(bracket.hi - bracket.lo for bracket in brackets))
-        self._last.update(zip(groups, brackets, strict=True))
         pieces = [(p, bracket) for g, bracket in zip(groups, brackets, strict=True) for p in self._groups[g]]
+        most_bits = max(1, (BIN_BYTES // (8 * len(pieces))).bit_length() - 1)
+        num_bins = 1 << min(most_bits, _bits(max(bracket.hi - bracket.lo for bracket in brackets)))
+        self._last.update(zip(groups, brackets, strict=True))
         if is_first:
             self._held.update(self._last)
             _make_candidates(pieces, num_bins)

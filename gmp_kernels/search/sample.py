@@ -127,6 +127,6 @@ def _brackets(
     lo = np.where(unpruned == 0, largest, np.where(low < 1, 0, keys_at(low)))
     hi = np.where(unpruned == 0, 0, np.where(high > unpruned, largest, keys_at(high)))
     # From further around: the few ranks inside would tell less.
-    first, last = np.maximum(low - (high - low), 1), np.minimum(high + (high - low), unpruned)
+    first, last = (np.clip(ends, 1, np.maximum(1, unpruned)) for ends in (low - (high - low), high + (high - low)))
     density = (last - first + 1) / (size * (keys_at(last) - keys_at(first).astype(float) + 1))
     return [Estimate(Bracket(*row), d) for *row, d in zip(lo.tolist(), hi.tolist(), density.tolist(), strict=True)]

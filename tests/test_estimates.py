@@ -1,4 +1,4 @@
-"""Guesses from samples: they may miss, but seldom; whatever the weights are, they are brackets."""
+"""Brackets from samples: they may miss, but seldom; whatever the weights are, they are brackets."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import torch
 
 from gmp_kernels.backends import Layer, choose
 from gmp_kernels.backends.keys import keys_of, largest_key
-from gmp_kernels.distributed.guesses import Question, guess
 from gmp_kernels.masks import BitMask
+from gmp_kernels.search.sample import Estimate, estimate
 from gmp_kernels.tools.testing import DTYPES, adversarial_cases
 
 CPU = torch.device("cpu")
@@ -17,11 +17,18 @@ CPU = torch.device("cpu")
 def pruned(weight: torch.Tensor, sparsity: float) -> Layer:
     """A layer after an update."""
     mask = BitMask.ones(weight.shape, CPU)
-    (selection,) = choose("reference", CPU).select(
-        [Layer(weight, mask.packed)], [round(sparsity * weight.numel())], [None]
-    )
-    choose("reference", CPU).prune([Layer(weight, mask.packed)], [selection], [mask.packed])
-    return Layer(weight, mask.packed)
+    layers, reference = [Layer(weight, mask.packed)], choose("reference", CPU)
+    reference.prune(layers, reference.select(layers, [round(sparsity * weight.numel())], [1]), [mask.packed])
+    return layers[0]
+
+
+def estimated(groups: list[list[Layer]], share: float, num_parts: int) -> list[Estimate]:
+    """Where so much of the unpruned weights of each group lies below."""
+    sizes = [sum(weight.numel() for weight, _ in group) for group in groups]
+    kept = [sum(BitMask(mask, weight.shape).num_kept for weight, mask in group) for group in groups]
+    pruned = [n - k for n, k in zip(sizes, kept, strict=True)]
+    wanted = [p + round(share * k) for p, k in zip(pruned, kept, strict=True)]
+    return estimate(groups, wanted, pruned, sizes, [num_parts] * len(groups))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -29,14 +36,14 @@ def pruned(weight: torch.Tensor, sparsity: float) -> Layer:
 def test_the_union_of_narrow_brackets_holds_the_threshold(dtype: torch.dtype, num_pieces: int) -> None:
     generator = torch.Generator().manual_seed(num_pieces)
     pieces = [pruned(torch.randn(1 << 18, generator=generator).to(dtype), 0.7) for _ in range(num_pieces)]
-    guesses = [guess([Question([piece], 0.1, num_pieces)])[0] for piece in pieces]
-    lo, hi = min(found.bracket.lo for found in guesses), max(found.bracket.hi for found in guesses)
+    found = [estimated([[piece]], 0.1, num_pieces)[0] for piece in pieces]
+    lo, hi = min(e.bracket.lo for e in found), max(e.bracket.hi for e in found)
     keys = torch.cat([keys_of(weight)[BitMask(mask, weight.shape).to_bool()] for weight, mask in pieces])
     threshold = keys.sort().values[round(0.1 * len(keys))]
     assert lo <= threshold <= hi
     inside = int(((keys >= lo) & (keys <= hi)).sum()) / (num_pieces << 18)
     assert inside < 0.05
-    expected = sum(found.density for found in guesses) / num_pieces * (hi - lo + 1)
+    expected = sum(e.density for e in found) / num_pieces * (hi - lo + 1)
     # Half of the few keys that a 16-bit dtype has may be at the ends.
     assert dtype.itemsize == 2 or 0.6 < inside / expected < 1.6
 
@@ -46,15 +53,14 @@ def test_the_union_of_narrow_brackets_holds_the_threshold(dtype: torch.dtype, nu
 def test_anything_gets_a_bracket(dtype: torch.dtype, n: int) -> None:
     layers = [pruned(weight, 0.3) for weight in adversarial_cases(n, dtype).values()]
     for share in (0.0, 0.5, 1.0):
-        answers = guess([Question([layer], share, 1) for layer in layers] + [Question(layers, share, 4)])
-        for (lo, hi), density in answers:
+        for (lo, hi), density in estimated([[layer] for layer in layers] + [layers], share, 4):
             assert 0 <= lo <= hi <= largest_key(dtype)
             assert 0.0 < density <= 1.0
 
 
-def test_nothing_is_guessed_where_nothing_is_left() -> None:
+def test_a_bracket_is_empty_where_nothing_is_left() -> None:
     layer = pruned(torch.randn(1000), 1.0)
-    ((lo, hi), _) = guess([Question([layer], 0.5, 2)])[0]
+    ((lo, hi), _) = estimated([[layer]], 0.5, 2)[0]
     assert lo > hi
 
 
@@ -62,6 +68,17 @@ def test_a_group_is_sampled_as_one() -> None:
     """Layers of other scales, and one too small to be looked at."""
     generator = torch.Generator().manual_seed(0)
     weights = [torch.randn(n, generator=generator) * scale for n, scale in ((100_000, 1.0), (30_000, 9.0), (5, 1e9))]
-    (answer,) = guess([Question([pruned(weight, 0.0) for weight in weights], 0.5, 1)])
+    (answer,) = estimated([[pruned(weight, 0.0) for weight in weights]], 0.5, 1)
     keys = keys_of(torch.cat(weights)).sort().values
     assert answer.bracket.lo <= keys[len(keys) // 2] <= answer.bracket.hi
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.5])
+def test_weights_pruned_already_are_sampled_where_their_number_is_unknown(sparsity: float) -> None:
+    n = 1 << 18
+    layer = pruned(torch.randn(n, generator=torch.Generator().manual_seed(0)), sparsity)
+    for mask in (layer.mask, None) if sparsity == 0.0 else (layer.mask,):
+        ((lo, hi), _) = estimate([[Layer(layer.weight, mask)]], [round(0.8 * n)], [None], [n], [1])[0]
+        keys = keys_of(layer.weight).sort().values
+        assert lo <= keys[round(0.8 * n)] <= hi
+        assert ((keys >= lo) & (keys <= hi)).sum() < 0.1 * n
