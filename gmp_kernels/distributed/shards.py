@@ -156,9 +156,9 @@ class Shards:
                 group_sizes = [len(checked)] if is_global else [1] * len(checked)
                 near = brackets_near(hints, num_prune, sizes, dtypes)
                 found = select(implementation, checked, num_prune, group_sizes, near, prunes=True).cutoffs
-            facts["cutoffs"] = [list(column) for column in found[:5]]
+            thresholds, chosen = thresholds_of(found, dtypes) if checked and failure is None else [], found
+            facts["thresholds"] = [(*t, index) for t, index in zip(thresholds, found.tie_indices, strict=True)]
             self._begin(facts, failure, names, found.nonfinite if nonfinite == "error" else [], [])
-            thresholds, chosen = thresholds_of(found, dtypes) if checked else [], found
         else:
             groups = [pieces] if is_global else [[p] for p in pieces]
             search = Search(self.communicator, implementation, groups, num_prune)
