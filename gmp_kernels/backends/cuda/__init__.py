@@ -42,13 +42,13 @@ from gmp_kernels.errors import CaptureError, DeviceError, LayoutError
 _modules: dict[str, ModuleType] = {}
 _missing: dict[str, str] = {}
 try:
-    from gmp_kernels import _cuda  # type: ignore[attr-defined]
+    from gmp_kernels import _cuda
 
     _modules["cuda"] = _cuda
 except ImportError as error:
     _missing["cuda"] = str(error)
 try:
-    from gmp_kernels import _simt  # type: ignore[attr-defined]
+    from gmp_kernels import _simt
 
     _modules["simt"] = _simt
 except ImportError as error:
