@@ -1,5 +1,6 @@
 # make demo   set up everything and run the main job: train, prune gradually, compare with one-shot (3 minutes)
 # make test   set up everything and run all checks and tests (what CI runs)
+# make docs   build the documentation as a site in site/; fails on any warning
 # make bench  measure this machine against torch and numpy; writes benchmarks/results/
 # make gpu-check [STAGE=smoke|bench|suite|...]  all of that on the GPU of a machine that has torch (9 minutes)
 #
@@ -13,7 +14,7 @@ SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -na
 CXX_SOURCES := $(shell find csrc benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench gpu-check format clean
+.PHONY: help demo test lint docs bench gpu-check format clean
 
 help:
 	@sed -n 's/^# \?//; 1,/^$$/p' Makefile
@@ -34,6 +35,12 @@ lint: $(VENV)/.test
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
 
+# The page of the command line is what its --help says.
+docs: $(VENV)/.docs
+	$(BIN)/typer gmp_kernels.tools.cli.main utils docs --name gmp-kernels --title 'Command line' \
+	  --output docs/command-line.md
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 bench: $(VENV)/.demo
 	@mkdir -p benchmarks/results
 	$(BIN)/gmp-kernels bench --output benchmarks/results
@@ -47,7 +54,7 @@ format: $(VENV)/.test
 	$(BIN)/clang-format -i $(CXX_SOURCES)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info gmp_kernels/*.so
+	rm -rf $(VENV) build dist site docs/command-line.md *.egg-info gmp_kernels/*.so
 
 $(VENV)/.torch:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -68,3 +75,8 @@ $(VENV)/.test: $(VENV)/.torch $(SOURCES)
 	@echo '== building and installing gmp_kernels and the test tools'
 	@GMP_KERNELS_BUILD_CUDA=0 GMP_KERNELS_BUILD_SIMT=1 $(PIP) --editable '.[test]'
 	@touch $(VENV)/.demo $@
+
+$(VENV)/.docs: $(VENV)/.demo
+	@echo '== installing what builds the documentation'
+	@$(PIP) --editable '.[demo,docs]'
+	@touch $@

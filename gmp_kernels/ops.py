@@ -159,6 +159,7 @@ def prune_(
     masks : BitMask or sequence of BitMask, optional
         Updated in place and returned. Default: nothing is pruned yet.
     scope : {"layer", "global"}
+        Whether each weight tensor is ranked by itself, or all of them together.
     nonfinite : {"error", "keep"}
         As in ``magnitude_threshold``.
     previous : sequence of Threshold or None, optional
@@ -166,10 +167,12 @@ def prune_(
     names : sequence of str, optional
         What error messages call the weights; default "weights[i]".
     backend : str, optional
+        As in ``magnitude_threshold``.
 
     Returns
     -------
     PruneResult
+        Masks, thresholds and counts, one of each per weight.
 
     Raises
     ------
@@ -184,7 +187,7 @@ def prune_(
 
     References
     ----------
-    .. [1] M. Zhu and S. Gupta, "To prune, or not to prune", 2017, arXiv:1710.01878.
+    M. Zhu and S. Gupta, "To prune, or not to prune", 2017, arXiv:1710.01878.
     """
     return begin_prune(
         weights,
@@ -285,6 +288,7 @@ def apply_masks_(
         One per weight, of its shape, on its device. The same mask may serve several tensors, such as a weight and
         its optimizer state.
     backend : str, optional
+        As in ``magnitude_threshold``.
 
     Raises
     ------

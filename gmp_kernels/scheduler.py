@@ -73,7 +73,7 @@ class GMPScheduler:
     distribution : {"uniform", "erk"}
         In layer scope: every layer at the schedule's sparsity, or small layers kept denser after Erdos-Renyi-Kernel,
         the schedule's sparsity holding for all layers together (those in ``overrides`` aside).
-    start : {name: BitMask}, str, path or None
+    start : mapping of str to BitMask, str, path or None
         What is pruned before the first update. "zeros": the zeros that the model has. A mapping: what its masks say,
         of layers it does not name nothing. A path: masks that ``gmp-kernels prune --masks`` wrote. None: nothing; but
         if more than 1 % of the weights are zero at the first step, layers of zeros alone aside, these zeros are held
@@ -114,7 +114,7 @@ class GMPScheduler:
 
     References
     ----------
-    .. [1] M. Zhu and S. Gupta, "To prune, or not to prune", 2017, arXiv:1710.01878.
+    M. Zhu and S. Gupta, "To prune, or not to prune", 2017, arXiv:1710.01878.
     """
 
     def __init__(

@@ -129,8 +129,10 @@ class Stages:
 
         Parameters
         ----------
-        initial_sparsity, final_sparsity : float
-            Fractions in [0, 1], initial <= final.
+        initial_sparsity : float
+            At the first update, in [0, 1].
+        final_sparsity : float
+            At the last update, in [0, 1] and not below the initial one.
         kind : type of Ramp
             The curve, a class of ``gmp_kernels.schedules``.
         frequency : float

@@ -40,12 +40,13 @@ def clip_grad_norm_(
         Those without a gradient are passed over. The norm of sharded ones (``DTensor``) is that over all their shards,
         so that every rank has to call.
     max_norm : float
-        >= 0.
+        At least 0.
     masks : sequence of BitMask or None, optional
         One entry per parameter, for what this process holds of it; None: all of it is kept.
     error_if_nonfinite : bool
         Raise when the norm is NaN or Inf, before anything is scaled.
     backend : str, optional
+        As in ``gmp_kernels.prune_``.
 
     Returns
     -------
@@ -175,6 +176,7 @@ def ema_update_(
     masks : sequence of BitMask or None, optional
         One entry per pair; None: all of it is kept.
     backend : str, optional
+        As in ``gmp_kernels.prune_``.
 
     Raises
     ------
