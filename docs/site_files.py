@@ -11,7 +11,10 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parent.parent
-ELSEWHERE = ("CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "tests/*.md", "benchmarks/*.md", "benchmarks/results/*")
+ELSEWHERE = (
+    *("CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"),
+    *("examples/*.md", "tests/*.md", "benchmarks/*.md", "benchmarks/results/*"),
+)
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from subprocesses import ROOT
 
-PLACES = ("*.md", "docs/**/*.md", "tests/*.md", "benchmarks/*.md")
+PLACES = ("*.md", "docs/**/*.md", "examples/*.md", "tests/*.md", "benchmarks/*.md")
 DOCUMENTS = sorted(path for place in PLACES for path in ROOT.glob(place))
 GENERATED = {ROOT / "docs/command-line.md"}  # by make docs
 

@@ -1,0 +1,19 @@
+"""The examples run, and say what they promise."""
+
+from __future__ import annotations
+
+import pytest
+from subprocesses import ROOT, run_python
+
+SAID = {
+    "train.py": "sparsity 0.9000, ",
+    "resume.py": "sparsity 0.9000; the same bits as without a stop: True",
+    "tensors.py": "of them newly: sparsity 0.9000",
+}
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "examples").glob("*.py")))
+def test_example(name: str) -> None:
+    done = run_python(ROOT / "examples" / name)
+    assert done.returncode == 0, done.stderr
+    assert SAID[name] in done.stdout
