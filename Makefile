@@ -35,7 +35,6 @@ lint: $(VENV)/.test
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
 
-# The page of the command line is what its --help says.
 docs: $(VENV)/.docs
 	$(BIN)/typer gmp_kernels.tools.cli.main utils docs --name gmp-kernels --title 'Command line' \
 	  --output docs/command-line.md
@@ -76,7 +75,8 @@ $(VENV)/.test: $(VENV)/.torch $(SOURCES)
 	@GMP_KERNELS_BUILD_CUDA=0 GMP_KERNELS_BUILD_SIMT=1 $(PIP) --editable '.[test]'
 	@touch $(VENV)/.demo $@
 
-$(VENV)/.docs: $(VENV)/.demo
-	@echo '== installing what builds the documentation'
+# Pages of the API come from the sources, that of the command line from the command line.
+$(VENV)/.docs: $(VENV)/.torch $(SOURCES)
+	@echo '== building and installing gmp_kernels and what makes the documentation'
 	@$(PIP) --editable '.[demo,docs]'
-	@touch $@
+	@touch $(VENV)/.demo $@
