@@ -24,7 +24,7 @@ def test_contributing_names_every_folder() -> None:
     text = (ROOT / "CONTRIBUTING.md").read_text()
     files = [path for part in ("gmp_kernels", "csrc") for path in (ROOT / part).glob("[a-z]*/[a-z]*.*")]
     folders = {path.parent.relative_to(ROOT).as_posix() for path in files}
-    assert not {folder for folder in folders if f"{folder}/ " not in text}
+    assert not {folder for folder in folders if f"`{folder}/`" not in text}
 
 
 def test_the_map_of_the_tests_names_every_file() -> None:
