@@ -123,14 +123,14 @@ def test_samples_are_spread_and_chosen_anew() -> None:
     n = 100_000
     weight = nn.Parameter(torch.ones(n))
     upper = BitMask.from_bool(torch.arange(n) < n // 2)
-    watch = Watch([weight], [Place({"weight": weight}, "weight")])
-    assert watch.sees_life([0], lambda _: upper)
+    watch = Watch({"weight": weight}, {"weight": Place({"weight": weight}, "weight")})
+    assert watch.sees_life(["weight"], {"weight": upper})
     with torch.no_grad():
         weight[n // 2 :] = 0.0
-    assert not watch.sees_life([0], lambda _: upper)
+    assert not watch.sees_life(["weight"], {"weight": upper})
     lower = BitMask.from_bool(torch.arange(n) >= n // 2)
     watch.forget_samples()
-    assert watch.sees_life([0], lambda _: lower)
+    assert watch.sees_life(["weight"], {"weight": lower})
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
@@ -167,7 +167,7 @@ def test_weights_that_come_back_to_life_with_their_masks_are_not_looked_at_again
 def test_samples_are_pruned_weights_of_many_places(numel: int, share: float) -> None:
     kept = torch.rand(numel, generator=torch.Generator().manual_seed(0)) >= share
     for offset in range(5):
-        chosen = _sample_of(BitMask.from_bool(kept), offset).indices.tolist()
+        chosen = _sample_of(BitMask.from_bool(kept), offset)[0].tolist()
         assert not kept[chosen].any() and len(set(chosen)) == len(chosen)
         assert len(chosen) <= 64 and (share < 1.0 or len(chosen) >= min(16, numel))
         if numel >= 9001 and share == 0.9:

@@ -16,7 +16,7 @@ from gmp_kernels.model.names import named_parameters, plain_name
 from gmp_kernels.ops import Threshold
 from gmp_kernels.reports import StepReport
 
-__all__ = ["Saved", "Start", "pack", "starting_masks", "unpack", "unpack_masks"]
+__all__ = ["Saved", "Start", "pack", "starting_masks", "unpack"]
 
 Start: TypeAlias = Mapping[str, BitMask] | str | PathLike[str] | None
 
@@ -30,34 +30,31 @@ class Saved(NamedTuple):
 
     Attributes
     ----------
-    settings : dict
     progress : dict of str to int
         As ``Progress.state`` returns it.
-    masks : dict of str to BitMask
+    masks : mapping of str to BitMask
     num_pruned : dict of str to int
         Of whole layers.
     thresholds : dict of str to Threshold
     history : list of StepReport
     """
 
-    settings: dict[str, Any]
     progress: dict[str, int]
-    masks: dict[str, BitMask]
+    masks: Mapping[str, BitMask]
     num_pruned: dict[str, int]
     thresholds: dict[str, Threshold]
     history: list[StepReport]
 
 
-def pack(saved: Saved, parameters: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+def pack(saved: Saved, parameters: Mapping[str, torch.Tensor], settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return copies of the masks and plain data, whose size does not grow with the number of updates."""
-    history = saved.history[-MOST_REPORTS:]
-    reports = [report.to_dict() for report in history]
+    reports = [report.to_dict() for report in saved.history[-MOST_REPORTS:]]
     for report in reports[:-1]:
         report["layers"] = ()
     # Tuples are what torch.distributed.checkpoint stores as they are, whatever they hold.
     return {
         "version": STATE_VERSION,
-        "settings": tuple(saved.settings.items()),
+        "settings": tuple(settings.items()),
         **saved.progress,
         "history": tuple(reports),
         "layers": {
@@ -72,8 +69,8 @@ def pack(saved: Saved, parameters: Mapping[str, torch.Tensor]) -> dict[str, Any]
     }
 
 
-def unpack(state: Any, parameters: Mapping[str, torch.Tensor], settings: Mapping[str, Any]) -> Saved:
-    """Return what ``pack`` was given, for these parameters and a run of these settings.
+def unpack(state: Any, parameters: Mapping[str, torch.Tensor], settings: Mapping[str, Any] | None) -> Saved:
+    """Return what ``pack`` was given, for these parameters and a run of these settings; None: only the masks count.
 
     Raises
     ------
@@ -83,46 +80,25 @@ def unpack(state: Any, parameters: Mapping[str, torch.Tensor], settings: Mapping
     try:
         layers = _layers(state, parameters)
         found = dict(state["settings"])
-        for setting, value in settings.items():
+        for setting, value in (settings or {}).items():
             if found.get(setting) != value:
                 raise StateError(
                     f"load_state_dict: expected {setting} {value!r}, got {found.get(setting)!r}; build the scheduler "
                     "with the same arguments, or take only the masks along: load_state_dict(state, masks_only=True)"
                 )
-        thresholds = {n: Threshold(*layer["threshold"]) for n, layer in layers.items() if layer["threshold"]}
         return Saved(
-            settings=found,
             progress={key: int(state[key]) for key in PROGRESS},
-            masks=_masks(layers, parameters),
+            masks={name: local_mask(layers[name]["mask"], parameter) for name, parameter in parameters.items()},
             num_pruned={name: int(layer["num_pruned"]) for name, layer in layers.items()},
-            thresholds=thresholds,
+            thresholds={n: Threshold(*layer["threshold"]) for n, layer in layers.items() if layer["threshold"]},
             history=[StepReport.from_dict(report) for report in state["history"]],
         )
+    except StateError:
+        raise
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise _damaged(error) from error
-
-
-def unpack_masks(state: Any, parameters: Mapping[str, torch.Tensor]) -> tuple[dict[str, BitMask], dict[str, int]]:
-    """Return the masks of a state alone, and how many weights of the whole layers they prune.
-
-    Raises
-    ------
-    StateError
-        The state is of another version, of other layers, or damaged.
-    """
-    try:
-        layers = _layers(state, parameters)
-        return _masks(layers, parameters), {name: int(layer["num_pruned"]) for name, layer in layers.items()}
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise _damaged(error) from error
-
-
-def _damaged(error: Exception) -> StateError:
-    if isinstance(error, StateError):
-        return error
-    return StateError(
-        f"load_state_dict: expected what state_dict() returned, got damaged data ({error!r}); load another file"
-    )
+        raise StateError(
+            f"load_state_dict: expected what state_dict() returned, got damaged data ({error!r}); load another file"
+        ) from error
 
 
 def _layers(state: Any, parameters: Mapping[str, torch.Tensor]) -> dict[str, Any]:
@@ -143,10 +119,6 @@ def _layers(state: Any, parameters: Mapping[str, torch.Tensor]) -> dict[str, Any
             f"unexpected: {sorted(found - expected)}; load it into the same model with the same targets"
         )
     return {name: layers[name] for name in parameters}
-
-
-def _masks(layers: Mapping[str, Any], parameters: Mapping[str, torch.Tensor]) -> dict[str, BitMask]:
-    return {name: local_mask(layers[name]["mask"], parameter) for name, parameter in parameters.items()}
 
 
 def _names_here(names: Iterable[str], known: Iterable[str]) -> dict[str, str]:
