@@ -15,15 +15,14 @@ from gmp_kernels.checks import check_choice
 from gmp_kernels.distributed import Shards, refuse_flattened
 from gmp_kernels.distributed.placement import sum_over_shards
 from gmp_kernels.errors import warn
-from gmp_kernels.model.coverage import Coverage, gap_in
+from gmp_kernels.model.coverage import Coverage, gap_in, shown_names
 from gmp_kernels.model.parametrized import follow_update_, kept_by_torch
 from gmp_kernels.model.targets import Entry, ParameterIndex, check_optimized
 from gmp_kernels.model.wrappers import optimizer_chain
 from gmp_kernels.ops import NonFinite, Scope
-from gmp_kernels.pruner.advice import on_emptied_layers, on_idle_calls
 from gmp_kernels.pruner.enforcement import Enforcement
 from gmp_kernels.pruner.groups import groups_of, warning_of_emptied
-from gmp_kernels.pruner.layers import begin, prune_nothing, report_layers, writable_mask, write_despite_interrupts
+from gmp_kernels.pruner.layers import begin, by_device, overwrite_masks, prune_nothing, write_despite_interrupts
 from gmp_kernels.pruner.progress import Position, Progress
 from gmp_kernels.pruner.state import Saved, Start, pack, starting_masks, unpack
 from gmp_kernels.reports import LayerReport, StepReport
@@ -178,7 +177,7 @@ class GMPScheduler:
             expects_dense=start is None,
         )
         # Pruning nothing finds every tensor prune_ would refuse now rather than epochs later.
-        for names in self._batches(parameters):
+        for names in by_device(self._held, parameters, scope):
             prune_nothing(self._held, names, **self._options)
         num_pruned = {}
         if has_start:
@@ -270,7 +269,7 @@ class GMPScheduler:
         held = self._held
         held.check_alive("step()")
         held.refuse_capture("GMPScheduler.step()", "it outside of the graph, after optimizer.step()")
-        held.check_present()
+        held.watch.check_present()
         held.agree()
         held.check(sample=True)
         due, position = self._progress.due(self._schedules)
@@ -280,7 +279,13 @@ class GMPScheduler:
         else:
             self._progress.position = position
         if position.num_idle == PATIENCE:
-            held.say("idle", on_idle_calls(PATIENCE, held.name, self.step_count))
+            held.say(
+                "idle",
+                f"step() was called {PATIENCE} times in a row without a step of {held.name}, so that the schedule "
+                f"stays at step {self.step_count}. In the micro-batches of an accumulation that is as it should be. If "
+                "another optimizer steps these parameters, set pruner.optimizer to it; count='calls' is for loops "
+                "whose optimizer cannot be watched",
+            )
         return report
 
     def coverage(self) -> Coverage:
@@ -368,11 +373,7 @@ class GMPScheduler:
         self._follow_masks()
 
     def _load(self, saved: Saved, masks_only: bool) -> None:
-        # Memory can run out here alone, where nothing is written yet.
-        written = {name: writable_mask(self._held, name) for name in self.masks}
-        for name, mask in saved.masks.items():
-            written[name].packed.copy_(mask.packed)
-            self.masks[name].packed = written[name].packed
+        overwrite_masks(self._held, saved.masks)
         self._held.thresholds = {} if masks_only else saved.thresholds
         self._held.have_agreed = False
         if not masks_only:
@@ -386,19 +387,11 @@ class GMPScheduler:
         if warning := follow_update_(self.model, self._held.parameters):
             self._held.say("computed", warning)
 
-    def _batches(self, names: Iterable[str]) -> list[list[str]]:
-        """Split ``names`` by device for layer scope; ``prune_`` itself refuses global scope over several."""
-        batches: dict[torch.device | None, list[str]] = {}
-        for name in names:
-            device = self._held.parameters[name].device if self._scope == "layer" else None
-            batches.setdefault(device, []).append(name)
-        return list(batches.values())
-
     def _update(self, due: Sequence[int | None], position: Position) -> StepReport:
         """Make the updates of these steps, one per group, or change nothing."""
         start = time.perf_counter()
         held = self._held
-        held.check_shapes()
+        held.watch.check_shapes()
         updates = [(group, step) for group, step in zip(self._groups, due, strict=True) if step is not None]
         step = max(step for _, step in updates)
         due_layers = [name for group, _ in updates for name in group.shapes]
@@ -407,7 +400,7 @@ class GMPScheduler:
         num_prune = dict.fromkeys(due_layers, 0) if is_global else dict(zip(due_layers, counts, strict=True))
         names = [name for name in self.masks if name in num_prune]
         held.check_masks(names)
-        batches = self._batches(names)
+        batches = by_device(held, names, self._scope)
         if len(batches) > 1:
             # One call per device: let each find its NaN before the first one writes.
             for batch in batches:
@@ -416,13 +409,16 @@ class GMPScheduler:
         for batch in batches:
             own = counts if is_global else [num_prune[name] for name in batch]
             calls.append((batch, begin(held, batch, own, step=step, **self._options)))
-        before, num_reports = held.num_pruned, len(self.history)
+        sizes, before, num_reports = self._num_weights, held.num_pruned, len(self.history)
         layers = dict[str, LayerReport]()
 
         def write() -> StepReport:
             for batch, prune in calls:
                 if batch[0] not in layers:
-                    layers.update(report_layers(batch, prune(), before, self._num_weights))
+                    result = prune()
+                    found = zip(batch, result.thresholds, result.num_pruned, strict=True)
+                    reports = [LayerReport(a, t.value, sizes[a], n, n - before[a], t.num_ties) for a, t, n in found]
+                    layers.update(zip(batch, reports, strict=True))
             held.masks_changed(before | {name: layer.num_pruned for name, layer in layers.items()})
             try:
                 # The state of the optimizer alone can be missing now, and what zeroes it comes back to it.
@@ -445,5 +441,9 @@ class GMPScheduler:
         self._follow_masks()
         emptied = [layer.name for layer in report.layers if layer.sparsity == 1.0]
         if is_global and emptied:
-            held.say("emptied", on_emptied_layers(emptied))
+            held.say(
+                "emptied",
+                f"ranking all layers together has left {shown_names(emptied)} without a weight; prune less, use "
+                "scope='layer', or add them to ignore=",
+            )
         return report

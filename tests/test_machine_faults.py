@@ -21,7 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::gmp_kernels.errors.GMPWarning")
 
 def _unhooked(self: Enforcement, state: dict[str, Any]) -> None:
     self.__dict__.update(state)
-    self._watch, self._hooks = Watch(self.parameters, self._places), []
+    self.watch, self._hooks = Watch(self._model, self.parameters, self._places), []
 
 
 def _recorded_at_once(self: Watch) -> list[str]:
@@ -40,15 +40,15 @@ FAULTS: dict[str, tuple[Any, str, Callable[..., Any]]] = {
     "writes go unseen": (Watch, "written", lambda self: []),
     "writes are recorded before they are put right": (Watch, "written", _recorded_at_once),
     "samples show nothing": (Watch, "sees_life", lambda self, names, masks: False),
-    "every module is in its place": (Watch, "are_in_place", lambda self: True),
-    "shapes are not looked at": (Enforcement, "check_shapes", lambda self: None),
+    "every module is in its place": (Watch, "check_present", lambda self: None),
+    "shapes are not looked at": (Watch, "check_shapes", lambda self: None),
     "skipped steps count": (Progress, "add", lambda self, found_inf=None: ADD(self)),
     "nothing follows a step": (Enforcement, "_after_step", lambda self, *_: self._progress.add()),
     "state is left as it is": (Enforcement, "_zero", _weights_alone),
     "copies are left alone": (Enforcement, "__setstate__", _unhooked),
     "what is interrupted is not finished": (scheduler, "write_despite_interrupts", lambda write, shards: write()),
     "updates are repeated": (Progress, "_open_steps", lambda self: range(self._num_steps + 1)),
-    "a pruner that was replaced goes on": (Enforcement, "release", lambda self: None),
+    "a pruner that was replaced goes on": (Enforcement, "release", lambda self, names=None: None),
     "the new optimizer is not followed": (Enforcement, "_attach", lambda self: None),
 }
 

@@ -14,7 +14,7 @@ from gmp_kernels import GMPScheduler, schedules
 from gmp_kernels.errors import GMPWarning
 from gmp_kernels.masks import BitMask
 from gmp_kernels.model.targets import Place
-from gmp_kernels.pruner import enforcement
+from gmp_kernels.pruner import watch
 from gmp_kernels.pruner.watch import SLICE, Watch, _sample_of, compare
 
 
@@ -115,7 +115,7 @@ def test_zeros_that_loaded_masks_keep_are_let_train() -> None:
 def test_what_is_in_its_place_is_looked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
     run = start("torch_momentum")
     train(run)
-    monkeypatch.setattr(enforcement, "check_present", None)
+    monkeypatch.setattr(watch, "check_present", None)
     run[2].step()
 
 
@@ -123,7 +123,8 @@ def test_samples_are_spread_and_chosen_anew() -> None:
     n = 100_000
     weight = nn.Parameter(torch.ones(n))
     upper = BitMask.from_bool(torch.arange(n) < n // 2)
-    watch = Watch({"weight": weight}, {"weight": Place({"weight": weight}, "weight")})
+    model = nn.ParameterDict({"weight": weight})
+    watch = Watch(model, {"weight": weight}, {"weight": Place(model._parameters, "weight")})
     assert watch.sees_life(["weight"], {"weight": upper})
     with torch.no_grad():
         weight[n // 2 :] = 0.0
@@ -157,7 +158,7 @@ def test_weights_that_come_back_to_life_with_their_masks_are_not_looked_at_again
     run[2].load_state_dict(denser[2].state_dict(), masks_only=True)
     run[0].load_state_dict(denser[0].state_dict())
     run[2].step()
-    monkeypatch.setattr(enforcement, "compare", None)
+    monkeypatch.setattr(watch, "compare", None)
     for _ in range(4):
         run[2].step()
 

@@ -14,13 +14,12 @@ from gmp_kernels.distributed import Shards
 from gmp_kernels.distributed.placement import local, sum_over_shards
 from gmp_kernels.errors import CaptureError, StateError, TargetError, warn
 from gmp_kernels.masks import BitMask
-from gmp_kernels.model.targets import Place, check_present
+from gmp_kernels.model.targets import Place
 from gmp_kernels.model.wrappers import inside, optimizer_chain, with_own_hooks
 from gmp_kernels.ops import Threshold
 from gmp_kernels.optim.masked import MaskedOptimizer
-from gmp_kernels.pruner.advice import on_damage, on_new_zeros, on_old_zeros
 from gmp_kernels.pruner.progress import Progress
-from gmp_kernels.pruner.watch import Watch, compare
+from gmp_kernels.pruner.watch import Watch
 from gmp_kernels.pruner.zeroing import state_beside, zero_all_where_pruned_
 
 __all__ = ["Enforcement"]
@@ -38,9 +37,8 @@ class Enforcement:
 
     Parameters
     ----------
-    model : torch.nn.Module
-    parameters : mapping of str to Parameter
-    places : mapping of str to Place
+    model, parameters, places
+        Targets by name, and where in the model they are.
     masks : mapping of str to BitMask
         Shared with the pruner, which changes their bits.
     optimizer : object
@@ -57,10 +55,6 @@ class Enforcement:
 
     Attributes
     ----------
-    parameters, masks, shards, backend
-        As above.
-    optimizer : object
-        As it was attached, perhaps a wrapper.
     masked_optimizer : MaskedOptimizer or None
         The innermost optimizer, if it applies masks itself.
     num_pruned : dict of str to int
@@ -69,6 +63,8 @@ class Enforcement:
         Of the latest update of each layer.
     have_agreed : bool
         Whether all ranks have found that they are in the same run.
+    watch : Watch
+        Tells what others have written.
     pruner : callable
         A weak reference to the pruner.
     is_released : bool
@@ -95,7 +91,7 @@ class Enforcement:
     ) -> None:
         self._model = model
         self.parameters = dict(parameters)
-        self._places = dict(places)
+        self._places = places
         self.masks = masks
         self._progress = progress
         self.shards = shards
@@ -111,17 +107,17 @@ class Enforcement:
         self.is_released = False
         self.pruner: Callable[[], object | None] = lambda: None
         self._choose(optimizer)
-        self._watch = Watch(self.parameters, self._places)
+        self.watch = Watch(self._model, self.parameters, self._places)
         self._hooks: list[Any] = []
 
     def __getstate__(self) -> dict[str, Any]:
         # The optimizer's hooks, and versions, belong to the objects of the original.
-        return {name: value for name, value in self.__dict__.items() if name not in ("_watch", "_hooks", "pruner")}
+        return {name: value for name, value in self.__dict__.items() if name not in ("watch", "_hooks", "pruner")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._watch = Watch(self.parameters, self._places)
-        self._watch.record()
+        self.watch = Watch(self._model, self.parameters, self._places)
+        self.watch.record()
         self._hooks = []
         self.pruner = lambda: None
         if not self.is_released:
@@ -190,52 +186,47 @@ class Enforcement:
         TargetError
             Another pruner holds some of them and other parameters too. Nothing has changed.
         """
-        others = self._others()
-        mine = set(map(id, self.parameters.values()))
-        for other in others:
-            left = [name for name, p in other.parameters.items() if id(p) not in mine]
+        others = {other: other._shared_with(self) for other in self._others()}
+        for other, shared in others.items():
+            left = [name for name in other.parameters if name not in shared]
             if left and other.pruner() is not None:
                 raise TargetError(
                     f"GMPScheduler: expected parameters that no other pruner holds, got some of one that also holds "
                     f"'{left[0]}', which this one leaves out; call remove() on that one first"
                 )
-        for other in others:
-            other._give_up(mine)
+        for other, shared in others.items():
+            # Where the pruner is gone, those left out stay held: nobody could let go of them by name.
+            other.release(shared)
         self.holders.add(self)
         self._attach()
 
     def _others(self) -> list[Enforcement]:
         """Return all others that hold some of these parameters."""
-        mine = set(map(id, self.parameters.values()))
-        return [
-            other
-            for other in self.holders
-            if other is not self and not mine.isdisjoint(map(id, other.parameters.values()))
-        ]
+        return [other for other in self.holders if other is not self and other._shared_with(self)]
 
-    def _give_up(self, identities: set[int]) -> None:
-        """Let some parameters go. Others stay held where the pruner is gone: nobody could let go of them by name."""
-        kept = {name: p for name, p in self.parameters.items() if id(p) not in identities}
-        if not kept:
-            self.release()
-            return
-        if self.masked_optimizer is not None:
-            self.masked_optimizer.forget_masks(p for name, p in self.parameters.items() if name not in kept)
-        self.parameters, self._places = kept, {name: self._places[name] for name in kept}
-        self._watch = Watch(self.parameters, self._places)
-        self.masks_changed({name: self.num_pruned[name] for name in kept})
+    def _shared_with(self, other: Enforcement) -> list[str]:
+        """Return the names here of parameters that are the other's too."""
+        identities = set(map(id, other.parameters.values()))
+        return [name for name, p in self.parameters.items() if id(p) in identities]
 
-    def release(self) -> None:
-        """Let the parameters go, with the zeros they have.
+    def release(self, names: Iterable[str] | None = None) -> None:
+        """Let parameters go, by default all, with the zeros they have.
 
         Raises
         ------
         CaptureError
             A CUDA graph holds their masks. Nothing has changed.
         """
+        gone = self.parameters if names is None else {name: self.parameters[name] for name in names}
         if self.masked_optimizer is not None:
-            self.masked_optimizer.forget_masks(self.parameters.values())
-        self.detach()
+            self.masked_optimizer.forget_masks(gone.values())
+        kept = {name: p for name, p in self.parameters.items() if name not in gone}
+        if not kept:
+            self.detach()
+            return
+        self.parameters = kept
+        self.watch = Watch(self._model, kept, self._places)
+        self.masks_changed({name: self.num_pruned[name] for name in kept})
 
     def detach(self) -> None:
         """Let the parameters go, and leave their masks to the optimizer."""
@@ -255,7 +246,7 @@ class Enforcement:
         self.num_pruned = num_pruned
         self._pruned = [name for name in self.parameters if num_pruned[name]]
         self._expects_dense = False
-        self._watch.forget_samples()
+        self.watch.forget_samples()
 
     def apply(self, names: Iterable[str], *, ranked_is_pruned: bool = False, are_checked: bool = False) -> None:
         """Zero what is pruned of these targets and of their optimizer state.
@@ -269,12 +260,12 @@ class Enforcement:
             An optimizer that applies masks itself has just checked them.
         """
         masks = self._masks_of(names)
-        self._watch.distrust()
+        self.watch.distrust()
         if self.masked_optimizer is not None:
             self.masked_optimizer.share_masks(masks, ranked_is_pruned=ranked_is_pruned, are_checked=are_checked)
         else:
             self._zero([] if ranked_is_pruned else masks, masks)
-        self._watch.record()
+        self.watch.record()
 
     def _zero(self, weights: Iterable[torch.Tensor], masks: Mapping[torch.Tensor, BitMask]) -> None:
         """Zero what is pruned of these weights, and of the state of all parameters in ``masks``."""
@@ -298,7 +289,7 @@ class Enforcement:
     def _before_step(self, *_: object) -> None:
         if self.masked_optimizer is None:
             self.refuse_capture(f"a step of {self.name} after which masks are applied from Python", "gmp_kernels.optim")
-            self.check_shapes()
+            self.watch.check_shapes()
         elif not self._progress.counts_calls:
             what = f"a step of {self.name} that the pruner counts, whose replays would not tell it"
             self.refuse_capture(what, "count='calls'")
@@ -312,11 +303,11 @@ class Enforcement:
     def _after_masked_step(self, found_inf: torch.Tensor | None, *, is_direct: bool) -> None:
         self._progress.add(found_inf)
         if is_direct:
-            self._watch.record()
+            self.watch.record()
         elif not self._has_repaired:
             # What stands in for a parameter in a compiled step is written back to it later. If the parameter had to be
             # repaired the other was not, and that write is looked at like any.
-            self._watch.expect_writes()
+            self.watch.expect_writes()
 
     def _after_wrapper(self, *_: object) -> None:
         self.apply(self._pruned)
@@ -345,17 +336,17 @@ class Enforcement:
         -----
         Reads no weights unless something was written, and then those. What is found is said once, as ``GMPWarning``.
         """
-        written = self._watch.written()
+        written = self.watch.written()
         if self._expects_dense:
             self._look_for_zeros()
-        elif sample and self._watch.sees_life(self._pruned, self.masks):
+        elif sample and self.watch.sees_life(self._pruned, self.masks):
             written = self._pruned
         if written:
             if self.masked_optimizer is not None:
                 self.masked_optimizer.follow_weights([self.parameters[name] for name in written])
             self._compare(written)
             # Only now: what an interrupt comes before is looked at again.
-            self._watch.record()
+            self.watch.record()
 
     def verify(self) -> dict[str, int]:
         """Return the number of zeros of each target, counted from the weights.
@@ -366,7 +357,7 @@ class Enforcement:
             A pruned weight is not zero.
         """
         zeros = {}
-        for name, (num_alive, num_zeros) in self._contradictions(self.parameters).items():
+        for name, (num_alive, num_zeros) in self.watch.contradictions(self.parameters, self.masks).items():
             pruned = self.masks[name].numel - self.masks[name].num_kept
             if num_alive:
                 raise StateError(
@@ -385,18 +376,6 @@ class Enforcement:
                 f"{reason}"
             )
 
-    def check_present(self) -> None:
-        """Raise TargetError for a target that was removed from the model, replaced or reshaped."""
-        if not self._watch.are_in_place():
-            check_present(self._model, self.parameters, self._watch.shapes)
-            # It is the first look, or another module leads to the same parameters now.
-            self._watch.locate(self._model)
-
-    def check_shapes(self) -> None:
-        """Raise TargetError for a parameter that was given other data, of another shape than its mask."""
-        if not self._watch.have_their_shapes():
-            check_present(self._model, self.parameters, self._watch.shapes)
-
     def agree(self) -> None:
         """Wait until all ranks have found that they are in the same run, unless they have.
 
@@ -413,40 +392,44 @@ class Enforcement:
         self.shards.agree({**self._settings, "step": self._progress.step_count, **thresholds})
         self.have_agreed = True
 
-    def _contradictions(self, names: Iterable[str]) -> dict[str, tuple[int, int]]:
-        """Return, by target, how many pruned weights are not zero here and how many kept ones are."""
-        self.check_shapes()
-        # All are begun before one is waited for.
-        found = {name: compare(local(self.parameters[name]), self.masks[name]) for name in names}
-        return {name: tuple(counts.tolist()) for name, counts in found.items()}
-
     def _compare(self, names: Iterable[str]) -> None:
         """Compare targets with their masks, and repair those that hold what they should not."""
-        self.check_shapes()
         if "repair" in self._said:
             # It happens at every step, perhaps: to count first would double the cost.
-            self._repair([name for name in self._pruned if name in names])
+            self.watch.check_shapes()
+            self._has_repaired = True
+            self.apply([name for name in self._pruned if name in names])
             return
-        found = self._contradictions(names)
+        found = self.watch.contradictions(names, self.masks)
         damaged = {name: alive for name, (alive, _) in found.items() if alive}
         sizes = {name: self.masks[name].numel for name in found}
         # Layers that start as zeros alone are another thing.
         zeros = sum(zeros for name, (_, zeros) in found.items() if zeros < sizes[name])
         share = zeros / max(1, sum(sizes.values()))
         if damaged:
-            self._repair(damaged)
-            self.say("repair", on_damage(damaged, self.name))
+            self._has_repaired = True
+            self.apply(damaged)
+            first, *others = damaged
+            more = f" and {len(others)} other layer{'s' * (len(others) > 1)}" if others else ""
+            self.say(
+                "repair",
+                f"{sum(damaged.values())} pruned weights of '{first}'{more} were not zero any more and have been set "
+                f"to zero again: something other than a whole step of {self.name}, the optimizer the pruner knows, "
+                "wrote to them. After loading earlier weights, load the pruner's state of that time as well; for a new "
+                "optimizer, set pruner.optimizer = new_optimizer; a wrapper that writes the weights itself is repaired "
+                "at every step",
+            )
         elif share > MANY_ZEROS:
-            self.say("zeros", on_new_zeros(share))
-
-    def _repair(self, names: Iterable[str]) -> None:
-        self._has_repaired = True
-        self.apply(names)
+            self.say(
+                "zeros",
+                f"{share:.1%} of the weights to be pruned have become zero although their masks keep them, and are not "
+                "held at zero. After loading later weights, load the pruner's state_dict() of that time too",
+            )
 
     def _look_for_zeros(self) -> None:
         """Hold the zeros of a model that was pruned before, on all ranks alike: nobody else knows of them."""
         self.agree()
-        found = self._contradictions(self.parameters)
+        found = self.watch.contradictions(self.parameters, self.masks)
         zeros = {name: int(sum_over_shards(here, self.parameters[name])) for name, (_, here) in found.items()}
         # Layers that start as zeros alone are another thing.
         zeros = {name: number for name, number in zeros.items() if 0 < number < self.parameters[name].numel()}
@@ -458,4 +441,8 @@ class Enforcement:
             self.masks[name].packed.copy_(BitMask.from_zeros(local(self.parameters[name])).packed)
         self.masks_changed(dict.fromkeys(self.parameters, 0) | zeros)
         self.apply(zeros)
-        self.say("zeros", on_old_zeros(share))
+        self.say(
+            "zeros",
+            f"{share:.1%} of the weights to be pruned are zero already and are held at zero from now on, as with "
+            "start='zeros'. To resume a run, load the pruner's state_dict() too; to let them train, pass start={}",
+        )

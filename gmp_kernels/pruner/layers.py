@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
@@ -11,13 +11,21 @@ import torch
 from gmp_kernels.distributed import Shards
 from gmp_kernels.distributed.placement import local
 from gmp_kernels.masks import BitMask
-from gmp_kernels.ops import PruneResult, begin_prune, prune_
+from gmp_kernels.ops import PruneResult, Scope, begin_prune, prune_
 from gmp_kernels.pruner.enforcement import Enforcement
-from gmp_kernels.reports import LayerReport
 
-__all__ = ["begin", "prune_nothing", "report_layers", "writable_mask", "write_despite_interrupts"]
+__all__ = ["begin", "by_device", "overwrite_masks", "prune_nothing", "write_despite_interrupts"]
 
 _T = TypeVar("_T")
+
+
+def by_device(held: Enforcement, names: Iterable[str], scope: Scope) -> list[list[str]]:
+    """Split ``names`` by device for layer scope; ``prune_`` itself refuses global scope over several."""
+    batches: dict[torch.device | None, list[str]] = {}
+    for name in names:
+        device = held.parameters[name].device if scope == "layer" else None
+        batches.setdefault(device, []).append(name)
+    return list(batches.values())
 
 
 def begin(
@@ -43,7 +51,7 @@ def begin(
         place; under compact state, whose layout needs the old bits, their ``packed`` is replaced.
     """
     weights = [_ranked(held, name) for name in names]
-    masks = [writable_mask(held, name) for name in names]
+    masks = [_writable_mask(held, name) for name in names]
     options |= {"names": names, "previous": [held.thresholds.get(name) for name in names], "backend": held.backend}
     if held.shards is not None:
         prune: Callable[[], PruneResult] = partial(held.shards.prune_, weights, masks, num_prune, step=step, **options)
@@ -69,14 +77,23 @@ def prune_nothing(held: Enforcement, names: Sequence[str], **options: Any) -> No
     prune_(
         [_ranked(held, name) for name in names],
         num_prune=0,
-        masks=[writable_mask(held, name) for name in names],
+        masks=[_writable_mask(held, name) for name in names],
         names=names,
         backend=held.backend,
         **options,
     )
 
 
-def writable_mask(held: Enforcement, name: str) -> BitMask:
+def overwrite_masks(held: Enforcement, masks: Mapping[str, BitMask]) -> None:
+    """Give the masks other bits."""
+    # Memory can run out here alone, where nothing is written yet.
+    written = {name: _writable_mask(held, name) for name in masks}
+    for name, mask in masks.items():
+        written[name].packed.copy_(mask.packed)
+        held.masks[name].packed = written[name].packed
+
+
+def _writable_mask(held: Enforcement, name: str) -> BitMask:
     """Return a mask whose bits may be written; a copy where compact state is laid out by the bits there are."""
     mask, optimizer = held.masks[name], held.masked_optimizer
     return mask.clone() if optimizer is not None and optimizer.compact_state else mask
@@ -100,13 +117,3 @@ def write_despite_interrupts(write: Callable[[], _T], shards: Shards | None) -> 
         if shards is None:
             write()
         raise
-
-
-def report_layers(
-    names: Sequence[str], result: PruneResult, before: Mapping[str, int], sizes: Mapping[str, int]
-) -> dict[str, LayerReport]:
-    """Return what was done to each layer, of which so many weights were pruned before."""
-    return {
-        name: LayerReport(name, cut.value, sizes[name], n, n - before[name], cut.num_ties)
-        for name, cut, n in zip(names, result.thresholds, result.num_pruned, strict=True)
-    }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from operator import attrgetter, is_, itemgetter
 
 import numpy as np
@@ -11,7 +11,7 @@ from torch import nn
 
 from gmp_kernels.distributed.placement import local
 from gmp_kernels.masks import BitMask
-from gmp_kernels.model.targets import Place
+from gmp_kernels.model.targets import Place, check_present
 
 __all__ = ["Watch", "compare"]
 
@@ -57,24 +57,13 @@ def compare(weight: torch.Tensor, mask: BitMask) -> torch.Tensor:
 
 
 class Watch:
-    """Parameters at their places, and the versions they had when they were last seen.
+    """Parameters at their places in a model, and the versions they had when they were last seen."""
 
-    Parameters
-    ----------
-    parameters : mapping of str to Parameter
-    places : mapping of str to Place
-
-    Attributes
-    ----------
-    shapes : dict of str to torch.Size
-        Shapes of the parameters when they came here.
-    """
-
-    def __init__(self, parameters: Mapping[str, nn.Parameter], places: Mapping[str, Place]) -> None:
+    def __init__(self, model: nn.Module, parameters: Mapping[str, nn.Parameter], places: Mapping[str, Place]) -> None:
+        self._model = model
         self._by_name = parameters
         self._parameters = list(parameters.values())
-        self.shapes = {name: p.shape for name, p in parameters.items()}
-        self._shapes = list(self.shapes.values())
+        self._shapes = list(map(_shape, self._parameters))
         self._versions: list[int] | None = None
         self._num_looks = 0
         self._samples: dict[str, tuple[torch.Tensor, torch.Tensor | None]] = {}
@@ -91,24 +80,35 @@ class Watch:
         self._way: list[dict[str, nn.Module | None]] = []
         self._modules: list[dict[str, nn.Module | None]] | None = None
 
-    def locate(self, model: nn.Module) -> None:
-        """Take the modules by which this model leads to the parameters now for the right ones."""
-        self._way = _way_to(self._holders, model)
-        self._modules = [dict(modules) for modules in self._way]
-
-    def are_in_place(self) -> bool:
-        """Whether the model that they were located in still has these very parameters."""
+    def check_present(self) -> None:
+        """Raise TargetError for a parameter that was removed from the model, replaced or reshaped."""
         try:
             # Modules are equal where they are the same.
-            return self._way == self._modules and all(
+            are_in_place = self._way == self._modules and all(
                 all(map(is_, map(get, holders), held)) for get, holders, held in self._held
             )
         except KeyError:
-            return False
+            are_in_place = False
+        if not are_in_place:
+            self._compare_with_model()
+            # It is the first look, or another module leads to the same parameters now.
+            self._way = _way_to(self._holders, self._model)
+            self._modules = [dict(modules) for modules in self._way]
 
-    def have_their_shapes(self) -> bool:
-        """Whether all of them are of the shapes they began with: they may have been given other data."""
-        return list(map(_shape, self._parameters)) == self._shapes
+    def check_shapes(self) -> None:
+        """Raise TargetError for a parameter that was given other data, of another shape than it began with."""
+        if list(map(_shape, self._parameters)) != self._shapes:
+            self._compare_with_model()
+
+    def contradictions(self, names: Iterable[str], masks: Mapping[str, BitMask]) -> dict[str, tuple[int, int]]:
+        """Return, by parameter, how many pruned weights are not zero here and how many kept ones are."""
+        self.check_shapes()
+        # All are compared before a GPU is waited for.
+        found = {name: compare(local(self._by_name[name]), masks[name]) for name in names}
+        return {name: tuple(counts.tolist()) for name, counts in found.items()}
+
+    def _compare_with_model(self) -> None:
+        check_present(self._model, self._by_name, dict(zip(self._by_name, self._shapes, strict=True)))
 
     def record(self) -> None:
         """Take the parameters as they are now for unchanged."""
