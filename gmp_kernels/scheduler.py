@@ -20,9 +20,9 @@ from gmp_kernels.model.parametrized import follow_update_, kept_by_torch
 from gmp_kernels.model.targets import Entry, ParameterIndex, check_optimized
 from gmp_kernels.model.wrappers import optimizer_chain
 from gmp_kernels.ops import NonFinite, Scope
-from gmp_kernels.pruner.enforcement import Enforcement
+from gmp_kernels.pruner.enforcement import Enforcement, write_despite_interrupts
 from gmp_kernels.pruner.groups import groups_of, warning_of_emptied
-from gmp_kernels.pruner.layers import begin, by_device, overwrite_masks, prune_nothing, write_despite_interrupts
+from gmp_kernels.pruner.layers import begin, by_device, overwrite_masks, prune_nothing
 from gmp_kernels.pruner.progress import Position, Progress
 from gmp_kernels.pruner.state import Saved, Start, pack, starting_masks, unpack
 from gmp_kernels.reports import LayerReport, StepReport

@@ -109,11 +109,14 @@ def test_restored_positions_go_on(is_current: bool) -> None:
 
 
 @pytest.mark.parametrize("wrap", [torch.clone, OnGpu], ids=["cpu", "gpu"])
-def test_skipped_steps_do_not_count(wrap: Any) -> None:
+@pytest.mark.parametrize("asks", [False, True], ids=["", "asked for its state"])
+def test_skipped_steps_do_not_count(wrap: Any, asks: bool) -> None:
     progress = Progress(counts_calls=False)
     found = []
     for i in range(16):
         progress.add(flag(i % 4 == 1, wrap))
+        if asks:
+            progress.state()
         found.append(made(progress))
     # Steps 1, 5, 9 and 13 are skipped; an update due after such a call is made at once.
     taken = [i for i in range(16) if i % 4 != 1]

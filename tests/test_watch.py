@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import warnings
+from contextlib import suppress
 
 import pytest
 import torch
+from faults import interrupted
 from held_runs import EVERY_OPTIMIZER, OPTIMIZERS, assert_held, start, train
 from torch import nn
 
@@ -34,6 +36,25 @@ def test_zeros_that_nobody_told_of_are_held_and_said_once(case: str) -> None:
         warnings.simplefilter("error")
         train((model, optimizer, pruner), 3)
     assert_held((model, optimizer, pruner))
+
+
+@pytest.mark.filterwarnings("ignore::gmp_kernels.errors.GMPWarning")
+def test_an_interrupt_leaves_zeros_that_nobody_told_of_held_or_still_to_be_found() -> None:
+    for after in range(0, 3000, 40):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(40, 30), nn.ReLU(), nn.Linear(30, 20))
+        with torch.no_grad():
+            model[0].weight[:, ::2] = 0.0
+            model[2].weight[::2] = 0.0
+        pruner = GMPScheduler(model, torch.optim.SGD(model.parameters(), lr=0.1), schedules.OneShot(0.9, step=3))
+        with suppress(KeyboardInterrupt), interrupted(after):
+            pruner.step()
+        torch.set_grad_enabled(True)
+        in_masks = {name: mask.sparsity for name, mask in pruner.masks.items()}
+        assert pruner.layer_sparsities() == in_masks
+        assert set(in_masks.values()) in ({0.0}, {0.5}), after
+        pruner.step()
+        assert set(pruner.layer_sparsities().values()) == {0.5}
 
 
 def test_zeros_can_be_let_train() -> None:

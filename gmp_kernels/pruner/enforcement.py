@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 from weakref import WeakSet
 
 import torch
@@ -22,10 +22,25 @@ from gmp_kernels.pruner.progress import Progress
 from gmp_kernels.pruner.watch import Watch
 from gmp_kernels.pruner.zeroing import state_beside, zero_all_where_pruned_
 
-__all__ = ["Enforcement"]
+__all__ = ["Enforcement", "write_despite_interrupts"]
 
 # Of all weights: more of them are not zero by accident.
 MANY_ZEROS = 0.01
+
+_T = TypeVar("_T")
+
+
+def write_despite_interrupts(write: Callable[[], _T], shards: Shards | None) -> _T:
+    """Call what writes; an interrupt in between is raised once it was called again, which changes nothing twice."""
+    try:
+        return write()
+    except Exception:
+        raise
+    except BaseException:
+        # Other ranks would not take part.
+        if shards is None:
+            write()
+        raise
 
 
 class Enforcement:
@@ -37,8 +52,6 @@ class Enforcement:
 
     Parameters
     ----------
-    model, parameters, places
-        Targets by name, and where in the model they are.
     masks : mapping of str to BitMask
         Shared with the pruner, which changes their bits.
     optimizer : object
@@ -49,7 +62,6 @@ class Enforcement:
         Where parameters are shards or copies of those of other ranks.
     settings : dict of str to object
         What has to be the same on every rank.
-    backend : str, optional
     expects_dense : bool
         Whether zeros that the model has before its first step are worth a word.
 
@@ -137,14 +149,14 @@ class Enforcement:
     # -- who holds what ----------------------------------------------------------------------------------------------
 
     def follow(self, optimizer: Any) -> None:
-        """Follow this optimizer, and no longer the one before.
+        """Follow this optimizer, and no longer the one before; nothing has changed when it raises.
 
         Raises
         ------
         TargetError
             Its steps cannot be watched.
         StateError, CaptureError
-            It cannot take the masks over, or the one before cannot let them go. Nothing has changed.
+            It cannot take the masks over, or the one before cannot let them go.
         """
         innermost, before = optimizer_chain(optimizer)[-1], self.masked_optimizer
         if isinstance(innermost, MaskedOptimizer):
@@ -186,7 +198,7 @@ class Enforcement:
         TargetError
             Another pruner holds some of them and other parameters too. Nothing has changed.
         """
-        others = {other: other._shared_with(self) for other in self._others()}
+        others = self._others()
         for other, shared in others.items():
             left = [name for name in other.parameters if name not in shared]
             if left and other.pruner() is not None:
@@ -200,14 +212,15 @@ class Enforcement:
         self.holders.add(self)
         self._attach()
 
-    def _others(self) -> list[Enforcement]:
-        """Return all others that hold some of these parameters."""
-        return [other for other in self.holders if other is not self and other._shared_with(self)]
-
-    def _shared_with(self, other: Enforcement) -> list[str]:
-        """Return the names here of parameters that are the other's too."""
-        identities = set(map(id, other.parameters.values()))
-        return [name for name, p in self.parameters.items() if id(p) in identities]
+    def _others(self) -> dict[Enforcement, list[str]]:
+        """Return all others that hold some of these parameters, and the names that these have there."""
+        mine = set(map(id, self.parameters.values()))
+        shared = {
+            other: [name for name, p in other.parameters.items() if id(p) in mine]
+            for other in self.holders
+            if other is not self
+        }
+        return {other: names for other, names in shared.items() if names}
 
     def release(self, names: Iterable[str] | None = None) -> None:
         """Let parameters go, by default all, with the zeros they have.
@@ -251,13 +264,8 @@ class Enforcement:
     def apply(self, names: Iterable[str], *, ranked_is_pruned: bool = False, are_checked: bool = False) -> None:
         """Zero what is pruned of these targets and of their optimizer state.
 
-        Parameters
-        ----------
-        names : iterable of str
-        ranked_is_pruned : bool
-            The tensor whose magnitudes decided, the master copy or else the weight, is zero there already.
-        are_checked : bool
-            An optimizer that applies masks itself has just checked them.
+        With ``ranked_is_pruned`` the tensor whose magnitudes decided, the master copy or else the weight, is zero there
+        already; with ``are_checked`` an optimizer that applies masks itself has just checked them.
         """
         masks = self._masks_of(names)
         self.watch.distrust()
@@ -320,21 +328,15 @@ class Enforcement:
     # -- what others wrote -------------------------------------------------------------------------------------------
 
     def check(self, *, sample: bool = False) -> None:
-        """Look whether anything but the optimizer has written to the parameters, and put right what contradicts a mask.
+        """Repair what contradicts a mask, if anything but the optimizer has written to the parameters.
 
-        Parameters
-        ----------
-        sample : bool
-            Also look at a few weights, for writes that leave no trace.
+        Reads no weights unless something was written, and then those; with ``sample`` also a few others, for writes
+        that leave no trace. What is found is said once, as ``GMPWarning``.
 
         Raises
         ------
         TargetError
             A parameter is not the model's any more.
-
-        Notes
-        -----
-        Reads no weights unless something was written, and then those. What is found is said once, as ``GMPWarning``.
         """
         written = self.watch.written()
         if self._expects_dense:
@@ -377,15 +379,7 @@ class Enforcement:
             )
 
     def agree(self) -> None:
-        """Wait until all ranks have found that they are in the same run, unless they have.
-
-        Raises
-        ------
-        StateError
-            They differ, on every rank.
-        DistributedError
-            A rank does not answer.
-        """
+        """Wait until all ranks have found that they are in the same run, unless they have; raise if they differ."""
         if self.shards is None or self.have_agreed:
             return
         thresholds = {f"threshold of '{name}'": value for name, value in self.thresholds.items()}
@@ -434,13 +428,18 @@ class Enforcement:
         # Layers that start as zeros alone are another thing.
         zeros = {name: number for name, number in zeros.items() if 0 < number < self.parameters[name].numel()}
         share = sum(zeros.values()) / sum(p.numel() for p in self.parameters.values())
-        self._expects_dense = False
         if share <= MANY_ZEROS:
+            self._expects_dense = False
             return
-        for name in zeros:
-            self.masks[name].packed.copy_(BitMask.from_zeros(local(self.parameters[name])).packed)
-        self.masks_changed(dict.fromkeys(self.parameters, 0) | zeros)
-        self.apply(zeros)
+        masks = {name: BitMask.from_zeros(local(self.parameters[name])) for name in zeros}
+
+        def hold() -> None:
+            for name, mask in masks.items():
+                self.masks[name].packed.copy_(mask.packed)
+            self.masks_changed(dict.fromkeys(self.parameters, 0) | zeros)
+            self.apply(zeros)
+
+        write_despite_interrupts(hold, self.shards)
         self.say(
             "zeros",
             f"{share:.1%} of the weights to be pruned are zero already and are held at zero from now on, as with "

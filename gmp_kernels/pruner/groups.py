@@ -47,19 +47,9 @@ def groups_of(
     overrides: Mapping[Entry, float | Schedule],
     scope: str,
 ) -> tuple[Group, list[Group]]:
-    """Divide the targets of a pruner among its schedule and the overrides of it.
+    """Divide the targets of a pruner among its schedule and the overrides of it, of which the first decides.
 
-    Parameters
-    ----------
-    index : ParameterIndex
-        Of the model.
-    shapes : mapping of str to torch.Size
-        Of the targets, in the order of the model.
-    schedule : Schedule
-    distribution : str
-    overrides : mapping of entry to float or Schedule
-        The first that reaches a layer decides.
-    scope : {"layer", "global"}
+    ``shapes`` are those of the targets, in the order of the model of ``index``; the rest is as in ``GMPScheduler``.
 
     Returns
     -------

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
-from gmp_kernels.distributed import Shards
 from gmp_kernels.distributed.placement import local
 from gmp_kernels.masks import BitMask
 from gmp_kernels.ops import PruneResult, Scope, begin_prune, prune_
 from gmp_kernels.pruner.enforcement import Enforcement
 
-__all__ = ["begin", "by_device", "overwrite_masks", "prune_nothing", "write_despite_interrupts"]
-
-_T = TypeVar("_T")
+__all__ = ["begin", "by_device", "overwrite_masks", "prune_nothing"]
 
 
 def by_device(held: Enforcement, names: Iterable[str], scope: Scope) -> list[list[str]]:
@@ -33,16 +30,8 @@ def begin(
 ) -> Callable[[], PruneResult]:
     """Do what comes before the first write of an update to layers of one device.
 
-    Parameters
-    ----------
-    held : Enforcement
-    names : sequence of str
-    num_prune : list of int
-        One per name, or a single one in global scope.
-    step : int
-        What ranks compare.
-    **options
-        ``scope`` and ``nonfinite``, as in ``prune_``.
+    ``num_prune`` has one count per name, or a single one in global scope; ``step`` is what ranks compare, and
+    ``options`` are ``scope`` and ``nonfinite`` as in ``prune_``.
 
     Returns
     -------
@@ -104,16 +93,3 @@ def _ranked(held: Enforcement, name: str) -> torch.Tensor:
     parameter, optimizer = held.parameters[name], held.masked_optimizer
     master = None if optimizer is None else optimizer.master_weight(parameter)
     return local(parameter) if master is None else master
-
-
-def write_despite_interrupts(write: Callable[[], _T], shards: Shards | None) -> _T:
-    """Call what writes; an interrupt in between is raised once it was called again, which changes nothing twice."""
-    try:
-        return write()
-    except Exception:
-        raise
-    except BaseException:
-        # Other ranks would not take part.
-        if shards is None:
-            write()
-        raise

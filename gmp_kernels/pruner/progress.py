@@ -93,16 +93,7 @@ class Progress:
         }
 
     def restore(self, *, step_count: int, num_uncounted: int, num_calls: int, is_current: int) -> None:
-        """Continue where ``state`` was taken.
-
-        Parameters
-        ----------
-        step_count, num_calls : int
-        num_uncounted : int
-            Optimizer steps taken since the latest call.
-        is_current : int
-            Whether the updates of ``step_count`` were made.
-        """
+        """Continue where ``state`` was taken, be it for the steps that the latest call had not counted yet."""
         position = Position(step_count, None, step_count if is_current else step_count - 1, num_calls)
         self.__dict__.update(position=position, _num_steps=step_count + num_uncounted, _skipped=None)
 

@@ -140,7 +140,7 @@ def starting_masks(
 
     Parameters
     ----------
-    start : mapping of str to BitMask, path, "zeros" or None
+    start
         As in ``GMPScheduler``.
     model : torch.nn.Module
         Where else a name may be from, for errors.
@@ -157,17 +157,23 @@ def starting_masks(
     CheckpointError
         The file of masks cannot be read.
     """
-    masks = _masks_of_start(start, model, parameters)
+    if isinstance(start, str) and start == "zeros":
+        masks = {name: BitMask.from_zeros(local(p).detach()) for name, p in parameters.items()}
+    else:
+        given = {} if start is None else _masks_given(start, model, parameters)
+        masks = {
+            name: given[name] if name in given else BitMask.ones(local(p).shape, p.device)
+            for name, p in parameters.items()
+        }
     for name, places in kept.items():
         masks[name].packed &= local_mask(places, parameters[name]).packed
     return masks
 
 
-def _masks_of_start(start: Start, model: nn.Module, parameters: Mapping[str, torch.Tensor]) -> dict[str, BitMask]:
-    if start is None:
-        return {name: BitMask.ones(local(p).shape, p.device) for name, p in parameters.items()}
-    if isinstance(start, str) and start == "zeros":
-        return {name: BitMask.from_zeros(local(p).detach()) for name, p in parameters.items()}
+def _masks_given(
+    start: Mapping[str, BitMask] | str | PathLike[str], model: nn.Module, parameters: Mapping[str, torch.Tensor]
+) -> dict[str, BitMask]:
+    """Return copies, as the pruner writes its masks, of what this process holds of those in a mapping or a file."""
     if isinstance(start, (str, PathLike)):
         # Reading files takes the safetensors package, which nothing else here needs.
         from gmp_kernels.checkpoints.masks import read_masks
@@ -181,26 +187,23 @@ def _masks_of_start(start: Start, model: nn.Module, parameters: Mapping[str, tor
             f"{others[0]}; pack bool tensors by BitMask.from_bool, and give a pruner's state_dict() to load_state_dict"
         )
     names = _names_here(start, parameters)
-    masks = {names[name]: mask for name, mask in start.items()}
-    unknown = [name for name in masks if name not in parameters]
-    if unknown:
-        is_there = unknown[0] in named_parameters(model)
-        raise TargetError(
-            f"GMPScheduler: expected start to have masks of targets, got one of '{unknown[0]}'; "
-            + (
-                "add it to targets=, so that something holds it, or leave its mask out"
-                if is_there
-                else "the model has no parameter of that name: rename the mask, or pass start='zeros', which takes the "
-                "zeros of the weights themselves"
+    masks = {}
+    for name, mask in ((names[name], mask) for name, mask in start.items()):
+        if name not in parameters:
+            raise TargetError(
+                f"GMPScheduler: expected start to have masks of targets, got one of '{name}'; "
+                + (
+                    "add it to targets=, so that something holds it, or leave its mask out"
+                    if name in named_parameters(model)
+                    else "the model has no parameter of that name: rename the mask, or pass start='zeros', which takes "
+                    "the zeros of the weights themselves"
+                )
             )
-        )
-    for name, mask in masks.items():
-        if mask.shape != parameters[name].shape:
+        parameter = parameters[name]
+        if mask.shape != parameter.shape:
             raise ShapeError(
-                f"GMPScheduler: expected the mask that starts '{name}' of shape {tuple(parameters[name].shape)}, got "
+                f"GMPScheduler: expected the mask that starts '{name}' of shape {tuple(parameter.shape)}, got "
                 f"{tuple(mask.shape)}; is it of another model?"
             )
-    ones = _masks_of_start(None, model, {name: p for name, p in parameters.items() if name not in masks})
-    own = {name: local_mask(mask.packed, parameters[name]).to(parameters[name].device) for name, mask in masks.items()}
-    # The pruner writes its masks: those given stay as they are.
-    return {name: own[name].clone() if name in own else ones[name] for name in parameters}
+        masks[name] = local_mask(mask.packed, parameter).to(parameter.device).clone()
+    return masks
