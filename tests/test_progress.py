@@ -110,16 +110,17 @@ def test_restored_positions_go_on(is_current: bool) -> None:
 
 @pytest.mark.parametrize("wrap", [torch.clone, OnGpu], ids=["cpu", "gpu"])
 @pytest.mark.parametrize("asks", [False, True], ids=["", "asked for its state"])
-def test_skipped_steps_do_not_count(wrap: Any, asks: bool) -> None:
+@pytest.mark.parametrize("first", [1, 2], ids="from step {} on".format)
+def test_skipped_steps_do_not_count(wrap: Any, asks: bool, first: int) -> None:
     progress = Progress(counts_calls=False)
     found = []
     for i in range(16):
-        progress.add(flag(i % 4 == 1, wrap))
+        progress.add(flag(i % 4 == first, wrap))
+        found.append(made(progress))
         if asks:
             progress.state()
-        found.append(made(progress))
-    # Steps 1, 5, 9 and 13 are skipped; an update due after such a call is made at once.
-    taken = [i for i in range(16) if i % 4 != 1]
+    # Every fourth step is skipped; an update due after such a call is made at once.
+    taken = [i for i in range(16) if i % 4 != first]
     expected: list[int | None] = [None] * 16
     for update in (0, 3, 6, 9):
         before = taken[update - 1] if update else -1
