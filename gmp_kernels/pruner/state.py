@@ -122,7 +122,7 @@ def _layers(state: Any, parameters: Mapping[str, torch.Tensor]) -> dict[str, Any
 
 
 def _names_here(names: Iterable[str], known: Iterable[str]) -> dict[str, str]:
-    """Return {name: name here}: wrappers put parts in front of names, and may have been there then and not now."""
+    """Return {name: name here}: wrappers prefix names, and may have been there when they were saved but not now."""
     names, known = list(names), set(known)
     plain = {name: plain_name(name) for name in names}
     if not known.intersection(plain.values()):

@@ -15,10 +15,10 @@ from gmp_kernels.model.targets import Place, check_present
 
 __all__ = ["Watch", "compare"]
 
-CANDIDATES = 1024  # weights of a layer, of which the pruned ones are for brief looks
-SAMPLE = 32  # about so many of these, where the choice is no wait
+CANDIDATES = 1024  # weights of a layer among which brief looks choose pruned ones
+SAMPLE = 32  # about so many are chosen, where that does not wait for a GPU
 SLICE = 1 << 20  # weights compared with their mask at a time
-GPU_INTERVAL = 16  # brief looks asked for, to one that is taken at a GPU's weights
+GPU_INTERVAL = 16  # of so many brief looks at weights on a GPU, one is taken
 STRIDE = 0x9E3779B1  # odd, and near the golden ratio of 2^32: multiples spread evenly over any layer
 
 _version, _shape = attrgetter("_version"), attrgetter("shape")
@@ -111,15 +111,15 @@ class Watch:
         check_present(self._model, self._by_name, dict(zip(self._by_name, self._shapes, strict=True)))
 
     def record(self) -> None:
-        """Take the parameters as they are now for unchanged."""
+        """Accept the parameters as they are now."""
         self._versions = list(map(_version, self._parameters))
 
     def distrust(self) -> None:
-        """Take all parameters for written, until they are recorded."""
+        """Report all parameters as written until they are recorded."""
         self._versions = [-1] * len(self._parameters)
 
     def expect_writes(self) -> None:
-        """Take the parameters for unchanged as the next call of ``written`` finds them."""
+        """Accept the parameters as the next call of ``written`` finds them."""
         self._versions = None
 
     def written(self) -> list[str]:
@@ -133,7 +133,7 @@ class Watch:
         return [name for name, old, new in versions if old != new]
 
     def forget_samples(self) -> None:
-        """Choose other weights for brief looks: masks have changed."""
+        """Have brief looks choose other weights, after masks have changed."""
         self._samples.clear()
         self._answer = None
 
@@ -174,7 +174,7 @@ class Watch:
 
 
 def _way_to(holders: set[int], module: nn.Module) -> list[dict[str, nn.Module | None]]:
-    """Return what holds modules on the way from this one to these dictionaries of parameters."""
+    """Return the dictionaries of modules that lead from this module to these dictionaries of parameters."""
     children = [child for child in module._modules.values() if child is not None]
     way = [modules for child in children for modules in _way_to(holders, child)]
     leads_there = way or not holders.isdisjoint(id(child._parameters) for child in children)
@@ -182,9 +182,9 @@ def _way_to(holders: set[int], module: nn.Module) -> list[dict[str, nn.Module | 
 
 
 def _sample_of(mask: BitMask, offset: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return flat indices spread over the layer, and which of them are pruned; None: all.
+    """Return flat indices spread over the layer, and which of them are pruned: None if all are.
 
-    To choose among the pruned ones would wait for a GPU.
+    On a GPU the pruned ones are not chosen, as that would wait for it.
     """
     device = mask.packed.device
     if device.type == "cpu":

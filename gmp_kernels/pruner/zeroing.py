@@ -134,17 +134,19 @@ def _zero_wrapped(tensor: torch.Tensor, mask: BitMask) -> bool:
     if not before[pruned].any():
         return True  # to round again what is right would let it drift
     saved = [part.clone() for _, part in inner]
+    holds = False
     try:
         tensor.copy_(before.masked_fill(pruned, 0))
         after = _plain(tensor)
         holds = after is not None and _holds(before, after, pruned)
     except Exception:  # whatever their code raises
-        holds = False
-    except BaseException:
-        _restore(tensor, inner, saved)
-        raise
-    if not holds:
-        _restore(tensor, inner, saved)
+        pass
+    finally:
+        if not holds:
+            for (name, part), values in zip(inner, saved, strict=True):
+                part.copy_(values)
+                if getattr(tensor, name) is not part:
+                    setattr(tensor, name, part)
     return holds
 
 
@@ -175,10 +177,3 @@ def _holds(before: torch.Tensor, after: torch.Tensor, pruned: torch.Tensor) -> b
         return False
     kept = before.masked_fill(pruned, 0).double()
     return bool((after.double() - kept).norm() <= MOST_ROUNDING * kept.norm())
-
-
-def _restore(tensor: torch.Tensor, inner: Sequence[tuple[str, torch.Tensor]], saved: Sequence[torch.Tensor]) -> None:
-    for (name, part), values in zip(inner, saved, strict=True):
-        part.copy_(values)
-        if getattr(tensor, name) is not part:
-            setattr(tensor, name, part)
