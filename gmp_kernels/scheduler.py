@@ -369,14 +369,14 @@ class GMPScheduler:
         self._held.check_alive("load_state_dict()")
         saved = unpack(state_dict, self._held.parameters, None if masks_only else self._settings)
         self._held.check_masks(self.masks)
-        write_despite_interrupts(lambda: self._load(saved, masks_only), self._held.shards)
+        write_despite_interrupts(lambda: self._load(saved), self._held.shards)
         self._follow_masks()
 
-    def _load(self, saved: Saved, masks_only: bool) -> None:
+    def _load(self, saved: Saved) -> None:
         overwrite_masks(self._held, saved.masks)
-        self._held.thresholds = {} if masks_only else saved.thresholds
+        self._held.thresholds = saved.thresholds
         self._held.have_agreed = False
-        if not masks_only:
+        if saved.progress:
             self.history[:] = saved.history
             self._progress.restore(**saved.progress)
         self._held.masks_changed(saved.num_pruned)

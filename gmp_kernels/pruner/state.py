@@ -31,7 +31,7 @@ class Saved(NamedTuple):
     Attributes
     ----------
     progress : dict of str to int
-        As ``Progress.state`` returns it.
+        As ``Progress.state`` returns it; empty where only the masks are taken.
     masks : mapping of str to BitMask
     num_pruned : dict of str to int
         Of whole layers.
@@ -70,7 +70,7 @@ def pack(saved: Saved, parameters: Mapping[str, torch.Tensor], settings: Mapping
 
 
 def unpack(state: Any, parameters: Mapping[str, torch.Tensor], settings: Mapping[str, Any] | None) -> Saved:
-    """Return what ``pack`` was given, for these parameters and a run of these settings; None: only the masks count.
+    """Return what ``pack`` was given, for these parameters and a run of these settings; of None the masks alone.
 
     Raises
     ------
@@ -79,8 +79,12 @@ def unpack(state: Any, parameters: Mapping[str, torch.Tensor], settings: Mapping
     """
     try:
         layers = _layers(state, parameters)
+        masks = {name: local_mask(layers[name]["mask"], parameter) for name, parameter in parameters.items()}
+        num_pruned = {name: int(layer["num_pruned"]) for name, layer in layers.items()}
+        if settings is None:
+            return Saved({}, masks, num_pruned, {}, [])
         found = dict(state["settings"])
-        for setting, value in (settings or {}).items():
+        for setting, value in settings.items():
             if found.get(setting) != value:
                 raise StateError(
                     f"load_state_dict: expected {setting} {value!r}, got {found.get(setting)!r}; build the scheduler "
@@ -88,8 +92,8 @@ def unpack(state: Any, parameters: Mapping[str, torch.Tensor], settings: Mapping
                 )
         return Saved(
             progress={key: int(state[key]) for key in PROGRESS},
-            masks={name: local_mask(layers[name]["mask"], parameter) for name, parameter in parameters.items()},
-            num_pruned={name: int(layer["num_pruned"]) for name, layer in layers.items()},
+            masks=masks,
+            num_pruned=num_pruned,
             thresholds={n: Threshold(*layer["threshold"]) for n, layer in layers.items() if layer["threshold"]},
             history=[StepReport.from_dict(report) for report in state["history"]],
         )
