@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from copy import deepcopy
 from typing import Any, Literal
 
 import torch
@@ -12,21 +13,18 @@ from torch import nn
 
 from gmp_kernels.checks import check_choice
 from gmp_kernels.distributed import Shards, refuse_flattened
+from gmp_kernels.distributed.placement import sum_over_shards
 from gmp_kernels.errors import warn
-from gmp_kernels.masks import BitMask
-from gmp_kernels.model.coverage import Coverage, gap_in
+from gmp_kernels.model.coverage import Coverage, gap_in, shown_names
 from gmp_kernels.model.parametrized import follow_update_, kept_by_torch
 from gmp_kernels.model.targets import Entry, ParameterIndex, check_optimized
 from gmp_kernels.model.wrappers import optimizer_chain
-from gmp_kernels.ops import NonFinite, PruneResult, Scope
-from gmp_kernels.optim.masked import MaskedOptimizer
-from gmp_kernels.pruner.advice import on_emptied_layers
-from gmp_kernels.pruner.enforcement import Enforcement, refuse_capture
-from gmp_kernels.pruner.groups import Groups
-from gmp_kernels.pruner.layers import Agreement, LayerPruner, report_layers, write_despite_interrupts
+from gmp_kernels.ops import NonFinite, Scope
+from gmp_kernels.pruner.enforcement import Enforcement, write_despite_interrupts
+from gmp_kernels.pruner.groups import groups_of, warning_of_emptied
+from gmp_kernels.pruner.layers import begin, by_device, overwrite_masks, prune_nothing
 from gmp_kernels.pruner.progress import Position, Progress
-from gmp_kernels.pruner.state import Saved, Start, pack, starting_masks, unpack, unpack_masks
-from gmp_kernels.pruner.watch import count_pruned
+from gmp_kernels.pruner.state import Saved, Start, pack, starting_masks, unpack
 from gmp_kernels.reports import LayerReport, StepReport
 from gmp_kernels.schedules import Schedule
 
@@ -144,69 +142,80 @@ class GMPScheduler:
         self.model = model
         self.schedule = schedule
         self._scope = scope
+        self._options: dict[str, Any] = {"scope": scope, "nonfinite": nonfinite}
         index = ParameterIndex(model, optimizer_chain(optimizer)[-1])
-        self._parameters, self._coverage = index.select(targets, ignore)
-        shapes = {name: p.shape for name, p in self._parameters.items()}
-        self._groups = Groups(
+        parameters, self._coverage = index.select(targets, ignore)
+        shapes = {name: p.shape for name, p in parameters.items()}
+        self._num_weights = {name: shape.numel() for name, shape in shapes.items()}
+        main, others = groups_of(
             index, shapes, schedule, distribution=distribution, overrides=overrides or {}, scope=scope
         )
-        kept = kept_by_torch(model, self._parameters)
+        self._groups = [main, *others] if main.shapes else others
+        self._schedules = [group.schedule for group in self._groups]
+        self._end_step = max(schedule.end_step for schedule in self._schedules)
+        self._settings = {
+            "schedule": schedule.to_dict(),
+            "overrides": {name: group.schedule.to_dict() for group in others for name in group.shapes},
+            "scope": scope,
+            "distribution": distribution,
+        }
+        kept = kept_by_torch(model, parameters)
         has_start = start is not None or bool(kept)
-        self.masks = starting_masks(start, model, self._parameters, kept)
+        self.masks = starting_masks(start, model, parameters, kept)
         self.history: list[StepReport] = []
-        self._shards = Shards.of(model, self._parameters)
-        self._enforcement = Enforcement(
+        self._progress = Progress(counts_calls=count == "calls")
+        self._held = Enforcement(
             model,
-            self._parameters,
-            index.places(self._parameters),
+            parameters,
+            index.places(parameters),
             self.masks,
             optimizer,
+            self._progress,
+            shards=Shards.of(model, parameters),
+            settings=self._settings,
             backend=backend,
-            counts_steps=count == "optimizer_steps",
             expects_dense=start is None,
         )
-        self._progress = Progress(self._enforcement.steps if count == "optimizer_steps" else None)
-        self._pruner = LayerPruner(
-            self._parameters, self.masks, self._shards, scope=scope, nonfinite=nonfinite, backend=backend
-        )
-        self._agreement = Agreement(self._shards, self._groups, self._progress, self._pruner)
-        self._enforcement.agreement = self._agreement
         # Pruning nothing finds every tensor prune_ would refuse now rather than epochs later.
-        for names in self._pruner.batches(self._parameters):
-            self._pruner.prune_nothing(names, self._masked_optimizer)
-        num_pruned = count_pruned(self.masks, self._parameters) if has_start else {}
-        self._enforcement.pruner = weakref.ref(self)
+        for names in by_device(self._held, parameters, scope):
+            prune_nothing(self._held, names, **self._options)
+        num_pruned = {}
+        if has_start:
+            here = {name: mask.numel - mask.num_kept for name, mask in self.masks.items()}
+            num_pruned = {name: int(sum_over_shards(n, parameters[name])) for name, n in here.items()}
+        self._held.pruner = weakref.ref(self)
         gap = gap_in(self._coverage, by_default=targets is None)
-        for word in filter(None, (gap, self._groups.warn_of_emptied())):
+        for word in filter(None, (gap, warning_of_emptied(self._groups, scope))):
             warn(word)
         # From here on it has effects, the first of which can be refused.
-        self._enforcement.own()
+        self._held.own()
         try:
             if has_start:
-                self._enforcement.masks_changed(num_pruned)
-            if has_start or not self._has_compact_state:
+                self._held.masks_changed(num_pruned)
+            optimizer_of_ours = self._held.masked_optimizer
+            if has_start or optimizer_of_ours is None or not optimizer_of_ours.compact_state:
                 # Before the first update already, for graphs captured until then.
-                self._enforcement.apply(self._parameters, ranked_is_pruned=not has_start)
+                self._held.apply(parameters, ranked_is_pruned=not has_start)
             self._follow_masks()
         except BaseException:
-            self._enforcement.detach()
+            self._held.detach()
             raise
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._enforcement.pruner = weakref.ref(self)
+        self._held.pruner = weakref.ref(self)
 
     @property
     def optimizer(self) -> Any:
         """The optimizer that is followed. Assign the new one when a new one takes over; the count of steps goes on."""
-        return self._enforcement.optimizer
+        return self._held.optimizer
 
     @optimizer.setter
     def optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        self._enforcement.check_alive("assigning optimizer")
-        check_optimized(optimizer_chain(optimizer)[-1], self._parameters)
-        self._enforcement.follow(optimizer)
-        self._enforcement.apply(self._parameters)
+        self._held.check_alive("assigning optimizer")
+        check_optimized(optimizer_chain(optimizer)[-1], self._held.parameters)
+        self._held.follow(optimizer)
+        self._held.apply(self._held.parameters)
 
     @property
     def step_count(self) -> int:
@@ -216,7 +225,7 @@ class GMPScheduler:
     @property
     def finished(self) -> bool:
         """Whether the last update has been made."""
-        return self._progress.has_made(self._groups.end_step)
+        return self._progress.position.made >= self._end_step
 
     def step(self) -> StepReport | None:
         """Prune if an update is due, and make sure that pruned weights are zero; call it after ``optimizer.step()``.
@@ -257,20 +266,26 @@ class GMPScheduler:
         not counted: repair the weights and call it again. (Copies whose weights had drifted apart are the exception:
         their masks are compared after they were made.) An interrupt while an update writes lets it be finished first.
         """
-        self._enforcement.check_alive("step()")
-        device = next(iter(self._parameters.values())).device
-        refuse_capture(device, "GMPScheduler.step()", "it outside of the graph, after optimizer.step()")
-        self._enforcement.check_present()
-        self._agreement.make()
-        self._enforcement.check(sample=True)
-        steps, position = self._progress.due(self._groups.schedules)
+        held = self._held
+        held.check_alive("step()")
+        held.refuse_capture("GMPScheduler.step()", "it outside of the graph, after optimizer.step()")
+        held.watch.check_present()
+        held.agree()
+        held.check(sample=True)
+        due, position = self._progress.due(self._schedules)
         report = None
-        if any(step is not None for step in steps):
-            report = self._update(steps, position)
+        if any(step is not None for step in due):
+            report = self._update(due, position)
         else:
-            self._progress.advance(position)
-        if self._progress.num_idle == PATIENCE:
-            self._enforcement.say_idle(PATIENCE, self.step_count)
+            self._progress.position = position
+        if position.num_idle == PATIENCE:
+            held.say(
+                "idle",
+                f"step() was called {PATIENCE} times in a row without a step of {held.name}, so that the schedule "
+                f"stays at step {self.step_count}. In the micro-batches of an accumulation that is as it should be. If "
+                "another optimizer steps these parameters, set pruner.optimizer to it; count='calls' is for loops "
+                "whose optimizer cannot be watched",
+            )
         return report
 
     def coverage(self) -> Coverage:
@@ -279,22 +294,25 @@ class GMPScheduler:
 
     def __repr__(self) -> str:
         """Return the schedule, how far it has come, and the table of the coverage."""
-        state = "finished" if self.finished else f"not finished: the last update is due at step {self._groups.end_step}"
-        state = "removed" if self._enforcement.is_released else state
+        state = "finished" if self.finished else f"not finished: the last update is due at step {self._end_step}"
+        state = "removed" if self._held.is_released else state
+        num_calls = self._progress.position.num_calls
         return (
             f"{type(self).__name__}({self.schedule!r}, scope={self._scope!r})\n"
-            f"step {self.step_count} after {self._progress.num_calls} calls, sparsity {self.sparsity:.4f}, {state}\n"
+            f"step {self.step_count} after {num_calls} calls, sparsity {self.sparsity:.4f}, {state}\n"
             f"{self._coverage}"
         )
 
     @property
     def sparsity(self) -> float:
         """Fraction of pruned weights over all targets."""
-        return 1.0 - sum(self._num_kept().values()) / self._groups.num_weights(self._parameters)
+        total = sum(self._num_weights.values())
+        return 1.0 - (total - sum(self._held.num_pruned.values())) / total
 
     def layer_sparsities(self) -> dict[str, float]:
         """Return {name: fraction of pruned weights} of all targets."""
-        return {name: 1.0 - kept / self._groups.num_weights([name]) for name, kept in self._num_kept().items()}
+        num_pruned = self._held.num_pruned
+        return {name: 1.0 - (n - num_pruned[name]) / n for name, n in self._num_weights.items()}
 
     def verify(self) -> dict[str, int]:
         """Return {name: number of zeros} of all targets, counted from the weights (of a sharded one: those here).
@@ -306,7 +324,7 @@ class GMPScheduler:
         StateError
             A weight is not zero although its mask says so; the message names the layer.
         """
-        return self._enforcement.verify()
+        return self._held.verify()
 
     def remove(self) -> None:
         """Let go of model and optimizer: what is pruned is zero now, and nothing holds it there any more.
@@ -316,8 +334,8 @@ class GMPScheduler:
         CaptureError
             A CUDA graph holds the masks.
         """
-        if not self._enforcement.is_released:
-            self._enforcement.release()
+        if not self._held.is_released:
+            self._held.release()
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything a bit-exact resume needs beside the model's and the optimizer's own state.
@@ -327,15 +345,8 @@ class GMPScheduler:
         ``torch.distributed.checkpoint`` saves the scheduler and loads it on any number of ranks. Of ``history`` the
         latest 64 reports are there, the layers of the last only: the size does not grow with the number of updates.
         """
-        saved = Saved(
-            self._groups.settings(),
-            self._progress.state(),
-            self.masks,
-            self._enforcement.num_pruned,
-            self._pruner.thresholds,
-            self.history,
-        )
-        return pack(saved, self._parameters)
+        saved = Saved(self._progress.state(), self.masks, self._held.num_pruned, self._held.thresholds, self.history)
+        return pack(saved, self._held.parameters, deepcopy(self._settings))
 
     def load_state_dict(self, state_dict: Mapping[str, Any], masks_only: bool = False) -> None:
         """Continue where ``state_dict()`` was taken; the masks are applied to weights and optimizer state at once.
@@ -355,96 +366,84 @@ class GMPScheduler:
         StateError
             It comes from another version, other layers, or other settings. Nothing has been changed.
         """
-        self._enforcement.check_alive("load_state_dict()")
-        if masks_only:
-            masks, num_pruned = unpack_masks(state_dict, self._parameters)
-            saved = None
-        else:
-            saved = unpack(state_dict, self._parameters, self._groups.settings())
-            masks, num_pruned = saved.masks, saved.num_pruned
-        if self._masked_optimizer is not None:
-            self._masked_optimizer.check_masks({p: self.masks[name] for name, p in self._parameters.items()})
-        write_despite_interrupts(lambda: self._load(masks, num_pruned, saved), self._shards)
+        self._held.check_alive("load_state_dict()")
+        saved = unpack(state_dict, self._held.parameters, None if masks_only else self._settings)
+        self._held.check_masks(self.masks)
+        write_despite_interrupts(lambda: self._load(saved), self._held.shards)
         self._follow_masks()
 
-    def _load(self, masks: Mapping[str, BitMask], num_pruned: dict[str, int], saved: Saved | None) -> None:
-        # Memory can run out here alone, where nothing is written yet.
-        written = {name: self._pruner.writable_mask(name, self._masked_optimizer) for name in masks}
-        for name, mask in masks.items():
-            written[name].packed.copy_(mask.packed)
-            self.masks[name].packed = written[name].packed
-        self._pruner.thresholds = {}
-        self._agreement.renew()
-        if saved is not None:
-            self._pruner.thresholds = saved.thresholds
+    def _load(self, saved: Saved) -> None:
+        overwrite_masks(self._held, saved.masks)
+        self._held.thresholds = saved.thresholds
+        self._held.have_agreed = False
+        if saved.progress:
             self.history[:] = saved.history
             self._progress.restore(**saved.progress)
-        self._enforcement.masks_changed(num_pruned)
-        self._enforcement.apply(self._parameters)
+        self._held.masks_changed(saved.num_pruned)
+        self._held.apply(self.masks)
 
     def _follow_masks(self) -> None:
         """Bring weights that the model computes from pruned ones up to date."""
-        if warning := follow_update_(self.model, self._parameters):
-            self._enforcement.say("computed", warning)
+        if warning := follow_update_(self.model, self._held.parameters):
+            self._held.say("computed", warning)
 
-    def _num_kept(self) -> dict[str, int]:
-        """By layer: counted from the masks, where they are all here, or else what the last update of each counted."""
-        if self._shards is None:
-            return {name: mask.num_kept for name, mask in self.masks.items()}
-        return {
-            name: self._groups.num_weights([name]) - pruned for name, pruned in self._enforcement.num_pruned.items()
-        }
-
-    def _update(self, steps: Sequence[int | None], position: Position) -> StepReport:
+    def _update(self, due: Sequence[int | None], position: Position) -> StepReport:
+        """Make the updates of these steps, one per group, or change nothing."""
         start = time.perf_counter()
-        self._enforcement.check_shapes()
-        num_prune = self._groups.weights_to_prune(steps)
-        names, step = list(num_prune), max(step for step in steps if step is not None)
-        if self._masked_optimizer is not None:
-            self._masked_optimizer.check_masks({self._parameters[name]: self.masks[name] for name in names})
-        batches = self._pruner.batches(names)
+        held = self._held
+        held.watch.check_shapes()
+        updates = [(group, step) for group, step in zip(self._groups, due, strict=True) if step is not None]
+        step = max(step for _, step in updates)
+        due_layers = [name for group, _ in updates for name in group.shapes]
+        counts = [n for group, at in updates for n in group.num_prune(group.schedule.sparsity_at(at))]
+        is_global = self._scope == "global"
+        num_prune = dict.fromkeys(due_layers, 0) if is_global else dict(zip(due_layers, counts, strict=True))
+        names = [name for name in self.masks if name in num_prune]
+        held.check_masks(names)
+        batches = by_device(held, names, self._scope)
         if len(batches) > 1:
             # One call per device: let each find its NaN before the first one writes.
             for batch in batches:
-                self._pruner.prune_nothing(batch, self._masked_optimizer)
-        before, num_reports = self._enforcement.num_pruned, len(self.history)
-        begun, layers = dict[str, Callable[[], PruneResult]](), dict[str, LayerReport]()
+                prune_nothing(held, batch, **self._options)
+        calls = []
+        for batch in batches:
+            own = counts if is_global else [num_prune[name] for name in batch]
+            calls.append((batch, begin(held, batch, own, step=step, **self._options)))
+        sizes, before, num_reports = self._num_weights, held.num_pruned, len(self.history)
+        layers = dict[str, LayerReport]()
 
         def write() -> StepReport:
-            for batch in batches:
-                if batch[0] not in begun:
-                    counts = self._groups.counts(num_prune, batch, step)
-                    begun[batch[0]] = self._pruner.begin(batch, counts, self._masked_optimizer, step=step)
+            for batch, prune in calls:
                 if batch[0] not in layers:
-                    layers.update(report_layers(batch, begun[batch[0]](), before, self._groups.shapes))
-            self._enforcement.masks_changed(before | {name: layer.num_pruned for name, layer in layers.items()})
+                    result = prune()
+                    found = zip(batch, result.thresholds, result.num_pruned, strict=True)
+                    reports = [LayerReport(a, t.value, sizes[a], n, n - before[a], t.num_ties) for a, t, n in found]
+                    layers.update(zip(batch, reports, strict=True))
+            held.masks_changed(before | {name: layer.num_pruned for name, layer in layers.items()})
             try:
                 # The state of the optimizer alone can be missing now, and what zeroes it comes back to it.
-                self._enforcement.apply(names, ranked_is_pruned=True, are_checked=True)
+                held.apply(names, ranked_is_pruned=True, are_checked=True)
             finally:
                 report = StepReport(
                     step=step,
                     num_calls=position.num_calls,
                     target_sparsity=self.schedule.sparsity_at(step),
-                    sparsity=sum(layer.num_pruned for layer in layers.values()) / self._groups.num_weights(names),
+                    sparsity=sum(layer.num_pruned for layer in layers.values())
+                    / sum(layer.num_weights for layer in layers.values()),
                     seconds=time.perf_counter() - start,
                     layers=tuple(layers[name] for name in names),
                 )
                 self.history[num_reports:] = [report]
-                self._progress.advance(position)
+                self._progress.position = position
             return report
 
-        report = write_despite_interrupts(write, self._shards)
+        report = write_despite_interrupts(write, held.shards)
         self._follow_masks()
         emptied = [layer.name for layer in report.layers if layer.sparsity == 1.0]
-        if self._scope == "global" and emptied:
-            self._enforcement.say("emptied", on_emptied_layers(emptied))
+        if is_global and emptied:
+            held.say(
+                "emptied",
+                f"ranking all layers together has left {shown_names(emptied)} without a weight; prune less, use "
+                "scope='layer', or add them to ignore=",
+            )
         return report
-
-    @property
-    def _masked_optimizer(self) -> MaskedOptimizer | None:
-        return self._enforcement.masked_optimizer
-
-    @property
-    def _has_compact_state(self) -> bool:
-        return self._masked_optimizer is not None and self._masked_optimizer.compact_state

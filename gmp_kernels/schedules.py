@@ -425,12 +425,12 @@ def to_steps(what: str, epochs: float, steps_per_epoch: int) -> int:
 
 
 def _store(schedule: Schedule, name: str, value: object) -> None:
-    """Write a field of a frozen dataclass from its own __post_init__: the plain int or float it was given as."""
+    """Write a field of a frozen dataclass from its own ``__post_init__``."""
     object.__setattr__(schedule, name, value)
 
 
 def _real(value: object) -> float:
-    """Return a number as float, and NaN, which no range admits, for what is none."""
+    """Return a number as a float; NaN, which no range admits, for anything else."""
     return float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else math.nan
 
 

@@ -174,11 +174,11 @@ class Stages:
         ScheduleError
             A milestone that is not within fine-tuning, or ``finetuning`` is nothing of the above.
         """
-        if finetuning == "cosine":
+        if finetuning == "cosine" or callable(finetuning):
             steps = max(1, self.total_steps - self.pruning_end_step)
-            return self._hold_then(optimizer, CosineAnnealingLR(optimizer, T_max=steps))
-        if callable(finetuning):
-            return self._hold_then(optimizer, finetuning(optimizer))
+            then = finetuning(optimizer) if callable(finetuning) else CosineAnnealingLR(optimizer, T_max=steps)
+            hold = ConstantLR(optimizer, factor=1.0, total_iters=self.pruning_end_step)
+            return SequentialLR(optimizer, [hold, then], [self.pruning_end_step])
         if isinstance(finetuning, str):
             raise ScheduleError(
                 f"lr_scheduler: expected epochs, 'cosine' or a function, got {finetuning!r}; pass e.g. [43, 50]"
@@ -204,10 +204,6 @@ class Stages:
             for group in optimizer.param_groups:
                 if "weight_decay" in group:
                     group["weight_decay"] = 0.0
-
-    def _hold_then(self, optimizer: Optimizer, finetuning: LRScheduler) -> LRScheduler:
-        hold = ConstantLR(optimizer, factor=1.0, total_iters=self.pruning_end_step)
-        return SequentialLR(optimizer, [hold, finetuning], [self.pruning_end_step])
 
     def _step(self, epoch: float) -> int:
         return to_steps("Stages", epoch, self.steps_per_epoch)

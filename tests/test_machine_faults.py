@@ -12,7 +12,7 @@ from test_scheduler_machine import FOUND, replay, run
 
 from gmp_kernels import scheduler
 from gmp_kernels.pruner.enforcement import Enforcement
-from gmp_kernels.pruner.progress import Progress, StepCount
+from gmp_kernels.pruner.progress import Progress
 from gmp_kernels.pruner.watch import Watch
 from gmp_kernels.pruner.zeroing import zero_all_where_pruned_
 
@@ -21,10 +21,10 @@ pytestmark = pytest.mark.filterwarnings("ignore::gmp_kernels.errors.GMPWarning")
 
 def _unhooked(self: Enforcement, state: dict[str, Any]) -> None:
     self.__dict__.update(state)
-    self._watch, self._hooks = Watch(list(self._parameters.values()), self._places), []
+    self.watch, self._hooks = Watch(self._model, self.parameters, self._places), []
 
 
-def _recorded_at_once(self: Watch) -> list[int]:
+def _recorded_at_once(self: Watch) -> list[str]:
     written = WRITTEN(self)
     self.record()
     return written
@@ -35,20 +35,20 @@ def _weights_alone(self: Enforcement, weights: Any, masks: Any) -> None:
 
 
 WRITTEN = Watch.written
-ADD = StepCount.add
+ADD = Progress.add
 FAULTS: dict[str, tuple[Any, str, Callable[..., Any]]] = {
     "writes go unseen": (Watch, "written", lambda self: []),
     "writes are recorded before they are put right": (Watch, "written", _recorded_at_once),
-    "samples show nothing": (Watch, "sees_life", lambda self, members, mask_of: False),
-    "every module is in its place": (Watch, "are_in_place", lambda self: True),
-    "shapes are not looked at": (Enforcement, "check_shapes", lambda self: None),
-    "skipped steps count": (StepCount, "add", lambda self, found_inf=None: ADD(self)),
-    "nothing follows a step": (Enforcement, "_after_step", lambda self, *_: self.steps.add()),
+    "samples show nothing": (Watch, "sees_life", lambda self, names, masks: False),
+    "every module is in its place": (Watch, "check_present", lambda self: None),
+    "shapes are not looked at": (Watch, "check_shapes", lambda self: None),
+    "skipped steps count": (Progress, "add", lambda self, found_inf=None: ADD(self)),
+    "nothing follows a step": (Enforcement, "_after_step", lambda self, *_: self._progress.add()),
     "state is left as it is": (Enforcement, "_zero", _weights_alone),
     "copies are left alone": (Enforcement, "__setstate__", _unhooked),
     "what is interrupted is not finished": (scheduler, "write_despite_interrupts", lambda write, shards: write()),
-    "updates are repeated": (Progress, "_range", lambda self, now, before: range(now.known - self._offset + 1)),
-    "a pruner that was replaced goes on": (Enforcement, "release", lambda self: None),
+    "updates are repeated": (Progress, "_open_steps", lambda self: range(self._num_steps + 1)),
+    "a pruner that was replaced goes on": (Enforcement, "release", lambda self, names=None: None),
     "the new optimizer is not followed": (Enforcement, "_attach", lambda self: None),
 }
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from gmp_kernels import GMPScheduler, optim, schedules
-from gmp_kernels.pruner.progress import Progress, StepCount
+from gmp_kernels.pruner.progress import Progress
 
 EVERY_THIRD = schedules.Linear(0.1, 0.9, 0, 9, frequency=3)
 
@@ -23,10 +23,8 @@ class OnGpu:
         self.value = value
         self.device = torch.device("cuda")
 
-    def __eq__(self, other: object) -> OnGpu:  # type: ignore[override]
-        return OnGpu(self.value == other)
-
-    __hash__ = None  # type: ignore[assignment]
+    def __ne__(self, other: object) -> OnGpu:  # type: ignore[override]
+        return OnGpu(self.value != other)
 
     def __add__(self, other: OnGpu) -> OnGpu:
         return OnGpu(self.value + other.value)
@@ -44,103 +42,100 @@ def flag(is_found: bool, wrap: Any = torch.clone) -> Any:
 
 
 def made(progress: Progress, schedule: schedules.Schedule = EVERY_THIRD) -> int | None:
-    (step,), position = progress.due([schedule])
-    progress.advance(position)
+    (step,), progress.position = progress.due([schedule])
     return step
 
 
 def test_steps_and_updates_in_the_plain_loop() -> None:
-    steps = StepCount()
-    progress = Progress(steps)
+    progress = Progress(counts_calls=False)
     found = []
     for _ in range(12):
-        steps.add()
+        progress.add()
         found.append(made(progress))
     assert found == [0, None, None, 3, None, None, 6, None, None, 9, None, None]
-    assert (progress.step_count, progress.num_calls) == (12, 12)
+    assert (progress.step_count, progress.position.num_calls) == (12, 12)
 
 
 def test_an_update_is_made_as_soon_as_it_is_due_and_once() -> None:
-    steps = StepCount()
-    progress = Progress(steps)
+    progress = Progress(counts_calls=False)
     assert [made(progress) for _ in range(3)] == [0, None, None]
-    assert (progress.step_count, progress.num_idle) == (0, 3)
+    assert (progress.step_count, progress.position.num_idle) == (0, 3)
     for _ in range(3):
-        steps.add()
+        progress.add()
         assert made(progress) is None
     # Three steps are counted: before the fourth.
     assert [made(progress) for _ in range(2)] == [3, None]
-    steps.add()
+    progress.add()
     assert made(progress) is None
-    assert (progress.step_count, progress.num_calls) == (4, 9)
+    assert (progress.step_count, progress.position.num_calls) == (4, 9)
 
 
 def test_several_steps_between_calls_make_up_for_the_latest_update() -> None:
-    steps = StepCount()
-    progress = Progress(steps)
+    progress = Progress(counts_calls=False)
     for _ in range(8):
-        steps.add()
+        progress.add()
     assert made(progress) == 6
     assert made(progress) is None
-    steps.add()
+    progress.add()
     assert made(progress) is None
     assert made(progress) == 9
 
 
 def test_a_position_not_advanced_to_is_due_again() -> None:
-    steps = StepCount()
-    progress = Progress(steps)
-    steps.add()
+    progress = Progress(counts_calls=False)
+    progress.add()
     assert progress.due([EVERY_THIRD])[0] == [0]
     assert progress.step_count == 0
     assert made(progress) == 0
 
 
 def test_calls_can_be_counted_instead() -> None:
-    progress = Progress(None)
+    progress = Progress(counts_calls=True)
     assert [made(progress) for _ in range(5)] == [0, None, None, 3, None]
-    assert (progress.step_count, progress.num_idle) == (5, 0)
+    assert (progress.step_count, progress.position.num_idle) == (5, 0)
 
 
 @pytest.mark.parametrize("is_current", [False, True])
 def test_restored_positions_go_on(is_current: bool) -> None:
-    steps = StepCount()
+    progress = Progress(counts_calls=False)
     for _ in range(7):
-        steps.add()
-    progress = Progress(steps)
+        progress.add()
     progress.restore(step_count=3, num_uncounted=0, num_calls=5, is_current=is_current)
-    assert (progress.step_count, progress.is_current, progress.num_calls) == (3, is_current, 5)
+    assert (progress.step_count, progress.state()["is_current"], progress.position.num_calls) == (3, is_current, 5)
     assert made(progress) == (None if is_current else 3)
-    steps.add()
+    progress.add()
     assert made(progress) is None
     assert progress.step_count == 4
 
 
 @pytest.mark.parametrize("wrap", [torch.clone, OnGpu], ids=["cpu", "gpu"])
-def test_skipped_steps_do_not_count(wrap: Any) -> None:
-    steps = StepCount()
-    progress = Progress(steps)
+@pytest.mark.parametrize("asks", [False, True], ids=["", "asked for its state"])
+@pytest.mark.parametrize("first", [1, 2], ids="from step {} on".format)
+def test_skipped_steps_do_not_count(wrap: Any, asks: bool, first: int) -> None:
+    progress = Progress(counts_calls=False)
     found = []
     for i in range(16):
-        steps.add(flag(i % 4 == 1, wrap))
+        progress.add(flag(i % 4 == first, wrap))
         found.append(made(progress))
-    # Steps 1, 5, 9 and 13 are skipped; an update due after such a call is made at once.
-    taken = [i for i in range(16) if i % 4 != 1]
+        if asks:
+            progress.state()
+    # Every fourth step is skipped; an update due after such a call is made at once.
+    taken = [i for i in range(16) if i % 4 != first]
     expected: list[int | None] = [None] * 16
     for update in (0, 3, 6, 9):
         before = taken[update - 1] if update else -1
         expected[before + 1] = update
     assert found == expected
-    assert progress.step_count == 12
+    assert (progress.step_count, progress.position.num_idle) == (12, 0)
 
 
 def test_a_gpu_is_waited_for_near_an_update_alone() -> None:
-    steps, rare = StepCount(), schedules.Linear(0.1, 0.9, 0, 200, frequency=100)
-    progress = Progress(steps)
+    rare = schedules.Linear(0.1, 0.9, 0, 200, frequency=100)
+    progress = Progress(counts_calls=False)
     OnGpu.waits = 0
     found = []
     for i in range(120):
-        steps.add(flag(i in (5, 50), OnGpu))
+        progress.add(flag(i in (5, 50), OnGpu))
         found.append(made(progress, rare))
     assert [i for i, step in enumerate(found) if step is not None] == [0, 102]
     assert OnGpu.waits < 12

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import warnings
+from contextlib import suppress
 
 import pytest
 import torch
+from faults import interrupted
 from held_runs import EVERY_OPTIMIZER, OPTIMIZERS, assert_held, start, train
 from torch import nn
 
@@ -14,7 +16,7 @@ from gmp_kernels import GMPScheduler, schedules
 from gmp_kernels.errors import GMPWarning
 from gmp_kernels.masks import BitMask
 from gmp_kernels.model.targets import Place
-from gmp_kernels.pruner import enforcement
+from gmp_kernels.pruner import watch
 from gmp_kernels.pruner.watch import SLICE, Watch, _sample_of, compare
 
 
@@ -34,6 +36,25 @@ def test_zeros_that_nobody_told_of_are_held_and_said_once(case: str) -> None:
         warnings.simplefilter("error")
         train((model, optimizer, pruner), 3)
     assert_held((model, optimizer, pruner))
+
+
+@pytest.mark.filterwarnings("ignore::gmp_kernels.errors.GMPWarning")
+def test_an_interrupt_leaves_zeros_that_nobody_told_of_held_or_still_to_be_found() -> None:
+    for after in range(0, 3000, 40):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(40, 30), nn.ReLU(), nn.Linear(30, 20))
+        with torch.no_grad():
+            model[0].weight[:, ::2] = 0.0
+            model[2].weight[::2] = 0.0
+        pruner = GMPScheduler(model, torch.optim.SGD(model.parameters(), lr=0.1), schedules.OneShot(0.9, step=3))
+        with suppress(KeyboardInterrupt), interrupted(after):
+            pruner.step()
+        torch.set_grad_enabled(True)
+        in_masks = {name: mask.sparsity for name, mask in pruner.masks.items()}
+        assert pruner.layer_sparsities() == in_masks
+        assert set(in_masks.values()) in ({0.0}, {0.5}), after
+        pruner.step()
+        assert set(pruner.layer_sparsities().values()) == {0.5}
 
 
 def test_zeros_can_be_let_train() -> None:
@@ -115,7 +136,7 @@ def test_zeros_that_loaded_masks_keep_are_let_train() -> None:
 def test_what_is_in_its_place_is_looked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
     run = start("torch_momentum")
     train(run)
-    monkeypatch.setattr(enforcement, "check_present", None)
+    monkeypatch.setattr(watch, "check_present", None)
     run[2].step()
 
 
@@ -123,14 +144,15 @@ def test_samples_are_spread_and_chosen_anew() -> None:
     n = 100_000
     weight = nn.Parameter(torch.ones(n))
     upper = BitMask.from_bool(torch.arange(n) < n // 2)
-    watch = Watch([weight], [Place({"weight": weight}, "weight")])
-    assert watch.sees_life([0], lambda _: upper)
+    model = nn.ParameterDict({"weight": weight})
+    watch = Watch(model, {"weight": weight}, {"weight": Place(model._parameters, "weight")})
+    assert watch.sees_life(["weight"], {"weight": upper})
     with torch.no_grad():
         weight[n // 2 :] = 0.0
-    assert not watch.sees_life([0], lambda _: upper)
+    assert not watch.sees_life(["weight"], {"weight": upper})
     lower = BitMask.from_bool(torch.arange(n) >= n // 2)
     watch.forget_samples()
-    assert watch.sees_life([0], lambda _: lower)
+    assert watch.sees_life(["weight"], {"weight": lower})
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
@@ -157,7 +179,7 @@ def test_weights_that_come_back_to_life_with_their_masks_are_not_looked_at_again
     run[2].load_state_dict(denser[2].state_dict(), masks_only=True)
     run[0].load_state_dict(denser[0].state_dict())
     run[2].step()
-    monkeypatch.setattr(enforcement, "compare", None)
+    monkeypatch.setattr(watch, "compare", None)
     for _ in range(4):
         run[2].step()
 
@@ -167,7 +189,7 @@ def test_weights_that_come_back_to_life_with_their_masks_are_not_looked_at_again
 def test_samples_are_pruned_weights_of_many_places(numel: int, share: float) -> None:
     kept = torch.rand(numel, generator=torch.Generator().manual_seed(0)) >= share
     for offset in range(5):
-        chosen = _sample_of(BitMask.from_bool(kept), offset).indices.tolist()
+        chosen = _sample_of(BitMask.from_bool(kept), offset)[0].tolist()
         assert not kept[chosen].any() and len(set(chosen)) == len(chosen)
         assert len(chosen) <= 64 and (share < 1.0 or len(chosen) >= min(16, numel))
         if numel >= 9001 and share == 0.9:

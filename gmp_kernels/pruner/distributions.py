@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import TypeAlias
 
-__all__ = ["DISTRIBUTIONS", "Distribution", "emptied_layers", "erk", "uniform"]
+__all__ = ["DISTRIBUTIONS", "Distribution", "emptied_layers", "erk", "together", "uniform"]
 
 Distribution: TypeAlias = Callable[[float, Sequence[Sequence[int]]], list[int]]
 
@@ -24,6 +24,11 @@ def uniform(sparsity: float, shapes: Sequence[Sequence[int]]) -> list[int]:
         One per layer, none empty.
     """
     return [round(sparsity * math.prod(shape)) for shape in shapes]
+
+
+def together(sparsity: float, shapes: Sequence[Sequence[int]]) -> list[int]:
+    """Return the one num_prune of layers that are ranked together: round(sparsity * N), N being all their weights."""
+    return [round(sparsity * sum(map(math.prod, shapes)))]
 
 
 def emptied_layers(names: Sequence[str], sizes: Sequence[int], num_pruned: Sequence[int]) -> list[str]:

@@ -2,76 +2,90 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar, TypeVar
+from weakref import WeakSet
 
 import torch
 from torch import nn
 
 from gmp_kernels.backends import capture
+from gmp_kernels.distributed import Shards
 from gmp_kernels.distributed.placement import local, sum_over_shards
 from gmp_kernels.errors import CaptureError, StateError, TargetError, warn
 from gmp_kernels.masks import BitMask
-from gmp_kernels.model.targets import Place, check_present
+from gmp_kernels.model.targets import Place
 from gmp_kernels.model.wrappers import inside, optimizer_chain, with_own_hooks
+from gmp_kernels.ops import Threshold
 from gmp_kernels.optim.masked import MaskedOptimizer
-from gmp_kernels.pruner.advice import on_damage, on_idle_calls, on_new_zeros, on_old_zeros
-from gmp_kernels.pruner.layers import Agreement
-from gmp_kernels.pruner.owners import let_go, owners_of, register
-from gmp_kernels.pruner.progress import StepCount
-from gmp_kernels.pruner.watch import Watch, compare
+from gmp_kernels.pruner.progress import Progress
+from gmp_kernels.pruner.watch import Watch
 from gmp_kernels.pruner.zeroing import state_beside, zero_all_where_pruned_
 
-__all__ = ["Enforcement", "refuse_capture"]
+__all__ = ["Enforcement", "write_despite_interrupts"]
 
 # Of all weights: more of them are not zero by accident.
 MANY_ZEROS = 0.01
 
+_T = TypeVar("_T")
 
-def refuse_capture(device: torch.device, what: str, use: str) -> None:
-    """Raise CaptureError while a CUDA graph is captured, whose replays do not run what Python does here."""
-    if capture.is_capturing(device):
-        raise CaptureError(f"expected nothing that a CUDA graph would leave out, got {what}; use {use}")
+
+def write_despite_interrupts(write: Callable[[], _T], shards: Shards | None) -> _T:
+    """Call what writes; an interrupt in between is raised once it was called again, which changes nothing twice."""
+    try:
+        return write()
+    except Exception:
+        raise
+    except BaseException:
+        # Other ranks would not take part.
+        if shards is None:
+            write()
+        raise
 
 
 class Enforcement:
-    """Masks of a pruner, applied whenever something has written to its parameters.
+    """Layers of a pruner, held at what their masks say whenever something has written to them.
 
-    A hook of the optimizer applies them after every step; under an optimizer of ``gmp_kernels.optim``, whose step
-    applies them itself, it only looks. ``check`` looks for what was written in between.
+    A hook of the optimizer applies the masks after every step; under an optimizer of ``gmp_kernels.optim``, whose step
+    applies them itself, it only looks. ``check`` looks for what was written in between. The hooks keep this alive, not
+    the pruner: what it has pruned stays zero when it is gone.
 
     Parameters
     ----------
-    model : torch.nn.Module
-    parameters : mapping of str to Parameter
-    places : mapping of str to Place
     masks : mapping of str to BitMask
         Shared with the pruner, which changes their bits.
     optimizer : object
         Perhaps a wrapper. Followed from ``own`` on.
-    backend : str, optional
-    counts_steps : bool
-        Whether the pruner counts the optimizer's steps, which the replays of a CUDA graph hide.
+    progress : Progress
+        Counts the steps of the innermost optimizer.
+    shards : Shards, optional
+        Where parameters are shards or copies of those of other ranks.
+    settings : dict of str to object
+        What has to be the same on every rank.
     expects_dense : bool
         Whether zeros that the model has before its first step are worth a word.
 
     Attributes
     ----------
-    optimizer : object
-        As it was attached, perhaps a wrapper.
-    num_pruned : dict of str to int
-        Pruned weights of the whole layers.
-    steps : StepCount
-        Steps of the innermost optimizer.
     masked_optimizer : MaskedOptimizer or None
         The innermost optimizer, if it applies masks itself.
-    agreement : Agreement
-        Of the ranks, without which none waits for another.
+    num_pruned : dict of str to int
+        Pruned weights of the whole layers.
+    thresholds : dict of str to Threshold
+        Of the latest update of each layer.
+    have_agreed : bool
+        Whether all ranks have found that they are in the same run.
+    watch : Watch
+        Tells what others have written.
     pruner : callable
-        A weak reference to the pruner. What it has pruned stays zero when it is gone.
+        A weak reference to the pruner.
     is_released : bool
         Whether the parameters are let go.
     """
+
+    # All that hold parameters. References to the parameters, weak ones too, would keep torch from swapping them when a
+    # model is converted.
+    holders: ClassVar[WeakSet[Enforcement]] = WeakSet()
 
     def __init__(
         self,
@@ -80,85 +94,96 @@ class Enforcement:
         places: Mapping[str, Place],
         masks: Mapping[str, BitMask],
         optimizer: Any,
+        progress: Progress,
         *,
+        shards: Shards | None,
+        settings: Mapping[str, object],
         backend: str | None,
-        counts_steps: bool,
         expects_dense: bool,
     ) -> None:
         self._model = model
-        self._parameters = dict(parameters)
-        self._names = list(parameters)
-        self._places = [places[name] for name in parameters]
-        self._masks = masks
-        self._backend = backend
-        self._counts_steps = counts_steps
+        self.parameters = dict(parameters)
+        self._places = places
+        self.masks = masks
+        self._progress = progress
+        self.shards = shards
+        self._settings = settings
+        self.backend = backend
         self._expects_dense = expects_dense
         self.num_pruned = dict.fromkeys(parameters, 0)
-        self._pruned: list[int] = []  # positions of targets that have pruned weights
+        self.thresholds: dict[str, Threshold] = {}
+        self._pruned: list[str] = []  # targets that have pruned weights
+        self.have_agreed = False
         self._said: set[str] = set()
         self._has_repaired = False  # since the step that is under way began
-        self.steps = StepCount()
         self.is_released = False
         self.pruner: Callable[[], object | None] = lambda: None
-        self.agreement: Agreement | None = None
         self._choose(optimizer)
-        self._watch = Watch(list(self._parameters.values()), self._places)
+        self.watch = Watch(self._model, self.parameters, self._places)
         self._hooks: list[Any] = []
 
     def __getstate__(self) -> dict[str, Any]:
         # The optimizer's hooks, and versions, belong to the objects of the original.
-        return {name: value for name, value in self.__dict__.items() if name not in ("_watch", "_hooks", "pruner")}
+        return {name: value for name, value in self.__dict__.items() if name not in ("watch", "_hooks", "pruner")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._watch = Watch(list(self._parameters.values()), self._places)
-        self._watch.record()
+        self.watch = Watch(self._model, self.parameters, self._places)
+        self.watch.record()
         self._hooks = []
         self.pruner = lambda: None
         if not self.is_released:
             self.own()
 
     @property
-    def held(self) -> list[nn.Parameter]:
-        """The parameters, in the order of their masks."""
-        return list(self._parameters.values())
+    def name(self) -> str:
+        """Class of the optimizer that takes the steps."""
+        return type(self._innermost).__name__
+
+    def say(self, what: str, message: str) -> None:
+        """Warn once for each kind of thing."""
+        if what not in self._said:
+            self._said.add(what)
+            warn(f"GMPScheduler: {message}")
 
     # -- who holds what ----------------------------------------------------------------------------------------------
 
     def follow(self, optimizer: Any) -> None:
-        """Follow this optimizer, and no longer the one before.
+        """Follow this optimizer, and no longer the one before; nothing has changed when it raises.
 
         Raises
         ------
         TargetError
             Its steps cannot be watched.
         StateError, CaptureError
-            It cannot take the masks over, or the one before cannot let them go. Nothing has changed.
+            It cannot take the masks over, or the one before cannot let them go.
         """
         innermost, before = optimizer_chain(optimizer)[-1], self.masked_optimizer
         if isinstance(innermost, MaskedOptimizer):
-            innermost.check_masks(dict(zip(self.held, self._masks.values(), strict=True)))
+            innermost.check_masks(self._masks_of(self.parameters))
         if before is not None and before is not innermost:
             # Their bits are written in place from now on, and nobody would tell it.
-            before.forget_masks(self.held)
+            before.forget_masks(self.parameters.values())
         self._unhook()
         self._choose(optimizer)
         self._attach()
 
     def _choose(self, optimizer: Any) -> None:
         self.optimizer, self._innermost = optimizer, optimizer_chain(optimizer)[-1]
-        self._inside = inside(self._innermost)
         self.masked_optimizer = self._innermost if isinstance(self._innermost, MaskedOptimizer) else None
 
     def _attach(self) -> None:
+        # A wrapper may write the weights itself once the step inside it is over.
+        wrappers = with_own_hooks(optimizer_chain(self.optimizer))[:-1]
+        hooks: list[Any] = [(wrapper.register_step_post_hook, self._after_wrapper) for wrapper in wrappers]
         if self.masked_optimizer is not None:
             self._hooks.append(self.masked_optimizer.watch_steps(self._before_step, self._after_masked_step))
         else:
-            self._hooks.append(self._innermost.register_step_pre_hook(_left_alone_by_compilers(self._before_step)))
-            self._hooks.append(self._innermost.register_step_post_hook(_left_alone_by_compilers(self._after_step)))
-        # A wrapper may write the weights itself once the step inside it is over.
-        for wrapper in with_own_hooks(optimizer_chain(self.optimizer))[:-1]:
-            self._hooks.append(wrapper.register_step_post_hook(_left_alone_by_compilers(self._after_wrapper)))
+            hooks.append((self._innermost.register_step_pre_hook, self._before_step))
+            hooks.append((self._innermost.register_step_post_hook, self._after_step))
+        for register, hook in hooks:
+            # Hooks depend on the masks: compiled with the step, they would be compiled again at every update.
+            self._hooks.append(register(torch.compiler.disable(hook)))  # type: ignore[no-untyped-call]
 
     def _unhook(self) -> None:
         for hook in self._hooks:
@@ -173,88 +198,90 @@ class Enforcement:
         TargetError
             Another pruner holds some of them and other parameters too. Nothing has changed.
         """
-        others = owners_of(self._parameters.values()) - {self}
-        mine = set(map(id, self._parameters.values()))
-        for other in others:
-            left = [name for name, p in other._parameters.items() if id(p) not in mine]
+        others = self._others()
+        for other, shared in others.items():
+            left = [name for name in other.parameters if name not in shared]
             if left and other.pruner() is not None:
                 raise TargetError(
                     f"GMPScheduler: expected parameters that no other pruner holds, got some of one that also holds "
                     f"'{left[0]}', which this one leaves out; call remove() on that one first"
                 )
-        for other in others:
-            other._give_up(mine)
-        register(self)
+        for other, shared in others.items():
+            # Where the pruner is gone, those left out stay held: nobody could let go of them by name.
+            other.release(shared)
+        self.holders.add(self)
         self._attach()
 
-    def _give_up(self, identities: set[int]) -> None:
-        """Let some parameters go. Others stay held where the pruner is gone: nobody could let go of them by name."""
-        parameters = {name: p for name, p in self._parameters.items() if id(p) not in identities}
-        if not parameters:
-            self.release()
-            return
-        gone = [p for p in self._parameters.values() if id(p) in identities]
-        if self.masked_optimizer is not None:
-            self.masked_optimizer.forget_masks(gone)
-        places = dict(zip(self._names, self._places, strict=True))
-        self._parameters, self._names = parameters, list(parameters)
-        self._places = [places[name] for name in parameters]
-        self._watch = Watch(list(parameters.values()), self._places)
-        self.masks_changed({name: self.num_pruned[name] for name in parameters})
+    def _others(self) -> dict[Enforcement, list[str]]:
+        """Return all others that hold some of these parameters, and the names that these have there."""
+        mine = set(map(id, self.parameters.values()))
+        shared = {
+            other: [name for name, p in other.parameters.items() if id(p) in mine]
+            for other in self.holders
+            if other is not self
+        }
+        return {other: names for other, names in shared.items() if names}
 
-    def release(self) -> None:
-        """Let the parameters go, with the zeros they have.
+    def release(self, names: Iterable[str] | None = None) -> None:
+        """Let parameters go, by default all, with the zeros they have.
 
         Raises
         ------
         CaptureError
             A CUDA graph holds their masks. Nothing has changed.
         """
+        gone = self.parameters if names is None else {name: self.parameters[name] for name in names}
         if self.masked_optimizer is not None:
-            self.masked_optimizer.forget_masks(self._parameters.values())
-        self.detach()
+            self.masked_optimizer.forget_masks(gone.values())
+        kept = {name: p for name, p in self.parameters.items() if name not in gone}
+        if not kept:
+            self.detach()
+            return
+        self.parameters = kept
+        self.watch = Watch(self._model, kept, self._places)
+        self.masks_changed({name: self.num_pruned[name] for name in kept})
 
     def detach(self) -> None:
         """Let the parameters go, and leave their masks to the optimizer."""
         self._unhook()
         self.is_released = True
-        let_go(self)
+        self.holders.discard(self)
 
     # -- masks -------------------------------------------------------------------------------------------------------
+
+    def check_masks(self, names: Iterable[str]) -> None:
+        """Raise what keeps an optimizer that applies masks itself from taking those of these targets over."""
+        if self.masked_optimizer is not None:
+            self.masked_optimizer.check_masks(self._masks_of(names))
 
     def masks_changed(self, num_pruned: dict[str, int]) -> None:
         """Go on with masks that have changed, of which so many weights are pruned."""
         self.num_pruned = num_pruned
-        self._pruned = [i for i, name in enumerate(self._names) if num_pruned[name]]
+        self._pruned = [name for name in self.parameters if num_pruned[name]]
         self._expects_dense = False
-        self._watch.forget_samples()
+        self.watch.forget_samples()
 
     def apply(self, names: Iterable[str], *, ranked_is_pruned: bool = False, are_checked: bool = False) -> None:
         """Zero what is pruned of these targets and of their optimizer state.
 
-        Parameters
-        ----------
-        names : iterable of str
-        ranked_is_pruned : bool
-            The tensor whose magnitudes decided, the master copy or else the weight, is zero there already.
-        are_checked : bool
-            An optimizer that applies masks itself has just checked them.
+        With ``ranked_is_pruned`` the tensor whose magnitudes decided, the master copy or else the weight, is zero there
+        already; with ``are_checked`` an optimizer that applies masks itself has just checked them.
         """
-        masks: dict[torch.Tensor, BitMask] = {self._parameters[name]: self._masks[name] for name in names}
-        self._watch.distrust()
+        masks = self._masks_of(names)
+        self.watch.distrust()
         if self.masked_optimizer is not None:
             self.masked_optimizer.share_masks(masks, ranked_is_pruned=ranked_is_pruned, are_checked=are_checked)
         else:
             self._zero([] if ranked_is_pruned else masks, masks)
-        self._watch.record()
+        self.watch.record()
 
     def _zero(self, weights: Iterable[torch.Tensor], masks: Mapping[torch.Tensor, BitMask]) -> None:
         """Zero what is pruned of these weights, and of the state of all parameters in ``masks``."""
         entries = [("weight", p.detach(), masks[p]) for p in weights]
-        for state in [optimizer.state for optimizer in self._inside]:
+        for optimizer in inside(self._innermost):
             for p, mask in masks.items():
-                entries += [(f"state '{key}'", value, mask) for key, value in state_beside(p, state)]
-        for i in zero_all_where_pruned_([entry[1:] for entry in entries], backend=self._backend):
+                entries += [(f"state '{key}'", value, mask) for key, value in state_beside(p, optimizer.state)]
+        for i in zero_all_where_pruned_([entry[1:] for entry in entries], backend=self.backend):
             key, tensor, _ = entries[i]
             self.say(
                 key,
@@ -262,66 +289,66 @@ class Enforcement:
                 "weights are pruned and is left as it is",
             )
 
+    def _masks_of(self, names: Iterable[str]) -> dict[torch.Tensor, BitMask]:
+        return {self.parameters[name]: self.masks[name] for name in names}
+
     # -- around the optimizer's steps --------------------------------------------------------------------------------
 
     def _before_step(self, *_: object) -> None:
         if self.masked_optimizer is None:
-            self._refuse_capture("after which masks are applied from Python", "gmp_kernels.optim")
-            self.check_shapes()
-        elif self._counts_steps:
-            self._refuse_capture("that the pruner counts, whose replays would not tell it", "count='calls'")
+            self.refuse_capture(f"a step of {self.name} after which masks are applied from Python", "gmp_kernels.optim")
+            self.watch.check_shapes()
+        elif not self._progress.counts_calls:
+            what = f"a step of {self.name} that the pruner counts, whose replays would not tell it"
+            self.refuse_capture(what, "count='calls'")
         self._has_repaired = False
         self.check()
 
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
-        self.steps.add(getattr(optimizer, "found_inf", None))
+        self._progress.add(getattr(optimizer, "found_inf", None))
         self._after_wrapper()
 
     def _after_masked_step(self, found_inf: torch.Tensor | None, *, is_direct: bool) -> None:
-        self.steps.add(found_inf)
+        self._progress.add(found_inf)
         if is_direct:
-            self._watch.record()
+            self.watch.record()
         elif not self._has_repaired:
             # What stands in for a parameter in a compiled step is written back to it later. If the parameter had to be
             # repaired the other was not, and that write is looked at like any.
-            self._watch.expect_writes()
+            self.watch.expect_writes()
 
     def _after_wrapper(self, *_: object) -> None:
-        self.apply(self._names[i] for i in self._pruned)
+        self.apply(self._pruned)
 
-    def _refuse_capture(self, what: str, use: str) -> None:
-        refuse_capture(next(iter(self._parameters.values())).device, f"a step of {self._name} {what}", use)
+    def refuse_capture(self, what: str, use: str) -> None:
+        """Raise CaptureError while a CUDA graph is captured, whose replays do not run what Python does here."""
+        if capture.is_capturing(next(iter(self.parameters.values())).device):
+            raise CaptureError(f"expected nothing that a CUDA graph would leave out, got {what}; use {use}")
 
     # -- what others wrote -------------------------------------------------------------------------------------------
 
     def check(self, *, sample: bool = False) -> None:
-        """Look whether anything but the optimizer has written to the parameters, and put right what contradicts a mask.
+        """Repair what contradicts a mask, if anything but the optimizer has written to the parameters.
 
-        Parameters
-        ----------
-        sample : bool
-            Also look at a few weights, for writes that leave no trace.
+        Reads no weights unless something was written, and then those; with ``sample`` also a few others, for writes
+        that leave no trace. What is found is said once, as ``GMPWarning``.
 
         Raises
         ------
         TargetError
             A parameter is not the model's any more.
-
-        Notes
-        -----
-        Reads no weights unless something was written, and then those. What is found is said once, as ``GMPWarning``.
         """
-        written = self._watch.written()
+        written = self.watch.written()
         if self._expects_dense:
             self._look_for_zeros()
-        elif sample and self._watch.sees_life(self._pruned, self._mask_at):
+        elif sample and self.watch.sees_life(self._pruned, self.masks):
             written = self._pruned
         if written:
             if self.masked_optimizer is not None:
-                self.masked_optimizer.follow_weights([self._parameters[self._names[i]] for i in written])
+                self.masked_optimizer.follow_weights([self.parameters[name] for name in written])
             self._compare(written)
             # Only now: what an interrupt comes before is looked at again.
-            self._watch.record()
+            self.watch.record()
 
     def verify(self) -> dict[str, int]:
         """Return the number of zeros of each target, counted from the weights.
@@ -332,108 +359,89 @@ class Enforcement:
             A pruned weight is not zero.
         """
         zeros = {}
-        for name, found in zip(self._names, self._contradictions(range(len(self._names))), strict=True):
-            mask = self._masks[name]
-            if found[0]:
+        for name, (num_alive, num_zeros) in self.watch.contradictions(self.parameters, self.masks).items():
+            pruned = self.masks[name].numel - self.masks[name].num_kept
+            if num_alive:
                 raise StateError(
-                    f"verify: expected {mask.numel - mask.num_kept} zeros in '{name}' where its mask says pruned, got "
-                    f"{found[0]} that are not zero: something other than {self._name} wrote to them; step() sets "
-                    "them to zero again"
+                    f"verify: expected {pruned} zeros in '{name}' where its mask says pruned, got {num_alive} that are "
+                    f"not zero: something other than {self.name} wrote to them; step() sets them to zero again"
                 )
-            zeros[name] = mask.numel - mask.num_kept + found[1]
+            zeros[name] = pruned + num_zeros
         return zeros
 
     def check_alive(self, what: str) -> None:
         """Raise StateError if the parameters are let go."""
         if self.is_released:
-            taken = owners_of(self._parameters.values())
-            reason = "a newer one holds; use that one" if taken else "were let go by remove(); build a new one"
+            reason = "a newer one holds; use that one" if self._others() else "were let go by remove(); build a new one"
             raise StateError(
                 f"GMPScheduler: expected {what} of a pruner that holds its parameters, got one whose parameters "
                 f"{reason}"
             )
 
-    def say_idle(self, num_calls: int, step_count: int) -> None:
-        """Say that the schedule stands still."""
-        self.say("idle", on_idle_calls(num_calls, self._name, step_count))
+    def agree(self) -> None:
+        """Wait until all ranks have found that they are in the same run, unless they have; raise if they differ."""
+        if self.shards is None or self.have_agreed:
+            return
+        thresholds = {f"threshold of '{name}'": value for name, value in self.thresholds.items()}
+        self.shards.agree({**self._settings, "step": self._progress.step_count, **thresholds})
+        self.have_agreed = True
 
-    def check_present(self) -> None:
-        """Raise TargetError for a target that was removed from the model, replaced or reshaped."""
-        if not self._watch.are_in_place():
-            self._compare_with_model()
-            # It is the first look, or another module leads to the same parameters now.
-            self._watch.locate(self._model)
-
-    def check_shapes(self) -> None:
-        """Raise TargetError for a parameter that was given other data, of another shape than its mask."""
-        if not self._watch.have_their_shapes():
-            self._compare_with_model()
-
-    def _compare_with_model(self) -> None:
-        check_present(self._model, self._parameters, dict(zip(self._names, self._watch.shapes, strict=True)))
-
-    def _contradictions(self, positions: Sequence[int]) -> list[tuple[int, int]]:
-        """Return, by parameter, how many pruned weights are not zero here and how many kept ones are."""
-        self.check_shapes()
-        parameters = [self._parameters[self._names[i]] for i in positions]
-        found = [compare(local(p), self._mask_at(i)) for i, p in zip(positions, parameters, strict=True)]
-        return [(alive, zeros) for alive, zeros in (counts.tolist() for counts in found)]
-
-    def _compare(self, positions: Sequence[int]) -> None:
-        self.check_shapes()
+    def _compare(self, names: Iterable[str]) -> None:
+        """Compare targets with their masks, and repair those that hold what they should not."""
         if "repair" in self._said:
             # It happens at every step, perhaps: to count first would double the cost.
-            self._repair([self._names[i] for i in self._pruned if i in positions])
+            self.watch.check_shapes()
+            self._has_repaired = True
+            self.apply([name for name in self._pruned if name in names])
             return
-        found = dict(zip(positions, self._contradictions(positions), strict=True))
-        damaged = {self._names[i]: alive for i, (alive, _) in found.items() if alive}
-        sizes = {i: self._mask_at(i).numel for i in positions}
+        found = self.watch.contradictions(names, self.masks)
+        damaged = {name: alive for name, (alive, _) in found.items() if alive}
+        sizes = {name: self.masks[name].numel for name in found}
         # Layers that start as zeros alone are another thing.
-        zeros = sum(zeros for i, (_, zeros) in found.items() if zeros < sizes[i])
+        zeros = sum(zeros for name, (_, zeros) in found.items() if zeros < sizes[name])
         share = zeros / max(1, sum(sizes.values()))
         if damaged:
-            self._repair(damaged)
-            self.say("repair", on_damage(damaged, self._name))
+            self._has_repaired = True
+            self.apply(damaged)
+            first, *others = damaged
+            more = f" and {len(others)} other layer{'s' * (len(others) > 1)}" if others else ""
+            self.say(
+                "repair",
+                f"{sum(damaged.values())} pruned weights of '{first}'{more} were not zero any more and have been set "
+                f"to zero again: something other than a whole step of {self.name}, the optimizer the pruner knows, "
+                "wrote to them. After loading earlier weights, load the pruner's state of that time as well; for a new "
+                "optimizer, set pruner.optimizer = new_optimizer; a wrapper that writes the weights itself is repaired "
+                "at every step",
+            )
         elif share > MANY_ZEROS:
-            self.say("zeros", on_new_zeros(share))
+            self.say(
+                "zeros",
+                f"{share:.1%} of the weights to be pruned have become zero although their masks keep them, and are not "
+                "held at zero. After loading later weights, load the pruner's state_dict() of that time too",
+            )
 
     def _look_for_zeros(self) -> None:
         """Hold the zeros of a model that was pruned before, on all ranks alike: nobody else knows of them."""
-        assert self.agreement is not None
-        self.agreement.make()
-        counts = self._contradictions(range(len(self._names)))
-        found = zip(self._parameters.items(), counts, strict=True)
-        zeros = {name: int(sum_over_shards(here, p)) for (name, p), (_, here) in found}
+        self.agree()
+        found = self.watch.contradictions(self.parameters, self.masks)
+        zeros = {name: int(sum_over_shards(here, self.parameters[name])) for name, (_, here) in found.items()}
         # Layers that start as zeros alone are another thing.
-        zeros = {name: number for name, number in zeros.items() if 0 < number < self._parameters[name].numel()}
-        share = sum(zeros.values()) / sum(p.numel() for p in self._parameters.values())
-        self._expects_dense = False
+        zeros = {name: number for name, number in zeros.items() if 0 < number < self.parameters[name].numel()}
+        share = sum(zeros.values()) / sum(p.numel() for p in self.parameters.values())
         if share <= MANY_ZEROS:
+            self._expects_dense = False
             return
-        for name in zeros:
-            self._masks[name].packed.copy_(BitMask.from_zeros(local(self._parameters[name])).packed)
-        self.masks_changed(dict.fromkeys(self._names, 0) | zeros)
-        self.apply(zeros)
-        self.say("zeros", on_old_zeros(share))
+        masks = {name: BitMask.from_zeros(local(self.parameters[name])) for name in zeros}
 
-    def _repair(self, names: Iterable[str]) -> None:
-        self._has_repaired = True
-        self.apply(names)
+        def hold() -> None:
+            for name, mask in masks.items():
+                self.masks[name].packed.copy_(mask.packed)
+            self.masks_changed(dict.fromkeys(self.parameters, 0) | zeros)
+            self.apply(zeros)
 
-    def _mask_at(self, position: int) -> BitMask:
-        return self._masks[self._names[position]]
-
-    @property
-    def _name(self) -> str:
-        return type(self._innermost).__name__
-
-    def say(self, what: str, message: str) -> None:
-        """Warn once for each kind of thing."""
-        if what not in self._said:
-            self._said.add(what)
-            warn(f"GMPScheduler: {message}")
-
-
-def _left_alone_by_compilers(hook: Callable[..., None]) -> Callable[..., None]:
-    """Keep a hook out of compiled steps: it depends on the masks, and would be compiled again at every update."""
-    return torch.compiler.disable(hook)  # type: ignore[no-any-return,no-untyped-call]
+        write_despite_interrupts(hold, self.shards)
+        self.say(
+            "zeros",
+            f"{share:.1%} of the weights to be pruned are zero already and are held at zero from now on, as with "
+            "start='zeros'. To resume a run, load the pruner's state_dict() too; to let them train, pass start={}",
+        )

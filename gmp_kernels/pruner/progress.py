@@ -2,176 +2,137 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
 from gmp_kernels.schedules import Schedule
 
-__all__ = ["Count", "Position", "Progress", "StepCount"]
-
-
-class Count(NamedTuple):
-    """Number of steps at one moment, of which a GPU may know some alone.
-
-    Attributes
-    ----------
-    known : int
-        Steps that were taken for certain.
-    num_open : int
-        Steps that a GPU decided to take or skip.
-    taken : torch.Tensor or None
-        How many of those it took.
-    """
-
-    known: int = 0
-    num_open: int = 0
-    taken: torch.Tensor | None = None
-
-    @property
-    def at_most(self) -> int:
-        """Number of steps if none was skipped."""
-        return self.known + self.num_open
-
-    def settled(self) -> Count:
-        """Return the same with nothing left open, which waits for the GPU."""
-        return self if self.taken is None else Count(self.known + int(self.taken))
-
-
-class StepCount:
-    """Steps that an optimizer has taken.
-
-    Attributes
-    ----------
-    now : Count
-    """
-
-    def __init__(self) -> None:
-        self.now = Count()
-
-    def add(self, found_inf: torch.Tensor | None = None) -> None:
-        """Count a step, unless the flag of a GradScaler made the optimizer skip it.
-
-        Notes
-        -----
-        A flag on a GPU is added up there. Whoever needs the sum waits for it, not the step.
-        """
-        known, num_open, taken = self.now
-        if found_inf is None or found_inf.device.type == "cpu":
-            self.now = Count(known + (found_inf is None or not found_inf.item()), num_open, taken)
-        else:
-            step = (found_inf == 0).sum()
-            self.now = Count(known, num_open + 1, step if taken is None else taken + step)
-
-    def settle(self) -> Count:
-        """Return the number of steps for certain; waits for a GPU that has decided about some."""
-        self.now = self.now.settled()
-        return self.now
+__all__ = ["Position", "Progress"]
 
 
 class Position(NamedTuple):
-    """Result of the latest call: one store replaces it, so that an interrupt leaves the old one or the new one."""
+    """Result of the latest call: one store replaces it, so that an interrupt leaves the old one or the new one.
 
-    steps: Count
-    made: int  # the last step whose updates are made
-    num_calls: int
-    num_idle: int  # calls in a row without a step
+    Attributes
+    ----------
+    num_steps : int
+        Steps counted by then, those that a GPU may have skipped included.
+    skipped : torch.Tensor or None
+        How many of them a GPU has skipped; None if all are known.
+    made : int
+        The last step whose updates are made.
+    num_calls : int
+        Calls of ``step()``, those without an optimizer step included.
+    num_idle : int
+        Latest calls in a row that found no step of the optimizer.
+    """
+
+    num_steps: int = 0
+    skipped: torch.Tensor | None = None
+    made: int = -1
+    num_calls: int = 0
+    num_idle: int = 0
 
 
 class Progress:
-    """Steps counted so far, and which of the updates that are due by then have been made.
+    """Optimizer steps counted so far, and which of the updates that are due by then have been made.
 
     The update of step ``n`` is due once ``n`` steps are counted, whether or not the next one has been taken. Where
     several steps were taken since the last call, the latest update among them is made.
 
     Parameters
     ----------
-    steps : StepCount or None
-        None: every call is a step.
+    counts_calls : bool
+        Whether every call is a step, whatever the optimizer does.
+
+    Attributes
+    ----------
+    position : Position
+        To be replaced by what ``due`` returned.
     """
 
-    def __init__(self, steps: StepCount | None) -> None:
-        self._steps = steps
-        self._offset = 0 if steps is None else steps.settle().known
-        self._position = Position(Count(self._offset), -1, 0, 0)
+    def __init__(self, *, counts_calls: bool) -> None:
+        self.counts_calls = counts_calls
+        self.position = Position()
+        self._num_steps = 0
+        self._skipped: torch.Tensor | None = None
+
+    def add(self, found_inf: torch.Tensor | None = None) -> None:
+        """Count a step of the optimizer, unless the flag of a GradScaler made it skip the step.
+
+        Notes
+        -----
+        A flag on a GPU is added up there. Whoever needs the sum waits for it, not the step.
+        """
+        if self.counts_calls:
+            return
+        if found_inf is None or found_inf.device.type == "cpu":
+            self._num_steps += found_inf is None or not found_inf.item()
+        else:
+            skipped = (found_inf != 0).sum()
+            skipped = skipped if self._skipped is None else self._skipped + skipped
+            self.__dict__.update(_num_steps=self._num_steps + 1, _skipped=skipped)
 
     @property
     def step_count(self) -> int:
         """Optimizer steps counted at the latest call. Waits for a GPU that decides about steps."""
-        return self._position.steps.settled().known - self._offset
-
-    @property
-    def num_calls(self) -> int:
-        """Calls of ``step()``, those without an optimizer step included."""
-        return self._position.num_calls
-
-    @property
-    def num_idle(self) -> int:
-        """Latest calls in a row that found no step of the optimizer."""
-        return self._position.num_idle
-
-    @property
-    def num_uncounted(self) -> int:
-        """Optimizer steps taken since the latest call, which the next one counts."""
-        return 0 if self._steps is None else self._steps.settle().known - self._position.steps.settled().known
-
-    @property
-    def is_current(self) -> bool:
-        """Whether the updates of ``step_count`` have been made already."""
-        return self._position.made >= self.step_count
-
-    def has_made(self, step: int) -> bool:
-        """Whether the updates up to this step have been made."""
-        return self._position.made >= step
+        self._settle()
+        return self.position.num_steps
 
     def state(self) -> dict[str, int]:
         """Return the arguments of ``restore`` that lead here, as plain data."""
+        self._settle()
+        position = self.position
         return {
-            "step_count": self.step_count,
-            "num_uncounted": self.num_uncounted,
-            "num_calls": self.num_calls,
-            "is_current": self.is_current,
+            "step_count": position.num_steps,
+            "num_uncounted": 0 if self.counts_calls else self._num_steps - position.num_steps,
+            "num_calls": position.num_calls,
+            "is_current": position.made >= position.num_steps,
         }
 
     def restore(self, *, step_count: int, num_uncounted: int, num_calls: int, is_current: int) -> None:
-        """Continue where ``state`` was taken.
-
-        Parameters
-        ----------
-        step_count, num_calls : int
-        num_uncounted : int
-            Optimizer steps taken since the latest call.
-        is_current : int
-            Whether the updates of ``step_count`` were made.
-        """
-        now = Count() if self._steps is None else Count(self._steps.settle().known - num_uncounted)
-        position = Position(now, step_count if is_current else step_count - 1, num_calls, 0)
-        self._offset, self._position = now.known - step_count, position
+        """Continue where ``state`` was taken, be it for the steps that the latest call had not counted yet."""
+        position = Position(step_count, None, step_count if is_current else step_count - 1, num_calls)
+        self.__dict__.update(position=position, _num_steps=step_count + num_uncounted, _skipped=None)
 
     def due(self, schedules: Sequence[Schedule]) -> tuple[list[int | None], Position]:
         """Return the step of the update that each schedule is due for, and the position once they are made."""
-        before = self._position
-        now = Count(before.steps.known + 1) if self._steps is None else self._steps.now
-        steps = self._range(now, before)
-        if now.taken is not None and any(_latest(schedule, steps) is not None for schedule in schedules):
-            assert self._steps is not None
-            now, before = self._steps.settle(), before._replace(steps=before.steps.settled())
-            steps = self._range(now, before)
-        idle = 0 if now.at_most > before.steps.at_most else before.num_idle + 1
-        after = Position(now, max(before.made, steps.stop - 1), before.num_calls + 1, idle)
-        return [_latest(schedule, steps) for schedule in schedules], after
+        steps = self._open_steps()
+        due = [_latest(schedule, steps) for schedule in schedules]
+        if self._skipped is not None and any(step is not None for step in due):
+            self._settle()
+            steps = self._open_steps()
+            due = [_latest(schedule, steps) for schedule in schedules]
+        before = self.position
+        num_steps = self._counted()
+        num_idle = 0 if num_steps > before.num_steps else before.num_idle + 1
+        made = max(before.made, steps.stop - 1)
+        return due, Position(num_steps, self._skipped, made, before.num_calls + 1, num_idle)
 
-    def advance(self, position: Position) -> None:
-        """Go to a position that ``due`` returned."""
-        self._position = position
+    def _counted(self) -> int:
+        """Return the number of steps at a call that is under way, those that a GPU may have skipped included."""
+        return self.position.num_steps + 1 if self.counts_calls else self._num_steps
 
-    def _range(self, now: Count, before: Position) -> range:
-        """Steps whose updates have to have been made after this call, and are not."""
-        step = now.at_most - self._offset
-        has_stepped = now.at_most > before.steps.at_most
-        return range(before.made + 1, step if has_stepped else step + 1)
+    def _open_steps(self) -> range:
+        """Return the steps whose updates have to have been made after this call, and are not."""
+        num_steps = self._counted()
+        has_stepped = num_steps > self.position.num_steps
+        return range(self.position.made + 1, num_steps if has_stepped else num_steps + 1)
+
+    def _settle(self) -> None:
+        """Subtract the steps that a GPU has skipped, which waits for it."""
+        if self._skipped is None:
+            return
+        before = self.position
+        known = before.num_steps if before.skipped is None else before.num_steps - int(before.skipped)
+        self.__dict__.update(
+            position=before._replace(num_steps=known, skipped=None),
+            _num_steps=self._num_steps - int(self._skipped),
+            _skipped=None,
+        )
 
 
-def _latest(schedule: Schedule, steps: Iterable[int]) -> int | None:
-    return next((step for step in reversed(steps) if schedule.is_update_step(step)), None)  # type: ignore[call-overload]
+def _latest(schedule: Schedule, steps: range) -> int | None:
+    return next((step for step in reversed(steps) if schedule.is_update_step(step)), None)

@@ -16,7 +16,7 @@ from gmp_kernels.model.names import named_parameters, plain_name
 from gmp_kernels.ops import Threshold
 from gmp_kernels.reports import StepReport
 
-__all__ = ["Saved", "Start", "pack", "starting_masks", "unpack", "unpack_masks"]
+__all__ = ["Saved", "Start", "pack", "starting_masks", "unpack"]
 
 Start: TypeAlias = Mapping[str, BitMask] | str | PathLike[str] | None
 
@@ -30,34 +30,31 @@ class Saved(NamedTuple):
 
     Attributes
     ----------
-    settings : dict
     progress : dict of str to int
-        As ``Progress.state`` returns it.
-    masks : dict of str to BitMask
+        As ``Progress.state`` returns it; empty where only the masks are taken.
+    masks : mapping of str to BitMask
     num_pruned : dict of str to int
         Of whole layers.
     thresholds : dict of str to Threshold
     history : list of StepReport
     """
 
-    settings: dict[str, Any]
     progress: dict[str, int]
-    masks: dict[str, BitMask]
+    masks: Mapping[str, BitMask]
     num_pruned: dict[str, int]
     thresholds: dict[str, Threshold]
     history: list[StepReport]
 
 
-def pack(saved: Saved, parameters: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+def pack(saved: Saved, parameters: Mapping[str, torch.Tensor], settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return copies of the masks and plain data, whose size does not grow with the number of updates."""
-    history = saved.history[-MOST_REPORTS:]
-    reports = [report.to_dict() for report in history]
+    reports = [report.to_dict() for report in saved.history[-MOST_REPORTS:]]
     for report in reports[:-1]:
         report["layers"] = ()
     # Tuples are what torch.distributed.checkpoint stores as they are, whatever they hold.
     return {
         "version": STATE_VERSION,
-        "settings": tuple(saved.settings.items()),
+        "settings": tuple(settings.items()),
         **saved.progress,
         "history": tuple(reports),
         "layers": {
@@ -72,8 +69,8 @@ def pack(saved: Saved, parameters: Mapping[str, torch.Tensor]) -> dict[str, Any]
     }
 
 
-def unpack(state: Any, parameters: Mapping[str, torch.Tensor], settings: Mapping[str, Any]) -> Saved:
-    """Return what ``pack`` was given, for these parameters and a run of these settings.
+def unpack(state: Any, parameters: Mapping[str, torch.Tensor], settings: Mapping[str, Any] | None) -> Saved:
+    """Return what ``pack`` was given, for these parameters and a run of these settings; of None the masks alone.
 
     Raises
     ------
@@ -82,6 +79,10 @@ def unpack(state: Any, parameters: Mapping[str, torch.Tensor], settings: Mapping
     """
     try:
         layers = _layers(state, parameters)
+        masks = {name: local_mask(layers[name]["mask"], parameter) for name, parameter in parameters.items()}
+        num_pruned = {name: int(layer["num_pruned"]) for name, layer in layers.items()}
+        if settings is None:
+            return Saved({}, masks, num_pruned, {}, [])
         found = dict(state["settings"])
         for setting, value in settings.items():
             if found.get(setting) != value:
@@ -89,40 +90,19 @@ def unpack(state: Any, parameters: Mapping[str, torch.Tensor], settings: Mapping
                     f"load_state_dict: expected {setting} {value!r}, got {found.get(setting)!r}; build the scheduler "
                     "with the same arguments, or take only the masks along: load_state_dict(state, masks_only=True)"
                 )
-        thresholds = {n: Threshold(*layer["threshold"]) for n, layer in layers.items() if layer["threshold"]}
         return Saved(
-            settings=found,
             progress={key: int(state[key]) for key in PROGRESS},
-            masks=_masks(layers, parameters),
-            num_pruned={name: int(layer["num_pruned"]) for name, layer in layers.items()},
-            thresholds=thresholds,
+            masks=masks,
+            num_pruned=num_pruned,
+            thresholds={n: Threshold(*layer["threshold"]) for n, layer in layers.items() if layer["threshold"]},
             history=[StepReport.from_dict(report) for report in state["history"]],
         )
+    except StateError:
+        raise
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise _damaged(error) from error
-
-
-def unpack_masks(state: Any, parameters: Mapping[str, torch.Tensor]) -> tuple[dict[str, BitMask], dict[str, int]]:
-    """Return the masks of a state alone, and how many weights of the whole layers they prune.
-
-    Raises
-    ------
-    StateError
-        The state is of another version, of other layers, or damaged.
-    """
-    try:
-        layers = _layers(state, parameters)
-        return _masks(layers, parameters), {name: int(layer["num_pruned"]) for name, layer in layers.items()}
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise _damaged(error) from error
-
-
-def _damaged(error: Exception) -> StateError:
-    if isinstance(error, StateError):
-        return error
-    return StateError(
-        f"load_state_dict: expected what state_dict() returned, got damaged data ({error!r}); load another file"
-    )
+        raise StateError(
+            f"load_state_dict: expected what state_dict() returned, got damaged data ({error!r}); load another file"
+        ) from error
 
 
 def _layers(state: Any, parameters: Mapping[str, torch.Tensor]) -> dict[str, Any]:
@@ -145,12 +125,8 @@ def _layers(state: Any, parameters: Mapping[str, torch.Tensor]) -> dict[str, Any
     return {name: layers[name] for name in parameters}
 
 
-def _masks(layers: Mapping[str, Any], parameters: Mapping[str, torch.Tensor]) -> dict[str, BitMask]:
-    return {name: local_mask(layers[name]["mask"], parameter) for name, parameter in parameters.items()}
-
-
 def _names_here(names: Iterable[str], known: Iterable[str]) -> dict[str, str]:
-    """Return {name: name here}: wrappers put parts in front of names, and may have been there then and not now."""
+    """Return {name: name here}: wrappers prefix names, and may have been there when they were saved but not now."""
     names, known = list(names), set(known)
     plain = {name: plain_name(name) for name in names}
     if not known.intersection(plain.values()):
@@ -168,7 +144,7 @@ def starting_masks(
 
     Parameters
     ----------
-    start : mapping of str to BitMask, path, "zeros" or None
+    start
         As in ``GMPScheduler``.
     model : torch.nn.Module
         Where else a name may be from, for errors.
@@ -185,17 +161,23 @@ def starting_masks(
     CheckpointError
         The file of masks cannot be read.
     """
-    masks = _masks_of_start(start, model, parameters)
+    if isinstance(start, str) and start == "zeros":
+        masks = {name: BitMask.from_zeros(local(p).detach()) for name, p in parameters.items()}
+    else:
+        given = {} if start is None else _masks_given(start, model, parameters)
+        masks = {
+            name: given[name] if name in given else BitMask.ones(local(p).shape, p.device)
+            for name, p in parameters.items()
+        }
     for name, places in kept.items():
         masks[name].packed &= local_mask(places, parameters[name]).packed
     return masks
 
 
-def _masks_of_start(start: Start, model: nn.Module, parameters: Mapping[str, torch.Tensor]) -> dict[str, BitMask]:
-    if start is None:
-        return {name: BitMask.ones(local(p).shape, p.device) for name, p in parameters.items()}
-    if isinstance(start, str) and start == "zeros":
-        return {name: BitMask.from_zeros(local(p).detach()) for name, p in parameters.items()}
+def _masks_given(
+    start: Mapping[str, BitMask] | str | PathLike[str], model: nn.Module, parameters: Mapping[str, torch.Tensor]
+) -> dict[str, BitMask]:
+    """Return copies, as the pruner writes its masks, of what this process holds of those in a mapping or a file."""
     if isinstance(start, (str, PathLike)):
         # Reading files takes the safetensors package, which nothing else here needs.
         from gmp_kernels.checkpoints.masks import read_masks
@@ -209,26 +191,23 @@ def _masks_of_start(start: Start, model: nn.Module, parameters: Mapping[str, tor
             f"{others[0]}; pack bool tensors by BitMask.from_bool, and give a pruner's state_dict() to load_state_dict"
         )
     names = _names_here(start, parameters)
-    masks = {names[name]: mask for name, mask in start.items()}
-    unknown = [name for name in masks if name not in parameters]
-    if unknown:
-        is_there = unknown[0] in named_parameters(model)
-        raise TargetError(
-            f"GMPScheduler: expected start to have masks of targets, got one of '{unknown[0]}'; "
-            + (
-                "add it to targets=, so that something holds it, or leave its mask out"
-                if is_there
-                else "the model has no parameter of that name: rename the mask, or pass start='zeros', which takes the "
-                "zeros of the weights themselves"
+    masks = {}
+    for name, mask in ((names[name], mask) for name, mask in start.items()):
+        if name not in parameters:
+            raise TargetError(
+                f"GMPScheduler: expected start to have masks of targets, got one of '{name}'; "
+                + (
+                    "add it to targets=, so that something holds it, or leave its mask out"
+                    if name in named_parameters(model)
+                    else "the model has no parameter of that name: rename the mask, or pass start='zeros', which takes "
+                    "the zeros of the weights themselves"
+                )
             )
-        )
-    for name, mask in masks.items():
-        if mask.shape != parameters[name].shape:
+        parameter = parameters[name]
+        if mask.shape != parameter.shape:
             raise ShapeError(
-                f"GMPScheduler: expected the mask that starts '{name}' of shape {tuple(parameters[name].shape)}, got "
+                f"GMPScheduler: expected the mask that starts '{name}' of shape {tuple(parameter.shape)}, got "
                 f"{tuple(mask.shape)}; is it of another model?"
             )
-    ones = _masks_of_start(None, model, {name: p for name, p in parameters.items() if name not in masks})
-    own = {name: local_mask(mask.packed, parameters[name]).to(parameters[name].device) for name, mask in masks.items()}
-    # The pruner writes its masks: those given stay as they are.
-    return {name: own[name].clone() if name in own else ones[name] for name in parameters}
+        masks[name] = local_mask(mask.packed, parameter).to(parameter.device).clone()
+    return masks

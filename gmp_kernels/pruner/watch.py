@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from operator import attrgetter, is_, itemgetter
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
 
-from gmp_kernels.distributed.placement import local, sum_over_shards
+from gmp_kernels.distributed.placement import local
 from gmp_kernels.masks import BitMask
-from gmp_kernels.model.targets import Place
+from gmp_kernels.model.targets import Place, check_present
 
-__all__ = ["Watch", "compare", "count_pruned"]
+__all__ = ["Watch", "compare"]
 
-CANDIDATES = 1024  # weights of a layer, of which the pruned ones are for brief looks
-SAMPLE = 32  # about so many of these, where the choice is no wait
+CANDIDATES = 1024  # weights of a layer among which brief looks choose pruned ones
+SAMPLE = 32  # about so many are chosen, where that does not wait for a GPU
 SLICE = 1 << 20  # weights compared with their mask at a time
-GPU_INTERVAL = 16  # brief looks asked for, to one that is taken at a GPU's weights
+GPU_INTERVAL = 16  # of so many brief looks at weights on a GPU, one is taken
 STRIDE = 0x9E3779B1  # odd, and near the golden ratio of 2^32: multiples spread evenly over any layer
 
 _version, _shape = attrgetter("_version"), attrgetter("shape")
@@ -57,156 +56,144 @@ def compare(weight: torch.Tensor, mask: BitMask) -> torch.Tensor:
     return found
 
 
-def count_pruned(masks: Mapping[str, BitMask], parameters: Mapping[str, torch.Tensor]) -> dict[str, int]:
-    """Count the pruned weights of whole layers from the masks of what is here; all ranks take part."""
-    here = {name: mask.numel - mask.num_kept for name, mask in masks.items()}
-    return {name: int(sum_over_shards(n, parameters[name])) for name, n in here.items()}
-
-
-class _Sample(NamedTuple):
-    """Flat indices of some weights, and which of them are pruned; None: all of them."""
-
-    indices: torch.Tensor
-    is_pruned: torch.Tensor | None
-
-
-class _Look(NamedTuple):
-    """Result of a brief look that a GPU may still be working on."""
-
-    is_done: Callable[[], bool]
-    has_found: torch.Tensor
-
-
 class Watch:
-    """Parameters at their places, and the versions they had when they were last seen.
+    """Parameters at their places in a model, and the versions they had when they were last seen."""
 
-    Parameters
-    ----------
-    parameters : sequence of Parameter
-    places : sequence of Place
-
-    Attributes
-    ----------
-    shapes : list of torch.Size
-        Of the parameters, when they came here.
-    """
-
-    def __init__(self, parameters: Sequence[nn.Parameter], places: Sequence[Place]) -> None:
-        self._parameters = parameters
-        self._places = places
-        self._num_looks = 0
-        self._look: _Look | None = None
+    def __init__(self, model: nn.Module, parameters: Mapping[str, nn.Parameter], places: Mapping[str, Place]) -> None:
+        self._model = model
+        self._by_name = parameters
+        self._parameters = list(parameters.values())
+        self._shapes = list(map(_shape, self._parameters))
         self._versions: list[int] | None = None
-        self.shapes = list(map(_shape, parameters))
-        self._samples: dict[int, _Sample] = {}
-        by_key: dict[str, list[int]] = {}
-        for i, place in enumerate(places):
-            by_key.setdefault(place.key, []).append(i)
+        self._num_looks = 0
+        self._samples: dict[str, tuple[torch.Tensor, torch.Tensor | None]] = {}
+        # A GPU's answer to a brief look, and the event after which it is there.
+        self._answer: tuple[torch.cuda.Event, torch.Tensor] | None = None
+        by_key: dict[str, list[str]] = {}
+        for name in parameters:
+            by_key.setdefault(places[name].key, []).append(name)
         self._held = [
-            (itemgetter(key), [places[i].holder for i in members], [parameters[i] for i in members])
-            for key, members in by_key.items()
+            (itemgetter(key), [places[name].holder for name in names], [parameters[name] for name in names])
+            for key, names in by_key.items()
         ]
+        self._holders = {id(place.holder) for place in places.values()}
         self._way: list[dict[str, nn.Module | None]] = []
         self._modules: list[dict[str, nn.Module | None]] | None = None
 
-    def locate(self, model: nn.Module) -> None:
-        """Take the modules by which this model leads to the parameters now for the right ones."""
-        self._way = _way_to({id(place.holder) for place in self._places}, model)
-        self._modules = [dict(modules) for modules in self._way]
-
-    def are_in_place(self) -> bool:
-        """Whether the model that they were located in still has these very parameters."""
+    def check_present(self) -> None:
+        """Raise TargetError for a parameter that was removed from the model, replaced or reshaped."""
         try:
             # Modules are equal where they are the same.
-            return self._way == self._modules and all(
+            are_in_place = self._way == self._modules and all(
                 all(map(is_, map(get, holders), held)) for get, holders, held in self._held
             )
         except KeyError:
-            return False
+            are_in_place = False
+        if not are_in_place:
+            self._compare_with_model()
+            # It is the first look, or another module leads to the same parameters now.
+            self._way = _way_to(self._holders, self._model)
+            self._modules = [dict(modules) for modules in self._way]
 
-    def have_their_shapes(self) -> bool:
-        """Whether all of them are of the shapes they began with: they may have been given other data."""
-        return list(map(_shape, self._parameters)) == self.shapes
+    def check_shapes(self) -> None:
+        """Raise TargetError for a parameter that was given other data, of another shape than it began with."""
+        if list(map(_shape, self._parameters)) != self._shapes:
+            self._compare_with_model()
+
+    def contradictions(self, names: Iterable[str], masks: Mapping[str, BitMask]) -> dict[str, tuple[int, int]]:
+        """Return, by parameter, how many pruned weights are not zero here and how many kept ones are."""
+        self.check_shapes()
+        # All are compared before a GPU is waited for.
+        found = {name: compare(local(self._by_name[name]), masks[name]) for name in names}
+        return {name: tuple(counts.tolist()) for name, counts in found.items()}
+
+    def _compare_with_model(self) -> None:
+        check_present(self._model, self._by_name, dict(zip(self._by_name, self._shapes, strict=True)))
 
     def record(self) -> None:
-        """Take the parameters as they are now for unchanged."""
+        """Accept the parameters as they are now."""
         self._versions = list(map(_version, self._parameters))
 
     def distrust(self) -> None:
-        """Take all parameters for written, until they are recorded."""
+        """Report all parameters as written until they are recorded."""
         self._versions = [-1] * len(self._parameters)
 
     def expect_writes(self) -> None:
-        """Take them as they will be when they are next looked at for unchanged."""
+        """Accept the parameters as the next call of ``written`` finds them."""
         self._versions = None
 
-    def written(self) -> list[int]:
-        """Return the positions of the parameters that torch saw written since they were recorded."""
+    def written(self) -> list[str]:
+        """Return the names of the parameters that torch saw written since they were recorded."""
         now = list(map(_version, self._parameters))
         if self._versions is None:
             self._versions = now
         if self._versions == now:
             return []
-        return [i for i, (old, new) in enumerate(zip(self._versions, now, strict=True)) if old != new]
+        versions = zip(self._by_name, self._versions, now, strict=True)
+        return [name for name, old, new in versions if old != new]
 
     def forget_samples(self) -> None:
-        """Choose other weights for brief looks: masks have changed."""
+        """Have brief looks choose other weights, after masks have changed."""
         self._samples.clear()
-        self._look = None
+        self._answer = None
 
-    def sees_life(self, members: Sequence[int], mask_of: Callable[[int], BitMask]) -> bool:
+    def sees_life(self, names: Sequence[str], masks: Mapping[str, BitMask]) -> bool:
         """Whether a sample of weights of one of these parameters, another at every call, holds any that should be zero.
 
         Shows writes that leave no trace in versions: through ``.data``, by memory that others share. On a GPU the
         answer is that of an earlier call, and most calls do not look.
         """
-        if not members:
+        if not names:
             return False
-        if self._look is not None:
-            if not self._look.is_done():
+        if self._answer is not None:
+            event, answer = self._answer
+            if not event.query():  # type: ignore[no-untyped-call]
                 return False
-            look, self._look = self._look, None
-            return bool(look.has_found)
+            self._answer = None
+            return bool(answer)
         self._num_looks += 1
         turn = self._num_looks
-        if self._parameters[members[0]].device.type != "cpu":
+        if self._by_name[names[0]].device.type != "cpu":
             turn, rest = divmod(turn, GPU_INTERVAL)
             if rest:
                 return False
-        i = members[turn % len(members)]
-        weight, mask = local(self._parameters[i]).detach(), mask_of(i)
+        name = names[turn % len(names)]
+        weight, mask = local(self._by_name[name]).detach(), masks[name]
         if weight.shape != mask.shape:
             return True
         if not weight.is_contiguous():
             return False
-        sample = self._samples.get(i)
-        if sample is None:
-            sample = self._samples[i] = _sample_of(mask, turn)
-        found = torch.take(weight, sample.indices)
-        if sample.is_pruned is None:
+        if name not in self._samples:
+            self._samples[name] = _sample_of(mask, turn)
+        indices, is_pruned = self._samples[name]
+        found = torch.take(weight, indices)
+        if is_pruned is None:
             return any(found.tolist())
-        self._look = _answered_later(found.ne(0).logical_and_(sample.is_pruned).any())
+        self._answer = _brought_back(found.ne(0).logical_and_(is_pruned).any())
         return False
 
 
 def _way_to(holders: set[int], module: nn.Module) -> list[dict[str, nn.Module | None]]:
-    """Return what holds modules on the way from this one to these dictionaries of parameters."""
+    """Return the dictionaries of modules that lead from this module to these dictionaries of parameters."""
     children = [child for child in module._modules.values() if child is not None]
     way = [modules for child in children for modules in _way_to(holders, child)]
     leads_there = way or not holders.isdisjoint(id(child._parameters) for child in children)
     return [module._modules, *way] if leads_there else []
 
 
-def _sample_of(mask: BitMask, offset: int) -> _Sample:
-    """Return weights that are spread over the layer; to choose among the pruned ones would wait for a GPU."""
+def _sample_of(mask: BitMask, offset: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return flat indices spread over the layer, and which of them are pruned: None if all are.
+
+    On a GPU the pruned ones are not chosen, as that would wait for it.
+    """
     device = mask.packed.device
     if device.type == "cpu":
-        return _Sample(_pruned_among(mask, offset), None)
+        return _pruned_among(mask, offset), None
     indices = torch.arange(min(CANDIDATES, mask.numel), device=device)
     if mask.numel > CANDIDATES:
         indices = (indices + offset * CANDIDATES).mul_(STRIDE).remainder_(mask.numel)
     bits = mask.packed[indices >> 3] >> (indices & 7).to(torch.uint8)
-    return _Sample(indices, (bits & 1) == 0)
+    return indices, (bits & 1) == 0
 
 
 def _pruned_among(mask: BitMask, offset: int) -> torch.Tensor:
@@ -224,10 +211,10 @@ def _pruned_among(mask: BitMask, offset: int) -> torch.Tensor:
     return torch.from_numpy(indices[indices < mask.numel])
 
 
-def _answered_later(found: torch.Tensor) -> _Look:
-    """Bring an answer from a GPU without waiting for it."""
+def _brought_back(found: torch.Tensor) -> tuple[torch.cuda.Event, torch.Tensor]:
+    """Copy an answer from a GPU without waiting for it; it is there after the event."""
     answer = torch.empty((), dtype=torch.bool, device="cpu", pin_memory=True)
     answer.copy_(found, non_blocking=True)
     event = torch.cuda.Event()  # type: ignore[no-untyped-call]
     event.record(torch.cuda.current_stream(found.device))
-    return _Look(event.query, answer)
+    return event, answer

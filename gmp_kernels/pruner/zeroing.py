@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 
-from gmp_kernels.backends.at_once import at_once
 from gmp_kernels.backends.dtypes import DTYPES
 from gmp_kernels.checks import PLAIN, has_memory, is_wrapper, may_overlap
 from gmp_kernels.distributed.placement import local
@@ -82,7 +81,7 @@ def zero_where_pruned_(tensor: torch.Tensor, mask: BitMask) -> bool:
 
     Notes
     -----
-    Temporary memory: 256 KB and a copy of the bits on another device; of a subclass three times its plain values.
+    Temporary memory: 1 MB and a copy of the bits on another device; of a subclass three times its plain values.
     """
     tensor = local(tensor)
     if tensor.is_nested or tensor.layout != torch.strided or tensor.device.type == "meta" or tensor.is_quantized:
@@ -101,22 +100,12 @@ def _zero_plain(tensor: torch.Tensor, mask: BitMask) -> bool:
     with torch.inference_mode(tensor.is_inference()):
         # torch has few operations for float8; as bytes it has all, and 0 is 0.
         values = tensor.detach().view(torch.uint8) if tensor.itemsize == 1 else tensor.detach()
-        at_once(list(_zeroing(values, mask.packed.to(tensor.device))))
+        packed = mask.packed.to(tensor.device)
+        for piece, start in _slices(values, 0):
+            first, end = start // 8, start + piece.numel()
+            bits = BitMask.of(packed[first : -(-end // 8)], torch.Size([end - 8 * first]))
+            piece.masked_fill_(bits.to_bool()[start % 8 :].logical_not_().view(piece.shape), 0)
     return True
-
-
-def _zeroing(tensor: torch.Tensor, packed: torch.Tensor) -> Iterator[Callable[[], object]]:
-    """Yield the calls that zero a tensor slice by slice. They share one buffer, so that none has to find memory."""
-    bits = torch.arange(8, dtype=torch.uint8, device=packed.device)
-    buffer = torch.empty(min(SLICE // 8 + 1, packed.numel()), 8, dtype=torch.uint8, device=packed.device)
-    for piece, start in _slices(tensor, 0):
-        first, end = start // 8, -(-(start + piece.numel()) // 8)
-        unpacked = buffer[: end - first]
-        yield partial(torch.bitwise_right_shift, packed[first:end].unsqueeze(1), bits, out=unpacked)
-        yield partial(unpacked.bitwise_and_, 1)
-        yield partial(unpacked.bitwise_xor_, 1)
-        pruned = unpacked.view(torch.bool).view(-1)[start % 8 :][: piece.numel()]
-        yield partial(piece.masked_fill_, pruned.view(piece.shape), 0)
 
 
 def _slices(tensor: torch.Tensor, start: int) -> Iterator[tuple[torch.Tensor, int]]:
@@ -145,17 +134,19 @@ def _zero_wrapped(tensor: torch.Tensor, mask: BitMask) -> bool:
     if not before[pruned].any():
         return True  # to round again what is right would let it drift
     saved = [part.clone() for _, part in inner]
+    holds = False
     try:
         tensor.copy_(before.masked_fill(pruned, 0))
         after = _plain(tensor)
         holds = after is not None and _holds(before, after, pruned)
     except Exception:  # whatever their code raises
-        holds = False
-    except BaseException:
-        _restore(tensor, inner, saved)
-        raise
-    if not holds:
-        _restore(tensor, inner, saved)
+        pass
+    finally:
+        if not holds:
+            for (name, part), values in zip(inner, saved, strict=True):
+                part.copy_(values)
+                if getattr(tensor, name) is not part:
+                    setattr(tensor, name, part)
     return holds
 
 
@@ -186,10 +177,3 @@ def _holds(before: torch.Tensor, after: torch.Tensor, pruned: torch.Tensor) -> b
         return False
     kept = before.masked_fill(pruned, 0).double()
     return bool((after.double() - kept).norm() <= MOST_ROUNDING * kept.norm())
-
-
-def _restore(tensor: torch.Tensor, inner: Sequence[tuple[str, torch.Tensor]], saved: Sequence[torch.Tensor]) -> None:
-    for (name, part), values in zip(inner, saved, strict=True):
-        part.copy_(values)
-        if getattr(tensor, name) is not part:
-            setattr(tensor, name, part)
