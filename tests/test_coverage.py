@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from gmp_kernels import GMPScheduler, schedules
 from gmp_kernels.checkpoints.files import TensorInfo
-from gmp_kernels.checkpoints.targets import cover_tensors, select_tensors
+from gmp_kernels.checkpoints.targets import TensorIndex
 from gmp_kernels.errors import DTypeError, TargetError
 from gmp_kernels.model.coverage import Coverage, shown_names, shown_shape
 from gmp_kernels.model.names import plain_name
@@ -37,8 +37,8 @@ def test_default_targets_of_models_people_train(make):
 @pytest.mark.parametrize("make", TREES.values(), ids=TREES)
 def test_a_checkpoint_has_the_targets_of_its_model(make):
     model, targets = make()
-    found = select_tensors(tensors_of(model), None, None)
-    assert {plain_name(tensor.name) for tensor in found} == set(targets)
+    found, _ = TensorIndex(tensors_of(model)).choose(None, None)
+    assert {plain_name(name) for name in found} == set(targets)
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_a_checkpoint_has_the_targets_of_its_model(make):
 def test_what_is_left_out_has_a_reason_in_models_and_checkpoints(name, tensor, reason):
     model, _ = TREES[name]()
     assert reasons(ParameterIndex(model).select(None, None).coverage)[tensor] == reason
-    assert reasons(cover_tensors(tensors_of(model), None, None))[tensor] == reason
+    assert reasons(TensorIndex(tensors_of(model)).choose(None, None)[1])[tensor] == reason
 
 
 def test_the_types_of_modules_decide_where_names_mislead():
@@ -128,7 +128,7 @@ def test_printing_a_pruner_shows_schedule_targets_share_and_what_is_left_out():
 
 def test_names_with_control_characters_are_shown_escaped():
     infos = [TensorInfo("a\x1b[31m.weight", "F32", (4, 4), 0, 64), TensorInfo("b\n.weight", "I64", (4, 4), 0, 128)]
-    table = str(cover_tensors(infos, None, None))
+    table = str(TensorIndex(infos).choose(None, None)[1])
     assert r"a\x1b[31m.weight (4x4)" in table and r"b\n.weight (4x4)" in table and len(table.splitlines()) == 4
 
 
@@ -268,7 +268,7 @@ def test_entries_for_checkpoints_mean_what_they_mean_for_models():
     tensors = tensors_of(model)
     for entry in ("model.layers.0.mlp", "model", "*experts", "re:.*mlp$", "lm_head", "*", "model.layers.0.self_attn"):
         expected = set(ParameterIndex(model).select(entry, None).parameters)
-        assert {tensor.name for tensor in select_tensors(tensors, [entry], None)} == expected, entry
+        assert set(TensorIndex(tensors).choose([entry], None)[0]) == expected, entry
 
 
 def test_a_checkpoint_refuses_what_cannot_be_pruned_by_its_reason():
@@ -279,14 +279,14 @@ def test_a_checkpoint_refuses_what_cannot_be_pruned_by_its_reason():
         TensorInfo("packed.scales", "F16", (2, 8), 336, 32),
         TensorInfo("waves.weight", "C64", (8, 8), 368, 512),
     ]
-    assert [tensor.name for tensor in select_tensors(infos, ["*"], None)] == ["layer.weight"]
+    assert TensorIndex(infos).choose(["*"], None)[0] == ["layer.weight"]
     for entry, reason in [("packed", "'packed.qweight' of dtype I32.*quantized"), ("waves", "complex")]:
         with pytest.raises(TargetError, match=reason):
-            select_tensors(infos, [entry], None)
+            TensorIndex(infos).choose([entry], None)
     with pytest.raises(TargetError, match=r"heads of language models; 'waves\.weight' is left out: complex$"):
-        select_tensors(infos[1:], None, None)
+        TensorIndex(infos[1:]).choose(None, None)
     with pytest.raises(TargetError, match=r"there are e\.g\. 'layer\.weight'$"):
-        select_tensors(infos, ["packed.qweigth"], None)
+        TensorIndex(infos).choose(["packed.qweigth"], None)
 
 
 def test_layers_of_no_size_are_left_out():

@@ -11,7 +11,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from tree_building import bare, schedule, tensors_of
 
 from gmp_kernels import BitMask, GMPScheduler, optim, schedules
-from gmp_kernels.checkpoints.targets import select_tensors
+from gmp_kernels.checkpoints.targets import TensorIndex
 from gmp_kernels.errors import TargetError
 from gmp_kernels.model.targets import ParameterIndex
 
@@ -73,9 +73,9 @@ def test_a_computed_weight_can_be_meant_by_its_own_name(kind, targets):
 @pytest.mark.parametrize("kind", PARAMETRIZED)
 def test_a_checkpoint_with_computed_weights_has_the_targets_of_its_model(kind):
     model = parametrized(kind)
-    chosen = {tensor.name for tensor in select_tensors(tensors_of(model), None, None)}
+    chosen = set(TensorIndex(tensors_of(model)).choose(None, None)[0])
     assert chosen == set(ParameterIndex(model).select(None, None).parameters)
-    assert [t.name for t in select_tensors(tensors_of(model), ["0.weight"], None)] == [PARAMETRIZED[kind][1]]
+    assert TensorIndex(tensors_of(model)).choose(["0.weight"], None)[0] == [PARAMETRIZED[kind][1]]
 
 
 class Symmetric(nn.Module):
@@ -119,7 +119,7 @@ def test_other_parametrizations_are_left_out_and_refused_by_name(wrap, kind):
         ParameterIndex(model).select("0", None)
     assert list(ParameterIndex(model).select("*", None).parameters) == ["1.weight"]
     if kind == "Orthogonal":
-        assert [tensor.name for tensor in select_tensors(tensors_of(model), None, None)] == ["1.weight"]
+        assert TensorIndex(tensors_of(model)).choose(None, None)[0] == ["1.weight"]
 
 
 @pytest.mark.parametrize("kind", ["weight_norm", "old weight_norm"])

@@ -11,7 +11,7 @@ import torch
 
 from gmp_kernels.backends import Bracket, BracketCounts, Implementation, Layer, Threshold
 from gmp_kernels.backends.keys import magnitude_of
-from gmp_kernels.checkpoints.files import DTYPES, Shard, TensorInfo
+from gmp_kernels.checkpoints.files import DTYPES, FileShard, TensorInfo
 from gmp_kernels.checkpoints.stream import Source, Stream
 from gmp_kernels.errors import NonFiniteError
 from gmp_kernels.search.communicator import Communicator
@@ -48,7 +48,7 @@ class Workspace(NamedTuple):
 class Located(NamedTuple):
     """A tensor and the file it lies in."""
 
-    shard: Shard
+    shard: FileShard
     tensor: TensorInfo
 
 
@@ -80,7 +80,7 @@ def decide(
     group: Mapping[int, Located],
     workspace: Workspace,
     num_prune: int,
-    mine: Callable[[Shard], bool],
+    mine: Callable[[FileShard], bool],
     ranks: Communicator,
 ) -> dict[int, Decision]:
     """Rank all weights of a group of tensors together and return what is pruned of each.

@@ -21,7 +21,7 @@ from gmp_kernels.backends import dtypes
 from gmp_kernels.checkpoints.folders import SUFFIX, is_tied, look_into, read_index, unique_names
 from gmp_kernels.errors import CheckpointError
 
-__all__ = ["DTYPES", "Checkpoint", "Shard", "TensorInfo", "header_of", "open_checkpoint"]
+__all__ = ["DTYPES", "Checkpoint", "FileShard", "TensorInfo", "header_of", "open_checkpoint"]
 
 # The dtypes whose magnitudes have an order here, by their names in the format.
 DTYPES = {row.stored: dtype for dtype, row in dtypes.DTYPES.items()}
@@ -42,9 +42,14 @@ class TensorInfo(NamedTuple):
         """Number of elements."""
         return math.prod(self.shape)
 
+    @property
+    def span(self) -> range:
+        """Bytes of the file that it takes."""
+        return range(self.begin, self.begin + self.nbytes)
+
 
 @dataclass(frozen=True)
-class Shard:
+class FileShard:
     """One safetensors file.
 
     Attributes
@@ -68,6 +73,12 @@ class Shard:
     data_begin: int
     identity: dict[str, Any]
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the file."""
+        size: int = self.identity["size"]
+        return size
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -77,7 +88,7 @@ class Checkpoint:
     ----------
     root : Path
         The file or the folder.
-    shards : tuple of Shard
+    shards : tuple of FileShard
         In the order of their names.
     others : dict of str to Path
         {path relative to the folder: file} of what belongs to the model beside them.
@@ -90,7 +101,7 @@ class Checkpoint:
     """
 
     root: Path
-    shards: tuple[Shard, ...]
+    shards: tuple[FileShard, ...]
     others: dict[str, Path]
     index: str | None
     left_out: dict[str, str]
@@ -100,6 +111,11 @@ class Checkpoint:
     def tensors(self) -> list[TensorInfo]:
         """All tensors, in the order of the shards and of their bytes: the order of global scope."""
         return [tensor for shard in self.shards for tensor in shard.tensors]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all shards."""
+        return sum(shard.num_bytes for shard in self.shards)
 
     def identity(self) -> dict[str, Any]:
         """Return what tells that no file of the checkpoint has changed."""
@@ -145,24 +161,26 @@ def open_checkpoint(path: Path, *, copy_others: bool = False) -> Checkpoint:
         return Checkpoint(path, (_read_shard(path, path.name),), {}, None, {}, ())
     if not stat.S_ISDIR(mode):
         raise CheckpointError(f"{path}: expected a {SUFFIX} file or a folder of them, got a device or a pipe")
-    contents = look_into(path, everything=copy_others)
-    shards = tuple(_read_shard(file, name) for name, file in contents.shards.items())
+    files, others, index, left_out = look_into(path, everything=copy_others)
+    shards = tuple(_read_shard(file, name) for name, file in files.items())
     found = _shards_of_tensors(path, shards)
-    tied = () if contents.index is None else _check_index(path, read_index(path / contents.index)["weight_map"], found)
-    return Checkpoint(path, shards, contents.others, contents.index, contents.left_out, tied)
+    tied = () if index is None else _check_index(path, read_index(path / index)["weight_map"], found)
+    return Checkpoint(path, shards, others, index, left_out, tied)
 
 
-def header_of(tensors: Sequence[tuple[str, str, Sequence[int], int]], metadata: Mapping[str, str] | None) -> bytes:
-    """Return a header, its length included, for tensors given as (name, dtype, shape, bytes) in the order of bytes."""
+def header_of(tensors: Sequence[TensorInfo], metadata: Mapping[str, str] | None) -> tuple[bytes, dict[str, int]]:
+    """Return a header, its length included, for tensors in the order of their bytes, and where each of them begins."""
     entries: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
-    begin = 0
-    for name, dtype, shape, nbytes in tensors:
-        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, begin + nbytes]}
-        begin += nbytes
+    begin, begins = 0, {}
+    for tensor in tensors:
+        begins[tensor.name], end = begin, begin + tensor.nbytes
+        entries[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [begin, end]}
+        begin = end
     text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
     # Spaces, so that the data begins at a multiple of 8, as the format wants it.
     text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(LENGTH_BYTES, "little") + text
+    header = len(text).to_bytes(LENGTH_BYTES, "little") + text
+    return header, {name: len(header) + begin for name, begin in begins.items()}
 
 
 def _size_and_time(path: Path) -> dict[str, int]:
@@ -173,7 +191,7 @@ def _size_and_time(path: Path) -> dict[str, int]:
     return {"size": found.st_size, "mtime_ns": found.st_mtime_ns}
 
 
-def _read_shard(path: Path, name: str) -> Shard:
+def _read_shard(path: Path, name: str) -> FileShard:
     try:
         with safe_open(path, "numpy"):  # checks the header
             pass
@@ -195,10 +213,10 @@ def _read_shard(path: Path, name: str) -> Shard:
         ) from None
     tensors.sort(key=lambda tensor: (tensor.begin, tensor.nbytes))
     identity = _size_and_time(path) | {"header": hashlib.sha256(text).hexdigest()}
-    return Shard(path, name, tuple(tensors), metadata, data_begin, identity)
+    return FileShard(path, name, tuple(tensors), metadata, data_begin, identity)
 
 
-def _shards_of_tensors(root: Path, shards: Sequence[Shard]) -> dict[str, str]:
+def _shards_of_tensors(root: Path, shards: Sequence[FileShard]) -> dict[str, str]:
     """Return {tensor: name of its shard}, each once."""
     found: dict[str, str] = {}
     for shard in shards:

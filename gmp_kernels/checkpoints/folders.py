@@ -12,13 +12,12 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gmp_kernels.errors import CheckpointError
 
-__all__ = ["SUFFIX", "Contents", "is_tied", "look_into", "read_index", "unique_names"]
+__all__ = ["SUFFIX", "is_tied", "look_into", "read_index", "unique_names"]
 
 SUFFIX = ".safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
@@ -50,28 +49,17 @@ TIED = re.compile(
 )
 
 
-@dataclass(frozen=True)
-class Contents:
-    """Files of a folder by their paths relative to it.
+def look_into(root: Path, *, everything: bool) -> tuple[dict[str, Path], dict[str, Path], str | None, dict[str, str]]:
+    """Sort the files of a folder; with ``everything`` all that is not the model belongs to it.
 
-    Attributes
-    ----------
+    Returns
+    -------
     shards, others : dict of str to Path
-        The model, and what belongs to it.
+        The model, and what belongs to it, by their paths relative to the folder.
     index : str or None
         The one among ``others`` that maps tensors to shards.
     left_out : dict of str to str
         {file, or hidden folder: what it is} of everything else.
-    """
-
-    shards: dict[str, Path]
-    others: dict[str, Path]
-    index: str | None
-    left_out: dict[str, str]
-
-
-def look_into(root: Path, *, everything: bool) -> Contents:
-    """Sort the files of a folder; with ``everything`` all that is not the model belongs to it.
 
     Raises
     ------
@@ -103,7 +91,7 @@ def look_into(root: Path, *, everything: bool) -> Contents:
     for path in (*shards.values(), *others.values()):
         if not path.is_file():
             raise CheckpointError(f"{path}: expected a file, got a broken link or a device; complete the download")
-    return Contents(shards, others, index, left_out)
+    return shards, others, index, left_out
 
 
 def is_tied(name: str) -> bool:

@@ -12,10 +12,10 @@ from typing import Any, Literal, TypeGuard
 import torch
 
 from gmp_kernels.backends.keys import key_of, keys_of, largest_key, magnitude_of
-from gmp_kernels.checkpoints.files import DTYPES, Checkpoint, Shard, TensorInfo, open_checkpoint
+from gmp_kernels.checkpoints.files import DTYPES, Checkpoint, FileShard, TensorInfo, open_checkpoint
 from gmp_kernels.checkpoints.masks import MASK_SUFFIX, shapes_in
 from gmp_kernels.checkpoints.stream import Source, Stream
-from gmp_kernels.checkpoints.targets import find_tensors
+from gmp_kernels.checkpoints.targets import TensorIndex
 from gmp_kernels.masks import BitMask
 
 __all__ = ["BINS_PER_OCTAVE", "TensorStatistics", "inspect_checkpoint", "total_of"]
@@ -121,7 +121,8 @@ def inspect_checkpoint(
     tensors = checkpoint.tensors
     chosen = {tensor.name for tensor in tensors}
     if only is not None:
-        chosen = {name for entry in only for name in find_tensors("filter", entry, tensors)}
+        index = TensorIndex(tensors)
+        chosen = {name for entry in only for name in index.find("filter", entry)}
     total = sum(tensor.nbytes for tensor in tensors if tensor.name in chosen)
     shapes = {tensor.name: tensor.shape for tensor in tensors}
     done, found = 0, []
@@ -162,7 +163,7 @@ def total_of(found: Sequence[TensorStatistics]) -> TensorStatistics:
     )
 
 
-def _shapes_of_masks(shard: Shard) -> Mapping[str, Any]:
+def _shapes_of_masks(shard: FileShard) -> Mapping[str, Any]:
     """Return what a file says about the packed masks in it: {name of the weight: its shape}, unchecked."""
     try:
         return shapes_in(shard.metadata)
@@ -188,7 +189,7 @@ def _is_shape(value: Any) -> TypeGuard[list[int]]:
 
 def _count(total: TensorStatistics, stream: Stream, source: Source, tensor: TensorInfo, *, histogram: bool) -> None:
     if total.dtype == "bits":
-        pieces = stream.pieces(source, range(tensor.begin, tensor.begin + tensor.nbytes))
+        pieces = stream.pieces(source, tensor.span)
         kept = sum(BitMask.of(piece.data, torch.Size([8 * len(piece.data)])).num_kept for piece in pieces)
         total.num_zeros = max(0, total.numel - kept)
     elif tensor.dtype in FLOATS:

@@ -88,21 +88,6 @@ class Staging:
         """The folder that will be the output, or holds it; ``join`` or ``begin`` comes first."""
         return self._inside / "files"
 
-    def check(self) -> None:
-        """Refuse a folder of that name that no run of ours has made; there may be none.
-
-        Raises
-        ------
-        OutputError
-        """
-        with output_errors(self.target):
-            descriptor = self._open()
-            if descriptor is not None:
-                try:
-                    self._check_ours(descriptor)
-                finally:
-                    os.close(descriptor)
-
     def begin(self, settings: Mapping[str, Any], *, resume: bool) -> None:
         """Make the folder ready for a run with these settings: as it was left if ``resume``, empty otherwise.
 
@@ -127,7 +112,13 @@ class Staging:
             _write_durably(run, settings)
 
     def join(self) -> None:
-        """Reach the folder that another process of this run has begun."""
+        """Reach the folder that another process has begun, if there is one.
+
+        Raises
+        ------
+        OutputError
+            No run of ours has made it.
+        """
         with output_errors(self.target):
             if self._descriptor is None and (descriptor := self._open()) is not None:
                 self._descriptor = descriptor

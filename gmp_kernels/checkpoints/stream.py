@@ -103,11 +103,6 @@ class Piece(NamedTuple):
     buffer: int
 
 
-class _Read(NamedTuple):
-    data: torch.Tensor
-    buffer: int
-
-
 class Stream:
     """The buffers and the threads; a context manager.
 
@@ -131,7 +126,7 @@ class Stream:
         self._writes: list[Future[None] | None] = [None] * num_buffers
         self._next = 0
         # Of one range at most, begun before it was asked for.
-        self._ahead: dict[tuple[Source, range], list[Future[_Read]]] = {}
+        self._ahead: dict[tuple[Source, range], list[Future[Piece]]] = {}
         self._reader = ThreadPoolExecutor(1, "gmp-kernels-reader")
         self._writer = ThreadPoolExecutor(1, "gmp-kernels-writer")
         self._syncer = ThreadPoolExecutor(1, "gmp-kernels-syncer")
@@ -178,8 +173,7 @@ class Stream:
         num_buffers, num_pieces = len(self._buffers), -(-len(span) // self._piece_bytes)
         for i in range(num_pieces):
             self._begin_reads(reads, source, span, i + num_buffers)
-            data, buffer = reads[i].result()
-            yield Piece(i * self._piece_bytes, data, buffer)
+            yield reads[i].result()
         ahead = self._ahead[source, following] = []
         self._begin_reads(ahead, source, following, max(0, num_buffers - num_pieces))
 
@@ -187,8 +181,7 @@ class Stream:
         self, source: Source, tensor: TensorInfo, dtype: torch.dtype, following: TensorInfo | None = None
     ) -> Iterator[Piece]:
         """Read a tensor; yield pieces of it, flat, each with the flat index of its first element."""
-        ahead = range(0) if following is None else _span(following)
-        for begin, data, buffer in self.pieces(source, _span(tensor), ahead):
+        for begin, data, buffer in self.pieces(source, tensor.span, following.span if following else range(0)):
             yield Piece(begin // dtype.itemsize, data.view(dtype), buffer)
 
     def write(self, descriptor: int, tensor: torch.Tensor, offset: int, buffer: int) -> None:
@@ -217,18 +210,17 @@ class Stream:
         for piece in self.pieces(source, range(begin, begin + nbytes)):
             self.write(descriptor, piece.data, offset + piece.begin, piece.buffer)
 
-    def _begin_reads(self, reads: list[Future[_Read]], source: Source, span: range, until: int) -> None:
+    def _begin_reads(self, reads: list[Future[Piece]], source: Source, span: range, until: int) -> None:
         """Begin to read the pieces of a range that come after those in ``reads``, which gets them, up to so many."""
-        rest = span[len(reads) * self._piece_bytes : until * self._piece_bytes]
-        for i in range(0, len(rest), self._piece_bytes):
-            reads.append(self._reader.submit(self._read, source, rest[i : i + self._piece_bytes], self._next))
+        for begin in range(len(span))[:: self._piece_bytes][len(reads) : until]:
+            reads.append(self._reader.submit(self._read, source, span, begin, self._next))
             self._next = (self._next + 1) % len(self._buffers)
 
-    def _read(self, source: Source, span: range, buffer: int) -> _Read:
+    def _read(self, source: Source, span: range, begin: int, buffer: int) -> Piece:
         self._wait(buffer)
-        data = self._buffers[buffer][: len(span)]
-        source.read(data, span.start)
-        return _Read(data, buffer)
+        data = self._buffers[buffer][: len(span) - begin]
+        source.read(data, span[begin])
+        return Piece(begin, data, buffer)
 
     def _wait(self, i: int) -> None:
         pending = self._writes[i]
@@ -239,10 +231,6 @@ class Stream:
         pending, self._sync = self._sync, None
         if pending is not None:
             pending.result()  # the system tells of each failure once, so it must not get lost here
-
-
-def _span(tensor: TensorInfo) -> range:
-    return range(tensor.begin, tensor.begin + tensor.nbytes)
 
 
 def _write(descriptor: int, tensor: torch.Tensor, offset: int, before: Future[None] | None) -> None:
