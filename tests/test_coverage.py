@@ -31,7 +31,7 @@ def reasons(coverage: Coverage) -> dict[str, str]:
 @pytest.mark.parametrize("make", TREES.values(), ids=TREES)
 def test_default_targets_of_models_people_train(make):
     model, targets = make()
-    assert list(ParameterIndex(model).select(None, None).parameters) == targets
+    assert list(ParameterIndex(model).select(None, None)[0]) == targets
 
 
 @pytest.mark.parametrize("make", TREES.values(), ids=TREES)
@@ -65,7 +65,7 @@ def test_a_checkpoint_has_the_targets_of_its_model(make):
 )
 def test_what_is_left_out_has_a_reason_in_models_and_checkpoints(name, tensor, reason):
     model, _ = TREES[name]()
-    assert reasons(ParameterIndex(model).select(None, None).coverage)[tensor] == reason
+    assert reasons(ParameterIndex(model).select(None, None)[1])[tensor] == reason
     assert reasons(TensorIndex(tensors_of(model)).choose(None, None)[1])[tensor] == reason
 
 
@@ -75,7 +75,7 @@ def test_the_types_of_modules_decide_where_names_mislead():
 
     lookups = {"lookup": nn.Embedding(9, 3), "codes": Lookup(7, 3), "bags": nn.EmbeddingBag(9, 3)}
     model = build({"embed_in": linear(4, 3), "norm": linear(3, 4), "ln": linear(4, 3)} | lookups)
-    assert list(ParameterIndex(model).select(None, None).parameters) == weights("embed_in", "norm", "ln")
+    assert list(ParameterIndex(model).select(None, None)[0]) == weights("embed_in", "norm", "ln")
 
 
 class WithHead(nn.Module):
@@ -88,21 +88,21 @@ class WithHead(nn.Module):
 
 
 def test_a_model_that_knows_its_output_embeddings_is_asked():
-    coverage = ParameterIndex(nn.ModuleDict({"model": WithHead()})).select(None, None).coverage
+    coverage = ParameterIndex(nn.ModuleDict({"model": WithHead()})).select(None, None)[1]
     assert reasons(coverage)["model.out.weight"] == "output head"
     assert [tensor.name for tensor in coverage.targets] == ["model.body.weight"]
 
 
 def test_one_head_of_many_rows_is_a_head_and_several_are_layers():
     layers = {"embed": nn.Embedding(12, 4), "up": linear(12, 4), "down": linear(4, 12)}
-    assert list(ParameterIndex(build(layers)).select(None, None).parameters) == ["down.weight"]
-    assert len(ParameterIndex(build(layers | {"up2": linear(12, 4)})).select(None, None).parameters) == 3
+    assert list(ParameterIndex(build(layers)).select(None, None)[0]) == ["down.weight"]
+    assert len(ParameterIndex(build(layers | {"up2": linear(12, 4)})).select(None, None)[0]) == 3
 
 
 def test_a_tied_embedding_is_named_by_the_other_name():
     model = build({"decoder": linear(12, 4), "embed": nn.Embedding(12, 4), "layer": linear(4, 4)})
     model.embed.weight = model.decoder.weight
-    coverage = ParameterIndex(model).select(None, None).coverage
+    coverage = ParameterIndex(model).select(None, None)[1]
     assert reasons(coverage)["decoder.weight"] == "tied to the embedding 'embed.weight'"
     assert [tensor.name for tensor in coverage.targets] == ["layer.weight"]
 
@@ -267,7 +267,7 @@ def test_entries_for_checkpoints_mean_what_they_mean_for_models():
     model, _ = TREES["gpt_oss"]()
     tensors = tensors_of(model)
     for entry in ("model.layers.0.mlp", "model", "*experts", "re:.*mlp$", "lm_head", "*", "model.layers.0.self_attn"):
-        expected = set(ParameterIndex(model).select(entry, None).parameters)
+        expected = set(ParameterIndex(model).select(entry, None)[0])
         assert set(TensorIndex(tensors).choose([entry], None)[0]) == expected, entry
 
 

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from io import FileIO
 from pathlib import Path
 from typing import Any, Literal, TypeGuard
 
@@ -14,7 +15,7 @@ import torch
 from gmp_kernels.backends.keys import key_of, keys_of, largest_key, magnitude_of
 from gmp_kernels.checkpoints.files import DTYPES, Checkpoint, FileShard, TensorInfo, open_checkpoint
 from gmp_kernels.checkpoints.masks import MASK_SUFFIX, shapes_in
-from gmp_kernels.checkpoints.stream import Source, Stream
+from gmp_kernels.checkpoints.stream import Stream, opened
 from gmp_kernels.checkpoints.targets import TensorIndex
 from gmp_kernels.masks import BitMask
 
@@ -129,7 +130,7 @@ def inspect_checkpoint(
     with Stream(PIECE_BYTES, NUM_BUFFERS) as stream:
         for shard in checkpoint.shards:
             masked = _shapes_of_masks(shard)
-            with Source(shard.path) as source:
+            with opened(shard.path) as source:
                 for tensor in shard.tensors:
                     if tensor.name in chosen:
                         statistics = _new_statistics(tensor, shapes, masked)
@@ -187,7 +188,7 @@ def _is_shape(value: Any) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(type(size) is int and size >= 0 for size in value)
 
 
-def _count(total: TensorStatistics, stream: Stream, source: Source, tensor: TensorInfo, *, histogram: bool) -> None:
+def _count(total: TensorStatistics, stream: Stream, source: FileIO, tensor: TensorInfo, *, histogram: bool) -> None:
     if total.dtype == "bits":
         pieces = stream.pieces(source, tensor.span)
         kept = sum(BitMask.of(piece.data, torch.Size([8 * len(piece.data)])).num_kept for piece in pieces)

@@ -11,6 +11,7 @@ import errno
 import os
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from io import FileIO
 from pathlib import Path
 from typing import NamedTuple, Self
 
@@ -20,7 +21,7 @@ from gmp_kernels.checkpoints.files import TensorInfo
 from gmp_kernels.checkpoints.permissions import keep_permissions
 from gmp_kernels.errors import CheckpointError
 
-__all__ = ["PIECE_UNIT", "Piece", "Source", "Stream", "write_whole"]
+__all__ = ["PIECE_UNIT", "Piece", "Stream", "opened", "read_into", "write_whole"]
 
 # Bytes of 8 elements of the widest dtype: no piece begins within a byte of a packed mask.
 PIECE_UNIT = 64
@@ -33,57 +34,38 @@ SYNC_BYTES = 1 << 28
 NO_KERNEL_COPY = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP}
 
 
-class Source:
-    """A file being read; a context manager.
-
-    Parameters
-    ----------
-    path : os.PathLike
-
-    Attributes
-    ----------
-    descriptor : int
-    stat : os.stat_result
-        Of the file that was opened.
+def opened(path: Path) -> FileIO:
+    """Open a file that is read from its beginning to its end.
 
     Raises
     ------
     CheckpointError
-        The file cannot be opened.
     """
+    try:
+        file = FileIO(path)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
+    return file
 
-    def __init__(self, path: os.PathLike[str]) -> None:
-        self.path = path
 
-    def __enter__(self) -> Self:
-        try:
-            self.descriptor = os.open(self.path, os.O_RDONLY)
-        except OSError as error:
-            raise CheckpointError(f"{self.path}: cannot be read: {error.strerror}") from error
-        self.stat = os.fstat(self.descriptor)
-        os.posix_fadvise(self.descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
-        return self
+def read_into(buffer: torch.Tensor, source: FileIO, offset: int) -> None:
+    """Fill ``buffer``, of uint8, with the bytes of a file from ``offset`` on.
 
-    def __exit__(self, *_error: object) -> None:
-        os.close(self.descriptor)
-
-    def read(self, buffer: torch.Tensor, offset: int) -> None:
-        """Fill ``buffer``, of uint8, with the bytes from ``offset`` on.
-
-        Raises
-        ------
-        CheckpointError
-            The file ends before, or cannot be read.
-        """
-        view = buffer.numpy().data
-        try:
-            while view:
-                count = os.preadv(self.descriptor, [view], offset)
-                if not count:
-                    raise CheckpointError(f"{self.path}: expected {len(view)} more bytes at {offset}, got the end")
-                view, offset = view[count:], offset + count
-        except OSError as error:
-            raise CheckpointError(f"{self.path}: cannot be read at byte {offset}: {error.strerror}") from error
+    Raises
+    ------
+    CheckpointError
+        The file ends before, or cannot be read.
+    """
+    view = buffer.numpy().data
+    try:
+        while view:
+            count = os.preadv(source.fileno(), [view], offset)
+            if not count:
+                raise CheckpointError(f"{source.name}: expected {len(view)} more bytes at {offset}, got the end")
+            view, offset = view[count:], offset + count
+    except OSError as error:
+        raise CheckpointError(f"{source.name}: cannot be read at byte {offset}: {error.strerror}") from error
 
 
 class Piece(NamedTuple):
@@ -126,7 +108,7 @@ class Stream:
         self._writes: list[Future[None] | None] = [None] * num_buffers
         self._next = 0
         # Of one range at most, begun before it was asked for.
-        self._ahead: dict[tuple[Source, range], list[Future[Piece]]] = {}
+        self._ahead: dict[tuple[FileIO, range], list[Future[Piece]]] = {}
         self._reader = ThreadPoolExecutor(1, "gmp-kernels-reader")
         self._writer = ThreadPoolExecutor(1, "gmp-kernels-writer")
         self._syncer = ThreadPoolExecutor(1, "gmp-kernels-syncer")
@@ -141,7 +123,7 @@ class Stream:
             threads.shutdown(cancel_futures=True)
 
     @contextlib.contextmanager
-    def created(self, path: Path, origin: os.stat_result) -> Iterator[int]:
+    def created(self, path: Path, origin: FileIO) -> Iterator[int]:
         """Make a file, in a folder made if it is not there, with the permissions of ``origin``; yield its descriptor.
 
         At the end of the block, if it has not raised, everything is written and has reached the disk.
@@ -151,7 +133,7 @@ class Stream:
         path.unlink(missing_ok=True)
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         try:
-            keep_permissions(descriptor, origin)
+            keep_permissions(descriptor, os.fstat(origin.fileno()))
             yield descriptor
             for i in range(len(self._buffers)):
                 self._wait(i)
@@ -162,7 +144,7 @@ class Stream:
             wait([future for future in (*self._writes, self._sync) if future is not None])
             os.close(descriptor)
 
-    def pieces(self, source: Source, span: range, following: range = range(0)) -> Iterator[Piece]:
+    def pieces(self, source: FileIO, span: range, following: range = range(0)) -> Iterator[Piece]:
         """Read a range of a file; yield each piece, of uint8.
 
         It may be changed and written until the next one is asked for; all pieces of a range of up to ``num_bytes``
@@ -178,7 +160,7 @@ class Stream:
         self._begin_reads(ahead, source, following, max(0, num_buffers - num_pieces))
 
     def weights(
-        self, source: Source, tensor: TensorInfo, dtype: torch.dtype, following: TensorInfo | None = None
+        self, source: FileIO, tensor: TensorInfo, dtype: torch.dtype, following: TensorInfo | None = None
     ) -> Iterator[Piece]:
         """Read a tensor; yield pieces of it, flat, each with the flat index of its first element."""
         for begin, data, buffer in self.pieces(source, tensor.span, following.span if following else range(0)):
@@ -196,11 +178,11 @@ class Stream:
             self._wait_for_sync()
             self._unsynced, self._sync = 0, self._syncer.submit(os.fdatasync, descriptor)
 
-    def copy(self, source: Source, begin: int, nbytes: int, descriptor: int, offset: int) -> None:
+    def copy(self, source: FileIO, begin: int, nbytes: int, descriptor: int, offset: int) -> None:
         """Copy a range of bytes from file to file, within the kernel where it can."""
         try:
             while nbytes:
-                count = os.copy_file_range(source.descriptor, descriptor, nbytes, begin, offset)
+                count = os.copy_file_range(source.fileno(), descriptor, nbytes, begin, offset)
                 if not count:
                     break  # reading says what is wrong
                 begin, offset, nbytes = begin + count, offset + count, nbytes - count
@@ -210,16 +192,16 @@ class Stream:
         for piece in self.pieces(source, range(begin, begin + nbytes)):
             self.write(descriptor, piece.data, offset + piece.begin, piece.buffer)
 
-    def _begin_reads(self, reads: list[Future[Piece]], source: Source, span: range, until: int) -> None:
+    def _begin_reads(self, reads: list[Future[Piece]], source: FileIO, span: range, until: int) -> None:
         """Begin to read the pieces of a range that come after those in ``reads``, which gets them, up to so many."""
         for begin in range(len(span))[:: self._piece_bytes][len(reads) : until]:
             reads.append(self._reader.submit(self._read, source, span, begin, self._next))
             self._next = (self._next + 1) % len(self._buffers)
 
-    def _read(self, source: Source, span: range, begin: int, buffer: int) -> Piece:
+    def _read(self, source: FileIO, span: range, begin: int, buffer: int) -> Piece:
         self._wait(buffer)
         data = self._buffers[buffer][: len(span) - begin]
-        source.read(data, span[begin])
+        read_into(data, source, span[begin])
         return Piece(begin, data, buffer)
 
     def _wait(self, i: int) -> None:

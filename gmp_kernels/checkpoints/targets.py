@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 from gmp_kernels.checkpoints.files import DTYPES, TensorInfo
 from gmp_kernels.errors import DTypeError, ShapeError
-from gmp_kernels.model.coverage import Coverage
+from gmp_kernels.model.coverage import Coverage, CoveredTensor
 from gmp_kernels.model.roles import COMPLEX, DEFAULT_RULE, NO_WEIGHTS, QUANTIZED, SMALL, Facts, Roles, effective_name
-from gmp_kernels.model.selection import Candidate, TargetIndex, reached_by_name
+from gmp_kernels.model.selection import TargetIndex
 
 __all__ = ["DEFAULT_RULE", "TensorIndex"]
 
@@ -29,23 +29,25 @@ class TensorIndex(TargetIndex[str]):
         A target named exactly has a dtype without a magnitude order, such as float8, or is empty.
     """
 
+    WORDS = "names, globs or 're:' patterns found in the checkpoint"
+    NOUN = "tensor"
+
     def __init__(self, tensors: Sequence[TensorInfo]) -> None:
         self._tensors = {tensor.name: tensor for tensor in tensors}
         roles = Roles({name: Facts(tensor.shape) for name, tensor in self._tensors.items()})
-        super().__init__(
-            {tensor.name: _candidate(tensor, roles) for tensor in tensors},
-            {name: effective_name(name, self._tensors) for name in self._tensors},
-            words="names, globs or 're:' patterns found in the checkpoint",
-            noun="tensor",
-        )
-
-    def _reached_by(self, what: str, entry: str) -> list[str]:
-        return reached_by_name(what, entry, self._effective)
+        obstacles = {name: _obstacle(tensor, roles) for name, tensor in self._tensors.items()}
+        covered = []
+        for name, tensor in self._tensors.items():
+            role, obstacle = roles.reason_against(name), obstacles[name]
+            reason = role if role == SMALL else obstacle or role
+            can_be_target = role != SMALL and obstacle is None
+            covered.append(CoveredTensor(name, tensor.shape, tensor.dtype, reason or "", can_be_target))
+        super().__init__(covered, obstacles, {name: effective_name(name, self._tensors) for name in self._tensors})
 
     def _is_exact(self, entry: str) -> bool:
         return entry in self._tensors
 
-    def _checked(self, reached: list[str]) -> list[str]:
+    def _named(self, reached: list[str]) -> list[str]:
         tensor = self._tensors[reached[0]]
         if tensor.dtype not in DTYPES:
             raise DTypeError(
@@ -57,39 +59,29 @@ class TensorIndex(TargetIndex[str]):
         return reached
 
     def _near(self, what: str, entry: str) -> str:
-        names = [name for name, candidate in self._candidates.items() if what != "targets" or candidate.is_free]
+        names = [name for name in self._covered if what != "targets" or self._is_free(name)]
         near = difflib.get_close_matches(entry.removeprefix("re:"), names, n=3, cutoff=0.5) or names[:3]
         return f"there are e.g. {', '.join(map(repr, near))}"
 
-    def _reason_against(self, entry: str, reached: list[str]) -> str:
+    def _reason_against(self, entry: str, reached: Sequence[str]) -> str:
         largest = max((self._tensors[name] for name in reached), key=lambda tensor: tensor.numel)
-        candidate = self._candidates[largest.name]
+        reason = self._obstacles[largest.name] or self._covered[largest.name].reason
         return (
             f"floating-point weights of two or more dimensions, got {entry!r}, which matches only others; "
-            f"'{largest.name}' of dtype {largest.dtype}, for one, is {candidate.obstacle or candidate.reason}"
+            f"'{largest.name}' of dtype {largest.dtype}, for one, is {reason}"
         )
 
     def _advice(self, coverage: Coverage) -> str:
         largest = max(self._tensors.values(), key=lambda tensor: tensor.nbytes, default=None)
-        reason = None if largest is None else self._candidates[largest.name].reason
-        found = "" if largest is None or reason is None else f"; '{largest.name}' is left out: {reason}"
+        reason = "" if largest is None else self._covered[largest.name].reason
+        found = f"; '{largest.name}' is left out: {reason}" if largest is not None and reason else ""
         return f"by default these are {DEFAULT_RULE}{found}"
 
 
-def _candidate(tensor: TensorInfo, roles: Roles) -> Candidate:
-    """Put together what speaks against pruning a tensor."""
-    role = roles.reason_against(tensor.name)
+def _obstacle(tensor: TensorInfo, roles: Roles) -> str | None:
+    """Return why a tensor cannot be pruned."""
     if tensor.dtype in DTYPES:
-        obstacle = roles.obstacle(tensor.name) if tensor.numel else "empty"
-    elif tensor.dtype.startswith("C"):
-        obstacle = COMPLEX
-    else:
-        obstacle = QUANTIZED if tensor.dtype in PACKED or tensor.dtype.startswith("F") else NO_WEIGHTS
-    return Candidate(
-        shape=tensor.shape,
-        dtype=tensor.dtype,
-        is_small=role == SMALL,
-        reason=role if role == SMALL else obstacle or role,
-        obstacle=obstacle,
-        can_be_target=role != SMALL and obstacle is None,
-    )
+        return roles.obstacle(tensor.name) if tensor.numel else "empty"
+    if tensor.dtype.startswith("C"):
+        return COMPLEX
+    return QUANTIZED if tensor.dtype in PACKED or tensor.dtype.startswith("F") else NO_WEIGHTS

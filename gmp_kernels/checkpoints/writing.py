@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from io import FileIO
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +19,7 @@ from gmp_kernels.checkpoints.counting import Decision, Located, Workspace, check
 from gmp_kernels.checkpoints.files import DTYPES, Checkpoint, FileShard, TensorInfo, header_of
 from gmp_kernels.checkpoints.folders import read_index
 from gmp_kernels.checkpoints.masks import MASK_SUFFIX, mask_metadata
-from gmp_kernels.checkpoints.stream import Piece, Source, Stream, write_whole
+from gmp_kernels.checkpoints.stream import Piece, Stream, opened, write_whole
 from gmp_kernels.errors import DTypeError
 from gmp_kernels.reports import LayerReport
 from gmp_kernels.search.communicator import Communicator
@@ -58,15 +60,15 @@ def write_shard(
     # Read ahead, unless it is going to be counted first.
     following = {t.name: after for t, after in pairwise(masked) if after.nbytes <= stream.num_bytes}
     with contextlib.ExitStack() as stack:
-        source = stack.enter_context(Source(shard.path))
-        output = stack.enter_context(stream.created(path, source.stat))
+        source = stack.enter_context(opened(shard.path))
+        output = stack.enter_context(stream.created(path, source))
         if dtype is None:
             stream.copy(source, 0, shard.data_begin, output, 0)
             begins = {tensor.name: tensor.begin for tensor in shard.tensors}
         else:
             begins = _write_header(output, [_converted(tensor, dtype) for tensor in shard.tensors], shard.metadata)
         if masks is not None:
-            bits = stack.enter_context(stream.created(masks, source.stat))
+            bits = stack.enter_context(stream.created(masks, source))
             metadata = mask_metadata({tensor.name: tensor.shape for tensor in masked})
             bit_begins = _write_header(bits, [_bits_of(tensor) for tensor in masked], metadata)
         for tensor in shard.tensors:
@@ -102,7 +104,7 @@ def copy_others(
     for name, path in checkpoint.others.items():
         if name in apart_from:
             continue
-        with Source(path) as source, stream.created(folder / name, source.stat) as output:
+        with opened(path) as source, stream.created(folder / name, source) as output:
             if name == checkpoint.index and dtype is not None:
                 document = read_index(path)
                 metadata = document.get("metadata")
@@ -110,11 +112,11 @@ def copy_others(
                     metadata["total_size"] = sum(_converted(tensor, dtype).nbytes for tensor in checkpoint.tensors)
                 write_whole(output, json.dumps(document, indent=2).encode(), 0)
             else:
-                stream.copy(source, 0, source.stat.st_size, output, 0)
+                stream.copy(source, 0, os.fstat(source.fileno()).st_size, output, 0)
 
 
 def _pruned(
-    source: Source,
+    source: FileIO,
     located: Located,
     target: Target,
     workspace: Workspace,
@@ -136,7 +138,7 @@ def _pruned(
 
 
 def _selected(
-    source: Source, located: Located, target: Target, workspace: Workspace, following: TensorInfo | None
+    source: FileIO, located: Located, target: Target, workspace: Workspace, following: TensorInfo | None
 ) -> Iterator[tuple[Piece, Cutoffs]]:
     """Yield the pieces of a target, in order, each with what to prune of it."""
     stream, implementation, _, _ = workspace

@@ -5,45 +5,17 @@ from __future__ import annotations
 import fnmatch
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import Generic, NamedTuple, TypeVar
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import ClassVar, Generic, TypeVar
 
 from gmp_kernels.errors import TargetError
 from gmp_kernels.model.coverage import IGNORED, NOT_A_TARGET, Coverage, CoveredTensor
+from gmp_kernels.model.roles import SMALL
 
-__all__ = ["Candidate", "TargetIndex", "reached_by_name", "shown_entry"]
+__all__ = ["TargetIndex", "shown_entry"]
 
 E = TypeVar("E")
-
-
-class Candidate(NamedTuple):
-    """A tensor and what speaks against pruning it.
-
-    Attributes
-    ----------
-    shape : tuple of int
-    dtype : str
-    is_small : bool
-        A bias, norm, scale or constant, which only an exact name reaches.
-    reason : str or None
-        Why it is no default target; None if it is one.
-    obstacle : str or None
-        Why only an exact name reaches it, or nothing, whatever its role.
-    can_be_target : bool
-        Whether ``targets=`` would take it if it named it.
-    """
-
-    shape: tuple[int, ...]
-    dtype: str
-    is_small: bool
-    reason: str | None
-    obstacle: str | None
-    can_be_target: bool
-
-    @property
-    def is_free(self) -> bool:
-        """Whether a module or a pattern in ``targets`` takes it."""
-        return not self.is_small and self.obstacle is None
 
 
 class TargetIndex(ABC, Generic[E]):
@@ -51,27 +23,30 @@ class TargetIndex(ABC, Generic[E]):
 
     Parameters
     ----------
-    candidates : mapping of str to Candidate
-        In the order of the model or checkpoint.
+    tensors : iterable of CoveredTensor
+        In the order of the model or checkpoint, covered by its default targets.
+    obstacles : mapping of str to str or None
+        {name: why only an exact name reaches the tensor, or nothing, whatever its role}.
     effective : mapping of str to str
         {name of a tensor: name of the weight that is computed from it}, equal if none is.
-    words, noun : str
-        For errors: which entries there are and where they are looked for, and what the tensors are called.
     """
 
+    WORDS: ClassVar[str]  # the entries that it knows, for errors
+    NOUN: ClassVar[str]  # its tensors, for errors
+
     def __init__(
-        self, candidates: Mapping[str, Candidate], effective: Mapping[str, str], *, words: str, noun: str
+        self, tensors: Iterable[CoveredTensor], obstacles: Mapping[str, str | None], effective: Mapping[str, str]
     ) -> None:
-        self._candidates = candidates
+        self._covered = {tensor.name: tensor for tensor in tensors}
+        self._obstacles = obstacles
         self._effective = effective
-        self._words, self._noun = words, noun
 
     def find(self, what: str, entry: E) -> list[str]:
         """Return the names ``entry`` reaches; raise TargetError calling it an entry of ``what`` if there are none."""
         reached = self._reached_by(what, entry)
         if not reached:
             raise TargetError(
-                f"{what}: expected {self._words}, got {entry!r}, which matches nothing; {self._near(what, entry)}"
+                f"{what}: expected {self.WORDS}, got {entry!r}, which matches nothing; {self._near(what, entry)}"
             )
         return reached
 
@@ -87,63 +62,77 @@ class TargetIndex(ABC, Generic[E]):
             An entry reaches nothing that can be pruned, or nothing is left.
         """
         meant: set[str] = set()
-        if targets is None:
-            reached = {name for name, candidate in self._candidates.items() if candidate.reason is None}
-        else:
-            reached = set()
-            for entry in targets:
-                found = self.find("targets", entry)
-                meant.update(found)
-                reached.update(self._narrow(entry, found))
+        reached = {name for name, tensor in self._covered.items() if targets is None and not tensor.reason}
+        for entry in targets or ():
+            found = self.find("targets", entry)
+            meant.update(found)
+            reached.update(self._named(found) if self._is_exact(entry) else self._free_of(entry, found))
         ignored: dict[str, E] = {}
         for entry in ignore or ():
             ignored = dict.fromkeys(self.find("ignore", entry), entry) | ignored
-        chosen: list[CoveredTensor] = []
-        left_out: list[CoveredTensor] = []
-        for name, candidate in self._candidates.items():
+        chosen, left_out = list[CoveredTensor](), list[CoveredTensor]()
+        for name, tensor in self._covered.items():
+            reason = tensor.reason
             if name in reached:
-                reason = f"{IGNORED} {shown_entry(ignored[name])}" if name in ignored else None
-            elif targets is None or candidate.is_small:
-                reason = candidate.reason
-            else:
-                reason = (candidate.obstacle if name in meant else None) or NOT_A_TARGET
-            tensor = CoveredTensor(name, candidate.shape, candidate.dtype, reason or "", candidate.can_be_target)
-            (left_out if reason else chosen).append(tensor)
+                reason = f"{IGNORED} {shown_entry(ignored[name])}" if name in ignored else ""
+            elif targets is not None and reason != SMALL:
+                reason = (self._obstacles[name] if name in meant else None) or NOT_A_TARGET
+            (left_out if reason else chosen).append(replace(tensor, reason=reason))
         coverage = Coverage(tuple(chosen), tuple(left_out))
         if not chosen:
             raise TargetError(
-                f"targets: expected at least one {self._noun} to prune, got none from targets={_shown(targets)} and "
+                f"targets: expected at least one {self.NOUN} to prune, got none from targets={_shown(targets)} and "
                 f"ignore={_shown(ignore)}; {self._advice(coverage)}"
             )
         return [tensor.name for tensor in chosen], coverage
 
-    def _narrow(self, entry: E, reached: list[str]) -> list[str]:
-        """Return those that can be pruned of what an entry of ``targets`` reaches."""
-        if self._is_exact(entry):
-            return self._checked(reached)
-        free = [name for name in reached if self._candidates[name].is_free]
+    def _is_free(self, name: str) -> bool:
+        """Whether a module or a pattern in ``targets`` takes a tensor."""
+        return self._covered[name].reason != SMALL and self._obstacles[name] is None
+
+    def _free_of(self, entry: E, reached: Sequence[str]) -> list[str]:
+        free = [name for name in reached if self._is_free(name)]
         if not free:
             raise TargetError(f"targets: expected {self._reason_against(entry, reached)}")
         return free
 
-    @abstractmethod
     def _reached_by(self, what: str, entry: E) -> list[str]:
-        """Return the names an entry means."""
+        """Return the names that an entry means.
+
+        They are those of one tensor, of all below a module, or of all that a pattern matches. What is there by that
+        name is never taken for a pattern.
+
+        Raises
+        ------
+        TargetError
+            It is no regular expression, though it begins as one.
+        """
+        assert isinstance(entry, str)
+        names = self._effective
+        if exact := [name for name, weight in names.items() if entry in (name, weight)]:
+            return exact
+        below = f"{entry}."
+        if inside := [name for name in names if name.startswith(below)]:
+            return inside
+        if not (entry.startswith("re:") or any(character in entry for character in "*?[")):
+            return []
+        pattern = _compile(what, entry)
+        return [n for n, weight in names.items() if _matches(n, pattern) or (weight != n and _matches(weight, pattern))]
 
     @abstractmethod
     def _is_exact(self, entry: E) -> bool:
         """Whether an entry is the name of one tensor."""
 
     @abstractmethod
-    def _checked(self, reached: list[str]) -> list[str]:
+    def _named(self, reached: list[str]) -> list[str]:
         """Return those of what an exact name reaches that it stands for; refuse what cannot be pruned."""
 
     @abstractmethod
     def _near(self, what: str, entry: E) -> str:
-        """Name what the entry may have meant."""
+        """Name what an entry that reaches nothing may have meant."""
 
     @abstractmethod
-    def _reason_against(self, entry: E, reached: list[str]) -> str:
+    def _reason_against(self, entry: E, reached: Sequence[str]) -> str:
         """Say what was expected, and why nothing that a target reaches can be pruned."""
 
     @abstractmethod
@@ -158,34 +147,6 @@ def shown_entry(entry: object) -> str:
 
 def _shown(entries: Sequence[object] | None) -> str:
     return "None" if entries is None else f"[{', '.join(map(shown_entry, entries))}]"
-
-
-def reached_by_name(what: str, entry: str, effective: Mapping[str, str]) -> list[str]:
-    """Return the names that an entry means: of one parameter, of all below a module, or of all that a pattern matches.
-
-    Parameters
-    ----------
-    what : str
-        The list that the entry is from, for errors.
-    entry : str
-        What is there by that name is never taken for a pattern.
-    effective : mapping of str to str
-        {name of a parameter: name of the weight that is computed from it}, equal if none is.
-
-    Raises
-    ------
-    TargetError
-        It is no regular expression, though it begins as one.
-    """
-    if exact := [name for name, weight in effective.items() if entry in (name, weight)]:
-        return exact
-    below = f"{entry}."
-    if inside := [name for name in effective if name.startswith(below)]:
-        return inside
-    if not (entry.startswith("re:") or any(character in entry for character in "*?[")):
-        return []
-    pattern = _compile(what, entry)
-    return [n for n, weight in effective.items() if _matches(n, pattern) or (weight != n and _matches(weight, pattern))]
 
 
 def _compile(what: str, entry: str) -> re.Pattern[str]:

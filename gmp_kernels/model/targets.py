@@ -11,37 +11,15 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from gmp_kernels.errors import DTypeError, TargetError
-from gmp_kernels.model.coverage import FROZEN, IGNORED, NOT_OPTIMIZED, Coverage
+from gmp_kernels.model.coverage import FROZEN, IGNORED, NOT_OPTIMIZED, Coverage, CoveredTensor
 from gmp_kernels.model.facts import facts_of, refusals
 from gmp_kernels.model.names import named_buffers, named_modules, named_parameters
 from gmp_kernels.model.roles import COMPLEX, EMBEDDING, PARAMETRIZATION, QUANTIZED, SMALL, Roles, effective_name
-from gmp_kernels.model.selection import Candidate, TargetIndex, reached_by_name, shown_entry
+from gmp_kernels.model.selection import TargetIndex, shown_entry
 
-__all__ = [
-    "Entry",
-    "ParameterIndex",
-    "Place",
-    "Selection",
-    "check_optimized",
-    "check_present",
-]
+__all__ = ["Entry", "ParameterIndex", "Place", "check_optimized", "check_present"]
 
 Entry: TypeAlias = str | type[nn.Module]
-
-
-class Selection(NamedTuple):
-    """Choice of parameters to prune.
-
-    Attributes
-    ----------
-    parameters : dict of str to Parameter
-        {first name: parameter} in the order of the model.
-    coverage : Coverage
-        Everything the model has.
-    """
-
-    parameters: dict[str, nn.Parameter]
-    coverage: Coverage
 
 
 def check_optimized(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> None:
@@ -96,6 +74,9 @@ class ParameterIndex(TargetIndex[Entry]):
         Without it every parameter counts as optimized.
     """
 
+    WORDS = "names, globs, 're:' patterns or module types found in the model"
+    NOUN = "parameter"
+
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
         self._modules = dict(named_modules(model))
         self._parameters = named_parameters(model)
@@ -107,18 +88,20 @@ class ParameterIndex(TargetIndex[Entry]):
         self._refusals = refusals(model, self._first_names)
         roles = self._find_roles(Roles(facts_of(model, self._modules, tensors)))
         held = set(self._first_names) if optimizer is None else _held(optimizer)
+        covered = [self._cover(name, roles[name], is_held=p in held) for p, name in self._first_names.items()]
         super().__init__(
-            {name: self._candidate(name, roles[name], is_held=p in held) for p, name in self._first_names.items()},
+            [tensor for tensor, _ in covered],
+            {tensor.name: obstacle for tensor, obstacle in covered},
             {name: effective_name(name, tensors) for name in self._parameters},
-            words="names, globs, 're:' patterns or module types found in the model",
-            noun="parameter",
         )
 
-    def select(self, targets: Entry | Iterable[Entry] | None, ignore: Entry | Iterable[Entry] | None) -> Selection:
-        """Return what ``targets`` reach and ``ignore`` does not, as ``choose`` does, for entries as users give them.
+    def select(
+        self, targets: Entry | Iterable[Entry] | None, ignore: Entry | Iterable[Entry] | None
+    ) -> tuple[dict[str, nn.Parameter], Coverage]:
+        """Return {first name: parameter} of what ``targets`` reach and ``ignore`` does not, and the coverage of all.
 
-        Modules, patterns and types in ``targets`` leave out frozen parameters too. What cannot be pruned may not be
-        named exactly.
+        As ``choose``, for entries as users give them. Modules, patterns and types in ``targets`` leave out frozen
+        parameters too. What cannot be pruned may not be named exactly.
 
         Raises
         ------
@@ -133,7 +116,7 @@ class ParameterIndex(TargetIndex[Entry]):
                 raise TargetError(
                     f"targets: expected initialized parameters, got '{name}' without a shape; run a forward pass first"
                 )
-        return Selection({name: self._parameters[name] for name in names}, coverage)
+        return {name: self._parameters[name] for name in names}, coverage
 
     def places(self, names: Iterable[str]) -> dict[str, Place]:
         """Return where in the model the parameters of these names are."""
@@ -180,8 +163,8 @@ class ParameterIndex(TargetIndex[Entry]):
             found[first] = found.get(first) or reason
         return found
 
-    def _candidate(self, name: str, role: str | None, *, is_held: bool) -> Candidate:
-        """Put together what speaks against pruning a parameter, given its role."""
+    def _cover(self, name: str, role: str | None, *, is_held: bool) -> tuple[CoveredTensor, str | None]:
+        """Return a parameter as the default covers it, given its role, and the obstacle to other targets."""
         parameter = self._parameters[name]
         is_uninitialized = is_lazy(parameter)
         frozen = None if parameter.requires_grad else FROZEN
@@ -189,14 +172,8 @@ class ParameterIndex(TargetIndex[Entry]):
         obstacle = "empty" if not is_uninitialized and parameter.numel() == 0 else refusal or frozen
         # The type of a parametrization says more than that there is one.
         reason = self._refusals.get(name, role) if role == PARAMETRIZATION else role or obstacle
-        return Candidate(
-            shape=() if is_uninitialized else tuple(parameter.shape),
-            dtype=str(parameter.dtype).removeprefix("torch."),
-            is_small=role == SMALL,
-            reason=reason,
-            obstacle=obstacle,
-            can_be_target=role != SMALL and refusal is None,
-        )
+        shape, dtype = () if is_uninitialized else tuple(parameter.shape), str(parameter.dtype).removeprefix("torch.")
+        return CoveredTensor(name, shape, dtype, reason or "", role != SMALL and refusal is None), obstacle
 
     def _reached_by(self, what: str, entry: Entry) -> list[str]:
         if isinstance(entry, type) and issubclass(entry, nn.Module):
@@ -207,7 +184,7 @@ class ParameterIndex(TargetIndex[Entry]):
                 "pass the name of a module or parameter, not the object"
             )
         else:
-            reached = reached_by_name(what, entry, self._effective)
+            reached = super()._reached_by(what, entry)
         return list(dict.fromkeys(self._first_names[self._parameters[name]] for name in reached))
 
     def _is_exact(self, entry: Entry) -> bool:
@@ -218,21 +195,21 @@ class ParameterIndex(TargetIndex[Entry]):
         parts = name.split(".")
         return (self._modules[".".join(parts[:depth])] for depth in range(len(parts)))
 
-    def _checked(self, reached: list[str]) -> list[str]:
+    def _named(self, reached: list[str]) -> list[str]:
         # Of what a weight is computed from, its name means the part that decides its zeros.
         reached = [name for name in reached if name not in self._refusals] or reached
         self._refuse(reached[0])
         return reached
 
-    def _reason_against(self, entry: Entry, reached: list[str]) -> str:
-        weights = [name for name in reached if not self._candidates[name].is_small]
+    def _reason_against(self, entry: Entry, reached: Sequence[str]) -> str:
+        weights = [name for name in reached if self._covered[name].reason != SMALL]
         if weights:
             name = weights[0]
             return (
                 f"parameters that can be pruned, got {shown_entry(entry)}, which matches none; '{name}' is "
-                f"{self._candidates[name].obstacle}; {self._examples()}"
+                f"{self._obstacles[name]}; {self._examples()}"
             )
-        named = [name for name in reached if self._candidates[name].obstacle is None]
+        named = [name for name in reached if self._obstacles[name] is None]
         advice = f"name those exactly if you mean them, such as '{named[0]}'" if named else self._examples()
         return (
             f"parameters of two or more dimensions, got {shown_entry(entry)}, which matches only biases, norms or "
@@ -240,7 +217,7 @@ class ParameterIndex(TargetIndex[Entry]):
         )
 
     def _free(self) -> list[str]:
-        return [name for name, candidate in self._candidates.items() if candidate.is_free]
+        return [name for name in self._covered if self._is_free(name)]
 
     def _near(self, what: str, entry: Entry) -> str:
         # What would be refused is no advice.
