@@ -1,6 +1,6 @@
-"""Safetensors checkpoints on disk: where in their files every tensor lies, and whether the files agree.
+"""Safetensors checkpoints on disk: the place of every tensor in their files, and checks that the files agree.
 
-The safetensors library checks each header against the file: bounds, overlaps, holes, shapes, dtypes. It does not tell
+The safetensors library checks each header against its file: bounds, overlaps, holes, shapes, dtypes. It does not tell
 where a tensor lies, so the offsets are read from the same header once it has passed.
 """
 
@@ -29,7 +29,7 @@ LENGTH_BYTES = 8  # of the header's length, in front of it
 
 
 class TensorInfo(NamedTuple):
-    """One tensor of a file; ``begin`` and ``nbytes`` say where its bytes lie, from the start of the file."""
+    """Tensor of a file, whose ``nbytes`` bytes begin at byte ``begin`` of the file."""
 
     name: str
     dtype: str
@@ -50,7 +50,7 @@ class TensorInfo(NamedTuple):
 
 @dataclass(frozen=True)
 class FileShard:
-    """One safetensors file.
+    """Safetensors file of a checkpoint.
 
     Attributes
     ----------
@@ -58,12 +58,12 @@ class FileShard:
     name : str
         Relative to the checkpoint's folder.
     tensors : tuple of TensorInfo
-        In the order of their bytes, which they fill without holes.
+        In the order of their bytes, without holes between them.
     metadata : dict of str to str or None
     data_begin : int
         Bytes of the header, its length included.
     identity : dict
-        Size, time of the last change and hash of the header: what tells that the file is still the same.
+        Size, time of the last change and hash of the header. While these stay, the file counts as unchanged.
     """
 
     path: Path
@@ -82,7 +82,7 @@ class FileShard:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One safetensors file, or a folder of them with all that lies beside.
+    """Safetensors file, or a folder of them with all that lies beside them.
 
     Attributes
     ----------
@@ -91,11 +91,11 @@ class Checkpoint:
     shards : tuple of FileShard
         In the order of their names.
     others : dict of str to Path
-        {path relative to the folder: file} of what belongs to the model beside them.
+        {path relative to the folder: file} of the other files that belong to the model.
     index : str or None
         The one among ``others`` that maps tensors to shards.
     left_out : dict of str to str
-        {path relative to the folder: what it is} of what does not belong to the model.
+        {path relative to the folder: kind of file} of those that do not belong to the model.
     tied : tuple of str
         Names in the index of tensors that are stored under another name.
     """
@@ -118,12 +118,12 @@ class Checkpoint:
         return sum(shard.num_bytes for shard in self.shards)
 
     def identity(self) -> dict[str, Any]:
-        """Return what tells that no file of the checkpoint has changed."""
+        """Return facts of all files that stay while none of them changes."""
         others = {name: _size_and_time(path) for name, path in self.others.items()}
         return {"shards": {shard.name: shard.identity for shard in self.shards}, "others": others}
 
     def check_unchanged(self) -> None:
-        """Raise CheckpointError if a file is not what it was when the checkpoint was opened."""
+        """Raise CheckpointError if a shard has changed since the checkpoint was opened."""
         for shard in self.shards:
             now = _size_and_time(shard.path)
             if any(shard.identity[key] != now[key] for key in now):
@@ -231,7 +231,7 @@ def _shards_of_tensors(root: Path, shards: Sequence[FileShard]) -> dict[str, str
 
 
 def _check_index(root: Path, weight_map: Mapping[str, str], found: Mapping[str, str]) -> tuple[str, ...]:
-    """Hold an index against the files; return the names it has for tensors that are stored under another one."""
+    """Compare an index with the files; return its names of tensors that are stored under another name."""
     tied = []
     for name, shard_name in weight_map.items():
         if name not in found and is_tied(name):

@@ -1,8 +1,8 @@
-"""Contents of a checkpoint's folder: which files are the model, which belong to it, and which are something else.
+"""Contents of a checkpoint's folder: the files of the model, those that belong to it, and those that do not.
 
 A pruned model must not come with the dense one beside it, in another format or under another name, nor with the state
-of an optimizer or masks that do not fit it any more. So whatever may hold weights and is not the model is left out, by
-name.
+of an optimizer or masks that do not fit it any more. So files that may hold weights and are not the model are left out,
+told by their names.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ FORMATS = (
     "safetensors|bin|pth?|pt2|ptl|pte|ckpt|distcp|pkl|pickle|joblib|msgpack|h5|hdf5|keras|npz|gguf|ggml|onnx|onnx_data|tflite|"
     "pb|ot|pdparams|pdopt|nemo|engine|mlmodel"
 )
-# The first that fits a name in lower case tells what the file is.
+# Kinds of files that are not the model; the first that fits a name in lower case counts.
 KINDS = {
     kind: re.compile(pattern)
     for kind, pattern in {
@@ -50,7 +50,7 @@ TIED = re.compile(
 
 
 def look_into(root: Path, *, everything: bool) -> tuple[dict[str, Path], dict[str, Path], str | None, dict[str, str]]:
-    """Sort the files of a folder; with ``everything`` all that is not the model belongs to it.
+    """Sort the files of a folder; with ``everything``, all files that are not the model belong to it.
 
     Returns
     -------
@@ -117,7 +117,7 @@ def read_index(path: Path) -> dict[str, Any]:
 
 
 def unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return what json shall make of an object; raise ValueError if a name is there twice."""
+    """Return a JSON object as a dict; raise ValueError if a name occurs twice."""
     entries = dict(pairs)
     if len(entries) != len(pairs):
         raise ValueError("a name occurs twice in it")
@@ -125,7 +125,7 @@ def unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _walk(root: Path) -> dict[str, Path]:
-    """Every file below ``root`` by its relative path, through symbolic links."""
+    """Return {relative path: file} of all files below ``root``, following symbolic links."""
 
     def fail(error: OSError) -> None:
         raise CheckpointError(f"{error.filename}: cannot be read: {error.strerror}") from None
@@ -142,7 +142,7 @@ def _walk(root: Path) -> dict[str, Path]:
 
 
 def _kind_of(name: str, chosen: Iterable[str]) -> str | None:
-    """Return which of ``KINDS`` a file is, None if it belongs to the model."""
+    """Return the one of ``KINDS`` that a file is; None if it belongs to the model."""
     kind = next((kind for kind, pattern in KINDS.items() if pattern.fullmatch(name.lower())), None)
     # The config of an adapter belongs to it.
     return None if kind == "adapters" and any(_kind_of(other, ()) == kind for other in chosen) else kind
@@ -166,7 +166,7 @@ def _named_by(index: Path, files: Mapping[str, Path]) -> list[str]:
 
 
 def _choose_shards(root: Path, top: Iterable[str]) -> list[str]:
-    """Return which files are the model where no index tells."""
+    """Return the files of the model, by their names alone."""
     found = sorted(name for name in top if name.endswith(SUFFIX))
     found = [name for name in found if _kind_of(name, ()) not in SIDECARS] or found
     main = [name for name in found if name.removesuffix(SUFFIX) in MAIN]

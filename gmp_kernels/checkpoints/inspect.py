@@ -1,4 +1,4 @@
-"""Statistics of a checkpoint: sparsity, ranges, and values that are none, tensor by tensor."""
+"""Statistics of a checkpoint, tensor by tensor: sparsity, ranges, NaN and Inf."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from gmp_kernels.masks import BitMask
 
 __all__ = ["BINS_PER_OCTAVE", "TensorStatistics", "inspect_checkpoint", "total_of"]
 
-PIECE_BYTES = 1 << 22  # what is computed from one piece stays in the caches
-NUM_BUFFERS = 2  # one that is looked at, one that is read into
+PIECE_BYTES = 1 << 22  # so that a piece and its keys stay in the caches
+NUM_BUFFERS = 2  # one to count in, one to read into
 BINS_PER_OCTAVE = 4
 
-# Float8 is looked at in float32, which holds all its values.
+# Float8 is counted in float32, which holds all its values.
 FLOATS = DTYPES | {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
-# Of these only zeros are counted, for which the sign does not matter.
+# Only zeros of these are counted, whatever the sign.
 INTEGERS = (
     dict.fromkeys(("BOOL", "I8", "U8"), torch.uint8)
     | dict.fromkeys(("I16", "U16"), torch.int16)
@@ -165,7 +165,7 @@ def total_of(found: Sequence[TensorStatistics]) -> TensorStatistics:
 
 
 def _shapes_of_masks(shard: FileShard) -> Mapping[str, Any]:
-    """Return what a file says about the packed masks in it: {name of the weight: its shape}, unchecked."""
+    """Return {name of the weight: its shape, unchecked} of the packed masks in a file, by its metadata."""
     try:
         return shapes_in(shard.metadata)
     except (KeyError, TypeError, ValueError, RecursionError):
@@ -215,7 +215,7 @@ def _add(total: TensorStatistics, piece: torch.Tensor, *, histogram: bool) -> No
     total.num_zeros += len(keys) - num_kept
     if not num_kept:
         return
-    # Zeros out of the way of the smallest.
+    # A zero is not the smallest magnitude.
     smallest = magnitude_of(int(keys.masked_fill(keys == 0, nan).min()), dtype)
     largest = magnitude_of(int(keys.max()), dtype)
     total.smallest = smallest if total.smallest is None else min(total.smallest, smallest)

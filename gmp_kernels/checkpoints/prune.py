@@ -156,7 +156,7 @@ class PruneJob:
         return Staging(self._target).is_begun()
 
     def kept_beside(self) -> Path | None:
-        """Return what lies where masks of the output would and is not replaced: the output has no masks there."""
+        """Return a file in the place of the output's masks that is kept, though this run writes no masks."""
         path = self._beside_output()
         return None if self._force and self._old_masks() else path
 
@@ -211,13 +211,13 @@ class PruneJob:
         ):
             ranks.together(lambda: staging.begin(self._settings(), resume=resume) if ranks.rank == 0 else None)
             ranks.together(staging.join)
-            # Together, and so before any rank can finish another: they must all divide the same.
+            # All look before any can finish another shard: they must divide the same ones.
             owned = _divide(self.checkpoint.shards, ranks, ranks.together(staging.finished))
             with _stream_and_room(max_memory, self._dtype, self._scope) as (stream, room):
                 advance = self._advance(stream.num_bytes, owned, staging, progress)
                 workspace = Workspace(stream, choose(None, room.device), room, advance)
-                decisions = self._decisions(workspace, owned, staging, ranks)
-                ranks.together(lambda: self._write(workspace, owned, decisions, staging, is_first=ranks.rank == 0))
+                targets = self._requests(workspace, owned, staging, ranks)
+                ranks.together(lambda: self._write(workspace, owned, targets, staging, is_first=ranks.rank == 0))
             records = ranks.together(staging.finished)
             ranks.together(lambda: self._conclude(staging) if ranks.rank == 0 else None)
         layers = tuple(LayerReport(**row) for shard in sorted(records) for row in records[shard])
@@ -242,7 +242,7 @@ class PruneJob:
         return path if is_old else None
 
     def _beside_output(self) -> Path | None:
-        """Return what lies where the masks of a file go, if this run writes none."""
+        """Return a file in the place of the output's masks, if this run writes none."""
         path = self._place_of_masks()
         return path if self.checkpoint.root.is_file() and not self._masks and os.path.lexists(path) else None
 
@@ -255,7 +255,7 @@ class PruneJob:
                 check_target(path, inputs, root=self.checkpoint.root, force=self._force)
 
     def _settings(self) -> dict[str, Any]:
-        """Return all that the output depends on."""
+        """Return everything that the output depends on."""
         return {
             "sparsity": self._sparsity,
             "scope": self._scope,
@@ -269,7 +269,7 @@ class PruneJob:
     def _advance(
         self, held_bytes: int, owned: Mapping[int, FileShard], staging: Staging, progress: Callable[[int, int], None]
     ) -> Callable[[int], None]:
-        """Return what adds up the bytes done and tells ``progress`` of how many."""
+        """Return a function that adds bytes to those done and tells ``progress``."""
         targets = {tensor.name for tensor in self.tensors}
         done = total = 0
         for shard in owned.values():
@@ -287,42 +287,41 @@ class PruneJob:
 
         return advance
 
-    def _decisions(
+    def _requests(
         self, workspace: Workspace, owned: Mapping[int, FileShard], staging: Staging, ranks: Communicator
-    ) -> dict[int, Decision]:
-        """Return what global scope prunes of each target, counted or as the run that is resumed has noted it."""
+    ) -> dict[str, Target]:
+        """Return {name: how many weights go, or in global scope which}, counted or as noted by the run resumed."""
+        pruned: Sequence[int | Decision]
         if self._scope == "layer":
-            return {}
-        noted = staging.noted("decisions")
-        if noted is not None:
-            return {i: Decision(key, Threshold(*threshold), *ties) for i, (key, threshold, *ties) in enumerate(noted)}
-        mine = {shard.name for shard in owned.values()}
-        shard_of = {tensor.name: shard for shard in self.checkpoint.shards for tensor in shard.tensors}
-        group = {i: Located(shard_of[tensor.name], tensor) for i, tensor in enumerate(self.tensors)}
-        decisions = decide(group, workspace, self.num_prune()[0], lambda shard: shard.name in mine, ranks)
-        if ranks.rank == 0:
-            staging.note("decisions", list(decisions.values()))
-        return decisions
+            pruned = self.num_prune()
+        elif (noted := staging.noted("decisions")) is not None:
+            pruned = [Decision(key, Threshold(*threshold), *ties) for key, threshold, *ties in noted]
+        else:
+            mine = {shard.name for shard in owned.values()}
+            shard_of = {tensor.name: shard for shard in self.checkpoint.shards for tensor in shard.tensors}
+            group = {i: Located(shard_of[tensor.name], tensor) for i, tensor in enumerate(self.tensors)}
+            found = decide(group, workspace, self.num_prune()[0], lambda shard: shard.name in mine, ranks)
+            pruned = list(found.values())
+            if ranks.rank == 0:
+                staging.note("decisions", pruned)
+        return {tensor.name: Target(i, one) for i, (tensor, one) in enumerate(zip(self.tensors, pruned, strict=True))}
 
     def _write(
         self,
         workspace: Workspace,
         owned: Mapping[int, FileShard],
-        decisions: Mapping[int, Decision],
+        targets: Mapping[str, Target],
         staging: Staging,
         *,
         is_first: bool,
     ) -> None:
         """Write this rank's shards, and on the first rank what else belongs to the output."""
-        counts = dict(enumerate(self.num_prune() if self._scope == "layer" else []))
-        targets = {tensor.name: Target(i, counts.get(i, 0), decisions.get(i)) for i, tensor in enumerate(self.tensors)}
         if staging.noted(PLACED) is not None:
             return  # a run that was stopped at its end
         with output_errors(self._target):
             for i, shard in owned.items():
                 masks = staging.files / MASKS / shard.name if self._masks else None
-                own = {tensor.name: targets[tensor.name] for tensor in shard.tensors if tensor.name in targets}
-                reports = write_shard(shard, own, workspace, staging.files / shard.name, masks, self._dtype)
+                reports = write_shard(shard, targets, workspace, staging.files / shard.name, masks, self._dtype)
                 staging.finish(i, [asdict(report) for report in reports])
             if is_first:
                 # Masks of an earlier run do not replace our own.
@@ -332,7 +331,7 @@ class PruneJob:
     def _conclude(self, staging: Staging) -> None:
         self.checkpoint.check_unchanged()
         if self._force:
-            # Even so it replaces checkpoints only, and what has the name may have changed meanwhile.
+            # It replaces checkpoints only, and another file may have taken the name meanwhile.
             self._check_targets(resume=True)
         if self.checkpoint.root.is_dir():
             with output_errors(self._target):
@@ -354,14 +353,14 @@ def _stream_and_room(max_memory: int, dtype: torch.dtype | None, scope: Scope) -
 
 
 def _buffers(max_memory: int, dtype: torch.dtype | None, scope: Scope) -> tuple[int, int]:
-    """Return how large a piece is, and how many there are at a time."""
-    # Larger ones do not fit the caches, in which they stay from reading to writing.
+    """Return the bytes of a piece and the number of buffers."""
+    # A piece stays in the caches from reading to writing.
     piece_bytes = max(PIECE_UNIT, min(LARGEST_PIECE, max_memory // 32) // PIECE_UNIT * PIECE_UNIT)
-    # Half of the memory is for candidates, the other for pieces, each with its mask and what it is converted to. Of
-    # narrow weights there are most in a piece: two bytes each.
+    # Half of the memory is for candidates, the other half for pieces, each with its mask and converted copy. A piece
+    # holds the most weights where they take two bytes each.
     bits_per_weight = 16 + 1 + (0 if dtype is None else 8 * dtype.itemsize)
     num_buffers = max(2, max_memory // 2 * 16 // bits_per_weight // piece_bytes)
-    # Global scope holds no tensor as a whole, and what few buffers hold is still in the caches when it is needed again.
+    # Global scope holds no tensor as a whole, and the contents of few buffers stay in the caches.
     return piece_bytes, num_buffers if scope == "layer" else min(num_buffers, STREAM_BUFFERS)
 
 

@@ -1,7 +1,7 @@
-"""Files through a few buffers of fixed size: while one is worked on, threads read the next and write those before.
+"""Streams of files through a few buffers: threads read the next and write the last while one is worked on.
 
-Reading and writing calls rather than a memory map: a map of a file that shrinks, or of a disk that is full or fails,
-kills the process by a signal, and what it has touched counts as memory of the process.
+Reading and writing are calls, not memory maps. A map of a file that shrinks, or of a disk that is full or fails, kills
+the process by a signal, and the pages that it has touched count as memory of the process.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ __all__ = ["PIECE_UNIT", "Piece", "Stream", "opened", "read_into", "write_whole"
 
 # Bytes of 8 elements of the widest dtype: no piece begins within a byte of a packed mask.
 PIECE_UNIT = 64
-# Bytes per call. The page cache takes memory in blocks as large as the call; large free ones are rare, and in a virtual
-# machine often not there before they are touched, which has been seen to make this five times slower.
+# Bytes per call. The page cache takes memory in blocks as large as the call. Large free blocks are rare, and a virtual
+# machine often has none before they are touched, which can make writing five times slower.
 WRITE_BYTES = 1 << 18
-# After so many bytes the disk is told to begin, so that it works while more is read and computed.
+# Bytes after which the disk is told to begin, so that it works while more is read and computed.
 SYNC_BYTES = 1 << 28
-# What the kernel says when two files are of kinds between which it copies nothing itself.
+# Errors of a kernel that cannot copy between these two files itself.
 NO_KERNEL_COPY = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP}
 
 
@@ -69,7 +69,7 @@ def read_into(buffer: torch.Tensor, source: FileIO, offset: int) -> None:
 
 
 class Piece(NamedTuple):
-    """A piece of a range of a file, in a buffer.
+    """Piece of a range of a file, in a buffer.
 
     Attributes
     ----------
@@ -77,7 +77,7 @@ class Piece(NamedTuple):
         Its place in the range, counted in elements of ``data``.
     data : torch.Tensor
     buffer : int
-        Which of the stream's it lies in.
+        Number of the stream's buffer that holds it.
     """
 
     begin: int
@@ -86,14 +86,14 @@ class Piece(NamedTuple):
 
 
 class Stream:
-    """The buffers and the threads; a context manager.
+    """Buffers and threads that files pass through; a context manager.
 
     Parameters
     ----------
     piece_bytes : int
         Of each buffer; a multiple of PIECE_UNIT.
     num_buffers : int
-        At least 2. They take turns, so that a piece stays until as many others have been read.
+        At least 2. They take turns: a piece stays until as many others have been read.
 
     Attributes
     ----------
@@ -107,7 +107,7 @@ class Stream:
         self._buffers = [torch.empty(piece_bytes, dtype=torch.uint8, device="cpu") for _ in range(num_buffers)]
         self._writes: list[Future[None] | None] = [None] * num_buffers
         self._next = 0
-        # Of one range at most, begun before it was asked for.
+        # Reads of one range at most, begun before it was asked for.
         self._ahead: dict[tuple[FileIO, range], list[Future[Piece]]] = {}
         self._reader = ThreadPoolExecutor(1, "gmp-kernels-reader")
         self._writer = ThreadPoolExecutor(1, "gmp-kernels-writer")
@@ -124,9 +124,9 @@ class Stream:
 
     @contextlib.contextmanager
     def created(self, path: Path, origin: FileIO) -> Iterator[int]:
-        """Make a file, in a folder made if it is not there, with the permissions of ``origin``; yield its descriptor.
+        """Create a file with the permissions of ``origin``, and its folder; yield its descriptor.
 
-        At the end of the block, if it has not raised, everything is written and has reached the disk.
+        Unless the block raises, everything is written and has reached the disk at its end.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
         # What an interrupted run has left may be read-only.
@@ -147,8 +147,8 @@ class Stream:
     def pieces(self, source: FileIO, span: range, following: range = range(0)) -> Iterator[Piece]:
         """Read a range of a file; yield each piece, of uint8.
 
-        It may be changed and written until the next one is asked for; all pieces of a range of up to ``num_bytes``
-        may be until the next range is. Of that one, ``following``, so much is read ahead as there are buffers left.
+        A piece may be changed and written until the next one is requested, and all pieces of a range of up to
+        ``num_bytes`` until the next range is. ``following`` is that range: buffers left over read it ahead.
         """
         reads = self._ahead.pop((source, span), [])
         self._ahead.clear()
@@ -167,9 +167,9 @@ class Stream:
             yield Piece(begin // dtype.itemsize, data.view(dtype), buffer)
 
     def write(self, descriptor: int, tensor: torch.Tensor, offset: int, buffer: int) -> None:
-        """Write the bytes of ``tensor`` from ``offset`` on, soon; errors come with a later call.
+        """Write the bytes of ``tensor`` at ``offset``, in the background; a later call raises its error.
 
-        ``buffer`` is that of the piece it is, or was made of: until it is written nothing else is read into that.
+        ``buffer`` is that of the piece it is, or was made of. Nothing else is read into that before it is written.
         """
         waiting = self._writes[buffer]
         self._writes[buffer] = self._writer.submit(_write, descriptor, tensor, offset, waiting)
@@ -193,7 +193,7 @@ class Stream:
             self.write(descriptor, piece.data, offset + piece.begin, piece.buffer)
 
     def _begin_reads(self, reads: list[Future[Piece]], source: FileIO, span: range, until: int) -> None:
-        """Begin to read the pieces of a range that come after those in ``reads``, which gets them, up to so many."""
+        """Append reads of the next pieces of a range to ``reads``, until it has ``until`` of them or all."""
         for begin in range(len(span))[:: self._piece_bytes][len(reads) : until]:
             reads.append(self._reader.submit(self._read, source, span, begin, self._next))
             self._next = (self._next + 1) % len(self._buffers)
@@ -222,7 +222,7 @@ def _write(descriptor: int, tensor: torch.Tensor, offset: int, before: Future[No
 
 
 def write_whole(descriptor: int, data: bytes | memoryview, offset: int) -> None:
-    """Write all of ``data``, however often the system takes a part of it only."""
+    """Write all of ``data``, even where the system takes it in parts."""
     view = memoryview(data)
     while view:
         count = os.pwrite(descriptor, view[:WRITE_BYTES], offset)

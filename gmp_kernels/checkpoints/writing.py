@@ -32,11 +32,10 @@ ALONE = Communicator(None)
 
 
 class Target(NamedTuple):
-    """Request for one tensor: its position among all targets, how many weights go, and if known already, which."""
+    """Request for one tensor: its position among all targets, and how many weights go, or which."""
 
     position: int
-    num_prune: int
-    decision: Decision | None
+    pruned: int | Decision
 
 
 def write_shard(
@@ -142,20 +141,19 @@ def _selected(
 ) -> Iterator[tuple[Piece, Cutoffs]]:
     """Yield the pieces of a target, in order, each with what to prune of it."""
     stream, implementation, _, _ = workspace
-    tensor, decision = located.tensor, target.decision
+    tensor, (position, decision) = located.tensor, target
     pieces = stream.weights(source, tensor, DTYPES[tensor.dtype], following)
-    if decision is None and tensor.nbytes <= stream.num_bytes:
+    if isinstance(decision, int) and tensor.nbytes <= stream.num_bytes:
         held = list(pieces)
         layers = [Layer(piece.data, None) for piece in held]
-        found = select(implementation, layers, [target.num_prune], [len(layers)]).cutoffs
+        found = select(implementation, layers, [decision], [len(layers)]).cutoffs
         for piece, index in zip(held, found.nonfinite, strict=True):
-            check_finite(tensor.name, target.position, piece.begin, index)
+            check_finite(tensor.name, position, piece.begin, index)
         for i, piece in enumerate(held):
             yield piece, Cutoffs.of([tuple(column[i] for column in found)])
         return
-    if decision is None:
-        group = {target.position: located}
-        decision = decide(group, workspace, target.num_prune, lambda _: True, ALONE)[target.position]
+    if isinstance(decision, int):
+        decision = decide({position: located}, workspace, decision, lambda _: True, ALONE)[position]
     for piece, tie_index in _tie_indices(implementation, decision, pieces):
         _, below, ties, kept = decision.threshold
         yield piece, Cutoffs.of([(decision.key, below, ties, kept, tie_index, -1)])
