@@ -1,4 +1,4 @@
-"""The one path from names, patterns and the default rule to what is pruned, of a model or of a checkpoint."""
+"""Choice of the tensors to prune, of a model or a checkpoint alike: by names, patterns or the default rule."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ E = TypeVar("E")
 
 
 class TargetIndex(ABC, Generic[E]):
-    """Every name by which tensors can be meant.
+    """All names that reach tensors of a model or checkpoint, and the reasons against pruning them.
 
     Parameters
     ----------
@@ -91,6 +91,7 @@ class TargetIndex(ABC, Generic[E]):
         return self._covered[name].reason != SMALL and self._obstacles[name] is None
 
     def _free_of(self, entry: E, reached: Sequence[str]) -> list[str]:
+        """Return the tensors that a module or pattern takes, of those it reaches."""
         free = [name for name in reached if self._is_free(name)]
         if not free:
             raise TargetError(f"targets: expected {self._reason_against(entry, reached)}")
@@ -125,15 +126,15 @@ class TargetIndex(ABC, Generic[E]):
 
     @abstractmethod
     def _named(self, reached: list[str]) -> list[str]:
-        """Return those of what an exact name reaches that it stands for; refuse what cannot be pruned."""
+        """Return the tensors that an exact name stands for, of those it reaches; refuse any that cannot be pruned."""
 
     @abstractmethod
     def _near(self, what: str, entry: E) -> str:
-        """Name what an entry that reaches nothing may have meant."""
+        """Suggest names for an entry that reaches nothing."""
 
     @abstractmethod
     def _reason_against(self, entry: E, reached: Sequence[str]) -> str:
-        """Say what was expected, and why nothing that a target reaches can be pruned."""
+        """Say what was expected of a target, and why nothing it reaches can be pruned."""
 
     @abstractmethod
     def _advice(self, coverage: Coverage) -> str:

@@ -1,4 +1,4 @@
-"""Parameters of a model that a list of names, patterns and module types means."""
+"""Parameters of a model by names, patterns and module types."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def check_present(model: nn.Module, parameters: Mapping[str, nn.Parameter], shap
 
 
 class Place(NamedTuple):
-    """Position of a parameter in a model: the parameters of its module, and its key among them."""
+    """Place of a parameter in a model: the parameters of its module, and its key among them."""
 
     holder: dict[str, nn.Parameter | None]
     key: str
@@ -153,7 +153,7 @@ class ParameterIndex(TargetIndex[Entry]):
             )
 
     def _find_roles(self, roles: Roles) -> dict[str, str | None]:
-        """Return {first name: why it is no default target}, by whichever of its names gives a reason."""
+        """Return {first name: reason against it as a default target}, where any of its names gives one."""
         found: dict[str, str | None] = {}
         for name, parameter in self._parameters.items():
             reason, first = roles.reason_against(name), self._first_names[parameter]
@@ -164,7 +164,7 @@ class ParameterIndex(TargetIndex[Entry]):
         return found
 
     def _cover(self, name: str, role: str | None, *, is_held: bool) -> tuple[CoveredTensor, str | None]:
-        """Return a parameter as the default covers it, given its role, and the obstacle to other targets."""
+        """Return a parameter of this role as the default rule covers it, and the obstacle to other targets."""
         parameter = self._parameters[name]
         is_uninitialized = is_lazy(parameter)
         frozen = None if parameter.requires_grad else FROZEN
