@@ -120,9 +120,8 @@ class Staging:
             No run of ours has made it.
         """
         with output_errors(self.target):
-            if self._descriptor is None and (descriptor := self._open()) is not None:
-                self._descriptor = descriptor
-                self._check_ours(descriptor)
+            if self._descriptor is None:
+                self._open()
 
     def finish(self, shard: int, record: Any) -> None:
         """Note that a shard lies complete in ``files``, with a report on it."""
@@ -220,23 +219,22 @@ class Staging:
     def _records(self) -> list[Path]:
         return sorted((self._inside / "finished").glob(f"{'[0-9]' * 5}.json"))
 
-    def _open(self) -> int | None:
-        """Open the folder, but not through a link; return None if there is nothing."""
+    def _open(self) -> bool:
+        """Open the folder, but not through a link, and check that it is ours; return False if there is none."""
         try:
-            return os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            self._descriptor = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         except FileNotFoundError:
-            return None
+            return False
         except OSError as error:
             if error.errno not in (errno.ENOTDIR, errno.ELOOP):
                 raise
             self._refuse("a file or a link")
-
-    def _check_ours(self, descriptor: int) -> None:
-        with os.scandir(descriptor) as entries:
+        with os.scandir(self._descriptor) as entries:
             names = [entry.name for entry in entries]
         foreign = sorted(name for name in names if not OWN.fullmatch(name))
         if foreign or (names and LOCK not in names):
             self._refuse(f"a folder with {foreign[0] if foreign else names[0]!r} in it")
+        return True
 
     def _refuse(self, found: str) -> NoReturn:
         raise OutputError(
@@ -252,10 +250,9 @@ class Staging:
             made = True
         except FileExistsError:
             made = False
-        self._descriptor = self._open()
-        if self._descriptor is None:
+        if not self._open():
             return False
-        self._check_ours(self._descriptor)
+        assert self._descriptor is not None
         self._check_owner(self._descriptor)
         try:
             # Made before anything else, so that the folder is known as ours whenever a run is stopped.
