@@ -1,7 +1,7 @@
-"""Everything a user can get wrong with weights, masks and counts, found before any memory is written.
+"""Checks of weights, masks and counts, all of them before any memory is written.
 
 Most calls come with the tensors of an earlier one. Whether a call may write to them follows from their addresses,
-shapes and dtypes; so these are compared with those that were found good, and only what differs is looked at in full.
+shapes and dtypes. So these are compared with those that passed before, and only a call that differs is checked in full.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def checked_layers(
     *,
     writes: Literal["nothing", "weights", "weights and masks"],
 ) -> Layers | None:
-    """Check the tensors of a call and bring them into the form backends take, without copying; None of no weights."""
+    """Check the tensors of a call and return them in the form backends take, not copied; None if there are none."""
     packed, signature = None, None
     if weights and PLAIN.issuperset(map(type, weights)) and {BitMask}.issuperset(map(type, masks or ())):
         packed = None if masks is None else [mask.packed for mask in masks]
@@ -82,17 +82,17 @@ def checked_layers(
 
 
 def forget() -> None:
-    """Look at the next call in full, whatever its tensors."""
+    """Check the next call in full, whatever its tensors."""
     _known.clear()
 
 
 def _signature(
     weights: list[torch.Tensor], masks: Sequence[BitMask] | None, packed: list[torch.Tensor] | None
 ) -> list[Any] | None:
-    """All that the checks of a call look at, as cheap as can be; None where that is not enough.
+    """Return everything that the checks of a call depend on, cheaply; None where they need more than that.
 
-    Only memory of the CPU or a GPU has an address, and only one of them has this one. Storage that was cut may lie
-    where a larger one was.
+    An address tells the device too: no two share one. The size of the storage is part of it, as one that was cut may
+    lie where a larger one was.
     """
     of, in_memory = torch.Tensor, [*weights, *(packed or [])]
     try:
@@ -103,7 +103,7 @@ def _signature(
         if masks is not None:
             signature.append([mask.shape for mask in masks])
     except (RuntimeError, TypeError):
-        return None  # no tensor, or one without an address: what it is, the check of each alone will tell
+        return None  # not a tensor, or one without an address; the check of each alone says which
     return None if None in signature else signature
 
 
@@ -118,7 +118,7 @@ def _label(names: Sequence[str] | None, i: int) -> str:
 
 
 def is_wrapper(tensor: torch.Tensor) -> bool:
-    """Whether it says that it is on a device but has no memory there: its values are somewhere else."""
+    """Whether a tensor claims a device but has no memory there, so that its values are somewhere else."""
     try:
         return tensor.data_ptr() == 0 and tensor.device.type != "meta" and tensor.untyped_storage().nbytes() > 0
     except RuntimeError:
@@ -126,7 +126,7 @@ def is_wrapper(tensor: torch.Tensor) -> bool:
 
 
 def has_memory(tensor: torch.Tensor) -> bool:
-    """Whether the storage reaches to the tensor's last element: sharded training frees it in between."""
+    """Whether the storage reaches the tensor's last element: sharded training frees it between steps."""
     if tensor.is_contiguous():
         needed = (tensor.storage_offset() + tensor.numel()) * tensor.itemsize
     else:
@@ -153,7 +153,7 @@ def check_tensors(
     *,
     optional_masks: bool = False,
 ) -> list[Layer]:
-    """Check weights and masks and bring them into the form backends take, without copying.
+    """Check weights and masks and return them in the form backends take, not copied.
 
     With ``optional_masks``, an entry of ``masks`` may be None.
     """
@@ -161,35 +161,11 @@ def check_tensors(
         raise ShapeError(f"{op}: expected one mask per weight, got {len(masks)} masks for {len(weights)} weights")
     layers = []
     for i, weight in enumerate(weights):
-        tensor = _tensor(op, weight, names, i)
-        mask = None
-        if masks is not None and not (optional_masks and masks[i] is None):
-            mask = masks[i]
-            if not isinstance(mask, BitMask):
-                raise DTypeError(
-                    f"{op}: expected a BitMask for {_label(names, i)}, got {type(mask).__name__}; "
-                    "use BitMask.from_bool(...)"
-                )
-            if mask.shape != tensor.shape:
-                raise ShapeError(
-                    f"{op}: expected a mask of shape {tuple(tensor.shape)} for {_label(names, i)}, "
-                    f"got {tuple(mask.shape)}; a mask belongs to one weight"
-                )
-            if not isinstance(mask.packed, torch.Tensor):
-                raise DTypeError(
-                    f"{op}: expected a tensor of packed bits in the mask of {_label(names, i)}, got "
-                    f"{type(mask.packed).__name__}; make a new BitMask"
-                )
-            if mask.packed.device != tensor.device:
-                raise LayoutError(
-                    f"{op}: expected the mask of {_label(names, i)} on {tensor.device}, got {mask.packed.device}; "
-                    "use mask.to(device)"
-                )
-            if not mask.is_packed or is_wrapper(mask.packed) or not has_memory(mask.packed):
-                raise ShapeError(
-                    f"{op}: expected {-(-mask.numel // 8)} contiguous bytes as the mask of {_label(names, i)}, got "
-                    f"{mask.packed.dtype} of shape {tuple(mask.packed.shape)}; make a new BitMask"
-                )
+        label = _label(names, i)
+        tensor = _tensor(op, weight, label)
+        mask = None if masks is None else masks[i]
+        if masks is not None and not (optional_masks and mask is None):
+            _check_mask(op, mask, tensor, label)
         layers.append(Layer(tensor, None if mask is None else mask.packed))
     devices = {layer.weight.device for layer in layers}
     if devices == {torch.device("meta")}:
@@ -199,8 +175,32 @@ def check_tensors(
     return layers
 
 
-def _tensor(op: str, weight: Weight, names: Sequence[str] | None, i: int) -> torch.Tensor:
-    label = _label(names, i)
+def _check_mask(op: str, mask: object, tensor: torch.Tensor, label: str) -> None:
+    if not isinstance(mask, BitMask):
+        raise DTypeError(f"{op}: expected a BitMask for {label}, got {type(mask).__name__}; use BitMask.from_bool(...)")
+    if mask.shape != tensor.shape:
+        raise ShapeError(
+            f"{op}: expected a mask of shape {tuple(tensor.shape)} for {label}, got {tuple(mask.shape)}; a mask "
+            "belongs to one weight"
+        )
+    if not isinstance(mask.packed, torch.Tensor):
+        raise DTypeError(
+            f"{op}: expected a tensor of packed bits in the mask of {label}, got {type(mask.packed).__name__}; make a "
+            "new BitMask"
+        )
+    if mask.packed.device != tensor.device:
+        raise LayoutError(
+            f"{op}: expected the mask of {label} on {tensor.device}, got {mask.packed.device}; use mask.to(device)"
+        )
+    if not mask.is_packed or is_wrapper(mask.packed) or not has_memory(mask.packed):
+        raise ShapeError(
+            f"{op}: expected {-(-mask.numel // 8)} contiguous bytes as the mask of {label}, got {mask.packed.dtype} of "
+            f"shape {tuple(mask.packed.shape)}; make a new BitMask"
+        )
+
+
+def _tensor(op: str, weight: Weight, label: str) -> torch.Tensor:
+    """Return a weight as a tensor that shares its memory; refuse what backends do not take."""
     if isinstance(weight, np.ma.MaskedArray):
         raise LayoutError(
             f"{op}: expected a plain array for {label}, got a masked one, some of whose values do not count; pass "
@@ -248,7 +248,7 @@ def _tensor(op: str, weight: Weight, names: Sequence[str] | None, i: int) -> tor
 
 
 def _check_kind(op: str, weight: torch.Tensor, label: str) -> None:
-    """Refuse tensors that are no run of numbers in memory; of some of them not even the shape may be asked for."""
+    """Refuse tensors that are not numbers in memory, before asking for a shape, which some of them do not have."""
     if is_lazy(weight):
         raise LayoutError(f"{op}: expected {label} initialized, got a lazy parameter; run the model on a batch first")
     if weight.is_nested or weight.layout != torch.strided:
@@ -275,7 +275,7 @@ def _check_kind(op: str, weight: torch.Tensor, label: str) -> None:
 
 
 def _instead_of(given: object) -> str:
-    """Tell what to pass instead of something that holds weights, or is none."""
+    """Say what to pass instead of an object that holds weights, or is none."""
     if isinstance(given, torch.nn.Module):
         return (
             "its weights, such as [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear)], or give the "
@@ -299,7 +299,7 @@ def check_writable(op: str, weights: Sequence[Weight], layers: Sequence[Layer], 
 
 
 def check_disjoint(op: str, what: str, tensors: Sequence[torch.Tensor], names: Sequence[str] | None) -> None:
-    """Refuse tensors that share memory: writing them one after another or in parallel would not mean one thing."""
+    """Refuse tensors that share memory: what is written would depend on the order."""
     spans = sorted((tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes, i) for i, tensor in enumerate(tensors))
     for (_, end, i), (start, _, j) in itertools.pairwise(spans):
         if start < end:
@@ -321,7 +321,7 @@ def counts_to_prune(
     num_prune: int | Sequence[int] | None,
     scope: str,
 ) -> list[int]:
-    """Counts to prune: one per layer, or a single one in global scope."""
+    """Return the counts to prune: one per layer, or a single one in global scope."""
     if (sparsity is None) == (num_prune is None):
         number = "neither" if sparsity is None else "both"
         raise SparsityError(f"{op}: expected exactly one of sparsity and num_prune, got {number}")
@@ -377,5 +377,5 @@ def check_finite(op: str, nonfinite: Sequence[int], names: Sequence[str] | None)
 
 
 def bump_versions(tensors: Iterable[torch.Tensor]) -> None:
-    """Tell autograd about writes it cannot see: a stale saved tensor then raises instead of giving wrong gradients."""
+    """Tell autograd about writes that it cannot see, so that a stale saved tensor raises: no wrong gradients."""
     torch.autograd.graph.increment_version(tensors)

@@ -401,7 +401,7 @@ def test_a_resumed_run_does_not_count_again(interrupted: Path, tmp_path: Path, m
     # It was killed, say, while it noted the next shard.
     (tmp_path / ".out.partial" / "finished" / "00001.json.new").write_text("{")
     PruneJob(interrupted, tmp_path / "whole", sparsity=0.5, scope="global").run()
-    monkeypatch.delattr("gmp_kernels.checkpoints.counting.Counter.decide")
+    monkeypatch.delattr("gmp_kernels.checkpoints.prune.decide")
     PruneJob(interrupted, tmp_path / "out", sparsity=0.5, scope="global").run(resume=True)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 

@@ -269,10 +269,9 @@ def test_what_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         with monkeypatch.context() as patch, pytest.raises(CheckpointError, match=message):
             patch.setattr(patched, name, substitute)
             open_checkpoint(folder)
-    source = stream.Source(folder / "model.safetensors")
     with monkeypatch.context() as patch, pytest.raises(CheckpointError, match="cannot be read: Permission denied"):
-        patch.setattr(stream.os, "open", refused)
-        source.__enter__()
+        patch.setattr(stream, "FileIO", refused)
+        stream.opened(folder / "model.safetensors")
     job = PruneJob(folder, tmp_path / "out", sparsity=0.5)
     shutil.rmtree(folder)
     with pytest.raises(CheckpointError, match="cannot be read any more: No such file"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from io import FileIO
 from pathlib import Path
 
 import pytest
@@ -133,13 +134,13 @@ def test_what_fits_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     fits = piece_bytes * num_buffers // 4
     save_file({f"{i}.weight": torch.randn(1, n) for i, n in enumerate([fits, 9, fits, fits // 3, fits])}, source)
     places: list[int] = []
-    read = stream.Source.read
+    read = stream.read_into
 
-    def noted(self: stream.Source, buffer: torch.Tensor, offset: int) -> None:
+    def noted(buffer: torch.Tensor, source: FileIO, offset: int) -> None:
         places.append(offset)
-        read(self, buffer, offset)
+        read(buffer, source, offset)
 
-    monkeypatch.setattr(stream.Source, "read", noted)
+    monkeypatch.setattr(stream, "read_into", noted)
     PruneJob(source, tmp_path / "out.safetensors", sparsity=0.5).run(max_memory=TINY)
     assert len(places) == len(set(places))
     assert_pruned(source, tmp_path / "out.safetensors", [f"{i}.weight" for i in range(5)], sparsity=0.5)

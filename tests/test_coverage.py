@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from gmp_kernels import GMPScheduler, schedules
 from gmp_kernels.checkpoints.files import TensorInfo
-from gmp_kernels.checkpoints.targets import cover_tensors, select_tensors
+from gmp_kernels.checkpoints.targets import TensorIndex
 from gmp_kernels.errors import DTypeError, TargetError
 from gmp_kernels.model.coverage import Coverage, shown_names, shown_shape
 from gmp_kernels.model.names import plain_name
@@ -31,14 +31,14 @@ def reasons(coverage: Coverage) -> dict[str, str]:
 @pytest.mark.parametrize("make", TREES.values(), ids=TREES)
 def test_default_targets_of_models_people_train(make):
     model, targets = make()
-    assert list(ParameterIndex(model).select(None, None).parameters) == targets
+    assert list(ParameterIndex(model).select(None, None)[0]) == targets
 
 
 @pytest.mark.parametrize("make", TREES.values(), ids=TREES)
 def test_a_checkpoint_has_the_targets_of_its_model(make):
     model, targets = make()
-    found = select_tensors(tensors_of(model), None, None)
-    assert {plain_name(tensor.name) for tensor in found} == set(targets)
+    found, _ = TensorIndex(tensors_of(model)).choose(None, None)
+    assert {plain_name(name) for name in found} == set(targets)
 
 
 @pytest.mark.parametrize(
@@ -65,8 +65,8 @@ def test_a_checkpoint_has_the_targets_of_its_model(make):
 )
 def test_what_is_left_out_has_a_reason_in_models_and_checkpoints(name, tensor, reason):
     model, _ = TREES[name]()
-    assert reasons(ParameterIndex(model).select(None, None).coverage)[tensor] == reason
-    assert reasons(cover_tensors(tensors_of(model), None, None))[tensor] == reason
+    assert reasons(ParameterIndex(model).select(None, None)[1])[tensor] == reason
+    assert reasons(TensorIndex(tensors_of(model)).choose(None, None)[1])[tensor] == reason
 
 
 def test_the_types_of_modules_decide_where_names_mislead():
@@ -75,7 +75,7 @@ def test_the_types_of_modules_decide_where_names_mislead():
 
     lookups = {"lookup": nn.Embedding(9, 3), "codes": Lookup(7, 3), "bags": nn.EmbeddingBag(9, 3)}
     model = build({"embed_in": linear(4, 3), "norm": linear(3, 4), "ln": linear(4, 3)} | lookups)
-    assert list(ParameterIndex(model).select(None, None).parameters) == weights("embed_in", "norm", "ln")
+    assert list(ParameterIndex(model).select(None, None)[0]) == weights("embed_in", "norm", "ln")
 
 
 class WithHead(nn.Module):
@@ -88,21 +88,21 @@ class WithHead(nn.Module):
 
 
 def test_a_model_that_knows_its_output_embeddings_is_asked():
-    coverage = ParameterIndex(nn.ModuleDict({"model": WithHead()})).select(None, None).coverage
+    coverage = ParameterIndex(nn.ModuleDict({"model": WithHead()})).select(None, None)[1]
     assert reasons(coverage)["model.out.weight"] == "output head"
     assert [tensor.name for tensor in coverage.targets] == ["model.body.weight"]
 
 
 def test_one_head_of_many_rows_is_a_head_and_several_are_layers():
     layers = {"embed": nn.Embedding(12, 4), "up": linear(12, 4), "down": linear(4, 12)}
-    assert list(ParameterIndex(build(layers)).select(None, None).parameters) == ["down.weight"]
-    assert len(ParameterIndex(build(layers | {"up2": linear(12, 4)})).select(None, None).parameters) == 3
+    assert list(ParameterIndex(build(layers)).select(None, None)[0]) == ["down.weight"]
+    assert len(ParameterIndex(build(layers | {"up2": linear(12, 4)})).select(None, None)[0]) == 3
 
 
 def test_a_tied_embedding_is_named_by_the_other_name():
     model = build({"decoder": linear(12, 4), "embed": nn.Embedding(12, 4), "layer": linear(4, 4)})
     model.embed.weight = model.decoder.weight
-    coverage = ParameterIndex(model).select(None, None).coverage
+    coverage = ParameterIndex(model).select(None, None)[1]
     assert reasons(coverage)["decoder.weight"] == "tied to the embedding 'embed.weight'"
     assert [tensor.name for tensor in coverage.targets] == ["layer.weight"]
 
@@ -128,7 +128,7 @@ def test_printing_a_pruner_shows_schedule_targets_share_and_what_is_left_out():
 
 def test_names_with_control_characters_are_shown_escaped():
     infos = [TensorInfo("a\x1b[31m.weight", "F32", (4, 4), 0, 64), TensorInfo("b\n.weight", "I64", (4, 4), 0, 128)]
-    table = str(cover_tensors(infos, None, None))
+    table = str(TensorIndex(infos).choose(None, None)[1])
     assert r"a\x1b[31m.weight (4x4)" in table and r"b\n.weight (4x4)" in table and len(table.splitlines()) == 4
 
 
@@ -267,8 +267,8 @@ def test_entries_for_checkpoints_mean_what_they_mean_for_models():
     model, _ = TREES["gpt_oss"]()
     tensors = tensors_of(model)
     for entry in ("model.layers.0.mlp", "model", "*experts", "re:.*mlp$", "lm_head", "*", "model.layers.0.self_attn"):
-        expected = set(ParameterIndex(model).select(entry, None).parameters)
-        assert {tensor.name for tensor in select_tensors(tensors, [entry], None)} == expected, entry
+        expected = set(ParameterIndex(model).select(entry, None)[0])
+        assert set(TensorIndex(tensors).choose([entry], None)[0]) == expected, entry
 
 
 def test_a_checkpoint_refuses_what_cannot_be_pruned_by_its_reason():
@@ -279,14 +279,14 @@ def test_a_checkpoint_refuses_what_cannot_be_pruned_by_its_reason():
         TensorInfo("packed.scales", "F16", (2, 8), 336, 32),
         TensorInfo("waves.weight", "C64", (8, 8), 368, 512),
     ]
-    assert [tensor.name for tensor in select_tensors(infos, ["*"], None)] == ["layer.weight"]
+    assert TensorIndex(infos).choose(["*"], None)[0] == ["layer.weight"]
     for entry, reason in [("packed", "'packed.qweight' of dtype I32.*quantized"), ("waves", "complex")]:
         with pytest.raises(TargetError, match=reason):
-            select_tensors(infos, [entry], None)
+            TensorIndex(infos).choose([entry], None)
     with pytest.raises(TargetError, match=r"heads of language models; 'waves\.weight' is left out: complex$"):
-        select_tensors(infos[1:], None, None)
+        TensorIndex(infos[1:]).choose(None, None)
     with pytest.raises(TargetError, match=r"there are e\.g\. 'layer\.weight'$"):
-        select_tensors(infos, ["packed.qweigth"], None)
+        TensorIndex(infos).choose(["packed.qweigth"], None)
 
 
 def test_layers_of_no_size_are_left_out():

@@ -11,7 +11,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from tree_building import bare, schedule, tensors_of
 
 from gmp_kernels import BitMask, GMPScheduler, optim, schedules
-from gmp_kernels.checkpoints.targets import select_tensors
+from gmp_kernels.checkpoints.targets import TensorIndex
 from gmp_kernels.errors import TargetError
 from gmp_kernels.model.targets import ParameterIndex
 
@@ -66,16 +66,16 @@ def test_zeros_of_what_a_weight_is_computed_from_are_zeros_of_the_weight(kind):
 @pytest.mark.parametrize("kind", PARAMETRIZED)
 @pytest.mark.parametrize("targets", ["0.weight", "0", nn.Linear, "*.weight", "re:0", ["0.weight", "2"]])
 def test_a_computed_weight_can_be_meant_by_its_own_name(kind, targets):
-    names = list(ParameterIndex(parametrized(kind)).select(targets, None).parameters)
+    names = list(ParameterIndex(parametrized(kind)).select(targets, None)[0])
     assert names[0] == PARAMETRIZED[kind][1] and len(names) == (1 if targets in ("0.weight", "0", "re:0") else 2)
 
 
 @pytest.mark.parametrize("kind", PARAMETRIZED)
 def test_a_checkpoint_with_computed_weights_has_the_targets_of_its_model(kind):
     model = parametrized(kind)
-    chosen = {tensor.name for tensor in select_tensors(tensors_of(model), None, None)}
-    assert chosen == set(ParameterIndex(model).select(None, None).parameters)
-    assert [t.name for t in select_tensors(tensors_of(model), ["0.weight"], None)] == [PARAMETRIZED[kind][1]]
+    chosen = set(TensorIndex(tensors_of(model)).choose(None, None)[0])
+    assert chosen == set(ParameterIndex(model).select(None, None)[0])
+    assert TensorIndex(tensors_of(model)).choose(["0.weight"], None)[0] == [PARAMETRIZED[kind][1]]
 
 
 class Symmetric(nn.Module):
@@ -117,16 +117,16 @@ def test_other_parametrizations_are_left_out_and_refused_by_name(wrap, kind):
             ParameterIndex(model).select(name, None)
     with pytest.raises(TargetError, match=f"is parametrized by {kind}"):
         ParameterIndex(model).select("0", None)
-    assert list(ParameterIndex(model).select("*", None).parameters) == ["1.weight"]
+    assert list(ParameterIndex(model).select("*", None)[0]) == ["1.weight"]
     if kind == "Orthogonal":
-        assert [tensor.name for tensor in select_tensors(tensors_of(model), None, None)] == ["1.weight"]
+        assert TensorIndex(tensors_of(model)).choose(None, None)[0] == ["1.weight"]
 
 
 @pytest.mark.parametrize("kind", ["weight_norm", "old weight_norm"])
 def test_lengths_of_weight_norm_are_no_targets(kind):
     model = parametrized(kind)
     lengths = PARAMETRIZED[kind][1].replace("original1", "original0").replace("_v", "_g")
-    assert lengths not in ParameterIndex(model).select("*", None).parameters
+    assert lengths not in ParameterIndex(model).select("*", None)[0]
     with pytest.raises(TargetError, match="a length that weight_norm keeps apart"):
         ParameterIndex(model).select(lengths, None)
 

@@ -15,6 +15,9 @@ from gmp_kernels.backends.dtypes import DTYPES
 
 __all__ = ["bits_of", "key_of", "keys_of", "keys_of_magnitudes", "largest_key", "magnitude_of", "magnitudes_of_keys"]
 
+# Of float32. A CPU that flushes subnormal numbers would lose those below as it converts them to float64.
+SMALLEST_NORMAL, LOWEST_EXPONENT = 1 << 23, -149
+
 
 def key_of(magnitude: float, dtype: torch.dtype) -> int:
     """Return the key of a magnitude that is a value of ``dtype``; every NaN has the one above Inf.
@@ -36,7 +39,10 @@ def key_of(magnitude: float, dtype: torch.dtype) -> int:
 def magnitude_of(key: int, dtype: torch.dtype) -> float:
     """Return the magnitude whose key it is, exactly."""
     row = DTYPES[dtype]
-    magnitude: float = struct.unpack(row.value, struct.pack(row.bits, key << row.shift))[0]
+    bits = key << row.shift
+    if row.value == "<f" and bits < SMALLEST_NORMAL:
+        return math.ldexp(bits, LOWEST_EXPONENT)
+    magnitude: float = struct.unpack(row.value, struct.pack(row.bits, bits))[0]
     return magnitude
 
 
@@ -69,6 +75,9 @@ def keys_of_magnitudes(magnitudes: Sequence[float], dtype: torch.dtype) -> npt.N
 def magnitudes_of_keys(keys: npt.NDArray[np.int64], dtype: torch.dtype) -> npt.NDArray[np.float64]:
     """Return what ``magnitude_of`` returns, for many."""
     row = DTYPES[dtype]
+    bits = (keys << row.shift).astype(row.bits)
     with np.errstate(invalid="ignore"):  # the key of NaN is one that signals
-        magnitudes: npt.NDArray[np.float64] = (keys << row.shift).astype(row.bits).view(row.value).astype(np.float64)
+        magnitudes: npt.NDArray[np.float64] = bits.view(row.value).astype(np.float64)
+    if row.value == "<f":
+        magnitudes = np.where(bits < SMALLEST_NORMAL, np.ldexp(bits.astype(np.float64), LOWEST_EXPONENT), magnitudes)
     return magnitudes

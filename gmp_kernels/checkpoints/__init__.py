@@ -4,7 +4,7 @@ from gmp_kernels.checkpoints.files import Checkpoint, open_checkpoint
 from gmp_kernels.checkpoints.inspect import BINS_PER_OCTAVE, TensorStatistics, inspect_checkpoint, total_of
 from gmp_kernels.checkpoints.masks import MASK_SUFFIX, mask_metadata
 from gmp_kernels.checkpoints.prune import DEFAULT_MEMORY, PruneJob, PruneReport
-from gmp_kernels.checkpoints.targets import DEFAULT_RULE, cover_tensors
+from gmp_kernels.checkpoints.targets import DEFAULT_RULE
 
 __all__ = [
     "BINS_PER_OCTAVE",
@@ -15,7 +15,6 @@ __all__ = [
     "PruneJob",
     "PruneReport",
     "TensorStatistics",
-    "cover_tensors",
     "inspect_checkpoint",
     "mask_metadata",
     "open_checkpoint",

@@ -11,8 +11,8 @@ import torch
 
 from gmp_kernels.backends import Bracket, BracketCounts, Implementation, Layer, Threshold
 from gmp_kernels.backends.keys import magnitude_of
-from gmp_kernels.checkpoints.files import DTYPES, Shard, TensorInfo
-from gmp_kernels.checkpoints.stream import Source, Stream
+from gmp_kernels.checkpoints.files import DTYPES, FileShard, TensorInfo
+from gmp_kernels.checkpoints.stream import Stream, opened, read_into
 from gmp_kernels.errors import NonFiniteError
 from gmp_kernels.search.communicator import Communicator
 from gmp_kernels.search.driver import Piece, Search
@@ -48,7 +48,7 @@ class Workspace(NamedTuple):
 class Located(NamedTuple):
     """A tensor and the file it lies in."""
 
-    shard: Shard
+    shard: FileShard
     tensor: TensorInfo
 
 
@@ -80,7 +80,7 @@ def decide(
     group: Mapping[int, Located],
     workspace: Workspace,
     num_prune: int,
-    mine: Callable[[Shard], bool],
+    mine: Callable[[FileShard], bool],
     ranks: Communicator,
 ) -> dict[int, Decision]:
     """Rank all weights of a group of tensors together and return what is pruned of each.
@@ -116,7 +116,7 @@ def decide(
         used, counted = 0, []
         for i, bracket in zip(positions, brackets, strict=True):
             (shard, tensor), counts, first = group[i], [], used
-            with Source(shard.path) as source:
+            with opened(shard.path) as source:
                 for begin, weights, _buffer in stream.weights(source, tensor, dtype):
                     place = candidates[used:] if first_round and used <= len(candidates) else None
                     (found,) = implementation.count([Layer(weights, None)], [bracket], num_bins, [place])
@@ -162,8 +162,8 @@ def _estimate(tensors: Sequence[Located], num_prune: int, dtype: torch.dtype) ->
         shard, tensor = tensors[i := bisect_right(ends, place)]
         left = ends[i] - place
         nbytes = min(SAMPLE_BLOCK_BYTES, left, -(-ends[-1] // SAMPLE_BLOCKS // itemsize) * itemsize)
-        with Source(shard.path) as source:
-            source.read(sample[used : used + nbytes], tensor.begin + tensor.nbytes - left)
+        with opened(shard.path) as source:
+            read_into(sample[used : used + nbytes], source, tensor.begin + tensor.nbytes - left)
         used += nbytes
     size = sum(located.tensor.numel for located in tensors)
     return estimate([[Layer(sample[:used].view(dtype), None)]], [num_prune], [0], [size], [1])[0].bracket

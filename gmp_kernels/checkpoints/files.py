@@ -1,6 +1,6 @@
-"""Safetensors checkpoints on disk: where in their files every tensor lies, and whether the files agree.
+"""Safetensors checkpoints on disk: the place of every tensor in their files, and checks that the files agree.
 
-The safetensors library checks each header against the file: bounds, overlaps, holes, shapes, dtypes. It does not tell
+The safetensors library checks each header against its file: bounds, overlaps, holes, shapes, dtypes. It does not tell
 where a tensor lies, so the offsets are read from the same header once it has passed.
 """
 
@@ -21,7 +21,7 @@ from gmp_kernels.backends import dtypes
 from gmp_kernels.checkpoints.folders import SUFFIX, is_tied, look_into, read_index, unique_names
 from gmp_kernels.errors import CheckpointError
 
-__all__ = ["DTYPES", "Checkpoint", "Shard", "TensorInfo", "header_of", "open_checkpoint"]
+__all__ = ["DTYPES", "Checkpoint", "FileShard", "TensorInfo", "header_of", "open_checkpoint"]
 
 # The dtypes whose magnitudes have an order here, by their names in the format.
 DTYPES = {row.stored: dtype for dtype, row in dtypes.DTYPES.items()}
@@ -29,7 +29,7 @@ LENGTH_BYTES = 8  # of the header's length, in front of it
 
 
 class TensorInfo(NamedTuple):
-    """One tensor of a file; ``begin`` and ``nbytes`` say where its bytes lie, from the start of the file."""
+    """Tensor of a file, whose ``nbytes`` bytes begin at byte ``begin`` of the file."""
 
     name: str
     dtype: str
@@ -42,10 +42,15 @@ class TensorInfo(NamedTuple):
         """Number of elements."""
         return math.prod(self.shape)
 
+    @property
+    def span(self) -> range:
+        """Bytes of the file that it takes."""
+        return range(self.begin, self.begin + self.nbytes)
+
 
 @dataclass(frozen=True)
-class Shard:
-    """One safetensors file.
+class FileShard:
+    """Safetensors file of a checkpoint.
 
     Attributes
     ----------
@@ -53,12 +58,12 @@ class Shard:
     name : str
         Relative to the checkpoint's folder.
     tensors : tuple of TensorInfo
-        In the order of their bytes, which they fill without holes.
+        In the order of their bytes, without holes between them.
     metadata : dict of str to str or None
     data_begin : int
         Bytes of the header, its length included.
     identity : dict
-        Size, time of the last change and hash of the header: what tells that the file is still the same.
+        Size, time of the last change and hash of the header. While these stay, the file counts as unchanged.
     """
 
     path: Path
@@ -68,29 +73,35 @@ class Shard:
     data_begin: int
     identity: dict[str, Any]
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the file."""
+        size: int = self.identity["size"]
+        return size
+
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One safetensors file, or a folder of them with all that lies beside.
+    """Safetensors file, or a folder of them with all that lies beside them.
 
     Attributes
     ----------
     root : Path
         The file or the folder.
-    shards : tuple of Shard
+    shards : tuple of FileShard
         In the order of their names.
     others : dict of str to Path
-        {path relative to the folder: file} of what belongs to the model beside them.
+        {path relative to the folder: file} of the other files that belong to the model.
     index : str or None
         The one among ``others`` that maps tensors to shards.
     left_out : dict of str to str
-        {path relative to the folder: what it is} of what does not belong to the model.
+        {path relative to the folder: kind of file} of those that do not belong to the model.
     tied : tuple of str
         Names in the index of tensors that are stored under another name.
     """
 
     root: Path
-    shards: tuple[Shard, ...]
+    shards: tuple[FileShard, ...]
     others: dict[str, Path]
     index: str | None
     left_out: dict[str, str]
@@ -101,13 +112,18 @@ class Checkpoint:
         """All tensors, in the order of the shards and of their bytes: the order of global scope."""
         return [tensor for shard in self.shards for tensor in shard.tensors]
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all shards."""
+        return sum(shard.num_bytes for shard in self.shards)
+
     def identity(self) -> dict[str, Any]:
-        """Return what tells that no file of the checkpoint has changed."""
+        """Return facts of all files that stay while none of them changes."""
         others = {name: _size_and_time(path) for name, path in self.others.items()}
         return {"shards": {shard.name: shard.identity for shard in self.shards}, "others": others}
 
     def check_unchanged(self) -> None:
-        """Raise CheckpointError if a file is not what it was when the checkpoint was opened."""
+        """Raise CheckpointError if a shard has changed since the checkpoint was opened."""
         for shard in self.shards:
             now = _size_and_time(shard.path)
             if any(shard.identity[key] != now[key] for key in now):
@@ -145,24 +161,26 @@ def open_checkpoint(path: Path, *, copy_others: bool = False) -> Checkpoint:
         return Checkpoint(path, (_read_shard(path, path.name),), {}, None, {}, ())
     if not stat.S_ISDIR(mode):
         raise CheckpointError(f"{path}: expected a {SUFFIX} file or a folder of them, got a device or a pipe")
-    contents = look_into(path, everything=copy_others)
-    shards = tuple(_read_shard(file, name) for name, file in contents.shards.items())
+    files, others, index, left_out = look_into(path, everything=copy_others)
+    shards = tuple(_read_shard(file, name) for name, file in files.items())
     found = _shards_of_tensors(path, shards)
-    tied = () if contents.index is None else _check_index(path, read_index(path / contents.index)["weight_map"], found)
-    return Checkpoint(path, shards, contents.others, contents.index, contents.left_out, tied)
+    tied = () if index is None else _check_index(path, read_index(path / index)["weight_map"], found)
+    return Checkpoint(path, shards, others, index, left_out, tied)
 
 
-def header_of(tensors: Sequence[tuple[str, str, Sequence[int], int]], metadata: Mapping[str, str] | None) -> bytes:
-    """Return a header, its length included, for tensors given as (name, dtype, shape, bytes) in the order of bytes."""
+def header_of(tensors: Sequence[TensorInfo], metadata: Mapping[str, str] | None) -> tuple[bytes, dict[str, int]]:
+    """Return a header, its length included, for tensors in the order of their bytes, and where each of them begins."""
     entries: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
-    begin = 0
-    for name, dtype, shape, nbytes in tensors:
-        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, begin + nbytes]}
-        begin += nbytes
+    begin, begins = 0, {}
+    for tensor in tensors:
+        begins[tensor.name], end = begin, begin + tensor.nbytes
+        entries[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [begin, end]}
+        begin = end
     text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
     # Spaces, so that the data begins at a multiple of 8, as the format wants it.
     text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(LENGTH_BYTES, "little") + text
+    header = len(text).to_bytes(LENGTH_BYTES, "little") + text
+    return header, {name: len(header) + begin for name, begin in begins.items()}
 
 
 def _size_and_time(path: Path) -> dict[str, int]:
@@ -173,7 +191,7 @@ def _size_and_time(path: Path) -> dict[str, int]:
     return {"size": found.st_size, "mtime_ns": found.st_mtime_ns}
 
 
-def _read_shard(path: Path, name: str) -> Shard:
+def _read_shard(path: Path, name: str) -> FileShard:
     try:
         with safe_open(path, "numpy"):  # checks the header
             pass
@@ -195,10 +213,10 @@ def _read_shard(path: Path, name: str) -> Shard:
         ) from None
     tensors.sort(key=lambda tensor: (tensor.begin, tensor.nbytes))
     identity = _size_and_time(path) | {"header": hashlib.sha256(text).hexdigest()}
-    return Shard(path, name, tuple(tensors), metadata, data_begin, identity)
+    return FileShard(path, name, tuple(tensors), metadata, data_begin, identity)
 
 
-def _shards_of_tensors(root: Path, shards: Sequence[Shard]) -> dict[str, str]:
+def _shards_of_tensors(root: Path, shards: Sequence[FileShard]) -> dict[str, str]:
     """Return {tensor: name of its shard}, each once."""
     found: dict[str, str] = {}
     for shard in shards:
@@ -213,7 +231,7 @@ def _shards_of_tensors(root: Path, shards: Sequence[Shard]) -> dict[str, str]:
 
 
 def _check_index(root: Path, weight_map: Mapping[str, str], found: Mapping[str, str]) -> tuple[str, ...]:
-    """Hold an index against the files; return the names it has for tensors that are stored under another one."""
+    """Compare an index with the files; return its names of tensors that are stored under another name."""
     tied = []
     for name, shard_name in weight_map.items():
         if name not in found and is_tied(name):

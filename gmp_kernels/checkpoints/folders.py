@@ -1,8 +1,8 @@
-"""Contents of a checkpoint's folder: which files are the model, which belong to it, and which are something else.
+"""Contents of a checkpoint's folder: the files of the model, those that belong to it, and those that do not.
 
 A pruned model must not come with the dense one beside it, in another format or under another name, nor with the state
-of an optimizer or masks that do not fit it any more. So whatever may hold weights and is not the model is left out, by
-name.
+of an optimizer or masks that do not fit it any more. So files that may hold weights and are not the model are left out,
+told by their names.
 """
 
 from __future__ import annotations
@@ -12,13 +12,12 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gmp_kernels.errors import CheckpointError
 
-__all__ = ["SUFFIX", "Contents", "is_tied", "look_into", "read_index", "unique_names"]
+__all__ = ["SUFFIX", "is_tied", "look_into", "read_index", "unique_names"]
 
 SUFFIX = ".safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
@@ -31,7 +30,7 @@ FORMATS = (
     "safetensors|bin|pth?|pt2|ptl|pte|ckpt|distcp|pkl|pickle|joblib|msgpack|h5|hdf5|keras|npz|gguf|ggml|onnx|onnx_data|tflite|"
     "pb|ot|pdparams|pdopt|nemo|engine|mlmodel"
 )
-# The first that fits a name in lower case tells what the file is.
+# Kinds of files that are not the model; the first that fits a name in lower case counts.
 KINDS = {
     kind: re.compile(pattern)
     for kind, pattern in {
@@ -50,28 +49,17 @@ TIED = re.compile(
 )
 
 
-@dataclass(frozen=True)
-class Contents:
-    """Files of a folder by their paths relative to it.
+def look_into(root: Path, *, everything: bool) -> tuple[dict[str, Path], dict[str, Path], str | None, dict[str, str]]:
+    """Sort the files of a folder; with ``everything``, all files that are not the model belong to it.
 
-    Attributes
-    ----------
+    Returns
+    -------
     shards, others : dict of str to Path
-        The model, and what belongs to it.
+        The model, and what belongs to it, by their paths relative to the folder.
     index : str or None
         The one among ``others`` that maps tensors to shards.
     left_out : dict of str to str
         {file, or hidden folder: what it is} of everything else.
-    """
-
-    shards: dict[str, Path]
-    others: dict[str, Path]
-    index: str | None
-    left_out: dict[str, str]
-
-
-def look_into(root: Path, *, everything: bool) -> Contents:
-    """Sort the files of a folder; with ``everything`` all that is not the model belongs to it.
 
     Raises
     ------
@@ -103,7 +91,7 @@ def look_into(root: Path, *, everything: bool) -> Contents:
     for path in (*shards.values(), *others.values()):
         if not path.is_file():
             raise CheckpointError(f"{path}: expected a file, got a broken link or a device; complete the download")
-    return Contents(shards, others, index, left_out)
+    return shards, others, index, left_out
 
 
 def is_tied(name: str) -> bool:
@@ -129,7 +117,7 @@ def read_index(path: Path) -> dict[str, Any]:
 
 
 def unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return what json shall make of an object; raise ValueError if a name is there twice."""
+    """Return a JSON object as a dict; raise ValueError if a name occurs twice."""
     entries = dict(pairs)
     if len(entries) != len(pairs):
         raise ValueError("a name occurs twice in it")
@@ -137,7 +125,7 @@ def unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _walk(root: Path) -> dict[str, Path]:
-    """Every file below ``root`` by its relative path, through symbolic links."""
+    """Return {relative path: file} of all files below ``root``, following symbolic links."""
 
     def fail(error: OSError) -> None:
         raise CheckpointError(f"{error.filename}: cannot be read: {error.strerror}") from None
@@ -154,7 +142,7 @@ def _walk(root: Path) -> dict[str, Path]:
 
 
 def _kind_of(name: str, chosen: Iterable[str]) -> str | None:
-    """Return which of ``KINDS`` a file is, None if it belongs to the model."""
+    """Return the one of ``KINDS`` that a file is; None if it belongs to the model."""
     kind = next((kind for kind, pattern in KINDS.items() if pattern.fullmatch(name.lower())), None)
     # The config of an adapter belongs to it.
     return None if kind == "adapters" and any(_kind_of(other, ()) == kind for other in chosen) else kind
@@ -178,7 +166,7 @@ def _named_by(index: Path, files: Mapping[str, Path]) -> list[str]:
 
 
 def _choose_shards(root: Path, top: Iterable[str]) -> list[str]:
-    """Return which files are the model where no index tells."""
+    """Return the files of the model, by their names alone."""
     found = sorted(name for name in top if name.endswith(SUFFIX))
     found = [name for name in found if _kind_of(name, ()) not in SIDECARS] or found
     main = [name for name in found if name.removesuffix(SUFFIX) in MAIN]

@@ -1,4 +1,4 @@
-"""Statistics of a checkpoint: sparsity, ranges, and values that are none, tensor by tensor."""
+"""Statistics of a checkpoint, tensor by tensor: sparsity, ranges, NaN and Inf."""
 
 from __future__ import annotations
 
@@ -6,27 +6,28 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from io import FileIO
 from pathlib import Path
 from typing import Any, Literal, TypeGuard
 
 import torch
 
 from gmp_kernels.backends.keys import key_of, keys_of, largest_key, magnitude_of
-from gmp_kernels.checkpoints.files import DTYPES, Checkpoint, Shard, TensorInfo, open_checkpoint
+from gmp_kernels.checkpoints.files import DTYPES, Checkpoint, FileShard, TensorInfo, open_checkpoint
 from gmp_kernels.checkpoints.masks import MASK_SUFFIX, shapes_in
-from gmp_kernels.checkpoints.stream import Source, Stream
-from gmp_kernels.checkpoints.targets import find_tensors
+from gmp_kernels.checkpoints.stream import Stream, opened
+from gmp_kernels.checkpoints.targets import TensorIndex
 from gmp_kernels.masks import BitMask
 
 __all__ = ["BINS_PER_OCTAVE", "TensorStatistics", "inspect_checkpoint", "total_of"]
 
-PIECE_BYTES = 1 << 22  # what is computed from one piece stays in the caches
-NUM_BUFFERS = 2  # one that is looked at, one that is read into
+PIECE_BYTES = 1 << 22  # so that a piece and its keys stay in the caches
+NUM_BUFFERS = 2  # one to count in, one to read into
 BINS_PER_OCTAVE = 4
 
-# Float8 is looked at in float32, which holds all its values.
+# Float8 is counted in float32, which holds all its values.
 FLOATS = DTYPES | {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
-# Of these only zeros are counted, for which the sign does not matter.
+# Only zeros of these are counted, whatever the sign.
 INTEGERS = (
     dict.fromkeys(("BOOL", "I8", "U8"), torch.uint8)
     | dict.fromkeys(("I16", "U16"), torch.int16)
@@ -121,14 +122,15 @@ def inspect_checkpoint(
     tensors = checkpoint.tensors
     chosen = {tensor.name for tensor in tensors}
     if only is not None:
-        chosen = {name for entry in only for name in find_tensors("filter", entry, tensors)}
+        index = TensorIndex(tensors)
+        chosen = {name for entry in only for name in index.find("filter", entry)}
     total = sum(tensor.nbytes for tensor in tensors if tensor.name in chosen)
     shapes = {tensor.name: tensor.shape for tensor in tensors}
     done, found = 0, []
     with Stream(PIECE_BYTES, NUM_BUFFERS) as stream:
         for shard in checkpoint.shards:
             masked = _shapes_of_masks(shard)
-            with Source(shard.path) as source:
+            with opened(shard.path) as source:
                 for tensor in shard.tensors:
                     if tensor.name in chosen:
                         statistics = _new_statistics(tensor, shapes, masked)
@@ -162,8 +164,8 @@ def total_of(found: Sequence[TensorStatistics]) -> TensorStatistics:
     )
 
 
-def _shapes_of_masks(shard: Shard) -> Mapping[str, Any]:
-    """Return what a file says about the packed masks in it: {name of the weight: its shape}, unchecked."""
+def _shapes_of_masks(shard: FileShard) -> Mapping[str, Any]:
+    """Return {name of the weight: its shape, unchecked} of the packed masks in a file, by its metadata."""
     try:
         return shapes_in(shard.metadata)
     except (KeyError, TypeError, ValueError, RecursionError):
@@ -186,9 +188,9 @@ def _is_shape(value: Any) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(type(size) is int and size >= 0 for size in value)
 
 
-def _count(total: TensorStatistics, stream: Stream, source: Source, tensor: TensorInfo, *, histogram: bool) -> None:
+def _count(total: TensorStatistics, stream: Stream, source: FileIO, tensor: TensorInfo, *, histogram: bool) -> None:
     if total.dtype == "bits":
-        pieces = stream.pieces(source, range(tensor.begin, tensor.begin + tensor.nbytes))
+        pieces = stream.pieces(source, tensor.span)
         kept = sum(BitMask.of(piece.data, torch.Size([8 * len(piece.data)])).num_kept for piece in pieces)
         total.num_zeros = max(0, total.numel - kept)
     elif tensor.dtype in FLOATS:
@@ -213,7 +215,7 @@ def _add(total: TensorStatistics, piece: torch.Tensor, *, histogram: bool) -> No
     total.num_zeros += len(keys) - num_kept
     if not num_kept:
         return
-    # Zeros out of the way of the smallest.
+    # A zero is not the smallest magnitude.
     smallest = magnitude_of(int(keys.masked_fill(keys == 0, nan).min()), dtype)
     largest = magnitude_of(int(keys.max()), dtype)
     total.smallest = smallest if total.smallest is None else min(total.smallest, smallest)

@@ -26,7 +26,7 @@ def mask_metadata(shapes: Mapping[str, Sequence[int]]) -> dict[str, str]:
         "packing": "1 bit per weight, little bit order, 1 = kept",
         "shapes": {name: list(shape) for name, shape in shapes.items()},
     }
-    # A single entry: the safetensors library writes several in an order that changes from run to run.
+    # A single entry, as the safetensors library writes several in an order that changes from run to run.
     return {"masks": json.dumps(description)}
 
 
@@ -45,7 +45,7 @@ def shapes_in(metadata: Mapping[str, str] | None) -> dict[str, Any]:
 
 
 def is_file_of_masks(path: Path) -> bool:
-    """Whether a file holds such masks and nothing besides, going by its header."""
+    """Whether a file holds such masks and nothing else, by its header."""
     try:
         with safe_open(path, "numpy") as stored:
             return {f"{name}{MASK_SUFFIX}" for name in shapes_in(stored.metadata())} == set(stored.keys())

@@ -1,4 +1,4 @@
-"""Places where an output may come to lie."""
+"""Checks of the place that an output is to have."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["check_named", "check_target"]
 
 
 def check_named(target: Path) -> None:
-    """Refuse a path without a name that could be given to a file.
+    """Refuse a path that does not end in the name of a file.
 
     Raises
     ------

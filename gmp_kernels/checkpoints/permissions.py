@@ -1,4 +1,4 @@
-"""Permissions of what is written: those of what it was made from, so that private checkpoints stay private."""
+"""Permissions of outputs: those of the input, so that private checkpoints stay private."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ OWNER = 0o700
 def keep_permissions(descriptor: int, origin: os.stat_result, *, least: int = 0) -> None:
     """Give an open file or folder the permissions and, where that is allowed, the group of its ``origin``.
 
-    What another group may is otherwise left to nobody but those who may because everybody may. ``least`` is granted in
-    any case. A file system without permissions has its own.
+    Where the group cannot be given, the new group may do only what everybody may. ``least`` is granted in any case. A
+    file system without permissions keeps its own.
     """
     mode = origin.st_mode & 0o777
     if os.fstat(descriptor).st_gid != origin.st_gid:
@@ -28,9 +28,9 @@ def keep_permissions(descriptor: int, origin: os.stat_result, *, least: int = 0)
 
 
 def keep_folder_permissions(folder: Path, root: Path) -> None:
-    """Give ``folder`` and all below it the permissions of ``root`` and what is called the same there.
+    """Give ``folder`` and all folders below it the permissions of their namesakes in ``root``.
 
-    What is not there has those of ``root`` itself. The owner may always go on to work with them.
+    A folder without a namesake gets those of ``root`` itself. The owner keeps full access to all.
     """
     for path, _, _ in os.walk(folder):
         like = root / Path(path).relative_to(folder)

@@ -13,16 +13,15 @@ from typing import Any
 import torch
 
 from gmp_kernels.backends import Threshold, choose
-from gmp_kernels.checkpoints.copying import copy_others
 from gmp_kernels.checkpoints.counting import Decision, Located, Workspace, decide
-from gmp_kernels.checkpoints.files import Shard, open_checkpoint
+from gmp_kernels.checkpoints.files import FileShard, open_checkpoint
 from gmp_kernels.checkpoints.masks import is_file_of_masks
 from gmp_kernels.checkpoints.outputs import check_named, check_target
 from gmp_kernels.checkpoints.permissions import keep_folder_permissions
 from gmp_kernels.checkpoints.staging import PLACED, Staging, output_errors
 from gmp_kernels.checkpoints.stream import PIECE_UNIT, Stream
-from gmp_kernels.checkpoints.targets import select_tensors
-from gmp_kernels.checkpoints.writing import ShardWriter, Target
+from gmp_kernels.checkpoints.targets import TensorIndex
+from gmp_kernels.checkpoints.writing import Target, copy_others, write_shard
 from gmp_kernels.checks import check_sparsity
 from gmp_kernels.errors import DeviceError, DTypeError, OutputError
 from gmp_kernels.ops import Scope
@@ -77,7 +76,7 @@ class PruneJob:
         In global scope all targets have one dtype; of those that tie the ones of lowest flat index stay, which runs
         through the shards in the order of their names and through each in the order of its bytes.
     targets, ignore : sequence of str, optional
-        See ``select_tensors``.
+        See ``TensorIndex``. Default: ``DEFAULT_RULE``.
     dtype : torch.dtype, optional
         Floating-point tensors of the output get this dtype, after pruning. Default: every tensor keeps its own, and
         the header is copied as it is.
@@ -96,6 +95,8 @@ class PruneJob:
         Its ``left_out`` tells what is not copied, and why.
     tensors : list of TensorInfo
         The targets.
+    coverage : Coverage
+        Of the checkpoint by its targets.
 
     Raises
     ------
@@ -123,7 +124,9 @@ class PruneJob:
         self._sparsity = check_sparsity("prune", sparsity)
         check_named(target)
         self.checkpoint = open_checkpoint(source, copy_others=copy_others)
-        self.tensors = select_tensors(self.checkpoint.tensors, targets, ignore)
+        names, self.coverage = TensorIndex(self.checkpoint.tensors).choose(targets, ignore)
+        chosen = set(names)
+        self.tensors = [tensor for tensor in self.checkpoint.tensors if tensor.name in chosen]
         found = {tensor.dtype for tensor in self.tensors}
         if scope == "global" and len(found) > 1:
             raise DTypeError(
@@ -140,7 +143,8 @@ class PruneJob:
             if masks and shard.name.startswith(f"{MASKS}/"):
                 raise OutputError(f"{source}: expected no shard in {MASKS}/, where the masks go, got {shard.name!r}")
         self._check_targets(resume=True)
-        Staging(target).check()
+        with Staging(target) as staging:
+            staging.join()
 
     def num_prune(self) -> list[int]:
         """Return how many weights go: one count per target in layer scope, one for all in global scope."""
@@ -152,7 +156,7 @@ class PruneJob:
         return Staging(self._target).is_begun()
 
     def kept_beside(self) -> Path | None:
-        """Return what lies where masks of the output would and is not replaced: the output has no masks there."""
+        """Return a file in the place of the output's masks that is kept, though this run writes no masks."""
         path = self._beside_output()
         return None if self._force and self._old_masks() else path
 
@@ -196,7 +200,10 @@ class PruneJob:
         """
         start = time.perf_counter()
         self._check_targets(resume=resume)
-        max_memory = self._needed(max_memory)
+        if max_memory <= 0:
+            raise DeviceError(f"prune: expected memory to work in, got max_memory={max_memory}; give some MB")
+        # No more than this checkpoint has a use for.
+        max_memory = min(max_memory, LEAST_MEMORY + 4 * self.checkpoint.num_bytes)
         with (
             of_torchrun("prune", "a process has died; run again with --resume") as ranks,
             Staging(self._target) as staging,
@@ -204,18 +211,17 @@ class PruneJob:
         ):
             ranks.together(lambda: staging.begin(self._settings(), resume=resume) if ranks.rank == 0 else None)
             ranks.together(staging.join)
-            # Together, and so before any rank can finish another: they must all divide the same.
+            # All look before any can finish another shard: they must divide the same ones.
             owned = _divide(self.checkpoint.shards, ranks, ranks.together(staging.finished))
             with _stream_and_room(max_memory, self._dtype, self._scope) as (stream, room):
                 advance = self._advance(stream.num_bytes, owned, staging, progress)
                 workspace = Workspace(stream, choose(None, room.device), room, advance)
-                decisions = self._decisions(workspace, owned, staging, ranks)
-                ranks.together(lambda: self._write(workspace, owned, decisions, staging, is_first=ranks.rank == 0))
+                targets = self._requests(workspace, owned, staging, ranks)
+                ranks.together(lambda: self._write(workspace, owned, targets, staging, is_first=ranks.rank == 0))
             records = ranks.together(staging.finished)
             ranks.together(lambda: self._conclude(staging) if ranks.rank == 0 else None)
         layers = tuple(LayerReport(**row) for shard in sorted(records) for row in records[shard])
-        num_bytes = sum(shard.identity["size"] for shard in self.checkpoint.shards)
-        return PruneReport(layers, num_bytes, time.perf_counter() - start)
+        return PruneReport(layers, self.checkpoint.num_bytes, time.perf_counter() - start)
 
     def _renames(self) -> dict[str, Path]:
         """Return {path in the staging folder: the name it gets}, in the order in which they get them."""
@@ -236,7 +242,7 @@ class PruneJob:
         return path if is_old else None
 
     def _beside_output(self) -> Path | None:
-        """Return what lies where the masks of a file go, if this run writes none."""
+        """Return a file in the place of the output's masks, if this run writes none."""
         path = self._place_of_masks()
         return path if self.checkpoint.root.is_file() and not self._masks and os.path.lexists(path) else None
 
@@ -248,15 +254,8 @@ class PruneJob:
             if not (resume and staging.has_placed(path)):
                 check_target(path, inputs, root=self.checkpoint.root, force=self._force)
 
-    def _needed(self, max_memory: int) -> int:
-        """Return how much of the memory allowed this checkpoint has a use for."""
-        if max_memory <= 0:
-            raise DeviceError(f"prune: expected memory to work in, got max_memory={max_memory}; give some MB")
-        num_bytes: int = sum(shard.identity["size"] for shard in self.checkpoint.shards)
-        return min(max_memory, LEAST_MEMORY + 4 * num_bytes)
-
     def _settings(self) -> dict[str, Any]:
-        """Return all that the output depends on."""
+        """Return everything that the output depends on."""
         return {
             "sparsity": self._sparsity,
             "scope": self._scope,
@@ -268,9 +267,9 @@ class PruneJob:
         }
 
     def _advance(
-        self, held_bytes: int, owned: Mapping[int, Shard], staging: Staging, progress: Callable[[int, int], None]
+        self, held_bytes: int, owned: Mapping[int, FileShard], staging: Staging, progress: Callable[[int, int], None]
     ) -> Callable[[int], None]:
-        """Return what adds up the bytes done and tells ``progress`` of how many."""
+        """Return a function that adds bytes to those done and tells ``progress``."""
         targets = {tensor.name for tensor in self.tensors}
         done = total = 0
         for shard in owned.values():
@@ -288,43 +287,41 @@ class PruneJob:
 
         return advance
 
-    def _decisions(
-        self, workspace: Workspace, owned: Mapping[int, Shard], staging: Staging, ranks: Communicator
-    ) -> dict[int, Decision]:
-        """Return what global scope prunes of each target, counted or as the run that is resumed has noted it."""
+    def _requests(
+        self, workspace: Workspace, owned: Mapping[int, FileShard], staging: Staging, ranks: Communicator
+    ) -> dict[str, Target]:
+        """Return {name: how many weights go, or in global scope which}, counted or as noted by the run resumed."""
+        pruned: Sequence[int | Decision]
         if self._scope == "layer":
-            return {}
-        noted = staging.noted("decisions")
-        if noted is not None:
-            return {i: Decision(key, Threshold(*threshold), *ties) for i, (key, threshold, *ties) in enumerate(noted)}
-        mine = {shard.name for shard in owned.values()}
-        shard_of = {tensor.name: shard for shard in self.checkpoint.shards for tensor in shard.tensors}
-        group = {i: Located(shard_of[tensor.name], tensor) for i, tensor in enumerate(self.tensors)}
-        decisions = decide(group, workspace, self.num_prune()[0], lambda shard: shard.name in mine, ranks)
-        if ranks.rank == 0:
-            staging.note("decisions", list(decisions.values()))
-        return decisions
+            pruned = self.num_prune()
+        elif (noted := staging.noted("decisions")) is not None:
+            pruned = [Decision(key, Threshold(*threshold), *ties) for key, threshold, *ties in noted]
+        else:
+            mine = {shard.name for shard in owned.values()}
+            shard_of = {tensor.name: shard for shard in self.checkpoint.shards for tensor in shard.tensors}
+            group = {i: Located(shard_of[tensor.name], tensor) for i, tensor in enumerate(self.tensors)}
+            found = decide(group, workspace, self.num_prune()[0], lambda shard: shard.name in mine, ranks)
+            pruned = list(found.values())
+            if ranks.rank == 0:
+                staging.note("decisions", pruned)
+        return {tensor.name: Target(i, one) for i, (tensor, one) in enumerate(zip(self.tensors, pruned, strict=True))}
 
     def _write(
         self,
         workspace: Workspace,
-        owned: Mapping[int, Shard],
-        decisions: Mapping[int, Decision],
+        owned: Mapping[int, FileShard],
+        targets: Mapping[str, Target],
         staging: Staging,
         *,
         is_first: bool,
     ) -> None:
         """Write this rank's shards, and on the first rank what else belongs to the output."""
-        counts = dict(enumerate(self.num_prune() if self._scope == "layer" else []))
-        targets = {tensor.name: Target(i, counts.get(i, 0), decisions.get(i)) for i, tensor in enumerate(self.tensors)}
         if staging.noted(PLACED) is not None:
             return  # a run that was stopped at its end
-        writer = ShardWriter(workspace, self._dtype)
         with output_errors(self._target):
             for i, shard in owned.items():
                 masks = staging.files / MASKS / shard.name if self._masks else None
-                own = {tensor.name: targets[tensor.name] for tensor in shard.tensors if tensor.name in targets}
-                reports = writer.write(shard, own, staging.files / shard.name, masks)
+                reports = write_shard(shard, targets, workspace, staging.files / shard.name, masks, self._dtype)
                 staging.finish(i, [asdict(report) for report in reports])
             if is_first:
                 # Masks of an earlier run do not replace our own.
@@ -334,7 +331,7 @@ class PruneJob:
     def _conclude(self, staging: Staging) -> None:
         self.checkpoint.check_unchanged()
         if self._force:
-            # Even so it replaces checkpoints only, and what has the name may have changed meanwhile.
+            # It replaces checkpoints only, and another file may have taken the name meanwhile.
             self._check_targets(resume=True)
         if self.checkpoint.root.is_dir():
             with output_errors(self._target):
@@ -356,14 +353,14 @@ def _stream_and_room(max_memory: int, dtype: torch.dtype | None, scope: Scope) -
 
 
 def _buffers(max_memory: int, dtype: torch.dtype | None, scope: Scope) -> tuple[int, int]:
-    """Return how large a piece is, and how many there are at a time."""
-    # Larger ones do not fit the caches, in which they stay from reading to writing.
+    """Return the bytes of a piece and the number of buffers."""
+    # A piece stays in the caches from reading to writing.
     piece_bytes = max(PIECE_UNIT, min(LARGEST_PIECE, max_memory // 32) // PIECE_UNIT * PIECE_UNIT)
-    # Half of the memory is for candidates, the other for pieces, each with its mask and what it is converted to. Of
-    # narrow weights there are most in a piece: two bytes each.
+    # Half of the memory is for candidates, the other half for pieces, each with its mask and converted copy. A piece
+    # holds the most weights where they take two bytes each.
     bits_per_weight = 16 + 1 + (0 if dtype is None else 8 * dtype.itemsize)
     num_buffers = max(2, max_memory // 2 * 16 // bits_per_weight // piece_bytes)
-    # Global scope holds no tensor as a whole, and what few buffers hold is still in the caches when it is needed again.
+    # Global scope holds no tensor as a whole, and the contents of few buffers stay in the caches.
     return piece_bytes, num_buffers if scope == "layer" else min(num_buffers, STREAM_BUFFERS)
 
 
@@ -381,14 +378,14 @@ def _cores_to_spare() -> Iterator[None]:
         torch.set_num_threads(num_threads)
 
 
-def _divide(shards: Sequence[Shard], ranks: Communicator, finished: Container[int]) -> dict[int, Shard]:
+def _divide(shards: Sequence[FileShard], ranks: Communicator, finished: Container[int]) -> dict[int, FileShard]:
     """Return {position: shard} of what is left to this rank: the largest first, each to the rank with the least."""
     loads = [0] * ranks.size
     owned = {}
-    for i in sorted(range(len(shards)), key=lambda i: -shards[i].identity["size"]):
+    for i in sorted(range(len(shards)), key=lambda i: -shards[i].num_bytes):
         if i not in finished:
             rank = loads.index(min(loads))
-            loads[rank] += shards[i].identity["size"]
+            loads[rank] += shards[i].num_bytes
             if rank == ranks.rank:
                 owned[i] = shards[i]
     return dict(sorted(owned.items()))

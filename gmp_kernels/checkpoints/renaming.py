@@ -1,4 +1,4 @@
-"""Renames that replace nothing, or exactly what they are meant to, each in one step where the file system has one."""
+"""Renames that replace nothing, or only what they are meant to, in one step where the file system has one."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ RENAME_EXCHANGE = 2
 
 
 def rename_new(source: Path, target: Path) -> None:
-    """Move a file or folder to a name that nothing has; raise FileExistsError if something has it, whenever it came."""
+    """Move a file or folder to a name that is free; raise FileExistsError if it is taken, even at the last moment."""
     if _rename(source, target, RENAME_NOREPLACE):
         return
     if source.is_dir():
-        # The name is taken first, by a folder that is empty, which the rename then replaces.
+        # An empty folder takes the name first; the rename then replaces it.
         target.mkdir(mode=0o700)
         source.replace(target)
     else:
@@ -29,11 +29,11 @@ def rename_new(source: Path, target: Path) -> None:
 
 
 def rename_over(source: Path, target: Path) -> None:
-    """Move a file or folder to a name that one of the same kind has, which is gone afterwards, or in its place."""
+    """Move a file or folder over one of the same kind, which is gone afterwards or lies where the new one was."""
     if not source.is_dir():
         source.replace(target)
     elif not _rename(source, target, RENAME_EXCHANGE):
-        # Two steps where the file system has no single one; stopped between them, the old output is under this name.
+        # The file system has no single step. Stopped between these two, the old output is found under this name.
         old = target.with_name(f".{target.name}.replaced")
         if os.path.lexists(old):
             raise FileExistsError(errno.EEXIST, f"{old.name} beside it is in the way")

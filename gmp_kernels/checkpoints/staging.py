@@ -2,12 +2,12 @@
 
 Beside the output ``NAME`` there is, for as long as a run is not over, a folder ``.NAME.partial``, for its owner alone:
 
-- ``gmp_kernels.lock``: held by the run; made before all else, it tells that the folder is ours,
-- ``files/``: what will be the output,
+- ``gmp_kernels.lock``: held by the run; made first, so that it marks the folder as ours,
+- ``files/``: the output as it grows,
 - ``run.json``: the settings of the run and the identity of its input,
-- ``decisions.json``: what global scope prunes of each tensor, once it is counted,
-- ``finished/``: what became of each shard that lies complete, and on the disk, in ``files/``,
-- ``placed.json``: what the run was about to give its name,
+- ``decisions.json``: the cutoff of each tensor in global scope, once it is counted,
+- ``finished/``: a report on each shard that is complete, and on the disk, in ``files/``,
+- ``placed.json``: the files that the run was about to give their names,
 - ``replaced``: masks of an output that is being replaced by one without.
 
 The last act of a run is a rename. Whatever stops it before leaves the name as it was, and the folder to go on from. A
@@ -39,13 +39,13 @@ LOCK = "gmp_kernels.lock"
 RUN = "run.json"
 PLACED = "placed"
 OWN = re.compile(r"gmp_kernels\.lock|files|finished|(run|decisions|placed)\.json(\.new)?|replaced|owner\..*")
-# No run with the same input and settings gets any further.
+# Errors that another run with the same input and settings would end in again.
 HOPELESS = (DTypeError, NonFiniteError)
 
 
 @contextlib.contextmanager
 def output_errors(target: Path) -> Iterator[None]:
-    """Turn what the operating system says about writing into an error that names the output."""
+    """Turn errors of the operating system in writing into ones that name the output."""
     try:
         yield
     except OutputError:
@@ -88,21 +88,6 @@ class Staging:
         """The folder that will be the output, or holds it; ``join`` or ``begin`` comes first."""
         return self._inside / "files"
 
-    def check(self) -> None:
-        """Refuse a folder of that name that no run of ours has made; there may be none.
-
-        Raises
-        ------
-        OutputError
-        """
-        with output_errors(self.target):
-            descriptor = self._open()
-            if descriptor is not None:
-                try:
-                    self._check_ours(descriptor)
-                finally:
-                    os.close(descriptor)
-
     def begin(self, settings: Mapping[str, Any], *, resume: bool) -> None:
         """Make the folder ready for a run with these settings: as it was left if ``resume``, empty otherwise.
 
@@ -127,18 +112,23 @@ class Staging:
             _write_durably(run, settings)
 
     def join(self) -> None:
-        """Reach the folder that another process of this run has begun."""
+        """Reach the folder that another process has begun, if there is one.
+
+        Raises
+        ------
+        OutputError
+            No run of ours has made it.
+        """
         with output_errors(self.target):
-            if self._descriptor is None and (descriptor := self._open()) is not None:
-                self._descriptor = descriptor
-                self._check_ours(descriptor)
+            if self._descriptor is None:
+                self._open()
 
     def finish(self, shard: int, record: Any) -> None:
-        """Note that a shard lies complete in ``files``, and what became of it."""
+        """Note that a shard lies complete in ``files``, with a report on it."""
         _write_durably(self._inside / "finished" / f"{shard:05}.json", record)
 
     def finished(self) -> dict[int, Any]:
-        """Return {shard: record} of all that are noted."""
+        """Return {shard: record} of all finished shards."""
         return {int(path.stem): self._read(path) for path in self._records()}
 
     def is_begun(self) -> bool:
@@ -146,16 +136,16 @@ class Staging:
         return all(os.path.lexists(self._inside / name) for name in (LOCK, RUN))
 
     def note(self, name: str, record: Any) -> None:
-        """Remember something of the whole run."""
+        """Keep a record of the whole run under a name."""
         _write_durably(self._inside / f"{name}.json", record)
 
     def noted(self, name: str) -> Any:
-        """Return what was remembered under this name, None if nothing was."""
+        """Return the record of this name; None if there is none."""
         path = self._inside / f"{name}.json"
         return self._read(path) if path.exists() else None
 
     def has_placed(self, target: Path) -> bool:
-        """Whether a run that was stopped right then has given ``target`` its name, and it is still the same."""
+        """Whether ``target`` was placed by a run that was stopped right after, and has not changed since."""
         with contextlib.suppress(OSError, StateError):
             placed = self.noted(PLACED)
             # Without its settings that run is over.
@@ -222,30 +212,29 @@ class Staging:
 
     @property
     def _inside(self) -> Path:
-        """The folder by its descriptor, whatever has its name by now; by its name where the system has no such path."""
+        """The folder by its descriptor, even if its name is another's by now; by name where /proc is missing."""
         path = Path(f"/proc/self/fd/{self._descriptor}")
         return path if self._descriptor is not None and path.exists() else self.folder
 
     def _records(self) -> list[Path]:
         return sorted((self._inside / "finished").glob(f"{'[0-9]' * 5}.json"))
 
-    def _open(self) -> int | None:
-        """Open the folder, but not through a link; return None if there is nothing."""
+    def _open(self) -> bool:
+        """Open the folder, but not through a link, and check that it is ours; return False if there is none."""
         try:
-            return os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            self._descriptor = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         except FileNotFoundError:
-            return None
+            return False
         except OSError as error:
             if error.errno not in (errno.ENOTDIR, errno.ELOOP):
                 raise
             self._refuse("a file or a link")
-
-    def _check_ours(self, descriptor: int) -> None:
-        with os.scandir(descriptor) as entries:
+        with os.scandir(self._descriptor) as entries:
             names = [entry.name for entry in entries]
         foreign = sorted(name for name in names if not OWN.fullmatch(name))
         if foreign or (names and LOCK not in names):
             self._refuse(f"a folder with {foreign[0] if foreign else names[0]!r} in it")
+        return True
 
     def _refuse(self, found: str) -> NoReturn:
         raise OutputError(
@@ -254,20 +243,19 @@ class Staging:
         )
 
     def _hold(self) -> bool:
-        """Make and lock the folder; return False if a run that has just ended took it away meanwhile."""
+        """Make and lock the folder; return False if a run that was ending has removed it meanwhile."""
         self._let_go()
         try:
             self.folder.mkdir(mode=0o700)
             made = True
         except FileExistsError:
             made = False
-        self._descriptor = self._open()
-        if self._descriptor is None:
+        if not self._open():
             return False
-        self._check_ours(self._descriptor)
+        assert self._descriptor is not None
         self._check_owner(self._descriptor)
         try:
-            # Before anything else is made, so that it is known for ours whenever a run is stopped.
+            # Made before anything else, so that the folder is known as ours whenever a run is stopped.
             lock = os.open(LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600, dir_fd=self._descriptor)
         except FileNotFoundError:
             return False
@@ -301,7 +289,7 @@ class Staging:
             os.fchmod(descriptor, 0o700)
 
     def _clear(self) -> None:
-        """Remove what runs have made, but for the lock; the settings first, without which nothing is resumed."""
+        """Remove everything that runs have made but the lock; the settings first, as nothing resumes without them."""
         assert self._descriptor is not None
         with os.scandir(self._descriptor) as found:
             entries = sorted(found, key=lambda entry: entry.name != RUN)
@@ -316,7 +304,7 @@ class Staging:
     def _remove(self) -> None:
         assert self._descriptor is not None
         self._clear()
-        # The lock last: whoever finds the folder until then finds it held.
+        # The lock goes last: until then the folder is held.
         os.unlink(LOCK, dir_fd=self._descriptor)
         with contextlib.suppress(OSError):
             # It stays if somebody has put something in it.
@@ -371,7 +359,7 @@ def _write_durably(path: Path, document: Any) -> None:
 
 
 def _identity(path: Path) -> list[int]:
-    """Return what a file or folder keeps when it is renamed."""
+    """Return facts of a file or folder that a rename does not change."""
     found = path.lstat()
     return [found.st_dev, found.st_ino, found.st_mtime_ns]
 

@@ -1,7 +1,7 @@
-"""Files through a few buffers of fixed size: while one is worked on, threads read the next and write those before.
+"""Streams of files through a few buffers: threads read the next and write the last while one is worked on.
 
-Reading and writing calls rather than a memory map: a map of a file that shrinks, or of a disk that is full or fails,
-kills the process by a signal, and what it has touched counts as memory of the process.
+Reading and writing are calls, not memory maps. A map of a file that shrinks, or of a disk that is full or fails, kills
+the process by a signal, and the pages that it has touched count as memory of the process.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import errno
 import os
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from io import FileIO
 from pathlib import Path
 from typing import NamedTuple, Self
 
@@ -20,74 +21,55 @@ from gmp_kernels.checkpoints.files import TensorInfo
 from gmp_kernels.checkpoints.permissions import keep_permissions
 from gmp_kernels.errors import CheckpointError
 
-__all__ = ["PIECE_UNIT", "Piece", "Source", "Stream", "write_whole"]
+__all__ = ["PIECE_UNIT", "Piece", "Stream", "opened", "read_into", "write_whole"]
 
 # Bytes of 8 elements of the widest dtype: no piece begins within a byte of a packed mask.
 PIECE_UNIT = 64
-# Bytes per call. The page cache takes memory in blocks as large as the call; large free ones are rare, and in a virtual
-# machine often not there before they are touched, which has been seen to make this five times slower.
+# Bytes per call. The page cache takes memory in blocks as large as the call. Large free blocks are rare, and a virtual
+# machine often has none before they are touched, which can make writing five times slower.
 WRITE_BYTES = 1 << 18
-# After so many bytes the disk is told to begin, so that it works while more is read and computed.
+# Bytes after which the disk is told to begin, so that it works while more is read and computed.
 SYNC_BYTES = 1 << 28
-# What the kernel says when two files are of kinds between which it copies nothing itself.
+# Errors of a kernel that cannot copy between these two files itself.
 NO_KERNEL_COPY = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP}
 
 
-class Source:
-    """A file being read; a context manager.
-
-    Parameters
-    ----------
-    path : os.PathLike
-
-    Attributes
-    ----------
-    descriptor : int
-    stat : os.stat_result
-        Of the file that was opened.
+def opened(path: Path) -> FileIO:
+    """Open a file that is read from its beginning to its end.
 
     Raises
     ------
     CheckpointError
-        The file cannot be opened.
     """
+    try:
+        file = FileIO(path)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
+    return file
 
-    def __init__(self, path: os.PathLike[str]) -> None:
-        self.path = path
 
-    def __enter__(self) -> Self:
-        try:
-            self.descriptor = os.open(self.path, os.O_RDONLY)
-        except OSError as error:
-            raise CheckpointError(f"{self.path}: cannot be read: {error.strerror}") from error
-        self.stat = os.fstat(self.descriptor)
-        os.posix_fadvise(self.descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
-        return self
+def read_into(buffer: torch.Tensor, source: FileIO, offset: int) -> None:
+    """Fill ``buffer``, of uint8, with the bytes of a file from ``offset`` on.
 
-    def __exit__(self, *_error: object) -> None:
-        os.close(self.descriptor)
-
-    def read(self, buffer: torch.Tensor, offset: int) -> None:
-        """Fill ``buffer``, of uint8, with the bytes from ``offset`` on.
-
-        Raises
-        ------
-        CheckpointError
-            The file ends before, or cannot be read.
-        """
-        view = buffer.numpy().data
-        try:
-            while view:
-                count = os.preadv(self.descriptor, [view], offset)
-                if not count:
-                    raise CheckpointError(f"{self.path}: expected {len(view)} more bytes at {offset}, got the end")
-                view, offset = view[count:], offset + count
-        except OSError as error:
-            raise CheckpointError(f"{self.path}: cannot be read at byte {offset}: {error.strerror}") from error
+    Raises
+    ------
+    CheckpointError
+        The file ends before, or cannot be read.
+    """
+    view = buffer.numpy().data
+    try:
+        while view:
+            count = os.preadv(source.fileno(), [view], offset)
+            if not count:
+                raise CheckpointError(f"{source.name}: expected {len(view)} more bytes at {offset}, got the end")
+            view, offset = view[count:], offset + count
+    except OSError as error:
+        raise CheckpointError(f"{source.name}: cannot be read at byte {offset}: {error.strerror}") from error
 
 
 class Piece(NamedTuple):
-    """A piece of a range of a file, in a buffer.
+    """Piece of a range of a file, in a buffer.
 
     Attributes
     ----------
@@ -95,7 +77,7 @@ class Piece(NamedTuple):
         Its place in the range, counted in elements of ``data``.
     data : torch.Tensor
     buffer : int
-        Which of the stream's it lies in.
+        Number of the stream's buffer that holds it.
     """
 
     begin: int
@@ -103,20 +85,15 @@ class Piece(NamedTuple):
     buffer: int
 
 
-class _Read(NamedTuple):
-    data: torch.Tensor
-    buffer: int
-
-
 class Stream:
-    """The buffers and the threads; a context manager.
+    """Buffers and threads that files pass through; a context manager.
 
     Parameters
     ----------
     piece_bytes : int
         Of each buffer; a multiple of PIECE_UNIT.
     num_buffers : int
-        At least 2. They take turns, so that a piece stays until as many others have been read.
+        At least 2. They take turns: a piece stays until as many others have been read.
 
     Attributes
     ----------
@@ -130,8 +107,8 @@ class Stream:
         self._buffers = [torch.empty(piece_bytes, dtype=torch.uint8, device="cpu") for _ in range(num_buffers)]
         self._writes: list[Future[None] | None] = [None] * num_buffers
         self._next = 0
-        # Of one range at most, begun before it was asked for.
-        self._ahead: dict[tuple[Source, range], list[Future[_Read]]] = {}
+        # Reads of one range at most, begun before it was asked for.
+        self._ahead: dict[tuple[FileIO, range], list[Future[Piece]]] = {}
         self._reader = ThreadPoolExecutor(1, "gmp-kernels-reader")
         self._writer = ThreadPoolExecutor(1, "gmp-kernels-writer")
         self._syncer = ThreadPoolExecutor(1, "gmp-kernels-syncer")
@@ -146,17 +123,17 @@ class Stream:
             threads.shutdown(cancel_futures=True)
 
     @contextlib.contextmanager
-    def created(self, path: Path, origin: os.stat_result) -> Iterator[int]:
-        """Make a file, in a folder made if it is not there, with the permissions of ``origin``; yield its descriptor.
+    def created(self, path: Path, origin: FileIO) -> Iterator[int]:
+        """Create a file with the permissions of ``origin``, and its folder; yield its descriptor.
 
-        At the end of the block, if it has not raised, everything is written and has reached the disk.
+        Unless the block raises, everything is written and has reached the disk at its end.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
         # What an interrupted run has left may be read-only.
         path.unlink(missing_ok=True)
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         try:
-            keep_permissions(descriptor, origin)
+            keep_permissions(descriptor, os.fstat(origin.fileno()))
             yield descriptor
             for i in range(len(self._buffers)):
                 self._wait(i)
@@ -167,34 +144,32 @@ class Stream:
             wait([future for future in (*self._writes, self._sync) if future is not None])
             os.close(descriptor)
 
-    def pieces(self, source: Source, span: range, following: range = range(0)) -> Iterator[Piece]:
+    def pieces(self, source: FileIO, span: range, following: range = range(0)) -> Iterator[Piece]:
         """Read a range of a file; yield each piece, of uint8.
 
-        It may be changed and written until the next one is asked for; all pieces of a range of up to ``num_bytes``
-        may be until the next range is. Of that one, ``following``, so much is read ahead as there are buffers left.
+        A piece may be changed and written until the next one is requested, and all pieces of a range of up to
+        ``num_bytes`` until the next range is. ``following`` is that range: buffers left over read it ahead.
         """
         reads = self._ahead.pop((source, span), [])
         self._ahead.clear()
         num_buffers, num_pieces = len(self._buffers), -(-len(span) // self._piece_bytes)
         for i in range(num_pieces):
             self._begin_reads(reads, source, span, i + num_buffers)
-            data, buffer = reads[i].result()
-            yield Piece(i * self._piece_bytes, data, buffer)
+            yield reads[i].result()
         ahead = self._ahead[source, following] = []
         self._begin_reads(ahead, source, following, max(0, num_buffers - num_pieces))
 
     def weights(
-        self, source: Source, tensor: TensorInfo, dtype: torch.dtype, following: TensorInfo | None = None
+        self, source: FileIO, tensor: TensorInfo, dtype: torch.dtype, following: TensorInfo | None = None
     ) -> Iterator[Piece]:
         """Read a tensor; yield pieces of it, flat, each with the flat index of its first element."""
-        ahead = range(0) if following is None else _span(following)
-        for begin, data, buffer in self.pieces(source, _span(tensor), ahead):
+        for begin, data, buffer in self.pieces(source, tensor.span, following.span if following else range(0)):
             yield Piece(begin // dtype.itemsize, data.view(dtype), buffer)
 
     def write(self, descriptor: int, tensor: torch.Tensor, offset: int, buffer: int) -> None:
-        """Write the bytes of ``tensor`` from ``offset`` on, soon; errors come with a later call.
+        """Write the bytes of ``tensor`` at ``offset``, in the background; a later call raises its error.
 
-        ``buffer`` is that of the piece it is, or was made of: until it is written nothing else is read into that.
+        ``buffer`` is that of the piece it is, or was made of. Nothing else is read into that before it is written.
         """
         waiting = self._writes[buffer]
         self._writes[buffer] = self._writer.submit(_write, descriptor, tensor, offset, waiting)
@@ -203,11 +178,11 @@ class Stream:
             self._wait_for_sync()
             self._unsynced, self._sync = 0, self._syncer.submit(os.fdatasync, descriptor)
 
-    def copy(self, source: Source, begin: int, nbytes: int, descriptor: int, offset: int) -> None:
+    def copy(self, source: FileIO, begin: int, nbytes: int, descriptor: int, offset: int) -> None:
         """Copy a range of bytes from file to file, within the kernel where it can."""
         try:
             while nbytes:
-                count = os.copy_file_range(source.descriptor, descriptor, nbytes, begin, offset)
+                count = os.copy_file_range(source.fileno(), descriptor, nbytes, begin, offset)
                 if not count:
                     break  # reading says what is wrong
                 begin, offset, nbytes = begin + count, offset + count, nbytes - count
@@ -217,18 +192,17 @@ class Stream:
         for piece in self.pieces(source, range(begin, begin + nbytes)):
             self.write(descriptor, piece.data, offset + piece.begin, piece.buffer)
 
-    def _begin_reads(self, reads: list[Future[_Read]], source: Source, span: range, until: int) -> None:
-        """Begin to read the pieces of a range that come after those in ``reads``, which gets them, up to so many."""
-        rest = span[len(reads) * self._piece_bytes : until * self._piece_bytes]
-        for i in range(0, len(rest), self._piece_bytes):
-            reads.append(self._reader.submit(self._read, source, rest[i : i + self._piece_bytes], self._next))
+    def _begin_reads(self, reads: list[Future[Piece]], source: FileIO, span: range, until: int) -> None:
+        """Append reads of the next pieces of a range to ``reads``, until it has ``until`` of them or all."""
+        for begin in range(len(span))[:: self._piece_bytes][len(reads) : until]:
+            reads.append(self._reader.submit(self._read, source, span, begin, self._next))
             self._next = (self._next + 1) % len(self._buffers)
 
-    def _read(self, source: Source, span: range, buffer: int) -> _Read:
+    def _read(self, source: FileIO, span: range, begin: int, buffer: int) -> Piece:
         self._wait(buffer)
-        data = self._buffers[buffer][: len(span)]
-        source.read(data, span.start)
-        return _Read(data, buffer)
+        data = self._buffers[buffer][: len(span) - begin]
+        read_into(data, source, span[begin])
+        return Piece(begin, data, buffer)
 
     def _wait(self, i: int) -> None:
         pending = self._writes[i]
@@ -241,10 +215,6 @@ class Stream:
             pending.result()  # the system tells of each failure once, so it must not get lost here
 
 
-def _span(tensor: TensorInfo) -> range:
-    return range(tensor.begin, tensor.begin + tensor.nbytes)
-
-
 def _write(descriptor: int, tensor: torch.Tensor, offset: int, before: Future[None] | None) -> None:
     if before is not None:
         before.result()  # for its error: nothing that comes after it counts
@@ -252,7 +222,7 @@ def _write(descriptor: int, tensor: torch.Tensor, offset: int, before: Future[No
 
 
 def write_whole(descriptor: int, data: bytes | memoryview, offset: int) -> None:
-    """Write all of ``data``, however often the system takes a part of it only."""
+    """Write all of ``data``, even where the system takes it in parts."""
     view = memoryview(data)
     while view:
         count = os.pwrite(descriptor, view[:WRITE_BYTES], offset)

@@ -1,10 +1,13 @@
-"""Write one shard of a pruned checkpoint: its targets pruned, all else copied."""
+"""Write the files of a pruned checkpoint: its shards, targets pruned and all else copied, and what lies beside them."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import accumulate, pairwise
+import json
+import os
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from io import FileIO
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,146 +16,147 @@ import torch
 from gmp_kernels.backends import Bracket, Cutoffs, Implementation, Layer, Selection, dtypes
 from gmp_kernels.backends.keys import magnitude_of
 from gmp_kernels.checkpoints.counting import Decision, Located, Workspace, check_finite, decide
-from gmp_kernels.checkpoints.files import DTYPES, Shard, TensorInfo, header_of
+from gmp_kernels.checkpoints.files import DTYPES, Checkpoint, FileShard, TensorInfo, header_of
+from gmp_kernels.checkpoints.folders import read_index
 from gmp_kernels.checkpoints.masks import MASK_SUFFIX, mask_metadata
-from gmp_kernels.checkpoints.stream import Piece, Source, write_whole
+from gmp_kernels.checkpoints.stream import Piece, Stream, opened, write_whole
 from gmp_kernels.errors import DTypeError
 from gmp_kernels.reports import LayerReport
 from gmp_kernels.search.communicator import Communicator
 from gmp_kernels.search.driver import select
 from gmp_kernels.search.ties import tie_indices
 
-__all__ = ["ShardWriter", "Target", "size_of"]
+__all__ = ["Target", "copy_others", "write_shard"]
 
 ALONE = Communicator(None)
-NOTHING = Cutoffs([0], [0], [0], [0], [0], [-1])  # of a tensor without weights
 
 
 class Target(NamedTuple):
-    """Request for one tensor: its position among all targets, how many weights go, and if known already, which."""
+    """Request for one tensor: its position among all targets, and how many weights go, or which."""
 
     position: int
-    num_prune: int
-    decision: Decision | None
+    pruned: int | Decision
 
 
-class _Output(NamedTuple):
-    """Destination of the bytes of a tensor."""
+def write_shard(
+    shard: FileShard,
+    targets: Mapping[str, Target],
+    workspace: Workspace,
+    path: Path,
+    masks: Path | None,
+    dtype: torch.dtype | None,
+) -> list[LayerReport]:
+    """Write a shard to ``path`` and its packed masks to ``masks``, through to the disk; report on its targets.
 
-    descriptor: int
-    begin: int
+    Floating-point tensors get ``dtype``; None: each keeps its own.
 
-
-class ShardWriter:
-    """Writes shards.
-
-    Parameters
-    ----------
-    workspace : Workspace
-    dtype : torch.dtype or None
-        Of floating-point tensors in the output; None: each keeps its own.
+    Raises
+    ------
+    CheckpointError, NonFiniteError, DTypeError, OSError
     """
+    stream, reports = workspace.stream, list[LayerReport]()
+    masked = [tensor for tensor in shard.tensors if tensor.name in targets]
+    # Read ahead, unless it is going to be counted first.
+    following = {t.name: after for t, after in pairwise(masked) if after.nbytes <= stream.num_bytes}
+    with contextlib.ExitStack() as stack:
+        source = stack.enter_context(opened(shard.path))
+        output = stack.enter_context(stream.created(path, source))
+        if dtype is None:
+            stream.copy(source, 0, shard.data_begin, output, 0)
+            begins = {tensor.name: tensor.begin for tensor in shard.tensors}
+        else:
+            begins = _write_header(output, [_converted(tensor, dtype) for tensor in shard.tensors], shard.metadata)
+        if masks is not None:
+            bits = stack.enter_context(stream.created(masks, source))
+            metadata = mask_metadata({tensor.name: tensor.shape for tensor in masked})
+            bit_begins = _write_header(bits, [_bits_of(tensor) for tensor in masked], metadata)
+        for tensor in shard.tensors:
+            begin = begins[tensor.name]
+            if tensor.name in targets:
+                located, target = Located(shard, tensor), targets[tensor.name]
+                for piece, packed in _pruned(source, located, target, workspace, following.get(tensor.name), reports):
+                    _write(stream, tensor, piece, output, begin, dtype)
+                    if masks is not None:
+                        stream.write(
+                            bits, packed, bit_begins[tensor.name + MASK_SUFFIX] + piece.begin // 8, piece.buffer
+                        )
+            elif _converted(tensor, dtype).dtype != tensor.dtype:
+                for piece in stream.weights(source, tensor, DTYPES[tensor.dtype]):
+                    _write(stream, tensor, piece, output, begin, dtype)
+            else:
+                stream.copy(source, tensor.begin, tensor.nbytes, output, begin)
+            workspace.progress(tensor.nbytes)
+    return reports
 
-    def __init__(self, workspace: Workspace, dtype: torch.dtype | None) -> None:
-        self._workspace = workspace
-        self._stream, self._implementation, _, self._progress = workspace
-        self._dtype = dtype
 
-    def write(self, shard: Shard, targets: Mapping[str, Target], path: Path, masks: Path | None) -> list[LayerReport]:
-        """Write a shard to ``path`` and its packed masks to ``masks``, through to the disk; report on its targets.
+def copy_others(
+    checkpoint: Checkpoint, stream: Stream, folder: Path, dtype: torch.dtype | None, *, apart_from: Container[str]
+) -> None:
+    """Copy to ``folder`` all that belongs to a checkpoint but its shards, and what ``apart_from`` names.
 
-        Raises
-        ------
-        CheckpointError, NonFiniteError, DTypeError, OSError
-        """
-        reports = []
-        with contextlib.ExitStack() as stack:
-            source = stack.enter_context(Source(shard.path))
-            output = stack.enter_context(self._stream.created(path, source.stat))
-            begins = self._begin(shard, source, output)
-            bits = stack.enter_context(self._stream.created(masks, source.stat)) if masks is not None else None
-            bit_begins = self._begin_masks(shard, targets, bits) if bits is not None else {}
-            masked = [tensor for tensor in shard.tensors if tensor.name in targets]
-            # Read ahead, unless it is going to be counted first.
-            following = {t.name: after for t, after in pairwise(masked) if after.nbytes <= self._stream.num_bytes}
-            for tensor in shard.tensors:
-                place = _Output(output, begins[tensor.name])
-                if tensor.name in targets:
-                    bits_place = _Output(bits, bit_begins[tensor.name]) if bits is not None else None
-                    selected = self._selected(source, shard, tensor, targets[tensor.name], following.get(tensor.name))
-                    reports.append(self._prune(tensor, selected, place, bits_place))
-                elif dtype_of(tensor, self._dtype) != tensor.dtype:
-                    for piece in self._stream.weights(source, tensor, DTYPES[tensor.dtype]):
-                        self._store(tensor, piece, place)
-                else:
-                    self._stream.copy(source, tensor.begin, tensor.nbytes, *place)
-                self._progress(tensor.nbytes)
-        return reports
+    Where ``dtype`` changes the sizes of the tensors, the index is told.
 
-    def _begin(self, shard: Shard, source: Source, output: int) -> dict[str, int]:
-        """Write the header; return where each tensor begins."""
-        if self._dtype is None:
-            self._stream.copy(source, 0, shard.data_begin, output, 0)
-            return {tensor.name: tensor.begin for tensor in shard.tensors}
-        rows = [(t.name, dtype_of(t, self._dtype), t.shape, size_of(t, self._dtype)) for t in shard.tensors]
-        return _write_header(output, rows, shard.metadata)
+    Raises
+    ------
+    CheckpointError, OSError
+    """
+    for name, path in checkpoint.others.items():
+        if name in apart_from:
+            continue
+        with opened(path) as source, stream.created(folder / name, source) as output:
+            if name == checkpoint.index and dtype is not None:
+                document = read_index(path)
+                metadata = document.get("metadata")
+                if isinstance(metadata, dict) and "total_size" in metadata:
+                    metadata["total_size"] = sum(_converted(tensor, dtype).nbytes for tensor in checkpoint.tensors)
+                write_whole(output, json.dumps(document, indent=2).encode(), 0)
+            else:
+                stream.copy(source, 0, os.fstat(source.fileno()).st_size, output, 0)
 
-    def _begin_masks(self, shard: Shard, targets: Mapping[str, Target], output: int) -> dict[str, int]:
-        masked = [tensor for tensor in shard.tensors if tensor.name in targets]
-        rows = [(t.name + MASK_SUFFIX, "U8", (-(-t.numel // 8),), -(-t.numel // 8)) for t in masked]
-        begins = _write_header(output, rows, mask_metadata({t.name: t.shape for t in masked}))
-        return {name.removesuffix(MASK_SUFFIX): begin for name, begin in begins.items()}
 
-    def _prune(
-        self, tensor: TensorInfo, selected: Iterable[tuple[Piece, Cutoffs]], place: _Output, bits: _Output | None
-    ) -> LayerReport:
-        num_pruned, cutoffs = 0, NOTHING
-        for piece, cutoffs in selected:
-            weights = piece.data
-            packed = torch.empty(-(-len(weights) // 8), dtype=torch.uint8, device="cpu")
-            counts = self._implementation.prune([Layer(weights, None)], Selection(cutoffs), [packed])
-            assert counts is not None
-            num_pruned += counts.num_pruned[0]
-            self._store(tensor, piece, place)
-            if bits is not None:
-                self._stream.write(bits.descriptor, packed, bits.begin + piece.begin // 8, piece.buffer)
-        threshold = magnitude_of(cutoffs.keys[0], DTYPES[tensor.dtype])
-        return LayerReport(tensor.name, threshold, tensor.numel, num_pruned, num_pruned, cutoffs.num_ties[0])
+def _pruned(
+    source: FileIO,
+    located: Located,
+    target: Target,
+    workspace: Workspace,
+    following: TensorInfo | None,
+    reports: list[LayerReport],
+) -> Iterator[tuple[Piece, torch.Tensor]]:
+    """Yield the pieces of a target, in order, pruned, each with its packed mask; at the end report on all of it."""
+    tensor, implementation, num_pruned = located.tensor, workspace.implementation, 0
+    key = num_ties = 0
+    for piece, cutoffs in _selected(source, located, target, workspace, following):
+        packed = torch.empty(-(-len(piece.data) // 8), dtype=torch.uint8, device="cpu")
+        counts = implementation.prune([Layer(piece.data, None)], Selection(cutoffs), [packed])
+        assert counts is not None
+        num_pruned += counts.num_pruned[0]
+        key, num_ties = cutoffs.keys[0], cutoffs.num_ties[0]
+        yield piece, packed
+    threshold = magnitude_of(key, DTYPES[tensor.dtype])
+    reports.append(LayerReport(tensor.name, threshold, tensor.numel, num_pruned, num_pruned, num_ties))
 
-    def _selected(
-        self, source: Source, shard: Shard, tensor: TensorInfo, target: Target, following: TensorInfo | None
-    ) -> Iterator[tuple[Piece, Cutoffs]]:
-        """Yield the pieces of a target, in order, each with what to prune of it."""
-        pieces = self._stream.weights(source, tensor, DTYPES[tensor.dtype], following)
-        decision = target.decision
-        if decision is None and tensor.nbytes <= self._stream.num_bytes:
-            held = list(pieces)
-            layers = [Layer(piece.data, None) for piece in held]
-            found = select(self._implementation, layers, [target.num_prune], [len(layers)]).cutoffs
-            for piece, index in zip(held, found.nonfinite, strict=True):
-                check_finite(tensor.name, target.position, piece.begin, index)
-            for i, piece in enumerate(held):
-                yield piece, Cutoffs.of([tuple(column[i] for column in found)])
-            return
-        if decision is None:
-            group = {target.position: Located(shard, tensor)}
-            decision = decide(group, self._workspace, target.num_prune, lambda _: True, ALONE)[target.position]
-        for piece, tie_index in _tie_indices(self._implementation, decision, pieces):
-            _, below, ties, kept = decision.threshold
-            yield piece, Cutoffs.of([(decision.key, below, ties, kept, tie_index, -1)])
 
-    def _store(self, tensor: TensorInfo, piece: Piece, place: _Output) -> None:
-        """Write a piece, converted if need be."""
-        begin, weights, buffer = piece
-        if self._dtype is not None:
-            converted = weights.to(self._dtype)
-            if torch.isinf(converted).sum() > torch.isinf(weights).sum():
-                raise DTypeError(
-                    f"prune: expected values in the range of {self._dtype} in '{tensor.name}', got one beyond it near "
-                    f"flat index {begin}; choose another --dtype"
-                )
-            weights = converted
-        self._stream.write(place.descriptor, weights, place.begin + begin * weights.itemsize, buffer)
+def _selected(
+    source: FileIO, located: Located, target: Target, workspace: Workspace, following: TensorInfo | None
+) -> Iterator[tuple[Piece, Cutoffs]]:
+    """Yield the pieces of a target, in order, each with what to prune of it."""
+    stream, implementation, _, _ = workspace
+    tensor, (position, decision) = located.tensor, target
+    pieces = stream.weights(source, tensor, DTYPES[tensor.dtype], following)
+    if isinstance(decision, int) and tensor.nbytes <= stream.num_bytes:
+        held = list(pieces)
+        layers = [Layer(piece.data, None) for piece in held]
+        found = select(implementation, layers, [decision], [len(layers)]).cutoffs
+        for piece, index in zip(held, found.nonfinite, strict=True):
+            check_finite(tensor.name, position, piece.begin, index)
+        for i, piece in enumerate(held):
+            yield piece, Cutoffs.of([tuple(column[i] for column in found)])
+        return
+    if isinstance(decision, int):
+        decision = decide({position: located}, workspace, decision, lambda _: True, ALONE)[position]
+    for piece, tie_index in _tie_indices(implementation, decision, pieces):
+        _, below, ties, kept = decision.threshold
+        yield piece, Cutoffs.of([(decision.key, below, ties, kept, tie_index, -1)])
 
 
 def _tie_indices(
@@ -174,20 +178,36 @@ def _tie_indices(
         yield piece, tie_index
 
 
-def dtype_of(tensor: TensorInfo, dtype: torch.dtype | None) -> str:
-    """Return the name of the dtype that a tensor has in the output."""
-    return tensor.dtype if dtype is None or tensor.dtype not in DTYPES else dtypes.DTYPES[dtype].stored
+def _write(
+    stream: Stream, tensor: TensorInfo, piece: Piece, output: int, begin: int, dtype: torch.dtype | None
+) -> None:
+    """Write a piece of a tensor that begins at ``begin``, converted if need be."""
+    weights = piece.data
+    if dtype is not None:
+        weights = weights.to(dtype)
+        if torch.isinf(weights).sum() > torch.isinf(piece.data).sum():
+            raise DTypeError(
+                f"prune: expected values in the range of {dtype} in '{tensor.name}', got one beyond it near flat index "
+                f"{piece.begin}; choose another --dtype"
+            )
+    stream.write(output, weights, begin + piece.begin * weights.itemsize, piece.buffer)
 
 
-def size_of(tensor: TensorInfo, dtype: torch.dtype | None) -> int:
-    """Return how many bytes a tensor takes in the output."""
-    return tensor.nbytes if dtype is None or tensor.dtype not in DTYPES else tensor.numel * dtype.itemsize
+def _converted(tensor: TensorInfo, dtype: torch.dtype | None) -> TensorInfo:
+    """Return a tensor as it is in an output of this dtype, apart from its place there."""
+    if dtype is None or tensor.dtype not in DTYPES:
+        return tensor
+    return tensor._replace(dtype=dtypes.DTYPES[dtype].stored, nbytes=tensor.numel * dtype.itemsize)
 
 
-def _write_header(
-    descriptor: int, rows: Sequence[tuple[str, str, Sequence[int], int]], metadata: Mapping[str, str] | None
-) -> dict[str, int]:
-    header = header_of(rows, metadata)
-    write_whole(descriptor, header, 0)
-    ends = accumulate((nbytes for *_, nbytes in rows), initial=len(header))
-    return {name: begin for (name, *_), begin in zip(rows, ends, strict=False)}
+def _bits_of(tensor: TensorInfo) -> TensorInfo:
+    """Return the packed mask of a tensor, apart from its place."""
+    num_bytes = -(-tensor.numel // 8)
+    return TensorInfo(tensor.name + MASK_SUFFIX, "U8", (num_bytes,), 0, num_bytes)
+
+
+def _write_header(output: int, tensors: Sequence[TensorInfo], metadata: Mapping[str, str] | None) -> dict[str, int]:
+    """Write a header for tensors in this order; return where each begins."""
+    header, begins = header_of(tensors, metadata)
+    write_whole(output, header, 0)
+    return begins

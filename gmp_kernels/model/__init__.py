@@ -1,1 +1,1 @@
-"""The model as the pruner sees it: its weights, their names and roles, and which of them are pruned by default."""
+"""Names and roles of a model's weights, and the choice of those to prune."""

@@ -1,4 +1,4 @@
-"""Coverage of a model by its targets: how much of it is pruned, what is not, and why."""
+"""Coverage of a model by its targets: the share that is pruned, and a reason for everything that is not."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ MOST_NAMED = 3
 
 @dataclass(frozen=True)
 class CoveredTensor:
-    """One tensor of a model and whether it is pruned.
+    """Tensor of a model, pruned or left out.
 
     Attributes
     ----------
@@ -57,7 +57,7 @@ class CoveredTensor:
 
 @dataclass(frozen=True)
 class Coverage:
-    """Everything a model has, divided into what is pruned and what is left out.
+    """All tensors of a model, divided into targets and those that are left out.
 
     ``str()`` is a table: one row per dtype and reason, with the largest tensor of each.
 
@@ -88,7 +88,7 @@ class Coverage:
 
     @property
     def share_of_matrices(self) -> float:
-        """The same of tensors of two or more dimensions alone."""
+        """The same, of tensors of two or more dimensions alone."""
         targets = _total(_matrices(self.targets))
         return _share(targets, targets + _total(_matrices(self.left_out)))
 
@@ -119,7 +119,8 @@ class Coverage:
 def gap_in(coverage: Coverage, *, by_default: bool) -> str | None:
     """Return a warning if most weights in matrices are left out though nobody asked for that.
 
-    What ``ignore=`` leaves out was asked for; so was what explicit targets do not reach, frozen parameters aside.
+    Leaving out what ``ignore=`` names was asked for, and so was what explicit targets do not reach, except for frozen
+    parameters.
     """
     silent = [
         tensor
@@ -143,7 +144,7 @@ def gap_in(coverage: Coverage, *, by_default: bool) -> str | None:
 
 
 def shown_names(names: Sequence[str]) -> str:
-    """Return the first few names, and how many there are beside them."""
+    """Return the first few names, and the number of others."""
     others = f" and {len(names) - MOST_NAMED} others" if len(names) > MOST_NAMED else ""
     return ", ".join(f"'{printable(name)}'" for name in names[:MOST_NAMED]) + others
 

@@ -1,4 +1,4 @@
-"""Facts about the parameters of a model that only the model tells: the types of its modules, and what is refused."""
+"""Facts about parameters that need the model itself: the types of its modules, and parameters that cannot be pruned."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def facts_of(
 
 
 def refusals(model: nn.Module, first_names: Mapping[nn.Parameter, str]) -> dict[str, str]:
-    """Return {name: why the parameter cannot be pruned, whoever names it}."""
+    """Return {name: reason} of parameters that cannot be pruned even if they are named."""
     parametrized = reasons_against(model)
     reasons = {}
     for parameter, name in first_names.items():
@@ -61,7 +61,7 @@ def _kind(owner: nn.Module, attribute: str) -> str:
 
 
 def _output_embeddings(model: nn.Module) -> list[torch.Tensor]:
-    """Return the weights of what Hugging Face models call their output embeddings."""
+    """Return the weights of the output embeddings of Hugging Face models."""
     found = []
     for module in model.modules():
         try:
@@ -78,6 +78,6 @@ def _refusal_of_type(parameter: torch.Tensor) -> str | None:
         return COMPLEX
     if not parameter.is_floating_point() or parameter.dtype.itemsize < 2:
         return QUANTIZED
-    # Sharded parameters are known; other tensors that replace what operations do hold their weights elsewhere.
+    # Sharded parameters are known. Other tensors that redefine operations hold their weights elsewhere.
     is_plain = type(parameter).__torch_dispatch__ is torch.Tensor.__torch_dispatch__ or hasattr(parameter, "to_local")
     return None if is_plain else f"a {type(parameter).__name__}"

@@ -1,4 +1,4 @@
-"""Names of modules and parameters, without what wrappers put into them."""
+"""Names of modules and parameters, without the parts that wrappers add."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ PARALLEL = (DataParallel, DistributedDataParallel)
 
 
 def plain_name(name: str) -> str:
-    """Drop the levels between a module and its wrapper, so that names and checkpoints stay.
+    """Drop the levels that wrappers add to a name, so that names and checkpoints stay the same.
 
-    What data parallel wrappers add is not told from a module that is called "module"; ``named_modules`` knows it.
+    The level of a data parallel wrapper stays, as a module may be called "module" too; ``named_modules`` drops it.
     """
     if not any(part in name for part in WRAPPED):  # as nearly always
         return name

@@ -1,7 +1,7 @@
 """Weights that a module computes from other parameters, and which of these can be pruned in their place.
 
-A zero of the parameter must be a zero of the weight. That holds where the weight is the parameter times something:
-weight_norm and spectral_norm scale it, torch's own pruning masks it. Nothing is known of any other parametrization.
+A zero of the parameter must be a zero of the weight. That holds where the weight is a multiple of the parameter:
+weight_norm and spectral_norm scale it, torch's own pruning masks it. Any other parametrization may do anything.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ LENGTHS = "a length that weight_norm keeps apart"
 
 
 def reasons_against(model: nn.Module) -> dict[nn.Parameter, str]:
-    """Return {parameter: why it cannot be pruned} of those from which a module computes a weight."""
+    """Return {parameter: reason} of parameters that cannot be pruned because a module computes a weight from them."""
     reasons = {lengths: LENGTHS for _, lengths, _ in _weight_norms(model)}
     for module in model.modules():
         if not isinstance(module, parametrize.ParametrizationList):
@@ -32,7 +32,7 @@ def reasons_against(model: nn.Module) -> dict[nn.Parameter, str]:
 
 
 def kept_by_torch(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
-    """Return {name: bool tensor of the shape of the parameter, True = kept} of those that torch's own pruning masks.
+    """Return {name: bool tensor of its shape, True = kept} of the parameters that torch's own pruning masks.
 
     A parameter that several modules share keeps what one of them keeps. Memory: 1 byte per weight of these parameters.
     """

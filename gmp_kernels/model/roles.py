@@ -110,19 +110,12 @@ class Roles:
             parts = name.split(".")
             for depth, part in enumerate(parts):
                 self._children[".".join(parts[:depth])].add(part)
-        self._reasons: dict[str, str | None] = {}
         self._head = self._find_head()
 
-    def is_scaled_apart(self, name: str) -> bool:
-        """Whether these are the lengths that weight_norm keeps apart from the directions."""
-        if name.endswith("_g"):
-            return f"{name[:-2]}_v" in self._facts
-        return name.endswith(".original0") and f"{name[:-1]}1" in self._facts
-
     def obstacle(self, name: str) -> str | None:
-        """Return why the tensor cannot be pruned at all, as far as names tell.
+        """Return the reason why a tensor cannot be pruned at all, as far as names tell; None if there is none.
 
-        A weight is computed from it, and not by the scalings of weight_norm and spectral_norm, which leave their mark.
+        It is that a weight is computed from it, other than by the scalings of weight_norm and spectral_norm.
         """
         found = PARAMETRIZED.fullmatch(name)
         if found is None or found["rest"] == "original1":
@@ -132,13 +125,8 @@ class Roles:
 
     def reason_against(self, name: str) -> str | None:
         """Return why the tensor is no default target; None if it is one."""
-        if name not in self._reasons:
-            self._reasons[name] = self._find_reason(name)
-        return self._reasons[name]
-
-    def _find_reason(self, name: str) -> str | None:
         shape, _, kind = self._facts[name]
-        if len(shape) < 2 or self.is_scaled_apart(name):
+        if len(shape) < 2 or self._is_scaled_apart(name):
             return SMALL
         if self.obstacle(name) is not None:
             return PARAMETRIZATION
@@ -153,8 +141,14 @@ class Roles:
             return EMBEDDING
         return SMALL if self._is_small(name) else None
 
+    def _is_scaled_apart(self, name: str) -> bool:
+        """Whether a tensor holds the lengths that weight_norm keeps apart from the directions."""
+        if name.endswith("_g"):
+            return f"{name[:-2]}_v" in self._facts
+        return name.endswith(".original0") and f"{name[:-1]}1" in self._facts
+
     def _find_head(self) -> str | None:
-        """Return the one matrix, if it is one, that has a row for each entry of the vocabulary."""
+        """Return the matrix that has a row for each entry of the vocabulary, if there is exactly one."""
         vocabulary, matrices = 0, []
         for name, facts in self._facts.items():
             path, attribute = _split(effective_name(name, self._facts))
@@ -240,7 +234,7 @@ class Roles:
         return not is_named and (_num_wide(shape) < 2 or len(shape) > 3)
 
     def _has_bias(self, path: str, shape: Sequence[int]) -> bool:
-        """Whether a bias lies beside the weight as beside that of a projection."""
+        """Whether a vector of biases lies beside a weight, as it does in a projection."""
         bias = self._facts.get(f"{path}.bias" if path else "bias")
         return bias is not None and len(bias.shape) == 1 and len(shape) >= 2
 
@@ -251,7 +245,7 @@ def _split(name: str) -> tuple[str, str]:
 
 
 def _owner(path: str) -> str:
-    """Return the last part of a path that names something."""
+    """Return the last part of a path that is neither a number nor a wrapper's."""
     named = [
         part for part in path.split(".") if not part.isdecimal() and not part.startswith("_") and part not in WRAPPERS
     ]

@@ -16,18 +16,18 @@ USUAL = ("optimizer", "_optimizer", "base_optimizer", "inner_optimizer", "inner"
 
 
 def _hooks(optimizer: object) -> Any:
-    """Return what the hooks of an optimizer's steps are kept in; None for wrappers that skipped its constructor."""
+    """Return the dict of an optimizer's step hooks; None for a wrapper that skipped the constructor."""
     return vars(optimizer).get("_optimizer_step_post_hooks") if isinstance(optimizer, Optimizer) else None
 
 
 def with_own_hooks(chain: Sequence[Any]) -> list[Any]:
-    """Return those of the optimizers whose steps run hooks that no other one in the chain runs."""
+    """Return the optimizers of a chain whose steps run hooks of their own."""
     kept = {id(hooks): optimizer for optimizer in chain if (hooks := _hooks(optimizer)) is not None}
     return list(kept.values())
 
 
 def optimizer_chain(optimizer: Any) -> list[Any]:
-    """Return the optimizer and what it wraps, outermost first; the last takes the steps.
+    """Return the optimizer and those it wraps, outermost first; the last takes the steps.
 
     Raises
     ------
@@ -57,7 +57,7 @@ def optimizer_chain(optimizer: Any) -> list[Any]:
 
 
 def inside(optimizer: Any) -> list[Optimizer]:
-    """Return an optimizer and all that it holds, of however many it is made."""
+    """Return an optimizer and all optimizers that it holds, at any depth."""
     found, rest = list[Optimizer](), [optimizer]
     while rest:
         one = rest.pop()

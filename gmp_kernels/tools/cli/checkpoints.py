@@ -26,7 +26,6 @@ from gmp_kernels.checkpoints import (
     PruneJob,
     PruneReport,
     TensorStatistics,
-    cover_tensors,
     inspect_checkpoint,
     open_checkpoint,
     total_of,
@@ -149,9 +148,8 @@ def prune(
         force=force,
         copy_others=copy_others,
     )
-    coverage = cover_tensors(job.checkpoint.tensors, targets, ignore)
     if dry_run:
-        _show_targets(job, coverage)
+        _show_targets(job)
         _show_left_out(job.checkpoint)
         return
     try:
@@ -162,7 +160,7 @@ def prune(
             say("What is finished of it is kept: --resume goes on from there.", error=True)
         raise
     if os.environ.get("RANK", "0") == "0":
-        _show_coverage(coverage, [layer.num_pruned for layer in report.layers])
+        _show_coverage(job.coverage, [layer.num_pruned for layer in report.layers])
         _show_left_out(job.checkpoint)
         if (beside := job.kept_beside()) is not None:
             say(f"kept {beside}, which holds no masks of the new output")
@@ -221,7 +219,7 @@ def _progress(console: Console, what: str) -> Iterator[Callable[[int, int], None
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def _show_targets(job: PruneJob, coverage: Coverage) -> None:
+def _show_targets(job: PruneJob) -> None:
     counts = job.num_prune()
     by_layer = len(counts) == len(job.tensors)
     table = Table("tensor", "dtype", "shape", "weights", *(["num_prune"] if by_layer else []), right=(3, 4))
@@ -230,7 +228,7 @@ def _show_targets(job: PruneJob, coverage: Coverage) -> None:
         table.add_row(tensor.name, tensor.dtype, shown_shape(tensor.shape), str(tensor.numel), *count)
     show(table)
     # Only ranking all of them would tell who loses what in global scope.
-    _show_coverage(coverage, counts if by_layer else [0] * len(job.tensors))
+    _show_coverage(job.coverage, counts if by_layer else [0] * len(job.tensors))
     weights = sum(tensor.numel for tensor in job.tensors)
     others = len(job.checkpoint.tensors) - len(job.tensors)
     say(f"would prune {sum(counts)} of {weights} weights in {len(job.tensors)} tensors and copy {others} as they are")
