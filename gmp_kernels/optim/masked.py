@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from itertools import count
+from typing import Any, ClassVar, NamedTuple, Self
+from weakref import WeakValueDictionary
 
 import torch
 
 from gmp_kernels.backends import Compaction, UpdateTensor, capture, choose
 from gmp_kernels.distributed.placement import is_sharded, local, local_grad
-from gmp_kernels.errors import DTypeError, LayoutError
+from gmp_kernels.errors import DTypeError, LayoutError, ShapeError, TargetError
+from gmp_kernels.library import define
 from gmp_kernels.optim.batch import Batch
 from gmp_kernels.optim.checkpoint import Checkpointed
 from gmp_kernels.optim.compact import CompactState, check_layout, layout_of, layouts_by
@@ -38,6 +41,8 @@ class MaskedOptimizer(Checkpointed):
     """
 
     rule: ClassVar[str]
+    # What a compiled graph knows an optimizer by: it can hold numbers and tensors, no objects.
+    handle: int
     # torch's GradScaler then hands over the scale and the overflow flag instead of unscaling in passes of its own.
     _step_supports_amp_scaling = True
 
@@ -56,6 +61,13 @@ class MaskedOptimizer(Checkpointed):
 
     # Whether torch's state of this rule holds a step count; where not, only the first step is told from the others.
     counts_steps: ClassVar[bool] = True
+
+    def __new__(cls, *args: object, **kwargs: object) -> Self:
+        # Here and not in __init__, so that copies and unpickled optimizers get handles of their own.
+        self = super().__new__(cls)
+        self.handle = next(_handles)
+        _optimizers[self.handle] = self
+        return self
 
     # -- parameter groups --------------------------------------------------------------------------------------------
 
@@ -381,3 +393,39 @@ class MaskedOptimizer(Checkpointed):
         if layout is None or not (compact or missing):
             return merged
         return CompactState(merged, layout, {*compact, *missing}, weight.shape)
+
+
+_handles = count()
+_optimizers: WeakValueDictionary[int, MaskedOptimizer] = WeakValueDictionary()
+
+
+@torch.no_grad()
+def _optimizer_step(
+    handle: int, positions: Sequence[int], weights: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor]
+) -> None:
+    """Take the step of a compiled graph; ``positions`` says which of the optimizer's parameters the weights are.
+
+    They need not be the parameters themselves: a graph may hold the value of one in a buffer and write it back later.
+    """
+    optimizer = _optimizers.get(handle)
+    if optimizer is None:
+        raise TargetError(
+            f"optimizer_step_: expected the handle of a living optimizer, got {handle}; call optimizer.step(), or "
+            "compile again what was compiled with an optimizer that is gone"
+        )
+    owned = [p for group in optimizer.param_groups for p in group["params"]]
+    given = dict(zip([owned[i] for i in positions], zip(weights, gradients, strict=True), strict=True))
+    for i, (p, (weight, gradient)) in zip(positions, given.items(), strict=True):
+        expected, found = ((t.shape, t.stride(), t.dtype, t.device, g.shape) for t, g in ((p, p), (weight, gradient)))
+        if expected != found:
+            raise ShapeError(
+                f"optimizer_step_: expected shape, strides, dtype, device and gradient's shape of parameter {i}, "
+                f"{expected}, got {found}; compile again after converting a model"
+            )
+    optimizer.update_(given)
+
+
+define(
+    "optimizer_step_(int handle, int[] positions, Tensor(a!)[] weights, Tensor[] gradients) -> ()",
+    _optimizer_step,
+)

@@ -7,11 +7,9 @@ an error or an interrupt has kept from following does so before the next step.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from itertools import count
-from typing import Any, ClassVar, NamedTuple, Self
-from weakref import WeakValueDictionary
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch.utils.hooks import RemovableHandle
@@ -55,20 +53,8 @@ class Settlement(NamedTuple):
 class Masking(torch.optim.Optimizer):
     """The half of ``MaskedOptimizer`` that knows masks."""
 
-    # What a compiled graph knows an optimizer by: it can hold numbers and tensors, no objects.
-    handle: int
-    handles: ClassVar[Iterator[int]] = count()
-    by_handle: ClassVar[WeakValueDictionary[int, Any]] = WeakValueDictionary()
-
     # Entries of which torch's state of a parameter that has stepped has all.
     essential: ClassVar[Sequence[str]] = ()
-
-    def __new__(cls, *args: object, **kwargs: object) -> Self:
-        # Here and not in __init__, so that copies and unpickled optimizers get handles of their own.
-        self = super().__new__(cls)
-        self.handle = next(cls.handles)
-        cls.by_handle[self.handle] = self
-        return self
 
     def _init_masking(self, *, compact_state: bool, master_weights: bool, backend: str | None) -> None:
         self._compact_state = compact_state
