@@ -1,4 +1,4 @@
-"""State stored for the kept weights only, and the bits it is laid out by."""
+"""Compact state: stored for the kept weights only, and laid out by the bits that tell which those are."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from gmp_kernels.backends import Compaction, choose
+from gmp_kernels.backends import Compaction
 from gmp_kernels.distributed.placement import local
 from gmp_kernels.errors import StateError
 
-__all__ = ["CompactState", "check_layout", "layout_of", "layouts_by", "version_of"]
+__all__ = ["CompactState", "check_layout", "compact_names", "layout_of", "version_of"]
 
 
 class CompactState(dict[str, Any]):
@@ -26,7 +26,7 @@ class CompactState(dict[str, Any]):
     names : frozenset of str
         The entries that are laid out by it.
     shape : torch.Size
-        Of what is here of the parameter.
+        Of what this process holds of the parameter.
     version : int
     """
 
@@ -37,14 +37,9 @@ class CompactState(dict[str, Any]):
         self.shape = shape
         self.version = version_of(layout.mask)
 
-    @property
-    def is_intact(self) -> bool:
-        """Whether the bits are still those that it was laid out by."""
-        return self.version == version_of(self.layout.mask)
-
     def __getstate__(self) -> dict[str, Any]:
         # A copy of the bits counts its versions from 0, and could not tell that they were written before.
-        check_intact("copying an optimizer", self)
+        _check_bits("copying an optimizer", self)
         return self.__dict__
 
     def __setstate__(self, attributes: dict[str, Any]) -> None:
@@ -62,19 +57,9 @@ def layout_of(state: Mapping[str, Any] | None) -> Compaction | None:
     return state.layout if isinstance(state, CompactState) else None
 
 
-def check_intact(optimizer: str, state: CompactState) -> None:
-    """Refuse to walk state by bits that are not those it was laid out by.
-
-    Raises
-    ------
-    StateError
-    """
-    if not state.is_intact:
-        raise StateError(
-            f"{optimizer}: expected the mask of a parameter of shape {tuple(state.shape)} as it was when its compact "
-            "state was laid out, got one that was written in place; let the scheduler prune, or prune a clone of its "
-            "mask and give that to set_masks"
-        )
+def compact_names(state: Mapping[str, Any]) -> frozenset[str]:
+    """Return the names of the entries that are stored for the kept weights only."""
+    return state.names if isinstance(state, CompactState) else frozenset()
 
 
 def check_layout(optimizer: str, p: torch.Tensor, state: Mapping[str, Any] | None) -> None:
@@ -86,7 +71,7 @@ def check_layout(optimizer: str, p: torch.Tensor, state: Mapping[str, Any] | Non
     """
     if not isinstance(state, CompactState):
         return
-    check_intact(optimizer, state)
+    _check_bits(optimizer, state)
     if state.shape.numel() != local(p).numel():
         raise StateError(
             f"{optimizer}: expected a parameter of the size for which its compact state was laid out, got one of "
@@ -94,13 +79,10 @@ def check_layout(optimizer: str, p: torch.Tensor, state: Mapping[str, Any] | Non
         )
 
 
-def layouts_by(masks: Mapping[torch.Tensor, torch.Tensor], backend: str | None) -> dict[torch.Tensor, Compaction]:
-    """Return the layouts that packed bits give the state of parameters; a GPU is waited for once."""
-    devices: dict[torch.device, list[torch.Tensor]] = {}
-    for p in masks:
-        devices.setdefault(p.device, []).append(p)
-    found: dict[torch.Tensor, Compaction] = {}
-    for device, owners in devices.items():
-        bits = [(masks[p], local(p).numel()) for p in owners]
-        found.update(zip(owners, choose(backend, device).compactions(bits), strict=True))
-    return found
+def _check_bits(optimizer: str, state: CompactState) -> None:
+    if state.version != version_of(state.layout.mask):
+        raise StateError(
+            f"{optimizer}: expected the mask of a parameter of shape {tuple(state.shape)} as it was when its compact "
+            "state was laid out, got one that was written in place; let the scheduler prune, or prune a clone of its "
+            "mask and give that to set_masks"
+        )

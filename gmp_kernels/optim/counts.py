@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 
+from gmp_kernels.optim.entries import STEP
+
 __all__ = ["StepCounts"]
 
 
 class StepCounts:
-    """The entries ``step`` of some parameters' states.
+    """The step counts in some parameters' states.
 
     On the host they are made views of one tensor, so that a step is one addition, whatever their number. On a device
     they stay where they are, because a CUDA graph may hold them.
@@ -20,57 +22,49 @@ class StepCounts:
     Parameters
     ----------
     states : sequence of dict
-        Not empty. Their entries are replaced where they have to be joined or moved.
+        Not empty, each with a count. The counts are replaced where they have to be joined or moved.
     """
 
     def __init__(self, states: Sequence[dict[str, Any]]) -> None:
         self._states = states
-        devices = {count.device for count in self.each()}
-        others = devices - {torch.device("cpu")}
-        if others and len(devices) > 1:
-            self._move_each(others.pop())
         self._whole = self._common_base()
-        if self._whole is None and not others and self._can_join():
-            self._replace(torch.stack(self.each()))
-
-    def each(self) -> list[torch.Tensor]:
-        """Return the entries one by one."""
-        return [state["step"] for state in self._states]
+        devices = {count.device for count in self._each()}
+        if len(devices) > 1:
+            self.move_to(next(device for device in devices if device.type != "cpu"))
+        elif self._whole is None and self.device.type == "cpu":
+            self._replace(torch.stack(self._each()))
 
     @property
     def device(self) -> torch.device:
         """The device that holds all of them."""
-        found: torch.device = self._states[0]["step"].device
+        found: torch.device = self._states[0][STEP].device
         return found
 
-    def move_to(self, device: torch.device) -> bool:
-        """Move them to ``device``; return whether they were elsewhere."""
-        if self.device == device:
-            return False
+    def move_to(self, device: torch.device) -> None:
+        """Move them to ``device``."""
         if self._whole is not None:
             self._replace(self._whole.to(device))
         else:
-            self._move_each(device)
-        return True
+            for state in self._states:
+                state[STEP] = state[STEP].to(device)
 
-    def tolist(self) -> list[int]:
-        """Return them as numbers."""
-        values = self._whole.tolist() if self._whole is not None else [count.item() for count in self.each()]
-        return [int(value) for value in values]
-
-    def tensor(self) -> torch.Tensor:
-        """Return them as one tensor."""
-        return self._whole if self._whole is not None else torch.stack(self.each())
+    def numbers(self, *, is_lazy: bool) -> list[int] | torch.Tensor:
+        """Return the numbers of the steps about to be taken: a float64 tensor where the host does not look at them."""
+        counts = torch.stack(self._each()) if self._whole is None else self._whole
+        return counts.double() + 1 if is_lazy or self.device.type != "cpu" else [int(n) + 1 for n in counts.tolist()]
 
     def adding(self, amount: int | torch.Tensor) -> Callable[[], object]:
         """Return a C function that raises all of them."""
         if self._whole is not None:
             return partial(self._whole.add_, amount)
-        return partial(torch._foreach_add_, self.each(), amount)
+        return partial(torch._foreach_add_, self._each(), amount)
+
+    def _each(self) -> list[torch.Tensor]:
+        return [state[STEP] for state in self._states]
 
     def _common_base(self) -> torch.Tensor | None:
         """Return the tensor whose elements they are in this order, all of them, if there is one."""
-        counts = self.each()
+        counts = self._each()
         base = counts[0]._base
         if base is None or base.shape != (len(counts),):
             return None
@@ -81,14 +75,7 @@ class StepCounts:
         )
         return base if lie_in_it else None
 
-    def _can_join(self) -> bool:
-        return len({(count.shape, count.dtype) for count in self.each()}) == 1 and self.each()[0].ndim == 0
-
     def _replace(self, whole: torch.Tensor) -> None:
         for i, state in enumerate(self._states):
-            state["step"] = whole[i]
+            state[STEP] = whole[i]
         self._whole = whole
-
-    def _move_each(self, device: torch.device) -> None:
-        for state in self._states:
-            state["step"] = state["step"].to(device)

@@ -14,7 +14,7 @@ from gmp_kernels.distributed.placement import local_grad, sharding_of, sum_over_
 from gmp_kernels.errors import LayoutError, ShapeError, SparsityError
 from gmp_kernels.library import define
 from gmp_kernels.masks import BitMask
-from gmp_kernels.optim.ready import is_dense
+from gmp_kernels.optim.checked import is_dense
 
 __all__ = ["clip_grad_norm_", "ema_update_"]
 
