@@ -147,7 +147,7 @@ class Batch:
             else:
                 device = self.members[start].parameter.device
                 if lazy[index] and counts.device != device:
-                    counts.move_to(device)
+                    counts.join_on(device)
                     self._remember_entries()
                 result.append((groups[index], counts.numbers(is_lazy=lazy[index])))
             start += size

@@ -12,10 +12,9 @@ from gmp_kernels.checks import DTYPES, has_memory
 from gmp_kernels.distributed.placement import local
 from gmp_kernels.errors import DTypeError, LayoutError, ShapeError
 from gmp_kernels.masks import BitMask
-from gmp_kernels.optim.compact import layout_of, version_of
-from gmp_kernels.optim.entries import MASTER, STEP, is_count
+from gmp_kernels.optim.compact import MASTER, STEP, is_count, layout_of, version_of
 
-__all__ = ["CheckedParameter", "checked_gradient", "is_dense"]
+__all__ = ["CheckedParameter", "check_mask", "checked_gradient", "is_dense"]
 
 
 class CheckedParameter:
@@ -70,7 +69,8 @@ class CheckedParameter:
         # A plain parameter and what is detached from it count versions together.
         own = [parameter] if weight is parameter else [parameter, self.tensor.weight]
         self.written = [t for t in (*own, self.tensor.master, *self.tensor.state) if t is not None]
-        self.pointer, self.form = weight.data_ptr(), _form_of(weight)
+        self.pointer = weight.data_ptr()
+        self.form = weight.shape, weight.stride(), weight.dtype, weight.get_device()
         self._keys = keys
         self._names = keys if master is None else (MASTER, *keys)
         self._values = [entries[name] for name in self._names]
@@ -92,21 +92,28 @@ class CheckedParameter:
 
     def holds_state(self, weight: torch.Tensor, state: dict[str, Any] | None) -> bool:
         """Whether parameter and state are still those that were checked, whatever the mask."""
+        shape, stride, dtype, _ = self.form
         return (
             state is self.state
             and weight.data_ptr() == self.pointer
-            and _form_of(weight) == self.form
+            and weight.shape == shape
+            and weight.stride() == stride
+            and weight.dtype is dtype
             and (state is None or all(map(is_, map(state.get, self._names), self._values)))
             and is_count(self.count) == self._is_counted
         )
 
     def fits(self, gradient: torch.Tensor) -> bool:
         """Whether a kernel can walk this gradient beside the parameter."""
-        return gradient.layout is torch.strided and _form_of(gradient) == self.form and not gradient.is_neg()
-
-
-def _form_of(tensor: torch.Tensor) -> tuple[object, ...]:
-    return tensor.shape, tensor.stride(), tensor.dtype, tensor.get_device()
+        shape, stride, dtype, device = self.form
+        return (
+            gradient.layout is torch.strided
+            and gradient.dtype is dtype
+            and gradient.shape == shape
+            and gradient.stride() == stride
+            and gradient.get_device() == device
+            and not gradient.is_neg()
+        )
 
 
 def checked_gradient(
@@ -120,10 +127,8 @@ def checked_gradient(
 ) -> torch.Tensor:
     """Return the dense gradient in the layout of ``weight``, which is what this process holds of ``p``.
 
-    Raises
-    ------
-    DTypeError, LayoutError, ShapeError
-        Weight, gradient or mask that the kernels do not take, or that do not fit each other.
+    Raises DTypeError, LayoutError or ShapeError for a weight, gradient or mask that the kernels do not take, or that do
+    not fit each other.
     """
     if p.dtype not in DTYPES:
         raise DTypeError(f"{optimizer}: expected float32, float64, bfloat16 or float16 parameters, got {p.dtype}")
@@ -140,7 +145,7 @@ def checked_gradient(
             "them again after moving a model"
         )
     if mask is not None:
-        _check_mask(optimizer, p, weight, mask)
+        check_mask(optimizer, weight, mask)
     # Compact state counts in the order of the dimensions; anything else may be in any order.
     if not (weight.is_contiguous() if is_compact else is_dense(weight)):
         wanted = "contiguous parameters with compact state" if is_compact else "parameters without gaps in memory"
@@ -158,21 +163,17 @@ def checked_gradient(
     return gradient if is_beside else torch.empty_like(weight).copy_(gradient)
 
 
-def _check_mask(optimizer: str, p: torch.Tensor, weight: torch.Tensor, mask: BitMask) -> None:
-    if mask.shape != weight.shape:
+def check_mask(op: str, weight: torch.Tensor, mask: BitMask) -> None:
+    """Raise ShapeError or LayoutError for a mask that does not fit what this process holds of a parameter."""
+    if mask.shape != weight.shape or not mask.is_packed:
         raise ShapeError(
-            f"{optimizer}: expected the shape {tuple(mask.shape)} that the mask was made for, got a parameter of "
-            f"{tuple(weight.shape)}; set another mask"
+            f"{op}: expected a mask of shape {tuple(weight.shape)} in {-(-weight.numel() // 8)} bytes, got one for "
+            f"{tuple(mask.shape)}, {mask.packed.dtype} of shape {tuple(mask.packed.shape)}; set a new BitMask"
         )
-    if mask.packed.device != p.device:
+    if mask.packed.device != weight.device:
         raise LayoutError(
-            f"{optimizer}: expected the mask of a parameter on {p.device} there, got it on {mask.packed.device}; "
-            "set masks again after moving a model"
-        )
-    if not mask.is_packed:
-        raise ShapeError(
-            f"{optimizer}: expected {-(-mask.numel // 8)} bytes as the mask of a parameter of shape "
-            f"{tuple(weight.shape)}, got {mask.packed.dtype} of shape {tuple(mask.packed.shape)}; make a new BitMask"
+            f"{op}: expected a mask on {weight.device}, got {mask.packed.device}; use mask.to(device), and set masks "
+            "again after moving a model"
         )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from gmp_kernels.optim.entries import STEP
+from gmp_kernels.optim.compact import STEP
 
 __all__ = ["StepCounts"]
 
@@ -27,55 +27,35 @@ class StepCounts:
 
     def __init__(self, states: Sequence[dict[str, Any]]) -> None:
         self._states = states
-        self._whole = self._common_base()
-        devices = {count.device for count in self._each()}
-        if len(devices) > 1:
-            self.move_to(next(device for device in devices if device.type != "cpu"))
-        elif self._whole is None and self.device.type == "cpu":
-            self._replace(torch.stack(self._each()))
+        self._whole: torch.Tensor | None = None
+        cpu = torch.device("cpu")
+        others = {count.device for count in self._each()} - {cpu}
+        if not others:
+            self.join_on(cpu)
+        elif any(count.device == cpu for count in self._each()):
+            self.join_on(others.pop())
 
     @property
     def device(self) -> torch.device:
         """The device that holds all of them."""
-        found: torch.device = self._states[0][STEP].device
-        return found
+        return self._each()[0].device
 
-    def move_to(self, device: torch.device) -> None:
-        """Move them to ``device``."""
-        if self._whole is not None:
-            self._replace(self._whole.to(device))
-        else:
-            for state in self._states:
-                state[STEP] = state[STEP].to(device)
+    def join_on(self, device: torch.device) -> None:
+        """Make them views of one tensor there."""
+        self._whole = torch.stack([count.to(device) for count in self._each()])
+        for i, state in enumerate(self._states):
+            state[STEP] = self._whole[i]
 
     def numbers(self, *, is_lazy: bool) -> list[int] | torch.Tensor:
         """Return the numbers of the steps about to be taken: a float64 tensor where the host does not look at them."""
         counts = torch.stack(self._each()) if self._whole is None else self._whole
-        return counts.double() + 1 if is_lazy or self.device.type != "cpu" else [int(n) + 1 for n in counts.tolist()]
+        return counts.double() + 1 if is_lazy or counts.device.type != "cpu" else [int(n) + 1 for n in counts.tolist()]
 
     def adding(self, amount: int | torch.Tensor) -> Callable[[], object]:
         """Return a C function that raises all of them."""
-        if self._whole is not None:
-            return partial(self._whole.add_, amount)
-        return partial(torch._foreach_add_, self._each(), amount)
+        if self._whole is None:
+            return partial(torch._foreach_add_, self._each(), amount)
+        return partial(self._whole.add_, amount)
 
     def _each(self) -> list[torch.Tensor]:
         return [state[STEP] for state in self._states]
-
-    def _common_base(self) -> torch.Tensor | None:
-        """Return the tensor whose elements they are in this order, all of them, if there is one."""
-        counts = self._each()
-        base = counts[0]._base
-        if base is None or base.shape != (len(counts),):
-            return None
-        step = base.element_size()
-        places = range(base.data_ptr(), base.data_ptr() + step * len(counts), step)
-        lie_in_it = all(
-            count._base is base and count.data_ptr() == place for count, place in zip(counts, places, strict=True)
-        )
-        return base if lie_in_it else None
-
-    def _replace(self, whole: torch.Tensor) -> None:
-        for i, state in enumerate(self._states):
-            state[STEP] = whole[i]
-        self._whole = whole

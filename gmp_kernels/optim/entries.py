@@ -1,4 +1,4 @@
-"""Entries of a parameter's state: which there are, what they must be, and the form they are kept in."""
+"""Checks of a parameter's state: what its entries must be, whoever put them there."""
 
 from __future__ import annotations
 
@@ -12,71 +12,15 @@ import torch
 from gmp_kernels.checks import DTYPES, PLAIN, has_memory
 from gmp_kernels.distributed.placement import is_sharded, local
 from gmp_kernels.errors import StateError
-from gmp_kernels.optim.compact import compact_names, layout_of
+from gmp_kernels.optim.compact import MASTER, STEP, as_count, compact_names, layout_of, per_weight, state_dtype
 
-__all__ = [
-    "MASTER",
-    "STEP",
-    "as_count",
-    "check_complete",
-    "check_state",
-    "follow",
-    "is_count",
-    "loaded_state",
-    "per_weight",
-    "state_dtype",
-]
-
-MASTER = "master_weight"  # the name of the float32 copy in the state
-STEP = "step"
-
-
-def state_dtype(p: torch.Tensor) -> torch.dtype:
-    """Return the dtype in which the state of a parameter is kept."""
-    return torch.float64 if p.dtype == torch.float64 else torch.float32
-
-
-def per_weight(p: torch.Tensor, state: Mapping[str, Any]) -> list[str]:
-    """Return the names of the entries that have a value for each weight or, laid out compactly, each kept one."""
-    compact = compact_names(state)
-    return [
-        name
-        for name, value in state.items()
-        if isinstance(value, torch.Tensor)
-        and name != STEP
-        and (name in compact or (value.shape == p.shape and value.is_floating_point()))
-    ]
-
-
-def follow(p: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """Return a dense entry with its elements where the parameter has its own; itself if they are there."""
-    of_p, of_value = local(p), local(value)
-    follows = of_value.stride() == of_p.stride() or all(
-        s == t for s, t, n in zip(of_p.stride(), of_value.stride(), of_p.shape, strict=True) if n > 1
-    )
-    return value if follows else torch.empty_like(p, dtype=value.dtype).copy_(value)
-
-
-def is_count(value: object) -> bool:
-    """Whether a step count has the form in which it is kept."""
-    return type(value) is torch.Tensor and value.dtype is torch.float32 and value.ndim == 0
-
-
-def as_count(value: Any, device: torch.device) -> torch.Tensor:
-    """Return a step count as a float32 tensor without dimensions: one in 16 bits would end at 256 or 2048.
-
-    Itself if it is one.
-    """
-    if isinstance(value, torch.Tensor):
-        is_one = is_count(value) and value.device == device
-        return value if is_one else value.detach().to(device, torch.float32).reshape(())
-    return torch.tensor(float(value), dtype=torch.float32, device=device)
+__all__ = ["check_state", "loaded_state"]
 
 
 def check_state(
     optimizer: str, p: torch.Tensor, state: Mapping[str, Any], names: Sequence[str], essential: Sequence[str]
 ) -> None:
-    """Refuse state that a kernel cannot walk beside the parameter as it is now, whoever put it there.
+    """Raise StateError for state that a kernel cannot walk beside the parameter as it is now.
 
     Parameters
     ----------
@@ -88,12 +32,8 @@ def check_state(
         Entries that the optimizer keeps per weight, beside the master weight.
     essential : sequence of str
         Entries of which there are all or none.
-
-    Raises
-    ------
-    StateError
     """
-    check_complete(optimizer, p, state, essential)
+    _check_complete(optimizer, p, state, essential)
     layout, compact, beside = layout_of(state), compact_names(state), per_weight(p, state)
     for name, value in state.items():
         if name == STEP or value is None:
@@ -126,13 +66,8 @@ def check_state(
             )
 
 
-def check_complete(optimizer: str, p: torch.Tensor, state: Mapping[str, Any], essential: Sequence[str]) -> None:
-    """Refuse state that lacks entries, or whose step count is none.
-
-    Raises
-    ------
-    StateError
-    """
+def _check_complete(optimizer: str, p: torch.Tensor, state: Mapping[str, Any], essential: Sequence[str]) -> None:
+    """Raise StateError for state that lacks entries, or whose step count is none."""
     missing = [name for name in essential if state.get(name) is None]
     if 0 < len(missing) < len(essential):
         raise StateError(
@@ -149,40 +84,19 @@ def check_complete(optimizer: str, p: torch.Tensor, state: Mapping[str, Any], es
 
 
 def loaded_state(
-    optimizer: str,
-    p: torch.Tensor,
-    values: Mapping[str, Any],
-    essential: Sequence[str],
-    *,
-    index: object,
-    is_capturable: bool,
+    op: str, index: object, p: torch.Tensor, values: object, essential: Sequence[str], *, is_capturable: bool
 ) -> dict[str, Any]:
-    """Return a copy of what a state_dict says of a parameter, in the form it is kept in.
+    """Return a copy of what a state_dict says of parameter ``index``, in the form it is kept in.
 
-    Parameters
-    ----------
-    optimizer : str
-    p : torch.Tensor
-    values : mapping
-    essential : sequence of str
-        As in ``check_state``.
-    index : object
-        The name of the parameter in the state_dict.
-    is_capturable : bool
-        Whether the step count goes to the parameter's device.
-
-    Raises
-    ------
-    StateError
-        The values are no state of this parameter's weights.
+    With ``is_capturable`` the step count goes to the parameter's device. Raises StateError where the values are no
+    state of this parameter's weights.
     """
-    op = f"{optimizer}.load_state_dict"
     if not isinstance(values, Mapping):
         raise StateError(
             f"{op}: expected a dictionary as the state of parameter {index}, got a {type(values).__name__}; is it a "
             "state_dict?"
         )
-    check_complete(op, p, values, essential)
+    _check_complete(op, p, values, essential)
     state: dict[str, Any] = {}
     for name, value in values.items():
         if name == STEP and value is not None:
@@ -190,26 +104,22 @@ def loaded_state(
             device = p.device if is_capturable or is_beside else torch.device("cpu")
             state[name] = as_count(value, device).clone()
         elif isinstance(value, torch.Tensor):
-            _check_loaded(op, p, value, f"'{name}'", index)
+            if value.shape != p.shape or local(value).shape != local(p).shape:
+                raise StateError(
+                    f"{op}: expected '{name}' of shape {tuple(p.shape)} for parameter {index}, got "
+                    f"{tuple(value.shape)}; is it the state of another model?"
+                )
+            is_plain = (type(value) in PLAIN or is_sharded(value)) and value.layout is torch.strided
+            if not is_plain or value.dtype not in DTYPES or not has_memory(local(value)):
+                raise StateError(
+                    f"{op}: expected '{name}' of parameter {index} as a plain tensor of float32, float64, bfloat16 or "
+                    f"float16, got {_described(value)}; convert it first"
+                )
             # torch casts state to the parameter's dtype, which would round what is kept in float32 on purpose.
             state[name] = torch.empty_like(p, dtype=state_dtype(p)).copy_(value)
         else:
             state[name] = copy.deepcopy(value)
     return state
-
-
-def _check_loaded(op: str, p: torch.Tensor, value: torch.Tensor, name: str, index: object) -> None:
-    if value.shape != p.shape or local(value).shape != local(p).shape:
-        raise StateError(
-            f"{op}: expected {name} of shape {tuple(p.shape)} for parameter {index}, got {tuple(value.shape)}; is it "
-            "the state of another model?"
-        )
-    is_plain = (type(value) in PLAIN or is_sharded(value)) and value.layout is torch.strided
-    if not is_plain or value.dtype not in DTYPES or not has_memory(local(value)):
-        raise StateError(
-            f"{op}: expected {name} of parameter {index} as a plain tensor of float32, float64, bfloat16 or float16, "
-            f"got {_described(value)}; convert it first"
-        )
 
 
 def _is_plain_beside(p: torch.Tensor, value: torch.Tensor, *, is_whole: bool) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 
@@ -27,21 +27,12 @@ class Graphs:
         self.memory: list[torch.Tensor] = []
         self._bits: dict[torch.Tensor, int] = {}  # addresses of masks; 0: none
 
-    def __getstate__(self) -> dict[str, Any]:
-        # No graph holds a copy.
-        return {"memory": [], "_bits": {}}
-
     def note(self, parameters: Iterable[CheckedParameter]) -> None:
         """Remember where a graph finds the masks of these parameters."""
         self._bits.update((c.parameter, 0 if c.bits is None else c.bits.data_ptr()) for c in parameters)
 
     def check_mask(self, optimizer: str, p: torch.Tensor, mask: BitMask | None) -> None:
-        """Refuse a mask other than the one that a graph reads; None lets it go.
-
-        Raises
-        ------
-        CaptureError
-        """
+        """Raise CaptureError for a mask other than the one that a graph reads; None lets that one go."""
         bits = self._bits.get(p)
         if mask is None and bits:
             raise CaptureError(

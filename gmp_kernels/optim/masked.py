@@ -16,12 +16,21 @@ from gmp_kernels.errors import DTypeError, LayoutError, ShapeError, TargetError
 from gmp_kernels.library import define
 from gmp_kernels.optim.batch import Batch
 from gmp_kernels.optim.checked import CheckedParameter, checked_gradient
-from gmp_kernels.optim.compact import CompactState, check_layout, compact_names, layout_of
+from gmp_kernels.optim.compact import (
+    MASTER,
+    STEP,
+    CompactState,
+    as_count,
+    compact_names,
+    compacted,
+    follow,
+    layout_of,
+    per_weight,
+    state_dtype,
+)
 from gmp_kernels.optim.constants import constants_of, is_on_gpu
-from gmp_kernels.optim.entries import MASTER, STEP, as_count, follow, per_weight, state_dtype
 from gmp_kernels.optim.graphs import refuse, refuse_first_step
 from gmp_kernels.optim.masking import Masking
-from gmp_kernels.optim.moves import compacted
 
 __all__ = ["MaskedOptimizer"]
 
@@ -78,19 +87,19 @@ class MaskedOptimizer(Masking):
         ValueError, TypeError
             ``differentiable``; and as in torch. Nothing has been added when one is raised.
         """
-        if isinstance(param_group, dict) and not isinstance(params := param_group["params"], set):
-            if not isinstance(params, torch.Tensor):
-                # What can be walked once only is walked twice.
-                param_group["params"] = params = list(params)
-            self._refuse_differentiable({**self.defaults, **param_group})
-            for entry in [params] if isinstance(params, torch.Tensor) else params:
-                p = entry[1] if isinstance(entry, tuple) and len(entry) > 1 else entry
-                if isinstance(p, torch.Tensor) and p.is_complex():
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            self._refuse_differentiable(group)
+            for p in group["params"]:
+                if p.is_complex():
                     raise DTypeError(
                         f"{self._name}: expected real parameters, got {p.dtype} of shape {tuple(p.shape)}; give "
                         "torch.view_as_real of them, or use torch.optim"
                     )
-        super().add_param_group(param_group)
+        except (DTypeError, ValueError):
+            self.param_groups.pop()
+            raise
 
     def _refuse_differentiable(self, group: Mapping[str, Any]) -> None:
         if group.get("differentiable"):
@@ -179,14 +188,9 @@ class MaskedOptimizer(Masking):
         if batch is None or gradients is None:
             # What the brief look does not settle is looked at parameter by parameter.
             self._settle()
-            found, gradients, writes = self._with_gradients(given, keys)
-            if not found:
+            members, gradients, is_first, writes = self._check_each(given, keys, is_captured=is_captured)
+            if not members:
                 return
-            members, is_first, created = self._checked_members(found, keys)
-            if is_captured and created:
-                refuse_first_step(self._name)
-            writes.append(partial(dict.update, self.state, created))
-            batch = self._batch
             if batch is None or not batch.consists_of(members):
                 batch = Batch(members, self._graphs.memory, counts_steps=STEP in self.essential)
             batch.remember(groups, keys)
@@ -206,52 +210,48 @@ class MaskedOptimizer(Masking):
             self._graphs.note(batch.present(batch.members))
 
     def _is_captured(self, given: Given | None, lazy: Sequence[bool]) -> bool:
-        """Return whether a CUDA graph records this step.
-
-        Raises
-        ------
-        CaptureError
-            It would repeat the step wrongly.
-        """
-        if not any(capture.is_capturing(group["params"][0].device) for group in self.param_groups if group["params"]):
+        """Return whether a CUDA graph records this step; raise CaptureError if it would repeat the step wrongly."""
+        if not any(capture.is_capturing(p.device) for group in self.param_groups for p in group["params"][:1]):
             return False
-        stepping = {
-            index: p
+        stepping = [
+            (index, p)
             for index, group in enumerate(self.param_groups)
             for p in group["params"]
             if (p.grad if given is None else given.get(p)) is not None
-        }
+        ]
         if not stepping:
             return False
         if self._compact_state:
             refuse(self._name, "compact state, which every update lays out anew; build it with compact_state=False")
-        backend = choose(self._backend, next(iter(stepping.values())).device)
+        backend = choose(self._backend, stepping[0][1].device)
         if not backend.capturable:
             refuse(self._name, f"the backend {type(backend).__name__.lower()}; build it with backend='cuda'")
-        if STEP in self.essential and not all(lazy[index] for index in stepping):
+        if STEP in self.essential and not all(lazy[index] for index, _ in stepping):
             refuse(self._name, "step counts on the host, which would stand still; build it with capturable=True")
         return True
 
-    def _with_gradients(
-        self, given: Given | None, keys: Sequence[tuple[str, ...]]
-    ) -> tuple[
-        list[tuple[int, torch.Tensor, torch.Tensor, CheckedParameter | None]],
-        list[torch.Tensor],
-        list[Callable[[], object]],
-    ]:
-        """Check the gradients of every parameter that has one.
+    def _check_each(
+        self, given: Given | None, keys: Sequence[tuple[str, ...]], *, is_captured: bool
+    ) -> tuple[list[tuple[int, CheckedParameter]], list[torch.Tensor], list[bool], list[Callable[[], object]]]:
+        """Check every parameter that has a gradient.
 
         Returns
         -------
-        found : list of (int, torch.Tensor, torch.Tensor, CheckedParameter or None)
-            Index of the group, the parameter, what holds its value, and the checked parameter that still holds.
+        members : list of (int, CheckedParameter)
+            With the indices of their groups.
         gradients : list of torch.Tensor
+        is_first : list of bool
+            Whether the state lacks an entry per weight, which it does before the first step.
         writes : list of callable
-            Copy to parameters what was stepped in their place.
+            To be called once the step is taken: new state becomes the parameters', and what was stepped in the place of
+            a parameter is copied to it.
         """
-        found: list[tuple[int, torch.Tensor, torch.Tensor, CheckedParameter | None]] = []
+        members: list[tuple[int, CheckedParameter]] = []
         gradients: list[torch.Tensor] = []
-        writes: list[Callable[[], object]] = []
+        is_first: list[bool] = []
+        created: dict[torch.Tensor, dict[str, Any]] = {}
+        devices: set[torch.device] = set()  # of those that were not checked
+        writes: list[Callable[[], object]] = [partial(dict.update, self.state, created)]
         for index, group in enumerate(self.param_groups):
             for p in group["params"]:
                 weight, gradient = _value_and_gradient(p, given)
@@ -261,74 +261,49 @@ class MaskedOptimizer(Masking):
                     # A view that negates what is in memory, which is what kernels see.
                     view, weight = weight.detach(), weight.detach().resolve_neg()
                     writes.append(partial(view.copy_, weight))
-                state = self.state.get(p)
-                check_layout(self._name, p, state)
-                checked = self._checked.get(id(p))
+                state, checked = self.state.get(p), self._checked.get(id(p))
                 if checked is not None and not checked.holds(weight, state, keys[index]):
                     checked = None
+                if checked is None:
+                    self._check_state(p)
                 if checked is None or not checked.fits(gradient):
                     if gradient.layout is not torch.strided:
                         gradient = self._densified(gradient, group)
                     mask = self._masks.get(p)
                     is_compact = self._compact_state and mask is not None
                     gradient = checked_gradient(self._name, p, weight, gradient, mask, is_compact=is_compact)
-                found.append((index, p, weight, checked))
+                is_first.append(checked is None and any(state is None or state.get(n) is None for n in keys[index]))
+                if checked is None:
+                    completed = self._completed(p, weight, keys[index])
+                    checked = CheckedParameter(p, weight, completed, keys[index], self._masks.get(p))
+                    self._checked[id(p)] = checked
+                    devices.add(p.device)
+                if checked.state is not None and checked.state is not state:
+                    created[p] = checked.state
+                members.append((index, checked))
                 gradients.append(gradient)
-        if len({id(p) for _, p, _, _ in found}) < len(found):
+        if len({id(checked.parameter) for _, checked in members}) < len(members):
             # Its two steps would be taken at once, in one piece of memory.
             raise LayoutError(f"{self._name}: expected each parameter once, got one twice; remove it from its group")
-        return found, gradients, writes
-
-    def _checked_members(
-        self,
-        found: Sequence[tuple[int, torch.Tensor, torch.Tensor, CheckedParameter | None]],
-        keys: Sequence[tuple[str, ...]],
-    ) -> tuple[list[tuple[int, CheckedParameter]], list[bool], dict[torch.Tensor, dict[str, Any]]]:
-        """Check the state of those that are not checked, and make what it lacks.
-
-        Returns
-        -------
-        members : list of (int, CheckedParameter)
-            With the indices of their groups.
-        is_first : list of bool
-            Whether state per weight was made, which is before the first step.
-        created : dict of parameter to dict
-            State that is not the parameter's yet.
-        """
-        unchecked = [(index, p) for index, p, _, checked in found if checked is None]
-        if unchecked and len(devices := {p.device for _, p, _, _ in found}) > 1:
+        if devices:
+            devices.update(checked.parameter.device for _, checked in members)
+        if len(devices) > 1:
             raise LayoutError(
                 f"{self._name}: expected all parameters on one device, got {sorted(map(str, devices))}; use one "
                 "optimizer per device"
             )
-        for _, p in unchecked:
-            self._check_state(p)
-        bare: dict[torch.Tensor, dict[str, Any]] = {
-            p: self.state.get(p, {})
-            for index, p in unchecked
-            if self._compact_state and p in self._masks and keys[index] and layout_of(self.state.get(p)) is None
-        }
-        laid_out = compacted(bare, self._masks, self._backend)
-        members: list[tuple[int, CheckedParameter]] = []
-        is_first: list[bool] = []
-        created: dict[torch.Tensor, dict[str, Any]] = {}
-        for index, p, weight, checked in found:
-            state = self.state.get(p)
-            is_first.append(any(state is None or state.get(name) is None for name in keys[index]))
-            if checked is None:
-                completed = self._completed(keys[index], p, weight, laid_out.get(p, state))
-                if completed is not None:
-                    created[p] = state = completed
-                checked = CheckedParameter(p, weight, state, keys[index], self._masks.get(p))
-                self._checked[id(p)] = checked
-            members.append((index, checked))
-        return members, is_first, created
+        if is_captured and created:
+            refuse_first_step(self._name)
+        return members, gradients, is_first, writes
 
-    def _completed(
-        self, keys: tuple[str, ...], p: torch.Tensor, weight: torch.Tensor, state: dict[str, Any] | None
-    ) -> dict[str, Any] | None:
-        """Return a copy of the state with what it lacks, all in the form it is kept in; None if it is so already."""
-        state = {} if state is None else state
+    def _completed(self, p: torch.Tensor, weight: torch.Tensor, keys: tuple[str, ...]) -> dict[str, Any] | None:
+        """Return a copy of the state with what it lacks, all in the form it is kept in; itself if it is so already."""
+        old, mask = self.state.get(p), self._masks.get(p)
+        state: dict[str, Any] = {} if old is None else old
+        missing = [name for name in keys if state.get(name) is None]
+        if missing and self._compact_state and mask is not None and layout_of(state) is None:
+            state = compacted({p: state}, {p: mask}, self._backend)[p]
+        layout, compact = layout_of(state), compact_names(state)
         values: dict[str, Any] = {}
         if STEP in self.essential:
             number = state.get(STEP)
@@ -338,8 +313,6 @@ class MaskedOptimizer(Masking):
         if self._master_weights and p.dtype in (torch.bfloat16, torch.float16) and state.get(MASTER) is None:
             value = p if is_sharded(p) else weight
             values[MASTER] = value.detach().to(torch.float32, memory_format=torch.preserve_format)
-        layout, compact = layout_of(state), compact_names(state)
-        missing = [name for name in keys if state.get(name) is None]
         for name in missing:
             values[name] = (
                 torch.zeros_like(p, dtype=state_dtype(p), memory_format=torch.preserve_format)
@@ -349,7 +322,7 @@ class MaskedOptimizer(Masking):
         # The model went to another memory format: the state follows it.
         values.update((name, follow(p, state[name])) for name in per_weight(p, state) if name not in compact)
         if all(state.get(name) is value for name, value in values.items()):
-            return None
+            return old
         merged = {**state, **values}
         return merged if layout is None else CompactState(merged, layout, {*compact, *missing}, weight.shape)
 

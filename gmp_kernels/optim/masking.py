@@ -19,15 +19,14 @@ from torch.utils.hooks import RemovableHandle
 from gmp_kernels.backends import capture
 from gmp_kernels.backends.at_once import at_once
 from gmp_kernels.distributed.placement import local, sharded_like
-from gmp_kernels.errors import DTypeError, LayoutError, ShapeError, TargetError
+from gmp_kernels.errors import DTypeError, TargetError
 from gmp_kernels.masks import BitMask
 from gmp_kernels.ops import apply_masks_
 from gmp_kernels.optim.batch import Batch
-from gmp_kernels.optim.checked import CheckedParameter
-from gmp_kernels.optim.compact import check_layout, compact_names, layout_of
-from gmp_kernels.optim.entries import MASTER, check_state, loaded_state, per_weight
+from gmp_kernels.optim.checked import CheckedParameter, check_mask
+from gmp_kernels.optim.compact import MASTER, check_layout, compact_names, compacted, expanded, layout_of, per_weight
+from gmp_kernels.optim.entries import check_state, loaded_state
 from gmp_kernels.optim.graphs import Graphs, refuse
-from gmp_kernels.optim.moves import compacted, expanded
 
 __all__ = ["Masking"]
 
@@ -62,8 +61,8 @@ class Masking(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         # What copies and pickles carry: torch names three attributes and would drop these.
-        ours = ("_compact_state", "_master_weights", "_backend", "_masks", "_pending", "_graphs")
-        anew: dict[str, Any] = {"_checked": {}, "_batch": None, "_watchers": OrderedDict()}
+        ours = ("_compact_state", "_master_weights", "_backend", "_masks", "_pending")
+        anew: dict[str, Any] = {"_checked": {}, "_batch": None, "_graphs": Graphs(), "_watchers": OrderedDict()}
         return super().__getstate__() | {name: getattr(self, name) for name in ours} | anew
 
     @property
@@ -180,19 +179,15 @@ class Masking(torch.optim.Optimizer):
                 )
             if not isinstance(mask, BitMask):
                 raise DTypeError(f"{op}: expected a BitMask, got {type(mask).__name__}; use BitMask.from_bool(...)")
-            if mask.shape != (held := local(p).shape) or not mask.is_packed:
-                raise ShapeError(f"{op}: expected shape {tuple(held)}, got {tuple(mask.shape)}; make a new BitMask")
-            if mask.packed.device != p.device:
-                raise LayoutError(f"{op}: expected a mask on {p.device}, got {mask.packed.device}; use mask.to(device)")
+            check_mask(op, local(p), mask)
             self._graphs.check_mask(self._name, p, mask)
             self._check_state(p)
 
     def _check_state(self, p: torch.Tensor) -> None:
         """Refuse state that does not belong to the parameter as it is now."""
         state, checked = self.state.get(p), self._checked.get(id(p))
-        if state and checked is not None and layout_of(state) is None and checked.holds_state(local(p), state):
-            return
-        if state:
+        is_known = checked is not None and layout_of(state) is None and checked.holds_state(local(p), state)
+        if state and not is_known:
             check_layout(self._name, p, state)
             check_state(self._name, p, state, self.state_names, self.essential)
 
@@ -313,27 +308,24 @@ class Masking(torch.optim.Optimizer):
             Bits by which state is laid out have been written.
         """
         # Before the hooks of others, which then see what torch would show them.
-        expand = self.register_state_dict_post_hook(lambda _, saved: self._expand(saved), prepend=True)
+        expand = self.register_state_dict_post_hook(lambda _, saved: self._expand(saved["state"]), prepend=True)
         try:
             return super().state_dict()
         finally:
             expand.remove()
 
-    def _expand(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+    def _expand(self, saved: dict[Any, Any]) -> None:
+        """Put the dense state of parameters in place of what torch has found."""
         for index, p in enumerate(p for group in self.param_groups for p in group["params"]):
-            if index in state_dict["state"]:
-                # torch hands out the dictionaries it goes on with: one that is being loaded must not turn compact.
-                state_dict["state"][index] = self._saved_state(p)
-        return state_dict
-
-    def _saved_state(self, p: torch.Tensor) -> dict[str, Any]:
-        state, mask = self.state[p], self._masks.get(p)
-        dense, layout = expanded(self._name, p, state, self._backend), layout_of(state)
-        if mask is not None and (p in self._pending or (layout is not None and layout.mask is not mask.packed)):
-            pruned = ~mask.to_bool()
-            for name in per_weight(p, dense):
-                dense[name] = sharded_like(local(dense[name]).masked_fill(pruned, 0.0), p)
-        return dense
+            if index not in saved:
+                continue
+            # torch hands out the dictionaries it goes on with: one that is being loaded must not turn compact.
+            dense = saved[index] = expanded(self._name, p, self.state[p], self._backend)
+            layout, mask = layout_of(self.state[p]), self._masks.get(p)
+            if mask is not None and (p in self._pending or (layout is not None and layout.mask is not mask.packed)):
+                pruned = ~mask.to_bool()
+                for name in per_weight(p, dense):
+                    dense[name] = sharded_like(local(dense[name]).masked_fill(pruned, 0.0), p)
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -359,14 +351,16 @@ class Masking(torch.optim.Optimizer):
         owned = [(p, group) for group in groups for p in group["params"]]
         owners = dict(zip(saved, owned, strict=True))
         state: defaultdict[Any, Any] = defaultdict(dict)
+        op = f"{self._name}.load_state_dict"
         for index, values in state_dict["state"].items():
             if index not in owners:
                 # Kept as it is, as in torch.
                 state[index] = copy.deepcopy(values)
             elif values:
                 p, group = owners[index]
-                is_capturable = bool(group.get("capturable"))
-                state[p] = loaded_state(self._name, p, values, self.essential, index=index, is_capturable=is_capturable)
+                state[p] = loaded_state(
+                    op, index, p, values, self.essential, is_capturable=bool(group.get("capturable"))
+                )
         pending = dict.fromkeys(self._masks, True)
         self.__dict__.update(state=state, param_groups=groups, _pending=pending, _checked={}, _batch=None)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
