@@ -1,8 +1,9 @@
-"""Checked parameters that step together, and the brief look that tells whether nothing of them has changed."""
+"""Checked parameters that step together, their step counts, and a brief look for changes since the latest step."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import chain, groupby
 from operator import is_
 from typing import Any, TypeVar
@@ -12,8 +13,7 @@ import torch
 from gmp_kernels.backends import UpdateBatch
 from gmp_kernels.distributed.placement import is_sharded
 from gmp_kernels.optim.checked import CheckedParameter
-from gmp_kernels.optim.compact import version_of
-from gmp_kernels.optim.counts import StepCounts
+from gmp_kernels.optim.compact import STEP, version_of
 
 __all__ = ["Batch"]
 
@@ -92,9 +92,9 @@ class Batch:
         keys: Sequence[tuple[str, ...]],
         state: Mapping[torch.Tensor, dict[str, Any]],
     ) -> list[torch.Tensor] | None:
-        """Return the gradients if everything is as it was and they fit, else None: then each has to be looked at.
+        """Return the gradients if they fit and nothing else has changed; None: every parameter has to be checked.
 
-        List by list and not parameter by parameter: this is most of what a step of many small tensors costs.
+        It compares list by list and not parameter by parameter: this is most of what a step of many small tensors costs.
         """
         if not self._is_plain or keys != self._keys or [len(group["params"]) for group in groups] != self._sizes:
             return None
@@ -160,3 +160,51 @@ class Batch:
     def counting(self, amount: int | torch.Tensor) -> list[Callable[[], object]]:
         """Return C functions that raise the step counts."""
         return [counts.adding(amount) for _, _, counts in self._parts if counts is not None]
+
+
+class StepCounts:
+    """The step counts in some parameters' states.
+
+    On the host they are made views of one tensor, so that a step is one addition, whatever their number. On a device
+    they stay where they are, because a CUDA graph may hold them.
+
+    Parameters
+    ----------
+    states : sequence of dict
+        Not empty, each with a count. The counts are replaced where they have to be joined or moved.
+    """
+
+    def __init__(self, states: Sequence[dict[str, Any]]) -> None:
+        self._states = states
+        self._whole: torch.Tensor | None = None
+        cpu = torch.device("cpu")
+        others = {count.device for count in self._each()} - {cpu}
+        if not others:
+            self.join_on(cpu)
+        elif any(count.device == cpu for count in self._each()):
+            self.join_on(others.pop())
+
+    @property
+    def device(self) -> torch.device:
+        """The device that holds all of them."""
+        return self._each()[0].device
+
+    def join_on(self, device: torch.device) -> None:
+        """Make them views of one tensor there."""
+        self._whole = torch.stack([count.to(device) for count in self._each()])
+        for i, state in enumerate(self._states):
+            state[STEP] = self._whole[i]
+
+    def numbers(self, *, is_lazy: bool) -> list[int] | torch.Tensor:
+        """Return the numbers of the steps about to be taken: a float64 tensor where the host does not look at them."""
+        counts = torch.stack(self._each()) if self._whole is None else self._whole
+        return counts.double() + 1 if is_lazy or counts.device.type != "cpu" else [int(n) + 1 for n in counts.tolist()]
+
+    def adding(self, amount: int | torch.Tensor) -> Callable[[], object]:
+        """Return a C function that raises all of them."""
+        if self._whole is None:
+            return partial(torch._foreach_add_, self._each(), amount)
+        return partial(self._whole.add_, amount)
+
+    def _each(self) -> list[torch.Tensor]:
+        return [state[STEP] for state in self._states]

@@ -1,4 +1,4 @@
-"""Checked parameters: what a kernel may walk without looking, and how long it may."""
+"""Checks of a parameter and its gradient before a kernel walks them, and a record of what was checked."""
 
 from __future__ import annotations
 

@@ -120,7 +120,7 @@ def per_weight(p: torch.Tensor, state: Mapping[str, Any]) -> list[str]:
 
 
 def follow(p: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """Return a dense entry with its elements where the parameter has its own; itself if they are there."""
+    """Return a dense entry in the memory format of the parameter; itself if it has that already."""
     of_p, of_value = local(p), local(value)
     follows = of_value.stride() == of_p.stride() or all(
         s == t for s, t, n in zip(of_p.stride(), of_value.stride(), of_p.shape, strict=True) if n > 1

@@ -13,7 +13,7 @@ __all__ = ["constants_of", "is_on_gpu", "scalar"]
 
 
 def is_on_gpu(value: object) -> bool:
-    """Whether looking at it would wait for a GPU."""
+    """Whether reading a value would wait for a GPU."""
     return isinstance(value, torch.Tensor) and value.device.type != "cpu"
 
 

@@ -1,4 +1,4 @@
-"""Two things around the step that pruning otherwise distorts: clipping the gradient, and averaging the weights."""
+"""Clipping of gradients and running averages of weights, both of which pruning otherwise distorts."""
 
 from __future__ import annotations
 

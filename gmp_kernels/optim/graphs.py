@@ -1,4 +1,4 @@
-"""CUDA graphs that hold steps of an optimizer: what they cannot hold, and what they read at every replay."""
+"""CUDA graphs that hold steps of an optimizer: the steps they cannot hold, and the memory they read when replayed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["Graphs", "refuse", "refuse_first_step"]
 
 
 class Graphs:
-    """Memory and masks that the graphs captured of an optimizer's steps rely on. Nothing tells when one is gone.
+    """Memory and masks that the graphs captured of an optimizer's steps rely on. Graphs do not tell when they go.
 
     Attributes
     ----------

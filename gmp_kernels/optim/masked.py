@@ -47,7 +47,7 @@ class MaskedOptimizer(Masking):
     rule: ClassVar[str]
     # torch's GradScaler then hands over the scale and the overflow flag instead of unscaling in passes of its own.
     _step_supports_amp_scaling = True
-    # What a compiled graph knows an optimizer by: it can hold numbers and tensors, no objects.
+    # A compiled graph knows the optimizer by this number: it can hold numbers and tensors, no objects.
     handle: int
 
     def __new__(cls, *args: object, **kwargs: object) -> Self:
@@ -162,7 +162,7 @@ class MaskedOptimizer(Masking):
         groups = self.param_groups
         for group in groups:
             self._refuse_differentiable(group)
-        # What is on the GPU stays there: looking at it would make the step wait.
+        # Values on a GPU stay there: to read them would make the step wait.
         waits = is_on_gpu(found_inf)
         lazy = [waits or bool(group.get("capturable")) or is_on_gpu(group["lr"]) for group in groups]
         if found_inf is not None and not all(lazy) and found_inf.item():
@@ -186,7 +186,7 @@ class MaskedOptimizer(Masking):
         if batch is not None and given is None and not self._pending:
             gradients = batch.gradients(groups, keys, self.state)
         if batch is None or gradients is None:
-            # What the brief look does not settle is looked at parameter by parameter.
+            # Something has changed, or may have: every parameter is checked.
             self._settle()
             members, gradients, is_first, writes = self._check_each(given, keys, is_captured=is_captured)
             if not members:
@@ -201,7 +201,7 @@ class MaskedOptimizer(Masking):
         constants, rows = constants_of(self._constants, batch.steps(groups, lazy, is_first), grad_scale, skips)
         # New state and counts belong to what the kernel writes: all of it is there, or nothing.
         writes += batch.counting(1 if skips is None else (skips == 0).to(torch.float32).reshape(()))
-        # Before the kernel: of versions that no write follows nobody computes anything wrong.
+        # Before the kernel: a version that no write follows makes no gradient wrong.
         torch.autograd.graph.increment_version(batch.written)
         choose(self._backend, device).update(
             self.rule, batch.updates, batch.present(gradients), batch.present(rows), constants, after=writes
@@ -307,7 +307,7 @@ class MaskedOptimizer(Masking):
         values: dict[str, Any] = {}
         if STEP in self.essential:
             number = state.get(STEP)
-            # Neither where nor what torch's defaults are.
+            # Whatever torch's default device and dtype are.
             device = number.device if isinstance(number, torch.Tensor) else torch.device("cpu")
             values[STEP] = as_count(0.0 if number is None else number, device)
         if self._master_weights and p.dtype in (torch.bfloat16, torch.float16) and state.get(MASTER) is None:

@@ -35,7 +35,7 @@ class Masking(torch.optim.Optimizer):
     """The half of ``MaskedOptimizer`` that holds masks and state between steps."""
 
     # The entries that torch's state of this rule may have per weight.
-    state_names: ClassVar[Sequence[str]] = ()
+    state_names: ClassVar[tuple[str, ...]] = ()
     # Entries of which torch's state of a parameter that has stepped has all.
     essential: ClassVar[Sequence[str]] = ()
 
@@ -52,7 +52,7 @@ class Masking(torch.optim.Optimizer):
         self._master_weights = master_weights
         self._backend = backend
         self._masks: dict[torch.Tensor, BitMask] = {}
-        # Whose mask was not applied yet, and whether that is needed of what decides about a weight, too.
+        # Parameters whose mask was not applied yet; True: the weight, or its master copy, has to be zeroed too.
         self._pending: dict[torch.Tensor, bool] = {}
         self._checked: dict[int, CheckedParameter] = {}  # by the id of the parameter, which it holds
         self._batch: Batch | None = None  # of the latest step
@@ -60,7 +60,7 @@ class Masking(torch.optim.Optimizer):
         self._watchers: OrderedDict[int, tuple[Callable[[], None], Callable[..., None]]] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
-        # What copies and pickles carry: torch names three attributes and would drop these.
+        # torch's own would drop all but three attributes from copies and pickles.
         ours = ("_compact_state", "_master_weights", "_backend", "_masks", "_pending")
         anew: dict[str, Any] = {"_checked": {}, "_batch": None, "_graphs": Graphs(), "_watchers": OrderedDict()}
         return super().__getstate__() | {name: getattr(self, name) for name in ours} | anew

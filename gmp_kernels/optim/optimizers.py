@@ -30,10 +30,10 @@ class SGD(MaskedOptimizer, torch.optim.SGD):
     """
 
     rule: ClassVar[str] = "sgd"
-    state_names: ClassVar[Sequence[str]] = ("momentum_buffer",)
+    state_names: ClassVar[tuple[str, ...]] = ("momentum_buffer",)
 
     def _state_keys(self, group: dict[str, Any]) -> tuple[str, ...]:
-        return ("momentum_buffer",) if group["momentum"] else ()
+        return self.state_names if group["momentum"] else ()
 
     def _densified(self, gradient: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:
         if group["weight_decay"]:
@@ -77,11 +77,11 @@ class Adam(MaskedOptimizer, torch.optim.Adam):
     """
 
     rule: ClassVar[str] = "adam"
-    state_names: ClassVar[Sequence[str]] = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+    state_names: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
     essential: ClassVar[Sequence[str]] = ("step", "exp_avg", "exp_avg_sq")
 
     def _state_keys(self, group: dict[str, Any]) -> tuple[str, ...]:
-        return ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if group["amsgrad"] else ("exp_avg", "exp_avg_sq")
+        return self.state_names if group["amsgrad"] else self.state_names[:2]
 
     def _constants(self, group: dict[str, Any], step: Any) -> dict[str, Any]:
         lr, weight_decay = scalar(group["lr"]), float(group["weight_decay"])
