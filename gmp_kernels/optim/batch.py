@@ -94,7 +94,7 @@ class Batch:
     ) -> list[torch.Tensor] | None:
         """Return the gradients if they fit and nothing else has changed; None: every parameter has to be checked.
 
-        It compares list by list and not parameter by parameter: this is most of what a step of many small tensors costs.
+        Lists are compared, not parameters: this is most of what a step of many small tensors costs.
         """
         if not self._is_plain or keys != self._keys or [len(group["params"]) for group in groups] != self._sizes:
             return None

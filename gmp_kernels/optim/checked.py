@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from gmp_kernels.backends import UpdateTensor
-from gmp_kernels.checks import DTYPES, has_memory
+from gmp_kernels.backends.dtypes import DTYPES
+from gmp_kernels.checks import has_memory
 from gmp_kernels.distributed.placement import local
 from gmp_kernels.errors import DTypeError, LayoutError, ShapeError
 from gmp_kernels.masks import BitMask

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from gmp_kernels.checks import DTYPES, PLAIN, has_memory
+from gmp_kernels.backends.dtypes import DTYPES
+from gmp_kernels.checks import PLAIN, has_memory
 from gmp_kernels.distributed.placement import is_sharded, local
 from gmp_kernels.errors import StateError
 from gmp_kernels.optim.compact import MASTER, STEP, as_count, compact_names, layout_of, per_weight, state_dtype
