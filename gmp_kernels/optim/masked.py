@@ -192,7 +192,7 @@ class MaskedOptimizer(Masking):
             if not members:
                 return
             if batch is None or not batch.consists_of(members):
-                batch = Batch(members, self._graphs.memory, counts_steps=STEP in self.essential)
+                batch = Batch(members, self._graph_memory, counts_steps=STEP in self.essential)
             batch.remember(groups, keys)
             self._batch = batch
         device = batch.members[0].parameter.device
@@ -207,7 +207,9 @@ class MaskedOptimizer(Masking):
             self.rule, batch.updates, batch.present(gradients), batch.present(rows), constants, after=writes
         )
         if is_captured:
-            self._graphs.note(batch.present(batch.members))
+            # A graph finds the masks there when it is replayed.
+            present = batch.present(batch.members)
+            self._graph_masks.update((c.parameter, 0 if c.bits is None else c.bits.data_ptr()) for c in present)
 
     def _is_captured(self, given: Given | None, lazy: Sequence[bool]) -> bool:
         """Return whether a CUDA graph records this step; raise CaptureError if it would repeat the step wrongly."""
@@ -261,7 +263,7 @@ class MaskedOptimizer(Masking):
                     # A view that negates what is in memory, which is what kernels see.
                     view, weight = weight.detach(), weight.detach().resolve_neg()
                     writes.append(partial(view.copy_, weight))
-                state, checked = self.state.get(p), self._checked.get(id(p))
+                state, mask, checked = self.state.get(p), self._masks.get(p), self._checked.get(id(p))
                 if checked is not None and not checked.holds(weight, state, keys[index]):
                     checked = None
                 if checked is None:
@@ -269,14 +271,12 @@ class MaskedOptimizer(Masking):
                 if checked is None or not checked.fits(gradient):
                     if gradient.layout is not torch.strided:
                         gradient = self._densified(gradient, group)
-                    mask = self._masks.get(p)
                     is_compact = self._compact_state and mask is not None
                     gradient = checked_gradient(self._name, p, weight, gradient, mask, is_compact=is_compact)
                 is_first.append(checked is None and any(state is None or state.get(n) is None for n in keys[index]))
                 if checked is None:
                     completed = self._completed(p, weight, keys[index])
-                    checked = CheckedParameter(p, weight, completed, keys[index], self._masks.get(p))
-                    self._checked[id(p)] = checked
+                    checked = self._checked[id(p)] = CheckedParameter(p, weight, completed, keys[index], mask)
                     devices.add(p.device)
                 if checked.state is not None and checked.state is not state:
                     created[p] = checked.state

@@ -26,7 +26,7 @@ from gmp_kernels.optim.batch import Batch
 from gmp_kernels.optim.checked import CheckedParameter, check_mask
 from gmp_kernels.optim.compact import MASTER, check_layout, compact_names, compacted, expanded, layout_of, per_weight
 from gmp_kernels.optim.entries import check_state, loaded_state
-from gmp_kernels.optim.graphs import Graphs, refuse
+from gmp_kernels.optim.graphs import check_mask_of_graph, refuse
 
 __all__ = ["Masking"]
 
@@ -56,14 +56,18 @@ class Masking(torch.optim.Optimizer):
         self._pending: dict[torch.Tensor, bool] = {}
         self._checked: dict[int, CheckedParameter] = {}  # by the id of the parameter, which it holds
         self._batch: Batch | None = None  # of the latest step
-        self._graphs = Graphs()
+        # What captured graphs read beside parameters, gradients and state. They do not tell when they go.
+        self._graph_memory: list[torch.Tensor] = []
+        self._graph_masks: dict[torch.Tensor, int] = {}  # addresses of packed bits; 0: none
         self._watchers: OrderedDict[int, tuple[Callable[[], None], Callable[..., None]]] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
         # torch's own would drop all but three attributes from copies and pickles.
         ours = ("_compact_state", "_master_weights", "_backend", "_masks", "_pending")
-        anew: dict[str, Any] = {"_checked": {}, "_batch": None, "_graphs": Graphs(), "_watchers": OrderedDict()}
-        return super().__getstate__() | {name: getattr(self, name) for name in ours} | anew
+        # No graph holds a copy, and nobody watches it.
+        anew: dict[str, Any] = {"_checked": {}, "_batch": None, "_graph_memory": [], "_graph_masks": {}}
+        kept = {name: getattr(self, name) for name in ours}
+        return super().__getstate__() | kept | anew | {"_watchers": OrderedDict()}
 
     @property
     def _name(self) -> str:
@@ -155,7 +159,7 @@ class Masking(torch.optim.Optimizer):
         """
         gone = set(parameters)
         for p in gone & self._masks.keys():
-            self._graphs.check_mask(self._name, p, None)
+            check_mask_of_graph(self._name, p, self._graph_masks.get(p), None)
         states = {
             p: expanded(self._name, p, self.state[p], self._backend)
             for p in gone
@@ -180,7 +184,7 @@ class Masking(torch.optim.Optimizer):
             if not isinstance(mask, BitMask):
                 raise DTypeError(f"{op}: expected a BitMask, got {type(mask).__name__}; use BitMask.from_bool(...)")
             check_mask(op, local(p), mask)
-            self._graphs.check_mask(self._name, p, mask)
+            check_mask_of_graph(self._name, p, self._graph_masks.get(p), mask)
             self._check_state(p)
 
     def _check_state(self, p: torch.Tensor) -> None:
