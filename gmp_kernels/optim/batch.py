@@ -74,8 +74,8 @@ class Batch:
         self._parameters = [checked.parameter for checked in members]
         self._is_plain = not any(map(is_sharded, self._parameters))
         self._pointers = [checked.pointer for checked in members]
-        self._forms = [checked.form for checked in members]
-        self._places = [form[:2] for form in self._forms]
+        forms = [checked.form for checked in members]
+        self._shapes, self._strides, self._dtypes, self._devices = map(list, zip(*forms, strict=True))
         self._states = [checked.state for checked in members]
         self._masks = [(checked.mask, checked.bits) for checked in members if checked.mask is not None]
         self._frozen = [(c.bits, c.version) for c in members if c.bits is not None and c.version is not None]
@@ -108,8 +108,12 @@ class Batch:
             return None
         holds = (
             [p.data_ptr() for p in parameters] == self._pointers
-            and [(p.shape, p.stride()) for p in parameters] == self._places
-            and [(grad.shape, grad.stride(), grad.dtype, grad.get_device()) for grad in grads] == self._forms
+            and [p.shape for p in parameters] == self._shapes
+            and [p.stride() for p in parameters] == self._strides
+            and [grad.shape for grad in grads] == self._shapes
+            and [grad.stride() for grad in grads] == self._strides
+            and [grad.dtype for grad in grads] == self._dtypes
+            and [grad.get_device() for grad in grads] == self._devices
             and all(map(is_, map(state.get, parameters), self._states))
             and sum(map(len, entries)) == len(self._values)
             and all(map(is_, chain.from_iterable(map(dict.values, entries)), self._values))
