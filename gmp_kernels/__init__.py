@@ -1,6 +1,5 @@
 """Gradual magnitude pruning for PyTorch: exact thresholds, bit-packed masks, a scheduler for any training loop."""
 
-import gmp_kernels.library  # noqa: F401  its import defines torch.ops.gmp_kernels
 from gmp_kernels import optim, schedules
 from gmp_kernels.errors import (
     BackendUnavailableError,

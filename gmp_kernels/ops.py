@@ -25,6 +25,7 @@ from gmp_kernels.checks import (
     counts_to_prune,
 )
 from gmp_kernels.errors import DeviceError, DTypeError, ShapeError
+from gmp_kernels.library import define
 from gmp_kernels.masks import BitMask
 from gmp_kernels.search.brackets import brackets_near
 from gmp_kernels.search.driver import select
@@ -346,3 +347,61 @@ def _new_masks(op: str, layers: Layers) -> list[BitMask]:
             f"{op}: no memory left on {device} for the masks, nothing was changed ({error}); free some, or prune fewer "
             "layers at a time"
         ) from error
+
+
+# -- the same in compiled graphs, where masks are their packed bits ----------------------------------------------------
+
+
+def _threshold_as_tensors(
+    weight: torch.Tensor,
+    num_prune: int,
+    mask: torch.Tensor | None = None,
+    *,
+    nonfinite: NonFinite = "error",
+    backend: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    bits = None if mask is None else BitMask.of(mask, weight.shape)
+    value, *counts = magnitude_threshold(weight, num_prune, mask=bits, nonfinite=nonfinite, backend=backend)
+    return weight.new_tensor(value), weight.new_tensor(counts, dtype=torch.int64)
+
+
+def _fake_threshold(weight: torch.Tensor, *_: object, **__: object) -> tuple[torch.Tensor, torch.Tensor]:
+    return weight.new_empty(()), weight.new_empty(3, dtype=torch.int64)
+
+
+def _prune_packed(
+    weights: Sequence[torch.Tensor],
+    masks: Sequence[torch.Tensor],
+    num_prune: Sequence[int],
+    *,
+    scope: Scope = "layer",
+    nonfinite: NonFinite = "error",
+    backend: str | None = None,
+) -> None:
+    bits = _bit_masks(masks, weights)
+    prune_(weights, num_prune=num_prune, masks=bits, scope=scope, nonfinite=nonfinite, backend=backend)
+
+
+def _apply_packed(
+    weights: Sequence[torch.Tensor], masks: Sequence[torch.Tensor], *, backend: str | None = None
+) -> None:
+    apply_masks_(weights, _bit_masks(masks, weights), backend=backend)
+
+
+def _bit_masks(packed: Sequence[torch.Tensor], weights: Sequence[torch.Tensor]) -> list[BitMask]:
+    return [BitMask.of(bits, weight.shape) for bits, weight in zip(packed, weights, strict=True)]
+
+
+# SymInt: a num_prune that changes makes a graph dynamic, once, instead of being compiled into it each time.
+define(
+    "magnitude_threshold(Tensor weight, SymInt num_prune, Tensor? mask=None, *, str nonfinite='error', "
+    "str? backend=None) -> (Tensor value, Tensor counts)",
+    _threshold_as_tensors,
+    _fake_threshold,
+)
+define(
+    "prune_(Tensor(a!)[] weights, Tensor(b!)[] masks, SymInt[] num_prune, *, str scope='layer', "
+    "str nonfinite='error', str? backend=None) -> ()",
+    _prune_packed,
+)
+define("apply_masks_(Tensor(a!)[] weights, Tensor[] masks, *, str? backend=None) -> ()", _apply_packed)

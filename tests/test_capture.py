@@ -166,7 +166,7 @@ def test_a_graph_repeated_on_the_same_gradients_uploads_again(
     for count in range(uploads.Table.SPARES):
         with runtime.capture():
             optimizer.step()
-        assert len(set(map(id, optimizer._graphs.memory))) == tables * (count + 1)
+        assert len(set(map(id, optimizer._graph_memory))) == tables * (count + 1)
 
 
 def test_a_capture_for_which_no_memory_is_set_aside_is_refused(runtime: Runtime) -> None:

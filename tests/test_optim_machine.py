@@ -162,7 +162,7 @@ class Machine(RuleBasedStateMachine):
         """Say what is not as in ``reference``; with the weights ``before``, weights may differ as steps may."""
         expected = copy.deepcopy(reference)
         expected.enforce()
-        masks = {i: self.ours._masks[p].to_bool() for i, p in enumerate(self.params) if self.ours.has_mask(p)}
+        masks = {i: self.ours._masks[p].to_bool() for i, p in enumerate(self.params) if p in self.ours._masks}
         if masks.keys() != expected.masks.keys() or any(
             not torch.equal(m, expected.masks[i]) for i, m in masks.items()
         ):

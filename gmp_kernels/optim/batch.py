@@ -1,109 +1,107 @@
-"""Parameters that have passed every check and step together, and the brief look that tells whether that still holds."""
+"""Checked parameters that step together, their step counts, and a brief look for changes since the latest step."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import chain, groupby
 from operator import is_
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from gmp_kernels.backends import UpdateBatch
 from gmp_kernels.distributed.placement import is_sharded
-from gmp_kernels.optim.compact import version_of
-from gmp_kernels.optim.constants import Group, Steps
-from gmp_kernels.optim.counts import StepCounts
-from gmp_kernels.optim.ready import Ready
+from gmp_kernels.optim.checked import CheckedParameter
+from gmp_kernels.optim.compact import STEP, version_of
 
 __all__ = ["Batch"]
 
-
-class _Part:
-    """The parameters of one group in a batch."""
-
-    def __init__(self, index: int, ready: Sequence[Ready], *, counts_steps: bool) -> None:
-        self.index = index
-        self.size = len(ready)
-        self.members = [i for i, r in enumerate(ready) if not r.is_empty]
-        self.counts = StepCounts([r.state for r in ready if r.state is not None]) if counts_steps else None
+T = TypeVar("T")
 
 
 class Batch:
     """The checked parameters of a step.
 
+    Parameters
+    ----------
+    members : sequence of (int, CheckedParameter)
+        In the order of the groups, with the index of each one's group.
+    captured : list of torch.Tensor
+        Receives what CUDA graphs of a step read at every replay.
+    counts_steps : bool
+        Whether their states have step counts.
+
     Attributes
     ----------
-    ready : list of Ready
-        In the order of the groups.
+    members : list of CheckedParameter
     updates : UpdateBatch
-        Those that have something here.
+        Those of them that are not empty.
     written : list of torch.Tensor
-        All that a step changes of them.
+        All that a step changes of these.
     """
 
     def __init__(
-        self,
-        groups: Sequence[Group],
-        keys: Sequence[tuple[str, ...]],
-        members: Sequence[tuple[int, Ready]],
-        captured: list[torch.Tensor],
-        *,
-        counts_steps: bool,
+        self, members: Sequence[tuple[int, CheckedParameter]], captured: list[torch.Tensor], *, counts_steps: bool
     ) -> None:
-        self.ready = [ready for _, ready in members]
-        present = [ready for ready in self.ready if not ready.is_empty]
-        self.updates = UpdateBatch([ready.tensor for ready in present], captured)
-        self.written = list(chain.from_iterable(ready.written for ready in present))
-        self.parts = [
-            _Part(index, [ready for _, ready in found], counts_steps=counts_steps)
-            for index, found in groupby(members, lambda member: member[0])
-        ]
         self._groups = [index for index, _ in members]
-        self.remember(groups, keys)
+        self.members = [checked for _, checked in members]
+        self._is_present = [checked.tensor.weight.numel() > 0 for checked in self.members]
+        self._are_all_present = all(self._is_present)
+        present = self.present(self.members)
+        self.updates = UpdateBatch([checked.tensor for checked in present], captured)
+        self.written = [tensor for checked in present for tensor in checked.written]
+        # By group: its index, the number of its members, and their step counts.
+        self._parts: list[tuple[int, int, StepCounts | None]] = []
+        for index, part in groupby(members, lambda member: member[0]):
+            states = [checked.state for _, checked in part]
+            counts = StepCounts([state for state in states if state is not None]) if counts_steps else None
+            self._parts.append((index, len(states), counts))
 
-    def consists_of(self, members: Sequence[tuple[int, Ready]]) -> bool:
-        """Whether it was made of these, which are in these groups, and their step counts are those of then."""
+    def consists_of(self, members: Sequence[tuple[int, CheckedParameter]]) -> bool:
+        """Whether these are its members, in the same groups and with the same step counts."""
         return (
-            len(members) == len(self.ready)
-            and all(map(is_, (ready for _, ready in members), self.ready))
-            and [index for index, _ in members] == self._groups
-            and all(map(is_, (ready.count for ready in self.ready), self._counts))
+            [index for index, _ in members] == self._groups
+            and all(map(is_, (checked for _, checked in members), self.members))
+            and all(map(is_, (checked.count for checked in self.members), self._counts))
         )
 
-    def remember(self, groups: Sequence[Group], keys: Sequence[tuple[str, ...]]) -> None:
-        """Note what ``gradients`` is going to compare."""
-        ready = self.ready
+    def remember(self, groups: Sequence[dict[str, Any]], keys: Sequence[tuple[str, ...]]) -> None:
+        """Note what ``gradients`` compares at the next step."""
+        members = self.members
         self._owned = [p for group in groups for p in group["params"]]
         self._sizes, self._keys = [len(group["params"]) for group in groups], list(keys)
-        self._parameters = [r.parameter for r in ready]
+        self._parameters = [checked.parameter for checked in members]
         self._is_plain = not any(map(is_sharded, self._parameters))
-        self._pointers = [r.pointer for r in ready]
-        self._shapes, self._strides = [r.shape for r in ready], [r.stride for r in ready]
-        self._dtypes, self._devices = [r.dtype for r in ready], [r.device for r in ready]
-        self._states = [r.state for r in ready]
+        self._pointers = [checked.pointer for checked in members]
+        forms = [checked.form for checked in members]
+        self._shapes, self._strides, self._dtypes, self._devices = map(list, zip(*forms, strict=True))
+        self._states = [checked.state for checked in members]
+        self._masks = [(checked.mask, checked.bits) for checked in members if checked.mask is not None]
+        self._frozen = [(c.bits, c.version) for c in members if c.bits is not None and c.version is not None]
         self._remember_entries()
-        self._masks = [(r.mask, r.bits) for r in ready if r.mask is not None]
-        self._frozen = [(r.bits, r.version) for r in ready if r.bits is not None and r.version is not None]
 
     def _remember_entries(self) -> None:
         self._entries = [state for state in self._states if state is not None]
-        self._counts = [r.count for r in self.ready]
         self._values = list(chain.from_iterable(map(dict.values, self._entries)))
+        self._counts = [checked.count for checked in self.members]
 
     def gradients(
-        self, groups: Sequence[Group], keys: Sequence[tuple[str, ...]], state: Mapping[torch.Tensor, dict[str, Any]]
+        self,
+        groups: Sequence[dict[str, Any]],
+        keys: Sequence[tuple[str, ...]],
+        state: Mapping[torch.Tensor, dict[str, Any]],
     ) -> list[torch.Tensor] | None:
-        """Return the gradients, if everything is as it was and they fit; None where each has to be looked at.
+        """Return the gradients if they fit and nothing else has changed; None: every parameter has to be checked.
 
-        List by list and not parameter by parameter: this is most of what a step of many small tensors costs.
+        Lists are compared, not parameters: this is most of what a step of many small tensors costs.
         """
         if not self._is_plain or keys != self._keys or [len(group["params"]) for group in groups] != self._sizes:
             return None
         if not all(map(is_, chain.from_iterable(group["params"] for group in groups), self._owned)):
             return None
         grads = [grad for p in self._owned if (grad := p.grad) is not None]
-        parameters, states = self._parameters, self._entries
+        parameters, entries = self._parameters, self._entries
         if len(grads) != len(parameters) or any(grad.layout is not torch.strided for grad in grads):
             return None
         if len(parameters) != len(self._owned) and any(p.grad is None for p in parameters):
@@ -117,54 +115,100 @@ class Batch:
             and [grad.dtype for grad in grads] == self._dtypes
             and [grad.get_device() for grad in grads] == self._devices
             and all(map(is_, map(state.get, parameters), self._states))
-            and sum(map(len, states)) == len(self._values)
-            and all(map(is_, chain.from_iterable(map(dict.values, states)), self._values))
+            and sum(map(len, entries)) == len(self._values)
+            and all(map(is_, chain.from_iterable(map(dict.values, entries)), self._values))
             and all(mask.packed is bits for mask, bits in self._masks)
             and all(version_of(bits) == version for bits, version in self._frozen)
             and not any(map(torch.Tensor.is_neg, grads))
         )
         return grads if holds else None
 
-    def present(self, gradients: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-        """Return the gradients of those parameters that have something here."""
-        if len(self.updates.tensors) == len(self.ready):
-            return gradients
-        return [gradient for gradient, ready in zip(gradients, self.ready, strict=True) if not ready.is_empty]
+    def present(self, column: Sequence[T]) -> Sequence[T]:
+        """Return the entries of those members that are not empty, of a column that has one for each."""
+        if self._are_all_present:
+            return column
+        return [entry for entry, is_present in zip(column, self._is_present, strict=True) if is_present]
 
-    def steps(self, groups: Sequence[Group], lazy: Sequence[bool], fresh: Sequence[bool] | None) -> list[Steps]:
-        """Return, by group, the numbers of the steps about to be taken.
+    def steps(
+        self, groups: Sequence[dict[str, Any]], lazy: Sequence[bool], is_first: Sequence[bool] | None
+    ) -> list[tuple[dict[str, Any], list[int] | torch.Tensor]]:
+        """Return, by group, the numbers of the steps that its members are about to take.
 
         Parameters
         ----------
         groups : sequence of dict
         lazy : sequence of bool
-            By group: whether its counts go to the parameters' device and are not looked at.
-        fresh : sequence of bool, optional
-            By parameter, where steps are not counted: whether this one is the first.
+            By group: whether the host must not look at its counts. They then go to the parameters' device.
+        is_first : sequence of bool, optional
+            By member, where steps are not counted: whether this one is the first; by default none is.
         """
-        result, start, moved = [], 0, False
-        for part in self.parts:
-            numbers: list[int] | torch.Tensor
-            if part.counts is None:
-                is_first = [False] * part.size if fresh is None else fresh[start : start + part.size]
-                numbers = [1 if first else 2 for first in is_first]
+        result: list[tuple[dict[str, Any], list[int] | torch.Tensor]] = []
+        start = 0
+        for index, size, counts in self._parts:
+            if counts is None:
+                firsts = [False] * size if is_first is None else is_first[start : start + size]
+                result.append((groups[index], [1 if first else 2 for first in firsts]))
             else:
-                if lazy[part.index]:
-                    moved |= part.counts.move_to(self.ready[start].parameter.device)
-                if lazy[part.index] or part.counts.device.type != "cpu":
-                    numbers = part.counts.tensor().double() + 1
-                else:
-                    numbers = [count + 1 for count in part.counts.tolist()]
-            start += part.size
-            result.append(Steps(groups[part.index], numbers, part.members))
-        if moved:
-            self._remember_entries()
+                device = self.members[start].parameter.device
+                if lazy[index] and counts.device != device:
+                    counts.join_on(device)
+                    self._remember_entries()
+                result.append((groups[index], counts.numbers(is_lazy=lazy[index])))
+            start += size
         return result
 
     def has_counts_elsewhere(self, device: torch.device) -> bool:
         """Whether step counts would have to be moved to ``device``."""
-        return any(part.counts is not None and part.counts.device != device for part in self.parts)
+        return any(counts is not None and counts.device != device for _, _, counts in self._parts)
 
     def counting(self, amount: int | torch.Tensor) -> list[Callable[[], object]]:
         """Return C functions that raise the step counts."""
-        return [part.counts.adding(amount) for part in self.parts if part.counts is not None]
+        return [counts.adding(amount) for _, _, counts in self._parts if counts is not None]
+
+
+class StepCounts:
+    """The step counts in some parameters' states.
+
+    On the host they are made views of one tensor, so that a step is one addition, whatever their number. On a device
+    they stay where they are, because a CUDA graph may hold them.
+
+    Parameters
+    ----------
+    states : sequence of dict
+        Not empty, each with a count. The counts are replaced where they have to be joined or moved.
+    """
+
+    def __init__(self, states: Sequence[dict[str, Any]]) -> None:
+        self._states = states
+        self._whole: torch.Tensor | None = None
+        cpu = torch.device("cpu")
+        others = {count.device for count in self._each()} - {cpu}
+        if not others:
+            self.join_on(cpu)
+        elif any(count.device == cpu for count in self._each()):
+            self.join_on(others.pop())
+
+    @property
+    def device(self) -> torch.device:
+        """The device that holds all of them."""
+        return self._each()[0].device
+
+    def join_on(self, device: torch.device) -> None:
+        """Make them views of one tensor there."""
+        self._whole = torch.stack([count.to(device) for count in self._each()])
+        for i, state in enumerate(self._states):
+            state[STEP] = self._whole[i]
+
+    def numbers(self, *, is_lazy: bool) -> list[int] | torch.Tensor:
+        """Return the numbers of the steps about to be taken: a float64 tensor where the host does not look at them."""
+        counts = torch.stack(self._each()) if self._whole is None else self._whole
+        return counts.double() + 1 if is_lazy or counts.device.type != "cpu" else [int(n) + 1 for n in counts.tolist()]
+
+    def adding(self, amount: int | torch.Tensor) -> Callable[[], object]:
+        """Return a C function that raises all of them."""
+        if self._whole is None:
+            return partial(torch._foreach_add_, self._each(), amount)
+        return partial(self._whole.add_, amount)
+
+    def _each(self) -> list[torch.Tensor]:
+        return [state[STEP] for state in self._states]

@@ -1,4 +1,4 @@
-"""State stored for the kept weights only, and the bits it is laid out by."""
+"""A parameter's state in its two forms, dense and compact: which entries it has, and moves between the two."""
 
 from __future__ import annotations
 
@@ -7,11 +7,30 @@ from typing import Any
 
 import torch
 
-from gmp_kernels.backends import Compaction, choose
-from gmp_kernels.distributed.placement import local
+from gmp_kernels.backends import Compaction, StateMove, choose
+from gmp_kernels.distributed.placement import local, sharded_like
 from gmp_kernels.errors import StateError
+from gmp_kernels.masks import BitMask
 
-__all__ = ["CompactState", "check_layout", "layout_of", "layouts_by", "version_of"]
+__all__ = [
+    "MASTER",
+    "STEP",
+    "CompactState",
+    "as_count",
+    "check_layout",
+    "compact_names",
+    "compacted",
+    "expanded",
+    "follow",
+    "is_count",
+    "layout_of",
+    "per_weight",
+    "state_dtype",
+    "version_of",
+]
+
+MASTER = "master_weight"  # the name of the float32 copy in the state
+STEP = "step"
 
 
 class CompactState(dict[str, Any]):
@@ -26,7 +45,7 @@ class CompactState(dict[str, Any]):
     names : frozenset of str
         The entries that are laid out by it.
     shape : torch.Size
-        Of what is here of the parameter.
+        Of what this process holds of the parameter.
     version : int
     """
 
@@ -37,14 +56,9 @@ class CompactState(dict[str, Any]):
         self.shape = shape
         self.version = version_of(layout.mask)
 
-    @property
-    def is_intact(self) -> bool:
-        """Whether the bits are still those that it was laid out by."""
-        return self.version == version_of(self.layout.mask)
-
     def __getstate__(self) -> dict[str, Any]:
         # A copy of the bits counts its versions from 0, and could not tell that they were written before.
-        check_intact("copying an optimizer", self)
+        _check_bits("copying an optimizer", self)
         return self.__dict__
 
     def __setstate__(self, attributes: dict[str, Any]) -> None:
@@ -62,31 +76,16 @@ def layout_of(state: Mapping[str, Any] | None) -> Compaction | None:
     return state.layout if isinstance(state, CompactState) else None
 
 
-def check_intact(optimizer: str, state: CompactState) -> None:
-    """Refuse to walk state by bits that are not those it was laid out by.
-
-    Raises
-    ------
-    StateError
-    """
-    if not state.is_intact:
-        raise StateError(
-            f"{optimizer}: expected the mask of a parameter of shape {tuple(state.shape)} as it was when its compact "
-            "state was laid out, got one that was written in place; let the scheduler prune, or prune a clone of its "
-            "mask and give that to set_masks"
-        )
+def compact_names(state: Mapping[str, Any]) -> frozenset[str]:
+    """Return the names of the entries that are stored for the kept weights only."""
+    return state.names if isinstance(state, CompactState) else frozenset()
 
 
 def check_layout(optimizer: str, p: torch.Tensor, state: Mapping[str, Any] | None) -> None:
-    """Refuse compact state whose bits were written, or that is not of as many weights as the parameter.
-
-    Raises
-    ------
-    StateError
-    """
+    """Raise StateError for compact state whose bits were written, or that is for another number of weights."""
     if not isinstance(state, CompactState):
         return
-    check_intact(optimizer, state)
+    _check_bits(optimizer, state)
     if state.shape.numel() != local(p).numel():
         raise StateError(
             f"{optimizer}: expected a parameter of the size for which its compact state was laid out, got one of "
@@ -94,13 +93,92 @@ def check_layout(optimizer: str, p: torch.Tensor, state: Mapping[str, Any] | Non
         )
 
 
-def layouts_by(masks: Mapping[torch.Tensor, torch.Tensor], backend: str | None) -> dict[torch.Tensor, Compaction]:
-    """Return the layouts that packed bits give the state of parameters; a GPU is waited for once."""
-    devices: dict[torch.device, list[torch.Tensor]] = {}
-    for p in masks:
-        devices.setdefault(p.device, []).append(p)
-    found: dict[torch.Tensor, Compaction] = {}
-    for device, owners in devices.items():
-        bits = [(masks[p], local(p).numel()) for p in owners]
-        found.update(zip(owners, choose(backend, device).compactions(bits), strict=True))
+def _check_bits(optimizer: str, state: CompactState) -> None:
+    if state.version != version_of(state.layout.mask):
+        raise StateError(
+            f"{optimizer}: expected the mask of a parameter of shape {tuple(state.shape)} as it was when its compact "
+            "state was laid out, got one that was written in place; let the scheduler prune, or prune a clone of its "
+            "mask and give that to set_masks"
+        )
+
+
+def state_dtype(p: torch.Tensor) -> torch.dtype:
+    """Return the dtype in which the state of a parameter is kept."""
+    return torch.float64 if p.dtype == torch.float64 else torch.float32
+
+
+def per_weight(p: torch.Tensor, state: Mapping[str, Any]) -> list[str]:
+    """Return the names of the entries that have a value for each weight or, laid out compactly, each kept one."""
+    compact = compact_names(state)
+    return [
+        name
+        for name, value in state.items()
+        if isinstance(value, torch.Tensor)
+        and name != STEP
+        and (name in compact or (value.shape == p.shape and value.is_floating_point()))
+    ]
+
+
+def follow(p: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Return a dense entry in the memory format of the parameter; itself if it has that already."""
+    of_p, of_value = local(p), local(value)
+    follows = of_value.stride() == of_p.stride() or all(
+        s == t for s, t, n in zip(of_p.stride(), of_value.stride(), of_p.shape, strict=True) if n > 1
+    )
+    return value if follows else torch.empty_like(p, dtype=value.dtype).copy_(value)
+
+
+def is_count(value: object) -> bool:
+    """Whether a step count has the form in which it is kept."""
+    return type(value) is torch.Tensor and value.dtype is torch.float32 and value.ndim == 0
+
+
+def as_count(value: Any, device: torch.device) -> torch.Tensor:
+    """Return a step count as a float32 tensor without dimensions: one in 16 bits would end at 256 or 2048.
+
+    Itself if it is one.
+    """
+    if isinstance(value, torch.Tensor):
+        is_one = is_count(value) and value.device == device
+        return value if is_one else value.detach().to(device, torch.float32).reshape(())
+    return torch.tensor(float(value), dtype=torch.float32, device=device)
+
+
+def compacted(
+    states: Mapping[torch.Tensor, Mapping[str, Any]], masks: Mapping[torch.Tensor, BitMask], backend: str | None
+) -> dict[torch.Tensor, CompactState]:
+    """Return the states of these parameters laid out for the weights that their masks keep. A GPU is waited for once.
+
+    Master weights stay dense.
+    """
+    found: dict[torch.Tensor, CompactState] = {}
+    for device in {p.device for p in states}:
+        owners = [p for p in states if p.device == device]
+        implementation = choose(backend, device)
+        layouts = implementation.compactions([(masks[p].packed, local(p).numel()) for p in owners])
+        moves = []
+        for p, layout in zip(owners, layouts, strict=True):
+            state, packed = states[p], dict[str, torch.Tensor]()
+            for name in per_weight(p, state):
+                if name == MASTER:
+                    continue
+                is_compact = name in compact_names(state)
+                source = state[name] if is_compact else local(state[name]).contiguous()
+                packed[name] = torch.empty(layout.num_kept, dtype=source.dtype, device=device)
+                source_layout = layout_of(state) if is_compact else None
+                moves.append(StateMove(source, source_layout, packed[name], layout, local(p).numel()))
+            found[p] = CompactState({**state, **packed}, layout, packed, local(p).shape)
+        if moves:
+            implementation.move_state(moves)
     return found
+
+
+def expanded(optimizer: str, p: torch.Tensor, state: Mapping[str, Any], backend: str | None) -> dict[str, Any]:
+    """Return the state as torch has it, with zeros where compact state has no value, having checked its layout."""
+    check_layout(optimizer, p, state)
+    layout, names = layout_of(state), compact_names(state) & state.keys()
+    spread = {name: torch.empty(local(p).shape, dtype=state[name].dtype, device=p.device) for name in names}
+    if spread:
+        moves = [StateMove(state[name], layout, values, None, values.numel()) for name, values in spread.items()]
+        choose(backend, p.device).move_state(moves)
+    return {**state, **{name: follow(p, sharded_like(values, p)) for name, values in spread.items()}}

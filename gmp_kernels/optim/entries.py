@@ -1,82 +1,27 @@
-"""Entries of a parameter's state: which there are, what they must be, and how they follow the parameter."""
+"""Checks of a parameter's state: what its entries must be, whoever put them there."""
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
-from gmp_kernels.backends import StateMove, choose
 from gmp_kernels.backends.dtypes import DTYPES
 from gmp_kernels.checks import PLAIN, has_memory
-from gmp_kernels.distributed.placement import is_sharded, local, sharded_like
+from gmp_kernels.distributed.placement import is_sharded, local
 from gmp_kernels.errors import StateError
-from gmp_kernels.optim.compact import CompactState
+from gmp_kernels.optim.compact import MASTER, STEP, as_count, compact_names, layout_of, per_weight, state_dtype
 
-__all__ = [
-    "MASTER",
-    "STEP",
-    "as_count",
-    "check_complete",
-    "check_loaded",
-    "check_state",
-    "dense_state",
-    "follow",
-    "follows",
-    "per_weight",
-    "state_dtype",
-]
-
-MASTER = "master_weight"  # the name of the float32 copy in the state
-STEP = "step"
-_OURS = frozenset({MASTER, "momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"})
+__all__ = ["check_state", "loaded_state"]
 
 
-def state_dtype(p: torch.Tensor) -> torch.dtype:
-    """Return the dtype in which the state of a parameter is kept."""
-    return torch.float64 if p.dtype == torch.float64 else torch.float32
-
-
-def per_weight(p: torch.Tensor, state: Mapping[str, Any]) -> list[str]:
-    """Return the names of the entries that have a value for each weight or, laid out compactly, each kept one."""
-    compact = state.names if isinstance(state, CompactState) else frozenset()
-    return [
-        name
-        for name, value in state.items()
-        if isinstance(value, torch.Tensor)
-        and name != STEP
-        and (name in compact or (value.shape == p.shape and value.is_floating_point()))
-    ]
-
-
-def follows(p: torch.Tensor, value: torch.Tensor) -> bool:
-    """Whether the elements of ``value`` lie in memory as those of the parameter do."""
-    of_p, of_value = local(p), local(value)
-    return of_value.stride() == of_p.stride() or all(
-        s == t for s, t, n in zip(of_p.stride(), of_value.stride(), of_p.shape, strict=True) if n > 1
-    )
-
-
-def follow(p: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """Return a dense entry with its elements where the parameter has its own; itself if they are there."""
-    return value if follows(p, value) else torch.empty_like(p, dtype=value.dtype).copy_(value)
-
-
-def as_count(value: Any, device: torch.device) -> torch.Tensor:
-    """Return a step count as a float32 tensor without dimensions: one in 16 bits would end at 256 or 2048.
-
-    Itself if it is one.
-    """
-    if isinstance(value, torch.Tensor):
-        is_one = value.dtype is torch.float32 and value.ndim == 0 and value.device == device
-        return value if is_one else value.detach().to(device, torch.float32).reshape(())
-    return torch.tensor(float(value), dtype=torch.float32, device=device)
-
-
-def check_state(optimizer: str, p: torch.Tensor, state: Mapping[str, Any], essential: Sequence[str]) -> None:
-    """Refuse state that a kernel cannot walk beside the parameter as it is now, whoever put it there.
+def check_state(
+    optimizer: str, p: torch.Tensor, state: Mapping[str, Any], names: Sequence[str], essential: Sequence[str]
+) -> None:
+    """Raise StateError for state that a kernel cannot walk beside the parameter as it is now.
 
     Parameters
     ----------
@@ -84,29 +29,28 @@ def check_state(optimizer: str, p: torch.Tensor, state: Mapping[str, Any], essen
         Its name, for the message.
     p : torch.Tensor
     state : mapping
+    names : sequence of str
+        Entries that the optimizer keeps per weight, beside the master weight.
     essential : sequence of str
         Entries of which there are all or none.
-
-    Raises
-    ------
-    StateError
     """
-    check_complete(optimizer, p, state, essential)
-    compact = state.names if isinstance(state, CompactState) else frozenset()
+    _check_complete(optimizer, p, state, essential)
+    layout, compact, beside = layout_of(state), compact_names(state), per_weight(p, state)
     for name, value in state.items():
         if name == STEP or value is None:
             continue
-        if name in _OURS or name in compact:
-            shape = (state.layout.num_kept,) if isinstance(state, CompactState) and name in compact else local(p).shape
+        if name == MASTER or name in names or name in compact:
+            is_compact = layout is not None and name in compact
+            shape = (layout.num_kept,) if layout is not None and is_compact else local(p).shape
             dtype = torch.float32 if name == MASTER else state_dtype(p)
             is_right = (
                 isinstance(value, torch.Tensor)
-                and _is_plain_beside(p, value, is_whole=name not in compact)
+                and _is_plain_beside(p, value, is_whole=not is_compact)
                 and local(value).shape == shape
                 and value.dtype == dtype
                 and value.device == p.device
                 and has_memory(local(value))
-                and (name not in compact or value.is_contiguous())
+                and (not is_compact or value.is_contiguous())
             )
             if not is_right:
                 raise StateError(
@@ -114,7 +58,7 @@ def check_state(optimizer: str, p: torch.Tensor, state: Mapping[str, Any], essen
                     f"that is now {p.dtype} of shape {tuple(p.shape)}, got {_described(value)}; load the state again "
                     "after converting or moving a model"
                 )
-        elif name in per_weight(p, state) and not (
+        elif name in beside and not (
             _is_plain_beside(p, value, is_whole=True) and value.dtype in DTYPES and value.device == p.device
         ):
             raise StateError(
@@ -123,13 +67,8 @@ def check_state(optimizer: str, p: torch.Tensor, state: Mapping[str, Any], essen
             )
 
 
-def check_complete(optimizer: str, p: torch.Tensor, state: Mapping[str, Any], essential: Sequence[str]) -> None:
-    """Refuse state that lacks entries, or whose step count is none.
-
-    Raises
-    ------
-    StateError
-    """
+def _check_complete(optimizer: str, p: torch.Tensor, state: Mapping[str, Any], essential: Sequence[str]) -> None:
+    """Raise StateError for state that lacks entries, or whose step count is none."""
     missing = [name for name in essential if state.get(name) is None]
     if 0 < len(missing) < len(essential):
         raise StateError(
@@ -145,41 +84,43 @@ def check_complete(optimizer: str, p: torch.Tensor, state: Mapping[str, Any], es
         raise StateError(f"{optimizer}: expected one number as '{STEP}', got {_described(count)}; load the state again")
 
 
-def check_loaded(optimizer: str, p: torch.Tensor, index: object, name: str, value: torch.Tensor) -> None:
-    """Refuse an entry of a state_dict that is no state of this parameter's weights.
+def loaded_state(
+    op: str, index: object, p: torch.Tensor, values: object, essential: Sequence[str], *, is_capturable: bool
+) -> dict[str, Any]:
+    """Return a copy of what a state_dict says of parameter ``index``, in the form it is kept in.
 
-    Raises
-    ------
-    StateError
+    With ``is_capturable`` the step count goes to the parameter's device. Raises StateError where the values are no
+    state of this parameter's weights.
     """
-    if value.shape != p.shape or local(value).shape != local(p).shape:
+    if not isinstance(values, Mapping):
         raise StateError(
-            f"{optimizer}.load_state_dict: expected '{name}' of shape {tuple(p.shape)} for parameter {index}, got "
-            f"{tuple(value.shape)}; is it the state of another model?"
+            f"{op}: expected a dictionary as the state of parameter {index}, got a {type(values).__name__}; is it a "
+            "state_dict?"
         )
-    is_plain = (type(value) in PLAIN or is_sharded(value)) and value.layout is torch.strided
-    if not is_plain or value.dtype not in DTYPES or not has_memory(local(value)):
-        raise StateError(
-            f"{optimizer}.load_state_dict: expected '{name}' of parameter {index} as a plain tensor of float32, "
-            f"float64, bfloat16 or float16, got {_described(value)}; convert it first"
-        )
-
-
-def dense_state(p: torch.Tensor, state: Mapping[str, Any], backend: str | None) -> dict[str, Any]:
-    """Return the state as torch has it, with zeros where compact state has no value; what is there stays."""
-    dense = dict(state)
-    if not isinstance(state, CompactState):
-        return dense
-    moves = []
-    spread: list[tuple[str, torch.Tensor]] = []
-    for name in state.names & state.keys():
-        values = torch.empty(local(p).shape, dtype=state[name].dtype, device=state[name].device)
-        moves.append(StateMove(state[name], state.layout, values, None, values.numel()))
-        spread.append((name, values))
-    if moves:
-        choose(backend, p.device).move_state(moves)
-    dense.update((name, follow(p, sharded_like(values, p))) for name, values in spread)
-    return dense
+    _check_complete(op, p, values, essential)
+    state: dict[str, Any] = {}
+    for name, value in values.items():
+        if name == STEP and value is not None:
+            is_beside = isinstance(value, torch.Tensor) and value.device == p.device
+            device = p.device if is_capturable or is_beside else torch.device("cpu")
+            state[name] = as_count(value, device).clone()
+        elif isinstance(value, torch.Tensor):
+            if value.shape != p.shape or local(value).shape != local(p).shape:
+                raise StateError(
+                    f"{op}: expected '{name}' of shape {tuple(p.shape)} for parameter {index}, got "
+                    f"{tuple(value.shape)}; is it the state of another model?"
+                )
+            is_plain = (type(value) in PLAIN or is_sharded(value)) and value.layout is torch.strided
+            if not is_plain or value.dtype not in DTYPES or not has_memory(local(value)):
+                raise StateError(
+                    f"{op}: expected '{name}' of parameter {index} as a plain tensor of float32, float64, bfloat16 or "
+                    f"float16, got {_described(value)}; convert it first"
+                )
+            # torch casts state to the parameter's dtype, which would round what is kept in float32 on purpose.
+            state[name] = torch.empty_like(p, dtype=state_dtype(p)).copy_(value)
+        else:
+            state[name] = copy.deepcopy(value)
+    return state
 
 
 def _is_plain_beside(p: torch.Tensor, value: torch.Tensor, *, is_whole: bool) -> bool:

@@ -1,4 +1,4 @@
-"""Two things around the step that pruning otherwise distorts: clipping the gradient, and averaging the weights."""
+"""Clipping of gradients and running averages of weights, both of which pruning otherwise distorts."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from gmp_kernels.backends.at_once import at_once
 from gmp_kernels.checks import bump_versions, check_tensors, check_writable, may_overlap
 from gmp_kernels.distributed.placement import local_grad, sharding_of, sum_over_shards
 from gmp_kernels.errors import LayoutError, ShapeError, SparsityError
+from gmp_kernels.library import define
 from gmp_kernels.masks import BitMask
-from gmp_kernels.optim.ready import is_dense
+from gmp_kernels.optim.checked import is_dense
 
 __all__ = ["clip_grad_norm_", "ema_update_"]
 
@@ -226,3 +227,51 @@ def ema_update_(
 
 def _packed(masks: Sequence[BitMask | None]) -> list[torch.Tensor | None]:
     return [None if mask is None else mask.packed for mask in masks]
+
+
+# -- the same in compiled graphs, where masks are their packed bits ----------------------------------------------------
+
+
+def _clip_packed(
+    gradients: Sequence[torch.Tensor],
+    max_norm: float,
+    masks: Sequence[torch.Tensor | None],
+    *,
+    error_if_nonfinite: bool = False,
+    backend: str | None = None,
+) -> torch.Tensor:
+    bits = _bit_masks(masks, gradients)
+    return clip_gradients_(gradients, max_norm, bits, gradients, error_if_nonfinite=error_if_nonfinite, backend=backend)
+
+
+def _fake_norm(gradients: Sequence[torch.Tensor], *_: object, **__: object) -> torch.Tensor:
+    # The norm is where the squares were summed. Of empty gradients no backend sums any.
+    device = next((gradient.device for gradient in gradients if gradient.numel()), torch.device("cpu"))
+    return torch.empty((), dtype=torch.float32, device=device)
+
+
+def _ema_packed(
+    averages: Sequence[torch.Tensor],
+    weights: Sequence[torch.Tensor],
+    decay: float,
+    masks: Sequence[torch.Tensor | None],
+    *,
+    backend: str | None = None,
+) -> None:
+    ema_update_(averages, weights, decay, masks=_bit_masks(masks, averages), backend=backend)
+
+
+def _bit_masks(packed: Sequence[torch.Tensor | None], tensors: Sequence[torch.Tensor]) -> list[BitMask | None]:
+    return [None if bits is None else BitMask.of(bits, t.shape) for bits, t in zip(packed, tensors, strict=True)]
+
+
+define(
+    "clip_gradients_(Tensor(a!)[] gradients, float max_norm, Tensor?[] masks, *, bool error_if_nonfinite=False, "
+    "str? backend=None) -> Tensor",
+    _clip_packed,
+    _fake_norm,
+)
+define(
+    "ema_update_(Tensor(a!)[] averages, Tensor[] weights, float decay, Tensor?[] masks, *, str? backend=None) -> ()",
+    _ema_packed,
+)

@@ -1,81 +1,47 @@
-"""CUDA graphs that hold steps of an optimizer: what they cannot hold, and what they read at every replay."""
+"""Refusals of what a CUDA graph that holds a step would repeat wrongly, or read no more."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from typing import NoReturn
 
 import torch
 
 from gmp_kernels.errors import CaptureError
 from gmp_kernels.masks import BitMask
-from gmp_kernels.optim.ready import Ready
 
-__all__ = ["Graphs"]
+__all__ = ["check_mask_of_graph", "refuse", "refuse_first_step"]
 
 
-class Graphs:
-    """Memory and masks that the graphs captured of an optimizer's steps rely on. Nothing tells when one is gone.
+def check_mask_of_graph(optimizer: str, p: torch.Tensor, address: int | None, mask: BitMask | None) -> None:
+    """Raise CaptureError for a mask other than the one that a graph reads at this address.
 
-    Attributes
-    ----------
-    memory : list of torch.Tensor
-        What they read beside parameters, gradients, state and masks.
+    The address is 0 where a graph reads none, and None where no graph holds a step of the parameter. A mask of None
+    lets the mask go.
     """
-
-    def __init__(self) -> None:
-        self.memory: list[torch.Tensor] = []
-        self._bits: dict[torch.Tensor, int] = {}  # addresses of masks; 0: none
-
-    def __getstate__(self) -> dict[str, Any]:
-        # No graph holds a copy.
-        return {"memory": [], "_bits": {}}
-
-    def note(self, parameters: Iterable[Ready]) -> None:
-        """Remember where a graph finds the masks of these parameters."""
-        self._bits.update((r.parameter, 0 if r.bits is None else r.bits.data_ptr()) for r in parameters)
-
-    def check_mask(self, optimizer: str, p: torch.Tensor, mask: BitMask) -> None:
-        """Refuse a mask other than the one that a graph reads.
-
-        Raises
-        ------
-        CaptureError
-        """
-        bits = self._bits.get(p)
-        if bits is not None and bits != mask.packed.data_ptr():
-            raise CaptureError(
-                f"{optimizer}.set_masks: expected the mask that a parameter of shape {tuple(p.shape)} had when a CUDA "
-                f"graph captured its step, got {'another one' if bits else 'one where it had none'}; set masks, or "
-                "build the GMPScheduler, before capturing, and change their bits in place"
-            )
-
-    def check_no_mask(self, optimizer: str, p: torch.Tensor) -> None:
-        """Refuse to let a mask go that a graph reads.
-
-        Raises
-        ------
-        CaptureError
-        """
-        if self._bits.get(p):
-            raise CaptureError(
-                f"{optimizer}.forget_masks: expected a parameter whose mask no CUDA graph reads, got one of shape "
-                f"{tuple(p.shape)} whose step was captured under it; fill the mask with ones, or build a new optimizer "
-                "and capture again"
-            )
-
-    @staticmethod
-    def refuse(optimizer: str, reason: str) -> None:
-        """Raise CaptureError for a step that a graph would repeat wrongly, ``reason`` saying what to build instead."""
+    if mask is None and address:
         raise CaptureError(
-            f"{optimizer}: expected a step that a CUDA graph can hold, got {reason}, or take the step outside of the "
-            "graph"
+            f"{optimizer}.forget_masks: expected a parameter whose mask no CUDA graph reads, got one of shape "
+            f"{tuple(p.shape)} whose step was captured under it; fill the mask with ones, or build a new optimizer "
+            "and capture again"
+        )
+    if mask is not None and address is not None and address != mask.packed.data_ptr():
+        raise CaptureError(
+            f"{optimizer}.set_masks: expected the mask that a parameter of shape {tuple(p.shape)} had when a CUDA "
+            f"graph captured its step, got {'another one' if address else 'one where it had none'}; set masks, or "
+            "build the GMPScheduler, before capturing, and change their bits in place"
         )
 
-    @staticmethod
-    def refuse_first_step(optimizer: str) -> None:
-        """Raise CaptureError for a step that would make state, or bring it to the device."""
-        raise CaptureError(
-            f"{optimizer}: expected state that is on the device before a CUDA graph captures a step, got a parameter "
-            "without; take a step outside of the graph first"
-        )
+
+def refuse(optimizer: str, got: str) -> NoReturn:
+    """Raise CaptureError for a step that a graph would repeat wrongly; ``got`` ends with what to build instead."""
+    raise CaptureError(
+        f"{optimizer}: expected a step that a CUDA graph can hold, got {got}, or take the step outside of the graph"
+    )
+
+
+def refuse_first_step(optimizer: str) -> NoReturn:
+    """Raise CaptureError for a step that would make state, or bring it to the device."""
+    raise CaptureError(
+        f"{optimizer}: expected state that is on the device before a CUDA graph captures a step, got a parameter "
+        "without; take a step outside of the graph first"
+    )

@@ -2,36 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from itertools import count
+from typing import Any, ClassVar, Self, TypeAlias
+from weakref import WeakValueDictionary
 
 import torch
 
-from gmp_kernels.backends import Compaction, UpdateTensor, capture, choose
+from gmp_kernels.backends import capture, choose
 from gmp_kernels.distributed.placement import is_sharded, local, local_grad
-from gmp_kernels.errors import DTypeError, LayoutError
+from gmp_kernels.errors import DTypeError, LayoutError, ShapeError, TargetError
+from gmp_kernels.library import define
 from gmp_kernels.optim.batch import Batch
-from gmp_kernels.optim.checkpoint import Checkpointed
-from gmp_kernels.optim.compact import CompactState, check_layout, layout_of, layouts_by
+from gmp_kernels.optim.checked import CheckedParameter, checked_gradient
+from gmp_kernels.optim.compact import (
+    MASTER,
+    STEP,
+    CompactState,
+    as_count,
+    compact_names,
+    compacted,
+    follow,
+    layout_of,
+    per_weight,
+    state_dtype,
+)
 from gmp_kernels.optim.constants import constants_of, is_on_gpu
-from gmp_kernels.optim.entries import MASTER, STEP, as_count, follow, per_weight, state_dtype
-from gmp_kernels.optim.ready import Ready, bits_beside, checked_grad
+from gmp_kernels.optim.graphs import refuse, refuse_first_step
+from gmp_kernels.optim.masking import Masking
 
 __all__ = ["MaskedOptimizer"]
 
-
-class _Found(NamedTuple):
-    """A parameter to step: its group's index, what holds its value, and what an earlier step knows of it."""
-
-    group: int
-    parameter: torch.Tensor
-    weight: torch.Tensor
-    gradient: torch.Tensor
-    ready: Ready | None
+# By parameter, the tensor that holds its value, and its gradient.
+Given: TypeAlias = Mapping[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]
 
 
-class MaskedOptimizer(Checkpointed):
+class MaskedOptimizer(Masking):
     """Mixed into a ``torch.optim`` class, it replaces the step by one pass in which pruned weights cost nothing.
 
     Subclasses name their rule and the state it keeps, and turn a parameter group into the kernel's constants.
@@ -40,22 +47,33 @@ class MaskedOptimizer(Checkpointed):
     rule: ClassVar[str]
     # torch's GradScaler then hands over the scale and the overflow flag instead of unscaling in passes of its own.
     _step_supports_amp_scaling = True
+    # A compiled graph knows the optimizer by this number: it can hold numbers and tensors, no objects.
+    handle: int
+
+    def __new__(cls, *args: object, **kwargs: object) -> Self:
+        # Here and not in __init__, so that copies and unpickled optimizers get handles of their own.
+        self = super().__new__(cls)
+        self.handle = next(_handles)
+        _optimizers[self.handle] = self
+        return self
 
     # -- what a rule must say ----------------------------------------------------------------------------------------
 
     def _state_keys(self, group: dict[str, Any]) -> tuple[str, ...]:
-        """Names, in torch's state, of the tensors this rule keeps per weight (at most three)."""
+        """Return those of ``state_names`` that this group uses (at most three)."""
         raise AssertionError("a subclass says which")
 
     def _constants(self, group: dict[str, Any], step: Any) -> dict[str, Any]:
-        """The kernel's constants for the ``step``-th update (1 is the first) of a parameter of this group.
+        """Return the kernel's constants for the ``step``-th update (1 is the first) of a parameter of this group.
 
-        ``step`` may be a float64 tensor of several; then so is what depends on it.
+        ``step`` may be a float64 tensor of several; then so is what depends on it. Where ``essential`` names no step
+        count, it is 1 or 2: only the first step is told from the others.
         """
         raise AssertionError("a subclass says which")
 
-    # Whether torch's state of this rule holds a step count; where not, only the first step is told from the others.
-    counts_steps: ClassVar[bool] = True
+    def _densified(self, gradient: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:
+        """Return a sparse gradient as a dense one, where torch's optimizer takes it."""
+        raise RuntimeError(f"{self._name} does not support sparse gradients, please consider SparseAdam instead")
 
     # -- parameter groups --------------------------------------------------------------------------------------------
 
@@ -69,24 +87,23 @@ class MaskedOptimizer(Checkpointed):
         ValueError, TypeError
             ``differentiable``; and as in torch. Nothing has been added when one is raised.
         """
-        if isinstance(param_group, dict) and not isinstance(params := param_group["params"], (torch.Tensor, set)):
-            # What can be walked once only is walked twice.
-            param_group["params"] = params = list(params)
-            entries = [entry[1] if isinstance(entry, tuple) and len(entry) > 1 else entry for entry in params]
-            self._check_group({**self.defaults, **param_group}, entries)
-        elif isinstance(param_group, dict) and isinstance(params, torch.Tensor):
-            self._check_group({**self.defaults, **param_group}, [params])
         super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            self._refuse_differentiable(group)
+            for p in group["params"]:
+                if p.is_complex():
+                    raise DTypeError(
+                        f"{self._name}: expected real parameters, got {p.dtype} of shape {tuple(p.shape)}; give "
+                        "torch.view_as_real of them, or use torch.optim"
+                    )
+        except (DTypeError, ValueError):
+            self.param_groups.pop()
+            raise
 
-    def _check_group(self, group: Mapping[str, Any], params: Iterable[object]) -> None:
+    def _refuse_differentiable(self, group: Mapping[str, Any]) -> None:
         if group.get("differentiable"):
             raise ValueError(f"{self._name}: differentiable=True is not supported; use torch.optim")
-        for p in params:
-            if isinstance(p, torch.Tensor) and p.is_complex():
-                raise DTypeError(
-                    f"{self._name}: expected real parameters, got {p.dtype} of shape {tuple(p.shape)}; give "
-                    "torch.view_as_real of them, or use torch.optim"
-                )
 
     # -- the step ----------------------------------------------------------------------------------------------------
 
@@ -138,19 +155,15 @@ class MaskedOptimizer(Checkpointed):
             self.update_()
         return loss
 
-    def update_(self, given: Mapping[torch.Tensor, tuple[torch.Tensor, torch.Tensor]] | None = None) -> None:
-        """Take a step: ``given`` has, by parameter, the tensor that holds its value, and its gradient.
-
-        By default the parameter itself and its ``grad``.
-        """
+    def update_(self, given: Given | None = None) -> None:
+        """Take a step with these values and gradients; by default with the parameters themselves and their ``grad``."""
         found_inf: torch.Tensor | None = getattr(self, "found_inf", None)
         grad_scale: torch.Tensor | None = getattr(self, "grad_scale", None)
         groups = self.param_groups
         for group in groups:
-            if group.get("differentiable"):
-                self._check_group(group, ())
-        # What is on the GPU stays there: looking at it would make the step wait.
-        waits = found_inf is not None and found_inf.device.type != "cpu"
+            self._refuse_differentiable(group)
+        # Values on a GPU stay there: to read them would make the step wait.
+        waits = is_on_gpu(found_inf)
         lazy = [waits or bool(group.get("capturable")) or is_on_gpu(group["lr"]) for group in groups]
         if found_inf is not None and not all(lazy) and found_inf.item():
             return
@@ -163,221 +176,197 @@ class MaskedOptimizer(Checkpointed):
             after(skips, is_direct=given is None)
 
     def _take_step(
-        self,
-        given: Mapping[torch.Tensor, tuple[torch.Tensor, torch.Tensor]] | None,
-        lazy: Sequence[bool],
-        grad_scale: torch.Tensor | None,
-        skips: torch.Tensor | None,
+        self, given: Given | None, lazy: Sequence[bool], grad_scale: torch.Tensor | None, skips: torch.Tensor | None
     ) -> None:
-        groups = self.param_groups
+        groups, batch = self.param_groups, self._batch
         keys = [self._state_keys(group) for group in groups]
-        batch, fresh = self._batch, None
-        created: dict[torch.Tensor, dict[str, Any]] = {}
-        resolved: list[tuple[torch.Tensor, torch.Tensor]] = []
-        known = batch is not None and given is None and not self._pending
-        gradients = batch.gradients(groups, keys, self.state) if known and batch is not None else None
-        if gradients is None:
-            # What the brief look does not settle is looked at parameter by parameter.
+        is_captured = self._is_captured(given, lazy)
+        gradients, is_first = None, None
+        writes: list[Callable[[], object]] = []
+        if batch is not None and given is None and not self._pending:
+            gradients = batch.gradients(groups, keys, self.state)
+        if batch is None or gradients is None:
+            # Something has changed, or may have: every parameter is checked.
             self._settle()
-            batch = self._batch
-            found, resolved = self._with_gradients(given, keys)
-            if not found:
+            members, gradients, is_first, writes = self._check_each(given, keys, is_captured=is_captured)
+            if not members:
                 return
-            members, fresh, created = self._made_ready(found, keys, lazy)
-            gradients = [one.gradient for one in found]
             if batch is None or not batch.consists_of(members):
-                batch = Batch(groups, keys, members, self._graphs.memory, counts_steps=self.counts_steps)
-            elif given is None:
-                batch.remember(groups, keys)
+                batch = Batch(members, self._graph_memory, counts_steps=STEP in self.essential)
+            batch.remember(groups, keys)
             self._batch = batch
-        assert batch is not None
-        device = batch.ready[0].parameter.device
-        capturing = capture.is_capturing(device)
-        if capturing:
-            self._check_capture(device, [lazy[part.index] for part in batch.parts])
-            if batch.has_counts_elsewhere(device):
-                self._graphs.refuse_first_step(self._name)
-        numbers = batch.steps(groups, lazy, fresh)
-        constants, rows = constants_of(self._constants, numbers, grad_scale, skips)
-        present = batch.present(gradients)
-        amount = 1 if skips is None else (skips == 0).to(torch.float32).reshape(())
+        device = batch.members[0].parameter.device
+        if is_captured and batch.has_counts_elsewhere(device):
+            refuse_first_step(self._name)
+        constants, rows = constants_of(self._constants, batch.steps(groups, lazy, is_first), grad_scale, skips)
         # New state and counts belong to what the kernel writes: all of it is there, or nothing.
-        after: list[Callable[[], object]] = [partial(dict.update, self.state, created), *batch.counting(amount)]
-        after += [partial(weight.copy_, value) for weight, value in resolved]
-        # Before the kernel: of versions that no write follows nobody computes anything wrong.
+        writes += batch.counting(1 if skips is None else (skips == 0).to(torch.float32).reshape(()))
+        # Before the kernel: a version that no write follows makes no gradient wrong.
         torch.autograd.graph.increment_version(batch.written)
-        choose(self._backend, device).update(self.rule, batch.updates, present, rows, constants, after=after)
-        if capturing:
-            self._graphs.note(ready for ready in batch.ready if not ready.is_empty)
+        choose(self._backend, device).update(
+            self.rule, batch.updates, batch.present(gradients), batch.present(rows), constants, after=writes
+        )
+        if is_captured:
+            # A graph finds the masks there when it is replayed.
+            present = batch.present(batch.members)
+            self._graph_masks.update((c.parameter, 0 if c.bits is None else c.bits.data_ptr()) for c in present)
 
-    def _with_gradients(
-        self,
-        given: Mapping[torch.Tensor, tuple[torch.Tensor, torch.Tensor]] | None,
-        keys: Sequence[tuple[str, ...]],
-    ) -> tuple[list[_Found], list[tuple[torch.Tensor, torch.Tensor]]]:
-        """Return every parameter that has a gradient, checked against it.
+    def _is_captured(self, given: Given | None, lazy: Sequence[bool]) -> bool:
+        """Return whether a CUDA graph records this step; raise CaptureError if it would repeat the step wrongly."""
+        if not any(capture.is_capturing(p.device) for group in self.param_groups for p in group["params"][:1]):
+            return False
+        stepping = [
+            (index, p)
+            for index, group in enumerate(self.param_groups)
+            for p in group["params"]
+            if (p.grad if given is None else given.get(p)) is not None
+        ]
+        if not stepping:
+            return False
+        if self._compact_state:
+            refuse(self._name, "compact state, which every update lays out anew; build it with compact_state=False")
+        backend = choose(self._backend, stepping[0][1].device)
+        if not backend.capturable:
+            refuse(self._name, f"the backend {type(backend).__name__.lower()}; build it with backend='cuda'")
+        if STEP in self.essential and not all(lazy[index] for index, _ in stepping):
+            refuse(self._name, "step counts on the host, which would stand still; build it with capturable=True")
+        return True
 
-        Beside them, weights that are views which negate what is in memory, each with what is stepped in its place.
-        """
-        found: list[_Found] = []
-        resolved: list[tuple[torch.Tensor, torch.Tensor]] = []
-        for index, group in enumerate(self.param_groups):
-            for p in group["params"]:
-                if given is not None:
-                    weight, grad = given.get(p, (p, None))
-                elif is_sharded(p):
-                    weight, grad = local(p), None if p.grad is None else local_grad(p)
-                else:
-                    weight, grad = p, p.grad
-                if grad is None:
-                    continue
-                if weight.is_neg():
-                    resolved.append((weight.detach(), weight.detach().resolve_neg()))
-                    weight = resolved[-1][1]
-                state = self.state.get(p)
-                check_layout(self._name, p, state)
-                ready = self._ready.get(id(p))
-                if ready is not None and not ready.holds(weight, state, keys[index]):
-                    ready = None
-                if ready is None or not ready.fits(grad):
-                    dense = grad if grad.layout is torch.strided else self._densified(grad, group)
-                    mask = self._masks.get(p)
-                    is_compact = self._compact_state and mask is not None
-                    grad = checked_grad(self._name, p, weight, dense, mask, is_compact=is_compact)
-                found.append(_Found(index, p, weight, grad, ready))
-        if len({id(one.parameter) for one in found}) < len(found):
-            # Its two steps would be taken at once, in one piece of memory.
-            raise LayoutError(f"{self._name}: expected each parameter once, got one twice; remove it from its group")
-        return found, resolved
-
-    def _made_ready(
-        self, found: Sequence[_Found], keys: Sequence[tuple[str, ...]], lazy: Sequence[bool]
-    ) -> tuple[list[tuple[int, Ready]], list[bool], dict[torch.Tensor, dict[str, Any]]]:
-        """Check the state of those that are not ready, and make what it lacks.
+    def _check_each(
+        self, given: Given | None, keys: Sequence[tuple[str, ...]], *, is_captured: bool
+    ) -> tuple[list[tuple[int, CheckedParameter]], list[torch.Tensor], list[bool], list[Callable[[], object]]]:
+        """Check every parameter that has a gradient.
 
         Returns
         -------
-        members : list of (int, Ready)
+        members : list of (int, CheckedParameter)
             With the indices of their groups.
-        fresh : list of bool
-            Whether state was made, which is before the first step.
-        created : dict of parameter to dict
-            State that is not the parameter's yet.
+        gradients : list of torch.Tensor
+        is_first : list of bool
+            Whether the state lacks an entry per weight, which it does before the first step.
+        writes : list of callable
+            To be called once the step is taken: new state becomes the parameters', and what was stepped in the place of
+            a parameter is copied to it.
         """
-        unready = [(one.group, one.parameter) for one in found if one.ready is None]
-        for _, p in unready:
-            self._check_state(p)
-        layouts: dict[torch.Tensor, Compaction] = {}
-        if unready:
-            self._check_device([one.parameter for one in found])
-            device = found[0].parameter.device
-            lacking = [p for index, p in unready if self._lacks_state(p, keys[index])]
-            if capture.is_capturing(device):
-                self._check_capture(device, [lazy[one.group] for one in found])
-                if lacking:
-                    self._graphs.refuse_first_step(self._name)
-            layouts = self._layouts_of(lacking)
-        members: list[tuple[int, Ready]] = []
-        fresh: list[bool] = []
+        members: list[tuple[int, CheckedParameter]] = []
+        gradients: list[torch.Tensor] = []
+        is_first: list[bool] = []
         created: dict[torch.Tensor, dict[str, Any]] = {}
-        for index, p, weight, _, ready in found:
-            is_first = False
-            if ready is None:
-                state = self.state.get(p)
-                is_first = any(state is None or state.get(name) is None for name in keys[index])
-                if (completed := self._completed(keys[index], p, weight, layouts.get(p))) is not None:
-                    state = created[p] = completed
-                ready = self._ready[id(p)] = self._prepare(keys[index], p, weight, state)
-            fresh.append(is_first)
-            members.append((index, ready))
-        return members, fresh, created
-
-    def _densified(self, grad: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:
-        """Return a sparse gradient as a dense one, where torch's optimizer takes it."""
-        raise RuntimeError(f"{self._name} does not support sparse gradients, please consider SparseAdam instead")
-
-    def _check_capture(self, device: torch.device, lazy: Iterable[bool]) -> None:
-        """Refuse steps that a CUDA graph would repeat wrongly."""
-        if self._compact_state:
-            self._graphs.refuse(
-                self._name, "compact state, which every update lays out anew; build it with compact_state=False"
-            )
-        if not (implementation := choose(self._backend, device)).capturable:
-            name = type(implementation).__name__.lower()
-            self._graphs.refuse(self._name, f"the backend {name}; build it with backend='cuda'")
-        if self.counts_steps and not all(lazy):
-            self._graphs.refuse(
-                self._name, "step counts on the host, which would stand still; build it with capturable=True"
-            )
-
-    def _check_device(self, parameters: Sequence[torch.Tensor]) -> None:
-        """Refuse several devices; parameters that are ready are on the one of the latest step."""
-        devices = {p.device for p in parameters}
+        devices: set[torch.device] = set()  # of those that were not checked
+        writes: list[Callable[[], object]] = [partial(dict.update, self.state, created)]
+        for index, group in enumerate(self.param_groups):
+            for p in group["params"]:
+                weight, gradient = _value_and_gradient(p, given)
+                if gradient is None:
+                    continue
+                if weight.is_neg():
+                    # A view that negates what is in memory, which is what kernels see.
+                    view, weight = weight.detach(), weight.detach().resolve_neg()
+                    writes.append(partial(view.copy_, weight))
+                state, mask, checked = self.state.get(p), self._masks.get(p), self._checked.get(id(p))
+                if checked is not None and not checked.holds(weight, state, keys[index]):
+                    checked = None
+                if checked is None:
+                    self._check_state(p)
+                if checked is None or not checked.fits(gradient):
+                    if gradient.layout is not torch.strided:
+                        gradient = self._densified(gradient, group)
+                    is_compact = self._compact_state and mask is not None
+                    gradient = checked_gradient(self._name, p, weight, gradient, mask, is_compact=is_compact)
+                is_first.append(checked is None and any(state is None or state.get(n) is None for n in keys[index]))
+                if checked is None:
+                    completed = self._completed(p, weight, keys[index])
+                    checked = self._checked[id(p)] = CheckedParameter(p, weight, completed, keys[index], mask)
+                    devices.add(p.device)
+                if checked.state is not None and checked.state is not state:
+                    created[p] = checked.state
+                members.append((index, checked))
+                gradients.append(gradient)
+        if len({id(checked.parameter) for _, checked in members}) < len(members):
+            # Its two steps would be taken at once, in one piece of memory.
+            raise LayoutError(f"{self._name}: expected each parameter once, got one twice; remove it from its group")
+        if devices:
+            devices.update(checked.parameter.device for _, checked in members)
         if len(devices) > 1:
             raise LayoutError(
                 f"{self._name}: expected all parameters on one device, got {sorted(map(str, devices))}; use one "
                 "optimizer per device"
             )
-        self._ready = {key: ready for key, ready in self._ready.items() if ready.tensor.weight.device in devices}
+        if is_captured and created:
+            refuse_first_step(self._name)
+        return members, gradients, is_first, writes
 
-    def _prepare(
-        self, keys: tuple[str, ...], p: torch.Tensor, weight: torch.Tensor, state: dict[str, Any] | None
-    ) -> Ready:
-        mask, layout, entries = self._masks.get(p), layout_of(state), state or {}
-        master = entries.get(MASTER)
-        bits = None if mask is None else bits_beside(weight, mask)
-        tensor = UpdateTensor(
-            weight=weight.detach(),
-            master=None if master is None else local(master),
-            state=tuple(local(entries[key]) for key in keys),
-            mask=bits,
-            compaction=layout,
-        )
-        return Ready(p, weight, state, keys, tensor, mask)
-
-    def _lacks_state(self, p: torch.Tensor, keys: tuple[str, ...]) -> bool:
-        state = self.state.get(p, {})
-        names = (*keys, *([STEP] if self.counts_steps else []), *([MASTER] if self._has_master(p) else []))
-        return any(state.get(name) is None for name in names)
-
-    def _has_master(self, p: torch.Tensor) -> bool:
-        return self._master_weights and p.dtype in (torch.bfloat16, torch.float16)
-
-    def _layouts_of(self, parameters: Iterable[torch.Tensor]) -> dict[torch.Tensor, Compaction]:
-        """Return the layouts of state that these parameters are about to get."""
-        if not self._compact_state:
-            return {}
-        masks = self._masks
-        return layouts_by({p: masks[p].packed for p in parameters if p in masks}, self._backend)
-
-    def _completed(
-        self, keys: tuple[str, ...], p: torch.Tensor, weight: torch.Tensor, new_layout: Compaction | None
-    ) -> dict[str, Any] | None:
-        """Return a copy of the state with what it lacks, all in the form it is kept in; None if it is so already."""
-        state = self.state.get(p, {})
+    def _completed(self, p: torch.Tensor, weight: torch.Tensor, keys: tuple[str, ...]) -> dict[str, Any] | None:
+        """Return a copy of the state with what it lacks, all in the form it is kept in; itself if it is so already."""
+        old, mask = self.state.get(p), self._masks.get(p)
+        state: dict[str, Any] = {} if old is None else old
+        missing = [name for name in keys if state.get(name) is None]
+        if missing and self._compact_state and mask is not None and layout_of(state) is None:
+            state = compacted({p: state}, {p: mask}, self._backend)[p]
+        layout, compact = layout_of(state), compact_names(state)
         values: dict[str, Any] = {}
-        if self.counts_steps:
-            count = state.get(STEP)
-            # Neither where nor what torch's defaults are.
-            device = count.device if isinstance(count, torch.Tensor) else torch.device("cpu")
-            values[STEP] = as_count(0.0 if count is None else count, device)
-        if self._has_master(p) and state.get(MASTER) is None:
+        if STEP in self.essential:
+            number = state.get(STEP)
+            # Whatever torch's default device and dtype are.
+            device = number.device if isinstance(number, torch.Tensor) else torch.device("cpu")
+            values[STEP] = as_count(0.0 if number is None else number, device)
+        if self._master_weights and p.dtype in (torch.bfloat16, torch.float16) and state.get(MASTER) is None:
             value = p if is_sharded(p) else weight
             values[MASTER] = value.detach().to(torch.float32, memory_format=torch.preserve_format)
-        layout = layout_of(state) or new_layout
-        missing = [name for name in keys if state.get(name) is None]
         for name in missing:
             values[name] = (
                 torch.zeros_like(p, dtype=state_dtype(p), memory_format=torch.preserve_format)
                 if layout is None
                 else torch.zeros(layout.num_kept, dtype=state_dtype(p), device=p.device)
             )
-        compact = state.names if isinstance(state, CompactState) else frozenset()
         # The model went to another memory format: the state follows it.
         values.update((name, follow(p, state[name])) for name in per_weight(p, state) if name not in compact)
         if all(state.get(name) is value for name, value in values.items()):
-            return None
+            return old
         merged = {**state, **values}
-        if layout is None or not (compact or missing):
-            return merged
-        return CompactState(merged, layout, {*compact, *missing}, weight.shape)
+        return merged if layout is None else CompactState(merged, layout, {*compact, *missing}, weight.shape)
+
+
+def _value_and_gradient(p: torch.Tensor, given: Given | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return what holds the value of a parameter in this process, and its gradient."""
+    if given is not None:
+        return given.get(p, (p, None))
+    if is_sharded(p):
+        return local(p), None if p.grad is None else local_grad(p)
+    return p, p.grad
+
+
+_handles = count()
+_optimizers: WeakValueDictionary[int, MaskedOptimizer] = WeakValueDictionary()
+
+
+@torch.no_grad()
+def _optimizer_step(
+    handle: int, positions: Sequence[int], weights: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor]
+) -> None:
+    """Take the step of a compiled graph; ``positions`` says which of the optimizer's parameters the weights are.
+
+    They need not be the parameters themselves: a graph may hold the value of one in a buffer and write it back later.
+    """
+    optimizer = _optimizers.get(handle)
+    if optimizer is None:
+        raise TargetError(
+            f"optimizer_step_: expected the handle of a living optimizer, got {handle}; call optimizer.step(), or "
+            "compile again what was compiled with an optimizer that is gone"
+        )
+    owned = [p for group in optimizer.param_groups for p in group["params"]]
+    given = dict(zip([owned[i] for i in positions], zip(weights, gradients, strict=True), strict=True))
+    for i, (p, (weight, gradient)) in zip(positions, given.items(), strict=True):
+        expected, found = ((t.shape, t.stride(), t.dtype, t.device, g.shape) for t, g in ((p, p), (weight, gradient)))
+        if expected != found:
+            raise ShapeError(
+                f"optimizer_step_: expected shape, strides, dtype, device and gradient's shape of parameter {i}, "
+                f"{expected}, got {found}; compile again after converting a model"
+            )
+    optimizer.update_(given)
+
+
+define(
+    "optimizer_step_(int handle, int[] positions, Tensor(a!)[] weights, Tensor[] gradients) -> ()",
+    _optimizer_step,
+)

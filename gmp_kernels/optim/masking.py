@@ -1,4 +1,4 @@
-"""An optimizer's masks, and what brings weights and state up to date with them.
+"""An optimizer's masks and state: how both follow the masks, and how they are saved and loaded.
 
 The masks are the truth. What they say is recorded first, which needs no memory; weights and state follow, and whatever
 an error or an interrupt has kept from following does so before the next step.
@@ -6,87 +6,68 @@ an error or an interrupt has kept from following does so before the next step.
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import copy
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
-from itertools import count
-from typing import Any, ClassVar, NamedTuple, Self
-from weakref import WeakValueDictionary
+from itertools import chain
+from typing import Any, ClassVar
 
 import torch
 from torch.utils.hooks import RemovableHandle
 
-from gmp_kernels.backends import StateMove, capture, choose
+from gmp_kernels.backends import capture
 from gmp_kernels.backends.at_once import at_once
-from gmp_kernels.distributed.placement import local
-from gmp_kernels.errors import DTypeError, LayoutError, ShapeError, TargetError
+from gmp_kernels.distributed.placement import local, sharded_like
+from gmp_kernels.errors import DTypeError, TargetError
 from gmp_kernels.masks import BitMask
 from gmp_kernels.ops import apply_masks_
 from gmp_kernels.optim.batch import Batch
-from gmp_kernels.optim.compact import CompactState, check_layout, layout_of, layouts_by
-from gmp_kernels.optim.entries import MASTER, check_state, dense_state, per_weight
-from gmp_kernels.optim.graphs import Graphs
-from gmp_kernels.optim.ready import Ready
+from gmp_kernels.optim.checked import CheckedParameter, check_mask
+from gmp_kernels.optim.compact import MASTER, check_layout, compact_names, compacted, expanded, layout_of, per_weight
+from gmp_kernels.optim.entries import check_state, loaded_state
+from gmp_kernels.optim.graphs import check_mask_of_graph, refuse
 
 __all__ = ["Masking"]
 
 
-class Settlement(NamedTuple):
-    """Work left to do before weights and state are what the masks say.
-
-    Attributes
-    ----------
-    states : dict of parameter to dict
-        State laid out anew, to take the place of what is there.
-    zeroed : list of (torch.Tensor, BitMask)
-        What is zeroed where it is.
-    filled : list of (torch.Tensor, torch.Tensor)
-        The same of tensors that are not in the order of their mask, which is bool here, True = pruned.
-    parameters : set of torch.Tensor
-        All that this is about.
-    """
-
-    states: dict[torch.Tensor, dict[str, Any]]
-    zeroed: list[tuple[torch.Tensor, BitMask]]
-    filled: list[tuple[torch.Tensor, torch.Tensor]]
-    parameters: set[torch.Tensor]
-
-
 class Masking(torch.optim.Optimizer):
-    """The half of ``MaskedOptimizer`` that knows masks."""
+    """The half of ``MaskedOptimizer`` that holds masks and state between steps."""
 
-    # What a compiled graph knows an optimizer by: it can hold numbers and tensors, no objects.
-    handle: int
-    handles: ClassVar[Iterator[int]] = count()
-    by_handle: ClassVar[WeakValueDictionary[int, Any]] = WeakValueDictionary()
-
+    # The entries that torch's state of this rule may have per weight.
+    state_names: ClassVar[tuple[str, ...]] = ()
     # Entries of which torch's state of a parameter that has stepped has all.
     essential: ClassVar[Sequence[str]] = ()
 
-    def __new__(cls, *args: object, **kwargs: object) -> Self:
-        # Here and not in __init__, so that copies and unpickled optimizers get handles of their own.
-        self = super().__new__(cls)
-        self.handle = next(cls.handles)
-        cls.by_handle[self.handle] = self
-        return self
-
-    def _init_masking(self, *, compact_state: bool, master_weights: bool, backend: str | None) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        compact_state: bool = False,
+        master_weights: bool = False,
+        backend: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
         self._compact_state = compact_state
         self._master_weights = master_weights
         self._backend = backend
         self._masks: dict[torch.Tensor, BitMask] = {}
-        # Whose mask was not applied yet, and whether that is needed of what decides about a weight, too.
+        # Parameters whose mask was not applied yet; True: the weight, or its master copy, has to be zeroed too.
         self._pending: dict[torch.Tensor, bool] = {}
-        self._ready: dict[int, Ready] = {}  # by the id of the parameter, which it holds
+        self._checked: dict[int, CheckedParameter] = {}  # by the id of the parameter, which it holds
         self._batch: Batch | None = None  # of the latest step
-        self._graphs = Graphs()
+        # What captured graphs read beside parameters, gradients and state. They do not tell when they go.
+        self._graph_memory: list[torch.Tensor] = []
+        self._graph_masks: dict[torch.Tensor, int] = {}  # addresses of packed bits; 0: none
         self._watchers: OrderedDict[int, tuple[Callable[[], None], Callable[..., None]]] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
-        # What copies and pickles carry: torch names three attributes and would drop these.
-        ours = ("_compact_state", "_master_weights", "_backend", "_masks", "_pending", "_graphs")
-        anew: dict[str, Any] = {"_ready": {}, "_batch": None, "_watchers": OrderedDict()}
-        return super().__getstate__() | {name: getattr(self, name) for name in ours} | anew
+        # torch's own would drop all but three attributes from copies and pickles.
+        ours = ("_compact_state", "_master_weights", "_backend", "_masks", "_pending")
+        # No graph holds a copy, and nobody watches it.
+        anew: dict[str, Any] = {"_checked": {}, "_batch": None, "_graph_memory": [], "_graph_masks": {}}
+        kept = {name: getattr(self, name) for name in ours}
+        return super().__getstate__() | kept | anew | {"_watchers": OrderedDict()}
 
     @property
     def _name(self) -> str:
@@ -97,8 +78,10 @@ class Masking(torch.optim.Optimizer):
         """Whether state is kept for the kept weights only."""
         return self._compact_state
 
+    # -- masks -------------------------------------------------------------------------------------------------------
+
     def set_masks(self, masks: Mapping[torch.Tensor, BitMask]) -> None:
-        """Take over masks, zero what they prune in weights and state, and repack compact state.
+        """Take over masks, zero what they prune in weights and state, and lay out compact state by them.
 
         Every step reads the mask it was given: bits that ``prune_`` changes in place count from the next step on. State
         of what they prune is zeroed when the masks are set again. Compact state is laid out by the bits it was given,
@@ -159,10 +142,9 @@ class Masking(torch.optim.Optimizer):
         """
         if not are_checked:
             self.check_masks(masks)
-        others = [p for p in self._pending if p not in masks]
         pending = {p: self._pending.get(p, False) or not ranked_is_pruned for p in masks}
         self.__dict__.update(_masks={**self._masks, **masks}, _pending={**self._pending, **pending})
-        self._settle(others)
+        self._settle(checked=masks)
 
     @torch.no_grad()
     def forget_masks(self, parameters: Iterable[torch.Tensor]) -> None:
@@ -177,16 +159,110 @@ class Masking(torch.optim.Optimizer):
         """
         gone = set(parameters)
         for p in gone & self._masks.keys():
-            self._graphs.check_no_mask(self._name, p)
-        compact = [p for p in gone if layout_of(self.state.get(p)) is not None]
-        for p in compact:
-            check_layout(self._name, p, self.state[p])
-        states = {p: dense_state(p, self.state[p], self._backend) for p in compact}
+            check_mask_of_graph(self._name, p, self._graph_masks.get(p), None)
+        states = {
+            p: expanded(self._name, p, self.state[p], self._backend)
+            for p in gone
+            if layout_of(self.state.get(p)) is not None
+        }
         masks = {p: mask for p, mask in self._masks.items() if p not in gone}
         pending = {p: decides for p, decides in self._pending.items() if p not in gone}
-        self._ready = {key: ready for key, ready in self._ready.items() if ready.parameter not in gone}
+        self._checked = {key: checked for key, checked in self._checked.items() if checked.parameter not in gone}
         self._batch = None
         self._replace(states, masks, pending)
+
+    def check_masks(self, masks: Mapping[torch.Tensor, BitMask]) -> None:
+        """Raise what ``set_masks`` would, and StateError where bits by which state is laid out have been written."""
+        owned = {p for group in self.param_groups for p in group["params"]}
+        op = f"{self._name}.set_masks"
+        for p, mask in masks.items():
+            if p not in owned:
+                raise TargetError(
+                    f"{op}: expected masks of this optimizer's parameters, got one for a tensor of "
+                    f"shape {tuple(p.shape)} that is not among them; add it with add_param_group"
+                )
+            if not isinstance(mask, BitMask):
+                raise DTypeError(f"{op}: expected a BitMask, got {type(mask).__name__}; use BitMask.from_bool(...)")
+            check_mask(op, local(p), mask)
+            check_mask_of_graph(self._name, p, self._graph_masks.get(p), mask)
+            self._check_state(p)
+
+    def _check_state(self, p: torch.Tensor) -> None:
+        """Refuse state that does not belong to the parameter as it is now."""
+        state, checked = self.state.get(p), self._checked.get(id(p))
+        is_known = checked is not None and layout_of(state) is None and checked.holds_state(local(p), state)
+        if state and not is_known:
+            check_layout(self._name, p, state)
+            check_state(self._name, p, state, self.state_names, self.essential)
+
+    def _settle(self, checked: Collection[torch.Tensor] = ()) -> None:
+        """Bring weights and state up to date with the masks.
+
+        An error leaves both as they were; what is left to do is done the next time, and to do it twice is to do it
+        once. ``checked`` are the parameters whose state was checked just now.
+        """
+        stale = {p: self.state[p] for p in self.state if self._is_stale(p)} if self._compact_state else {}
+        behind = {*self._pending, *stale}
+        if not behind:
+            return
+        for p in behind.difference(checked):
+            self._check_state(p)
+        if any(capture.is_capturing(p.device) for p in behind):
+            refuse(self._name, "masks to be applied first; set masks before capturing")
+        # All that needs memory comes before the first write.
+        states = compacted(stale, self._masks, self._backend)
+        zeroed: dict[torch.device, tuple[list[torch.Tensor], list[BitMask]]] = {}
+        filled: list[Callable[[], object]] = []
+        for p in behind:
+            mask = self._masks[p]
+            for tensor in self._behind(p, states.get(p, self.state.get(p, {}))):
+                if tensor.is_contiguous() and not tensor.is_neg():
+                    tensors, masks = zeroed.setdefault(tensor.device, ([], []))
+                    tensors.append(tensor)
+                    masks.append(mask)
+                else:
+                    filled.append(partial(tensor.masked_fill_, ~mask.to_bool(), 0.0))
+            known = self._checked.get(id(p))
+            if known is not None and (p in states or known.mask is not mask or known.bits is not mask.packed):
+                del self._checked[id(p)]
+                self._batch = None
+        for tensors, masks in zeroed.values():
+            apply_masks_(tensors, masks, backend=self._backend)
+        for fill in filled:
+            fill()
+        self._replace(states, self._masks, {})
+
+    def _behind(self, p: torch.Tensor, state: Mapping[str, Any]) -> list[torch.Tensor]:
+        """Return the tensors of a parameter that its mask was not applied to: dense ones, and not empty."""
+        with_decisive = self._pending.get(p, True)
+        names = [name for name in per_weight(p, state) if name not in compact_names(state)]
+        found = [p.detach()] if with_decisive or MASTER in state else []
+        found += [state[name] for name in names if with_decisive or name != MASTER]
+        return [tensor for tensor in map(local, found) if tensor.numel()]
+
+    def _is_stale(self, p: torch.Tensor) -> bool:
+        """Whether compact state is laid out by other bits than those of its mask, or not yet."""
+        state, mask = self.state[p], self._masks.get(p)
+        layout = layout_of(state)
+        if mask is None or layout is None:
+            return mask is not None and any(name != MASTER for name in per_weight(p, state))
+        return layout.mask is not mask.packed
+
+    def _replace(
+        self,
+        states: Mapping[torch.Tensor, dict[str, Any]],
+        masks: dict[torch.Tensor, BitMask],
+        pending: dict[torch.Tensor, bool],
+    ) -> None:
+        """Have other state, masks and masks to apply from one moment to the next."""
+        at_once(
+            [
+                partial(dict.update, self.state, states),
+                partial(self.__dict__.update, _masks=masks, _pending=pending),
+            ]
+        )
+
+    # -- for the owner of the masks ----------------------------------------------------------------------------------
 
     def watch_steps(self, before: Callable[[], None], after: Callable[..., None]) -> RemovableHandle:
         """Call these around every step that is taken, compiled or not, until the handle's ``remove`` is called.
@@ -202,29 +278,6 @@ class Masking(torch.optim.Optimizer):
         handle = RemovableHandle(self._watchers)
         self._watchers[handle.id] = before, after
         return handle
-
-    def has_mask(self, parameter: torch.Tensor) -> bool:
-        """Whether a mask was set for ``parameter``."""
-        return parameter in self._masks
-
-    def check_masks(self, masks: Mapping[torch.Tensor, BitMask]) -> None:
-        """Raise what ``set_masks`` would, and StateError where bits by which state is laid out have been written."""
-        owned = {p for group in self.param_groups for p in group["params"]}
-        op = f"{self._name}.set_masks"
-        for p, mask in masks.items():
-            if p not in owned:
-                raise TargetError(
-                    f"{op}: expected masks of this optimizer's parameters, got one for a tensor of "
-                    f"shape {tuple(p.shape)} that is not among them; add it with add_param_group"
-                )
-            if not isinstance(mask, BitMask):
-                raise DTypeError(f"{op}: expected a BitMask, got {type(mask).__name__}; use BitMask.from_bool(...)")
-            if mask.shape != (held := local(p).shape) or not mask.is_packed:
-                raise ShapeError(f"{op}: expected shape {tuple(held)}, got {tuple(mask.shape)}; make a new BitMask")
-            if mask.packed.device != p.device:
-                raise LayoutError(f"{op}: expected a mask on {p.device}, got {mask.packed.device}; use mask.to(device)")
-            self._graphs.check_mask(self._name, p, mask)
-            self._check_state(p)
 
     def master_weight(self, parameter: torch.Tensor) -> torch.Tensor | None:
         """Return the float32 copy that the arithmetic of ``parameter`` runs on; None if there is none (yet)."""
@@ -244,115 +297,85 @@ class Masking(torch.optim.Optimizer):
                 weight = local(p).detach()
                 master.copy_(torch.where(master.to(weight.dtype) == weight, master, weight))
 
-    def _check_state(self, p: torch.Tensor) -> None:
-        """Refuse state that does not belong to the parameter as it is now."""
-        state, ready = self.state.get(p), self._ready.get(id(p))
-        if state and ready is not None and layout_of(state) is None and ready.holds_state(local(p), state):
-            return
-        if state:
-            check_layout(self._name, p, state)
-            check_state(self._name, p, state, self.essential)
+    # -- checkpoints -------------------------------------------------------------------------------------------------
 
-    # -- what follows the masks --------------------------------------------------------------------------------------
+    @torch.no_grad()
+    def state_dict(self) -> dict[str, Any]:
+        """Return torch's own format, dense whatever the layout here: ``torch.optim`` can load it.
 
-    def _settle(self, unchecked: Iterable[torch.Tensor] | None = None) -> None:
-        """Bring weights and state up to date with the masks; when it raises nothing has changed.
+        State of pruned weights is zero in it, also where masks have not been applied yet. Master weights are under
+        ``master_weight``. Memory: compact state is expanded.
 
-        ``unchecked`` are the parameters whose state was not looked at just now; by default all.
+        Raises
+        ------
+        StateError
+            Bits by which state is laid out have been written.
         """
-        stale = {p: self._masks[p] for p in self.state if self._is_stale(p)} if self._compact_state else {}
-        if self._pending or stale:
-            for p in {*self._pending, *stale} if unchecked is None else unchecked:
-                self._check_state(p)
-            self._commit(self._settlement(stale))
+        # Before the hooks of others, which then see what torch would show them.
+        expand = self.register_state_dict_post_hook(lambda _, saved: self._expand(saved["state"]), prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            expand.remove()
 
-    def _settlement(self, stale: Mapping[torch.Tensor, BitMask]) -> Settlement:
-        """Return what is left to do, all that needs memory done. Live weights and state stay as they are.
+    def _expand(self, saved: dict[Any, Any]) -> None:
+        """Put the dense state of parameters in place of what torch has found."""
+        for index, p in enumerate(p for group in self.param_groups for p in group["params"]):
+            if index not in saved:
+                continue
+            # torch hands out the dictionaries it goes on with: one that is being loaded must not turn compact.
+            dense = saved[index] = expanded(self._name, p, self.state[p], self._backend)
+            layout, mask = layout_of(self.state[p]), self._masks.get(p)
+            if mask is not None and (p in self._pending or (layout is not None and layout.mask is not mask.packed)):
+                pruned = ~mask.to_bool()
+                for name in per_weight(p, dense):
+                    dense[name] = sharded_like(local(dense[name]).masked_fill(pruned, 0.0), p)
 
-        ``stale`` are the masks of parameters whose state has to be laid out anew.
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what ``state_dict`` of this class or of the ``torch.optim`` class returned.
+
+        State of 16-bit parameters is kept in float32, and so are all step counts. What is loaded is a copy. State of
+        pruned weights is dropped at the next step, or when masks are set, by the masks there are then.
+
+        Raises
+        ------
+        ValueError
+            Other parameter groups, as in torch.
+        StateError
+            State of another shape or type, or incomplete. Nothing has changed when one is raised.
         """
-        masks, pending = self._masks, self._pending
-        parameters = {*pending, *stale}
-        for p in parameters:
-            if capture.is_capturing(p.device):
-                self._graphs.refuse(self._name, "masks to be applied first; set masks before capturing")
-        states: dict[torch.Tensor, dict[str, Any]] = {**self._repack(stale)}
-        zeroed, filled = list[tuple[torch.Tensor, BitMask]](), list[tuple[torch.Tensor, torch.Tensor]]()
-        for p in parameters:
-            state: dict[str, Any] = states.get(p, self.state.get(p, {}))
-            compact = state.names if isinstance(state, CompactState) else frozenset()
-            names = [name for name in per_weight(p, state) if name not in compact]
-            with_decisive = pending.get(p, True)
-            found = [p.detach()] if with_decisive or MASTER in state else []
-            found += [state[name] for name in names if with_decisive or name != MASTER]
-            for tensor in map(local, found):
-                if tensor.numel() and tensor.is_contiguous() and not tensor.is_neg():
-                    zeroed.append((tensor, masks[p]))
-                elif tensor.numel():
-                    filled.append((tensor, ~masks[p].to_bool()))
-        return Settlement(states, zeroed, filled, parameters)
+        state_dict = state_dict.copy()
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            replaced = pre_hook(self, state_dict)
+            state_dict = state_dict if replaced is None else replaced
+        groups = self._loaded_groups(state_dict)
+        # The numbers in the state_dict are its own; parameters correspond by position, as in torch.
+        saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        owned = [(p, group) for group in groups for p in group["params"]]
+        owners = dict(zip(saved, owned, strict=True))
+        state: defaultdict[Any, Any] = defaultdict(dict)
+        op = f"{self._name}.load_state_dict"
+        for index, values in state_dict["state"].items():
+            if index not in owners:
+                # Kept as it is, as in torch.
+                state[index] = copy.deepcopy(values)
+            elif values:
+                p, group = owners[index]
+                state[p] = loaded_state(
+                    op, index, p, values, self.essential, is_capturable=bool(group.get("capturable"))
+                )
+        pending = dict.fromkeys(self._masks, True)
+        self.__dict__.update(state=state, param_groups=groups, _pending=pending, _checked={}, _batch=None)
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
 
-    def _is_stale(self, p: torch.Tensor) -> bool:
-        """Whether compact state is laid out by other bits than those of its mask, or not yet."""
-        state, mask = self.state[p], self._masks.get(p)
-        layout = layout_of(state)
-        if mask is None or (layout is not None and layout.mask is mask.packed):
-            return False
-        return layout is not None or any(name != MASTER for name in per_weight(p, state))
-
-    def _repack(self, masks: Mapping[torch.Tensor, BitMask]) -> dict[torch.Tensor, CompactState]:
-        """Return the state of these parameters laid out for the weights that these masks keep; what is there stays."""
-        layouts = layouts_by({p: mask.packed for p, mask in masks.items()}, self._backend)
-        moves: dict[torch.device, list[StateMove]] = {}
-        found = {}
-        for p, layout in layouts.items():
-            state, old = self.state[p], layout_of(self.state[p])
-            compact = state.names if isinstance(state, CompactState) else frozenset()
-            packed: dict[str, torch.Tensor] = {}
-            for name in per_weight(p, state):
-                if name == MASTER:
-                    continue
-                source = state[name] if name in compact else local(state[name]).contiguous()
-                packed[name] = torch.empty(layout.num_kept, dtype=source.dtype, device=source.device)
-                source_layout = old if name in compact else None
-                move = StateMove(source, source_layout, packed[name], layout, local(p).numel())
-                moves.setdefault(source.device, []).append(move)
-            found[p] = CompactState({**state, **packed}, layout, packed, local(p).shape)
-        for device, own in moves.items():
-            choose(self._backend, device).move_state(own)
-        return found
-
-    def _commit(self, settlement: Settlement) -> None:
-        """Do what is left to do; to do it twice is to do it once."""
-        for p in settlement.parameters:
-            # Have the next step look anew at what changes.
-            ready, mask = self._ready.get(id(p)), self._masks[p]
-            if ready is not None and (
-                p in settlement.states or ready.mask is not mask or ready.bits is not mask.packed
-            ):
-                del self._ready[id(p)]
-                self._batch = None
-        devices: dict[torch.device, tuple[list[torch.Tensor], list[BitMask]]] = {}
-        for tensor, mask in settlement.zeroed:
-            tensors, bits = devices.setdefault(tensor.device, ([], []))
-            tensors.append(tensor)
-            bits.append(mask)
-        for tensors, bits in devices.values():
-            apply_masks_(tensors, bits, backend=self._backend)
-        for tensor, pruned in settlement.filled:
-            tensor.masked_fill_(pruned, 0.0)
-        self._replace(settlement.states, self._masks, {})
-
-    def _replace(
-        self,
-        states: dict[torch.Tensor, dict[str, Any]],
-        masks: dict[torch.Tensor, BitMask],
-        pending: dict[torch.Tensor, bool],
-    ) -> None:
-        """Have other state, masks and masks to apply from one moment to the next."""
-        at_once(
-            [
-                partial(dict.update, self.state, states),
-                partial(self.__dict__.update, _masks=masks, _pending=pending),
-            ]
-        )
+    def _loaded_groups(self, state_dict: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Return the parameter groups as torch would load them."""
+        # torch does it on an optimizer that is thrown away: its checks and defaults of groups, without its writes.
+        scratch = object.__new__(type(self))
+        scratch.__dict__.update(self.__dict__)
+        for kind in ("pre", "post"):
+            scratch.__dict__[f"_optimizer_load_state_dict_{kind}_hooks"] = OrderedDict()
+        super(Masking, scratch).load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
+        return scratch.param_groups

@@ -1,4 +1,4 @@
-"""Adam and AdamW with the mask inside the update."""
+"""SGD, Adam and AdamW: per optimizer its arguments, the state it keeps and the constants of its rule."""
 
 from __future__ import annotations
 
@@ -10,7 +10,45 @@ import torch
 from gmp_kernels.optim.constants import scalar
 from gmp_kernels.optim.masked import MaskedOptimizer
 
-__all__ = ["Adam", "AdamW"]
+__all__ = ["SGD", "Adam", "AdamW"]
+
+
+class SGD(MaskedOptimizer, torch.optim.SGD):
+    """``torch.optim.SGD`` in one pass over weights, gradients and momentum, in which pruned weights cost nothing.
+
+    Parameters
+    ----------
+    *args, **kwargs
+        Those of ``torch.optim.SGD``. ``foreach`` and ``fused`` are accepted and change nothing; ``differentiable`` is
+        refused.
+    compact_state : bool
+        Keep the momentum of the kept weights only: 4 bytes per weight become 4 x density.
+    master_weights : bool
+        As in ``Adam``.
+    backend : str, optional
+        As in ``gmp_kernels.prune_``.
+    """
+
+    rule: ClassVar[str] = "sgd"
+    state_names: ClassVar[tuple[str, ...]] = ("momentum_buffer",)
+
+    def _state_keys(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return self.state_names if group["momentum"] else ()
+
+    def _densified(self, gradient: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:
+        if group["weight_decay"]:
+            raise RuntimeError(f"{self._name} does not support sparse gradients with weight_decay; set it to 0")
+        return gradient.to_dense()
+
+    def _constants(self, group: dict[str, Any], step: Any) -> dict[str, Any]:
+        return {
+            "lr": scalar(group["lr"]),
+            "weight_decay": float(group["weight_decay"]),
+            "momentum": float(group["momentum"]),
+            "one_minus_dampening": 1 - float(group["dampening"]),
+            "nesterov": float(group["nesterov"]),
+            "first_step": float(step == 1),
+        }
 
 
 class Adam(MaskedOptimizer, torch.optim.Adam):
@@ -39,21 +77,11 @@ class Adam(MaskedOptimizer, torch.optim.Adam):
     """
 
     rule: ClassVar[str] = "adam"
+    state_names: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
     essential: ClassVar[Sequence[str]] = ("step", "exp_avg", "exp_avg_sq")
 
-    def __init__(
-        self,
-        *args: Any,
-        compact_state: bool = False,
-        master_weights: bool = False,
-        backend: str | None = None,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(*args, **kwargs)
-        self._init_masking(compact_state=compact_state, master_weights=master_weights, backend=backend)
-
     def _state_keys(self, group: dict[str, Any]) -> tuple[str, ...]:
-        return ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if group["amsgrad"] else ("exp_avg", "exp_avg_sq")
+        return self.state_names if group["amsgrad"] else self.state_names[:2]
 
     def _constants(self, group: dict[str, Any], step: Any) -> dict[str, Any]:
         lr, weight_decay = scalar(group["lr"]), float(group["weight_decay"])
