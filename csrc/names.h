@@ -28,7 +28,7 @@ inline Rule rule_of(const std::string& name) {
 }
 
 // Arrays of state per weight that a rule keeps: the fewest, and the most.
-inline std::pair<size_t, size_t> num_states_of(Rule rule) {
+inline std::pair<int, int> num_states_of(Rule rule) {
   switch (rule) {
 #define GMP_RULE(name, fewest, most) \
   case Rule::name:                   \
