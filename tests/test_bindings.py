@@ -103,7 +103,12 @@ WRONG: list[tuple[str, Change, Callable[[Case], None], str]] = [
         Case.update,
         "expected (chunk offsets of )?13332 ",
     ),
-    ("state to move", lambda c: c.state.__setitem__(0, c.state[0][:-1]), Case.move, "expected (chunk offsets of )?1333"),
+    (
+        "state to move",
+        lambda c: c.state.__setitem__(0, c.state[0][:-1]),
+        Case.move,
+        "expected (chunk offsets of )?1333",
+    ),
     ("target", lambda c: setattr(c, "target", c.target[:-1]), Case.move, "20000 elements of state, got 19999"),
     (
         "ranks to move by",
