@@ -252,7 +252,7 @@ void update(const std::string& rule_name, const UpdateBatch& batch, const std::v
             const std::vector<ConstantsDict>& constants, int num_threads) {
   check_threads(num_threads);
   const gmp::Rule rule = gmp::rule_of(rule_name);
-  const auto [fewest, most] = gmp::num_states_of(rule);
+  const auto [fewest, most] = gmp::kNumStates[static_cast<int>(rule)];
   std::vector<gmp::UpdateConstants<double>> typed_constants;
   for (const ConstantsDict& given : constants) typed_constants.push_back(gmp::constants_of(given));
   UpdateBatch tensors = batch;

@@ -50,24 +50,23 @@ enum class Rule : int {
   GMP_RULES(GMP_RULE)
 #undef GMP_RULE
 };
-#define GMP_RULE(name, fewest, most) +1
-inline constexpr int kNumRules = GMP_RULES(GMP_RULE);
-#undef GMP_RULE
 
-// Arrays of state per weight: those that a rule needs at least, and at most.
-template <Rule kRule>
-inline constexpr int kFewestStates = 0;
-template <Rule kRule>
-inline constexpr int kMostStates = 0;
-inline constexpr int kMaxStates = 3;  // of any rule
-#define GMP_RULE(name, fewest, most)                       \
-  template <>                                              \
-  inline constexpr int kFewestStates<Rule::name> = fewest; \
-  template <>                                              \
-  inline constexpr int kMostStates<Rule::name> = most;     \
-  static_assert(fewest <= most && most <= kMaxStates);
-GMP_RULES(GMP_RULE)
+// Arrays of state per weight that each rule keeps: the fewest, and the most.
+struct NumStates {
+  int fewest, most;
+};
+inline constexpr NumStates kNumStates[] = {
+#define GMP_RULE(name, fewest, most) {fewest, most},
+    GMP_RULES(GMP_RULE)
 #undef GMP_RULE
+};
+inline constexpr int kNumRules = sizeof(kNumStates) / sizeof(NumStates);
+inline constexpr int kMaxStates = 3;  // of any rule
+
+template <Rule kRule>
+inline constexpr int kFewestStates = kNumStates[static_cast<int>(kRule)].fewest;
+template <Rule kRule>
+inline constexpr int kMostStates = kNumStates[static_cast<int>(kRule)].most;
 
 // Constants of one tensor at one step, in the type the arithmetic runs in.
 template <typename T>
@@ -145,6 +144,7 @@ GMP_INLINE void average(V& w, V g, V (&)[kMaxStates], int, const UpdateConstants
 // `num_states` arrays are there.
 template <Rule kRule, typename Arithmetic, typename T, typename V>
 GMP_INLINE void update_one(V& w, V g, V (&state)[kMaxStates], int num_states, const UpdateConstants<T>& c) {
+  static_assert(kMostStates<kRule> <= kMaxStates);
 #define GMP_RULE(name, fewest, most) \
   if constexpr (kRule == Rule::name) rules::name<Arithmetic>(w, g, state, num_states, c);
   GMP_RULES(GMP_RULE)
