@@ -14,8 +14,11 @@ __global__ void __launch_bounds__(kThreads, kUpdaters<Format>)
     update_tiles<kRule, Format>(*rows, c, begin, kChunk / kTile);
 }
 
-template __global__ void whole_tiles<Rule::sgd, Wide<float>>(const UpdateRow*, const UpdateConstants<float>*);
-template __global__ void whole_tiles<Rule::adam, Wide<float>>(const UpdateRow*, const UpdateConstants<float>*);
-template __global__ void whole_tiles<Rule::adam, BFloat16>(const UpdateRow*, const UpdateConstants<float>*);
+template __global__ void whole_tiles<Rule::sgd, FormatOf<DType::float32>>(const UpdateRow*,
+                                                                          const UpdateConstants<float>*);
+template __global__ void whole_tiles<Rule::adam, FormatOf<DType::float32>>(const UpdateRow*,
+                                                                           const UpdateConstants<float>*);
+template __global__ void whole_tiles<Rule::adam, FormatOf<DType::bfloat16>>(const UpdateRow*,
+                                                                            const UpdateConstants<float>*);
 
 }  // namespace gmp::cuda::kernels

@@ -19,6 +19,10 @@
 
 namespace py = pybind11;
 
+using gmp::cpu::UpdateTensor;
+using UpdateBatch = std::vector<UpdateTensor>;  // tensors that step together, less their gradients
+PYBIND11_MAKE_OPAQUE(UpdateBatch)               // stays here from step to step, as a class
+
 namespace {
 
 using gmp::dtype_of;
@@ -196,64 +200,48 @@ void apply_masks(const std::vector<const Rows*>& parts, int num_threads) {
 }
 
 // How compact state is addressed, checked: kept weights before each chunk, and their number.
-const int64_t* ranks_of(const Array& ranks, int64_t n, int64_t num_kept) {
+const int64_t* offsets_of(const Array& chunk_offsets, int64_t n, int64_t num_kept) {
   const int64_t num_chunks = (n + gmp::cpu::kChunk - 1) / gmp::cpu::kChunk;
-  const int64_t* const rank = optional<const int64_t>(ranks, num_chunks + 1, "ranks");
-  if (rank == nullptr) return nullptr;
-  bool holds = rank[0] == 0 && rank[num_chunks] == num_kept;
-  for (int64_t c = 0; c < num_chunks; ++c) holds = holds && rank[c] <= rank[c + 1];
-  if (!holds) throw std::invalid_argument("expected ranks of " + std::to_string(num_kept) + " values of compact state");
-  return rank;
+  const int64_t* const offsets = optional<const int64_t>(chunk_offsets, num_chunks + 1, "chunk offsets");
+  if (offsets == nullptr) return nullptr;
+  bool holds = offsets[0] == 0 && offsets[num_chunks] == num_kept;
+  for (int64_t c = 0; c < num_chunks; ++c) holds = holds && offsets[c] <= offsets[c + 1];
+  if (!holds) {
+    throw std::invalid_argument("expected chunk offsets of " + std::to_string(num_kept) + " values of compact state");
+  }
+  return offsets;
 }
 
-// One tensor of an update less its gradient, checked and converted once.
-struct UpdateRow {
-  gmp::cpu::UpdateTensor tensor;
-  size_t num_states;
-
-  UpdateRow(const std::string& dtype, const Array& weights, const Array& master, const std::vector<Array>& state,
-            const Array& mask, const Array& ranks, int64_t num_kept)
-      : num_states(state.size()) {
-    const int64_t n = weights.second;
-    if (weights.first == 0 || n <= 0) throw std::invalid_argument("a tensor needs an address and at least one weight");
-    gmp::cpu::UpdateRun run{};
-    if (num_states > std::size(run.state)) throw std::invalid_argument("a tensor has three arrays of state at most");
-    const int64_t* const rank = ranks_of(ranks, n, num_kept);
-    const int64_t num_values = rank == nullptr ? n : num_kept;
-    for (size_t i = 0; i < num_states; ++i) run.state[i] = optional(state[i], num_values, "state");
-    run.weights = pointer(weights.first);
-    run.master = optional(master, n, "master weights");
-    run.mask = optional<const uint8_t>(mask, bytes_of_bits(n), "a mask");
-    run.compact = rank != nullptr;
-    run.n = n;
-    if (run.compact && run.mask == nullptr) throw std::invalid_argument("compact state needs a mask");
-    for (size_t i = 0; i < num_states; ++i) {
-      // What keeps nothing has no address.
-      if (run.state[i] == nullptr && num_values != 0) throw std::invalid_argument("state needs an address");
-    }
-    tensor = {dtype_of(dtype), run, rank, 0};
+// Checked and converted once for as many steps as it stays where it is; without its gradient.
+UpdateTensor update_tensor(const std::string& dtype, const Array& weights, const Array& master,
+                           const std::vector<Array>& state, const Array& mask, const Array& chunk_offsets,
+                           int64_t num_kept) {
+  const int64_t n = weights.second;
+  if (weights.first == 0 || n <= 0) throw std::invalid_argument("a tensor needs an address and at least one weight");
+  UpdateTensor t{};
+  if (state.size() > std::size(t.state)) {
+    throw std::invalid_argument("a tensor has " + std::to_string(std::size(t.state)) + " arrays of state at most");
   }
-};
-
-// Tensors that step together, less their gradients.
-struct UpdateBatch {
-  std::vector<gmp::cpu::UpdateTensor> tensors;
-  size_t fewest_states = 3, most_states = 0;
-
-  explicit UpdateBatch(const std::vector<const UpdateRow*>& rows) {
-    for (const UpdateRow* row : rows) {
-      tensors.push_back(row->tensor);
-      fewest_states = std::min(fewest_states, row->num_states);
-      most_states = std::max(most_states, row->num_states);
-    }
+  t.dtype = dtype_of(dtype);
+  t.weights = pointer(weights.first);
+  t.master = optional(master, n, "master weights");
+  t.mask = optional<const uint8_t>(mask, bytes_of_bits(n), "a mask");
+  t.chunk_offsets = offsets_of(chunk_offsets, n, num_kept);
+  t.n = n;
+  if (t.chunk_offsets != nullptr && t.mask == nullptr) throw std::invalid_argument("compact state needs a mask");
+  const int64_t num_values = t.chunk_offsets == nullptr ? n : num_kept;
+  for (const Array& values : state) {
+    // What keeps nothing has no address.
+    t.state[t.num_states] = optional(values, num_values, "state");
+    if (t.state[t.num_states++] == nullptr && num_values != 0) throw std::invalid_argument("state needs an address");
   }
-};
+  return t;
+}
 
-void check_states(gmp::Rule rule, const UpdateBatch& batch) {
-  const auto [fewest, most] = gmp::num_states_of(rule);
-  if (batch.tensors.empty() || (batch.fewest_states >= fewest && batch.most_states <= most)) return;
-  throw std::invalid_argument("a rule of " + std::to_string(fewest) + " to " + std::to_string(most) +
-                              " arrays of state got others");
+UpdateBatch update_batch(const std::vector<const UpdateTensor*>& tensors) {
+  UpdateBatch batch;
+  for (const UpdateTensor* t : tensors) batch.push_back(*t);
+  return batch;
 }
 
 using ConstantsDict = std::map<std::string, double>;
@@ -264,20 +252,25 @@ void update(const std::string& rule_name, const UpdateBatch& batch, const std::v
             const std::vector<ConstantsDict>& constants, int num_threads) {
   check_threads(num_threads);
   const gmp::Rule rule = gmp::rule_of(rule_name);
-  check_states(rule, batch);
+  const auto [fewest, most] = gmp::kNumStates[static_cast<int>(rule)];
   std::vector<gmp::UpdateConstants<double>> typed_constants;
   for (const ConstantsDict& given : constants) typed_constants.push_back(gmp::constants_of(given));
-  std::vector<gmp::cpu::UpdateTensor> typed = batch.tensors;
-  if (gradients.size() != typed.size() || sizes.size() != typed.size() || rows.size() != typed.size()) {
+  UpdateBatch tensors = batch;
+  if (gradients.size() != tensors.size() || sizes.size() != tensors.size() || rows.size() != tensors.size()) {
     throw std::invalid_argument("an update needs one gradient and one row of constants per tensor");
   }
-  for (size_t i = 0; i < typed.size(); ++i) {
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    UpdateTensor& t = tensors[i];
+    if (t.num_states < fewest || t.num_states > most) {
+      throw std::invalid_argument("a rule of " + std::to_string(fewest) + " to " + std::to_string(most) +
+                                  " arrays of state got others");
+    }
     if (rows[i] >= constants.size()) throw std::invalid_argument("a tensor needs its constants");
-    typed[i].run.grads = checked({gradients[i], sizes[i]}, typed[i].run.n, "a gradient");
-    typed[i].constants = rows[i];
+    t.grads = checked({gradients[i], sizes[i]}, t.n, "a gradient");
+    t.constants = rows[i];
   }
   py::gil_scoped_release release;
-  gmp::cpu::update(rule, typed, typed_constants, num_threads);
+  gmp::cpu::update(rule, tensors, typed_constants, num_threads);
 }
 
 // dtype, the gradients, their mask
@@ -285,53 +278,61 @@ using GradTuple = std::tuple<std::string, Array, Array>;
 
 double sum_squares(const std::vector<GradTuple>& grads, int num_threads) {
   check_threads(num_threads);
-  std::vector<gmp::cpu::GradView> views;
+  UpdateBatch tensors;
   for (const auto& [dtype, array, mask] : grads) {
-    const auto& [address, n] = array;
-    if (address == 0 || n <= 0) throw std::invalid_argument("a gradient needs an address and at least one element");
-    views.push_back({dtype_of(dtype), pointer(address), n, optional<const uint8_t>(mask, bytes_of_bits(n), "a mask")});
+    UpdateTensor t{};
+    t.dtype = dtype_of(dtype);
+    t.n = array.second;
+    if (array.first == 0 || t.n <= 0) {
+      throw std::invalid_argument("a gradient needs an address and at least one element");
+    }
+    t.grads = pointer(array.first);
+    t.mask = optional<const uint8_t>(mask, bytes_of_bits(t.n), "a mask");
+    tensors.push_back(t);
   }
   py::gil_scoped_release release;
-  return gmp::cpu::sum_squares(views, num_threads);
+  return gmp::cpu::sum_squares(tensors, num_threads);
 }
 
-// values; of compact state their mask and ranks
+// values; of compact state their mask and chunk offsets
 using StateTuple = std::tuple<Array, Array, Array>;
-// from, to, number of weights, bytes per value
-using RepackTuple = std::tuple<StateTuple, StateTuple, int64_t, int>;
+// source, target, number of weights, bytes per value
+using MoveTuple = std::tuple<StateTuple, StateTuple, int64_t, int>;
 
-gmp::cpu::StateView state_of(const StateTuple& state, int64_t n) {
-  const auto& [values, mask, ranks] = state;
+gmp::cpu::State state_of(const StateTuple& state, int64_t n) {
+  const auto& [values, mask, chunk_offsets] = state;
   const uint8_t* const bits = optional<const uint8_t>(mask, bytes_of_bits(n), "a mask");
-  const int64_t* const rank = ranks_of(ranks, n, values.second);
-  if ((bits == nullptr) != (rank == nullptr)) throw std::invalid_argument("compact state needs a mask and ranks");
+  const int64_t* const offsets = offsets_of(chunk_offsets, n, values.second);
+  if ((bits == nullptr) != (offsets == nullptr)) {
+    throw std::invalid_argument("compact state needs a mask and chunk offsets");
+  }
   if (bits == nullptr) return {checked(values, n, "state"), nullptr, nullptr};
-  return {pointer(values.first), bits, rank};
+  return {pointer(values.first), bits, offsets};
 }
 
-void repack(const std::vector<RepackTuple>& tasks, int num_threads) {
+void move_state(const std::vector<MoveTuple>& moves, int num_threads) {
   check_threads(num_threads);
-  std::vector<gmp::cpu::RepackTask> typed;
-  for (const auto& [from, to, n, value_bytes] : tasks) {
+  std::vector<gmp::cpu::StateMove> typed;
+  for (const auto& [source, target, n, value_bytes] : moves) {
     if (n == 0) continue;
     if (n < 0) throw std::invalid_argument("expected a number of weights, got " + std::to_string(n));
     if (value_bytes != 4 && value_bytes != 8) {
       throw std::invalid_argument("expected state of 4 or 8 bytes per value, got " + std::to_string(value_bytes));
     }
-    typed.push_back({state_of(from, n), state_of(to, n), n, value_bytes});
+    typed.push_back({state_of(source, n), state_of(target, n), n, value_bytes});
   }
   py::gil_scoped_release release;
-  gmp::cpu::repack(typed, num_threads);
+  gmp::cpu::move_state(typed, num_threads);
+}
+
+std::vector<int64_t> chunk_offsets(const Array& mask, int64_t n) {
+  const uint8_t* const bits = n == 0 ? nullptr : checked<const uint8_t>(mask, bytes_of_bits(n), "a mask");
+  return gmp::cpu::chunk_offsets(bits, n);
 }
 
 template <typename T, typename... Arguments>
 T made(Arguments... arguments) {
   return T(arguments...);
-}
-
-std::vector<int64_t> ranks(const Array& mask, int64_t n) {
-  const uint8_t* const bits = n == 0 ? nullptr : checked<const uint8_t>(mask, bytes_of_bits(n), "a mask");
-  return gmp::cpu::ranks_of(bits, n);
 }
 
 // Of all tensors one after the other: equal answers are of tensors that lie in the same place in the same way. None
@@ -356,21 +357,20 @@ py::object describe(const py::capsule& exchange, const py::list& tensors) {
 PYBIND11_MODULE(_C, m) {
   // Without constructors: pybind11 registers what they have made where nothing catches, and so ends the process when
   // there is no memory for that. What a function returns it registers before it catches.
-  py::class_<UpdateRow>(m, "UpdateRow");
+  py::class_<UpdateTensor>(m, "UpdateTensor");
   py::class_<Rows>(m, "Rows");
   py::class_<UpdateBatch>(m, "UpdateBatch");
   m.def("rows", &made<Rows, const std::string&, const std::vector<LayerTuple>&>);
-  m.def("update_row", &made<UpdateRow, const std::string&, const Array&, const Array&, const std::vector<Array>&,
-                            const Array&, const Array&, int64_t>);
-  m.def("update_batch", &made<UpdateBatch, const std::vector<const UpdateRow*>&>);
+  m.def("update_tensor", &update_tensor);
+  m.def("update_batch", &update_batch);
   m.def("select", &select_cutoffs);
   m.def("count", &count);
   m.def("prune", &prune);
   m.def("apply_masks", &apply_masks);
   m.def("update", &update);
   m.def("sum_squares", &sum_squares);
-  m.def("repack", &repack);
-  m.def("ranks", &ranks);
+  m.def("move_state", &move_state);
+  m.def("chunk_offsets", &chunk_offsets);
   m.def("describe", &describe);
   m.def("isa", [] { return std::string(gmp::cpu::active_kernels().name); });
 }

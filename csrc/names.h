@@ -27,18 +27,6 @@ inline Rule rule_of(const std::string& name) {
   throw std::invalid_argument("unknown rule '" + name + "'");
 }
 
-// Arrays of state per weight that a rule keeps: the fewest, and the most.
-inline std::pair<size_t, size_t> num_states_of(Rule rule) {
-  switch (rule) {
-#define GMP_RULE(name, fewest, most) \
-  case Rule::name:                   \
-    return {fewest, most};
-    GMP_RULES(GMP_RULE)
-#undef GMP_RULE
-  }
-  __builtin_unreachable();
-}
-
 // Constants in order, and their values where they are absent.
 inline constexpr std::pair<const char*, double> kConstants[] = {
 #define GMP_CONSTANT(name, absent) {#name, absent},

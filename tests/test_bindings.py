@@ -90,7 +90,7 @@ WRONG: list[tuple[str, Change, Callable[[Case], None], str]] = [
         "ranks",
         lambda c: setattr(c, "layout", replaced(c.layout, ranks=c.layout.ranks[:-1])),
         Case.update,
-        "elements of ranks",
+        "elements of chunk offsets",
     ),
     (
         "mask of compact state",
@@ -102,15 +102,20 @@ WRONG: list[tuple[str, Change, Callable[[Case], None], str]] = [
         "number kept",
         lambda c: setattr(c, "layout", replaced(c.layout, num_kept=c.layout.num_kept - 1)),
         Case.update,
-        "expected (ranks of )?13332 ",
+        "expected (chunk offsets of )?13332 ",
     ),
-    ("state to move", lambda c: c.state.__setitem__(0, c.state[0][:-1]), Case.move, "expected (ranks of )?1333"),
+    (
+        "state to move",
+        lambda c: c.state.__setitem__(0, c.state[0][:-1]),
+        Case.move,
+        "expected (chunk offsets of )?1333",
+    ),
     ("target", lambda c: setattr(c, "target", c.target[:-1]), Case.move, "20000 elements of state, got 19999"),
     (
         "ranks to move by",
         lambda c: setattr(c, "layout", replaced(c.layout, ranks=c.layout.ranks[1:])),
         Case.move,
-        "elements of ranks",
+        "elements of chunk offsets",
     ),
 ]
 

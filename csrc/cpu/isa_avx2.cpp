@@ -4,6 +4,7 @@
 
 #include "kernels.h"
 #include "order/magnitude_key.h"
+#include "vectors.h"
 
 namespace gmp::cpu {
 namespace {

@@ -1,6 +1,7 @@
 // Plain C++, for every CPU: compilers turn the small inner loops into whatever vectors there are.
 #include "kernels.h"
 #include "order/magnitude_key.h"
+#include "vectors.h"
 
 namespace gmp::cpu {
 namespace {

@@ -4,7 +4,6 @@
 #include <cstdint>
 
 #include "update.h"
-#include "vectors.h"
 
 namespace gmp::cpu {
 
@@ -34,19 +33,17 @@ struct Kernels {
   // Zeroes (+0) every weight whose mask bit is 0 or whose key is < limit, and writes the new bits to `kept` (nullptr:
   // not wanted; may be `mask`). Cache lines in which nothing changes are not written.
   ApplyCounts (*apply)(Key* weights, int64_t n, const uint8_t* mask, uint8_t* kept, Key infinity, Key limit);
+  // Moves the kept elements of n to the front of dst, which has room for kGatherSlackBytes more; returns how many.
+  int64_t (*pack)(const Key* src, const uint8_t* mask, int64_t n, Key* dst);
+  // Spreads them out again; pruned places get zero. src must be readable for kGatherSlackBytes more.
+  void (*unpack)(const Key* src, const uint8_t* mask, int64_t n, Key* dst);
 };
 
-// The optimizer's loops for one storage format of weights; state and arithmetic are of type T.
-template <typename T>
+// The optimizer's loops for one storage format of weights.
 struct UpdateKernels {
-  UpdateFunction<T> update[3];  // by Rule
-  double (*sum_squares)(const void* grads, const uint8_t* mask, int64_t n);
-  struct {
-    // Moves the kept elements of n to the front of dst, which has room for kGatherSlackBytes more; returns how many.
-    int64_t (*pack)(const typename BitsOf<T>::Type* src, const uint8_t* mask, int64_t n, typename BitsOf<T>::Type* dst);
-    // Spreads them out again; pruned places get zero. src must be readable for kGatherSlackBytes more.
-    void (*unpack)(const typename BitsOf<T>::Type* src, const uint8_t* mask, int64_t n, typename BitsOf<T>::Type* dst);
-  } state;
+  int64_t weight_bytes, state_bytes;
+  void (*update[kNumRules])(const UpdateTensor&, const UpdateConstants<double>&);  // by Rule
+  double (*sum_squares)(const UpdateTensor&);                                      // of the kept gradients
 };
 
 // Filled by one translation unit each.
@@ -56,10 +53,7 @@ struct KernelSet {
   Kernels<uint16_t> u16;
   Kernels<uint32_t> u32;
   Kernels<uint64_t> u64;
-  UpdateKernels<float> float32;
-  UpdateKernels<double> float64;
-  UpdateKernels<float> float16;
-  UpdateKernels<float> bfloat16;
+  UpdateKernels update_kernels[kNumDTypes];  // by DType
 };
 
 extern const KernelSet kPortableKernels;

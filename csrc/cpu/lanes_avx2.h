@@ -1,40 +1,19 @@
+// Places of lanes for a shuffle, by the bits of the lanes that are chosen. `compress` moves those to the front;
+// `expand` is its inverse, and gives the bytes of unchosen 16-bit lanes 0x80, which the byte shuffle turns into zeros.
 template <typename Index, int kLanes, int kIndicesPerLane>
-struct CompressTable {
-  static constexpr int kIndices = kLanes * kIndicesPerLane;
-  alignas(32) Index row[1 << kLanes][kIndices];
+struct Shuffles {
+  alignas(32) Index compress[1 << kLanes][kLanes * kIndicesPerLane];
+  alignas(32) Index expand[1 << kLanes][kLanes * kIndicesPerLane];
 
-  constexpr CompressTable() : row() {
-    for (int bits = 0; bits < 1 << kLanes; ++bits) {
-      int out = 0;
-      for (int lane = 0; lane < kLanes; ++lane) {
-        if (!(bits >> lane & 1)) continue;
-        for (int part = 0; part < kIndicesPerLane; ++part) {
-          row[bits][out++] = static_cast<Index>(lane * kIndicesPerLane + part);
-        }
-      }
-    }
-  }
-};
-
-constexpr CompressTable<uint8_t, 8, 2> kCompress16;   // bytes of eight 16-bit lanes
-constexpr CompressTable<uint32_t, 8, 1> kCompress32;  // eight 32-bit lanes
-constexpr CompressTable<uint32_t, 4, 2> kCompress64;  // 32-bit halves of four 64-bit lanes
-
-// The inverse: lane j of a pattern takes the element whose rank among the chosen is j's; bytes of unchosen 16-bit lanes
-// get 0x80, which the byte shuffle turns into zeros.
-template <typename Index, int kLanes, int kIndicesPerLane>
-struct ExpandTable {
-  static constexpr int kIndices = kLanes * kIndicesPerLane;
-  alignas(32) Index row[1 << kLanes][kIndices];
-
-  constexpr ExpandTable() : row() {
+  constexpr Shuffles() : compress(), expand() {
     for (int bits = 0; bits < 1 << kLanes; ++bits) {
       int rank = 0;
       for (int lane = 0; lane < kLanes; ++lane) {
         const bool chosen = bits >> lane & 1;
         for (int part = 0; part < kIndicesPerLane; ++part) {
-          row[bits][lane * kIndicesPerLane + part] =
-              chosen ? static_cast<Index>(rank * kIndicesPerLane + part) : static_cast<Index>(0x80);
+          const int own = lane * kIndicesPerLane + part, moved = rank * kIndicesPerLane + part;
+          if (chosen) compress[bits][moved] = static_cast<Index>(own);
+          expand[bits][own] = chosen ? static_cast<Index>(moved) : static_cast<Index>(0x80);
         }
         rank += chosen;
       }
@@ -42,9 +21,9 @@ struct ExpandTable {
   }
 };
 
-constexpr ExpandTable<uint8_t, 8, 2> kExpand16;
-constexpr ExpandTable<uint32_t, 8, 1> kExpand32;
-constexpr ExpandTable<uint32_t, 4, 2> kExpand64;
+constexpr Shuffles<uint8_t, 8, 2> kShuffle16;   // bytes of eight 16-bit lanes
+constexpr Shuffles<uint32_t, 8, 1> kShuffle32;  // eight 32-bit lanes
+constexpr Shuffles<uint32_t, 4, 2> kShuffle64;  // 32-bit halves of four 64-bit lanes
 
 inline __m256i load256(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 inline void store256(void* p, __m256i r) { _mm256_storeu_si256(static_cast<__m256i*>(p), r); }
@@ -88,7 +67,7 @@ struct Lanes<uint16_t> {
   static void compress(uint16_t* out, Reg r, uint64_t bits) {
     const unsigned low = bits & 0xff, high = bits >> 8 & 0xff;
     const auto front = [](__m128i half, unsigned pattern) {
-      return _mm_shuffle_epi8(half, _mm_load_si128(reinterpret_cast<const __m128i*>(kCompress16.row[pattern])));
+      return _mm_shuffle_epi8(half, _mm_load_si128(reinterpret_cast<const __m128i*>(kShuffle16.compress[pattern])));
     };
     _mm_storeu_si128(reinterpret_cast<__m128i*>(out), front(_mm256_castsi256_si128(r), low));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(out + __builtin_popcount(low)),
@@ -98,7 +77,7 @@ struct Lanes<uint16_t> {
     const unsigned low = bits & 0xff, high = bits >> 8 & 0xff;
     const auto spread = [](const uint16_t* p, unsigned pattern) {
       return _mm_shuffle_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)),
-                              _mm_load_si128(reinterpret_cast<const __m128i*>(kExpand16.row[pattern])));
+                              _mm_load_si128(reinterpret_cast<const __m128i*>(kShuffle16.expand[pattern])));
     };
     return _mm256_set_m128i(spread(src + __builtin_popcount(low), high), spread(src, low));
   }
@@ -121,10 +100,10 @@ struct Lanes<uint32_t> {
   }
   static bool any_set(Reg r, uint64_t where) { return !_mm256_testz_si256(r, expand32(where)); }
   static void compress(uint32_t* out, Reg r, uint64_t bits) {
-    store256(out, _mm256_permutevar8x32_epi32(r, load256(kCompress32.row[bits & 0xff])));
+    store256(out, _mm256_permutevar8x32_epi32(r, load256(kShuffle32.compress[bits & 0xff])));
   }
   static Reg expand(const uint32_t* src, uint64_t bits) {
-    return zero_unless(bits, _mm256_permutevar8x32_epi32(load256(src), load256(kExpand32.row[bits & 0xff])));
+    return zero_unless(bits, _mm256_permutevar8x32_epi32(load256(src), load256(kShuffle32.expand[bits & 0xff])));
   }
 };
 
@@ -171,13 +150,13 @@ struct Lanes<uint64_t> {
   }
   static void compress(uint64_t* out, Reg r, uint64_t bits) {
     const unsigned low = bits & 0xf, high = bits >> 4 & 0xf;
-    store256(out, _mm256_permutevar8x32_epi32(r.low, load256(kCompress64.row[low])));
-    store256(out + __builtin_popcount(low), _mm256_permutevar8x32_epi32(r.high, load256(kCompress64.row[high])));
+    store256(out, _mm256_permutevar8x32_epi32(r.low, load256(kShuffle64.compress[low])));
+    store256(out + __builtin_popcount(low), _mm256_permutevar8x32_epi32(r.high, load256(kShuffle64.compress[high])));
   }
   static Reg expand(const uint64_t* src, uint64_t bits) {
     const unsigned low = bits & 0xf, high = bits >> 4 & 0xf;
     const auto spread = [](const uint64_t* p, unsigned pattern) {
-      return _mm256_permutevar8x32_epi32(load256(p), load256(kExpand64.row[pattern]));
+      return _mm256_permutevar8x32_epi32(load256(p), load256(kShuffle64.expand[pattern]));
     };
     return zero_unless(bits, {spread(src, low), spread(src + __builtin_popcount(low), high)});
   }

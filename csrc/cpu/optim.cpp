@@ -13,25 +13,6 @@
 namespace gmp::cpu {
 namespace {
 
-// Calls visit(kernels, bytes of a weight, zero of the type it is computed in).
-template <typename Visit>
-auto with_kernels(DType dtype, Visit visit) {
-  const KernelSet& set = active_kernels();
-  switch (dtype) {
-    case DType::float32:
-      return visit(set.float32, 4, float{});
-    case DType::float64:
-      return visit(set.float64, 8, double{});
-    case DType::float16:
-      return visit(set.float16, 2, float{});
-    case DType::bfloat16:
-      return visit(set.bfloat16, 2, float{});
-  }
-  __builtin_unreachable();
-}
-
-void* advance(void* p, int64_t bytes) { return p == nullptr ? nullptr : static_cast<char*>(p) + bytes; }
-
 // `work` must not throw: an exception in a thread of a parallel region ends the process.
 template <typename Task, typename Work>
 void for_each_chunk(const std::vector<Task>& tasks, const ChunkTable& chunks, int num_threads, Work work) {
@@ -43,15 +24,38 @@ void for_each_chunk(const std::vector<Task>& tasks, const ChunkTable& chunks, in
   }
 }
 
-// Bits that somebody has written since the ranks were counted would lead a kernel past the end of the state.
-bool ranks_hold(const KernelSet& kernels, const uint8_t* mask, const int64_t* ranks, const Chunk& c) {
-  if (ranks == nullptr) return true;
-  const int64_t* const rank = ranks + c.begin / kChunk;
-  return kernels.count_bits(mask + c.begin / 8, c.end - c.begin) == rank[1] - rank[0];
+template <typename T>
+T* advance(T* p, int64_t bytes) {
+  using Bytes = std::conditional_t<std::is_const_v<T>, const char, char>;
+  return p == nullptr ? nullptr : static_cast<Bytes*>(p) + bytes;
+}
+
+// One chunk as a tensor of its own.
+UpdateTensor part_of(const UpdateTensor& tensor, const Chunk& c, const UpdateKernels& kernels) {
+  UpdateTensor part = tensor;
+  part.n = c.end - c.begin;
+  part.weights = advance(part.weights, c.begin * kernels.weight_bytes);
+  part.grads = advance(part.grads, c.begin * kernels.weight_bytes);
+  part.master = advance(part.master, c.begin * kernels.state_bytes);
+  if (part.mask != nullptr) part.mask += c.begin / 8;
+  int64_t first_state = c.begin;
+  if (part.chunk_offsets != nullptr) {
+    part.chunk_offsets += c.begin / kChunk;
+    first_state = part.chunk_offsets[0];
+  }
+  for (void*& state : part.state) state = advance(state, first_state * kernels.state_bytes);
+  return part;
+}
+
+// Bits that somebody has written since the offsets were counted would lead a kernel past the end of the state.
+bool offsets_hold(const KernelSet& kernels, const uint8_t* mask, const int64_t* chunk_offsets, const Chunk& c) {
+  if (chunk_offsets == nullptr) return true;
+  const int64_t* const offset = chunk_offsets + c.begin / kChunk;
+  return kernels.count_bits(mask + c.begin / 8, c.end - c.begin) == offset[1] - offset[0];
 }
 
 template <typename Task, typename Holds>
-void check_ranks(const std::vector<Task>& tasks, const ChunkTable& chunks, int num_threads, Holds holds) {
+void check_offsets(const std::vector<Task>& tasks, const ChunkTable& chunks, int num_threads, Holds holds) {
   int64_t wrong = 0;
   for_each_chunk(tasks, chunks, num_threads, [&](const Task& task, const Chunk& c, int64_t) {
     if (holds(task, c)) return;
@@ -63,35 +67,32 @@ void check_ranks(const std::vector<Task>& tasks, const ChunkTable& chunks, int n
   }
 }
 
-// Room for a chunk of values, dense and compact, on one thread.
-struct RepackBuffers {
-  static constexpr size_t kBytes = kChunk * sizeof(uint64_t) + kGatherSlackBytes;
-  std::unique_ptr<uint64_t[]> dense{new uint64_t[kBytes / sizeof(uint64_t)]};
-  std::unique_ptr<uint64_t[]> compact{new uint64_t[kBytes / sizeof(uint64_t)]};
-};
+// Packing and unpacking touch up to a vector more than their values: both go through buffers.
+inline constexpr size_t kBufferWords = kChunk + kGatherSlackBytes / sizeof(uint64_t);
 
-// Through buffers, since packing and unpacking touch up to a vector more than their values.
-template <typename Bits, typename StateKernels>
-void repack_chunk(const StateKernels& kernels, const RepackTask& task, const Chunk& c, const RepackBuffers& buffers) {
-  Bits* const dense = reinterpret_cast<Bits*>(buffers.dense.get());
-  Bits* const compact = reinterpret_cast<Bits*>(buffers.compact.get());
+template <typename Bits>
+void move_chunk(const StateMove& move, const Chunk& c, uint64_t* buffers) {
+  const Kernels<Bits>& kernels = kernels_for<Bits>();
+  Bits* const dense = reinterpret_cast<Bits*>(buffers);
+  Bits* const compact = reinterpret_cast<Bits*>(buffers + kBufferWords);
   const int64_t n = c.end - c.begin;
-  const auto first = [&](const StateView& state) {
-    return static_cast<Bits*>(state.values) + (state.mask == nullptr ? c.begin : state.ranks[c.begin / kChunk]);
+  const auto first = [&](const State& state) {
+    return static_cast<Bits*>(state.values) + (state.mask == nullptr ? c.begin : state.chunk_offsets[c.begin / kChunk]);
   };
-  const Bits* const from = first(task.from);
-  if (task.from.mask == nullptr) {
+  const State &source = move.source, &target = move.target;
+  const Bits* const from = first(source);
+  if (source.mask == nullptr) {
     std::copy_n(from, n, dense);
   } else {
-    const uint8_t* const mask = task.from.mask + c.begin / 8;
-    std::copy_n(from, task.from.ranks[c.begin / kChunk + 1] - task.from.ranks[c.begin / kChunk], compact);
-    kernels.unpack(compact, mask, n, dense);
+    const int64_t* const offset = source.chunk_offsets + c.begin / kChunk;
+    std::copy_n(from, offset[1] - offset[0], compact);
+    kernels.unpack(compact, source.mask + c.begin / 8, n, dense);
   }
-  Bits* const to = first(task.to);
-  if (task.to.mask == nullptr) {
+  Bits* const to = first(target);
+  if (target.mask == nullptr) {
     std::copy_n(dense, n, to);
   } else {
-    std::copy_n(compact, kernels.pack(dense, task.to.mask + c.begin / 8, n, compact), to);
+    std::copy_n(compact, kernels.pack(dense, target.mask + c.begin / 8, n, compact), to);
   }
 }
 
@@ -99,71 +100,53 @@ void repack_chunk(const StateKernels& kernels, const RepackTask& task, const Chu
 
 void update(Rule rule, const std::vector<UpdateTensor>& tensors, const std::vector<UpdateConstants<double>>& constants,
             int num_threads) {
-  std::vector<int64_t> sizes;
-  for (const UpdateTensor& tensor : tensors) sizes.push_back(tensor.run.n);
-  const ChunkTable chunks(std::move(sizes));
+  const ChunkTable chunks(sizes_of(tensors));
   const KernelSet& set = active_kernels();
-  if (std::any_of(tensors.begin(), tensors.end(), [](const UpdateTensor& t) { return t.run.compact; })) {
-    check_ranks(tensors, chunks, num_threads,
-                [&](const UpdateTensor& t, const Chunk& c) { return ranks_hold(set, t.run.mask, t.ranks, c); });
+  if (std::any_of(tensors.begin(), tensors.end(), [](const UpdateTensor& t) { return t.chunk_offsets != nullptr; })) {
+    check_offsets(tensors, chunks, num_threads,
+                  [&](const UpdateTensor& t, const Chunk& c) { return offsets_hold(set, t.mask, t.chunk_offsets, c); });
   }
   for_each_chunk(tensors, chunks, num_threads, [&](const UpdateTensor& t, const Chunk& c, int64_t) {
-    with_kernels(t.dtype, [&](const auto& kernels, int weight_bytes, auto zero) {
-      using T = decltype(zero);
-      const UpdateConstants<T> given = constants[t.constants].as<T>();
-      if (given.skip != 0) return;
-      constexpr int64_t kStateBytes = sizeof(T);
-      UpdateRun run = t.run;
-      run.weights = advance(run.weights, c.begin * weight_bytes);
-      run.grads = static_cast<const char*>(run.grads) + c.begin * weight_bytes;
-      run.master = advance(run.master, c.begin * kStateBytes);
-      const int64_t first_state = run.compact ? t.ranks[c.begin / kChunk] : c.begin;
-      for (void*& state : run.state) state = advance(state, first_state * kStateBytes);
-      if (run.mask != nullptr) run.mask += c.begin / 8;
-      run.n = c.end - c.begin;
-      kernels.update[static_cast<int>(rule)](run, given);
-    });
+    const UpdateConstants<double>& given = constants[t.constants];
+    if (given.skip != 0) return;
+    const UpdateKernels& kernels = set.update_kernels[static_cast<int>(t.dtype)];
+    kernels.update[static_cast<int>(rule)](part_of(t, c, kernels), given);
   });
 }
 
-double sum_squares(const std::vector<GradView>& grads, int num_threads) {
-  const ChunkTable chunks(sizes_of(grads));
+double sum_squares(const std::vector<UpdateTensor>& tensors, int num_threads) {
+  const ChunkTable chunks(sizes_of(tensors));
+  const KernelSet& set = active_kernels();
   std::vector<double> sums(static_cast<size_t>(chunks.size()));
-  for_each_chunk(grads, chunks, num_threads, [&](const GradView& view, const Chunk& c, int64_t i) {
-    sums[static_cast<size_t>(i)] = with_kernels(view.dtype, [&](const auto& kernels, int bytes, auto) {
-      const uint8_t* const mask = view.mask == nullptr ? nullptr : view.mask + c.begin / 8;
-      return kernels.sum_squares(static_cast<const char*>(view.grads) + c.begin * bytes, mask, c.end - c.begin);
-    });
+  for_each_chunk(tensors, chunks, num_threads, [&](const UpdateTensor& t, const Chunk& c, int64_t i) {
+    const UpdateKernels& kernels = set.update_kernels[static_cast<int>(t.dtype)];
+    sums[static_cast<size_t>(i)] = kernels.sum_squares(part_of(t, c, kernels));
   });
   double total = 0;
   for (double sum : sums) total += sum;
   return total;
 }
 
-void repack(const std::vector<RepackTask>& tasks, int num_threads) {
-  const ChunkTable chunks(sizes_of(tasks));
-  const std::vector<RepackBuffers> buffers(static_cast<size_t>(num_threads));
-  const KernelSet& kernels = active_kernels();
-  check_ranks(tasks, chunks, num_threads, [&](const RepackTask& task, const Chunk& c) {
-    return ranks_hold(kernels, task.from.mask, task.from.ranks, c) &&
-           ranks_hold(kernels, task.to.mask, task.to.ranks, c);
+void move_state(const std::vector<StateMove>& moves, int num_threads) {
+  const ChunkTable chunks(sizes_of(moves));
+  const std::unique_ptr<uint64_t[]> buffers{new uint64_t[static_cast<size_t>(num_threads) * 2 * kBufferWords]};
+  const KernelSet& set = active_kernels();
+  check_offsets(moves, chunks, num_threads, [&](const StateMove& move, const Chunk& c) {
+    return offsets_hold(set, move.source.mask, move.source.chunk_offsets, c) &&
+           offsets_hold(set, move.target.mask, move.target.chunk_offsets, c);
   });
-  for_each_chunk(tasks, chunks, num_threads, [&](const RepackTask& task, const Chunk& c, int64_t) {
-    const RepackBuffers& own = buffers[static_cast<size_t>(omp_get_thread_num())];
-    if (task.value_bytes == 4) {
-      repack_chunk<uint32_t>(kernels.float32.state, task, c, own);
-    } else {
-      repack_chunk<uint64_t>(kernels.float64.state, task, c, own);
-    }
+  for_each_chunk(moves, chunks, num_threads, [&](const StateMove& move, const Chunk& c, int64_t) {
+    uint64_t* const own = buffers.get() + static_cast<size_t>(omp_get_thread_num()) * 2 * kBufferWords;
+    move.value_bytes == 4 ? move_chunk<uint32_t>(move, c, own) : move_chunk<uint64_t>(move, c, own);
   });
 }
 
-std::vector<int64_t> ranks_of(const uint8_t* mask, int64_t n) {
-  std::vector<int64_t> ranks{0};
+std::vector<int64_t> chunk_offsets(const uint8_t* mask, int64_t n) {
+  std::vector<int64_t> offsets{0};
   for (int64_t begin = 0; begin < n; begin += kChunk) {
-    ranks.push_back(ranks.back() + active_kernels().count_bits(mask + begin / 8, std::min(kChunk, n - begin)));
+    offsets.push_back(offsets.back() + active_kernels().count_bits(mask + begin / 8, std::min(kChunk, n - begin)));
   }
-  return ranks;
+  return offsets;
 }
 
 }  // namespace gmp::cpu

@@ -1,27 +1,27 @@
-// One optimizer step over the weights of one chunk: what an instruction set provides.
+// A parameter in an optimizer step, or one chunk of it.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #include "optim/rules.h"
+#include "order/dtypes.h"
 
 namespace gmp::cpu {
 
-// A run of n weights. Every pointer is at the run's first element; `mask` is on a byte boundary.
-struct UpdateRun {
+struct UpdateTensor {
+  DType dtype;
   void* weights;
   const void* grads;
-  void* master;         // float copy the arithmetic runs on (weights are then only
-                        // written), or nullptr
-  void* state[3];       // sgd: momentum; adam: exp_avg, exp_avg_sq, max_exp_avg_sq;
-                        // nullptr: not there
-  const uint8_t* mask;  // nullptr: everything is kept
-  bool compact;         // state holds the kept weights only, beginning with the run's
-                        // first
+  void* master;             // copy in the type of the arithmetic, which runs on it: weights are then only written; or
+                            // nullptr
+  void* state[kMaxStates];  // in the same type; the first num_states of them are there
+  int num_states;
+  const uint8_t* mask;           // packed bits; nullptr: everything is kept
+  const int64_t* chunk_offsets;  // compact state: kept weights before each chunk of kChunk, and their number; else
+                                 // nullptr
   int64_t n;
+  size_t constants;  // which of a step's
 };
-
-template <typename T>
-using UpdateFunction = void (*)(const UpdateRun&, const UpdateConstants<T>&);
 
 }  // namespace gmp::cpu

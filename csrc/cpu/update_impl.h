@@ -1,41 +1,31 @@
 // The optimizer step, written once over vectors of 32 bytes that the compiler splits to what the machine has; memory is
 // walked in blocks of two.
 //
-// Included by each instruction set's translation unit inside its anonymous namespace, after Lanes, square_root and the
-// float16 conversions. Products and sums are never contracted (-ffp-contract=off) and every operation is exactly
-// rounded, so all instruction sets and all numbers of threads give the same bits. The order of operations is that of
-// torch.optim's single-tensor loops.
+// Included by each instruction set's translation unit inside its anonymous namespace, after Lanes and Arithmetic.
+// Products and sums are never contracted (-ffp-contract=off) and every operation is exactly rounded, so all instruction
+// sets and all numbers of threads give the same bits. The order of operations is that of torch.optim's single-tensor
+// loops.
 //
 // A pruned weight costs nothing: blocks whose mask bits are all zero are skipped (what they hold is zero already), and
 // with compact state the kept weights and gradients of a tile are first packed together, so that the arithmetic runs on
 // kept weights only and the state is read in one piece.
 
-// Storage formats of a weight: how it is kept, and the type it is computed in.
-struct F32 {
-  using Bits = uint32_t;
-  using Compute = float;
-  static Vec<float> load(const Bits* p) {
-    Vec<float> v;
+// How weights of a dtype become vectors and vectors weights: floats and doubles are stored as they are computed.
+template <DType kDType>
+struct FormatOf : TypesOf<kDType> {
+  using typename TypesOf<kDType>::Bits;
+  using typename TypesOf<kDType>::Compute;
+  static_assert(sizeof(Bits) == sizeof(Compute), "this dtype needs conversions");
+  static Vec<Compute> load(const Bits* p) {
+    Vec<Compute> v;
     __builtin_memcpy(&v, p, sizeof(v));
     return v;
   }
-  static void store(Bits* p, Vec<float> v) { __builtin_memcpy(p, &v, sizeof(v)); }
+  static void store(Bits* p, Vec<Compute> v) { __builtin_memcpy(p, &v, sizeof(v)); }
 };
 
-struct F64 {
-  using Bits = uint64_t;
-  using Compute = double;
-  static Vec<double> load(const Bits* p) {
-    Vec<double> v;
-    __builtin_memcpy(&v, p, sizeof(v));
-    return v;
-  }
-  static void store(Bits* p, Vec<double> v) { __builtin_memcpy(p, &v, sizeof(v)); }
-};
-
-struct BF16 {
-  using Bits = uint16_t;
-  using Compute = float;
+template <>
+struct FormatOf<DType::bfloat16> : TypesOf<DType::bfloat16> {
   static Vec<float> load(const Bits* p) {
     HalfBits half;
     __builtin_memcpy(&half, p, sizeof(half));
@@ -51,11 +41,10 @@ struct BF16 {
   }
 };
 
-struct F16 {
-  using Bits = uint16_t;
-  using Compute = float;
-  static Vec<float> load(const Bits* p) { return float_from_half(p); }
-  static void store(Bits* p, Vec<float> v) { half_from_float(p, v); }
+template <>
+struct FormatOf<DType::float16> : TypesOf<DType::float16> {
+  static Vec<float> load(const Bits* p) { return Arithmetic::float_from_half(p); }
+  static void store(Bits* p, Vec<float> v) { Arithmetic::half_from_float(p, v); }
 };
 
 template <typename T>
@@ -82,11 +71,7 @@ inline Vec<T> zero_unless(uint64_t bits, Vec<T> v) {
   return (Vec<T>)((typename VectorOf<T>::Mask)v & lanes_of_bits<T>(bits));
 }
 
-#define GMP_RULE_INLINE inline
-#include "optim/update_rule.h"
-#undef GMP_RULE_INLINE
-
-// The arrays of a run, at one of its weights. How many of them there are is known to the compiler, so that no block
+// The arrays of a tensor, at one of its weights. How many of them there are is known to the compiler, so that no block
 // asks.
 template <typename Format, int kNumStates, bool kHasMaster>
 struct Arrays {
@@ -95,13 +80,14 @@ struct Arrays {
   Bits* weights;
   const Bits* grads;
   T* master;
-  T* state[3];
+  T* state[kMaxStates] = {};
 
-  explicit Arrays(const UpdateRun& run)
-      : weights(static_cast<Bits*>(run.weights)),
-        grads(static_cast<const Bits*>(run.grads)),
-        master(static_cast<T*>(run.master)),
-        state{static_cast<T*>(run.state[0]), static_cast<T*>(run.state[1]), static_cast<T*>(run.state[2])} {}
+  explicit Arrays(const UpdateTensor& t)
+      : weights(static_cast<Bits*>(t.weights)),
+        grads(static_cast<const Bits*>(t.grads)),
+        master(static_cast<T*>(t.master)) {
+    for (int k = 0; k < kNumStates; ++k) state[k] = static_cast<T*>(t.state[k]);
+  }
 
   void advance_state(int64_t i) {
     for (int k = 0; k < kNumStates; ++k) state[k] += i;
@@ -129,14 +115,14 @@ inline void update_block(const Arrays<Format, kNumStates, kHasMaster>& a, uint64
                          const UpdateConstants<typename Format::Compute>& c) {
   using T = typename Format::Compute;
   for (int i = 0; i < kLanesOf<T>; i += kWidthOf<T>) {
-    Vec<T> w, s[3] = {};
+    Vec<T> w, s[kMaxStates] = {};
     if constexpr (kHasMaster) {
       w = load_vector(a.master + i);
     } else {
       w = Format::load(a.weights + i);
     }
     for (int k = 0; k < kNumStates; ++k) s[k] = load_vector(a.state[k] + i);
-    update_one<kRule, T>(w, Format::load(a.grads + i), s[0], s[1], s[2], kNumStates > 0, kNumStates > 2, c);
+    update_one<kRule, Arithmetic>(w, Format::load(a.grads + i), s, kNumStates, c);
     if constexpr (kMasked) {
       w = zero_unless<T>(bits >> i, w);
       for (Vec<T>& v : s) v = zero_unless<T>(bits >> i, v);
@@ -155,7 +141,7 @@ void update_partial(const Arrays<Format, kNumStates, kHasMaster>& a, uint64_t bi
   using Bits = typename Format::Bits;
   constexpr int kLanes = kLanesOf<T>;
   Bits w[kLanes] = {}, g[kLanes] = {};
-  T m[kLanes] = {}, s[3][kLanes] = {};
+  T m[kLanes] = {}, s[kMaxStates][kLanes] = {};
   __builtin_memcpy(w, a.weights, n * sizeof(Bits));
   __builtin_memcpy(g, a.grads, n * sizeof(Bits));
   if constexpr (kHasMaster) __builtin_memcpy(m, a.master, n * sizeof(T));
@@ -224,18 +210,18 @@ int64_t live_blocks(const uint8_t* mask, int64_t num_blocks, uint16_t* blocks) {
 inline constexpr int64_t kDenseAhead = 32, kCompactAhead = 24;
 
 template <Rule kRule, typename Format, int kNumStates, bool kHasMaster>
-void update_compact(const UpdateRun& run, const UpdateConstants<typename Format::Compute> c) {
+void update_compact(const UpdateTensor& t, const UpdateConstants<typename Format::Compute> c) {
   using T = typename Format::Compute;
   using Bits = typename Format::Bits;
-  using MasterBits = typename BitsOf<T>::Type;
+  using MasterBits = typename VectorOf<T>::Bits;
   using V = Lanes<Bits>;
   constexpr int64_t kTile = 512, kLanes = kLanesOf<T>, kBlock = V::kCount;
   constexpr int64_t kSlack = 64 / sizeof(Bits), kMasterSlack = 64 / sizeof(MasterBits);
   alignas(64) Bits w[kTile + kSlack] = {}, g[kTile + kSlack] = {};
   alignas(64) MasterBits m[kTile + kMasterSlack] = {};
   uint16_t blocks[kMostBlocks + 1];
-  const Arrays<Format, kNumStates, kHasMaster> a(run);
-  MasterBits* const master = static_cast<MasterBits*>(run.master);
+  const Arrays<Format, kNumStates, kHasMaster> a(t);
+  MasterBits* const master = static_cast<MasterBits*>(t.master);
   // Weights, gradients and masters of a tile, packed, with the state that belongs to them.
   auto packed = a;
   packed.weights = w;
@@ -253,8 +239,8 @@ void update_compact(const UpdateRun& run, const UpdateConstants<typename Format:
     packed.advance_state(count);
   };
 
-  const int64_t num_blocks = run.n / kBlock;
-  const int64_t num_live = live_blocks<V::kCount>(run.mask, num_blocks, blocks);
+  const int64_t num_blocks = t.n / kBlock;
+  const int64_t num_live = live_blocks<V::kCount>(t.mask, num_blocks, blocks);
   for (int64_t first = 0; first < num_live;) {
     int64_t count = 0, last = first;
     for (; last < num_live && count + kBlock <= kTile; ++last) {
@@ -262,11 +248,11 @@ void update_compact(const UpdateRun& run, const UpdateConstants<typename Format:
       const int64_t ahead = blocks[last + kCompactAhead < num_live ? last + kCompactAhead : last] * kBlock;
       __builtin_prefetch(a.grads + ahead);
       __builtin_prefetch(a.weights + ahead, 1);
-      const uint64_t kept = load_mask_bits<V::kCount>(run.mask, i);
+      const uint64_t kept = load_mask_bits<V::kCount>(t.mask, i);
       V::compress(g + count, V::load(a.grads + i), kept);
       if constexpr (kHasMaster) {
         __builtin_prefetch(master + ahead, 1);
-        pack(master + i, run.mask + i / 8, kBlock, m + count);
+        pack(master + i, t.mask + i / 8, kBlock, m + count);
       } else {
         V::compress(w + count, V::load(a.weights + i), kept);
       }
@@ -276,16 +262,16 @@ void update_compact(const UpdateRun& run, const UpdateConstants<typename Format:
     int64_t taken = 0;
     for (; first < last; ++first) {
       const int64_t i = blocks[first] * kBlock;
-      const uint64_t kept = load_mask_bits<V::kCount>(run.mask, i);
-      if constexpr (kHasMaster) unpack(m + taken, run.mask + i / 8, kBlock, master + i);
+      const uint64_t kept = load_mask_bits<V::kCount>(t.mask, i);
+      if constexpr (kHasMaster) unpack(m + taken, t.mask + i / 8, kBlock, master + i);
       V::store(a.weights + i, V::expand(w + taken, kept));
       taken += __builtin_popcountll(kept);
     }
   }
 
-  const int64_t i = num_blocks * kBlock, n = run.n - i;
+  const int64_t i = num_blocks * kBlock, n = t.n - i;
   if (n == 0) return;
-  const uint8_t* const mask = run.mask + i / 8;
+  const uint8_t* const mask = t.mask + i / 8;
   const int64_t count = pack(a.grads + i, mask, n, g);
   if constexpr (kHasMaster) {
     pack(master + i, mask, n, m);
@@ -298,13 +284,13 @@ void update_compact(const UpdateRun& run, const UpdateConstants<typename Format:
 }
 
 template <Rule kRule, bool kMasked, typename Format, int kNumStates, bool kHasMaster>
-void update_dense(const UpdateRun& run, const UpdateConstants<typename Format::Compute> c) {
+void update_dense(const UpdateTensor& t, const UpdateConstants<typename Format::Compute> c) {
   constexpr int kLanes = kLanesOf<typename Format::Compute>;
-  const Arrays<Format, kNumStates, kHasMaster> a(run);
-  const int64_t num_blocks = run.n / kLanes, rest = run.n % kLanes;
+  const Arrays<Format, kNumStates, kHasMaster> a(t);
+  const int64_t num_blocks = t.n / kLanes, rest = t.n % kLanes;
   uint16_t blocks[kMasked ? kMostBlocks + 1 : 1];
   int64_t num_live = num_blocks;
-  if constexpr (kMasked) num_live = live_blocks<kLanes>(run.mask, num_blocks, blocks);
+  if constexpr (kMasked) num_live = live_blocks<kLanes>(t.mask, num_blocks, blocks);
   // Up to one dead block in three, fetching the dead ones as well is faster than leaping over them: uneven strides lose
   // the hardware's prefetchers, and with them more than the lines that are saved.
   if (num_live * 3 > num_blocks * 2) {
@@ -312,7 +298,7 @@ void update_dense(const UpdateRun& run, const UpdateConstants<typename Format::C
       a.fetch(i + kDenseAhead * kLanes);
       uint64_t bits = 0;
       if constexpr (kMasked) {
-        bits = load_mask_bits<kLanes>(run.mask, i);
+        bits = load_mask_bits<kLanes>(t.mask, i);
         if (bits == 0) continue;
       }
       update_block<kRule, kMasked>(a.at(i), bits, c);
@@ -321,34 +307,35 @@ void update_dense(const UpdateRun& run, const UpdateConstants<typename Format::C
     for (int64_t b = 0; b < num_live; ++b) {
       a.fetch(blocks[b + kDenseAhead < num_live ? b + kDenseAhead : b] * kLanes);
       const int64_t i = blocks[b] * kLanes;
-      update_block<kRule, kMasked>(a.at(i), load_mask_bits<kLanes>(run.mask, i), c);
+      update_block<kRule, kMasked>(a.at(i), load_mask_bits<kLanes>(t.mask, i), c);
     }
   }
   if (rest > 0) {
     uint64_t bits = 0;
-    if constexpr (kMasked) __builtin_memcpy(&bits, run.mask + num_blocks * kLanes / 8, (rest + 7) / 8);
+    if constexpr (kMasked) __builtin_memcpy(&bits, t.mask + num_blocks * kLanes / 8, (rest + 7) / 8);
     update_partial<kRule, kMasked>(a.at(num_blocks * kLanes), bits, rest, c);
   }
 }
 
 // Sum of the squares of the kept gradients, in double and in an order that depends on n alone.
 template <typename Format>
-double sum_squares(const void* grads, const uint8_t* mask, int64_t n) {
+double sum_squares(const UpdateTensor& t) {
   using T = typename Format::Compute;
   using Bits = typename Format::Bits;
   constexpr int64_t kLanes = kLanesOf<T>;
+  const Bits* const grads = static_cast<const Bits*>(t.grads);
   Vec<double> total[kLanesOf<double> / kWidthOf<double>] = {};
-  for (int64_t i = 0; i < n; i += kLanes) {
-    const int64_t size = n - i < kLanes ? n - i : kLanes;
+  for (int64_t i = 0; i < t.n; i += kLanes) {
+    const int64_t size = t.n - i < kLanes ? t.n - i : kLanes;
     uint64_t bits = ~uint64_t{0};
-    if (mask != nullptr) {
+    if (t.mask != nullptr) {
       bits = 0;
-      __builtin_memcpy(&bits, mask + i / 8, (size + 7) / 8);
+      __builtin_memcpy(&bits, t.mask + i / 8, (size + 7) / 8);
       if (bits == 0) continue;
     }
     Bits block[kLanes] = {};
-    prefetch_ahead(static_cast<const Bits*>(grads) + i);
-    __builtin_memcpy(block, static_cast<const Bits*>(grads) + i, size * sizeof(Bits));
+    prefetch_ahead(grads + i);
+    __builtin_memcpy(block, grads + i, size * sizeof(Bits));
     T values[kLanes];
     for (int part = 0; part < kLanes; part += kWidthOf<T>) {
       store_vector(values + part, zero_unless<T>(bits >> part, Format::load(block + part)));
@@ -367,51 +354,54 @@ double sum_squares(const void* grads, const uint8_t* mask, int64_t n) {
 }
 
 template <Rule kRule, typename Format, int kNumStates, bool kHasMaster>
-void update_arrays(const UpdateRun& run, const UpdateConstants<typename Format::Compute>& c) {
-  if (run.mask == nullptr) {
-    update_dense<kRule, false, Format, kNumStates, kHasMaster>(run, c);
-  } else if (!run.compact) {
-    update_dense<kRule, true, Format, kNumStates, kHasMaster>(run, c);
+void update_arrays(const UpdateTensor& t, const UpdateConstants<typename Format::Compute>& c) {
+  if (t.mask == nullptr) {
+    update_dense<kRule, false, Format, kNumStates, kHasMaster>(t, c);
+  } else if (t.chunk_offsets == nullptr) {
+    update_dense<kRule, true, Format, kNumStates, kHasMaster>(t, c);
   } else {
-    update_compact<kRule, Format, kNumStates, kHasMaster>(run, c);
+    update_compact<kRule, Format, kNumStates, kHasMaster>(t, c);
   }
 }
 
-template <Rule kRule, typename Format, int kNumStates>
-void update_states(const UpdateRun& run, const UpdateConstants<typename Format::Compute>& c) {
+template <Rule kRule, typename Format, int kNumStates = kFewestStates<kRule>>
+void update(const UpdateTensor& t, const UpdateConstants<double>& given) {
+  if constexpr (kNumStates < kMostStates<kRule>) {
+    if (t.num_states > kNumStates) return update<kRule, Format, kNumStates + 1>(t, given);
+  }
+  const auto c = given.as<typename Format::Compute>();
   if constexpr (sizeof(typename Format::Bits) < sizeof(typename Format::Compute)) {
-    if (run.master != nullptr) return update_arrays<kRule, Format, kNumStates, true>(run, c);
+    if (t.master != nullptr) return update_arrays<kRule, Format, kNumStates, true>(t, c);
   }
-  update_arrays<kRule, Format, kNumStates, false>(run, c);
+  update_arrays<kRule, Format, kNumStates, false>(t, c);
 }
 
-template <Rule kRule, typename Format>
-void update(const UpdateRun& run, const UpdateConstants<typename Format::Compute>& c) {
-  if constexpr (kRule == Rule::sgd) {
-    run.state[0] != nullptr ? update_states<kRule, Format, 1>(run, c) : update_states<kRule, Format, 0>(run, c);
-  } else if constexpr (kRule == Rule::adam) {
-    run.state[2] != nullptr ? update_states<kRule, Format, 3>(run, c) : update_states<kRule, Format, 2>(run, c);
-  } else {
-    update_states<kRule, Format, 0>(run, c);
-  }
+template <typename Key>
+constexpr Kernels<Key> kernels_of() {
+  return {scan<Key>, apply<Key>, pack<Key>, unpack<Key>};
+}
+
+template <typename Format>
+constexpr UpdateKernels update_kernels_of() {
+  return {sizeof(typename Format::Bits),
+          sizeof(typename Format::Compute),
+          {
+#define GMP_RULE(name, fewest, most) update<Rule::name, Format>,
+              GMP_RULES(GMP_RULE)
+#undef GMP_RULE
+          },
+          sum_squares<Format>};
 }
 
 constexpr KernelSet kernel_set(const char* name) {
   return {name,
           count_bits,
-          {scan<uint16_t>, apply<uint16_t>},
-          {scan<uint32_t>, apply<uint32_t>},
-          {scan<uint64_t>, apply<uint64_t>},
-          {{update<Rule::sgd, F32>, update<Rule::adam, F32>, update<Rule::average, F32>},
-           sum_squares<F32>,
-           {pack<uint32_t>, unpack<uint32_t>}},
-          {{update<Rule::sgd, F64>, update<Rule::adam, F64>, update<Rule::average, F64>},
-           sum_squares<F64>,
-           {pack<uint64_t>, unpack<uint64_t>}},
-          {{update<Rule::sgd, F16>, update<Rule::adam, F16>, update<Rule::average, F16>},
-           sum_squares<F16>,
-           {pack<uint32_t>, unpack<uint32_t>}},
-          {{update<Rule::sgd, BF16>, update<Rule::adam, BF16>, update<Rule::average, BF16>},
-           sum_squares<BF16>,
-           {pack<uint32_t>, unpack<uint32_t>}}};
+          kernels_of<uint16_t>(),
+          kernels_of<uint32_t>(),
+          kernels_of<uint64_t>(),
+          {
+#define GMP_DTYPE(name, key, infinity) update_kernels_of<FormatOf<DType::name>>(),
+              GMP_DTYPES(GMP_DTYPE)
+#undef GMP_DTYPE
+          }};
 }

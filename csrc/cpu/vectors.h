@@ -10,11 +10,13 @@ template <typename T>
 struct VectorOf;
 template <>
 struct VectorOf<float> {
+  using Bits = uint32_t;  // of one value
   typedef float Type __attribute__((vector_size(32)));
   typedef int32_t Mask __attribute__((vector_size(32)));
 };
 template <>
 struct VectorOf<double> {
+  using Bits = uint64_t;
   typedef double Type __attribute__((vector_size(32)));
   typedef int64_t Mask __attribute__((vector_size(32)));
 };
@@ -24,18 +26,6 @@ template <typename T>
 inline constexpr int kWidthOf = 32 / sizeof(T);  // of a vector
 template <typename T>
 inline constexpr int kLanesOf = 64 / sizeof(T);  // of a block
-
-// The unsigned integer of a float's size.
-template <typename T>
-struct BitsOf;
-template <>
-struct BitsOf<float> {
-  using Type = uint32_t;
-};
-template <>
-struct BitsOf<double> {
-  using Type = uint64_t;
-};
 
 typedef uint16_t HalfBits __attribute__((vector_size(16)));
 typedef uint32_t FloatBits __attribute__((vector_size(32)));

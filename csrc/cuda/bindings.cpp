@@ -90,8 +90,8 @@ void update(const Launch& launch, const std::string& rule_name, const std::vecto
   }
 }
 
-void repack(const Launch& launch, uint64_t rows, int64_t num_rows, int64_t num_chunks) {
-  gmp::cuda::repack(launch, pointer<gmp::cuda::RepackRow>(rows), num_rows, num_chunks);
+void move_state(const Launch& launch, uint64_t rows, int64_t num_rows, int64_t num_chunks) {
+  gmp::cuda::move_state(launch, pointer<gmp::cuda::StateMoveRow>(rows), num_rows, num_chunks);
 }
 
 void chunk_offsets(const Launch& launch, uint64_t rows, int64_t num_rows, int64_t num_chunks, uint64_t totals) {
@@ -146,7 +146,7 @@ PYBIND11_MODULE(GMP_MODULE, m) {
   m.def("apply", &apply);
   m.def("count", &count_layers);
   m.def("update", &update);
-  m.def("repack", &repack);
+  m.def("move_state", &move_state);
   m.def("chunk_offsets", &chunk_offsets);
   m.def("sum_squares", &sum_squares);
   m.def("store", &store);

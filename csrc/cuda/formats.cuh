@@ -2,6 +2,7 @@
 #pragma once
 
 #include "device.cuh"
+#include "order/dtypes.h"
 
 #if defined(__CUDACC__)
 #include <cuda_fp16.h>
@@ -9,17 +10,18 @@
 
 namespace gmp::cuda::kernels {
 
-template <typename T>
-struct Wide {
-  using Bits = T;
-  using Compute = T;
-  __device__ static T load(T bits) { return bits; }
-  __device__ static T store(T v) { return v; }
+// Floats and doubles are stored as they are computed.
+template <DType kDType>
+struct FormatOf {
+  using Compute = typename TypesOf<kDType>::Compute;
+  using Bits = Compute;
+  static_assert(sizeof(Bits) == sizeof(typename TypesOf<kDType>::Bits), "this dtype needs conversions");
+  __device__ static Compute load(Bits bits) { return bits; }
+  __device__ static Bits store(Compute v) { return v; }
 };
 
-struct BFloat16 {
-  using Bits = uint16_t;
-  using Compute = float;
+template <>
+struct FormatOf<DType::bfloat16> : TypesOf<DType::bfloat16> {
   __device__ static float load(uint16_t bits) {
     const uint32_t wide = static_cast<uint32_t>(bits) << 16;
     float v;
@@ -34,9 +36,8 @@ struct BFloat16 {
   }
 };
 
-struct Float16 {
-  using Bits = uint16_t;
-  using Compute = float;
+template <>
+struct FormatOf<DType::float16> : TypesOf<DType::float16> {
 #if defined(__CUDACC__)
   using Half = __half;
 #else

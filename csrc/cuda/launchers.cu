@@ -56,9 +56,9 @@ void count(const Launch& launch, DType dtype, CountRow* rows, int64_t num_rows, 
   });
 }
 
-void repack(const Launch& launch, const RepackRow* rows, int64_t num_rows, int64_t num_chunks) {
+void move_state(const Launch& launch, const StateMoveRow* rows, int64_t num_rows, int64_t num_chunks) {
   prepare(launch);
-  GMP_LAUNCH(kernels::repack, grid_of(launch, kReaders, num_chunks), launch, rows, num_rows, num_chunks);
+  GMP_LAUNCH(kernels::move_state, grid_of(launch, kReaders, num_chunks), launch, rows, num_rows, num_chunks);
 }
 
 void chunk_offsets(const Launch& launch, const OffsetsRow* rows, int64_t num_rows, int64_t num_chunks,
@@ -89,7 +89,7 @@ void load_kernels(const Launch& launch) {
   load_typed(uint16_t{});
   load_typed(uint32_t{});
   load_typed(uint64_t{});
-  load(kernels::repack);
+  load(kernels::move_state);
   load(kernels::count_kept);
   load(kernels::scan_kept);
   load(kernels::sum_squares);

@@ -43,7 +43,7 @@ void count(const Launch& launch, DType dtype, CountRow* rows, int64_t num_rows, 
 // constants: on the device, or null: then they are those of the argument.
 void update(const Launch& launch, DType dtype, Rule rule, const UpdateRow* rows, int64_t num_rows, int64_t num_chunks,
             const UpdateConstants<double>* constants, const ArgumentConstants& argument);
-void repack(const Launch& launch, const RepackRow* rows, int64_t num_rows, int64_t num_chunks);
+void move_state(const Launch& launch, const StateMoveRow* rows, int64_t num_rows, int64_t num_chunks);
 // totals: how many weights each row keeps.
 void chunk_offsets(const Launch& launch, const OffsetsRow* rows, int64_t num_rows, int64_t num_chunks, int64_t* totals);
 // sums: one per chunk, and one more, which receives the total.

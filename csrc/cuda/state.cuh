@@ -2,18 +2,17 @@
 #pragma once
 
 #include "formats.cuh"
-#include "order/dtypes.h"
 
 namespace gmp::cuda::kernels {
 
 // One value per kept weight on its way from layout to layout.
 template <typename Bits>
-__device__ void repack_chunk(const RepackRow& row, int64_t begin, int64_t end) {
-  const uint8_t* const masks[2] = {pointer<const uint8_t>(row.from_mask), pointer<const uint8_t>(row.to_mask)};
-  const uint64_t ranks[2] = {row.from_ranks, row.to_ranks};
-  int64_t rank[2] = {};
+__device__ void move_chunk(const StateMoveRow& row, int64_t begin, int64_t end) {
+  const uint8_t* const masks[2] = {pointer<const uint8_t>(row.source_mask), pointer<const uint8_t>(row.target_mask)};
+  const uint64_t offsets[2] = {row.source_offsets, row.target_offsets};
+  int64_t before[2] = {};
   for (int side = 0; side < 2; ++side) {
-    if (masks[side] != nullptr) rank[side] = pointer<const int64_t>(ranks[side])[begin / kChunk];
+    if (masks[side] != nullptr) before[side] = pointer<const int64_t>(offsets[side])[begin / kChunk];
   }
   for (int64_t tile = begin; tile < end; tile += kTile) {
     const int64_t i = tile + threadIdx.x * kEach;
@@ -25,30 +24,30 @@ __device__ void repack_chunk(const RepackRow& row, int64_t begin, int64_t end) {
       place[side] = i;
       if (masks[side] == nullptr) continue;
       int total;
-      place[side] = rank[side] + block_scan(count_bits(bits[side]), total);
-      rank[side] += total;
+      place[side] = before[side] + block_scan(count_bits(bits[side]), total);
+      before[side] += total;
     }
     int read = 0, written = 0;
     for (int j = 0; j < size; ++j) {
       Bits value{};
       if (bits[0] >> j & 1) {
-        value = pointer<const Bits>(row.from)[place[0] + read];
+        value = pointer<const Bits>(row.source)[place[0] + read];
         ++read;
       }
       if (bits[1] >> j & 1) {
-        pointer<Bits>(row.to)[place[1] + written] = value;
+        pointer<Bits>(row.target)[place[1] + written] = value;
         ++written;
       }
     }
   }
 }
 
-__global__ void __maxnreg__(48) repack(const RepackRow* rows, int64_t num_rows, int64_t num_chunks) {
+__global__ void __maxnreg__(48) move_state(const StateMoveRow* rows, int64_t num_rows, int64_t num_chunks) {
   for_each_chunk(rows, num_rows, num_chunks, [&](int64_t r, int64_t, int64_t begin, int64_t end) {
     if (rows[r].value_bytes == 4) {
-      repack_chunk<uint32_t>(rows[r], begin, end);
+      move_chunk<uint32_t>(rows[r], begin, end);
     } else {
-      repack_chunk<uint64_t>(rows[r], begin, end);
+      move_chunk<uint64_t>(rows[r], begin, end);
     }
   });
 }
@@ -121,18 +120,12 @@ __global__ void __launch_bounds__(kThreads)
   for_each_chunk(rows, num_rows, num_chunks, [&](int64_t r, int64_t chunk, int64_t begin, int64_t end) {
     double sum = 0;
     switch (static_cast<DType>(rows[r].dtype)) {
-      case DType::float32:
-        sum = sum_squares_of<Wide<float>>(rows[r], begin, end);
-        break;
-      case DType::float64:
-        sum = sum_squares_of<Wide<double>>(rows[r], begin, end);
-        break;
-      case DType::float16:
-        sum = sum_squares_of<Float16>(rows[r], begin, end);
-        break;
-      case DType::bfloat16:
-        sum = sum_squares_of<BFloat16>(rows[r], begin, end);
-        break;
+#define GMP_DTYPE(name, key, infinity)                                \
+  case DType::name:                                                   \
+    sum = sum_squares_of<FormatOf<DType::name>>(rows[r], begin, end); \
+    break;
+      GMP_DTYPES(GMP_DTYPE)
+#undef GMP_DTYPE
     }
     sum = block_sum(sum);
     if (threadIdx.x == 0) sums[chunk] = sum;

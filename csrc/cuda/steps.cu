@@ -5,63 +5,53 @@
 namespace gmp::cuda {
 namespace {
 
-struct Step {
-  const Launch& launch;
-  const UpdateRow* rows;
-  int64_t num_rows, num_chunks;
-  const UpdateConstants<double>* constants;
-  const ArgumentConstants& argument;
-};
-
-template <Rule kRule, typename Format>
-void launch_step(const Step& s) {
-  const unsigned grid = grid_of(s.launch, kernels::kUpdaters<Format>, s.num_chunks);
-  GMP_LAUNCH((kernels::update<kRule, Format>), grid, s.launch, s.rows, s.num_rows, s.num_chunks, s.constants,
-             s.argument);
-}
-
-template <Rule kRule>
-void update_by(const Step& step, DType dtype) {
+// Calls visit(format) with the format of the dtype.
+template <typename Visit>
+void with_format(DType dtype, Visit visit) {
   switch (dtype) {
-    case DType::float32:
-      return launch_step<kRule, kernels::Wide<float>>(step);
-    case DType::float64:
-      return launch_step<kRule, kernels::Wide<double>>(step);
-    case DType::float16:
-      return launch_step<kRule, kernels::Float16>(step);
-    case DType::bfloat16:
-      return launch_step<kRule, kernels::BFloat16>(step);
+#define GMP_DTYPE(name, key, infinity) \
+  case DType::name:                    \
+    return visit(kernels::FormatOf<DType::name>{});
+    GMP_DTYPES(GMP_DTYPE)
+#undef GMP_DTYPE
   }
 }
 
 template <Rule kRule>
+void update_by(const Launch& launch, DType dtype, const UpdateRow* rows, int64_t num_rows, int64_t num_chunks,
+               const UpdateConstants<double>* constants, const ArgumentConstants& argument) {
+  with_format(dtype, [&](auto format) {
+    using Format = decltype(format);
+    const unsigned grid = grid_of(launch, kernels::kUpdaters<Format>, num_chunks);
+    GMP_LAUNCH((kernels::update<kRule, Format>), grid, launch, rows, num_rows, num_chunks, constants, argument);
+  });
+}
+
+template <Rule kRule>
 void load_rule() {
-  load(kernels::update<kRule, kernels::Wide<float>>);
-  load(kernels::update<kRule, kernels::Wide<double>>);
-  load(kernels::update<kRule, kernels::Float16>);
-  load(kernels::update<kRule, kernels::BFloat16>);
+#define GMP_DTYPE(name, key, infinity) load(kernels::update<kRule, kernels::FormatOf<DType::name>>);
+  GMP_DTYPES(GMP_DTYPE)
+#undef GMP_DTYPE
 }
 
 }  // namespace
 
 void load_steps(const Launch& launch) {
   prepare(launch);
-  load_rule<Rule::sgd>();
-  load_rule<Rule::adam>();
-  load_rule<Rule::average>();
+#define GMP_RULE(name, fewest, most) load_rule<Rule::name>();
+  GMP_RULES(GMP_RULE)
+#undef GMP_RULE
 }
 
 void update(const Launch& launch, DType dtype, Rule rule, const UpdateRow* rows, int64_t num_rows, int64_t num_chunks,
             const UpdateConstants<double>* constants, const ArgumentConstants& argument) {
   prepare(launch);
-  const Step step{launch, rows, num_rows, num_chunks, constants, argument};
   switch (rule) {
-    case Rule::sgd:
-      return update_by<Rule::sgd>(step, dtype);
-    case Rule::adam:
-      return update_by<Rule::adam>(step, dtype);
-    case Rule::average:
-      return update_by<Rule::average>(step, dtype);
+#define GMP_RULE(name, fewest, most) \
+  case Rule::name:                   \
+    return update_by<Rule::name>(launch, dtype, rows, num_rows, num_chunks, constants, argument);
+    GMP_RULES(GMP_RULE)
+#undef GMP_RULE
   }
 }
 

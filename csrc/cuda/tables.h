@@ -73,7 +73,7 @@ struct CountRow {
 
 // A parameter in an optimizer step.
 struct UpdateRow {
-  uint64_t weights, grads, master, state[3], mask, ranks;
+  uint64_t weights, grads, master, state[kMaxStates], mask, chunk_offsets;
   int64_t n, first_chunk, constants;
 };
 
@@ -91,8 +91,8 @@ struct OffsetsRow {
 };
 
 // Optimizer state on its way from one layout to another (see cpu/optim.h).
-struct RepackRow {
-  uint64_t from, from_mask, from_ranks, to, to_mask, to_ranks;
+struct StateMoveRow {
+  uint64_t source, source_mask, source_offsets, target, target_mask, target_offsets;
   int64_t n, first_chunk, value_bytes;
 };
 

@@ -12,30 +12,32 @@
 
 namespace gmp::cuda::kernels {
 
+struct Arithmetic {
 #if defined(__CUDACC__)
-__device__ inline float fused(float a, float b, float c) { return __fmaf_rn(a, b, c); }
-__device__ inline double fused(double a, double b, double c) { return __fma_rn(a, b, c); }
-__device__ inline float square_root(float v) { return __fsqrt_rn(v); }
-__device__ inline double square_root(double v) { return __dsqrt_rn(v); }
+  __device__ static float fused(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+  __device__ static double fused(double a, double b, double c) { return __fma_rn(a, b, c); }
+  __device__ static float square_root(float v) { return __fsqrt_rn(v); }
+  __device__ static double square_root(double v) { return __dsqrt_rn(v); }
 #else
-inline float fused(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
-inline double fused(double a, double b, double c) { return __builtin_fma(a, b, c); }
-inline float square_root(float v) { return __builtin_sqrtf(v); }
-inline double square_root(double v) { return __builtin_sqrt(v); }
+  static float fused(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+  static double fused(double a, double b, double c) { return __builtin_fma(a, b, c); }
+  static float square_root(float v) { return __builtin_sqrtf(v); }
+  static double square_root(double v) { return __builtin_sqrt(v); }
 #endif
-
-#define GMP_RULE_INLINE __device__ inline
-#include "optim/update_rule.h"
-#undef GMP_RULE_INLINE
-
-template <Rule kRule>
-inline constexpr int kStates = kRule == Rule::adam  ? 3
-                               : kRule == Rule::sgd ? 1
-                                                    : 0;
+};
 
 // Only weights of 16 bits come with wider copies.
 template <typename Format>
 inline constexpr bool kMasters = sizeof(typename Format::Bits) < sizeof(typename Format::Compute);
+
+// Arrays of state that there are.
+template <Rule kRule>
+__device__ __forceinline__ int num_states_of(const UpdateRow& row) {
+  int num_states = kFewestStates<kRule>;
+#pragma unroll
+  for (int k = kFewestStates<kRule>; k < kMostStates<kRule>; ++k) num_states += row.state[k] != 0;
+  return num_states;
+}
 
 // The first tiles of a chunk, all of them whole and on 16 bytes; the state is dense.
 template <Rule kRule, typename Format>
@@ -50,10 +52,10 @@ __device__ __forceinline__ void update_tiles(const UpdateRow& row, const UpdateC
   Bits* const weights = pointer<Bits>(row.weights);
   const Bits* const grads = pointer<const Bits>(row.grads);
   T* const master = pointer<T>(row.master);
-  T* states[kStates<kRule> + 1] = {};
+  T* states[kMostStates<kRule> + 1] = {};
 #pragma unroll
-  for (int k = 0; k < kStates<kRule>; ++k) states[k] = pointer<T>(row.state[k]);
-  const bool has_momentum = row.state[0] != 0, has_maximum = row.state[2] != 0;
+  for (int k = 0; k < kMostStates<kRule>; ++k) states[k] = pointer<T>(row.state[k]);
+  const int num_states = num_states_of<kRule>(row);
   // All bytes of the mask at once: otherwise each tile would wait for memory twice.
   uint64_t kept_of = ~uint64_t{0};
   if (row.mask != 0) {
@@ -70,7 +72,7 @@ __device__ __forceinline__ void update_tiles(const UpdateRow& row, const UpdateC
     if (bits != 0) {
       // Given values whether they need them or not: undefined ones send nvcc 13.0's optimizer round in circles.
       Bits raw[kEach] = {}, gradient[kEach] = {};
-      T wide[kEach] = {}, state[kStates<kRule> + 1][kEach] = {};
+      T wide[kEach] = {}, state[kMostStates<kRule> + 1][kEach] = {};
       const bool is_master = kMasters<Format> && master != nullptr;
       load8<true>(grads + i, kEach, gradient);
       if (is_master) {
@@ -79,31 +81,30 @@ __device__ __forceinline__ void update_tiles(const UpdateRow& row, const UpdateC
         load8<true>(weights + i, kEach, raw);
       }
 #pragma unroll
-      for (int k = 0; k < kStates<kRule>; ++k) {
+      for (int k = 0; k < kMostStates<kRule>; ++k) {
         if (states[k] != nullptr) load8<true>(states[k] + i, kEach, state[k]);
       }
 #pragma unroll
       for (int j = 0; j < kEach; ++j) {
         const bool kept = bits >> j & 1;
-        T w = T(0), s[3] = {T(0), T(0), T(0)};
+        T w = T(0), s[kMaxStates] = {};
         if (kept) {
           w = is_master ? wide[j] : Format::load(raw[j]);
 #pragma unroll
-          for (int k = 0; k < kStates<kRule>; ++k) {
+          for (int k = 0; k < kMostStates<kRule>; ++k) {
             if (states[k] != nullptr) s[k] = state[k][j];
           }
-          update_one<kRule, T>(w, static_cast<T>(Format::load(gradient[j])), s[0], s[1], s[2], has_momentum,
-                               has_maximum, c);
+          update_one<kRule, Arithmetic>(w, static_cast<T>(Format::load(gradient[j])), s, num_states, c);
         }
 #pragma unroll
-        for (int k = 0; k < kStates<kRule>; ++k) state[k][j] = s[k];
+        for (int k = 0; k < kMostStates<kRule>; ++k) state[k][j] = s[k];
         if (is_master) wide[j] = w;
         raw[j] = kept ? Format::store(w) : Bits(0);
       }
       if (is_master) store8<true>(master + i, kEach, wide);
       store8<true>(weights + i, kEach, raw);
 #pragma unroll
-      for (int k = 0; k < kStates<kRule>; ++k) {
+      for (int k = 0; k < kMostStates<kRule>; ++k) {
         if (states[k] != nullptr) store8<true>(states[k] + i, kEach, state[k]);
       }
     }
@@ -127,13 +128,13 @@ __device__ __forceinline__ void update_singly(const UpdateRow& row, const Update
   const int run = (size - first + kWord * static_cast<int>(kWarps) - 1) / (kWord * static_cast<int>(kWarps)) * kWord;
   const int start = first + static_cast<int>(warp) * run;
   int64_t compact = 0;
-  if (row.ranks != 0) {
+  if (row.chunk_offsets != 0) {
     // The words of the warps before this one say where its state begins; the chunk is compact from its first weight on.
     int before = 0;
     for (int i = static_cast<int>(lane) * kWord; i < start && i < size; i += kWarpSize * kWord) {
       before += count_word(load_word(mask, begin + i, size - i));
     }
-    compact = pointer<const int64_t>(row.ranks)[begin / kChunk] + warp_sum(before);
+    compact = pointer<const int64_t>(row.chunk_offsets)[begin / kChunk] + warp_sum(before);
   }
   const int own = start + static_cast<int>(lane) * kWord;
   const int there = static_cast<int>(lane) * kWord < run ? size - own : 0;
@@ -144,17 +145,17 @@ __device__ __forceinline__ void update_singly(const UpdateRow& row, const Update
   __syncwarp();
   Bits* const weights = pointer<Bits>(row.weights) + begin + start;
   const Bits* const grads = pointer<const Bits>(row.grads) + begin + start;
-  const bool is_master = kMasters<Format> && row.master != 0, is_compact = row.ranks != 0;
-  const bool has_momentum = row.state[0] != 0, has_maximum = row.state[2] != 0;
+  const bool is_master = kMasters<Format> && row.master != 0, is_compact = row.chunk_offsets != 0;
+  const int num_states = num_states_of<kRule>(row);
   T* const master = pointer<T>(row.master) + (is_master ? begin + start : 0);
-  T* states[kStates<kRule> + 1] = {};
+  T* states[kMostStates<kRule> + 1] = {};
 #pragma unroll
-  for (int n = 0; n < kStates<kRule>; ++n) {
+  for (int n = 0; n < kMostStates<kRule>; ++n) {
     states[n] = row.state[n] == 0 ? nullptr : pointer<T>(row.state[n]) + (is_compact ? compact : begin + start);
   }
   for (int k0 = static_cast<int>(lane); k0 < total; k0 += kAtOnce * kWarpSize) {
     int at[kAtOnce];
-    T w[kAtOnce], g[kAtOnce], s[kAtOnce][3];
+    T w[kAtOnce], g[kAtOnce], s[kAtOnce][kMaxStates];
 #pragma unroll
     for (int u = 0; u < kAtOnce; ++u) {
       const int k = k0 + u * static_cast<int>(kWarpSize);
@@ -163,20 +164,20 @@ __device__ __forceinline__ void update_singly(const UpdateRow& row, const Update
       g[u] = static_cast<T>(Format::load(load1(grads + at[u])));
       w[u] = is_master ? load1(master + at[u]) : static_cast<T>(Format::load(load1(weights + at[u])));
 #pragma unroll
-      for (int n = 0; n < 3; ++n) {
+      for (int n = 0; n < kMaxStates; ++n) {
         s[u][n] = T(0);
-        if (n < kStates<kRule> && states[n] != nullptr) s[u][n] = load1(states[n] + (is_compact ? k : at[u]));
+        if (n < kMostStates<kRule> && states[n] != nullptr) s[u][n] = load1(states[n] + (is_compact ? k : at[u]));
       }
     }
 #pragma unroll
     for (int u = 0; u < kAtOnce; ++u) {
       const int k = k0 + u * static_cast<int>(kWarpSize);
       if (k >= total) break;
-      update_one<kRule, T>(w[u], g[u], s[u][0], s[u][1], s[u][2], has_momentum, has_maximum, c);
+      update_one<kRule, Arithmetic>(w[u], g[u], s[u], num_states, c);
       if (is_master) store1(master + at[u], w[u]);
       store1(weights + at[u], Format::store(w[u]));
 #pragma unroll
-      for (int n = 0; n < kStates<kRule>; ++n) {
+      for (int n = 0; n < kMostStates<kRule>; ++n) {
         if (states[n] != nullptr) store1(states[n] + (is_compact ? k : at[u]), s[u][n]);
       }
     }
@@ -211,10 +212,12 @@ __global__ void __launch_bounds__(kThreads, kUpdaters<Format>)
       __syncthreads();
     }
     if (c.skip != T(0)) continue;
-    const uint64_t addresses = row.weights | row.grads | row.master | row.state[0] | row.state[1] | row.state[2];
+    uint64_t addresses = row.weights | row.grads | row.master;
+#pragma unroll
+    for (uint64_t state : row.state) addresses |= state;
     const int64_t begin = (chunk - row.first_chunk) * kChunk;
     const int size = static_cast<int>(row.n - begin < kChunk ? row.n - begin : kChunk);
-    const int num_tiles = row.ranks == 0 && addresses % 16 == 0 ? size / static_cast<int>(kTile) : 0;
+    const int num_tiles = row.chunk_offsets == 0 && addresses % 16 == 0 ? size / static_cast<int>(kTile) : 0;
     const int done = num_tiles * static_cast<int>(kTile);
     if (done < size) update_singly<kRule, Format>(row, c, begin, done, size, places);
     if (num_tiles > 0) update_tiles<kRule, Format>(row, c, begin, num_tiles);

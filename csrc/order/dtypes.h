@@ -1,7 +1,9 @@
-// One row per dtype; adding a dtype is adding a row: GMP_DTYPE(name, key type, bits of +Inf).
+// One row per dtype; adding a dtype is adding a row: GMP_DTYPE(name, key type, bits of +Inf). A dtype that is no float
+// or double also needs its conversions to float, in cpu/update_impl.h and cuda/formats.cuh, for optimizers.
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #define GMP_DTYPES(GMP_DTYPE)                         \
   GMP_DTYPE(float32, uint32_t, 0x7f800000u)           \
@@ -16,6 +18,21 @@ enum class DType : int {
   GMP_DTYPES(GMP_DTYPE)
 #undef GMP_DTYPE
 };
+#define GMP_DTYPE(name, key, infinity) +1
+inline constexpr int kNumDTypes = GMP_DTYPES(GMP_DTYPE);
+#undef GMP_DTYPE
+
+// How optimizers take a dtype: the bits of a weight, and the type it is computed in.
+template <DType kDType>
+struct TypesOf;
+#define GMP_DTYPE(name, key, infinity)                                   \
+  template <>                                                            \
+  struct TypesOf<DType::name> {                                          \
+    using Bits = key;                                                    \
+    using Compute = std::conditional_t<sizeof(key) == 8, double, float>; \
+  };
+GMP_DTYPES(GMP_DTYPE)
+#undef GMP_DTYPE
 
 // Calls visit(+Inf as a key of the dtype) and returns what it does.
 template <typename Visit>

@@ -83,9 +83,9 @@ def _taken(column: Sequence[T], positions: Sequence[int]) -> Sequence[T]:
     return [column[i] for i in positions] if len(positions) < len(column) else column
 
 
-def _prepared(t: UpdateTensor) -> _C.UpdateRow:
+def _prepared(t: UpdateTensor) -> _C.UpdateTensor:
     """Make the tensor's row, once."""
-    row = _C.update_row(
+    row = _C.update_tensor(
         dtype_name(t.weight),
         _array(t.weight),
         _array(t.master),
@@ -169,7 +169,7 @@ class Cpu:
     ) -> None:
         if not isinstance(batch.prepared, _C.UpdateBatch):
             batch.prepared = _C.update_batch(
-                [t.row if isinstance(t.row, _C.UpdateRow) else _prepared(t) for t in batch.tensors]
+                [t.row if isinstance(t.row, _C.UpdateTensor) else _prepared(t) for t in batch.tensors]
             )
         arrays = list(map(torch.Tensor.data_ptr, gradients)), list(map(torch.Tensor.numel, gradients))
         arguments = rule, batch.prepared, *arrays, rows, constants.on_host(), torch.get_num_threads()
@@ -182,7 +182,7 @@ class Cpu:
     def compactions(self, masks: Sequence[tuple[torch.Tensor, int]]) -> list[Compaction]:
         found = []
         for mask, numel in masks:
-            ranks = torch.tensor(_C.ranks(_array(mask), numel), dtype=torch.int64, device="cpu")
+            ranks = torch.tensor(_C.chunk_offsets(_array(mask), numel), dtype=torch.int64, device="cpu")
             found.append(Compaction(mask, ranks, int(ranks[-1])))
         return found
 
@@ -191,7 +191,7 @@ class Cpu:
         for source, source_layout, target, target_layout, numel in moves:
             states = _state(source, source_layout), _state(target, target_layout)
             rows.append((*states, numel, source.element_size()))
-        _C.repack(rows, torch.get_num_threads())
+        _C.move_state(rows, torch.get_num_threads())
 
 
 def _probe() -> str | None:

@@ -325,14 +325,14 @@ class Launches:
             return
         with self._on(moves[0].source.device, "move_state") as launch:
             table = upload(rows, torch.int64, moves[0].source.device)
-            self._module.repack(launch, table.data_ptr(), len(rows), first_chunk)
+            self._module.move_state(launch, table.data_ptr(), len(rows), first_chunk)
 
 
 def _state(values: torch.Tensor, layout: Compaction | None, numel: int, num_chunks: int) -> tuple[int, int, int]:
     """Addresses of state, and if it is compact of its mask and ranks."""
     if layout is None:
         return array_address(values, numel, "state"), 0, 0
-    ranks = array_address(layout.ranks, num_chunks + 1, "ranks")
+    ranks = array_address(layout.ranks, num_chunks + 1, "chunk offsets")
     return array_address(values, layout.num_kept, "state"), bits_address(layout.mask, numel), ranks
 
 

@@ -23,7 +23,7 @@ from gmp_kernels.backends.at_once import at_once
 from gmp_kernels.backends.keys import largest_key
 from gmp_kernels.backends.layers import Layers, device_of, merged, prepared
 from gmp_kernels.backends.registry import Backend, register
-from gmp_kernels.backends.triton.steps import ConstantTables, Rows, StepPart, row_of, step_parts
+from gmp_kernels.backends.triton.steps import Kind, constant_table, row_of, tables_by_kind
 from gmp_kernels.backends.triton.tables import BLOCK, INTERPRETED, Recent, Table, Uploads, stream_of, table_of
 from gmp_kernels.backends.types import (
     Bracket,
@@ -41,7 +41,7 @@ from gmp_kernels.errors import CaptureError
 
 T = TypeVar("T")
 
-# Contraction would round once what csrc/optim/update_rule.h rounds twice.
+# Contraction would round once what csrc/optim/rules.h rounds twice.
 OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
 # Of the kernels that read all weights, and count them in columns of as many as a warp has threads: fewer warps leave
 # more weights to the column, and the sums over columns are what takes the time.
@@ -122,6 +122,7 @@ class Triton:
     def __init__(self) -> None:
         # Not before somebody wants it: importing triton takes longer than importing all of this package.
         from gmp_kernels.backends.triton import kernels
+        from gmp_kernels.backends.triton.update import CONSTANTS
 
         if INTERPRETED:
             from gmp_kernels.backends.triton import interpreter
@@ -129,9 +130,10 @@ class Triton:
             interpreter.put_right()
         self._kernels: Any = kernels
         self._uploads = Uploads()
-        self._constants = ConstantTables()
         self._parts_of: Recent[list[Part]] = Recent()
-        self._step_parts: Recent[list[StepPart]] = Recent()
+        self._absent_constants = CONSTANTS
+        self._constants: Recent[torch.Tensor] = Recent(16)
+        self._step_tables: Recent[list[tuple[Kind, list[int], Table]]] = Recent()
 
     def _launch(self, name: str, num_programs: int, *args: Any, **constants: Any) -> None:
         if num_programs == 0:
@@ -258,20 +260,20 @@ class Triton:
             return
         k, device = self._kernels, batch.tensors[0].weight.device
         with _on(device, "update"):
-            if not isinstance(batch.prepared, Rows):
-                batch.prepared = Rows(map(row_of, batch.tensors))
+            if not isinstance(batch.prepared, list):
+                batch.prepared = [row_of(t) for t in batch.tensors]
             addresses = list(map(torch.Tensor.data_ptr, gradients))
             # Few gradients are not aligned; those that are not get launches of their own.
             unaligned = [i for i, pointer in enumerate(addresses) if pointer & 15]
             key = (device, stream_of(device), unaligned, batch.prepared)
-            parts = self._step_parts.get(key, partial(step_parts, batch.prepared, unaligned, device))
-            values = self._constants.at(constants, device)
+            tables = self._step_tables.get(key, partial(tables_by_kind, batch.prepared, unaligned, device))
+            values = constant_table(constants, self._absent_constants, device, self._constants)
             columns = [
                 self._uploads.at([*taken(addresses, own), *taken(rows, own)], torch.int64, device)
-                for _, own, _ in parts
+                for _, own, _ in tables
             ]
             # Everything there has to be memory for is there: from here on weights are written.
-            for (kind, positions, table), column in zip(parts, columns, strict=True):
+            for (kind, positions, table), column in zip(tables, columns, strict=True):
                 self._launch(
                     "update",
                     table.num_chunks,
@@ -346,7 +348,7 @@ class Triton:
                 tables.append(table_of([move.numel for move in alike], fields, device))
             for size, table in zip(by_size, tables, strict=True):
                 constants = {"BITS": self._kernels.INTEGERS[size], "BLOCK": BLOCK}
-                self._launch("repack", table.num_chunks, table.rows, table.owners, **constants)
+                self._launch("move_state", table.num_chunks, table.rows, table.owners, **constants)
 
 
 def _layout(compaction: Compaction | None) -> tuple[int, int]:

@@ -7,7 +7,7 @@ import triton.language as tl
 from gmp_kernels.backends.dtypes import DTYPES
 from gmp_kernels.backends.triton.apply import apply
 from gmp_kernels.backends.triton.count import count
-from gmp_kernels.backends.triton.update import count_kept, repack, sum_squares, update
+from gmp_kernels.backends.triton.update import count_kept, move_state, sum_squares, update
 
 __all__ = [
     "FLOATS",
@@ -15,7 +15,7 @@ __all__ = [
     "apply",
     "count",
     "count_kept",
-    "repack",
+    "move_state",
     "sum_squares",
     "update",
 ]

@@ -10,8 +10,8 @@ import triton.language as tl
 
 # Fields of a table's rows, eight-byte integers: of every tensor, of a layer, of an UpdateTensor and of a StateMove.
 N, FIRST, WEIGHTS, MASK = map(tl.constexpr, range(4))
-MASTER, STATE, RANKS = map(tl.constexpr, (4, 5, 8))
-SOURCE, SOURCE_MASK, SOURCE_RANKS, TARGET, TARGET_MASK, TARGET_RANKS = map(tl.constexpr, range(2, 8))
+MASTER, STATE, CHUNK_OFFSETS = map(tl.constexpr, (4, 5, 8))
+SOURCE, SOURCE_MASK, SOURCE_OFFSETS, TARGET, TARGET_MASK, TARGET_OFFSETS = map(tl.constexpr, range(2, 8))
 FIELDS = tl.constexpr(9)
 
 NO_INDEX = tl.constexpr((1 << 63) - 1)

@@ -6,16 +6,16 @@ import triton
 import triton.language as tl
 
 from gmp_kernels.backends.triton.tiles import (
+    CHUNK_OFFSETS,
     MASK,
     MASTER,
-    RANKS,
     SOURCE,
     SOURCE_MASK,
-    SOURCE_RANKS,
+    SOURCE_OFFSETS,
     STATE,
     TARGET,
     TARGET_MASK,
-    TARGET_RANKS,
+    TARGET_OFFSETS,
     WEIGHTS,
     N,
     flags_before,
@@ -28,10 +28,36 @@ from gmp_kernels.backends.triton.tiles import (
     store_rows,
 )
 
-# Fields of a step's constants, in the order of triton.py.
-GRAD_FACTOR, DECAY, WEIGHT_DECAY, LR, MOMENTUM, ONE_MINUS_DAMPENING, NESTEROV, FIRST_STEP = map(tl.constexpr, range(8))
-ONE_MINUS_BETA1, BETA2, ONE_MINUS_BETA2, BIAS_CORRECTION2_SQRT, EPS, STEP_SIZE, SKIP = map(tl.constexpr, range(8, 15))
-NUM_CONSTANTS = tl.constexpr(15)
+# The constants of a step, with the values that change nothing: those of csrc/optim/rules.h, in any order.
+CONSTANTS = {
+    "grad_factor": 1.0,
+    "decay": 1.0,
+    "weight_decay": 0.0,
+    "lr": 0.0,
+    "momentum": 0.0,
+    "one_minus_dampening": 1.0,
+    "nesterov": 0.0,
+    "first_step": 0.0,
+    "one_minus_beta1": 0.0,
+    "beta2": 0.0,
+    "one_minus_beta2": 0.0,
+    "bias_correction2_sqrt": 1.0,
+    "eps": 0.0,
+    "step_size": 0.0,
+    "skip": 0.0,
+}
+NUM_CONSTANTS = tl.constexpr(len(CONSTANTS))
+
+
+@triton.constexpr_function
+def _column_of(name):
+    return list(CONSTANTS).index(name)
+
+
+@triton.jit
+def _constant(c, NAME: tl.constexpr, T: tl.constexpr):
+    """One of a row of constants, in the type of the arithmetic."""
+    return tl.load(c + _column_of(NAME)).to(T)
 
 
 @triton.jit
@@ -82,36 +108,54 @@ def _lerp(start, end, weight):
     return tl.fma(end - start, tl.where(from_start, weight, weight - 1.0), tl.where(from_start, start, end))
 
 
+# The rules of csrc/optim/rules.h in the same order, fused where they fuse; compiled without contraction. What depends
+# on a constant is selected: branches in between would keep layouts from being simplified.
+
+
+@triton.jit
+def _scale(w, g, c, T: tl.constexpr):
+    g = g * _constant(c, "grad_factor", T)
+    w = w * _constant(c, "decay", T)
+    weight_decay = _constant(c, "weight_decay", T)
+    return w, tl.where(weight_decay != 0, tl.fma(w, weight_decay, g), g)
+
+
+@triton.jit
+def _sgd(w, g, momentum, c, STATES: tl.constexpr, T: tl.constexpr):
+    w, g = _scale(w, g, c, T)
+    if STATES > 0:
+        factor = _constant(c, "momentum", T)
+        new = tl.fma(g, _constant(c, "one_minus_dampening", T), momentum * factor)
+        momentum = tl.where(_constant(c, "first_step", T) != 0, g, new)
+        g = tl.where(_constant(c, "nesterov", T) != 0, tl.fma(momentum, factor, g), momentum)
+    return tl.fma(g, -_constant(c, "lr", T), w), momentum
+
+
+@triton.jit
+def _adam(w, g, average, squares, maximum, c, STATES: tl.constexpr, T: tl.constexpr):
+    w, g = _scale(w, g, c, T)
+    average = _lerp(average, g, _constant(c, "one_minus_beta1", T))
+    squares = tl.fma(_constant(c, "one_minus_beta2", T) * g, g, squares * _constant(c, "beta2", T))
+    second = squares
+    if STATES > 2:
+        maximum = tl.where((maximum > squares) | (maximum != maximum), maximum, squares)  # hands a NaN on
+        second = maximum
+    root = _quotient(_square_root(second), _constant(c, "bias_correction2_sqrt", T))
+    step = _quotient(-_constant(c, "step_size", T) * average, root + _constant(c, "eps", T))
+    return w + step, average, squares, maximum
+
+
 @triton.jit
 def _step(w, g, s0, s1, s2, c, RULE: tl.constexpr, STATES: tl.constexpr, T: tl.constexpr):
-    """csrc/optim/update_rule.h in the same order, fused where it fuses; compiled without contraction.
-
-    What depends on a constant is selected: branches in between would keep layouts from being simplified.
-    """
-    if RULE == "average":
-        w = _lerp(w, g, tl.load(c + ONE_MINUS_BETA1).to(T))
-    else:
-        g = g * tl.load(c + GRAD_FACTOR).to(T)
-        w = w * tl.load(c + DECAY).to(T)
-        weight_decay = tl.load(c + WEIGHT_DECAY).to(T)
-        g = tl.where(weight_decay != 0, tl.fma(w, weight_decay, g), g)
+    """Take one step by a rule; it returns weights and state."""
     if RULE == "sgd":
-        if STATES > 0:
-            momentum = tl.load(c + MOMENTUM).to(T)
-            weight = tl.load(c + ONE_MINUS_DAMPENING).to(T)
-            s0 = tl.where(tl.load(c + FIRST_STEP) != 0, g, tl.fma(g, weight, s0 * momentum))
-            g = tl.where(tl.load(c + NESTEROV) != 0, tl.fma(s0, momentum, g), s0)
-        w = tl.fma(g, -tl.load(c + LR).to(T), w)
-    if RULE == "adam":
-        s0 = _lerp(s0, g, tl.load(c + ONE_MINUS_BETA1).to(T))
-        s1 = tl.fma(tl.load(c + ONE_MINUS_BETA2).to(T) * g, g, s1 * tl.load(c + BETA2).to(T))
-        second = s1
-        if STATES > 2:
-            s2 = tl.where((s2 > s1) | (s2 != s2), s2, s1)  # hands a NaN on, from either side
-            second = s2
-        bias = tl.load(c + BIAS_CORRECTION2_SQRT).to(T)
-        denominator = _quotient(_square_root(second), bias) + tl.load(c + EPS).to(T)
-        w = w + _quotient(-tl.load(c + STEP_SIZE).to(T) * s0, denominator)
+        w, s0 = _sgd(w, g, s0, c, STATES, T)
+    elif RULE == "adam":
+        w, s0, s1, s2 = _adam(w, g, s0, s1, s2, c, STATES, T)
+    elif RULE == "average":
+        w = _lerp(w, g, _constant(c, "one_minus_beta1", T))
+    else:
+        tl.static_assert(False, "unknown rule")
     return w, s0, s1, s2
 
 
@@ -136,8 +180,8 @@ def _update(
         w = _widen(load_rows(weights, index, n, live, FULL), dtype)
 
     if COMPACT:
-        ranks = tl.load(row + RANKS).to(tl.pointer_type(tl.int64))
-        place = tl.load(ranks + begin // BLOCK) + flags_before(kept, BLOCK)
+        offsets = tl.load(row + CHUNK_OFFSETS).to(tl.pointer_type(tl.int64))
+        place = tl.load(offsets + begin // BLOCK) + flags_before(kept, BLOCK)
         held = kept
     else:
         place = index
@@ -175,13 +219,13 @@ def update(
     """The masked step; of rows of eight weights that are all pruned only the mask is read.
 
     ``steps`` has the gradients of all rows and then the constants of all rows. Compact state holds the values of the
-    kept weights, ``ranks`` how many come before each chunk.
+    kept weights, ``CHUNK_OFFSETS`` how many come before each chunk.
     """
     chunk = tl.program_id(0).to(tl.int64)
     row, begin = row_of(table, owners, chunk, BLOCK)
     own = steps + tl.load(owners + chunk)
     grads, c = tl.load(own), constants + tl.load(own + num_rows) * NUM_CONSTANTS
-    if tl.load(c + SKIP) == 0:
+    if _constant(c, "skip", T) == 0:
         if begin + BLOCK <= tl.load(row + N):
             _update(row, begin, grads, c, RULE, STATES, COMPACT, HAS_MASTER, dtype, BITS, T, BLOCK, ALIGNED, True)
         elif COMPACT:
@@ -204,11 +248,11 @@ def count_kept(table, owners, counts, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _layout(mask, ranks, index, begin, n, BLOCK: tl.constexpr):
+def _layout(mask, offsets, index, begin, n, BLOCK: tl.constexpr):
     """Weights that a layout holds, and their places."""
     if mask != 0:
         held = spread(mask_bytes(mask, begin, n, BLOCK, False), index, n, False)
-        place = tl.load(ranks.to(tl.pointer_type(tl.int64)) + begin // BLOCK) + flags_before(held, BLOCK)
+        place = tl.load(offsets.to(tl.pointer_type(tl.int64)) + begin // BLOCK) + flags_before(held, BLOCK)
     else:
         held = index < n
         place = index
@@ -216,14 +260,14 @@ def _layout(mask, ranks, index, begin, n, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def repack(table, owners, BITS: tl.constexpr, BLOCK: tl.constexpr):
+def move_state(table, owners, BITS: tl.constexpr, BLOCK: tl.constexpr):
     """State on its way from layout to layout."""
     row, begin = row_of(table, owners, tl.program_id(0).to(tl.int64), BLOCK)
     n = tl.load(row + N)
     index = places(begin, BLOCK)
-    held, place = _layout(tl.load(row + SOURCE_MASK), tl.load(row + SOURCE_RANKS), index, begin, n, BLOCK)
+    held, place = _layout(tl.load(row + SOURCE_MASK), tl.load(row + SOURCE_OFFSETS), index, begin, n, BLOCK)
     values = tl.load(tl.load(row + SOURCE).to(tl.pointer_type(BITS)) + place, mask=held, other=0)
-    held, place = _layout(tl.load(row + TARGET_MASK), tl.load(row + TARGET_RANKS), index, begin, n, BLOCK)
+    held, place = _layout(tl.load(row + TARGET_MASK), tl.load(row + TARGET_OFFSETS), index, begin, n, BLOCK)
     tl.store(tl.load(row + TARGET).to(tl.pointer_type(BITS)) + place, values, mask=held)
 
 
