@@ -75,7 +75,7 @@ def test_only_masks_are_read_and_written_by_the_byte() -> None:
         ("count<unsigned int>", 80),
         ("count<unsigned long>", 80),
         ("apply<unsigned long>", 80),
-        ("update<Rule 1, Wide<float>>", 116),
+        ("update<Rule 1, FormatOf<DType 0>>", 116),
     ],
 )
 def test_registers_leave_room_for_other_blocks(kernel: str, most: int) -> None:
@@ -83,8 +83,10 @@ def test_registers_leave_room_for_other_blocks(kernel: str, most: int) -> None:
 
 
 def test_whole_tiles_of_a_step_are_few_instructions() -> None:
-    assert on_hopper("whole_tiles<Rule 1, Wide<float>>").instructions <= 1800
-    assert on_hopper("whole_tiles<Rule 1, Wide<float>>").loads_of_16_bytes == 10  # weights, gradients, three of state
+    assert on_hopper("whole_tiles<Rule 1, FormatOf<DType 0>>").instructions <= 1800
+    assert (
+        on_hopper("whole_tiles<Rule 1, FormatOf<DType 0>>").loads_of_16_bytes == 10
+    )  # weights, gradients, three of state
 
 
 def test_the_page_shows_the_table() -> None:
@@ -92,8 +94,8 @@ def test_the_page_shows_the_table() -> None:
 
 
 REPORT = """\
-ptxas info    : Compiling entry function '_ZN3gmp4cuda7kernels6repackEPKNS0_9RepackRowEll' for 'sm_80'
-ptxas info    : Function properties for _ZN3gmp4cuda7kernels6repackEPKNS0_9RepackRowEll
+ptxas info    : Compiling entry function '_ZN3gmp4cuda7kernels10move_stateEPKNS0_12StateMoveRowEll' for 'sm_80'
+ptxas info    : Function properties for _ZN3gmp4cuda7kernels10move_stateEPKNS0_12StateMoveRowEll
     16 bytes stack frame, 8 bytes spill stores, 4 bytes spill loads
 ptxas info    : Used 40 registers, used 1 barriers, 16 bytes cumulative stack size, 84 bytes smem, 384 bytes cmem[0]
 ptxas info    : Compile time = 195.118 ms
@@ -109,11 +111,11 @@ def test_the_compilers_report_is_read() -> None:
     numbers = ("registers", "spill_stores", "spill_loads", "stack", "shared")
     assert (first["arch"], *(first[key] for key in numbers)) == ("sm_80", "40", "8", "4", "16", "84")
     assert (second["arch"], *(second[key] for key in numbers)) == ("sm_90", "12", "0", "0", "0", "0")
-    assert [cuda_static.readable(row["kernel"]) for row in (first, second)] == ["repack", "start"]
+    assert [cuda_static.readable(row["kernel"]) for row in (first, second)] == ["move_state", "start"]
 
 
 LISTING = """\
-\t\tFunction : _ZN3gmp4cuda7kernels6repackEPKNS0_9RepackRowEll
+\t\tFunction : _ZN3gmp4cuda7kernels10move_stateEPKNS0_12StateMoveRowEll
         /*0000*/                   LDC R1, c[0x0][0x28] ;                    /* 0x00000a00ff017b82 */
                                                                              /* 0x000fe20000000800 */
         /*0010*/              @!P0 LDG.E.U8 R2, desc[UR6][R8.64] ;           /* 0x0000000608027981 */
