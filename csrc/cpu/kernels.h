@@ -50,9 +50,9 @@ struct UpdateKernels {
 struct KernelSet {
   const char* name;
   int64_t (*count_bits)(const uint8_t* mask, int64_t n);
-  Kernels<uint16_t> u16;
-  Kernels<uint32_t> u32;
-  Kernels<uint64_t> u64;
+#define GMP_KEY(Key) Kernels<Key> of_##Key;
+  GMP_KEYS(GMP_KEY)
+#undef GMP_KEY
   UpdateKernels update_kernels[kNumDTypes];  // by DType
 };
 
@@ -69,13 +69,10 @@ const KernelSet& active_kernels();
 template <typename Key>
 const Kernels<Key>& kernels_for() {
   const KernelSet& set = active_kernels();
-  if constexpr (sizeof(Key) == 2) {
-    return set.u16;
-  } else if constexpr (sizeof(Key) == 4) {
-    return set.u32;
-  } else {
-    return set.u64;
-  }
+#define GMP_KEY(Type) \
+  if constexpr (std::is_same_v<Key, Type>) return set.of_##Type;
+  GMP_KEYS(GMP_KEY)
+#undef GMP_KEY
 }
 
 }  // namespace gmp::cpu

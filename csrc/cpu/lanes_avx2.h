@@ -43,8 +43,7 @@ inline __m256i expand64(uint64_t bits) {
   return _mm256_cmpeq_epi64(_mm256_and_si256(_mm256_set1_epi64x(static_cast<long long>(bits)), select), select);
 }
 
-template <typename Key>
-struct Lanes;
+#include "lanes.h"
 
 template <>
 struct Lanes<uint16_t> {

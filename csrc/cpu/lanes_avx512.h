@@ -1,6 +1,5 @@
 // Compressing goes through a register: the form of vpcompress that writes memory is microcoded on Zen 4.
-template <typename Key>
-struct Lanes;
+#include "lanes.h"
 
 template <>
 struct Lanes<uint16_t> {

@@ -394,14 +394,13 @@ constexpr UpdateKernels update_kernels_of() {
 }
 
 constexpr KernelSet kernel_set(const char* name) {
-  return {name,
-          count_bits,
-          kernels_of<uint16_t>(),
-          kernels_of<uint32_t>(),
-          kernels_of<uint64_t>(),
-          {
+  return {name, count_bits,
+#define GMP_KEY(Key) kernels_of<Key>(),
+          GMP_KEYS(GMP_KEY)
+#undef GMP_KEY
+              {
 #define GMP_DTYPE(name, key, infinity) update_kernels_of<FormatOf<DType::name>>(),
-              GMP_DTYPES(GMP_DTYPE)
+                  GMP_DTYPES(GMP_DTYPE)
 #undef GMP_DTYPE
-          }};
+              }};
 }

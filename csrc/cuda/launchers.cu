@@ -86,9 +86,9 @@ void load_kernels(const Launch& launch) {
     load(kernels::apply<Key>);
     load(kernels::count_layers<Key>);
   };
-  load_typed(uint16_t{});
-  load_typed(uint32_t{});
-  load_typed(uint64_t{});
+#define GMP_KEY(Key) load_typed(Key{});
+  GMP_KEYS(GMP_KEY)
+#undef GMP_KEY
   load(kernels::move_state);
   load(kernels::count_kept);
   load(kernels::scan_kept);

@@ -11,6 +11,9 @@
   GMP_DTYPE(float16, uint16_t, 0x7c00u)               \
   GMP_DTYPE(bfloat16, uint16_t, 0x7f80u)
 
+// Their key types.
+#define GMP_KEYS(GMP_KEY) GMP_KEY(uint16_t) GMP_KEY(uint32_t) GMP_KEY(uint64_t)
+
 namespace gmp {
 
 enum class DType : int {
