@@ -1,5 +1,6 @@
 # make demo   set up everything and run the main job: train, prune gradually, compare with one-shot (3 minutes)
-# make test   set up everything and run all checks and tests (what CI runs)
+# make test   set up everything and run the checks and tests that a change needs (8 minutes after the set-up)
+# make test-all  run what else there is: every backend in full, sanitizers, wheels, processes (CI runs both)
 # make docs   build the documentation as a site in site/; fails on any warning
 # make bench  measure this machine against torch and numpy; writes benchmarks/results/
 # make gpu-check [STAGE=smoke|bench|suite|...]  all of that on the GPU of a machine that has torch (9 minutes)
@@ -14,7 +15,7 @@ SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -na
 CXX_SOURCES := $(shell find csrc benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint docs bench gpu-check format clean
+.PHONY: help demo test test-all lint docs bench gpu-check format clean
 
 help:
 	@sed -n 's/^# \?//; 1,/^$$/p' Makefile
@@ -25,6 +26,10 @@ demo: $(VENV)/.demo
 test: lint
 	@echo '== tests, two files at a time: most keep one core busy'
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+test-all: $(VENV)/.test
+	@echo '== thorough tests'
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m thorough
 	@echo '== benchmarks, one tiny round each: they run'
 	$(BIN)/pytest benchmarks --benchmark-disable
 

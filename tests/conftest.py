@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Iterable, Iterator
 from types import ModuleType
 from typing import TypeVar
@@ -63,8 +64,19 @@ def is_slow(item: pytest.Item) -> bool:
     return not SLOW.isdisjoint((parameters.get("backend"), parameters.get("kernels")))
 
 
+# Of what two slow backends are put through, `make test` takes one case in so many; `make test-all` adds the others.
+THOROUGH = {"simt": 4, "triton": 3}
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items[:] = [item for item in items if not (is_slow(item) and item.callspec.params.get("num_threads", 1) > 1)]
+    for item in items:
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        share = max(THOROUGH.get(str(parameters.get(name)), 1) for name in ("backend", "kernels", "host_backend"))
+        # Which one depends on nothing but its name: workers have to agree.
+        if zlib.crc32(item.nodeid.encode()) % share:
+            item.add_marker(pytest.mark.thorough)
 
 
 @pytest.hookimpl(wrapper=True)

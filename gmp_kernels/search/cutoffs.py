@@ -15,6 +15,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from gmp_kernels.backends.types import Bracket
+from gmp_kernels.errors import StateError
 
 __all__ = ["GroupCutoff", "find_cutoffs"]
 
@@ -59,40 +60,54 @@ def find_cutoffs(
     brackets : sequence of Bracket
         Where the thresholds are expected: they save rounds and never change the answer.
     count : Count
+
+    Raises
+    ------
+    StateError
+        Weights or masks have changed meanwhile.
     """
     found: dict[int, GroupCutoff] = {}
     aims = dict(enumerate(brackets))
-    lower, known = np.zeros(len(sizes), np.int64), np.zeros((len(sizes), 2), np.int64)
+    lower, pruned, has_nonfinite = [0] * len(sizes), [0] * len(sizes), [0] * len(sizes)
     most, is_first = max(sizes, default=0), True
     while aims:
         groups = list(aims)
         numbers, bins = count(groups, list(aims.values()), most)
         if is_first:
-            lower[:], known[:] = numbers[:, 0], numbers[:, 1:]
+            lower, pruned, has_nonfinite = numbers.T.tolist()
         is_first = False
         until = bins.cumsum(axis=1)
-        wanted = np.array([num_prune[g] for g in groups]) - known[groups, 0] - lower[groups]
-        crossing = np.minimum((until < wanted[:, None]).sum(axis=1), until.shape[1] - 1)
+        ranks = [num_prune[g] - pruned[g] - lower[g] for g in groups]
+        # The bin of the wanted key, if it is in any.
+        crossing = np.minimum((until < np.array(ranks)[:, None]).sum(axis=1), until.shape[1] - 1)
+        at = np.arange(len(groups)), crossing
+        columns = until[:, -1], crossing, until[at], bins[at]
+        rows = zip(groups, ranks, *(column.tolist() for column in columns), strict=True)
         most = 0
-        for row, (g, rank, bin_) in enumerate(zip(groups, wanted.tolist(), crossing.tolist(), strict=True)):
-            pruned, nonfinite = known[g].tolist()
+        for g, rank, inside, bin_, until_end, ties in rows:
             lo, hi = bracket = aims[g]
-            inside, shift = int(until[row, -1]), bracket.shift(until.shape[1])
-            if num_prune[g] <= pruned:
-                found[g] = GroupCutoff(0, pruned, 0, 0, pruned, bool(nonfinite))
+            shift = bracket.shift(until.shape[1])
+            if num_prune[g] <= pruned[g]:
+                found[g] = GroupCutoff(0, pruned[g], 0, 0, pruned[g], bool(has_nonfinite[g]))
             elif rank <= 0:
                 aims[g], lower[g], most = Bracket(0, lo - 1), 0, max(sizes)
+            elif rank > inside and max(lo, hi + 1) > largest_keys[g]:
+                raise StateError(
+                    "expected weights and masks that stay as they are while thresholds are found, got counts that do "
+                    "not add up; let no other thread or stream write to them meanwhile"
+                )
             elif rank > inside:
                 aims[g], most = Bracket(max(lo, hi + 1), largest_keys[g]), max(sizes)
                 lower[g] += inside
             else:
-                ties, first = int(bins[row, bin_]), lo + (bin_ << shift)
-                lower[g] += int(until[row, bin_]) - ties
+                first = lo + (bin_ << shift)
+                lower[g] += until_end - ties
                 if shift:
                     aims[g], most = Bracket(first, min(hi, first + (1 << shift) - 1)), max(most, ties)
                 else:
-                    below = pruned + int(lower[g])
-                    found[g] = GroupCutoff(first, below, ties, below + ties - num_prune[g], pruned, bool(nonfinite))
+                    below = pruned[g] + lower[g]
+                    counts = below, ties, below + ties - num_prune[g]
+                    found[g] = GroupCutoff(first, *counts, pruned[g], bool(has_nonfinite[g]))
             if g in found:
                 del aims[g]
     return [found[g] for g in range(len(sizes))]

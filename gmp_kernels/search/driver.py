@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import accumulate
 from typing import Any
 
@@ -176,14 +177,17 @@ class Search:
             _make_candidates(pieces, num_bins)
         bins = np.zeros((len(pieces), num_bins), np.int64)
         numbers = np.zeros((len(pieces), 3), np.int64)
-        for i, counts in self._counted(groups, pieces, num_bins, is_first):
-            bins[i] = counts.bins.numpy()
+        counted = self._counted(groups, pieces, num_bins, is_first)
+        if counted:
+            places = [i for i, _ in counted]
+            bins[places] = torch.stack([counts.bins for _, counts in counted]).numpy()
             if is_first:
-                numbers[i] = counts.below, counts.pruned, counts.nonfinite >= 0
-                p = pieces[i][0]
-                p.nonfinite = counts.nonfinite
-                if p.candidates is not None:
-                    p.candidates = p.candidates[: counts.inside] if counts.inside <= p.candidates.numel() else None
+                numbers[places] = [(counts.below, counts.pruned, counts.nonfinite >= 0) for _, counts in counted]
+        for i, counts in counted if is_first else []:
+            p = pieces[i][0]
+            p.nonfinite = counts.nonfinite
+            if p.candidates is not None:
+                p.candidates = p.candidates[: counts.inside] if counts.inside <= p.candidates.numel() else None
         for (p, _), row in zip(pieces, bins, strict=True):
             p.bins = row
         copies = [i for i, (p, _) in enumerate(pieces) if not p.placement.is_primary]
@@ -251,6 +255,7 @@ def select(
     return Selection(Cutoffs.of(rows))
 
 
+@cache
 def _whole(n: int) -> Placement:
     return Placement("layer", [Region((n,), (0,), (n,))], 0)
 

@@ -20,7 +20,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from gmp_kernels.backends import Backend, Implementation, cuda, register, triton
+from gmp_kernels.backends import Backend, BracketCounts, Implementation, choose, cuda, register, triton
 from gmp_kernels.masks import BitMask
 from gmp_kernels.ops import prune_
 from gmp_kernels.optim import AdamW
@@ -97,10 +97,14 @@ def _idle_cuda() -> Implementation:
     return cuda.Launches(SimpleNamespace(**idle))  # type: ignore[arg-type]
 
 
-def _idle_triton() -> Implementation:
-    implementation = triton.Triton()
-    implementation._launch = _nothing  # type: ignore[method-assign]
-    return implementation
+class _IdleTriton(triton.Triton):
+    """Launches nothing. What its counts would have been, the host counts: a search without answers has no end."""
+
+    _launch = _nothing
+
+    def count(self, *request: Any) -> list[BracketCounts]:
+        super().count(*request)
+        return choose("cpu", torch.device("cpu")).count(*request)
 
 
 def _backend(name: str) -> str:
@@ -108,7 +112,7 @@ def _backend(name: str) -> str:
     if name == "cpu":
         return name
     idle = f"{name} without kernels"
-    load = {"cuda": _idle_cuda, "triton": _idle_triton}[name]
+    load = {"cuda": _idle_cuda, "triton": _IdleTriton}[name]
     register(Backend(idle, priority=-100, probe=lambda: None, supports=lambda device: None, load=load))
     return idle
 
