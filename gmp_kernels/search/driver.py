@@ -175,15 +175,12 @@ class Search:
         if is_first:
             self._held.update(self._last)
             _make_candidates(pieces, num_bins)
-        bins = np.zeros((len(pieces), num_bins), np.int64)
-        numbers = np.zeros((len(pieces), 3), np.int64)
         counted = self._counted(groups, pieces, num_bins, is_first)
-        if counted:
-            places = [i for i, _ in counted]
-            bins[places] = torch.stack([counts.bins for _, counts in counted]).numpy()
-            if is_first:
-                numbers[places] = [(counts.below, counts.pruned, counts.nonfinite >= 0) for _, counts in counted]
-        for i, counts in counted if is_first else []:
+        nothing = np.zeros(num_bins, np.int64)
+        bins = np.stack([counted[i].bins.numpy() if i in counted else nothing for i in range(len(pieces))])
+        numbers = np.zeros((len(pieces), 3), np.int64)
+        for i, counts in counted.items() if is_first else ():
+            numbers[i] = counts.below, counts.pruned, counts.nonfinite >= 0
             p = pieces[i][0]
             p.nonfinite = counts.nonfinite
             if p.candidates is not None:
@@ -203,14 +200,14 @@ class Search:
 
     def _counted(
         self, groups: Sequence[int], pieces: Sequence[tuple[Piece, Bracket]], num_bins: int, is_first: bool
-    ) -> list[tuple[int, BracketCounts]]:
-        """Count the pieces here, from their candidates where these suffice."""
+    ) -> dict[int, BracketCounts]:
+        """Count the pieces here, by position, from their candidates where these suffice."""
         for g in groups:
             held, last = self._held[g], self._last[g]
             if last.lo < held.lo or last.hi > held.hi:
                 for p in self._groups[g]:
                     p.candidates = None
-        found: list[tuple[int, BracketCounts]] = []
+        found: dict[int, BracketCounts] = {}
         read = [i for i, (p, _) in enumerate(pieces) if p.layer is not None and (is_first or p.candidates is None)]
         listed = [
             (i, Layer(p.candidates, None), bracket)
@@ -220,10 +217,10 @@ class Search:
         if read:
             candidates = [pieces[i][0].candidates for i in read] if is_first else None
             layers, brackets = zip(*((pieces[i][0].layer, pieces[i][1]) for i in read), strict=True)
-            found += zip(read, self._read(layers, brackets, num_bins, candidates), strict=True)
+            found.update(zip(read, self._read(layers, brackets, num_bins, candidates), strict=True))
         if listed and not is_first:
             positions, layers, brackets = zip(*listed, strict=True)
-            found += zip(positions, self._implementation.count(layers, brackets, num_bins), strict=True)
+            found.update(zip(positions, self._implementation.count(layers, brackets, num_bins), strict=True))
         return found
 
 
