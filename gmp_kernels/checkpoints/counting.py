@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -113,6 +113,7 @@ def decide(
     def read(
         positions: Sequence[int], brackets: Sequence[Bracket], num_bins: int, _: object = None
     ) -> list[BracketCounts]:
+        nonlocal first_round
         used, counted = 0, []
         for i, bracket in zip(positions, brackets, strict=True):
             (shard, tensor), counts, first = group[i], [], used
@@ -129,15 +130,10 @@ def decide(
             if first_round and used <= len(candidates):
                 pieces[i].candidates = candidates[first:used]
             counted.append(_sum(counts, num_bins))
+        first_round = False
         return counted
 
-    def read_together(*request: Any) -> list[BracketCounts]:
-        nonlocal first_round
-        found = ranks.together(lambda: read(*request))
-        first_round = False
-        return found
-
-    search = Search(ranks, implementation, [list(pieces.values())], [num_prune], read_together)
+    search = Search(ranks, implementation, [list(pieces.values())], [num_prune], read)
     bracket = ranks.together(lambda: _estimate(list(group.values()), num_prune, dtype))
     (cutoff,) = search.find([bracket])
     search.share_ties([cutoff])

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -78,6 +78,7 @@ class Piece:
     density: float = 0.0
 
 
+T = TypeVar("T")
 Read = Callable[..., Sequence[BracketCounts]]
 
 
@@ -93,7 +94,7 @@ class Search:
     num_prune : sequence of int
         Per group, of the whole layers.
     read : callable, optional
-        Counts pieces as ``Implementation.count`` counts layers, which is the default.
+        Counts pieces as ``Implementation.count`` counts layers, which is the default. It may fail on one rank alone.
     """
 
     def __init__(
@@ -107,6 +108,8 @@ class Search:
         self._communicator = communicator
         self._implementation = implementation
         self._read: Read = implementation.count if read is None else read
+        # Every rank takes part in every round, whether it has anything to read or not.
+        self._together = _alone if read is None else communicator.together
         self._groups = groups
         self._num_prune = num_prune
         self._sizes = [sum(p.placement.size for p in group) for group in groups]
@@ -175,7 +178,7 @@ class Search:
         if is_first:
             self._held.update(self._last)
             _make_candidates(pieces, num_bins)
-        counted = self._counted(groups, pieces, num_bins, is_first)
+        counted = self._together(lambda: self._counted(groups, pieces, num_bins, is_first))
         nothing = np.zeros(num_bins, np.int64)
         bins = np.stack([counted[i].bins.numpy() if i in counted else nothing for i in range(len(pieces))])
         numbers = np.zeros((len(pieces), 3), np.int64)
@@ -255,6 +258,10 @@ def select(
 @cache
 def _whole(n: int) -> Placement:
     return Placement("layer", [Region((n,), (0,), (n,))], 0)
+
+
+def _alone(work: Callable[[], T]) -> T:
+    return work()
 
 
 def _bits(width: int) -> int:
