@@ -16,6 +16,8 @@ from subprocesses import run_python
 
 import gmp_kernels
 
+pytestmark = pytest.mark.thorough
+
 SOURCES = {".py", ".pyi"}
 PRUNE = """
 import gmp_kernels, torch

@@ -99,6 +99,7 @@ def as_model(params: list[Any]) -> nn.Module:
     return model
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("master", [False, True], ids=["plain", "master"])
 @pytest.mark.parametrize("before_the_scheduler", [0, 3], ids=["no state", "state"])
 def test_a_captured_step_stays_right_across_prune_updates(

@@ -19,6 +19,7 @@ TESTS = Path(__file__).parent
 NUM_KILLS = 50
 
 
+@pytest.mark.thorough
 def test_killed_at_any_moment_it_leaves_nothing_or_the_whole_and_can_be_resumed(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     write_folder(

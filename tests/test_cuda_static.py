@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 from subprocesses import ROOT
 
+pytestmark = pytest.mark.thorough
+
 spec = importlib.util.spec_from_file_location("cuda_static", ROOT / "benchmarks/cuda_static.py")
 cuda_static = importlib.util.module_from_spec(spec)
 sys.modules["cuda_static"] = cuda_static

@@ -26,10 +26,12 @@ def test_masks_of_shards_are_those_of_one_process(layouts):
     passes(run_python(JOBS / "masks.py", *layouts, OMP_NUM_THREADS="1"))
 
 
+@pytest.mark.thorough
 def test_training_of_shards_is_that_of_one_process():
     passes(run_python(JOBS / "training.py", OMP_NUM_THREADS="1"))
 
 
+@pytest.mark.thorough
 def test_training_under_torchrun():
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4")
     passes(run_python(*torchrun, JOBS / "training.py", "copies_of_rows", OMP_NUM_THREADS="1"))

@@ -9,6 +9,8 @@ import pytest
 from failing_allocations import CALLS
 from subprocesses import ROOT, run_python
 
+pytestmark = pytest.mark.thorough
+
 SOURCE = ROOT / "tests" / "failing_new.cpp"
 
 

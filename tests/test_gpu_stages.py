@@ -56,6 +56,7 @@ def test_without_graphs_none_is_captured(told) -> None:
     assert "captured steps, prunes between" not in smoke.checks(smoke.FEW_SIZES, 4, False, smoke.DTYPES)
 
 
+@pytest.mark.thorough
 def test_a_process_for_each_dtype_tells_all_that_one_would() -> None:
     outcome, found, log = executed(Stage("smoke", 60, stages.program("smoke", *SIMT, "--few", "--processes")))
     assert outcome.passed, log
@@ -119,6 +120,7 @@ def test_a_row_that_fails_is_told_and_the_next_is_measured(told) -> None:
     assert row["cells"][7] == "failed"
 
 
+@pytest.mark.thorough
 def test_the_profile_goes_through_every_call(told) -> None:
     assert profile.main([*SIMT, "--shrink", "4000000"]) == 0
     names = [fact["profiled"] for fact in told()]

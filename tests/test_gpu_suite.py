@@ -20,6 +20,8 @@ from gpu_stages import facts, ptx, stages
 from gpu_stages.pytest_facts import has_parameter
 from gpu_stages.running import Stage, Stopped, run
 
+pytestmark = pytest.mark.thorough
+
 PYTEST_FILE = """
 import time, pytest
 @pytest.mark.parametrize("backend", ["cuda", "cpu"])

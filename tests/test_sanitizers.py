@@ -10,6 +10,8 @@ from building import build_wheel, library
 from subprocesses import run_python
 from test_determinism import ISA_NEEDS, cpu_flags
 
+pytestmark = pytest.mark.thorough
+
 TESTS = [f"tests/test_{name}.py" for name in ("select", "apply", "prune", "optim_training")]
 # Every loop and every way through a selection, without the sizes that only add time.
 CHOSEN = (

@@ -94,6 +94,7 @@ def launches() -> list[Any]:
 
 
 # NVIDIA's two differ in their assembler only: of one, a fourth will do.
+@pytest.mark.thorough
 @pytest.mark.parametrize(("target", "every"), [("sm_80", 4), ("sm_90", 1), ("gfx942", 1)])
 def test_every_launch_compiles_for_real_gpus_and_fits_their_registers(
     launches: list[Any], target: str, every: int
