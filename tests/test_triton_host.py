@@ -225,7 +225,7 @@ def test_a_selection_stays_within_its_memory(
         """One weight of each layer is found inside, in the first bin."""
         found = Triton.count(idle, given, brackets, num_bins, places)
         counted.append(num_bins)
-        return [c._replace(inside=1, bins=c.bins.index_fill(0, torch.tensor(0), 1)) for c in found]
+        return [c._replace(inside=1, bins=c.bins.index_fill_(0, torch.tensor(0), 1)) for c in found]
 
     monkeypatch.setattr(idle, "count", count, raising=False)
     for scope in ("layer", "global") if len(dtypes) == 1 else ("layer",):
