@@ -14,12 +14,13 @@ from hypothesis import strategies as st
 
 from gmp_kernels.backends import Bracket, Cutoffs, Implementation, Layer, Selection, choose
 from gmp_kernels.backends.keys import key_of, keys_of, largest_key, magnitude_of
+from gmp_kernels.errors import StateError
 from gmp_kernels.masks import BitMask
 from gmp_kernels.ops import magnitude_threshold
 from gmp_kernels.search import driver
 from gmp_kernels.search.brackets import bracket_near
 from gmp_kernels.search.communicator import Communicator
-from gmp_kernels.search.cutoffs import GroupCutoff
+from gmp_kernels.search.cutoffs import GroupCutoff, find_cutoffs
 from gmp_kernels.search.driver import Piece, Search
 from gmp_kernels.search.placement import Placement, Region
 from gmp_kernels.search.sample import estimate
@@ -158,6 +159,16 @@ def test_a_count_is_the_oracles(kernels: str, dtype: torch.dtype) -> None:
             if layer.mask is not None:
                 inside &= BitMask(layer.mask, layer.weight.shape).to_bool()
             assert torch.equal(keys_of(place[: one.inside].cpu()).sort().values, keys[inside].sort().values)
+
+
+def test_weights_that_change_while_they_are_ranked_end_the_search() -> None:
+    """What was counted once and is not there any more would be looked for without end."""
+
+    def count(groups: Sequence[int], brackets: Sequence[Bracket], most: int) -> tuple[np.ndarray, np.ndarray]:
+        return np.zeros((len(groups), 3), np.int64), np.zeros((len(groups), 64), np.int64)
+
+    with pytest.raises(StateError, match="expected weights and masks that stay as they are"):
+        find_cutoffs([5], [10], [largest_key(torch.float32)], [Bracket(3, 7)], count)
 
 
 def test_an_earlier_threshold_gives_a_bracket_around_it() -> None:
