@@ -23,7 +23,7 @@ def pruned(weight: torch.Tensor, sparsity: float) -> Layer:
 
 
 def estimated(groups: list[list[Layer]], share: float, num_parts: int) -> list[Estimate]:
-    """Where so much of the unpruned weights of each group lies below."""
+    """Bracket the key below which so much of the unpruned weights of each group lies."""
     sizes = [sum(weight.numel() for weight, _ in group) for group in groups]
     kept = [sum(BitMask(mask, weight.shape).num_kept for weight, mask in group) for group in groups]
     pruned = [n - k for n, k in zip(sizes, kept, strict=True)]

@@ -38,7 +38,7 @@ class Counter {
   // Sets a group's counts, and nonfinite[l] of a layer with an unpruned NaN or Inf.
   Counter(Key infinity, const std::vector<LayerView>& layers, std::vector<CountedGroup*> groups, int64_t num_bins,
           std::vector<char>& nonfinite, int num_threads)
-      : infinity_(infinity), layers_(layers), nonfinite_(nonfinite), groups_(std::move(groups)), num_bins_(num_bins) {
+      : infinity_(infinity), layers_(layers), nonfinite_(nonfinite), groups_(std::move(groups)) {
     std::vector<int64_t> sizes;
     for (size_t g = 0; g < groups_.size(); ++g) {
       CountedGroup& group = *groups_[g];
@@ -152,7 +152,6 @@ class Counter {
   const std::vector<LayerView>& layers_;
   std::vector<char>& nonfinite_;
   const std::vector<CountedGroup*> groups_;
-  const int64_t num_bins_;
   bool wants_bins_ = false;
   std::vector<int> shifts_;          // by group
   std::vector<Owner> owners_;        // of the tensors in `chunks_`

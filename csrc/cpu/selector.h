@@ -25,7 +25,7 @@ namespace gmp::cpu {
 constexpr int64_t kBins = 2048;
 constexpr double kSigmas = 4.0;            // half width of the sampled bracket: fails once in 10^4 selections
 constexpr int64_t kSampleBytes = 1 << 18;  // a larger sample costs more than the candidates it saves
-constexpr int64_t kWaveBytes = 7 << 18;    // candidates of one wave: this plus 3 % of the largest layer
+constexpr int64_t kWaveBytes = 3 << 19;    // candidates of one wave: this plus 3 % of the largest layer
 constexpr int kMaxSolvers = 4;             // threads with a sample buffer of their own
 
 template <typename Key>

@@ -1,4 +1,4 @@
-"""What goes into a backend and comes out of it, and the operations that it has to offer."""
+"""Types that go into a backend and come out of it, and the operations that it has to offer."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Threshold(NamedTuple):
 
 
 class Cutoffs(NamedTuple):
-    """Where each layer is cut, column by column: every list has one entry per layer.
+    """Cutoffs of layers, column by column: every list has one entry per layer.
 
     Pruned are a layer's weights of keys below its entry in ``keys`` (see ``keys.py``), and of those whose key it is the
     ones at flat index >= its entry in ``tie_indices``.

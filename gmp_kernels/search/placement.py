@@ -1,4 +1,4 @@
-"""Who holds what of a layer that is divided: boxes of a tensor, and the part that belongs to this rank."""
+"""Placement of a divided layer: boxes of a tensor, and the part that belongs to this rank."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class Region(NamedTuple):
 
 
 class Placement:
-    """How a layer is partitioned over ranks, and this rank's part.
+    """Partition of a layer over ranks, and this rank's part of it.
 
     Attributes
     ----------
