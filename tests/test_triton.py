@@ -121,7 +121,15 @@ def test_every_launch_compiles_for_real_gpus_and_fits_their_registers(
 
 
 # What a selection may be wrong about, or short of, without the result being so.
-HINDRANCES = ["bracket_below", "bracket_above", "bracket_empty", "no_candidates", "few_candidates", "one_bit"]
+HINDRANCES = [
+    "bracket_below",
+    "bracket_above",
+    "bracket_empty",
+    "bracket_reversed",
+    "no_candidates",
+    "few_candidates",
+    "one_bit",
+]
 
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
@@ -132,6 +140,8 @@ def test_a_selection_is_exact_whatever_hinders_it(
 ) -> None:
     one = key_of(1.0, dtype)
     wrong = {"bracket_below": (0, 3), "bracket_above": (one * 2, largest_key(dtype)), "bracket_empty": (one, one - 1)}
+    # Weights lie between its ends: to count them twice would move the threshold.
+    wrong["bracket_reversed"] = (key_of(0.5, dtype), key_of(0.1, dtype))
     estimated = driver.estimate
 
     def estimate(*args: Any) -> list[Estimate]:
