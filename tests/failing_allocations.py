@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from gmp_kernels import BitMask, GMPError, NonFiniteError, apply_masks_, magnitude_threshold, prune_
-from gmp_kernels.backends import Bracket, Layer, StateMove, Threshold, choose
+from gmp_kernels.backends import Brackets, Layer, StateMove, Threshold, choose
 from gmp_kernels.backends.cpu import _C
 from gmp_kernels.backends.dtypes import DTYPES
 from gmp_kernels.checks import forget
@@ -95,11 +95,11 @@ def applies_masks() -> Call:
 def counts() -> Call:
     weights, backend = weights_of(torch.float32), choose("cpu", torch.device("cpu"))
     layers = [Layer(w, BitMask.ones(w.shape).packed) for w in weights]
-    brackets = [Bracket(0x3F000000, 0x3F800000)] * len(layers)
+    brackets = Brackets.of([0x3F000000] * len(layers), [0x3F800000] * len(layers))
 
     def run() -> object:
         found = backend.count(layers, brackets, 16, [None, torch.empty(1000), torch.empty(5)])
-        return [[*c[:4], c.bins.tolist()] for c in found]
+        return [column.tolist() for column in found]
 
     return Call(run, lambda: weights)
 

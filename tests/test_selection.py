@@ -12,19 +12,19 @@ from conftest import thinned
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gmp_kernels.backends import Bracket, Cutoffs, Implementation, Layer, Selection, choose
+from gmp_kernels.backends import Brackets, Cutoffs, Implementation, Layer, Selection, choose
 from gmp_kernels.backends.keys import key_of, keys_of, largest_key, magnitude_of
 from gmp_kernels.errors import StateError
 from gmp_kernels.masks import BitMask
 from gmp_kernels.ops import magnitude_threshold
 from gmp_kernels.search import driver
-from gmp_kernels.search.brackets import bracket_near
+from gmp_kernels.search.brackets import brackets_near
 from gmp_kernels.search.communicator import Communicator
-from gmp_kernels.search.cutoffs import GroupCutoff, find_cutoffs
-from gmp_kernels.search.driver import Piece, Search
+from gmp_kernels.search.cutoffs import find_cutoffs
+from gmp_kernels.search.driver import Search
 from gmp_kernels.search.placement import Placement, Region
 from gmp_kernels.search.sample import estimate
-from gmp_kernels.search.ties import piece_of, tie_indices
+from gmp_kernels.search.ties import TiedPiece, piece_of, tie_indices
 from gmp_kernels.tools.testing import DTYPES, adversarial_cases, device_of
 
 CPU = torch.device("cpu")
@@ -41,14 +41,16 @@ def on(device: torch.device, layer: Layer) -> Layer:
 
 
 def cut_by_counts(
-    implementation: Implementation, parts: list[Layer], num_prune: int, bracket: Bracket
-) -> tuple[GroupCutoff, list[int]]:
-    """The threshold of layers that are pieces of one, and where the ties of each piece end."""
-    pieces = [Piece(p, p.weight.dtype, Placement("part", [whole(p.weight.numel())], 0)) for p in parts]
-    search = Search(Communicator(None), implementation, [pieces], [num_prune])
-    (cutoff,) = cutoffs = search.find([bracket])
+    implementation: Implementation, parts: list[Layer], num_prune: int, bracket: Brackets
+) -> tuple[list[int], list[int]]:
+    """A row of ``GroupCutoffs`` for layers that are pieces of one, and where the ties of each piece end."""
+    dtypes, placements = zip(
+        *((p.weight.dtype, Placement("part", [whole(p.weight.numel())], 0)) for p in parts), strict=True
+    )
+    search = Search(Communicator(None), implementation, parts, dtypes, placements, [len(parts)], [num_prune])
+    cutoffs = search.find(bracket)
     search.locate_ties(cutoffs)
-    return cutoff, [p.tie_index for p in pieces]
+    return [column.item() for column in cutoffs], search.tie_indices.tolist()
 
 
 def whole(n: int) -> Region:
@@ -81,10 +83,10 @@ def test_pieces_are_cut_as_the_whole(backend: str, case: str, dtype: torch.dtype
     parts = split(layer, [8, 12_000, 12_008, 30_000])
     for num_prune in thinned(backend, (1, N // 2, N - 1, N), len(case) + DTYPES.index(dtype)):
         expected = choose("reference", CPU).select([on(CPU, layer)], [num_prune], [1]).cutoffs
-        ((bracket, _),) = estimate([[layer]], [num_prune], [None], [N], [1])
+        bracket, _ = estimate([[layer]], [num_prune], [None], [N], [1])
         cutoff, ends = cut_by_counts(implementation, parts, num_prune, bracket)
-        assert cutoff[:4] == tuple(column[0] for column in expected[:4])
-        assert torch.equal(kept_of(parts, cutoff.key, ends), kept_of([layer], cutoff.key, expected.tie_indices))
+        assert cutoff[:4] == [column[0] for column in expected[:4]]
+        assert torch.equal(kept_of(parts, cutoff[0], ends), kept_of([layer], cutoff[0], expected.tie_indices))
 
 
 @given(data=st.data())
@@ -106,11 +108,11 @@ def test_any_guess_and_any_pieces_give_the_same_cut(data: st.DataObject) -> None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(driver, "MOST_BITS", bits_of_round)
         patch.setattr(driver, "FEW_BITS", bits_of_round)
-        cutoff, ends = cut_by_counts(implementation, parts, num_prune, Bracket(lo, hi))
+        cutoff, ends = cut_by_counts(implementation, parts, num_prune, Brackets.of([lo], [hi]))
     expected = choose("reference", CPU).select([layer], [num_prune], [1]).cutoffs
-    assert cutoff[:4] == tuple(column[0] for column in expected[:4])
-    assert cutoff.has_nonfinite == (expected.nonfinite[0] >= 0)
-    assert torch.equal(kept_of(parts, cutoff.key, ends), kept_of([layer], cutoff.key, expected.tie_indices))
+    assert cutoff[:4] == [column[0] for column in expected[:4]]
+    assert cutoff[-1] == (expected.nonfinite[0] >= 0)
+    assert torch.equal(kept_of(parts, cutoff[0], ends), kept_of([layer], cutoff[0], expected.tie_indices))
 
 
 @pytest.mark.parametrize("places", ["even", "early", "late", "runs", "all"])
@@ -129,13 +131,8 @@ def test_ties_are_found_wherever_they_lie(kernels: str, places: str) -> None:
     device = device_of(kernels)
     ties = (tied & BitMask(mask, weight.shape).to_bool()).nonzero().view(-1)
     kept = [0, 1, len(ties) // 2, len(ties) - 1]
-    found = tie_indices(
-        choose(kernels, device),
-        [on(device, Layer(weight, mask))] * 4,
-        [key_of(0.5, torch.float32)] * 4,
-        [len(ties)] * 4,
-        kept,
-    )
+    piece = TiedPiece(on(device, Layer(weight, mask)), key_of(0.5, torch.float32), len(ties), whole(n), True)
+    found = tie_indices(Communicator(None), choose(kernels, device), [piece] * 4, [len(ties)] * 4, kept)
     assert found == ties[kept].tolist()
 
 
@@ -145,36 +142,37 @@ def test_a_count_is_the_oracles(kernels: str, dtype: torch.dtype) -> None:
     layers = [Layer(weight, random_mask(weight.numel(), 0.5)) for weight in weights]
     layers[1] = Layer(weights[1], None)
     middle, device = key_of(1.0, dtype), device_of(kernels)
-    for bracket in (Bracket(0, largest_key(dtype)), Bracket(middle, middle + 300), Bracket(middle, middle - 1)):
+    for lo, hi in ((0, largest_key(dtype)), (middle, middle + 300), (middle, middle - 1)):
+        brackets = Brackets.of([lo] * 4, [hi] * 4)
         candidates = [torch.zeros(n, dtype=dtype, device=device) for n in (0, 7, 20_000, 1)]
-        found = choose(kernels, device).count([on(device, layer) for layer in layers], [bracket] * 4, 64, candidates)
-        expected = choose("reference", CPU).count(layers, [bracket] * 4, 64)
-        for layer, one, other, place in zip(layers, found, expected, candidates, strict=True):
-            assert one[:4] == other[:4]
-            assert torch.equal(one.bins, other.bins)
-            if one.inside > place.numel():
+        found = choose(kernels, device).count([on(device, layer) for layer in layers], brackets, 64, candidates)
+        expected = choose("reference", CPU).count(layers, brackets, 64)
+        for column, right in zip(found, expected, strict=True):
+            assert np.array_equal(column, right)
+        for layer, num_inside, place in zip(layers, found.inside.tolist(), candidates, strict=True):
+            if num_inside > place.numel():
                 continue
             keys = keys_of(layer.weight)
-            inside = (keys >= bracket.lo) & (keys <= bracket.hi)
+            inside = (keys >= lo) & (keys <= hi)
             if layer.mask is not None:
                 inside &= BitMask(layer.mask, layer.weight.shape).to_bool()
-            assert torch.equal(keys_of(place[: one.inside].cpu()).sort().values, keys[inside].sort().values)
+            assert torch.equal(keys_of(place[:num_inside].cpu()).sort().values, keys[inside].sort().values)
 
 
 def test_weights_that_change_while_they_are_ranked_end_the_search() -> None:
     """What was counted once and is not there any more would be looked for without end."""
 
-    def count(groups: Sequence[int], brackets: Sequence[Bracket], most: int) -> tuple[np.ndarray, np.ndarray]:
+    def count(groups: np.ndarray, brackets: Brackets, most: int) -> tuple[np.ndarray, np.ndarray]:
         return np.zeros((len(groups), 3), np.int64), np.zeros((len(groups), 64), np.int64)
 
     with pytest.raises(StateError, match="expected weights and masks that stay as they are"):
-        find_cutoffs([5], [10], [largest_key(torch.float32)], [Bracket(3, 7)], count)
+        find_cutoffs([5], [10], [largest_key(torch.float32)], Brackets.of([3], [7]), count)
 
 
 def test_an_earlier_threshold_gives_a_bracket_around_it() -> None:
     weight = torch.randn(100_000, generator=torch.Generator().manual_seed(0))
     threshold = magnitude_threshold(weight, 50_000, backend="reference")
-    lo, hi = bracket_near(threshold, torch.float32)
+    lo, hi = (int(end[0]) for end in brackets_near([threshold], [50_000], [100_000], [torch.float32]))
     value = threshold.value
     assert 0.97 * value < magnitude_of(lo, torch.float32) < value < magnitude_of(hi, torch.float32) < 1.03 * value
 

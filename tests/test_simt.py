@@ -19,7 +19,7 @@ from optim_cases import assert_same_run, masked, parameters, random_gradients, r
 from subprocesses import ROOT
 
 from gmp_kernels import BitMask, DeviceError, NonFiniteError, StateError, magnitude_threshold, prune_
-from gmp_kernels.backends import Bracket, Layer, StateMove, choose, cuda
+from gmp_kernels.backends import Brackets, Layer, StateMove, choose, cuda
 from gmp_kernels.backends import uploads as uploads_module
 from gmp_kernels.backends.cuda.selection_tables import SelectionTables, Template
 from gmp_kernels.backends.keys import key_of, largest_key
@@ -69,13 +69,11 @@ def test_any_order_gives_the_same_steps(shuffled: None) -> None:
 def test_any_order_gives_the_same_counts(shuffled: None, case: str) -> None:
     simt, oracle = (choose(name, torch.device("cpu")) for name in ("simt", "reference"))
     layers = tuple(Layer(adversarial_cases(n, torch.float32)[case], None) for n in (50_000, 170_000))
-    for bracket in (
-        Bracket(key_of(0.5, torch.float32), key_of(0.6, torch.float32)),
-        Bracket(0, largest_key(torch.float32)),
-    ):
-        for found, expected in zip(*(b.count(layers, [bracket] * 2, 64) for b in (simt, oracle)), strict=True):
-            assert found[:4] == expected[:4]
-            assert torch.equal(found.bins, expected.bins)
+    brackets = Brackets.of([key_of(0.5, torch.float32), 0], [key_of(0.6, torch.float32), largest_key(torch.float32)])
+    for own in (brackets, Brackets(*(ends[::-1] for ends in brackets))):
+        found, expected = (b.count(layers, own, 64) for b in (simt, oracle))
+        for column, right in zip(found, expected, strict=True):
+            assert np.array_equal(column, right)
     for num_prune, sizes in (([60_000], [2]), ([30_000, 30_000], [1, 1])):
         along, expected = (b.select(layers, num_prune, sizes).cutoffs for b in (simt, oracle))
         assert along[:4] == expected[:4]
@@ -208,7 +206,7 @@ def test_a_nan_in_any_layer_of_any_dtype_leaves_all_as_they_were() -> None:
 def workspace_of(layers: list[Layer]) -> int:
     template = Template(_simt, 132, layers, [1] * len(layers), selects=True, prunes=True)
     launch = _simt.launch_on(0, 0, 132)
-    tables = SelectionTables(_simt, launch, template, layers, [1] * len(layers), [None] * len(layers))
+    tables = SelectionTables(_simt, launch, template, layers, [1] * len(layers))
     return tables.buffer.nbytes
 
 

@@ -18,14 +18,13 @@ from subprocesses import run_python
 
 import gmp_kernels
 from gmp_kernels import prune_
-from gmp_kernels.backends import Bracket, Layer, choose
+from gmp_kernels.backends import Brackets, Layer, choose
 from gmp_kernels.backends.keys import key_of, largest_key
 from gmp_kernels.backends.triton import Triton
 from gmp_kernels.backends.triton import kernels as triton_kernels
 from gmp_kernels.backends.triton.interpreter import _fma
 from gmp_kernels.optim import clip_grad_norm_, ema_update_
 from gmp_kernels.search import driver
-from gmp_kernels.search.sample import Estimate
 from gmp_kernels.tools.testing import DTYPES, GuardedCopy, adversarial_cases, assert_same_pruning, device_of
 
 DEVICE = device_of("triton")
@@ -62,7 +61,7 @@ def prune_everything(dtype: torch.dtype) -> None:
     prune_(GuardedCopy(weights[0], 1).view, sparsity=0.5, backend="triton")
     layers = [Layer(weight, None) for weight in weights]
     rooms = [torch.empty_like(weight) for weight in weights]
-    choose("triton", DEVICE).count(layers, [Bracket(0, largest_key(dtype))] * 2, 64, rooms)
+    choose("triton", DEVICE).count(layers, Brackets.of([0] * 2, [largest_key(dtype)] * 2), 64, rooms)
 
 
 def train_with_everything(dtype: torch.dtype, **options: Any) -> None:
@@ -144,11 +143,11 @@ def test_a_selection_is_exact_whatever_hinders_it(
     wrong["bracket_reversed"] = (key_of(0.5, dtype), key_of(0.1, dtype))
     estimated = driver.estimate
 
-    def estimate(*args: Any) -> list[Estimate]:
-        found = estimated(*args)
+    def estimate(*args: Any) -> tuple[Brackets, np.ndarray]:
+        found, densities = estimated(*args)
         if hindrance in wrong:
-            return [e._replace(bracket=Bracket(*wrong[hindrance])) for e in found]
-        return [e._replace(density=e.density / 50) for e in found] if hindrance == "few_candidates" else found
+            found = Brackets(*(np.full_like(found.lo, end) for end in wrong[hindrance]))
+        return found, densities / 50 if hindrance == "few_candidates" else densities
 
     monkeypatch.setattr(driver, "estimate", estimate)
     if hindrance == "no_candidates":

@@ -2,8 +2,8 @@
 
 from gmp_kernels.backends.registry import Backend, available, choose, register
 from gmp_kernels.backends.types import (
-    Bracket,
     BracketCounts,
+    Brackets,
     Compaction,
     Constants,
     Cutoffs,
@@ -19,8 +19,8 @@ from gmp_kernels.backends.types import (
 
 __all__ = [
     "Backend",
-    "Bracket",
     "BracketCounts",
+    "Brackets",
     "Compaction",
     "Constants",
     "Cutoffs",

@@ -7,6 +7,8 @@ from functools import partial
 from itertools import islice
 from typing import NamedTuple, TypeAlias, TypeVar
 
+import numpy as np
+
 # Before _C: the process then has one OpenMP runtime, torch's, and our loops run on the threads torch keeps warm.
 import torch
 
@@ -15,8 +17,8 @@ from gmp_kernels.backends.at_once import at_once
 from gmp_kernels.backends.layers import Layers, merged, prepared
 from gmp_kernels.backends.registry import Backend, register
 from gmp_kernels.backends.types import (
-    Bracket,
     BracketCounts,
+    Brackets,
     Compaction,
     Constants,
     Cutoffs,
@@ -108,14 +110,16 @@ class Cpu:
         layers: Sequence[Layer],
         num_prune: Sequence[int],
         group_sizes: Sequence[int],
-        brackets: Sequence[Bracket | None] | None = None,
+        brackets: Brackets | None = None,
         *,
         prunes: bool = False,
     ) -> Selection:
         parts, found = _parts(layers), []
+        ends = [] if brackets is None else [*zip(brackets.lo.tolist(), brackets.hi.tolist(), strict=True)]
+        expected = [bracket if bracket[0] <= bracket[1] else None for bracket in ends]
         for rows, positions, _ in parts:
             own = group_positions(positions, group_sizes)
-            given = _taken(num_prune, own), _taken(group_sizes, own), _taken(brackets or [], own)
+            given = _taken(num_prune, own), _taken(group_sizes, own), _taken(expected, own)
             found.append(_C.select(rows, *given, torch.get_num_threads()))
         all_positions = [part.positions for part in parts]
         return Selection(Cutoffs(*(merged(all_positions, list(pieces)) for pieces in zip(*found, strict=True))))
@@ -123,18 +127,19 @@ class Cpu:
     def count(
         self,
         layers: Sequence[Layer],
-        brackets: Sequence[Bracket],
+        brackets: Brackets,
         num_bins: int,
         candidates: Sequence[torch.Tensor | None] | None = None,
-    ) -> list[BracketCounts]:
-        parts, found = _parts(layers), []
-        for rows, positions, _ in parts:
-            bins = torch.zeros(len(positions), num_bins, dtype=torch.int64, device="cpu")
-            places = [(0, 0)] * len(positions) if candidates is None else [_array(candidates[i]) for i in positions]
-            own = [brackets[i] for i in positions]
-            counts = _C.count(rows, own, places, _array(bins), num_bins, torch.get_num_threads())
-            found.append([BracketCounts(*c, row) for c, row in zip(counts, bins, strict=True)])
-        return merged([part.positions for part in parts], found)
+    ) -> BracketCounts:
+        found = BracketCounts.nothing(len(layers), num_bins)
+        ends = [*zip(brackets.lo.tolist(), brackets.hi.tolist(), strict=True)]
+        places = [(0, 0)] * len(layers) if candidates is None else list(map(_array, candidates))
+        for rows, positions, _ in _parts(layers):
+            bins = np.zeros((len(positions), num_bins), np.int64)
+            asked = [ends[i] for i in positions], [places[i] for i in positions], (bins.ctypes.data, bins.size)
+            counts = np.array(_C.count(rows, *asked, num_bins, torch.get_num_threads()), np.int64)
+            found.put(positions, (*counts.T, bins))
+        return found
 
     def prune(
         self, layers: Sequence[Layer], selection: Selection, out: Sequence[torch.Tensor], *, finite: bool = False

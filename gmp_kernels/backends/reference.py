@@ -18,8 +18,8 @@ from gmp_kernels.backends.at_once import at_once
 from gmp_kernels.backends.keys import key_of, largest_key, magnitude_of
 from gmp_kernels.backends.registry import Backend, register
 from gmp_kernels.backends.types import (
-    Bracket,
     BracketCounts,
+    Brackets,
     Compaction,
     Constants,
     Cutoffs,
@@ -54,7 +54,7 @@ class Reference:
         layers: Sequence[Layer],
         num_prune: Sequence[int],
         group_sizes: Sequence[int],
-        brackets: Sequence[Bracket | None] | None = None,
+        brackets: Brackets | None = None,
         *,
         prunes: bool = False,
     ) -> Selection:
@@ -93,12 +93,16 @@ class Reference:
     def count(
         self,
         layers: Sequence[Layer],
-        brackets: Sequence[Bracket],
+        brackets: Brackets,
         num_bins: int,
         candidates: Sequence[torch.Tensor | None] | None = None,
-    ) -> list[BracketCounts]:
+    ) -> BracketCounts:
+        found = BracketCounts.nothing(len(layers), num_bins)
+        ends = brackets.lo.tolist(), brackets.hi.tolist(), brackets.shifts(num_bins).tolist()
         given = [None] * len(layers) if candidates is None else candidates
-        return [_count(*row, num_bins) for row in zip(layers, brackets, given, strict=True)]
+        for i, row in enumerate(zip(layers, *ends, given, strict=True)):
+            found.put(i, _count(*row, num_bins))
+        return found
 
     def prune(
         self, layers: Sequence[Layer], selection: Selection, out: Sequence[torch.Tensor], *, finite: bool = False
@@ -188,19 +192,21 @@ class Reference:
                 move.target.copy_(dense[_kept_places(move.target_layout, move.numel)])
 
 
-def _count(layer: Layer, bracket: Bracket, candidates: torch.Tensor | None, num_bins: int) -> BracketCounts:
+def _count(
+    layer: Layer, lo: int, hi: int, shift: int, candidates: torch.Tensor | None, num_bins: int
+) -> tuple[int, int, int, int, np.ndarray]:
+    """A row of ``BracketCounts``."""
     magnitude, kept, dtype = _magnitude(layer.weight), _kept(layer), layer.weight.dtype
     nonfinite = _first(kept & ~np.isfinite(magnitude))
     # Of sorted magnitudes, NaN at the end, those below any key are the first ones.
     ranked = np.sort(magnitude[kept])
-    step = 1 << bracket.shift(num_bins)
-    ends = [min(bracket.lo + (b + 1) * step, bracket.hi + 1) for b in range(num_bins)]
-    below, *until = (_num_below(ranked, key, dtype) for key in (bracket.lo, *ends))
-    bins = torch.from_numpy(np.diff([below, *(max(below, u) for u in until)]))
+    ends = [min(lo + ((b + 1) << shift), hi + 1) for b in range(num_bins)]
+    below, *until = (_num_below(ranked, key, dtype) for key in (lo, *ends))
+    bins = np.diff([below, *(max(below, u) for u in until)])
     inside = int(bins.sum())
     if candidates is not None and inside <= candidates.numel():
         candidates[:inside] = torch.from_numpy(ranked[below : below + inside]).to(dtype)
-    return BracketCounts(below, inside, int((~kept).sum()), nonfinite, bins)
+    return below, inside, int((~kept).sum()), nonfinite, bins
 
 
 def _num_below(ranked: np.ndarray, key: int, dtype: torch.dtype) -> int:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import sub
 from typing import ClassVar, NamedTuple, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 __all__ = [
-    "Bracket",
     "BracketCounts",
+    "Brackets",
     "Compaction",
     "Constants",
     "Cutoffs",
@@ -112,39 +114,62 @@ class Selection:
         return self._cutoffs
 
 
-class Bracket(NamedTuple):
-    """Interval of keys (see ``keys.py``), both ends included; empty if lo > hi."""
-
-    lo: int
-    hi: int
-
-    def shift(self, num_bins: int) -> int:
-        """Return the smallest shift that maps the interval into so many bins."""
-        return max(0, (self.hi - self.lo).bit_length() - (num_bins.bit_length() - 1)) if self.lo <= self.hi else 0
-
-
-class BracketCounts(NamedTuple):
-    """Counts of one layer or shard relative to a bracket; counts of disjoint shards sum.
+class Brackets(NamedTuple):
+    """Intervals of keys (see ``keys.py``), both ends included, column by column; empty where lo > hi.
 
     Attributes
     ----------
-    below : int
-        Unpruned keys below the bracket.
-    inside : int
-        Unpruned keys in it.
-    pruned : int
-        Mask bits that are 0.
-    nonfinite : int
-        Flat index of the first unpruned NaN or Inf, -1 if there is none.
-    bins : torch.Tensor
-        int64, on the CPU: of the keys inside, how many have which ``(key - lo) >> shift``.
+    lo, hi : numpy.ndarray
+        int64.
     """
 
-    below: int
-    inside: int
-    pruned: int
-    nonfinite: int
-    bins: torch.Tensor
+    lo: npt.NDArray[np.int64]
+    hi: npt.NDArray[np.int64]
+
+    @classmethod
+    def of(cls, lo: Sequence[int], hi: Sequence[int]) -> Brackets:
+        """Return the columns of plain numbers."""
+        return cls(np.array(lo, np.int64), np.array(hi, np.int64))
+
+    def shifts(self, num_bins: int) -> npt.NDArray[np.int64]:
+        """Return the smallest shift that maps each interval into so many bins, a power of two."""
+        bits = [width.bit_length() if width > 0 else 0 for width in (self.hi - self.lo).tolist()]
+        return np.maximum(0, np.array(bits, np.int64) - (num_bins.bit_length() - 1))
+
+
+class BracketCounts(NamedTuple):
+    """Counts of layers or shards relative to their brackets, column by column; counts of disjoint shards sum.
+
+    Attributes
+    ----------
+    below : numpy.ndarray
+        int64: unpruned keys below the bracket.
+    inside : numpy.ndarray
+        int64: unpruned keys in it.
+    pruned : numpy.ndarray
+        int64: mask bits that are 0.
+    nonfinite : numpy.ndarray
+        int64: flat index of the first unpruned NaN or Inf, -1 if there is none.
+    bins : numpy.ndarray
+        int64, a row per layer: of the keys inside, how many have which ``(key - lo) >> shift``.
+    """
+
+    below: npt.NDArray[np.int64]
+    inside: npt.NDArray[np.int64]
+    pruned: npt.NDArray[np.int64]
+    nonfinite: npt.NDArray[np.int64]
+    bins: npt.NDArray[np.int64]
+
+    @classmethod
+    def nothing(cls, num_layers: int, num_bins: int) -> BracketCounts:
+        """Return the counts of layers without weights."""
+        below, inside, pruned = np.zeros((3, num_layers), np.int64)
+        return cls(below, inside, pruned, np.full(num_layers, -1), np.zeros((num_layers, num_bins), np.int64))
+
+    def put(self, rows: Sequence[int] | int, counts: Iterable[object]) -> None:
+        """Replace some rows, or one, by other columns."""
+        for column, part in zip(self, counts, strict=True):
+            column[rows] = part  # type: ignore[call-overload]
 
 
 class PruneCounts(NamedTuple):
@@ -269,7 +294,7 @@ class Select(Protocol):
         layers: Sequence[Layer],
         num_prune: Sequence[int],
         group_sizes: Sequence[int],
-        brackets: Sequence[Bracket | None] | None = None,
+        brackets: Brackets | None = None,
         *,
         prunes: bool = False,
     ) -> Selection:
@@ -283,8 +308,9 @@ class Select(Protocol):
         group_sizes : sequence of int
             How many layers each group has: the next ones in order, of one dtype. They are ranked together, the flat
             index running through them.
-        brackets : sequence of Bracket or None, optional
-            One per group: where its threshold is expected. They may save work and never change the answer.
+        brackets : Brackets, optional
+            One per group: where its threshold is expected, empty where that is not known. They may save work and never
+            change the answer.
         prunes : bool
             ``prune`` follows, which may be spared weights that it would find unchanged.
         """
@@ -312,10 +338,10 @@ class Implementation(Protocol):
     def count(
         self,
         layers: Sequence[Layer],
-        brackets: Sequence[Bracket],
+        brackets: Brackets,
         num_bins: int,
         candidates: Sequence[torch.Tensor | None] | None = None,
-    ) -> list[BracketCounts]:
+    ) -> BracketCounts:
         """Count each layer against its bracket. Reads only.
 
         ``num_bins`` is a power of two. Where ``candidates``, 1-d and of the layer's dtype and device, have place for

@@ -39,11 +39,11 @@ def refuse_capture(device: torch.device) -> None:
         )
 
 
-def upload(values: Sequence[Any] | torch.Tensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def upload(values: Sequence[Any] | npt.NDArray[Any], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Copy numbers to a device without waiting for it. Torch keeps the memory copied from until that is done."""
     refuse_capture(device)
     # The host whatever torch's default device is.
-    host = values if isinstance(values, torch.Tensor) else torch.tensor(values, dtype=dtype, device="cpu")
+    host = torch.as_tensor(values, dtype=dtype, device="cpu")
     return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
 
 

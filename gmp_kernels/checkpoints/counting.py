@@ -9,13 +9,13 @@ from typing import NamedTuple
 
 import torch
 
-from gmp_kernels.backends import Bracket, BracketCounts, Implementation, Layer, Threshold
+from gmp_kernels.backends import BracketCounts, Brackets, Implementation, Layer, Threshold
 from gmp_kernels.backends.keys import magnitude_of
 from gmp_kernels.checkpoints.files import DTYPES, FileShard, TensorInfo
 from gmp_kernels.checkpoints.stream import Stream, opened, read_into
 from gmp_kernels.errors import NonFiniteError
 from gmp_kernels.search.communicator import Communicator
-from gmp_kernels.search.driver import Piece, Search
+from gmp_kernels.search.driver import Search
 from gmp_kernels.search.placement import Placement, Region
 from gmp_kernels.search.sample import estimate
 
@@ -104,42 +104,42 @@ def decide(
     stream, implementation, room, progress = workspace
     dtype = DTYPES[next(iter(group.values())).tensor.dtype]
     candidates = room.view(dtype)
-    pieces = {
-        i: Piece(i if mine(shard) else None, dtype, _placement(tensor.numel, mine(shard)))
-        for i, (shard, tensor) in group.items()
-    }
+    positions = list(group)
     first_round = True
 
-    def read(
-        positions: Sequence[int], brackets: Sequence[Bracket], num_bins: int, _: object = None
-    ) -> list[BracketCounts]:
+    def read(own: Sequence[int], brackets: Brackets, num_bins: int, _: object = None) -> BracketCounts:
         nonlocal first_round
-        used, counted = 0, []
-        for i, bracket in zip(positions, brackets, strict=True):
-            (shard, tensor), counts, first = group[i], [], used
+        used, counted = 0, BracketCounts.nothing(len(own), num_bins)
+        for row, piece in enumerate(own):
+            i, first = positions[piece], used
+            shard, tensor = group[i]
+            bracket = Brackets(brackets.lo[row : row + 1], brackets.hi[row : row + 1])
             with opened(shard.path) as source:
                 for begin, weights, _buffer in stream.weights(source, tensor, dtype):
                     place = candidates[used:] if first_round and used <= len(candidates) else None
-                    (found,) = implementation.count([Layer(weights, None)], [bracket], num_bins, [place])
-                    check_finite(tensor.name, i, begin, found.nonfinite)
-                    used += found.inside
-                    counts.append(found)
+                    found = implementation.count([Layer(weights, None)], bracket, num_bins, [place])
+                    check_finite(tensor.name, i, begin, int(found.nonfinite[0]))
+                    used += int(found.inside[0])
+                    for total, part in zip(counted, found._replace(nonfinite=0 * found.nonfinite), strict=True):
+                        total[row] += part[0]
                     if first_round:
                         progress(weights.nbytes)
             # Kept between rounds, so that nearly always files are read once.
             if first_round and used <= len(candidates):
-                pieces[i].candidates = candidates[first:used]
-            counted.append(_sum(counts, num_bins))
+                search.candidates[piece] = candidates[first:used]
         first_round = False
         return counted
 
-    search = Search(ranks, implementation, [list(pieces.values())], [num_prune], read)
-    bracket = ranks.together(lambda: _estimate(list(group.values()), num_prune, dtype))
-    (cutoff,) = search.find([bracket])
-    search.share_ties([cutoff])
-    key, *counts = cutoff[:4]
+    here = [i if mine(shard) else None for i, (shard, _) in enumerate(group.values())]
+    placements = [_placement(tensor.numel, mine(shard)) for shard, tensor in group.values()]
+    dtypes, sizes = [dtype] * len(group), [len(group)]
+    search = Search(ranks, implementation, here, dtypes, placements, sizes, [num_prune], read)
+    cutoffs = search.find(ranks.together(lambda: _estimate(list(group.values()), num_prune, dtype)))
+    search.share_ties(cutoffs)
+    key, *counts = (int(column[0]) for column in cutoffs[:4])
     threshold = Threshold(magnitude_of(key, dtype), *counts)
-    return {i: Decision(key, threshold, p.num_ties, p.num_ties_kept) for i, p in pieces.items()}
+    ties = zip(search.num_ties.tolist(), search.num_ties_kept.tolist(), strict=True)
+    return {i: Decision(key, threshold, *own) for i, own in zip(group, ties, strict=True)}
 
 
 def _placement(numel: int, is_mine: bool) -> Placement:
@@ -147,7 +147,7 @@ def _placement(numel: int, is_mine: bool) -> Placement:
     return Placement("tensor", [whole] if is_mine else [nothing, whole], 0)
 
 
-def _estimate(tensors: Sequence[Located], num_prune: int, dtype: torch.dtype) -> Bracket:
+def _estimate(tensors: Sequence[Located], num_prune: int, dtype: torch.dtype) -> Brackets:
     """Bracket the threshold by a sample of the whole group, on every rank the same."""
     ends = list(accumulate(located.tensor.nbytes for located in tensors))
     itemsize = dtype.itemsize
@@ -162,13 +162,4 @@ def _estimate(tensors: Sequence[Located], num_prune: int, dtype: torch.dtype) ->
             read_into(sample[used : used + nbytes], source, tensor.begin + tensor.nbytes - left)
         used += nbytes
     size = sum(located.tensor.numel for located in tensors)
-    return estimate([[Layer(sample[:used].view(dtype), None)]], [num_prune], [0], [size], [1])[0].bracket
-
-
-def _sum(counts: Sequence[BracketCounts], num_bins: int) -> BracketCounts:
-    """Add up the counts of the pieces of one tensor, all finite."""
-    below, inside, pruned, bins = 0, 0, 0, torch.zeros(num_bins, dtype=torch.int64, device="cpu")
-    for found in counts:
-        below, inside, pruned = below + found.below, inside + found.inside, pruned + found.pruned
-        bins += found.bins
-    return BracketCounts(below, inside, pruned, -1, bins)
+    return estimate([[Layer(sample[:used].view(dtype), None)]], [num_prune], [0], [size], [1])[0]

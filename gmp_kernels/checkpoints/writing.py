@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from gmp_kernels.backends import Bracket, Cutoffs, Implementation, Layer, Selection, dtypes
+from gmp_kernels.backends import Brackets, Cutoffs, Implementation, Layer, Selection, dtypes
 from gmp_kernels.backends.keys import magnitude_of
 from gmp_kernels.checkpoints.counting import Decision, Located, Workspace, check_finite, decide
 from gmp_kernels.checkpoints.files import DTYPES, Checkpoint, FileShard, TensorInfo, header_of
@@ -24,7 +24,6 @@ from gmp_kernels.errors import DTypeError
 from gmp_kernels.reports import LayerReport
 from gmp_kernels.search.communicator import Communicator
 from gmp_kernels.search.driver import select
-from gmp_kernels.search.ties import tie_indices
 
 __all__ = ["Target", "copy_others", "write_shard"]
 
@@ -172,8 +171,13 @@ def _tie_indices(
         if not kept_left:
             yield piece, 0
             continue
-        ties = implementation.count([layer], [Bracket(key, key)], 1)[0].inside
-        tie_index = n if ties <= kept_left else tie_indices(implementation, [layer], [key], [ties], [kept_left])[0]
+        at_key = Brackets.of([key], [key])
+        below, ties = (int(column[0]) for column in implementation.count([layer], at_key, 1)[:2])
+        tie_index = n
+        if kept_left < ties:
+            # In the piece alone, the same key is the threshold of so many.
+            own = select(implementation, [layer], [below + ties - kept_left], [1], at_key)
+            tie_index = own.cutoffs.tie_indices[0]
         ties_left, kept_left = ties_left - ties, kept_left - min(ties, kept_left)
         yield piece, tie_index
 

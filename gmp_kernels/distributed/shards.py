@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from gmp_kernels.backends import Bracket, Cutoffs, Layer, Selection, Threshold, choose
+from gmp_kernels.backends import Brackets, Cutoffs, Layer, Selection, Threshold, choose
 from gmp_kernels.checks import bump_versions, check_disjoint, check_finite, check_tensors, check_writable
 from gmp_kernels.distributed.placement import is_sharded, region_of
 from gmp_kernels.errors import DistributedError, GMPError, LayoutError, StateError
@@ -18,7 +18,7 @@ from gmp_kernels.masks import BitMask
 from gmp_kernels.ops import NonFinite, PruneResult, Scope, thresholds_of
 from gmp_kernels.search.brackets import brackets_near, without_far_below
 from gmp_kernels.search.communicator import Communicator
-from gmp_kernels.search.driver import Piece, Search, select
+from gmp_kernels.search.driver import Search, select
 from gmp_kernels.search.placement import Placement
 
 __all__ = ["Shards", "refuse_flattened"]
@@ -140,14 +140,10 @@ class Shards:
         except GMPError as error:
             failure = error
         implementation = choose(backend, weights[0].device)
-        pieces = [
-            Piece(layer, weight.dtype, self._placements[name])
-            for name, layer, weight in zip(names, layers, weights, strict=True)
-        ]
         is_global = scope == "global"
-        sizes = [p.placement.size for p in pieces]
+        placements, dtypes = [self._placements[name] for name in names], [weight.dtype for weight in weights]
+        sizes = [placement.size for placement in placements]
         sizes, hints = ([sum(sizes)], previous[:1]) if is_global else (sizes, previous)
-        dtypes = [p.dtype for p in pieces]
         facts: dict[str, object] = {"step": step, "num_prune": list(num_prune)}
         num_before: list[int] | None = None
         if self.are_copies:
@@ -158,27 +154,22 @@ class Shards:
                 found = select(implementation, checked, num_prune, group_sizes, near, prunes=True).cutoffs
             thresholds, chosen = thresholds_of(found, dtypes) if checked and failure is None else [], found
             facts["thresholds"] = [(*t, index) for t, index in zip(thresholds, found.tie_indices, strict=True)]
-            self._begin(facts, failure, names, found.nonfinite if nonfinite == "error" else [], [])
+            self._begin(facts, failure, names, found.nonfinite if nonfinite == "error" else [], None)
         else:
-            groups = [pieces] if is_global else [[p] for p in pieces]
-            search = Search(self.communicator, implementation, groups, num_prune)
+            group_sizes = [len(layers)] if is_global else [1] * len(layers)
+            search = Search(self.communicator, implementation, layers, dtypes, placements, group_sizes, num_prune)
             num_pruned = [0 if last is None else last.num_pruned for last in hints]
-            brackets = self._begin(facts, failure, names, [], [] if failure else search.estimate(num_pruned))
-            brackets = list(map(without_far_below, brackets, hints, dtypes))
-            cutoffs = search.find(brackets)
+            brackets = self._begin(facts, failure, names, [], None if failure else search.estimate(num_pruned))
+            cutoffs = search.find(without_far_below(brackets, hints, dtypes))
             search.locate_ties(cutoffs)
-            if nonfinite == "error" and any(cutoff.has_nonfinite for cutoff in cutoffs):
+            if nonfinite == "error" and cutoffs.has_nonfinite.any():
                 check_finite(STEP, search.first_nonfinite(), names)
-            rows = [
-                (*cutoff[:4], p.tie_index, p.nonfinite)
-                for cutoff, group in zip(cutoffs, groups, strict=True)
-                for p in group
-            ]
-            thresholds = thresholds_of(Cutoffs.of(rows), dtypes)
-            chosen = Cutoffs.of([rows[i] for i in present])
-            if not is_global and not any(p.placement.has_copies for p in pieces):
-                num_before = [cutoff.num_pruned for cutoff in cutoffs]
-        counts = [(0, 0)] * len(pieces)
+            of_pieces = search.cutoffs(cutoffs)
+            thresholds = thresholds_of(of_pieces, dtypes)
+            chosen = Cutoffs(*([column[i] for i in present] for column in of_pieces))
+            if not is_global and not any(placement.has_copies for placement in placements):
+                num_before = cutoffs.num_pruned.tolist()
+        counts = [(0, 0)] * len(layers)
         if checked:
             out = [mask.packed for mask in own[1]]
             bump_versions([*(layer.weight for layer in checked), *out])
@@ -190,7 +181,7 @@ class Shards:
             totals = [threshold.num_pruned for threshold in thresholds]
             new = [after - before for after, before in zip(totals, num_before, strict=True)]
         else:
-            totals, new = self._confirm(pieces, masks, names, counts)
+            totals, new = self._confirm(placements, masks, names, counts)
         return PruneResult(list(masks), thresholds, totals, new)
 
     def _begin(
@@ -199,19 +190,20 @@ class Shards:
         failure: GMPError | None,
         names: Sequence[str],
         nonfinite: Sequence[int],
-        brackets: Sequence[Bracket],
-    ) -> list[Bracket]:
+        brackets: Brackets | None,
+    ) -> Brackets:
         """Stop everywhere if one rank has to, or is elsewhere; return the union of the brackets of all.
 
         What is sent has the same size whatever the update, lest ranks at different steps misread each other.
         """
         digest = zlib.crc32(repr(facts).encode())
-        ends = [end for bracket in brackets for end in (-bracket.lo, bracket.hi)]
+        ends = [] if brackets is None else [*(-brackets.lo).tolist(), *brackets.hi.tolist()]
         room = [0] * (2 * len(self._own) - len(ends))
         found = any(index >= 0 for index in nonfinite)
-        merged = self.communicator.largest(
+        maxima = self.communicator.largest(
             torch.tensor([failure is not None, found, digest, -digest, *ends, *room], device="cpu")
-        ).tolist()
+        ).numpy()
+        merged = maxima[:4].tolist()
         if merged[0]:
             failures = self.communicator.gather(None if failure is None else str(failure))
             if failure is not None:
@@ -226,7 +218,8 @@ class Shards:
             check_finite(STEP, first, names)
         if merged[2] != -merged[3]:
             self._compare(facts)
-        return [Bracket(-lo, hi) for lo, hi in zip(*[iter(merged[4 : 4 + len(ends)])] * 2, strict=True)]
+        lo, hi = maxima[4 : 4 + len(ends)].reshape(2, -1)
+        return Brackets(-lo, hi)
 
     def _compare(self, facts: Mapping[str, object]) -> None:
         """Raise the same StateError on every rank if these are not the same on all that know them."""
@@ -247,20 +240,23 @@ class Shards:
             )
 
     def _confirm(
-        self, pieces: Sequence[Piece], masks: Sequence[BitMask], names: Sequence[str], counts: Sequence[Sequence[int]]
+        self,
+        placements: Sequence[Placement],
+        masks: Sequence[BitMask],
+        names: Sequence[str],
+        counts: Sequence[Sequence[int]],
     ) -> tuple[list[int], list[int]]:
         """Add up what was pruned, layer by layer, and make sure that copies have the same masks."""
         digests = [zlib.crc32(mask.packed.cpu().numpy().tobytes()) for mask in masks]
         rows = []
-        for p, digest, (num_pruned, num_new) in zip(pieces, digests, counts, strict=True):
-            # The one that speaks for a region sets its digest against those of all others: equal ones cancel.
-            speaks, others = p.placement.is_primary, p.placement.num_copies
-            rows.append([num_pruned, num_new, -others * digest] if speaks else [0, 0, digest])
+        for placement, digest, (num_pruned, num_new) in zip(placements, digests, counts, strict=True):
+            # The primary sets its digest against those of all other copies: equal ones cancel.
+            own = [num_pruned, num_new, -placement.num_copies * digest] if placement.is_primary else [0, 0, digest]
+            rows.append(own)
         sums = self.communicator.total(torch.tensor(rows, device="cpu"), torch.iinfo(torch.int64).max)
         if sums[:, 2].any():
-            places = [
-                f"mask of '{name}' at {p.placement.region.offsets}" for name, p in zip(names, pieces, strict=True)
-            ]
+            offsets = [placement.region.offsets for placement in placements]
+            places = [f"mask of '{name}' at {place}" for name, place in zip(names, offsets, strict=True)]
             self._compare(dict(zip(places, digests, strict=True)))
         return sums[:, 0].tolist(), sums[:, 1].tolist()
 

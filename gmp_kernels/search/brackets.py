@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
-from itertools import repeat
 
 import numpy as np
 import torch
 
 from gmp_kernels.backends.keys import key_of, keys_of_magnitudes, largest_key
-from gmp_kernels.backends.types import Bracket, Threshold
+from gmp_kernels.backends.types import Brackets, Threshold
 
-__all__ = ["bracket_near", "brackets_near", "without_far_below"]
+__all__ = ["brackets_near", "without_far_below"]
 
 DRIFT = 1 / 64  # of an octave to each side, that a threshold is expected to move between two updates
 # A count that has moved by more than this part of the weights would often miss, and a miss costs a read.
@@ -21,16 +19,10 @@ NOTHING = Threshold(0.0, 0, 0, 0)
 FEW_BITS = 9  # of the key, that one round tells apart at least
 
 
-def bracket_near(threshold: Threshold, dtype: torch.dtype) -> Bracket:
-    """Return the bracket in which the threshold of the next update is likely to lie."""
-    key, drift = key_of(threshold.value, dtype), _drift(dtype)
-    return Bracket(max(0, key - drift), min(largest_key(dtype), key + drift))
-
-
 def brackets_near(
     previous: Sequence[Threshold | None], num_prune: Sequence[int], sizes: Sequence[int], dtypes: Sequence[torch.dtype]
-) -> list[Bracket | None]:
-    """Return one bracket per group; None where it is not worth trying.
+) -> Brackets:
+    """Return one bracket per group, in which its threshold is likely to lie; empty where it is not worth trying.
 
     Parameters
     ----------
@@ -39,31 +31,34 @@ def brackets_near(
     num_prune, sizes, dtypes : sequences
         Per group: weights to prune, weights there are, their dtype.
     """
-    value, below, ties, kept = zip(*(last or NOTHING for last in previous), strict=True)
-    moved = np.abs(np.array(below, float) + ties - kept - num_prune)
-    near = (np.array(ties, float) > 0) & (moved <= np.array(sizes) * NEAR)
-    found: list[Bracket | None] = [None] * len(previous)
-    for dtype in set(dtypes):
-        keys, drift = keys_of_magnitudes(value, dtype), _drift(dtype)
-        lo, hi = np.maximum(keys - drift, 0), np.minimum(keys + drift, largest_key(dtype))
-        # Their own constructor takes twice as long.
-        brackets = map(tuple.__new__, repeat(Bracket), zip(lo.tolist(), hi.tolist(), strict=True))
-        for g, (bracket, is_near) in enumerate(zip(brackets, near.tolist(), strict=True)):
-            if is_near and dtypes[g] == dtype:
-                found[g] = bracket
-    return found
+    lo, hi = _around(previous, dtypes)
+    _, below, ties, kept = np.array([last or NOTHING for last in previous]).T
+    is_near = (ties > 0) & (np.abs(below + ties - kept - num_prune) <= np.array(sizes) * NEAR)
+    return Brackets(np.where(is_near, lo, 1), np.where(is_near, hi, 0))
 
 
-def without_far_below(bracket: Bracket, previous: Threshold | None, dtype: torch.dtype) -> Bracket:
-    """Leave out what lies well below the previous threshold: unpruned weights are rare there, but keys are many."""
-    lo = 0 if previous is None else bracket_near(previous, dtype).lo
-    if not bracket.lo < lo <= bracket.hi:
-        return bracket
+def without_far_below(
+    brackets: Brackets, previous: Sequence[Threshold | None], dtypes: Sequence[torch.dtype]
+) -> Brackets:
+    """Leave out what lies well below the previous thresholds: unpruned weights are rare there, but keys are many."""
+    lo, _ = _around(previous, dtypes)
     # As far below it as costs nothing: the keys of a bracket are counted in a power of two.
-    bits = max(FEW_BITS, (bracket.hi - lo).bit_length())
-    return Bracket(max(bracket.lo, bracket.hi - (1 << bits) + 1), bracket.hi)
+    bits = np.array([max(FEW_BITS, (hi - low).bit_length()) for hi, low in zip(*_lists(brackets.hi, lo), strict=True)])
+    narrowed = np.maximum(brackets.lo, brackets.hi - (np.int64(1) << bits) + 1)
+    return Brackets(np.where((brackets.lo < lo) & (lo <= brackets.hi), narrowed, brackets.lo), brackets.hi)
 
 
-@cache
-def _drift(dtype: torch.dtype) -> int:
-    return max(1, int((key_of(2.0, dtype) - key_of(1.0, dtype)) * DRIFT))
+def _around(previous: Sequence[Threshold | None], dtypes: Sequence[torch.dtype]) -> Brackets:
+    """Return brackets around thresholds; of none, from 0 on."""
+    values = np.array([0.0 if last is None else last.value for last in previous])
+    lo, hi = np.zeros((2, len(values)), np.int64)
+    for dtype in set(dtypes):
+        own = np.array([other == dtype for other in dtypes[: len(values)]])
+        keys, largest = keys_of_magnitudes(values[own], dtype), largest_key(dtype)
+        drift = max(1, int((key_of(2.0, dtype) - key_of(1.0, dtype)) * DRIFT))
+        lo[own], hi[own] = np.maximum(keys - drift, 0), np.minimum(keys + drift, largest)
+    return Brackets(lo, hi)
+
+
+def _lists(*columns: np.ndarray) -> list[list[int]]:
+    return [column.tolist() for column in columns]

@@ -1,63 +1,58 @@
-"""Exact thresholds from counts alone, for layers that no single call sees whole: shards, pieces of a file.
+"""Exact cutoffs from counts alone, for layers that no single call sees whole: shards, pieces of a file.
 
 Each round counts every piece against one bracket per group of layers, and the counts are added up. The sums prove in
 which bin of the bracket the wanted key lies; the next round looks at that bin only, until it holds one key. Whatever
-the pieces are, the answer is that of ``Implementation.select`` on the whole.
+the pieces are, the answer is that of ``Implementation.select`` on the whole. Of ties, the flat index is found in the
+same way, as if it were a key.
 
 Source: Floyd and Rivest, CACM 18(3), 1975, for the first bracket; then radix selection on what is left.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
-from gmp_kernels.backends.types import Bracket
+from gmp_kernels.backends.types import Brackets
 from gmp_kernels.errors import StateError
 
-__all__ = ["GroupCutoff", "find_cutoffs"]
+__all__ = ["Count", "GroupCutoffs", "Integers", "find_cutoffs"]
+
+Integers: TypeAlias = npt.NDArray[np.int64]
+# Counts some groups, given their positions and brackets, and what no bin can exceed; all their pieces are added up.
+# Returns a row per group: (below, pruned, nonfinite), which only matters in the first round; and bins, a power of two.
+# From the second round on, weights outside all earlier brackets may be left out.
+Count: TypeAlias = Callable[[Integers, Brackets, int], tuple[Integers, Integers]]
 
 
-class GroupCutoff(NamedTuple):
-    """Key and counts of a group's threshold, as in ``Cutoffs``; what was pruned before; and whether there is a NaN."""
+class GroupCutoffs(NamedTuple):
+    """Keys and counts of thresholds, as in ``Cutoffs``, column by column; what was pruned before; where a NaN is."""
 
-    key: int
-    num_below: int
-    num_ties: int
-    num_ties_kept: int
-    num_pruned: int
-    has_nonfinite: bool
-
-
-class Count(Protocol):
-    """Counts of open groups, all their pieces added up."""
-
-    def __call__(self, groups: Sequence[int], brackets: Sequence[Bracket], most: int) -> tuple[np.ndarray, np.ndarray]:
-        """Count groups against their brackets.
-
-        ``most`` is what no bin can exceed. Returns int64 arrays, a row per group: (below, pruned, nonfinite), which
-        only matters in the first round; and bins. From the second round on, weights outside all earlier brackets may
-        be left out.
-        """
-        ...
+    keys: Integers
+    num_below: Integers
+    num_ties: Integers
+    num_ties_kept: Integers
+    num_pruned: Integers
+    has_nonfinite: npt.NDArray[np.bool_]
 
 
 def find_cutoffs(
-    num_prune: Sequence[int],
-    sizes: Sequence[int],
-    largest_keys: Sequence[int],
-    brackets: Sequence[Bracket],
+    num_prune: Sequence[int] | Integers,
+    sizes: Sequence[int] | Integers,
+    largest_keys: Sequence[int] | Integers,
+    brackets: Brackets,
     count: Count,
-) -> list[GroupCutoff]:
+) -> GroupCutoffs:
     """Find the threshold of each group of layers.
 
     Parameters
     ----------
     num_prune, sizes, largest_keys : sequence of int
         Per group, over all its pieces: weights to prune, weights there are, the key of NaN.
-    brackets : sequence of Bracket
+    brackets : Brackets
         Where the thresholds are expected: they save rounds and never change the answer.
     count : Count
 
@@ -66,48 +61,43 @@ def find_cutoffs(
     StateError
         Weights or masks have changed meanwhile.
     """
-    found: dict[int, GroupCutoff] = {}
-    aims = dict(enumerate(brackets))
-    lower, pruned, has_nonfinite = [0] * len(sizes), [0] * len(sizes), [0] * len(sizes)
-    most, is_first = max(sizes, default=0), True
-    while aims:
-        groups = list(aims)
-        numbers, bins = count(groups, list(aims.values()), most)
+    wanted, largest = np.array(num_prune, np.int64), np.array(largest_keys, np.int64)
+    lo, hi = brackets.lo.copy(), brackets.hi.copy()
+    lower, pruned, has_nonfinite, num_ties = np.zeros((4, len(wanted)), np.int64)
+    largest_size = max(sizes, default=0)
+    groups, most, is_first = np.arange(len(wanted)), largest_size, True
+    while len(groups):
+        at, to = lo[groups], hi[groups]
+        numbers, bins = count(groups, Brackets(at, to), int(most))
         if is_first:
-            lower, pruned, has_nonfinite = numbers.T.tolist()
-        is_first = False
+            lower, pruned, has_nonfinite = numbers.T.copy()
+            is_first = False
         until = bins.cumsum(axis=1)
-        ranks = [num_prune[g] - pruned[g] - lower[g] for g in groups]
+        inside, ranks = until[:, -1], (wanted - pruned - lower)[groups]
         # The bin of the wanted key, if it is in any.
-        crossing = np.minimum((until < np.array(ranks)[:, None]).sum(axis=1), until.shape[1] - 1)
-        at = np.arange(len(groups)), crossing
-        columns = until[:, -1], crossing, until[at], bins[at]
-        rows = zip(groups, ranks, *(column.tolist() for column in columns), strict=True)
-        most = 0
-        for g, rank, inside, bin_, until_end, ties in rows:
-            lo, hi = bracket = aims[g]
-            shift = bracket.shift(until.shape[1])
-            if num_prune[g] <= pruned[g]:
-                found[g] = GroupCutoff(0, pruned[g], 0, 0, pruned[g], bool(has_nonfinite[g]))
-            elif rank <= 0:
-                aims[g], lower[g], most = Bracket(0, lo - 1), 0, max(sizes)
-            elif rank > inside and max(lo, hi + 1) > largest_keys[g]:
-                raise StateError(
-                    "expected weights and masks that stay as they are while thresholds are found, got counts that do "
-                    "not add up; let no other thread or stream write to them meanwhile"
-                )
-            elif rank > inside:
-                aims[g], most = Bracket(max(lo, hi + 1), largest_keys[g]), max(sizes)
-                lower[g] += inside
-            else:
-                first = lo + (bin_ << shift)
-                lower[g] += until_end - ties
-                if shift:
-                    aims[g], most = Bracket(first, min(hi, first + (1 << shift) - 1)), max(most, ties)
-                else:
-                    below = pruned[g] + lower[g]
-                    counts = below, ties, below + ties - num_prune[g]
-                    found[g] = GroupCutoff(first, *counts, pruned[g], bool(has_nonfinite[g]))
-            if g in found:
-                del aims[g]
-    return [found[g] for g in range(len(sizes))]
+        crossing = np.minimum((until < ranks[:, None]).sum(axis=1), bins.shape[1] - 1)
+        rows = np.arange(len(groups))
+        ties, shifts = bins[rows, crossing], Brackets(at, to).shifts(bins.shape[1])
+        is_none = wanted[groups] <= pruned[groups]
+        is_lower, is_higher = ranks <= 0, ranks > inside
+        after = np.maximum(at, to + 1)
+        if (~is_none & is_higher & (after > largest[groups])).any():
+            raise StateError(
+                "expected weights and masks that stay as they are while thresholds are found, got counts that do "
+                "not add up; let no other thread or stream write to them meanwhile"
+            )
+        first = at + (crossing << shifts)
+        lo[groups] = np.select([is_none | is_lower, is_higher], [0, after], first)
+        last = first + np.minimum(to - first, (1 << shifts) - 1)
+        hi[groups] = np.select([is_lower, is_higher], [at - 1, largest[groups]], last)
+        skipped = np.select([is_lower, is_higher], [0, inside], until[rows, crossing] - ties)
+        lower[groups] = np.where(is_lower, 0, lower[groups] + skipped)
+        is_inside = ~(is_lower | is_higher)
+        num_ties[groups] = np.where(is_none, 0, ties)
+        is_open = ~is_none & ~(is_inside & (shifts == 0))
+        most = largest_size if (is_open & ~is_inside).any() else ties[is_open].max(initial=0)
+        groups = groups[is_open]
+    is_none = wanted <= pruned
+    below = pruned + np.where(is_none, 0, lower)
+    kept = np.where(is_none, 0, below + num_ties - wanted)
+    return GroupCutoffs(np.where(is_none, 0, lo), below, num_ties, kept, pruned, has_nonfinite > 0)

@@ -7,31 +7,22 @@ same conclusions from the same sums.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import cache
-from itertools import accumulate
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 from gmp_kernels.backends.keys import largest_key
-from gmp_kernels.backends.types import (
-    Bracket,
-    BracketCounts,
-    Cutoffs,
-    Implementation,
-    Layer,
-    Selection,
-)
+from gmp_kernels.backends.types import BracketCounts, Brackets, Cutoffs, Implementation, Layer, Selection
 from gmp_kernels.search.brackets import FEW_BITS
 from gmp_kernels.search.communicator import Communicator
-from gmp_kernels.search.cutoffs import GroupCutoff, find_cutoffs
+from gmp_kernels.search.cutoffs import GroupCutoffs, Integers, find_cutoffs
 from gmp_kernels.search.placement import Placement, Region
 from gmp_kernels.search.sample import estimate
-from gmp_kernels.search.ties import locate_ties, share_ties
+from gmp_kernels.search.ties import TiedPiece, tie_indices
 
-__all__ = ["Piece", "Search", "select"]
+__all__ = ["Search", "select"]
 
 # Bits of the key by which a round narrows a bracket, at most. Counts are sent as int32 at first, 8 KB for each layer at
 # most, and soon as uint8, when few weights are left inside.
@@ -40,68 +31,50 @@ MOST_BITS = 11
 # bracket, which get another 1 / CANDIDATE_PART of the largest piece.
 BIN_BYTES, CANDIDATE_BYTES, CANDIDATE_PART = 1 << 20, 2 << 20, 40
 
-
-@dataclass(slots=True, eq=False)
-class Piece:
-    """Part of a layer that is counted here, and what is known of it.
-
-    Attributes
-    ----------
-    layer : Layer or None
-        None where this rank holds nothing: a layer may have fewer rows than there are ranks. Where ``Search`` is given
-        ``read``, whatever that reads.
-    dtype : torch.dtype
-    placement : Placement
-    candidates : torch.Tensor or None
-        Magnitudes inside the first bracket, if there was memory for them.
-    bins : numpy.ndarray
-        Counts of the last round.
-    num_ties, num_ties_kept : int
-        Weights here that tie at the threshold, and those of them that stay.
-    tie_index : int
-        Flat index in the piece from which on ties are pruned.
-    nonfinite : int
-        Flat index in the piece of the first unpruned NaN or Inf, -1 if there is none.
-    density : float
-        About how much of the piece lies on each key around the threshold.
-    """
-
-    layer: Any
-    dtype: torch.dtype
-    placement: Placement
-    candidates: torch.Tensor | None = None
-    bins: np.ndarray | None = None
-    num_ties: int = 0
-    num_ties_kept: int = 0
-    tie_index: int = 0
-    nonfinite: int = -1
-    density: float = 0.0
-
-
 T = TypeVar("T")
-Read = Callable[..., Sequence[BracketCounts]]
+Read = Callable[..., BracketCounts]
 
 
 class Search:
-    """The search for the thresholds of groups of layers.
+    """The search for the thresholds of groups of layers, of which this process holds pieces.
 
     Parameters
     ----------
     communicator : Communicator
     implementation : Implementation
-    groups : sequence of sequences of Piece
-        Layers that are ranked together; in each the flat index runs through them in order.
+    layers : sequence of Layer or None
+        The pieces here, one of each layer; None where this rank holds nothing: a layer may have fewer rows than there
+        are ranks. Where ``read`` is given, whatever that reads.
+    dtypes : sequence of torch.dtype
+    placements : sequence of Placement
+    group_sizes : sequence of int
+        How many layers each group has, the next ones in order: they are ranked together, the flat index running through
+        them.
     num_prune : sequence of int
         Per group, of the whole layers.
     read : callable, optional
         Counts pieces as ``Implementation.count`` counts layers, which is the default. It may fail on one rank alone.
+
+    Attributes
+    ----------
+    candidates : list of torch.Tensor or None
+        Per piece: magnitudes inside the first bracket, if there was memory for them.
+    num_ties, num_ties_kept : numpy.ndarray
+        Per piece: weights in it that tie at the threshold, and those of them that stay.
+    tie_indices : numpy.ndarray
+        Per piece: flat index in it from which on ties are pruned.
+    nonfinite : numpy.ndarray
+        Per piece: flat index in it of the first unpruned NaN or Inf, -1 if there is none.
     """
 
     def __init__(
         self,
         communicator: Communicator,
         implementation: Implementation,
-        groups: Sequence[Sequence[Piece]],
+        layers: Sequence[Any],
+        dtypes: Sequence[torch.dtype],
+        placements: Sequence[Placement],
+        group_sizes: Sequence[int],
         num_prune: Sequence[int],
         read: Read | None = None,
     ) -> None:
@@ -110,121 +83,182 @@ class Search:
         self._read: Read = implementation.count if read is None else read
         # Every rank takes part in every round, whether it has anything to read or not.
         self._together = _alone if read is None else communicator.together
-        self._groups = groups
+        # A sequence of its own kind, of which backends know more, may take its time to make a layer.
+        self._all, self._layers, self._dtypes, self._placements = layers, list(layers), dtypes, placements
         self._num_prune = num_prune
-        self._sizes = [sum(p.placement.size for p in group) for group in groups]
-        # Of each group, the bracket that its candidates are from, and the last one.
-        self._held: dict[int, Bracket] = {}
-        self._last: dict[int, Bracket] = {}
+        self._firsts = np.cumsum([0, *group_sizes])[:-1]
+        self._group_of = np.repeat(np.arange(len(group_sizes)), group_sizes)
+        self._sizes = np.add.reduceat([placement.size for placement in placements], self._firsts)
+        self._is_run = np.array([placement.starts is not None for placement in placements])
+        self._slots = np.array([placement.slot for placement in placements])
+        self._num_slots = np.array([len(placement.starts or [0]) for placement in placements])
+        self._is_primary = np.array([placement.is_primary for placement in placements])
+        # The bracket of each group that its candidates are from, and the last one.
+        self._held: Brackets | None = None
+        self._last = Brackets(*np.zeros((2, len(group_sizes)), np.int64))
+        self._bins: list[Integers | None] = [None] * len(layers)  # of each piece, in the last round
+        self._densities = np.zeros(len(layers))
+        self.candidates: list[torch.Tensor | None] = [None] * len(layers)
+        self.num_ties, self.num_ties_kept, self.tie_indices = np.zeros((3, len(layers)), np.int64)
+        self.nonfinite = np.full(len(layers), -1)
 
-    def estimate(self, num_pruned: Sequence[int | None]) -> list[Bracket]:
+    def estimate(self, num_pruned: Sequence[int | None]) -> Brackets:
         """Bracket the thresholds by a sample of the pieces here; empty brackets where there are none.
 
         ``num_pruned``: weights of the whole layers that are pruned already, per group; None where that is not known.
         """
-        brackets = [Bracket(largest_key(group[0].dtype), 0) for group in self._groups]
-        present = {g: [p for p in group if p.layer is not None] for g, group in enumerate(self._groups)}
-        present = {g: pieces for g, pieces in present.items() if pieces}
-        layers = [[p.layer for p in pieces] for pieces in present.values()]
-        num_prune, known, sizes = (
-            [self._num_prune[g] for g in present],
-            [num_pruned[g] for g in present],
-            [self._sizes[g] for g in present],
-        )
-        num_parts = [min(p.placement.num_parts for p in pieces) for pieces in present.values()]
-        for (g, pieces), (bracket, density) in zip(
-            present.items(), estimate(layers, num_prune, known, sizes, num_parts), strict=True
-        ):
-            brackets[g] = bracket
-            for p in pieces:
-                p.density = density
+        pieces = [i for i, layer in enumerate(self._layers) if layer is not None]
+        groups, firsts, counts = np.unique(self._group_of[pieces], return_index=True, return_counts=True)
+        members = [own.tolist() for own in np.split(pieces, firsts)[1:]]
+        layers = [[self._layers[i] for i in own] for own in members]
+        num_parts = [min(self._placements[i].num_parts for i in own) for own in members]
+        own_counts = [self._num_prune[g] for g in groups], [num_pruned[g] for g in groups]
+        found, densities = estimate(layers, *own_counts, self._sizes[groups].tolist(), num_parts)
+        brackets = Brackets(self._largest_keys(), np.zeros(len(self._firsts), np.int64))
+        brackets.lo[groups], brackets.hi[groups] = found
+        self._densities[pieces] = np.repeat(densities, counts)
         return brackets
 
-    def find(self, brackets: Sequence[Bracket]) -> list[GroupCutoff]:
+    def find(self, brackets: Brackets) -> GroupCutoffs:
         """Find the thresholds, and how many weights of each piece tie with them."""
-        largest = [largest_key(group[0].dtype) for group in self._groups]
-        cutoffs = find_cutoffs(self._num_prune, self._sizes, largest, brackets, self._count)
-        for g, (group, cutoff) in enumerate(zip(self._groups, cutoffs, strict=True)):
-            for p in group:
-                # The last round had a bin for each key.
-                if cutoff.num_ties and p.bins is not None:
-                    p.num_ties = int(p.bins[cutoff.key - self._last[g].lo])
+        cutoffs = find_cutoffs(self._num_prune, self._sizes, self._largest_keys(), brackets, self._count)
+        bins_of_keys = (cutoffs.keys - self._last.lo)[self._group_of].tolist()
+        has_ties = cutoffs.num_ties[self._group_of] > 0
+        for i in np.flatnonzero(has_ties).tolist():
+            # The last round had a bin for each key.
+            bins = self._bins[i]
+            self.num_ties[i] = 0 if bins is None else bins[bins_of_keys[i]]
         return cutoffs
 
-    def share_ties(self, cutoffs: Sequence[GroupCutoff]) -> None:
-        """Find how many ties stay in which piece."""
-        share_ties(self._communicator, self._groups, cutoffs)
+    def share_ties(self, cutoffs: GroupCutoffs) -> tuple[Integers, Integers]:
+        """Find how many ties stay in which piece.
 
-    def locate_ties(self, cutoffs: Sequence[GroupCutoff]) -> None:
+        Returns, per piece, how many ties there are and how many of them stay: of it alone if it is a run of the flat
+        index, else of its whole layer. One sum over the ranks, if any ties have to be told apart that runs, or groups
+        of several layers, hold.
+        """
+        group_of = self._group_of
+        ties, stay = cutoffs.num_ties[group_of], cutoffs.num_ties_kept[group_of]
+        is_alone = np.bincount(group_of)[group_of] == 1
+        divided = np.flatnonzero((stay > 0) & (self._is_run | ~is_alone))
+        if len(divided):
+            # A slot for each run; a single one for a layer without runs.
+            counts = self._num_slots[divided]
+            firsts = counts.cumsum() - counts
+            own = firsts + self._slots[divided]
+            here = np.zeros(counts.sum(), np.int64)
+            here[own] = (self.num_ties * self._is_primary)[divided]
+            totals = self._communicator.total(torch.from_numpy(here), int(cutoffs.num_ties.max())).numpy()
+            before = totals.cumsum() - totals
+            _, first, group = np.unique(group_of[divided], return_index=True, return_inverse=True)
+            ties[divided] = totals[own]
+            stay[divided] = np.clip(stay[divided] - (before[own] - before[firsts[first]][group]), 0, totals[own])
+        self.num_ties_kept = np.minimum(stay, self.num_ties)
+        return ties, stay
+
+    def locate_ties(self, cutoffs: GroupCutoffs) -> None:
         """Find how many ties stay in which piece, and the flat index in it from which on they go."""
-        open_ranges = share_ties(self._communicator, self._groups, cutoffs)
-        locate_ties(self._communicator, self._implementation, self._groups, cutoffs, open_ranges)
+        ties, stay = self.share_ties(cutoffs)
+        keys = cutoffs.keys[self._group_of].tolist()
+        numels = np.array([placement.region.numel for placement in self._placements])
+        self.tie_indices = np.where(stay == ties, numels, 0)
+        is_open = (stay > 0) & (stay < ties)
+        for is_run, communicator in ((True, Communicator(None)), (False, self._communicator)):
+            positions = np.flatnonzero(is_open & (self._is_run == is_run) & ((numels > 0) | (not is_run))).tolist()
+            pieces = []
+            for i in positions:
+                region = _whole(numels[i].item()).region if is_run else self._placements[i].region
+                is_counted = is_run or self._placements[i].is_primary
+                pieces.append(TiedPiece(self._layers[i], keys[i], int(self.num_ties[i]), region, is_counted))
+            found = tie_indices(communicator, self._implementation, pieces, ties[positions], stay[positions])
+            for i, p, index in zip(positions, pieces, found, strict=True):
+                self.tie_indices[i] = p.region.to_local(np.array([index]))[0]
 
     def first_nonfinite(self) -> list[int]:
         """Return per layer the flat index of the first unpruned NaN or Inf in it, -1 if there is none."""
-        pieces = [p for group in self._groups for p in group]
         none = torch.iinfo(torch.int64).max
-        found = [none if p.nonfinite < 0 else p.placement.region.to_global(p.nonfinite) for p in pieces]
+        found = [
+            none if index < 0 else placement.region.to_global(index)
+            for placement, index in zip(self._placements, self.nonfinite.tolist(), strict=True)
+        ]
         first = (-self._communicator.largest(-torch.tensor(found, device="cpu"))).tolist()
         return [-1 if index == none else index for index in first]
 
-    def _count(self, groups: Sequence[int], brackets: Sequence[Bracket], most: int) -> tuple[np.ndarray, np.ndarray]:
+    def cutoffs(self, found: GroupCutoffs) -> Cutoffs:
+        """Return the cutoff of every piece here."""
+        keys, below, ties, kept = (column[self._group_of].tolist() for column in found[:4])
+        return Cutoffs(keys, below, ties, kept, self.tie_indices.tolist(), self.nonfinite.tolist())
+
+    def _largest_keys(self) -> Integers:
+        return np.array([largest_key(self._dtypes[first]) for first in self._firsts])
+
+    def _count(self, groups: Integers, brackets: Brackets, most: int) -> tuple[Integers, Integers]:
         """Count one round: every open group against its bracket, summed over layers and ranks."""
-        is_first = not self._last
-        pieces = [(p, bracket) for g, bracket in zip(groups, brackets, strict=True) for p in self._groups[g]]
+        is_first = self._held is None
+        self._last.lo[groups], self._last.hi[groups] = brackets
+        if self._held is None:
+            self._held = Brackets(*(column.copy() for column in self._last))
+        pieces = np.flatnonzero(np.isin(self._group_of, groups))
+        group = self._group_of[pieces]
+        own = Brackets(self._last.lo[group], self._last.hi[group])
         most_bits = max(1, (BIN_BYTES // (8 * len(pieces))).bit_length() - 1)
-        num_bins = 1 << min(most_bits, _bits(max(bracket.hi - bracket.lo for bracket in brackets)))
-        self._last.update(zip(groups, brackets, strict=True))
+        num_bins = 1 << min(most_bits, _bits(int((brackets.hi - brackets.lo).max())))
         if is_first:
-            self._held.update(self._last)
-            _make_candidates(pieces, num_bins)
-        counted = self._together(lambda: self._counted(groups, pieces, num_bins, is_first))
-        nothing = np.zeros(num_bins, np.int64)
-        bins = np.stack([counted[i].bins.numpy() if i in counted else nothing for i in range(len(pieces))])
-        numbers = np.zeros((len(pieces), 3), np.int64)
-        for i, counts in counted.items() if is_first else ():
-            numbers[i] = counts.below, counts.pruned, counts.nonfinite >= 0
-            p = pieces[i][0]
-            p.nonfinite = counts.nonfinite
-            if p.candidates is not None:
-                p.candidates = p.candidates[: counts.inside] if counts.inside <= p.candidates.numel() else None
-        for (p, _), row in zip(pieces, bins, strict=True):
-            p.bins = row
-        copies = [i for i, (p, _) in enumerate(pieces) if not p.placement.is_primary]
+            self._make_candidates(pieces, own, num_bins)
+        outside = (own.lo < self._held.lo[group]) | (own.hi > self._held.hi[group])
+        for i in pieces[outside].tolist():
+            self.candidates[i] = None
+        counts = self._together(lambda: self._counted(pieces.tolist(), own, num_bins, is_first))
+        numbers, bins = np.stack((counts.below, counts.pruned, counts.nonfinite >= 0), axis=1), counts.bins
+        for i, row in zip(pieces.tolist(), bins, strict=True):
+            self._bins[i] = row
+        if is_first:
+            self.nonfinite = counts.nonfinite
+            for i, inside in zip(pieces.tolist(), counts.inside.tolist(), strict=True):
+                place = self.candidates[i]
+                self.candidates[i] = place[:inside] if place is not None and inside <= len(place) else None
         # All that hold a NaN say so, also copies.
+        copies = np.flatnonzero(~self._is_primary[pieces])
         numbers[copies, :2] = 0
-        sent = np.concatenate((numbers, bins), axis=1) if is_first else bins.copy() if copies else bins
+        sent = np.concatenate((numbers, bins), axis=1) if is_first else bins.copy() if len(copies) else bins
         sent[copies, sent.shape[1] - num_bins :] = 0
         if len(groups) < len(pieces):
-            sent = np.add.reduceat(sent, [0, *accumulate(len(self._groups[g]) for g in groups)][:-1])
+            sent = np.add.reduceat(sent, np.searchsorted(group, groups))
         bound = most + len(pieces) * self._communicator.size if is_first else most
         sums = self._communicator.total(torch.from_numpy(sent), bound).numpy()
         return sums[:, :-num_bins], sums[:, -num_bins:]
 
-    def _counted(
-        self, groups: Sequence[int], pieces: Sequence[tuple[Piece, Bracket]], num_bins: int, is_first: bool
-    ) -> dict[int, BracketCounts]:
-        """Count the pieces here, by position, from their candidates where these suffice."""
-        for g in groups:
-            held, last = self._held[g], self._last[g]
-            if last.lo < held.lo or last.hi > held.hi:
-                for p in self._groups[g]:
-                    p.candidates = None
-        found: dict[int, BracketCounts] = {}
-        read = [i for i, (p, _) in enumerate(pieces) if p.layer is not None and (is_first or p.candidates is None)]
-        listed = [
-            (i, Layer(p.candidates, None), bracket)
-            for i, (p, bracket) in enumerate(pieces)
-            if p.candidates is not None and p.candidates.numel()
-        ]
+    def _counted(self, pieces: Sequence[int], brackets: Brackets, num_bins: int, is_first: bool) -> BracketCounts:
+        """Count the pieces here, from their candidates where these suffice."""
+        found = BracketCounts.nothing(len(pieces), num_bins)
+        lists = {row: place for row, i in enumerate(pieces) if (place := self.candidates[i]) is not None}
+        read = [row for row, i in enumerate(pieces) if self._layers[i] is not None and (is_first or row not in lists)]
+        listed = [] if is_first else [row for row, place in lists.items() if len(place)]
         if read:
-            candidates = [pieces[i][0].candidates for i in read] if is_first else None
-            layers, brackets = zip(*((pieces[i][0].layer, pieces[i][1]) for i in read), strict=True)
-            found.update(zip(read, self._read(layers, brackets, num_bins, candidates), strict=True))
-        if listed and not is_first:
-            positions, layers, brackets = zip(*listed, strict=True)
-            found.update(zip(positions, self._implementation.count(layers, brackets, num_bins), strict=True))
+            places = [lists.get(row) for row in read] if is_first else None
+            own = Brackets(brackets.lo[read], brackets.hi[read])
+            layers = self._all if len(read) == len(self._all) else [self._layers[pieces[row]] for row in read]
+            found.put(read, self._read(layers, own, num_bins, places))
+        if listed:
+            own = Brackets(brackets.lo[listed], brackets.hi[listed])
+            found.put(listed, self._implementation.count([Layer(lists[row], None) for row in listed], own, num_bins))
         return found
+
+    def _make_candidates(self, pieces: Integers, brackets: Brackets, num_bins: int) -> None:
+        """Make room for a quarter more weights than are expected inside, where there will be another round."""
+        expected = self._densities[pieces] * (brackets.hi - brackets.lo + 1.0)
+        left = -1
+        for i, share, shift in zip(pieces.tolist(), expected.tolist(), brackets.shifts(num_bins).tolist(), strict=True):
+            if not (shift and share and self._layers[i] is not None):
+                continue
+            if left < 0:
+                largest = max(layer.weight.nbytes for layer in self._layers if layer is not None)
+                left = max(0, CANDIDATE_BYTES + largest // CANDIDATE_PART)
+            weight = self._layers[i].weight
+            size = min(weight.numel(), int(1.25 * share * weight.numel()) + 64)
+            if size * weight.itemsize <= left:
+                left -= size * weight.itemsize
+                self.candidates[i] = torch.empty(size, dtype=weight.dtype, device=weight.device)
 
 
 def select(
@@ -232,7 +266,7 @@ def select(
     layers: Sequence[Layer],
     num_prune: Sequence[int],
     group_sizes: Sequence[int],
-    brackets: Sequence[Bracket | None] | None = None,
+    brackets: Brackets | None = None,
     *,
     prunes: bool = False,
 ) -> Selection:
@@ -242,17 +276,16 @@ def select(
     """
     if implementation.select is not None:
         return implementation.select(layers, num_prune, group_sizes, brackets, prunes=prunes)
-    pieces = [Piece(layer, layer.weight.dtype, _whole(layer.weight.numel())) for layer in layers]
-    firsts = [0, *accumulate(group_sizes)]
-    groups = [pieces[first : first + size] for first, size in zip(firsts, group_sizes, strict=False)]
-    search = Search(Communicator(None), implementation, groups, num_prune)
-    aims = search.estimate([None] * len(groups))
+    placements = [_whole(layer.weight.numel()) for layer in layers]
+    dtypes = [layer.weight.dtype for layer in layers]
+    search = Search(Communicator(None), implementation, layers, dtypes, placements, group_sizes, num_prune)
+    aims = search.estimate([None] * len(group_sizes))
     if brackets is not None:
-        aims = [given or sampled for given, sampled in zip(brackets, aims, strict=True)]
+        is_known = brackets.lo <= brackets.hi
+        aims = Brackets(*(np.where(is_known, *ends) for ends in zip(brackets, aims, strict=True)))
     found = search.find(aims)
     search.locate_ties(found)
-    rows = [(*cutoff[:4], p.tie_index, p.nonfinite) for g, cutoff in zip(groups, found, strict=True) for p in g]
-    return Selection(Cutoffs.of(rows))
+    return Selection(search.cutoffs(found))
 
 
 @cache
@@ -269,17 +302,3 @@ def _bits(width: int) -> int:
     bits = max(0, width).bit_length()
     rounds = max(1, -(-bits // MOST_BITS))
     return min(bits, max(FEW_BITS, bits - (rounds - 1) * MOST_BITS))
-
-
-def _make_candidates(pieces: Sequence[tuple[Piece, Bracket]], num_bins: int) -> None:
-    """Make room for a quarter more weights than are expected inside, where there will be another round."""
-    here = [(p, bracket) for p, bracket in pieces if p.layer is not None and p.density]
-    left = CANDIDATE_BYTES + max((p.layer.weight.nbytes for p, _ in here), default=0) // CANDIDATE_PART
-    for p, bracket in here:
-        if not bracket.shift(num_bins):
-            continue
-        n, itemsize = p.layer.weight.numel(), p.layer.weight.itemsize
-        size = min(n, int(1.25 * p.density * (bracket.hi - bracket.lo + 1) * n) + 64)
-        if size * itemsize <= left:
-            left -= size * itemsize
-            p.candidates = torch.empty(size, dtype=p.dtype, device=p.layer.weight.device)

@@ -6,27 +6,19 @@ from collections import defaultdict
 from collections.abc import Sequence
 from functools import cache
 from statistics import NormalDist
-from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from gmp_kernels.backends.keys import bits_of, largest_key
-from gmp_kernels.backends.types import Bracket, Layer
+from gmp_kernels.backends.types import Brackets, Layer
 
-__all__ = ["Estimate", "estimate"]
+__all__ = ["estimate"]
 
 LINE = 64  # bytes: what the memory brings anyway is looked at as a whole
 LEAST, MOST = 1 << 10, 1 << 16  # weights to sample of a group; n^(2/3) in between, as in csrc/cpu/selector.h
 BATCH_BYTES = 1 << 19  # of weights that are sampled at a time
 MISS = NormalDist().cdf(-4)  # how often a threshold may lie above the union of all brackets, or below it
-
-
-class Estimate(NamedTuple):
-    """A bracket, and which fraction of the weights lies on each key around the threshold."""
-
-    bracket: Bracket
-    density: float
 
 
 def estimate(
@@ -35,7 +27,7 @@ def estimate(
     num_pruned: Sequence[int | None],
     sizes: Sequence[int],
     num_parts: Sequence[int],
-) -> list[Estimate]:
+) -> tuple[Brackets, np.ndarray]:
     """Bracket a threshold per group by a sample. Where it finds nothing unpruned, the bracket is empty.
 
     Parameters
@@ -47,6 +39,13 @@ def estimate(
     num_parts : sequence of int
         Per group: how many ranks sample other parts of it. The union of their brackets holds the threshold, nearly
         always.
+
+    Returns
+    -------
+    Brackets
+        One per group.
+    numpy.ndarray
+        Per group, which fraction of its weights lies on each key around the threshold.
     """
     alike: dict[tuple[torch.dtype, int, tuple[int, ...]], list[int]] = defaultdict(list)
     strides = []
@@ -59,7 +58,7 @@ def estimate(
         # Odd, lest it be in step with rows: their lengths are even.
         strides.append(max(1, (lines // wanted - 1) | 1))
         alike[dtype, width, tuple(-(-(n // width) // strides[i]) for n in numels)].append(i)
-    found: dict[int, Estimate] = {}
+    found, densities = Brackets(*np.zeros((2, len(groups)), np.int64)), np.zeros(len(groups))
     for (dtype, width, lines_of_layers), positions in alike.items():
         num_lines = sum(lines_of_layers)
         step = max(1, BATCH_BYTES // (num_lines * width * dtype.itemsize))
@@ -73,8 +72,8 @@ def estimate(
             weights, masks = (torch.cat(views_).view(len(batch), -1).cpu() for views_ in zip(*views, strict=True))
             request = np.array([(num_prune[i], num_pruned[i] or 0, sizes[i], _sigmas(num_parts[i])) for i in batch]).T
             is_known = np.array([num_pruned[i] is not None for i in batch])
-            found.update(zip(batch, _brackets(weights, masks.numpy(), is_known, *request), strict=True))
-    return [found[i] for i in range(len(groups))]
+            found.lo[batch], found.hi[batch], densities[batch] = _brackets(weights, masks.numpy(), is_known, *request)
+    return found, densities
 
 
 def _spread(layer: Layer, num_lines: int, width: int, stride: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -103,8 +102,8 @@ def _brackets(
     num_pruned: np.ndarray,
     sizes: np.ndarray,
     sigmas: np.ndarray,
-) -> list[Estimate]:
-    """Estimate from a row of sampled weights, and of the bytes of their masks, per group."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Estimate ends and densities from a row of sampled weights, and of the bytes of their masks, per group."""
     largest = largest_key(weights.dtype)
     keys = bits_of(weights).numpy()
     keys &= np.iinfo(keys.dtype).max
@@ -129,4 +128,4 @@ def _brackets(
     # From further around: the few ranks inside would tell less.
     first, last = (np.clip(ends, 1, np.maximum(1, unpruned)) for ends in (low - (high - low), high + (high - low)))
     density = (last - first + 1) / (size * (keys_at(last) - keys_at(first).astype(float) + 1))
-    return [Estimate(Bracket(*row), d) for *row, d in zip(lo.tolist(), hi.tolist(), density.tolist(), strict=True)]
+    return lo, hi, density

@@ -1,137 +1,113 @@
-"""Ties that stay: those of lowest flat index in the whole layer or group, divided among the pieces of it."""
+"""Ties that stay: those of lowest flat index. Their last one is found as thresholds are, the index being the key."""
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from gmp_kernels.backends.keys import bits_of, largest_key
-from gmp_kernels.backends.types import Bracket, Implementation, Layer
+from gmp_kernels.backends.types import Brackets, Implementation, Layer
 from gmp_kernels.search.communicator import Communicator
-from gmp_kernels.search.cutoffs import GroupCutoff
+from gmp_kernels.search.cutoffs import Integers, find_cutoffs
 from gmp_kernels.search.placement import Region
 
-if TYPE_CHECKING:
-    from gmp_kernels.search.driver import Piece
-
-__all__ = ["locate_ties", "piece_of", "share_ties", "tie_indices"]
+__all__ = ["TiedPiece", "piece_of", "tie_indices"]
 
 CHUNK = 1 << 17  # weights that are searched for ties at a time
+MOST_HELD = 1 << 14  # flat indices of ties that are kept between rounds, for each piece
 # Half the width of the window in which a tie is looked for first, in standard deviations. A tie outside of it costs a
-# look at the whole layer or, where several ranks are asked, another sum over them for every layer.
-SIGMAS, SIGMAS_OF_RANKS = 2, 4
-# A range of flat indices is divided into so many slots to count ties in: 1 KB as int32 or, where counts are small, as
+# look at the rest of the layer and another sum over the ranks.
+SIGMAS = 4
+# A window of flat indices is divided into so many slots to count ties in: 1 KB as int32 or, where counts are small, as
 # uint8.
 SLOTS, SMALL, MOST_SLOTS = 256, 255, 1024
 
 
-@dataclass(frozen=True, slots=True)
-class OpenRange:
-    """Range [begin, end) of flat indices of a layer whose pieces interleave; of its ties the first few stay."""
+class TiedPiece(NamedTuple):
+    """Piece of a layer of whose ties some stay and others do not.
 
-    piece: Piece
-    key: int
-    begin: int
-    end: int
-    num_ties: int
-    num_kept: int
-
-
-def share_ties(
-    communicator: Communicator, groups: Sequence[Sequence[Piece]], cutoffs: Sequence[GroupCutoff]
-) -> list[OpenRange]:
-    """Set ``num_ties_kept`` of each piece, and ``tie_index`` where none or all of its ties stay.
-
-    Returns the layers of which this is not known yet, because their pieces are no runs of the flat index. One sum over
-    the ranks, if any ties have to be told apart and pieces that are runs, or groups of several layers, hold them.
+    Attributes
+    ----------
+    layer : Layer
+        Of no matter where there are no ties.
+    key : int
+        Of the ties.
+    num_ties : int
+        In the piece.
+    region : Region
+        The piece in its layer.
+    is_counted : bool
+        Whether this rank counts it, and not another one that holds the same.
     """
-    open_ranges, pieces, quotas = [], [], []
-    for group, cutoff in zip(groups, cutoffs, strict=True):
-        for p in group:
-            p.num_ties_kept, p.tie_index = 0, 0 if cutoff.num_ties else p.placement.region.numel
-        if not cutoff.num_ties_kept:
-            continue
-        if len(group) == 1 and group[0].placement.starts is None:
-            size = group[0].placement.size
-            open_ranges.append(OpenRange(group[0], cutoff.key, 0, size, cutoff.num_ties, cutoff.num_ties_kept))
-            continue
-        pieces += [(p, cutoff.key, p is group[0]) for p in group]
-        quotas.append(cutoff.num_ties_kept)
-    if not pieces:
-        return open_ranges
-    # A slot for each run; a single one for a layer without runs.
-    sizes = [len(p.placement.starts or [0]) for p, *_ in pieces]
-    starts = np.cumsum([0, *sizes])
-    here = np.zeros(starts[-1], np.int64)
-    for (p, *_), start in zip(pieces, starts.tolist(), strict=False):
-        here[start + p.placement.slot] = p.num_ties if p.placement.is_primary else 0
-    bound = max(cutoff.num_ties for cutoff in cutoffs)
-    totals = communicator.total(torch.from_numpy(here), bound).numpy()
-    before = totals.cumsum() - totals
-    firsts = [start for (*_, is_first), start in zip(pieces, starts.tolist(), strict=False) if is_first]
-    num_slots = np.diff([*firsts, starts[-1]])
-    kept = np.clip((np.array(quotas) + before[firsts]).repeat(num_slots) - before, 0, totals)
-    for (p, key, _), start in zip(pieces, starts.tolist(), strict=False):
-        stay, ties = int(kept[start + p.placement.slot]), int(totals[start + p.placement.slot])
-        if p.placement.starts is None and 0 < stay < ties:
-            open_ranges.append(OpenRange(p, key, 0, p.placement.size, ties, stay))
-            continue
-        p.num_ties_kept = min(stay, p.num_ties)
-        p.tie_index = p.placement.region.numel if p.num_ties_kept == p.num_ties else 0
-    return open_ranges
 
-
-def locate_ties(
-    communicator: Communicator,
-    implementation: Implementation,
-    groups: Sequence[Sequence[Piece]],
-    cutoffs: Sequence[GroupCutoff],
-    open_ranges: Sequence[OpenRange],
-) -> None:
-    """Set ``tie_index`` of each piece, and ``num_ties_kept`` where that was open. Nearly always two sums for ranges."""
-    some = [
-        (p, cutoff.key)
-        for group, cutoff in zip(groups, cutoffs, strict=True)
-        for p in group
-        if 0 < p.num_ties_kept < p.num_ties
-    ]
-    if some:
-        layers, keys = [p.layer for p, _ in some], [key for _, key in some]
-        counts = [p.num_ties for p, _ in some], [p.num_ties_kept for p, _ in some]
-        for (p, _), index in zip(some, tie_indices(implementation, layers, keys, *counts), strict=True):
-            p.tie_index = index
-    while open_ranges:
-        open_ranges = _narrow_ranges(communicator, implementation, open_ranges)
+    layer: Layer
+    key: int
+    num_ties: int
+    region: Region
+    is_counted: bool
 
 
 def tie_indices(
+    communicator: Communicator,
     implementation: Implementation,
-    layers: Sequence[Layer],
-    keys: Sequence[int],
-    num_ties: Sequence[int],
-    num_kept: Sequence[int],
+    pieces: Sequence[TiedPiece],
+    num_ties: Sequence[int] | Integers,
+    num_kept: Sequence[int] | Integers,
 ) -> list[int]:
-    """Return per layer the flat index from which on ties are pruned if ``num_kept`` of ``num_ties``, not all, stay."""
-    sizes = np.array([layer.weight.numel() for layer in layers])
-    begins, ends = _windows(np.array(num_kept), np.array(num_ties), sizes, SIGMAS)
-    windows = list(zip((begins // 8 * 8).tolist(), ends.tolist(), strict=True))
-    found = []
-    around = _ties_around(implementation, layers, keys, num_ties, windows)
-    for layer, key, kept, (before, inside) in zip(layers, keys, num_kept, around, strict=True):
-        if 0 <= kept - before < len(inside):
-            found.append(int(inside[kept - before]))
-            continue
-        left = kept
-        for places in _ties(layer, key, 0, layer.weight.numel()):
-            if left < len(places):
-                found.append(int(places[left]))
-                break
-            left -= len(places)
+    """Return, for each layer, its flat index from which on ties are pruned.
+
+    Parameters
+    ----------
+    communicator : Communicator
+    implementation : Implementation
+    pieces : sequence of TiedPiece
+        One of each layer.
+    num_ties, num_kept : sequence of int
+        Ties of each whole layer, and how many of them, not all, stay.
+
+    Notes
+    -----
+    Reads a window and, of what lies to its sides, the shorter part. Two or three sums over the ranks for most windows.
+    """
+    sizes = np.array([math.prod(p.region.shape) for p in pieces], np.int64)
+    kept, ties = np.array(num_kept, np.int64), np.array(num_ties, np.int64)
+    windows = _windows(kept, ties, sizes)
+    held: list[np.ndarray | None] | None = None
+
+    def count(groups: Integers, brackets: Brackets, most: int) -> tuple[Integers, Integers]:
+        """Count the ties in slots of the brackets; the first time, also those before them."""
+        nonlocal held
+        num_slots = MOST_SLOTS if most <= SMALL else SLOTS
+        steps = np.arange(num_slots + 1) << brackets.shifts(num_slots)[:, None]
+        inner = brackets.lo[:, None] + np.minimum(steps, (brackets.hi - brackets.lo + 1)[:, None])
+        own, ends = [pieces[g] for g in groups], sizes[groups, None]
+        places = _local_places(own, np.concatenate((np.zeros_like(ends), inner, ends), axis=1))
+        here = np.zeros((len(own), num_slots + 2), np.int64)
+        is_inside = (windows.lo[groups] <= brackets.lo) & (brackets.hi <= windows.hi[groups])
+        read = []
+        for i, (g, p) in enumerate(zip(groups.tolist(), own, strict=True)):
+            known = held[g] if held is not None and is_inside[i] else None
+            if known is not None:
+                here[i] = np.diff(known.searchsorted(places[i]))
+            elif p.num_ties:
+                read.append(i)
+        here[read], found = _count_between([own[i] for i in read], places[read])
+        if held is None:
+            here[read] += _count_beside(implementation, [own[i] for i in read], places[read], here[read].sum(axis=1))
+            held = [None] * len(pieces)
+            for i, indices in zip(read, found, strict=True):
+                held[i] = indices
+        here *= [[p.is_counted] for p in own]
+        sums = communicator.total(torch.from_numpy(here), int(ties.max())).numpy()
+        below, nothing = sums[:, 0], np.zeros(len(own), np.int64)
+        return np.stack((below, nothing, nothing), axis=1), sums[:, 1:-1]
+
+    found: list[int] = find_cutoffs(kept + 1, ties, sizes - 1, windows, count).keys.tolist()
     return found
 
 
@@ -141,123 +117,82 @@ def piece_of(layer: Layer, begin: int, end: int) -> Layer:
     return Layer(layer.weight.reshape(-1)[begin:end], mask)
 
 
-def _ties(layer: Layer, key: int, begin: int, end: int) -> Iterator[np.ndarray]:
-    """Yield the flat indices of the unpruned weights of this key, chunk by chunk; ``begin`` is a multiple of 8."""
-    bits, largest = bits_of(layer.weight).view(-1), largest_key(layer.weight.dtype)
-    magnitude = torch.iinfo(bits.dtype).max
-    for start in range(begin, end, CHUNK):
-        # numpy is several times faster than torch at this.
-        keys = bits[start : min(start + CHUNK, end)].cpu().numpy() & magnitude
-        # NaN has many bit patterns.
-        places = np.flatnonzero(keys == key if key < largest else keys >= key)
-        if layer.mask is not None:
-            of_bytes = layer.mask[start // 8 : -(-end // 8)].cpu().numpy()
-            places = places[(of_bytes[places >> 3] >> (places & 7) & 1).astype(bool)]
-        yield places + start
-
-
-def _windows(rank: np.ndarray, num_ties: np.ndarray, size: np.ndarray, sigmas: float) -> tuple[np.ndarray, np.ndarray]:
+def _windows(rank: Integers, num_ties: Integers, size: Integers) -> Brackets:
     """Return the flat indices between which tie number ``rank``, from 0, lies if chance has spread them."""
     share = (rank + 0.5) / num_ties
     # Near the ends ties are spread like Poisson's: the last term makes up for their longer tail.
-    half = sigmas * np.sqrt(share * (1 - share) / num_ties) + sigmas**2 / 2 / num_ties
-    begin, end = size * np.maximum(0, share - half), size * np.minimum(1, share + half)
-    return begin.astype(np.int64), np.ceil(end).astype(np.int64)
+    half = SIGMAS * np.sqrt(share * (1 - share) / num_ties) + SIGMAS**2 / 2 / num_ties
+    begin, end = size * np.maximum(0, share - half), np.ceil(size * np.minimum(1, share + half))
+    return Brackets(begin.astype(np.int64), np.minimum(end.astype(np.int64), size - 1))
 
 
-def _ties_around(
-    implementation: Implementation,
-    layers: Sequence[Layer],
-    keys: Sequence[int],
-    num_ties: Sequence[int],
-    windows: Sequence[tuple[int, int]],
-) -> list[tuple[int, np.ndarray]]:
-    """Return per layer how many of its ``num_ties`` come before a window, and the flat indices of those inside.
+def _local_places(pieces: Sequence[TiedPiece], indices: Integers) -> Integers:
+    """Count the elements of each piece that come before some flat indices of its layer: most pieces are alike."""
+    alike: dict[Region, list[int]] = defaultdict(list)
+    for i, p in enumerate(pieces):
+        alike[p.region].append(i)
+    places = np.empty_like(indices)
+    for region, members in alike.items():
+        places[members] = region.to_local(indices[members].reshape(-1)).reshape(len(members), -1)
+    return places
 
-    The window begins at a multiple of 8. Reads it, and of what lies to its sides the shorter part.
+
+def _window_of(places: Integers) -> tuple[Integers, Integers]:
+    """Return where to begin and to end reading what lies between the inner ones of some places in a piece."""
+    return places[:, 1] // 8 * 8, np.minimum(-(-places[:, -2] // 8) * 8, places[:, -1])
+
+
+def _count_between(pieces: Sequence[TiedPiece], places: Integers) -> tuple[Integers, list[np.ndarray | None]]:
+    """Count the ties of each piece between neighbouring places in it; returns also their flat indices if these are few.
+
+    The ends of a piece are places too. Beside the others, no ties are counted.
     """
-    before, inside = [0] * len(layers), []
-    shorter: dict[int, Layer] = {}
-    for i, (layer, key, (begin, end)) in enumerate(zip(layers, keys, windows, strict=True)):
-        n = layer.weight.numel()
-        end = min(-(-end // 8) * 8, n)
-        inside.append(np.concatenate([np.zeros(0, np.int64), *_ties(layer, key, begin, end)]))
-        if 0 < begin <= n - end:
-            shorter[i] = piece_of(layer, 0, begin)
-        elif begin:
-            before[i] = num_ties[i] - len(inside[i])
-            if end < n:
-                shorter[i] = piece_of(layer, end, n)
-    if shorter:
-        counts = implementation.count(list(shorter.values()), [Bracket(keys[i], keys[i]) for i in shorter], 1)
-        for i, found in zip(shorter, counts, strict=True):
-            before[i] = abs(before[i] - found.inside)
-    return list(zip(before, inside, strict=True))
+    here = np.zeros((len(pieces), places.shape[1] - 1), np.int64)
+    found: list[np.ndarray | None] = [np.zeros(0, np.int64)] * len(pieces)
+    for i, indices in _ties(pieces, *_window_of(places)):
+        here[i] += np.diff(indices.searchsorted(places[i]))
+        known = found[i]
+        if known is not None:
+            found[i] = np.concatenate((known, indices)) if len(known) + len(indices) <= MOST_HELD else None
+    return here, found
 
 
-def _narrow_ranges(
-    communicator: Communicator, implementation: Implementation, ranges: Sequence[OpenRange]
-) -> list[OpenRange]:
-    """Count the ties of each range in slots, let stay what may, and return what is still open of it.
-
-    The first time, slots lie around the place where the last tie that stays is expected, the first slot and the last
-    one being all that is left of the layer; then in that part of it.
-    """
-    begins, ends, num_ties, num_kept = np.array([(r.begin, r.end, r.num_ties, r.num_kept) for r in ranges]).T
-    whole = [r.begin == 0 and r.end == r.piece.placement.size for r in ranges]
-    first, last = _windows(num_kept, num_ties, ends, SIGMAS_OF_RANKS)
-    first, last = np.where(whole, first, begins), np.where(whole, last, ends)
-    bound = int(num_ties.max())
-    num_slots = min(MOST_SLOTS if bound <= SMALL else SLOTS, int((last - first).max()))
-    inner = first[:, None] + (last - first)[:, None] * np.arange(num_slots + 1) // num_slots
-    bounds = np.concatenate((begins[:, None], inner, ends[:, None]), axis=1)
-    places = _local_places(ranges, bounds)
-    here = _ties_between(implementation, ranges, places)
-    primary = np.array([r.piece.placement.is_primary for r in ranges])
-    totals = communicator.total(torch.from_numpy(here * primary[:, None]), bound).numpy()
-    kept = np.clip(num_kept[:, None] - (totals.cumsum(axis=1) - totals), 0, totals)
-    # In each layer the first slot that loses one: there always is, since not all ties of the range stay.
-    slots = (kept < totals).argmax(axis=1)
-    still_open = []
-    for i, (r, slot) in enumerate(zip(ranges, slots.tolist(), strict=True)):
-        r.piece.num_ties_kept += int(here[i, :slot].sum())
-        r.piece.tie_index = int(places[i, slot])
-        if kept[i, slot]:
-            begin, end = bounds[i, slot : slot + 2].tolist()
-            still_open.append(OpenRange(r.piece, r.key, begin, end, int(totals[i, slot]), int(kept[i, slot])))
-    return still_open
-
-
-def _ties_between(implementation: Implementation, ranges: Sequence[OpenRange], places: np.ndarray) -> np.ndarray:
-    """Count the ties of each piece between neighbouring places in it."""
-    here = np.zeros((len(ranges), places.shape[1] - 1), np.int64)
-    looked = [i for i, r in enumerate(ranges) if r.piece.num_ties and places[i, 0] < places[i, -1]]
-    # Of a whole layer only the slots are looked at, and what comes before or after them.
-    whole = [i for i in looked if places[i, 0] == 0 and places[i, -1] == ranges[i].piece.placement.region.numel]
-    around = _ties_around(
-        implementation,
-        [ranges[i].piece.layer for i in whole],
-        [ranges[i].key for i in whole],
-        [ranges[i].piece.num_ties for i in whole],
-        [(int(places[i, 1]) // 8 * 8, int(places[i, -2])) for i in whole],
-    )
-    for i, (num_before, inside) in zip(whole, around, strict=True):
-        until = num_before + inside.searchsorted(places[i])
-        until[0], until[-1] = 0, ranges[i].piece.num_ties
-        here[i] = np.diff(until)
-    for i in set(looked) - set(whole):
-        begin, end = int(places[i, 0]) // 8 * 8, int(places[i, -1])
-        for inside in _ties(ranges[i].piece.layer, ranges[i].key, begin, end):
-            here[i] += np.diff(inside.searchsorted(places[i]))
+def _count_beside(
+    implementation: Implementation, pieces: Sequence[TiedPiece], places: Integers, num_inside: Integers
+) -> Integers:
+    """Count the ties of each piece before and after its window, of which the shorter part is read."""
+    here = np.zeros((len(pieces), places.shape[1] - 1), np.int64)
+    begins, ends = _window_of(places)
+    sizes = places[:, -1]
+    is_first = begins <= sizes - ends
+    shorter = np.where(is_first, begins, sizes - ends)
+    read = np.flatnonzero(shorter).tolist()
+    counted = np.zeros(len(pieces), np.int64)
+    if read:
+        sides = [(0, begins[i]) if is_first[i] else (ends[i], sizes[i]) for i in read]
+        layers = [piece_of(pieces[i].layer, *side) for i, side in zip(read, sides, strict=True)]
+        keys = np.array([pieces[i].key for i in read])
+        counted[read] = implementation.count(layers, Brackets(keys, keys), 1).inside
+    rest = np.array([p.num_ties for p in pieces], np.int64) - num_inside - counted
+    here[:, 0], here[:, -1] = np.where(is_first, (counted, rest), (rest, counted))
     return here
 
 
-def _local_places(ranges: Sequence[OpenRange], bounds: np.ndarray) -> np.ndarray:
-    """Count the elements of each piece that come before some flat indices of its layer: most pieces are alike."""
-    alike: dict[Region, list[int]] = defaultdict(list)
-    for i, r in enumerate(ranges):
-        alike[r.piece.placement.region].append(i)
-    places = np.empty_like(bounds)
-    for region, members in alike.items():
-        places[members] = region.to_local(bounds[members].reshape(-1)).reshape(len(members), -1)
-    return places
+def _ties(pieces: Sequence[TiedPiece], begins: Integers, ends: Integers) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield the ties of each piece in [begin, end), a multiple of 8 and another one or the end, run by run.
+
+    Yields the position of the piece, and flat indices in it.
+    """
+    for i, (p, begin, end) in enumerate(zip(pieces, begins.tolist(), ends.tolist(), strict=True)):
+        bits, largest = bits_of(p.layer.weight).view(-1), largest_key(p.layer.weight.dtype)
+        magnitude = torch.iinfo(bits.dtype).max
+        for start in range(begin, end, CHUNK):
+            stop = min(start + CHUNK, end)
+            # numpy is several times faster than torch at this.
+            keys = bits[start:stop].cpu().numpy() & magnitude
+            # NaN has many bit patterns.
+            indices = np.flatnonzero(keys == p.key if p.key < largest else keys >= largest)
+            if p.layer.mask is not None:
+                of_bytes = p.layer.mask[start // 8 : -(-stop // 8)].cpu().numpy()
+                indices = indices[(of_bytes[indices >> 3] >> (indices & 7) & 1).astype(bool)]
+            yield i, indices + start

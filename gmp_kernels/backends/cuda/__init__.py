@@ -25,8 +25,8 @@ from gmp_kernels.backends.dtypes import DTYPES
 from gmp_kernels.backends.layers import Layers, device_of, prepared
 from gmp_kernels.backends.registry import Backend, register
 from gmp_kernels.backends.types import (
-    Bracket,
     BracketCounts,
+    Brackets,
     Compaction,
     Constants,
     Layer,
@@ -123,7 +123,7 @@ class Launches:
         layers: Sequence[Layer],
         num_prune: Sequence[int],
         group_sizes: Sequence[int],
-        brackets: Sequence[Bracket | None] | None = None,
+        brackets: Brackets | None = None,
         *,
         prunes: bool = False,
     ) -> Selection:
@@ -138,14 +138,15 @@ class Launches:
     def count(
         self,
         layers: Sequence[Layer],
-        brackets: Sequence[Bracket],
+        brackets: Brackets,
         num_bins: int,
         candidates: Sequence[torch.Tensor | None] | None = None,
-    ) -> list[BracketCounts]:
+    ) -> BracketCounts:
         if num_bins > _MOST_BINS:
             raise ValueError(f"count: expected at most {_MOST_BINS} bins, got {num_bins}")
         device = layers[0].weight.device
-        found: dict[int, BracketCounts] = {}
+        found = BracketCounts.nothing(len(layers), num_bins)
+        ends = np.stack((*brackets, brackets.shifts(num_bins)), axis=1).tolist()
         with self._on(device, "count") as launch:
             for dtype, positions in by_dtype(layers).items():
                 bins = torch.zeros(len(positions), num_bins, dtype=torch.int64, device=device)
@@ -156,7 +157,7 @@ class Launches:
                     rows.append(
                         [
                             *(element_address(weight), bits_address(mask, weight.numel()), weight.numel(), first_chunk),
-                            *(*brackets[i], brackets[i].shift(num_bins)),
+                            *ends[i],
                             *(address(place), 0 if place is None else place.numel(), own.data_ptr(), num_bins),
                             *(0, 0, 0, _NO_INDEX),
                         ]
@@ -164,10 +165,10 @@ class Launches:
                     first_chunk += num_chunks_of(weight.numel(), self._module.CHUNK)
                 table = upload(rows, torch.int64, device)
                 self._module.count(launch, dtype, table.data_ptr(), len(rows), first_chunk)
-                for i, row, own in zip(positions, table.tolist(), bins.cpu(), strict=True):
-                    below, inside, pruned, nonfinite = row[_COUNTS_FOUND:]
-                    found[i] = BracketCounts(below, inside, pruned, -1 if nonfinite == _NO_INDEX else nonfinite, own)
-        return [found[i] for i in range(len(layers))]
+                *counts, nonfinite = table.cpu().numpy()[:, _COUNTS_FOUND:].T
+                nonfinite = np.where(nonfinite == _NO_INDEX, -1, nonfinite)
+                found.put(positions, (*counts, nonfinite, bins.cpu().numpy()))
+        return found
 
     def prune(
         self, layers: Sequence[Layer], selection: Selection, out: Sequence[torch.Tensor], *, finite: bool = False

@@ -11,7 +11,7 @@ import torch
 
 from gmp_kernels.backends.addresses import bits_address, by_dtype, element_address, group_positions
 from gmp_kernels.backends.layers import merged
-from gmp_kernels.backends.types import Bracket, Cutoffs, Layer, PruneCounts, Selection
+from gmp_kernels.backends.types import Brackets, Cutoffs, Layer, PruneCounts, Selection
 from gmp_kernels.backends.uploads import current, num_chunks_of, put
 
 __all__ = ["SelectionTables", "Template"]
@@ -195,7 +195,7 @@ class SelectionTables(Selection):
         template: Template,
         layers: Sequence[Layer] | None = None,
         num_prune: Sequence[int] = (),
-        brackets: Sequence[Bracket | None] | None = None,
+        brackets: Brackets | None = None,
         found: Cutoffs | None = None,
     ) -> None:
         self.layers = layers
@@ -211,8 +211,9 @@ class SelectionTables(Selection):
         if num_prune:
             rows[template.num_prune_at] = num_prune
         for part in template.parts:
-            if brackets:
-                ends = [brackets[g] or (0, 0) for g in part.group_positions]  # (0, 0): a sample gives one
+            if brackets is not None:
+                ends = np.stack(brackets, axis=1)[part.group_positions]
+                ends[ends[:, 0] > ends[:, 1]] = 0  # a sample gives one
                 part.groups(rows)[:, GroupField.LO : GroupField.HI + 1] = ends
             if found is not None:
                 part.layers(rows)[:, LayerField.TIE_INDEX] = [found.tie_indices[i] for i in part.positions]

@@ -15,6 +15,8 @@ from functools import partial
 from itertools import chain
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from gmp_kernels.backends import capture
@@ -26,8 +28,8 @@ from gmp_kernels.backends.registry import Backend, register
 from gmp_kernels.backends.triton.steps import Kind, constant_table, row_of, tables_by_kind
 from gmp_kernels.backends.triton.tables import BLOCK, INTERPRETED, Recent, Table, Uploads, stream_of, table_of
 from gmp_kernels.backends.types import (
-    Bracket,
     BracketCounts,
+    Brackets,
     Compaction,
     Constants,
     Layer,
@@ -160,49 +162,36 @@ class Triton:
     def count(
         self,
         layers: Sequence[Layer],
-        brackets: Sequence[Bracket],
+        brackets: Brackets,
         num_bins: int,
         candidates: Sequence[torch.Tensor | None] | None = None,
-    ) -> list[BracketCounts]:
+    ) -> BracketCounts:
+        found = BracketCounts.nothing(len(layers), num_bins)
         given = [None] * len(layers) if candidates is None else candidates
+        places = [(address(place), 0 if place is None else place.numel()) for place in given]
+        asked = np.stack((*brackets, brackets.shifts(num_bins), *np.array(places).T))
         with _on(device_of(layers), "count"):
-            parts = self._parts(layers)
-            found = [
-                self._count(part, taken(brackets, part.positions), num_bins, taken(given, part.positions))
-                for part in parts
-            ]
-        return merged([part.positions for part in parts], found)
+            for part in self._parts(layers):
+                found.put(part.positions, self._count(part, asked[:, part.positions], num_bins))
+        return found
 
-    def _count(
-        self,
-        part: Part,
-        brackets: Sequence[Bracket],
-        num_bins: int,
-        candidates: Sequence[torch.Tensor | None],
-    ) -> list[BracketCounts]:
+    def _count(self, part: Part, asked: npt.NDArray[np.int64], num_bins: int) -> BracketCounts:
         table, device, num_layers, slots = part.table, part.device, len(part.numels), part.slots
-        lo, hi = zip(*brackets, strict=True)
-        shifts = [bracket.shift(num_bins) for bracket in brackets]
-        places = [[address(place), 0 if place is None else place.numel()] for place in candidates]
-        asked = upload([*lo, *hi, *shifts, *chain(*zip(*places, strict=True))], torch.int64, device)
         width = num_bins + COUNTERS * slots + ANSWER_FIELDS
         answers = torch.zeros(num_layers * width, dtype=torch.int64, device=device)
+        columns = upload(asked.reshape(-1), torch.int64, device)
         self._launch(
             "count",
             -(-table.num_chunks // part.run),
-            *(table.rows, table.owners, table.num_chunks, part.run, asked, num_layers, answers, num_bins, slots),
+            *(table.rows, table.owners, table.num_chunks, part.run, columns, num_layers, answers, num_bins, slots),
             **self._tile(part),
             THREADS=THREADS,
             MASKED=part.masked,
         )
-        rows = answers.cpu().view(num_layers, width)
-        bins, counters = rows[:, :num_bins], rows[:, num_bins:-ANSWER_FIELDS]
-        sums = counters.reshape(num_layers, slots, COUNTERS).sum(1)[:, :2].tolist()
-        columns = zip(sums, bins.sum(1).tolist(), rows[:, -1].tolist(), bins, strict=True)
-        return [
-            BracketCounts(below, inside, pruned, NO_INDEX - index if index else -1, row)
-            for (below, pruned), inside, index, row in columns
-        ]
+        rows = answers.cpu().numpy().reshape(num_layers, width)
+        bins, counters, last = rows[:, :num_bins], rows[:, num_bins:-ANSWER_FIELDS], rows[:, -1]
+        below, pruned = counters.reshape(num_layers, slots, COUNTERS).sum(axis=1).T[:2]
+        return BracketCounts(below, bins.sum(axis=1), pruned, np.where(last, NO_INDEX - last, -1), bins)
 
     def prune(
         self, layers: Sequence[Layer], selection: Selection, out: Sequence[torch.Tensor], *, finite: bool = False

@@ -102,7 +102,7 @@ class _IdleTriton(triton.Triton):
 
     _launch = _nothing
 
-    def count(self, *request: Any) -> list[BracketCounts]:
+    def count(self, *request: Any) -> BracketCounts:
         super().count(*request)
         return choose("cpu", torch.device("cpu")).count(*request)
 
