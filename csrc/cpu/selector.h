@@ -17,6 +17,7 @@
 
 #include "counter.h"
 #include "order_statistic.h"
+#include "sample.h"
 #include "search/sample.h"
 #include "select.h"
 
@@ -121,7 +122,7 @@ class Selector {
     }
     const double share = static_cast<double>(search.num_prune) / static_cast<double>(search.n);
     const double rank = share * static_cast<double>(size);
-    const double half = 2.0 + kSigmas * std::sqrt(rank * (1.0 - share));
+    const double half = rank_margin(rank, share, kSigmas);
     const int64_t low = static_cast<int64_t>(std::floor(rank - half)),
                   high = static_cast<int64_t>(std::ceil(rank + half));
     // Ranks reach one past the keys, hence the infinity raised by one.
@@ -137,7 +138,7 @@ class Selector {
                high_rank == 0 ? Key{0} : static_cast<Key>(high_rank - 1)};
     const int64_t sampled =
         kernels_.scan(near.keys, near.n, nullptr, infinity, std::max<Key>(low_rank, 1), high_rank, nullptr).inside;
-    const double inside = static_cast<double>(sampled) + kSigmas * std::sqrt(static_cast<double>(sampled));
+    const double inside = highest_count(static_cast<double>(sampled), kSigmas);
     expect(search, static_cast<int64_t>(inside / static_cast<double>(size) * static_cast<double>(search.n)) + kSlack);
   }
 

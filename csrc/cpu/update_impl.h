@@ -12,9 +12,9 @@
 
 // How weights of a dtype become vectors and vectors weights: floats and doubles are stored as they are computed.
 template <DType kDType>
-struct FormatOf : TypesOf<kDType> {
-  using typename TypesOf<kDType>::Bits;
-  using typename TypesOf<kDType>::Compute;
+struct FormatOf {
+  using Bits = KeyOf<kDType>;
+  using Compute = ComputeOf<kDType>;
   static_assert(sizeof(Bits) == sizeof(Compute), "this dtype needs conversions");
   static Vec<Compute> load(const Bits* p) {
     Vec<Compute> v;
@@ -25,7 +25,9 @@ struct FormatOf : TypesOf<kDType> {
 };
 
 template <>
-struct FormatOf<DType::bfloat16> : TypesOf<DType::bfloat16> {
+struct FormatOf<DType::bfloat16> {
+  using Bits = KeyOf<DType::bfloat16>;
+  using Compute = float;
   static Vec<float> load(const Bits* p) {
     HalfBits half;
     __builtin_memcpy(&half, p, sizeof(half));
@@ -42,7 +44,9 @@ struct FormatOf<DType::bfloat16> : TypesOf<DType::bfloat16> {
 };
 
 template <>
-struct FormatOf<DType::float16> : TypesOf<DType::float16> {
+struct FormatOf<DType::float16> {
+  using Bits = KeyOf<DType::float16>;
+  using Compute = float;
   static Vec<float> load(const Bits* p) { return Arithmetic::float_from_half(p); }
   static void store(Bits* p, Vec<float> v) { Arithmetic::half_from_float(p, v); }
 };

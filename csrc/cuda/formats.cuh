@@ -13,15 +13,17 @@ namespace gmp::cuda::kernels {
 // Floats and doubles are stored as they are computed.
 template <DType kDType>
 struct FormatOf {
-  using Compute = typename TypesOf<kDType>::Compute;
+  using Compute = ComputeOf<kDType>;
   using Bits = Compute;
-  static_assert(sizeof(Bits) == sizeof(typename TypesOf<kDType>::Bits), "this dtype needs conversions");
+  static_assert(sizeof(Bits) == sizeof(KeyOf<kDType>), "this dtype needs conversions");
   __device__ static Compute load(Bits bits) { return bits; }
   __device__ static Bits store(Compute v) { return v; }
 };
 
 template <>
-struct FormatOf<DType::bfloat16> : TypesOf<DType::bfloat16> {
+struct FormatOf<DType::bfloat16> {
+  using Bits = KeyOf<DType::bfloat16>;
+  using Compute = float;
   __device__ static float load(uint16_t bits) {
     const uint32_t wide = static_cast<uint32_t>(bits) << 16;
     float v;
@@ -37,7 +39,9 @@ struct FormatOf<DType::bfloat16> : TypesOf<DType::bfloat16> {
 };
 
 template <>
-struct FormatOf<DType::float16> : TypesOf<DType::float16> {
+struct FormatOf<DType::float16> {
+  using Bits = KeyOf<DType::float16>;
+  using Compute = float;
 #if defined(__CUDACC__)
   using Half = __half;
 #else

@@ -25,17 +25,20 @@ enum class DType : int {
 inline constexpr int kNumDTypes = GMP_DTYPES(GMP_DTYPE);
 #undef GMP_DTYPE
 
-// How optimizers take a dtype: the bits of a weight, and the type it is computed in.
+// +Inf as a key of a dtype known to the compiler.
 template <DType kDType>
-struct TypesOf;
-#define GMP_DTYPE(name, key, infinity)                                   \
-  template <>                                                            \
-  struct TypesOf<DType::name> {                                          \
-    using Bits = key;                                                    \
-    using Compute = std::conditional_t<sizeof(key) == 8, double, float>; \
-  };
-GMP_DTYPES(GMP_DTYPE)
+constexpr auto infinity_of() {
+#define GMP_DTYPE(name, Key, infinity) \
+  if constexpr (kDType == DType::name) return Key{infinity};
+  GMP_DTYPES(GMP_DTYPE)
 #undef GMP_DTYPE
+}
+
+// The bits of a weight, and the type in which optimizers compute with it.
+template <DType kDType>
+using KeyOf = decltype(infinity_of<kDType>());
+template <DType kDType>
+using ComputeOf = std::conditional_t<sizeof(KeyOf<kDType>) == 8, double, float>;
 
 // Calls visit(+Inf as a key of the dtype) and returns what it does.
 template <typename Visit>

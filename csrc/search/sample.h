@@ -1,57 +1,24 @@
-// A sample of the keys of some layers, to guess a bracket from; nothing is ever concluded from it without a count.
+// The arithmetic of a bracket from a sample, for the host and for a GPU. Nothing is ever concluded from it without a
+// count.
 #pragma once
 
-#include <algorithm>
-#include <cstdint>
+#include <cmath>
 
-#include "cpu/layers.h"
-#include "order/magnitude_key.h"
+#include "bracket.h"
 
-namespace gmp::cpu {
+namespace gmp {
 
-// Whole cache lines at pseudo-random places, one per stride: evenly spread, and in step with no period of the data.
-// Writes at most `wanted` ranks to `sample` and returns how many: 0 for a pruned weight, 1 + key for the others. Layers
-// get their share by size; a layer smaller than its share is taken whole.
-template <typename Key>
-int64_t draw_sample(const LayerView* layers, size_t num_layers, int64_t n, int64_t wanted, Key infinity, Key* sample) {
-  constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(Key));
-  constexpr int kBatch = 32;
-  int64_t size = 0;
-  uint64_t random = 0x9e3779b97f4a7c15ull;  // xorshift64
-  for (const LayerView* layer = layers; layer != layers + num_layers; ++layer) {
-    const Key* const weights = static_cast<const Key*>(layer->weights);
-    const auto take = [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        Key bits;
-        __builtin_memcpy(&bits, weights + i, sizeof(Key));
-        const bool kept = layer->mask == nullptr || (layer->mask[i / 8] >> (i % 8) & 1);
-        sample[size++] = kept ? static_cast<Key>(magnitude_key(bits, infinity) + 1) : Key{0};
-      }
-    };
-    const double fraction = static_cast<double>(layer->n) / static_cast<double>(n);
-    const int64_t share = num_layers == 1 ? wanted : static_cast<int64_t>(static_cast<double>(wanted) * fraction);
-    if (layer->n <= share) {
-      take(0, layer->n);
-      continue;
-    }
-    const int64_t lines = share / kLine;
-    const double stride = static_cast<double>(layer->n) / static_cast<double>(std::max<int64_t>(lines, 1));
-    // In batches: all lines of one are asked for before the first is read.
-    int64_t begins[kBatch];
-    for (int64_t line = 0; line < lines;) {
-      int batch = 0;
-      for (; batch < kBatch && line < lines; ++batch, ++line) {
-        random ^= random << 13;
-        random ^= random >> 7;
-        random ^= random << 17;
-        const double jitter = static_cast<double>(random >> 11) * 0x1p-53 * (stride - static_cast<double>(kLine));
-        begins[batch] = static_cast<int64_t>(static_cast<double>(line) * stride + jitter) / kLine * kLine;
-        __builtin_prefetch(weights + begins[batch]);
-      }
-      for (int b = 0; b < batch; ++b) take(begins[b], begins[b] + kLine);
-    }
-  }
-  return size;
+// How far the wanted key may lie from `rank` in a sample, to either side: so many standard deviations of the number of
+// sampled keys before it, and two ranks for rounding. `share` is the fraction of all keys that come before it.
+template <typename Real>
+GMP_HOST_DEVICE Real rank_margin(Real rank, Real share, Real deviations) {
+  return Real(2) + deviations * std::sqrt(rank * (Real(1) - share));
 }
 
-}  // namespace gmp::cpu
+// A number that a count expected to be `expected` hardly ever exceeds: its standard deviation is the root of that.
+template <typename Real>
+GMP_HOST_DEVICE Real highest_count(Real expected, Real deviations) {
+  return expected + deviations * std::sqrt(expected);
+}
+
+}  // namespace gmp
