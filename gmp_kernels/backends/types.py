@@ -325,7 +325,7 @@ class Implementation(Protocol):
     capturable : bool
         Whether a CUDA graph can hold an ``update``.
     select : Select or None
-        None: thresholds come from ``count``, by ``search.driver.select``.
+        None: thresholds come from ``count``, by ``search.driver.select_with``.
     """
 
     capturable: bool

@@ -26,7 +26,7 @@ from gmp_kernels.backends.keys import largest_key
 from gmp_kernels.backends.layers import Layers, device_of, merged, prepared
 from gmp_kernels.backends.registry import Backend, register
 from gmp_kernels.backends.triton.steps import Kind, constant_table, row_of, tables_by_kind
-from gmp_kernels.backends.triton.tables import BLOCK, INTERPRETED, Recent, Table, Uploads, stream_of, table_of
+from gmp_kernels.backends.triton.tables import BLOCK, INTERPRETED, Recent, Table, stream_of, table_of
 from gmp_kernels.backends.types import (
     BracketCounts,
     Brackets,
@@ -131,7 +131,7 @@ class Triton:
 
             interpreter.put_right()
         self._kernels: Any = kernels
-        self._uploads = Uploads()
+        self._columns: Recent[torch.Tensor] = Recent(16)
         self._parts_of: Recent[list[Part]] = Recent()
         self._absent_constants = CONSTANTS
         self._constants: Recent[torch.Tensor] = Recent(16)
@@ -257,10 +257,10 @@ class Triton:
             key = (device, stream_of(device), unaligned, batch.prepared)
             tables = self._step_tables.get(key, partial(tables_by_kind, batch.prepared, unaligned, device))
             values = constant_table(constants, self._absent_constants, device, self._constants)
-            columns = [
-                self._uploads.at([*taken(addresses, own), *taken(rows, own)], torch.int64, device)
-                for _, own, _ in tables
-            ]
+            columns = []
+            for _, own, _ in tables:
+                asked = [*taken(addresses, own), *taken(rows, own)]
+                columns.append(self._columns.get((*key[:2], asked), partial(upload, asked, torch.int64, device)))
             # Everything there has to be memory for is there: from here on weights are written.
             for (kind, positions, table), column in zip(tables, columns, strict=True):
                 self._launch(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 
@@ -25,17 +25,14 @@ class Kind(NamedTuple):
     aligned: bool
 
 
-class Row(NamedTuple):
-    """A tensor's row of the table, less its gradient and constants: those may change with every step."""
-
-    kind: Kind
-    numel: int
-    fields: tuple[int, ...]
+# A tensor's row of the table, less its gradient and constants, which may change with every step: kind, number of
+# weights, fields.
+Row: TypeAlias = tuple[Kind, int, tuple[int, ...]]
 
 
 def row_of(t: UpdateTensor) -> Row:
     """Make the tensor's row, once."""
-    if isinstance(t.row, Row):
+    if isinstance(t.row, tuple):
         return t.row
     state = list(map(element_address, t.state))
     pointers = [t.weight.data_ptr(), address(t.master), *([] if t.compaction else state)]
@@ -54,7 +51,7 @@ def row_of(t: UpdateTensor) -> Row:
         *[*state, 0, 0, 0][:3],
         address(chunk_offsets),
     )
-    t.row = row = Row(kind, t.weight.numel(), fields)
+    t.row = row = kind, t.weight.numel(), fields
     return row
 
 
@@ -67,11 +64,10 @@ def tables_by_kind(
     """
     positions: dict[Kind, list[int]] = {}
     unaligned = set(unaligned)
-    for i, row in enumerate(rows):
-        kind = row.kind._replace(aligned=False) if i in unaligned else row.kind
-        positions.setdefault(kind, []).append(i)
+    for i, (kind, *_) in enumerate(rows):
+        positions.setdefault(kind._replace(aligned=False) if i in unaligned else kind, []).append(i)
     return [
-        (kind, own, table_of([rows[i].numel for i in own], [rows[i].fields for i in own], device))
+        (kind, own, table_of([rows[i][1] for i in own], [rows[i][2] for i in own], device))
         for kind, own in positions.items()
     ]
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 
 from gmp_kernels.backends.uploads import upload
 
-__all__ = ["BLOCK", "INTERPRETED", "Recent", "Table", "Uploads", "stream_of", "table_of"]
+__all__ = ["BLOCK", "INTERPRETED", "Recent", "Table", "stream_of", "table_of"]
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 # Weights per chunk: as many as registers hold; under the interpreter a program takes milliseconds of whatever size,
@@ -44,18 +44,6 @@ class Recent(Generic[T]):
 def stream_of(device: torch.device) -> int:
     """Identify the stream that uploads run on: another one would have to wait for them."""
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-
-
-class Uploads:
-    """Columns of numbers on the device, uploaded only when they change. They are never written."""
-
-    def __init__(self) -> None:
-        self._recent: Recent[torch.Tensor] = Recent(16)
-
-    def at(self, values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """Return these values on the device."""
-        key = (dtype, device, stream_of(device), values)
-        return self._recent.get(key, lambda: upload(values, dtype, device))
 
 
 class Table(NamedTuple):
