@@ -64,7 +64,8 @@ def is_slow(item: pytest.Item) -> bool:
     return not SLOW.isdisjoint((parameters.get("backend"), parameters.get("kernels")))
 
 
-# Of what two slow backends are put through, `make test` takes one case in so many; `make test-all` adds the others.
+# Of what two slow backends are put through, `make test` takes one case in so many; `make test-all` adds the others. The
+# same of tests marked ``sampled``, with how many.
 THOROUGH = {"simt": 4, "triton": 3}
 
 
@@ -74,6 +75,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
         share = max(THOROUGH.get(str(parameters.get(name)), 1) for name in ("backend", "kernels", "host_backend"))
+        share *= next((marker.args[0] for marker in item.iter_markers("sampled")), 1)
         # Which one depends on nothing but its name: workers have to agree.
         if zlib.crc32(item.nodeid.encode()) % share:
             item.add_marker(pytest.mark.thorough)

@@ -25,7 +25,8 @@ def cpu_flags() -> set[str]:
     return {flag for line in lines if line.startswith("flags") for flag in line.split(":")[1].split()}
 
 
-@pytest.fixture(scope="module")
+# Of a session and not a module: tests of one backend run together, across modules.
+@pytest.fixture(scope="session")
 def oracle_digest() -> str:
     done = run_python(DIGEST, "reference", "1")
     assert done.returncode == 0, done.stderr

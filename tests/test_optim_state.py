@@ -95,6 +95,7 @@ torch.save({"weights": [p.detach() for p in params], "optimizer": optimizer.stat
 """
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @LAYOUTS
 @RULES

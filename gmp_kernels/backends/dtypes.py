@@ -10,7 +10,7 @@ __all__ = ["DTYPES"]
 
 
 class _Row(NamedTuple):
-    """Names of one dtype, and how its values and their bits are written elsewhere.
+    """Names of one dtype, and the parts of its bits.
 
     Attributes
     ----------
@@ -20,24 +20,23 @@ class _Row(NamedTuple):
         As in safetensors files.
     integer : torch.dtype
         Of the same size, for its bits.
-    value, bits : str
-        A floating-point format that holds all its values, and the integers of that size, as struct and numpy call them.
-    shift : int
-        Low bits of that format that the dtype does not have.
+    fraction_bits : int
+        Low bits, without the leading one of normal numbers. The bits above them and below the sign are the exponent.
+    bias : int
+        What the exponent of 1.0 is stored as.
     """
 
     name: str
     stored: str
     integer: torch.dtype
-    value: str
-    bits: str
-    shift: int
+    fraction_bits: int
+    bias: int
 
 
 # In the order of csrc/order/dtypes.h, where a dtype's position is its code.
 DTYPES = {
-    torch.float32: _Row("float32", "F32", torch.int32, "<f", "<I", 0),
-    torch.float64: _Row("float64", "F64", torch.int64, "<d", "<Q", 0),
-    torch.float16: _Row("float16", "F16", torch.int16, "<e", "<H", 0),
-    torch.bfloat16: _Row("bfloat16", "BF16", torch.int16, "<f", "<I", 16),
+    torch.float32: _Row("float32", "F32", torch.int32, 23, 127),
+    torch.float64: _Row("float64", "F64", torch.int64, 52, 1023),
+    torch.float16: _Row("float16", "F16", torch.int16, 10, 15),
+    torch.bfloat16: _Row("bfloat16", "BF16", torch.int16, 7, 127),
 }

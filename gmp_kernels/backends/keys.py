@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import struct
 from collections.abc import Sequence
 from functools import cache
 
@@ -15,41 +14,11 @@ from gmp_kernels.backends.dtypes import DTYPES
 
 __all__ = ["bits_of", "key_of", "keys_of", "keys_of_magnitudes", "largest_key", "magnitude_of", "magnitudes_of_keys"]
 
-# Of float32. A CPU that flushes subnormal numbers would lose those below as it converts them to float64.
-SMALLEST_NORMAL, LOWEST_EXPONENT = 1 << 23, -149
-
-
-def key_of(magnitude: float, dtype: torch.dtype) -> int:
-    """Return the key of a magnitude that is a value of ``dtype``; every NaN has the one above Inf.
-
-    What is too large for it has the key of Inf.
-    """
-    if math.isnan(magnitude):
-        return largest_key(dtype)
-    row = DTYPES[dtype]
-    try:
-        # Tensors would take far longer.
-        packed = struct.pack(row.value, abs(magnitude))
-    except OverflowError:
-        packed = struct.pack(row.value, math.inf)
-    key: int = struct.unpack(row.bits, packed)[0] >> row.shift
-    return key
-
-
-def magnitude_of(key: int, dtype: torch.dtype) -> float:
-    """Return the magnitude whose key it is, exactly."""
-    row = DTYPES[dtype]
-    bits = key << row.shift
-    if row.value == "<f" and bits < SMALLEST_NORMAL:
-        return math.ldexp(bits, LOWEST_EXPONENT)
-    magnitude: float = struct.unpack(row.value, struct.pack(row.bits, bits))[0]
-    return magnitude
-
 
 @cache
 def largest_key(dtype: torch.dtype) -> int:
-    """Return the key of NaN."""
-    return key_of(math.inf, dtype) + 1
+    """Return the key right above that of Inf, which every NaN has."""
+    return int(_keys_of_finite(np.array([torch.finfo(dtype).max]), dtype)[0]) + 2
 
 
 def bits_of(weights: torch.Tensor) -> torch.Tensor:
@@ -64,20 +33,45 @@ def keys_of(weights: torch.Tensor) -> torch.Tensor:
 
 
 def keys_of_magnitudes(magnitudes: Sequence[float], dtype: torch.dtype) -> npt.NDArray[np.int64]:
-    """Return what ``key_of`` returns, for many."""
-    values = np.abs(np.asarray(magnitudes, np.float64))
-    row = DTYPES[dtype]
-    with np.errstate(over="ignore"):
-        keys = values.astype(row.value).view(row.bits).astype(np.int64) >> row.shift
-    return np.where(np.isnan(values), largest_key(dtype), keys)
+    """Return the keys of magnitudes that are values of ``dtype``; of what is too large for it, that of Inf."""
+    values, largest = np.abs(np.asarray(magnitudes, np.float64)), largest_key(dtype)
+    is_finite = values <= torch.finfo(dtype).max
+    keys = _keys_of_finite(np.where(is_finite, values, 0.0), dtype)
+    return np.where(is_finite, keys, np.where(np.isnan(values), largest, largest - 1))
 
 
 def magnitudes_of_keys(keys: npt.NDArray[np.int64], dtype: torch.dtype) -> npt.NDArray[np.float64]:
-    """Return what ``magnitude_of`` returns, for many."""
+    """Return the magnitudes whose keys these are, exactly, even where the CPU takes subnormal numbers for zero."""
+    row, largest = DTYPES[dtype], largest_key(dtype)
+    if dtype == torch.float64:
+        magnitudes = keys.view(np.float64)
+    else:
+        exponents, fractions = keys >> row.fraction_bits, keys & ((1 << row.fraction_bits) - 1)
+        fractions = fractions + ((exponents > 0).astype(np.int64) << row.fraction_bits)
+        # Powers of two by their bits: a normal float64 for every value of the others.
+        powers = (np.maximum(exponents, 1) - row.bias - row.fraction_bits + 1023 << 52).view(np.float64)
+        magnitudes = fractions * powers
+    if keys.max(initial=0) < largest - 1:
+        return magnitudes
+    return np.where(keys < largest - 1, magnitudes, np.where(keys == largest - 1, math.inf, math.nan))
+
+
+def key_of(magnitude: float, dtype: torch.dtype) -> int:
+    """Return what ``keys_of_magnitudes`` returns, for one."""
+    return int(keys_of_magnitudes([magnitude], dtype)[0])
+
+
+def magnitude_of(key: int, dtype: torch.dtype) -> float:
+    """Return what ``magnitudes_of_keys`` returns, for one."""
+    return float(magnitudes_of_keys(np.array([key]), dtype)[0])
+
+
+def _keys_of_finite(values: npt.NDArray[np.float64], dtype: torch.dtype) -> npt.NDArray[np.int64]:
     row = DTYPES[dtype]
-    bits = (keys << row.shift).astype(row.bits)
-    with np.errstate(invalid="ignore"):  # the key of NaN is one that signals
-        magnitudes: npt.NDArray[np.float64] = bits.view(row.value).astype(np.float64)
-    if row.value == "<f":
-        magnitudes = np.where(bits < SMALLEST_NORMAL, np.ldexp(bits.astype(np.float64), LOWEST_EXPONENT), magnitudes)
-    return magnitudes
+    if dtype == torch.float64:
+        return values.view(np.int64)
+    # Subnormal numbers and zero have the exponent of the smallest normal one.
+    exponents = np.where(values > 0, np.maximum(np.frexp(values)[1] - 1, 1 - row.bias), 1 - row.bias)
+    fractions = np.ldexp(values, row.fraction_bits - exponents).astype(np.int64)
+    keys: npt.NDArray[np.int64] = fractions + ((exponents + row.bias - 1).astype(np.int64) << row.fraction_bits)
+    return keys
