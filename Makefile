@@ -1,6 +1,6 @@
 # make demo   set up everything and run the main job: train, prune gradually, compare with one-shot (3 minutes)
 # make test   set up everything and run the checks and tests that a change needs (8 minutes after the set-up)
-# make test-all  run what else there is: every backend in full, sanitizers, wheels, processes (CI runs both)
+# make test-all  run what else there is: every backend in full, sanitizers, wheels, processes, the documentation (CI runs both)
 # make docs   build the documentation as a site in site/; fails on any warning
 # make bench  measure this machine against torch and numpy; writes benchmarks/results/
 # make gpu-check [STAGE=smoke|bench|suite|...]  all of that on the GPU of a machine that has torch (9 minutes)
@@ -27,7 +27,7 @@ test: lint
 	@echo '== tests, two files at a time: most keep one core busy'
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-test-all: $(VENV)/.test
+test-all: $(VENV)/.test docs
 	@echo '== thorough tests'
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m thorough
 	@echo '== benchmarks, one tiny round each: they run'
@@ -40,7 +40,8 @@ lint: $(VENV)/.test
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
 
-docs: $(VENV)/.docs
+# Pages of the API come from the sources, that of the command line from the command line.
+docs: $(VENV)/.test
 	$(BIN)/typer gmp_kernels.tools.cli.main utils docs --name gmp-kernels --title 'Command line' \
 	  --output docs/command-line.md
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
@@ -78,10 +79,4 @@ $(VENV)/.demo: $(VENV)/.torch $(SOURCES)
 $(VENV)/.test: $(VENV)/.torch $(SOURCES)
 	@echo '== building and installing gmp_kernels and the test tools'
 	@GMP_KERNELS_BUILD_CUDA=0 GMP_KERNELS_BUILD_SIMT=1 $(PIP) --editable '.[test]'
-	@touch $(VENV)/.demo $@
-
-# Pages of the API come from the sources, that of the command line from the command line.
-$(VENV)/.docs: $(VENV)/.torch $(SOURCES)
-	@echo '== building and installing gmp_kernels and what makes the documentation'
-	@$(PIP) --editable '.[demo,docs]'
 	@touch $(VENV)/.demo $@
