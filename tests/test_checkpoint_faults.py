@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save, save_file
 
-from gmp_kernels.checkpoints import PruneJob, inspect_checkpoint, renaming, staging, stream
+from gmp_kernels.checkpoints import PruneJob, inspect_checkpoint, outputs, staging, stream
 from gmp_kernels.checkpoints.files import open_checkpoint
 from gmp_kernels.errors import CheckpointError, NonFiniteError, OutputError, SparsityError, StateError
 
@@ -246,7 +246,7 @@ def test_force_replaces_nothing_but_checkpoints(tmp_path: Path) -> None:
 
 
 def test_where_two_folders_cannot_be_swapped_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(renaming, "_rename", lambda *_: False)
+    monkeypatch.setattr(outputs, "_rename", lambda *_: False)
     folder = write_folder(tmp_path / "in")
     PruneJob(folder, tmp_path / "out", sparsity=0.5).run()
     PruneJob(folder, tmp_path / "other", sparsity=0.9).run()

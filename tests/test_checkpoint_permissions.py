@@ -12,7 +12,7 @@ import torch
 from checkpoint_cases import write_folder
 from safetensors.torch import save_file
 
-from gmp_kernels.checkpoints import PruneJob, permissions
+from gmp_kernels.checkpoints import PruneJob, outputs
 
 
 def modes(path: Path) -> dict[str, int]:
@@ -64,8 +64,8 @@ def test_another_group_is_not_let_in(
             raise PermissionError(errno.EPERM, "Operation not permitted")
         groups.append(group)
 
-    monkeypatch.setattr(permissions.os, "fchown", give)
-    keep = permissions.keep_permissions
+    monkeypatch.setattr(outputs.os, "fchown", give)
+    keep = outputs.keep_permissions
 
     def of_another_group(descriptor: int, origin: Any, **settings: int) -> None:
         found = list(origin)

@@ -15,7 +15,7 @@ import torch
 from checkpoint_cases import contents, write_folder
 from safetensors.torch import save_file
 
-from gmp_kernels.checkpoints import PruneJob, renaming, staging
+from gmp_kernels.checkpoints import PruneJob, outputs, staging
 from gmp_kernels.errors import NonFiniteError, OutputError, StateError
 
 LOCK = "gmp_kernels.lock"
@@ -45,7 +45,7 @@ def names_in(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()} - {"in", "in.safetensors"}
 
 
-def outputs(folder: Path) -> set[str]:
+def outputs_in(folder: Path) -> set[str]:
     return {"out"} if (folder / "out").is_dir() else {"out", "out.masks.safetensors"}
 
 
@@ -135,7 +135,7 @@ def test_whatever_a_killed_run_left_the_next_one_takes_over(
     else:
         modes = set()
         job().run(resume=resume, progress=lambda *_: modes.add(folder.stat().st_mode & 0o777))
-        assert modes == {0o700} and names_in(tmp_path) == outputs(tmp_path)
+        assert modes == {0o700} and names_in(tmp_path) == outputs_in(tmp_path)
     assert not folder.exists()
 
 
@@ -168,7 +168,7 @@ def test_the_folder_by_its_name_where_the_system_shows_no_descriptors(
     exists = Path.exists
     monkeypatch.setattr(Path, "exists", lambda path: not str(path).startswith("/proc/self/fd/") and exists(path))
     job().run()
-    assert names_in(tmp_path) == outputs(tmp_path)
+    assert names_in(tmp_path) == outputs_in(tmp_path)
 
 
 def test_a_lock_that_an_ending_run_takes_away_is_no_lock(
@@ -271,7 +271,7 @@ def test_an_output_that_appears_meanwhile_is_kept(job: Callable[..., PruneJob], 
     else:
         out.unlink()
     job().run(resume=True)
-    assert names_in(tmp_path) == outputs(tmp_path)
+    assert names_in(tmp_path) == outputs_in(tmp_path)
 
 
 @pytest.mark.parametrize("step", ["first", "last", "end"])
@@ -280,7 +280,7 @@ def test_a_run_that_is_stopped_while_it_gives_names_is_resumed(
 ) -> None:
     job().run()
     expected = contents(tmp_path / "out")
-    for name in outputs(tmp_path):
+    for name in outputs_in(tmp_path):
         shutil.rmtree(tmp_path / name) if (tmp_path / name).is_dir() else (tmp_path / name).unlink()
     rename, renamed = staging.rename_new, []
 
@@ -301,7 +301,7 @@ def test_a_run_that_is_stopped_while_it_gives_names_is_resumed(
         job().run()
     job().run(resume=True)
     assert contents(tmp_path / "out") == expected
-    assert names_in(tmp_path) == outputs(tmp_path)
+    assert names_in(tmp_path) == outputs_in(tmp_path)
 
 
 def test_a_run_that_is_stopped_at_each_name_it_gives_is_resumed_each_time(
@@ -364,13 +364,13 @@ def test_a_kernel_or_file_system_without_such_renames(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
     (tmp_path / "a").write_text("dear")
-    monkeypatch.setattr(renaming.ctypes, "CDLL", lambda *_, **__: SimpleNamespace(renameat2=lambda *_: -1))
-    monkeypatch.setattr(renaming.ctypes, "get_errno", lambda: code)
+    monkeypatch.setattr(outputs.ctypes, "CDLL", lambda *_, **__: SimpleNamespace(renameat2=lambda *_: -1))
+    monkeypatch.setattr(outputs.ctypes, "get_errno", lambda: code)
     if code == errno.EPERM:
         with pytest.raises(PermissionError):
-            renaming.rename_new(tmp_path / "a", tmp_path / "b")
+            outputs.rename_new(tmp_path / "a", tmp_path / "b")
     else:
-        renaming.rename_new(tmp_path / "a", tmp_path / "b")
+        outputs.rename_new(tmp_path / "a", tmp_path / "b")
         assert contents(tmp_path) == {"b": b"dear"}
 
 
@@ -379,7 +379,7 @@ def test_a_new_name_without_the_help_of_the_kernel(
     job: Callable[..., PruneJob], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, taken: bool
 ) -> None:
     """Some network file systems know no rename that replaces nothing."""
-    monkeypatch.setattr(renaming, "_rename", lambda *_: False)
+    monkeypatch.setattr(outputs, "_rename", lambda *_: False)
 
     def put(done: int, total: int) -> None:
         (tmp_path / "out").exists() or (tmp_path / "out").write_text("dear")
@@ -390,7 +390,7 @@ def test_a_new_name_without_the_help_of_the_kernel(
         assert (tmp_path / "out").read_text() == "dear"
     else:
         job().run()
-        assert names_in(tmp_path) == outputs(tmp_path)
+        assert names_in(tmp_path) == outputs_in(tmp_path)
 
 
 def test_force_replaces_no_file_but_a_checkpoint(source: Path, tmp_path: Path) -> None:
@@ -419,7 +419,7 @@ def test_a_file_system_without_permissions(
 
     monkeypatch.setattr(os, "fchmod", refuse)
     job().run()
-    assert names_in(tmp_path) == outputs(tmp_path)
+    assert names_in(tmp_path) == outputs_in(tmp_path)
 
 
 def test_a_read_only_file_of_a_stopped_run_is_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

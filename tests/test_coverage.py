@@ -10,7 +10,7 @@ import torch
 from model_trees import TREES
 from safetensors.torch import save_file, save_model
 from torch import nn
-from tree_building import build, linear, schedule, tensors_of, weights
+from tree_building import FILE, build, linear, schedule, tensors_of, weights
 from typer.testing import CliRunner
 
 from gmp_kernels import GMPScheduler, schedules
@@ -127,7 +127,10 @@ def test_printing_a_pruner_shows_schedule_targets_share_and_what_is_left_out():
 
 
 def test_names_with_control_characters_are_shown_escaped():
-    infos = [TensorInfo("a\x1b[31m.weight", "F32", (4, 4), 0, 64), TensorInfo("b\n.weight", "I64", (4, 4), 0, 128)]
+    infos = [
+        TensorInfo(FILE, "a\x1b[31m.weight", "F32", (4, 4), 0, 64),
+        TensorInfo(FILE, "b\n.weight", "I64", (4, 4), 0, 128),
+    ]
     table = str(TensorIndex(infos).choose(None, None)[1])
     assert r"a\x1b[31m.weight (4x4)" in table and r"b\n.weight (4x4)" in table and len(table.splitlines()) == 4
 
@@ -273,11 +276,11 @@ def test_entries_for_checkpoints_mean_what_they_mean_for_models():
 
 def test_a_checkpoint_refuses_what_cannot_be_pruned_by_its_reason():
     infos = [
-        TensorInfo("layer.weight", "F32", (4, 4), 0, 64),
-        TensorInfo("layer.bias", "F32", (4,), 64, 16),
-        TensorInfo("packed.qweight", "I32", (8, 8), 80, 256),
-        TensorInfo("packed.scales", "F16", (2, 8), 336, 32),
-        TensorInfo("waves.weight", "C64", (8, 8), 368, 512),
+        TensorInfo(FILE, "layer.weight", "F32", (4, 4), 0, 64),
+        TensorInfo(FILE, "layer.bias", "F32", (4,), 64, 16),
+        TensorInfo(FILE, "packed.qweight", "I32", (8, 8), 80, 256),
+        TensorInfo(FILE, "packed.scales", "F16", (2, 8), 336, 32),
+        TensorInfo(FILE, "waves.weight", "C64", (8, 8), 368, 512),
     ]
     assert TensorIndex(infos).choose(["*"], None)[0] == ["layer.weight"]
     for entry, reason in [("packed", "'packed.qweight' of dtype I32.*quantized"), ("waves", "complex")]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from gmp_kernels import GMPScheduler, schedules
 from gmp_kernels.backends.dtypes import DTYPES
 from gmp_kernels.checkpoints.files import TensorInfo
 
+FILE = Path("in.safetensors")
 VOCABULARY, WIDTH, HIDDEN, EXPERTS = 96, 16, 40, 4
 NAMES = {dtype: row.stored for dtype, row in DTYPES.items()} | {torch.int64: "I64", torch.uint8: "U8"}
 
@@ -101,4 +103,4 @@ def tensors_of(model: nn.Module) -> list[TensorInfo]:
     """What a checkpoint of the model holds: tied tensors once, under the name the model knows them by."""
     first = {parameter: name for name, parameter in model.named_parameters()}
     held = {first.get(tensor, name): tensor for name, tensor in model.state_dict(keep_vars=True).items()}
-    return [TensorInfo(name, NAMES[t.dtype], tuple(t.shape), 0, t.nbytes) for name, t in held.items()]
+    return [TensorInfo(FILE, name, NAMES[t.dtype], tuple(t.shape), 0, t.nbytes) for name, t in held.items()]

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from itertools import accumulate
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from gmp_kernels.backends import BracketCounts, Brackets, Implementation, Layer, Threshold
+from gmp_kernels.backends import BracketCounts, Brackets, Layer, Threshold, choose
 from gmp_kernels.backends.keys import magnitude_of
-from gmp_kernels.checkpoints.files import DTYPES, FileShard, TensorInfo
+from gmp_kernels.checkpoints.files import DTYPES, TensorInfo
 from gmp_kernels.checkpoints.stream import Stream, opened, read_into
 from gmp_kernels.errors import NonFiniteError
 from gmp_kernels.search.communicator import Communicator
@@ -19,37 +20,11 @@ from gmp_kernels.search.driver import Search
 from gmp_kernels.search.placement import Placement, Region
 from gmp_kernels.search.sample import estimate
 
-__all__ = ["Decision", "Located", "Workspace", "check_finite", "decide"]
+__all__ = ["Decision", "check_finite", "decide"]
 
 # What is read for a first guess: so many blocks, evenly spread, each of a few pages.
 SAMPLE_BLOCKS = 64
 SAMPLE_BLOCK_BYTES = 1 << 14
-
-
-class Workspace(NamedTuple):
-    """Stream, backend and memory of a run.
-
-    Attributes
-    ----------
-    stream : Stream
-    implementation : Implementation
-    room : torch.Tensor
-        uint8, aligned: holds candidates between the rounds of counting, so that nearly always files are read once.
-    progress : callable
-        Told the bytes done.
-    """
-
-    stream: Stream
-    implementation: Implementation
-    room: torch.Tensor
-    progress: Callable[[int], None]
-
-
-class Located(NamedTuple):
-    """A tensor and the file it lies in."""
-
-    shard: FileShard
-    tensor: TensorInfo
 
 
 class Decision(NamedTuple):
@@ -77,33 +52,34 @@ def check_finite(name: str, layer: int, begin: int, index: int) -> None:
 
 
 def decide(
-    group: Mapping[int, Located],
-    workspace: Workspace,
+    group: Mapping[int, TensorInfo],
+    stream: Stream,
     num_prune: int,
-    mine: Callable[[FileShard], bool],
+    mine: Container[Path],
     ranks: Communicator,
+    progress: Callable[[int], None],
 ) -> dict[int, Decision]:
     """Rank all weights of a group of tensors together and return what is pruned of each.
 
     Parameters
     ----------
-    group : mapping of int to Located
+    group : mapping of int to TensorInfo
         {position in the list of all targets: tensor}, of one dtype, in the order of the flat index.
-    workspace : Workspace
-        Its progress is told the bytes read, the first time they are.
+    stream : Stream
     num_prune : int
-    mine : callable
-        Tells which files this rank reads; each file is one rank's.
+    mine : container of Path
+        The files that this rank reads; each file is one rank's.
     ranks : Communicator
+    progress : callable
+        Told the bytes read, the first time they are.
 
     Raises
     ------
     NonFiniteError
         A weight is NaN or Inf.
     """
-    stream, implementation, room, progress = workspace
-    dtype = DTYPES[next(iter(group.values())).tensor.dtype]
-    candidates = room.view(dtype)
+    dtype = DTYPES[next(iter(group.values())).dtype]
+    implementation, candidates = choose(None, stream.room.device), stream.room.view(dtype)
     positions = list(group)
     first_round = True
 
@@ -112,9 +88,9 @@ def decide(
         used, counted = 0, BracketCounts.nothing(len(own), num_bins)
         for row, piece in enumerate(own):
             i, first = positions[piece], used
-            shard, tensor = group[i]
+            tensor = group[i]
             bracket = Brackets(brackets.lo[row : row + 1], brackets.hi[row : row + 1])
-            with opened(shard.path) as source:
+            with opened(tensor.path) as source:
                 for begin, weights, _buffer in stream.weights(source, tensor, dtype):
                     place = candidates[used:] if first_round and used <= len(candidates) else None
                     found = implementation.count([Layer(weights, None)], bracket, num_bins, [place])
@@ -130,8 +106,8 @@ def decide(
         first_round = False
         return counted
 
-    here = [i if mine(shard) else None for i, (shard, _) in enumerate(group.values())]
-    placements = [_placement(tensor.numel, mine(shard)) for shard, tensor in group.values()]
+    here = [i if tensor.path in mine else None for i, tensor in enumerate(group.values())]
+    placements = [_placement(tensor.numel, tensor.path in mine) for tensor in group.values()]
     dtypes, sizes = [dtype] * len(group), [len(group)]
     search = Search(ranks, implementation, here, dtypes, placements, sizes, [num_prune], read)
     cutoffs = search.find(ranks.together(lambda: _estimate(list(group.values()), num_prune, dtype)))
@@ -147,19 +123,19 @@ def _placement(numel: int, is_mine: bool) -> Placement:
     return Placement("tensor", [whole] if is_mine else [nothing, whole], 0)
 
 
-def _estimate(tensors: Sequence[Located], num_prune: int, dtype: torch.dtype) -> Brackets:
+def _estimate(tensors: Sequence[TensorInfo], num_prune: int, dtype: torch.dtype) -> Brackets:
     """Bracket the threshold by a sample of the whole group, on every rank the same."""
-    ends = list(accumulate(located.tensor.nbytes for located in tensors))
+    ends = list(accumulate(tensor.nbytes for tensor in tensors))
     itemsize = dtype.itemsize
     sample = torch.empty(SAMPLE_BLOCKS * SAMPLE_BLOCK_BYTES, dtype=torch.uint8, device="cpu")
     used = 0
     for block in range(SAMPLE_BLOCKS):
         place = ends[-1] * block // SAMPLE_BLOCKS // itemsize * itemsize
-        shard, tensor = tensors[i := bisect_right(ends, place)]
+        tensor = tensors[i := bisect_right(ends, place)]
         left = ends[i] - place
         nbytes = min(SAMPLE_BLOCK_BYTES, left, -(-ends[-1] // SAMPLE_BLOCKS // itemsize) * itemsize)
-        with opened(shard.path) as source:
+        with opened(tensor.path) as source:
             read_into(sample[used : used + nbytes], source, tensor.begin + tensor.nbytes - left)
         used += nbytes
-    size = sum(located.tensor.numel for located in tensors)
+    size = sum(tensor.numel for tensor in tensors)
     return estimate([[Layer(sample[:used].view(dtype), None)]], [num_prune], [0], [size], [1])[0]

@@ -29,8 +29,9 @@ LENGTH_BYTES = 8  # of the header's length, in front of it
 
 
 class TensorInfo(NamedTuple):
-    """Tensor of a file, whose ``nbytes`` bytes begin at byte ``begin`` of the file."""
+    """Tensor of the file ``path``, whose ``nbytes`` bytes begin at byte ``begin`` of the file."""
 
+    path: Path
     name: str
     dtype: str
     shape: tuple[int, ...]
@@ -202,7 +203,7 @@ def _read_shard(path: Path, name: str) -> FileShard:
         metadata = header.pop("__metadata__", None)
         data_begin = LENGTH_BYTES + length
         tensors = [
-            TensorInfo(key, entry["dtype"], tuple(entry["shape"]), data_begin + begin, end - begin)
+            TensorInfo(path, key, entry["dtype"], tuple(entry["shape"]), data_begin + begin, end - begin)
             for key, entry in header.items()
             for begin, end in [entry["data_offsets"]]
         ]

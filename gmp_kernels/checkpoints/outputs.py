@@ -1,8 +1,15 @@
-"""Checks of the place that an output is to have."""
+"""The place of an output: checks of it, permissions like those of the input, and renames that replace nothing else.
+
+A private checkpoint stays private. A name is given in one step where the file system has one.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import errno
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,7 +17,12 @@ from safetensors import SafetensorError, safe_open
 
 from gmp_kernels.errors import OutputError
 
-__all__ = ["check_named", "check_target"]
+__all__ = ["check_named", "check_target", "keep_folder_permissions", "keep_permissions", "rename_new", "rename_over"]
+
+OWNER = 0o700
+AT_FDCWD = -100
+RENAME_NOREPLACE = 1
+RENAME_EXCHANGE = 2
 
 
 def check_named(target: Path) -> None:
@@ -42,6 +54,63 @@ def check_target(target: Path, inputs: Sequence[Path], *, root: Path, force: boo
         raise OutputError(f"{target}: cannot be an output: {reason}; name another") from None
 
 
+def keep_permissions(descriptor: int, origin: os.stat_result, *, least: int = 0) -> None:
+    """Give an open file or folder the permissions and, where that is allowed, the group of its ``origin``.
+
+    Where the group cannot be given, the new group may do only what everybody may. ``least`` is granted in any case. A
+    file system without permissions keeps its own.
+    """
+    mode = origin.st_mode & 0o777
+    if os.fstat(descriptor).st_gid != origin.st_gid:
+        try:
+            os.fchown(descriptor, -1, origin.st_gid)
+        except OSError:
+            mode &= ~0o070 | (mode & 0o007) << 3
+    with contextlib.suppress(PermissionError):
+        os.fchmod(descriptor, mode | least)
+
+
+def keep_folder_permissions(folder: Path, root: Path) -> None:
+    """Give ``folder`` and all folders below it the permissions of their namesakes in ``root``.
+
+    A folder without a namesake gets those of ``root`` itself. The owner keeps full access to all.
+    """
+    for path, _, _ in os.walk(folder):
+        like = root / Path(path).relative_to(folder)
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        try:
+            keep_permissions(descriptor, (like if like.is_dir() else root).stat(), least=OWNER)
+        finally:
+            os.close(descriptor)
+
+
+def rename_new(source: Path, target: Path) -> None:
+    """Move a file or folder to a name that is free; raise FileExistsError if it is taken, even at the last moment."""
+    if _rename(source, target, RENAME_NOREPLACE):
+        return
+    if source.is_dir():
+        # An empty folder takes the name first; the rename then replaces it.
+        target.mkdir(mode=0o700)
+        source.replace(target)
+    else:
+        os.link(source, target)
+        source.unlink()
+
+
+def rename_over(source: Path, target: Path) -> None:
+    """Move a file or folder over one of the same kind, which is gone afterwards or lies where the new one was."""
+    if not source.is_dir():
+        source.replace(target)
+    elif not _rename(source, target, RENAME_EXCHANGE):
+        # The file system has no single step. Stopped between these two, the old output is found under this name.
+        old = target.with_name(f".{target.name}.replaced")
+        if os.path.lexists(old):
+            raise FileExistsError(errno.EEXIST, f"{old.name} beside it is in the way")
+        target.rename(old)
+        source.rename(target)
+        shutil.rmtree(old)
+
+
 def _check_place(target: Path, inputs: Sequence[Path], root: Path) -> None:
     place = target.resolve()
     if not place.parent.is_dir():
@@ -71,3 +140,14 @@ def _is_safetensors(path: Path) -> bool:
             return True
     except (SafetensorError, OSError):
         return False
+
+
+def _rename(source: Path, target: Path, flags: int) -> bool:
+    """Rename with flags of Linux; return False if the file system does not know them."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.renameat2(AT_FDCWD, os.fsencode(source), AT_FDCWD, os.fsencode(target), flags) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code not in (errno.EINVAL, errno.ENOSYS):
+        raise OSError(code, os.strerror(code), os.fspath(source), None, os.fspath(target))
+    return False

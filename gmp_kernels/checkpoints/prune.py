@@ -12,16 +12,15 @@ from typing import Any
 
 import torch
 
-from gmp_kernels.backends import Threshold, choose
-from gmp_kernels.checkpoints.counting import Decision, Located, Workspace, decide
+from gmp_kernels.backends import Threshold
+from gmp_kernels.checkpoints.counting import Decision, decide
 from gmp_kernels.checkpoints.files import FileShard, open_checkpoint
 from gmp_kernels.checkpoints.masks import is_file_of_masks
-from gmp_kernels.checkpoints.outputs import check_named, check_target
-from gmp_kernels.checkpoints.permissions import keep_folder_permissions
+from gmp_kernels.checkpoints.outputs import check_named, check_target, keep_folder_permissions
 from gmp_kernels.checkpoints.staging import PLACED, Staging, output_errors
 from gmp_kernels.checkpoints.stream import PIECE_UNIT, Stream
 from gmp_kernels.checkpoints.targets import TensorIndex
-from gmp_kernels.checkpoints.writing import Target, copy_others, write_shard
+from gmp_kernels.checkpoints.writing import copy_others, write_shard
 from gmp_kernels.checks import check_sparsity
 from gmp_kernels.errors import DeviceError, DTypeError, OutputError
 from gmp_kernels.ops import Scope
@@ -156,9 +155,9 @@ class PruneJob:
         return Staging(self._target).is_begun()
 
     def kept_beside(self) -> Path | None:
-        """Return a file in the place of the output's masks that is kept, though this run writes no masks."""
-        path = self._beside_output()
-        return None if self._force and self._old_masks() else path
+        """Return a file in the place of the output's masks, if this run writes none; after the run, one it has kept."""
+        path = self._place_of_masks()
+        return path if self.checkpoint.root.is_file() and not self._masks and os.path.lexists(path) else None
 
     def run(
         self,
@@ -213,11 +212,10 @@ class PruneJob:
             ranks.together(staging.join)
             # All look before any can finish another shard: they must divide the same ones.
             owned = _divide(self.checkpoint.shards, ranks, ranks.together(staging.finished))
-            with _stream_and_room(max_memory, self._dtype, self._scope) as (stream, room):
+            with _stream(max_memory, self._dtype, self._scope) as stream:
                 advance = self._advance(stream.num_bytes, owned, staging, progress)
-                workspace = Workspace(stream, choose(None, room.device), room, advance)
-                targets = self._requests(workspace, owned, staging, ranks)
-                ranks.together(lambda: self._write(workspace, owned, targets, staging, is_first=ranks.rank == 0))
+                targets = self._decide(stream, owned, staging, ranks, advance)
+                ranks.together(lambda: self._write(stream, owned, targets, staging, ranks, advance))
             records = ranks.together(staging.finished)
             ranks.together(lambda: self._conclude(staging) if ranks.rank == 0 else None)
         layers = tuple(LayerReport(**row) for shard in sorted(records) for row in records[shard])
@@ -237,14 +235,9 @@ class PruneJob:
 
     def _old_masks(self) -> Path | None:
         """Return the masks of an earlier output of that name, which fit the new one no more."""
-        path = self._beside_output()
+        path = self.kept_beside()
         is_old = path is not None and is_file_of_masks(path) and not path.samefile(self.checkpoint.root)
         return path if is_old else None
-
-    def _beside_output(self) -> Path | None:
-        """Return a file in the place of the output's masks, if this run writes none."""
-        path = self._place_of_masks()
-        return path if self.checkpoint.root.is_file() and not self._masks and os.path.lexists(path) else None
 
     def _check_targets(self, *, resume: bool) -> None:
         """Refuse outputs that are there, unless the run to resume has put them there itself."""
@@ -287,9 +280,14 @@ class PruneJob:
 
         return advance
 
-    def _requests(
-        self, workspace: Workspace, owned: Mapping[int, FileShard], staging: Staging, ranks: Communicator
-    ) -> dict[str, Target]:
+    def _decide(
+        self,
+        stream: Stream,
+        owned: Mapping[int, FileShard],
+        staging: Staging,
+        ranks: Communicator,
+        progress: Callable[[int], None],
+    ) -> dict[str, int | Decision]:
         """Return {name: how many weights go, or in global scope which}, counted or as noted by the run resumed."""
         pruned: Sequence[int | Decision]
         if self._scope == "layer":
@@ -297,23 +295,21 @@ class PruneJob:
         elif (noted := staging.noted("decisions")) is not None:
             pruned = [Decision(key, Threshold(*threshold), *ties) for key, threshold, *ties in noted]
         else:
-            mine = {shard.name for shard in owned.values()}
-            shard_of = {tensor.name: shard for shard in self.checkpoint.shards for tensor in shard.tensors}
-            group = {i: Located(shard_of[tensor.name], tensor) for i, tensor in enumerate(self.tensors)}
-            found = decide(group, workspace, self.num_prune()[0], lambda shard: shard.name in mine, ranks)
+            mine = {shard.path for shard in owned.values()}
+            found = decide(dict(enumerate(self.tensors)), stream, self.num_prune()[0], mine, ranks, progress)
             pruned = list(found.values())
             if ranks.rank == 0:
                 staging.note("decisions", pruned)
-        return {tensor.name: Target(i, one) for i, (tensor, one) in enumerate(zip(self.tensors, pruned, strict=True))}
+        return {tensor.name: one for tensor, one in zip(self.tensors, pruned, strict=True)}
 
     def _write(
         self,
-        workspace: Workspace,
+        stream: Stream,
         owned: Mapping[int, FileShard],
-        targets: Mapping[str, Target],
+        targets: Mapping[str, int | Decision],
         staging: Staging,
-        *,
-        is_first: bool,
+        ranks: Communicator,
+        progress: Callable[[int], None],
     ) -> None:
         """Write this rank's shards, and on the first rank what else belongs to the output."""
         if staging.noted(PLACED) is not None:
@@ -321,12 +317,13 @@ class PruneJob:
         with output_errors(self._target):
             for i, shard in owned.items():
                 masks = staging.files / MASKS / shard.name if self._masks else None
-                reports = write_shard(shard, targets, workspace, staging.files / shard.name, masks, self._dtype)
+                path = staging.files / shard.name
+                reports = write_shard(shard, targets, stream, path, masks, self._dtype, progress)
                 staging.finish(i, [asdict(report) for report in reports])
-            if is_first:
+            if ranks.rank == 0:
                 # Masks of an earlier run do not replace our own.
                 own_masks = {f"{MASKS}/{shard.name}" for shard in self.checkpoint.shards} if self._masks else set()
-                copy_others(self.checkpoint, workspace.stream, staging.files, self._dtype, apart_from=own_masks)
+                copy_others(self.checkpoint, stream, staging.files, self._dtype, apart_from=own_masks)
 
     def _conclude(self, staging: Staging) -> None:
         self.checkpoint.check_unchanged()
@@ -340,16 +337,12 @@ class PruneJob:
         staging.commit(self._renames(), force=self._force, old=old)
 
 
-@contextlib.contextmanager
-def _stream_and_room(max_memory: int, dtype: torch.dtype | None, scope: Scope) -> Iterator[tuple[Stream, torch.Tensor]]:
+def _stream(max_memory: int, dtype: torch.dtype | None, scope: Scope) -> Stream:
     """Take the memory of a run: buffers, and room for candidates."""
     try:
-        room = torch.empty(max_memory // 2 // PIECE_UNIT * PIECE_UNIT, dtype=torch.uint8, device="cpu")
-        stream = Stream(*_buffers(max_memory, dtype, scope))
+        return Stream(*_buffers(max_memory, dtype, scope), max_memory // 2 // PIECE_UNIT * PIECE_UNIT)
     except (RuntimeError, MemoryError) as error:
         raise DeviceError(f"prune: no memory left, {max_memory >> 20} MB were allowed; allow less") from error
-    with stream:
-        yield stream, room
 
 
 def _buffers(max_memory: int, dtype: torch.dtype | None, scope: Scope) -> tuple[int, int]:

@@ -30,7 +30,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn, Self
 
-from gmp_kernels.checkpoints.renaming import rename_new, rename_over
+from gmp_kernels.checkpoints.outputs import rename_new, rename_over
 from gmp_kernels.errors import DTypeError, NonFiniteError, OutputError, StateError
 
 __all__ = ["Staging", "output_errors"]

@@ -18,7 +18,7 @@ from typing import NamedTuple, Self
 import torch
 
 from gmp_kernels.checkpoints.files import TensorInfo
-from gmp_kernels.checkpoints.permissions import keep_permissions
+from gmp_kernels.checkpoints.outputs import keep_permissions
 from gmp_kernels.errors import CheckpointError
 
 __all__ = ["PIECE_UNIT", "Piece", "Stream", "opened", "read_into", "write_whole"]
@@ -32,6 +32,9 @@ WRITE_BYTES = 1 << 18
 SYNC_BYTES = 1 << 28
 # Errors of a kernel that cannot copy between these two files itself.
 NO_KERNEL_COPY = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP}
+# Of work that nobody has to wait for.
+DONE: Future[None] = Future()
+DONE.set_result(None)
 
 
 def opened(path: Path) -> FileIO:
@@ -94,25 +97,31 @@ class Stream:
         Of each buffer; a multiple of PIECE_UNIT.
     num_buffers : int
         At least 2. They take turns: a piece stays until as many others have been read.
+    room_bytes : int
+        A multiple of PIECE_UNIT.
 
     Attributes
     ----------
     num_bytes : int
         Of all buffers.
+    room : torch.Tensor
+        uint8, aligned: holds candidates between the rounds of counting, so that nearly always files are read once.
     """
 
-    def __init__(self, piece_bytes: int, num_buffers: int) -> None:
+    def __init__(self, piece_bytes: int, num_buffers: int, room_bytes: int = 0) -> None:
         self.num_bytes = num_buffers * piece_bytes
+        self.room = torch.empty(room_bytes, dtype=torch.uint8, device="cpu")
         self._piece_bytes = piece_bytes
         self._buffers = [torch.empty(piece_bytes, dtype=torch.uint8, device="cpu") for _ in range(num_buffers)]
-        self._writes: list[Future[None] | None] = [None] * num_buffers
+        # The last write of each buffer, and the last sync; at first one that is over.
+        self._writes = [DONE] * num_buffers
         self._next = 0
         # Reads of one range at most, begun before it was asked for.
         self._ahead: dict[tuple[FileIO, range], list[Future[Piece]]] = {}
         self._reader = ThreadPoolExecutor(1, "gmp-kernels-reader")
         self._writer = ThreadPoolExecutor(1, "gmp-kernels-writer")
         self._syncer = ThreadPoolExecutor(1, "gmp-kernels-syncer")
-        self._sync: Future[None] | None = None
+        self._sync = DONE
         self._unsynced = 0
 
     def __enter__(self) -> Self:
@@ -135,13 +144,13 @@ class Stream:
         try:
             keep_permissions(descriptor, os.fstat(origin.fileno()))
             yield descriptor
-            for i in range(len(self._buffers)):
-                self._wait(i)
+            for write in self._writes:
+                write.result()
             self._wait_for_sync()
             os.fsync(descriptor)
         finally:
             # Nothing may write to a descriptor that is closed: the number can be that of another file by then.
-            wait([future for future in (*self._writes, self._sync) if future is not None])
+            wait([*self._writes, self._sync])
             os.close(descriptor)
 
     def pieces(self, source: FileIO, span: range, following: range = range(0)) -> Iterator[Piece]:
@@ -171,10 +180,9 @@ class Stream:
 
         ``buffer`` is that of the piece it is, or was made of. Nothing else is read into that before it is written.
         """
-        waiting = self._writes[buffer]
-        self._writes[buffer] = self._writer.submit(_write, descriptor, tensor, offset, waiting)
+        self._writes[buffer] = self._writer.submit(_write, descriptor, tensor, offset, self._writes[buffer])
         self._unsynced += tensor.nbytes
-        if self._unsynced >= SYNC_BYTES and (self._sync is None or self._sync.done()):
+        if self._unsynced >= SYNC_BYTES and self._sync.done():
             self._wait_for_sync()
             self._unsynced, self._sync = 0, self._syncer.submit(os.fdatasync, descriptor)
 
@@ -199,25 +207,18 @@ class Stream:
             self._next = (self._next + 1) % len(self._buffers)
 
     def _read(self, source: FileIO, span: range, begin: int, buffer: int) -> Piece:
-        self._wait(buffer)
+        self._writes[buffer].result()
         data = self._buffers[buffer][: len(span) - begin]
         read_into(data, source, span[begin])
         return Piece(begin, data, buffer)
 
-    def _wait(self, i: int) -> None:
-        pending = self._writes[i]
-        if pending is not None:
-            pending.result()
-
     def _wait_for_sync(self) -> None:
-        pending, self._sync = self._sync, None
-        if pending is not None:
-            pending.result()  # the system tells of each failure once, so it must not get lost here
+        pending, self._sync = self._sync, DONE
+        pending.result()  # the system tells of each failure once, so it must not get lost here
 
 
-def _write(descriptor: int, tensor: torch.Tensor, offset: int, before: Future[None] | None) -> None:
-    if before is not None:
-        before.result()  # for its error: nothing that comes after it counts
+def _write(descriptor: int, tensor: torch.Tensor, offset: int, before: Future[None]) -> None:
+    before.result()  # for its error: nothing that comes after it counts
     write_whole(descriptor, tensor.view(torch.uint8).numpy().data, offset)
 
 

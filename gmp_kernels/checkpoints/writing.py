@@ -5,17 +5,15 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
-from io import FileIO
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
-from gmp_kernels.backends import Brackets, Cutoffs, Implementation, Layer, Selection, dtypes
+from gmp_kernels.backends import Brackets, Cutoffs, Layer, Selection, choose, dtypes
 from gmp_kernels.backends.keys import magnitude_of
-from gmp_kernels.checkpoints.counting import Decision, Located, Workspace, check_finite, decide
+from gmp_kernels.checkpoints.counting import Decision, check_finite, decide
 from gmp_kernels.checkpoints.files import DTYPES, Checkpoint, FileShard, TensorInfo, header_of
 from gmp_kernels.checkpoints.folders import read_index
 from gmp_kernels.checkpoints.masks import MASK_SUFFIX, mask_metadata
@@ -25,35 +23,31 @@ from gmp_kernels.reports import LayerReport
 from gmp_kernels.search.communicator import Communicator
 from gmp_kernels.search.driver import select_with
 
-__all__ = ["Target", "copy_others", "write_shard"]
+__all__ = ["copy_others", "write_shard"]
 
 ALONE = Communicator(None)
 
 
-class Target(NamedTuple):
-    """Request for one tensor: its position among all targets, and how many weights go, or which."""
-
-    position: int
-    pruned: int | Decision
-
-
 def write_shard(
     shard: FileShard,
-    targets: Mapping[str, Target],
-    workspace: Workspace,
+    targets: Mapping[str, int | Decision],
+    stream: Stream,
     path: Path,
     masks: Path | None,
     dtype: torch.dtype | None,
+    progress: Callable[[int], None],
 ) -> list[LayerReport]:
     """Write a shard to ``path`` and its packed masks to ``masks``, through to the disk; report on its targets.
 
-    Floating-point tensors get ``dtype``; None: each keeps its own.
+    Floating-point tensors get ``dtype``; None: each keeps its own. ``targets`` holds, by name and in order, how many
+    weights go of each target of the checkpoint, or which. ``progress`` is told the bytes done.
 
     Raises
     ------
     CheckpointError, NonFiniteError, DTypeError, OSError
     """
-    stream, reports = workspace.stream, list[LayerReport]()
+    reports: list[LayerReport] = []
+    positions = {name: i for i, name in enumerate(targets)}
     masked = [tensor for tensor in shard.tensors if tensor.name in targets]
     # Read ahead, unless it is going to be counted first.
     following = {t.name: after for t, after in pairwise(masked) if after.nbytes <= stream.num_bytes}
@@ -70,21 +64,21 @@ def write_shard(
             metadata = mask_metadata({tensor.name: tensor.shape for tensor in masked})
             bit_begins = _write_header(bits, [_bits_of(tensor) for tensor in masked], metadata)
         for tensor in shard.tensors:
-            begin = begins[tensor.name]
-            if tensor.name in targets:
-                located, target = Located(shard, tensor), targets[tensor.name]
-                for piece, packed in _pruned(source, located, target, workspace, following.get(tensor.name), reports):
+            name, begin = tensor.name, begins[tensor.name]
+            if name in targets:
+                pieces = stream.weights(source, tensor, DTYPES[tensor.dtype], following.get(name))
+                cut = _cut(pieces, tensor, positions[name], targets[name], stream, progress)
+                for piece, packed in _pruned(cut, tensor, reports):
                     _write(stream, tensor, piece, output, begin, dtype)
                     if masks is not None:
-                        stream.write(
-                            bits, packed, bit_begins[tensor.name + MASK_SUFFIX] + piece.begin // 8, piece.buffer
-                        )
+                        place = bit_begins[name + MASK_SUFFIX] + piece.begin // 8
+                        stream.write(bits, packed, place, piece.buffer)
             elif _converted(tensor, dtype).dtype != tensor.dtype:
                 for piece in stream.weights(source, tensor, DTYPES[tensor.dtype]):
                     _write(stream, tensor, piece, output, begin, dtype)
             else:
                 stream.copy(source, tensor.begin, tensor.nbytes, output, begin)
-            workspace.progress(tensor.nbytes)
+            progress(tensor.nbytes)
     return reports
 
 
@@ -114,17 +108,12 @@ def copy_others(
 
 
 def _pruned(
-    source: FileIO,
-    located: Located,
-    target: Target,
-    workspace: Workspace,
-    following: TensorInfo | None,
-    reports: list[LayerReport],
+    cut: Iterable[tuple[Piece, Cutoffs]], tensor: TensorInfo, reports: list[LayerReport]
 ) -> Iterator[tuple[Piece, torch.Tensor]]:
     """Yield the pieces of a target, in order, pruned, each with its packed mask; at the end report on all of it."""
-    tensor, implementation, num_pruned = located.tensor, workspace.implementation, 0
-    key = num_ties = 0
-    for piece, cutoffs in _selected(source, located, target, workspace, following):
+    implementation = choose(None, torch.device("cpu"))
+    num_pruned = key = num_ties = 0
+    for piece, cutoffs in cut:
         packed = torch.empty(-(-len(piece.data) // 8), dtype=torch.uint8, device="cpu")
         counts = implementation.prune([Layer(piece.data, None)], Selection(cutoffs), [packed])
         assert counts is not None
@@ -135,51 +124,44 @@ def _pruned(
     reports.append(LayerReport(tensor.name, threshold, tensor.numel, num_pruned, num_pruned, num_ties))
 
 
-def _selected(
-    source: FileIO, located: Located, target: Target, workspace: Workspace, following: TensorInfo | None
+def _cut(
+    pieces: Iterable[Piece],
+    tensor: TensorInfo,
+    position: int,
+    pruned: int | Decision,
+    stream: Stream,
+    progress: Callable[[int], None],
 ) -> Iterator[tuple[Piece, Cutoffs]]:
     """Yield the pieces of a target, in order, each with what to prune of it."""
-    stream, implementation, _, _ = workspace
-    tensor, (position, decision) = located.tensor, target
-    pieces = stream.weights(source, tensor, DTYPES[tensor.dtype], following)
-    if isinstance(decision, int) and tensor.nbytes <= stream.num_bytes:
+    implementation = choose(None, stream.room.device)
+    if isinstance(pruned, int) and tensor.nbytes <= stream.num_bytes:
         held = list(pieces)
         layers = [Layer(piece.data, None) for piece in held]
-        found = select_with(implementation)(layers, [decision], [len(layers)]).cutoffs
+        found = select_with(implementation)(layers, [pruned], [len(layers)]).cutoffs
         for piece, index in zip(held, found.nonfinite, strict=True):
             check_finite(tensor.name, position, piece.begin, index)
         for i, piece in enumerate(held):
             yield piece, Cutoffs.of([tuple(column[i] for column in found)])
         return
-    if isinstance(decision, int):
-        decision = decide({position: located}, workspace, decision, lambda _: True, ALONE)[position]
-    for piece, tie_index in _tie_indices(implementation, decision, pieces):
-        _, below, ties, kept = decision.threshold
-        yield piece, Cutoffs.of([(decision.key, below, ties, kept, tie_index, -1)])
-
-
-def _tie_indices(
-    implementation: Implementation, decision: Decision, pieces: Iterable[Piece]
-) -> Iterator[tuple[Piece, int]]:
-    """Yield the pieces of a tensor, in order, each with the flat index in it from which on ties are pruned."""
-    key, threshold, ties_left, kept_left = decision
+    if isinstance(pruned, int):
+        pruned = decide({position: tensor}, stream, pruned, {tensor.path}, ALONE, progress)[position]
+    key, (_, below, ties, kept), ties_left, kept_left = pruned
     for piece in pieces:
         layer, n = Layer(piece.data, None), len(piece.data)
-        if not threshold.num_ties or kept_left == ties_left:
-            yield piece, n
-            continue
-        if not kept_left:
-            yield piece, 0
-            continue
-        at_key = Brackets.of([key], [key])
-        below, ties = (int(column[0]) for column in implementation.count([layer], at_key, 1)[:2])
-        tie_index = n
-        if kept_left < ties:
-            # In the piece alone, the same key is the threshold of so many.
-            own = select_with(implementation)([layer], [below + ties - kept_left], [1], at_key)
-            tie_index = own.cutoffs.tie_indices[0]
-        ties_left, kept_left = ties_left - ties, kept_left - min(ties, kept_left)
-        yield piece, tie_index
+        if not ties or kept_left == ties_left:
+            tie_index = n
+        elif not kept_left:
+            tie_index = 0
+        else:
+            at_key = Brackets.of([key], [key])
+            below_here, ties_here = (int(column[0]) for column in implementation.count([layer], at_key, 1)[:2])
+            tie_index = n
+            if kept_left < ties_here:
+                # In the piece alone, the same key is the threshold of so many.
+                own = select_with(implementation)([layer], [below_here + ties_here - kept_left], [1], at_key)
+                tie_index = own.cutoffs.tie_indices[0]
+            ties_left, kept_left = ties_left - ties_here, kept_left - min(ties_here, kept_left)
+        yield piece, Cutoffs.of([(key, below, ties, kept, tie_index, -1)])
 
 
 def _write(
@@ -207,7 +189,7 @@ def _converted(tensor: TensorInfo, dtype: torch.dtype | None) -> TensorInfo:
 def _bits_of(tensor: TensorInfo) -> TensorInfo:
     """Return the packed mask of a tensor, apart from its place."""
     num_bytes = -(-tensor.numel // 8)
-    return TensorInfo(tensor.name + MASK_SUFFIX, "U8", (num_bytes,), 0, num_bytes)
+    return tensor._replace(name=tensor.name + MASK_SUFFIX, dtype="U8", shape=(num_bytes,), nbytes=num_bytes)
 
 
 def _write_header(output: int, tensors: Sequence[TensorInfo], metadata: Mapping[str, str] | None) -> dict[str, int]:
