@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
-from typing import Any, Literal, TypeGuard
+from typing import Any, Literal
 
 import torch
 
@@ -129,11 +129,11 @@ def inspect_checkpoint(
     done, found = 0, []
     with Stream(PIECE_BYTES, NUM_BUFFERS) as stream:
         for shard in checkpoint.shards:
-            masked = _shapes_of_masks(shard)
+            packed = _packed_masks(shard)
             with opened(shard.path) as source:
                 for tensor in shard.tensors:
                     if tensor.name in chosen:
-                        statistics = _new_statistics(tensor, shapes, masked)
+                        statistics = _new_statistics(tensor, shapes, packed)
                         _count(statistics, stream, source, tensor, histogram=histogram)
                         found.append(statistics)
                         done += tensor.nbytes
@@ -164,28 +164,29 @@ def total_of(found: Sequence[TensorStatistics]) -> TensorStatistics:
     )
 
 
-def _shapes_of_masks(shard: FileShard) -> Mapping[str, Any]:
-    """Return {name of the weight: its shape, unchecked} of the packed masks in a file, by its metadata."""
+def _packed_masks(shard: FileShard) -> dict[str, tuple[int, ...]]:
+    """Return {name of a packed mask: shape of its weight} as the metadata of a file has it."""
     try:
-        return shapes_in(shard.metadata)
+        shapes = shapes_in(shard.metadata)
     except (KeyError, TypeError, ValueError, RecursionError):
         return {}
+    return {
+        name + MASK_SUFFIX: tuple(shape)
+        for name, shape in shapes.items()
+        if isinstance(shape, list) and all(type(size) is int and size >= 0 for size in shape)
+    }
 
 
 def _new_statistics(
-    tensor: TensorInfo, shapes: Mapping[str, Sequence[int]], masked: Mapping[str, Any]
+    tensor: TensorInfo, shapes: Mapping[str, Sequence[int]], packed: Mapping[str, tuple[int, ...]]
 ) -> TensorStatistics:
     name, shape = tensor.name, tensor.shape
-    of_weight = masked.get(name.removesuffix(MASK_SUFFIX)) if name.endswith(MASK_SUFFIX) else None
-    if tensor.dtype == "U8" and _is_shape(of_weight) and -(-math.prod(of_weight) // 8) == tensor.numel:
-        return TensorStatistics(name, "bits", "mask", tuple(of_weight), math.prod(of_weight))
+    of_weight = packed.get(name)
+    if tensor.dtype == "U8" and of_weight is not None and -(-math.prod(of_weight) // 8) == tensor.numel:
+        return TensorStatistics(name, "bits", "mask", of_weight, math.prod(of_weight))
     if name.endswith("_mask") and shapes.get(f"{name.removesuffix('mask')}orig") == shape:
         return TensorStatistics(name, tensor.dtype, "mask", shape, tensor.numel)
     return TensorStatistics(name, tensor.dtype, "weight" if tensor.dtype in FLOATS else "other", shape, tensor.numel)
-
-
-def _is_shape(value: Any) -> TypeGuard[list[int]]:
-    return isinstance(value, list) and all(type(size) is int and size >= 0 for size in value)
 
 
 def _count(total: TensorStatistics, stream: Stream, source: FileIO, tensor: TensorInfo, *, histogram: bool) -> None:

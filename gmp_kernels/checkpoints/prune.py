@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import time
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
@@ -133,6 +134,8 @@ class PruneJob:
                 "use scope='layer', or leave the others out"
             )
         self._target = target
+        # Where the masks of an output that is a file go.
+        self._beside = target.with_name(f"{target.stem}.{MASKS}.safetensors")
         self._scope = scope
         self._dtype = dtype
         self._masks = masks
@@ -156,8 +159,8 @@ class PruneJob:
 
     def kept_beside(self) -> Path | None:
         """Return a file in the place of the output's masks, if this run writes none; after the run, one it has kept."""
-        path = self._place_of_masks()
-        return path if self.checkpoint.root.is_file() and not self._masks and os.path.lexists(path) else None
+        has_own = self._masks or not self.checkpoint.root.is_file()
+        return None if has_own or not os.path.lexists(self._beside) else self._beside
 
     def run(
         self,
@@ -226,18 +229,9 @@ class PruneJob:
         if self.checkpoint.root.is_dir():
             return {"files": self._target}
         name = self.checkpoint.root.name
-        masks = {f"files/{MASKS}/{name}": self._place_of_masks()}
+        masks = {f"files/{MASKS}/{name}": self._beside}
         # The masks come first, so that an output that is there has its masks.
         return (masks if self._masks else {}) | {f"files/{name}": self._target}
-
-    def _place_of_masks(self) -> Path:
-        return self._target.with_name(f"{self._target.stem}.{MASKS}.safetensors")
-
-    def _old_masks(self) -> Path | None:
-        """Return the masks of an earlier output of that name, which fit the new one no more."""
-        path = self.kept_beside()
-        is_old = path is not None and is_file_of_masks(path) and not path.samefile(self.checkpoint.root)
-        return path if is_old else None
 
     def _check_targets(self, *, resume: bool) -> None:
         """Refuse outputs that are there, unless the run to resume has put them there itself."""
@@ -260,18 +254,14 @@ class PruneJob:
         }
 
     def _advance(
-        self, held_bytes: int, owned: Mapping[int, FileShard], staging: Staging, progress: Callable[[int, int], None]
+        self, held_bytes: float, owned: Mapping[int, FileShard], staging: Staging, progress: Callable[[int, int], None]
     ) -> Callable[[int], None]:
         """Return a function that adds bytes to those done and tells ``progress``."""
-        targets = {tensor.name for tensor in self.tensors}
-        done = total = 0
-        for shard in owned.values():
-            total += sum(tensor.nbytes for tensor in shard.tensors)
-            read = [tensor.nbytes for tensor in shard.tensors if tensor.name in targets]
-            if self._scope == "layer":
-                total += sum(nbytes for nbytes in read if nbytes > held_bytes)
-            elif staging.noted("decisions") is None:
-                total += sum(read)
+        # Tensors that are not held as a whole are counted first.
+        held_bytes = held_bytes if self._scope == "layer" else 0 if staging.noted("decisions") is None else math.inf
+        mine = {shard.path for shard in owned.values()}
+        counted = sum(tensor.nbytes for tensor in self.tensors if tensor.path in mine and tensor.nbytes > held_bytes)
+        done, total = 0, counted + sum(tensor.nbytes for shard in owned.values() for tensor in shard.tensors)
 
         def advance(nbytes: int) -> None:
             nonlocal done
@@ -333,7 +323,10 @@ class PruneJob:
         if self.checkpoint.root.is_dir():
             with output_errors(self._target):
                 keep_folder_permissions(staging.files, self.checkpoint.root)
-        old = self._old_masks() if self._force else None
+        # The masks of an earlier output of that name fit the new one no more.
+        old = self.kept_beside() if self._force else None
+        if old is not None and (not is_file_of_masks(old) or old.samefile(self.checkpoint.root)):
+            old = None
         staging.commit(self._renames(), force=self._force, old=old)
 
 

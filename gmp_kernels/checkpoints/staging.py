@@ -27,7 +27,6 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NoReturn, Self
 
 from gmp_kernels.checkpoints.outputs import rename_new, rename_over
@@ -75,9 +74,7 @@ class Staging:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
         if self._lock is not None and (isinstance(error, HOPELESS) or not self._records()):
             with contextlib.suppress(OSError):
                 self._remove()
@@ -125,7 +122,7 @@ class Staging:
 
     def finish(self, shard: int, record: Any) -> None:
         """Note that a shard lies complete in ``files``, with a report on it."""
-        _write_durably(self._inside / "finished" / f"{shard:05}.json", record)
+        self.note(f"finished/{shard:05}", record)
 
     def finished(self) -> dict[int, Any]:
         """Return {shard: record} of all finished shards."""
@@ -167,10 +164,10 @@ class Staging:
         with output_errors(self.target):
             for folder, _, _ in os.walk(self.files):
                 sync(Path(folder))
-            moves = {self._inside / name: target for name, target in renames.items()}
-            moves = {source: target for source, target in moves.items() if os.path.lexists(source)}
+            moves = [(self._inside / name, target) for name, target in renames.items()]
+            moves = [(source, target) for source, target in moves if os.path.lexists(source)]
             placed = self.noted(PLACED) or {}
-            self.note(PLACED, placed | {target.name: _identity(source) for source, target in moves.items()})
+            self.note(PLACED, placed | {target.name: _identity(source) for source, target in moves})
             done: list[tuple[Path, Path]] = []
             try:
                 if old is not None:
@@ -179,7 +176,7 @@ class Staging:
                     old.rename(aside)
                     done.append((old, aside))
                     sync(old.parent)
-                for source, target in moves.items():
+                for source, target in moves:
                     self._place(source, target, force=force)
                     done.append((source, target))
             except OSError:  # an OutputError too
@@ -265,11 +262,13 @@ class Staging:
             raise
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _is_at(lock, self._inside / LOCK):
+            if os.path.samestat(os.fstat(lock), (self._inside / LOCK).lstat()):
                 self._lock, lock = lock, -1
             return self._lock is not None
         except BlockingIOError:
             raise OutputError(f"{self.target}: another run is writing it; wait for its end, or stop it") from None
+        except FileNotFoundError:
+            return False
         finally:
             if lock >= 0:
                 os.close(lock)
@@ -362,10 +361,3 @@ def _identity(path: Path) -> list[int]:
     """Return facts of a file or folder that a rename does not change."""
     found = path.lstat()
     return [found.st_dev, found.st_ino, found.st_mtime_ns]
-
-
-def _is_at(descriptor: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), path.lstat())
-    except FileNotFoundError:
-        return False
