@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from gmp_kernels.checkpoints.files import DTYPES, TensorInfo
 from gmp_kernels.errors import DTypeError, ShapeError
 from gmp_kernels.model.coverage import Coverage, CoveredTensor
-from gmp_kernels.model.roles import COMPLEX, DEFAULT_RULE, NO_WEIGHTS, QUANTIZED, SMALL, Facts, Roles, effective_name
+from gmp_kernels.model.roles import COMPLEX, DEFAULT_RULE, NO_WEIGHTS, QUANTIZED, SMALL, Roles, effective_name
 from gmp_kernels.model.selection import TargetIndex
 
 __all__ = ["DEFAULT_RULE", "TensorIndex"]
@@ -34,7 +34,7 @@ class TensorIndex(TargetIndex[str]):
 
     def __init__(self, tensors: Sequence[TensorInfo]) -> None:
         self._tensors = {tensor.name: tensor for tensor in tensors}
-        roles = Roles({name: Facts(tensor.shape) for name, tensor in self._tensors.items()})
+        roles = Roles({name: tensor.shape for name, tensor in self._tensors.items()}, {})
         obstacles = {name: _obstacle(tensor, roles) for name, tensor in self._tensors.items()}
         covered = []
         for name, tensor in self._tensors.items():

@@ -70,7 +70,13 @@ def follow_update_(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> 
                 setattr(module, hook.name, hook.compute_weight(module, do_power_iteration=False))
             elif isinstance(hook, (WeightNorm, prune.BasePruningMethod)):
                 hook(module, ())
-    rows = _rows_without_length(model, parameters)
+    names = {parameter: name for name, parameter in parameters.items()}
+    rows = {}  # that are all zero, by the directions that have some
+    for directions, _, dim in _weight_norms(model):
+        if directions in names and not hasattr(directions, "to_local"):
+            lengths = torch.norm_except_dim(directions.detach(), 2, dim)
+            if count := lengths.numel() - int(lengths.count_nonzero()):
+                rows[names[directions]] = count
     if not rows:
         return None
     name, count = next(iter(rows.items()))
@@ -79,17 +85,6 @@ def follow_update_(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> 
         f"({len(rows)} such layers), which its forward pass divides by zero; remove the weight_norm before pruning "
         "(torch.nn.utils.parametrize.remove_parametrizations), or prune less of it"
     )
-
-
-def _rows_without_length(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[str, int]:
-    """Return {name: number of rows that are all zero} of the directions of weight_norm that have some."""
-    names = {parameter: name for name, parameter in parameters.items()}
-    counts = {}
-    for directions, _, dim in _weight_norms(model):
-        if directions in names and not hasattr(directions, "to_local"):
-            lengths = torch.norm_except_dim(directions.detach(), 2, dim)
-            counts[names[directions]] = lengths.numel() - int(lengths.count_nonzero())
-    return {name: count for name, count in counts.items() if count}
 
 
 def _weight_norms(model: nn.Module) -> Iterator[tuple[nn.Parameter, nn.Parameter, int]]:

@@ -11,7 +11,6 @@ import re
 from collections import defaultdict
 from collections.abc import Container, Mapping, Sequence
 from functools import cache
-from typing import NamedTuple
 
 __all__ = [
     "ADAPTER",
@@ -24,7 +23,6 @@ __all__ = [
     "QUANTIZED",
     "ROUTER",
     "SMALL",
-    "Facts",
     "Roles",
     "effective_name",
 ]
@@ -77,36 +75,24 @@ def effective_name(name: str, names: Container[str]) -> str:
     return name
 
 
-class Facts(NamedTuple):
-    """Facts about a tensor beside its name.
-
-    Attributes
-    ----------
-    shape : sequence of int
-    module : str
-        Class name of the module that owns it; empty if unknown.
-    kind : str
-        "weight", "embedding", "norm" or "head" where the type of the module, or the model itself, says so.
-    """
-
-    shape: Sequence[int]
-    module: str = ""
-    kind: str = ""
-
-
 class Roles:
-    """Roles of all tensors of a model, each found from its own facts and those of its neighbours.
+    """Roles of all tensors of a model, each found from its own name and shape and those of its neighbours.
 
     Parameters
     ----------
-    facts : mapping of name to Facts
-        Everything the model has, buffers included: neighbours tell a router from a gate, or a table from a projection.
+    shapes : mapping of str to sequence of int
+        {name: shape} of everything the model has, buffers included: neighbours tell a router from a gate, or a table
+        from a projection.
+    types : mapping of str to tuple of str
+        {name: (class name of the module that owns it, kind)} where the module is known; the kind is "weight",
+        "embedding", "norm" or "head" where its type, or the model itself, says so, and else empty.
     """
 
-    def __init__(self, facts: Mapping[str, Facts]) -> None:
-        self._facts = facts
+    def __init__(self, shapes: Mapping[str, Sequence[int]], types: Mapping[str, tuple[str, str]]) -> None:
+        self._shapes = shapes
+        self._types = dict.fromkeys(shapes, ("", "")) | dict(types)
         self._children: dict[str, set[str]] = defaultdict(set)
-        for name in facts:
+        for name in shapes:
             parts = name.split(".")
             for depth, part in enumerate(parts):
                 self._children[".".join(parts[:depth])].add(part)
@@ -120,22 +106,21 @@ class Roles:
         found = PARAMETRIZED.fullmatch(name)
         if found is None or found["rest"] == "original1":
             return None
-        is_scaled = found["rest"] == "original" and name.removesuffix("original") + "0._u" in self._facts
+        is_scaled = found["rest"] == "original" and name.removesuffix("original") + "0._u" in self._shapes
         return None if is_scaled else PARAMETRIZATION
 
     def reason_against(self, name: str) -> str | None:
         """Return why the tensor is no default target; None if it is one."""
-        shape, _, kind = self._facts[name]
-        if len(shape) < 2 or self._is_scaled_apart(name):
+        if len(self._shapes[name]) < 2 or self._is_scaled_apart(name):
             return SMALL
         if self.obstacle(name) is not None:
             return PARAMETRIZATION
-        parts = effective_name(name, self._facts).split(".")
+        parts = effective_name(name, self._shapes).split(".")
         if any(_words(part) & ADAPTERS for part in parts):
             return ADAPTER
         if self._is_router(name, parts):
             return ROUTER
-        if kind == "head" or name == self._head or any(_is_head(part) for part in parts):
+        if self._types[name][1] == "head" or name == self._head or any(_is_head(part) for part in parts):
             return HEAD
         if self._is_embedding(name):
             return EMBEDDING
@@ -144,22 +129,31 @@ class Roles:
     def _is_scaled_apart(self, name: str) -> bool:
         """Whether a tensor holds the lengths that weight_norm keeps apart from the directions."""
         if name.endswith("_g"):
-            return f"{name[:-2]}_v" in self._facts
-        return name.endswith(".original0") and f"{name[:-1]}1" in self._facts
+            return f"{name[:-2]}_v" in self._shapes
+        return name.endswith(".original0") and f"{name[:-1]}1" in self._shapes
 
     def _find_head(self) -> str | None:
         """Return the matrix that has a row for each entry of the vocabulary, if there is exactly one."""
         vocabulary, matrices = 0, []
-        for name, facts in self._facts.items():
-            path, attribute = _split(effective_name(name, self._facts))
-            if len(facts.shape) != 2 or attribute != "weight":
+        for name, shape in self._shapes.items():
+            _, owner, attribute = self._parts(name)
+            if len(shape) != 2 or attribute != "weight":
                 continue
             if not self._is_embedding(name):
                 matrices.append(name)
-            elif facts.shape[0] > facts.shape[1] and not _words(_owner(path)) & POSITIONS:
-                vocabulary = max(vocabulary, facts.shape[0])
-        rows = [name for name in matrices if self._facts[name].shape[0] == vocabulary]
+            elif shape[0] > shape[1] and not _words(owner) & POSITIONS:
+                vocabulary = max(vocabulary, shape[0])
+        rows = [name for name in matrices if self._shapes[name][0] == vocabulary]
         return rows[0] if vocabulary and len(rows) == 1 else None
+
+    def _parts(self, name: str) -> tuple[str, str, str]:
+        """Return the path of the module that owns a tensor, the part of it that names the module, and the attribute.
+
+        That part is the last that is neither a number nor a wrapper's.
+        """
+        path, _, attribute = effective_name(name, self._shapes).rpartition(".")
+        named = (part for part in reversed(path.split(".")) if not part.isdecimal() and not part.startswith("_"))
+        return path, next((part for part in named if part not in WRAPPERS), ""), attribute
 
     def _is_router(self, name: str, parts: Sequence[str]) -> bool:
         for depth, part in enumerate(parts):
@@ -170,42 +164,40 @@ class Roles:
                 return True
             if words & GATES and not words & MULTIPLIERS and self._has_few(name, ".".join(parts[:depth])):
                 return True
-        return "router" in _camel_words(self._facts[name].module)
+        return "router" in _camel_words(self._types[name][0])
 
     def _has_few(self, name: str, path: str) -> bool:
         """Whether a gate has as many outputs as there are experts beside it, or is small among their matrices."""
         beside = [child for child in self._children[path] if "expert" in child and not _words(child) & GATES]
         if not beside:
             return False
-        shape = self._facts[name].shape
+        shape = self._shapes[name]
         counts, largest = {1}, 0
         for child in beside:
             below = ".".join(part for part in (path, child) if part)
             counts.add(1 + max((int(part) for part in self._children.get(below, ()) if part.isdecimal()), default=0))
-            for other in self._below(below):
-                other_shape = self._facts[other].shape
-                if len(other_shape) == 3:
-                    counts.add(other_shape[0])
-                if len(other_shape) >= 2:
-                    largest = max(largest, other_shape[-1] * other_shape[-2])
+            for other in map(self._shapes.__getitem__, self._below(below)):
+                if len(other) == 3:
+                    counts.add(other[0])
+                if len(other) >= 2:
+                    largest = max(largest, other[-1] * other[-2])
         return not counts.isdisjoint(shape) or 2 * math.prod(shape) < largest
 
     def _below(self, path: str) -> list[str]:
-        if path in self._facts:
+        if path in self._shapes:
             return [path]
         return [name for child in sorted(self._children.get(path, ())) for name in self._below(f"{path}.{child}")]
 
     def _is_embedding(self, name: str) -> bool:
-        shape, module, kind = self._facts[name]
+        shape, (module, kind) = self._shapes[name], self._types[name]
         if kind:
             return kind == "embedding"
-        path, attribute = _split(effective_name(name, self._facts))
-        owner = _owner(path)
+        path, owner, attribute = self._parts(name)
         words = _words(owner) | _camel_words(module)
         is_in_table = any(_names_embedding(part) for part in (owner, module))
         if attribute in {"weight", "weights"}:
             is_table = is_in_table or owner in {"shared", "wpe", "wte"} or bool(words & (TABLES | BIASES))
-            return is_table and len(shape) == 2 and not words & MULTIPLIERS and not self._has_bias(path, shape)
+            return is_table and len(shape) == 2 and not words & MULTIPLIERS and not self._has_bias(path)
         words = _words(attribute)
         if words & (MULTIPLIERS | {"kernel", "weight", "weights"}):
             return False
@@ -214,18 +206,17 @@ class Roles:
         return is_in_table or _names_embedding(attribute) or bool(words & (TABLES | LEARNED_INPUTS)) or is_broadcast
 
     def _is_small(self, name: str) -> bool:
-        shape, module, kind = self._facts[name]
+        shape, (module, kind) = self._shapes[name], self._types[name]
         if kind:
             return kind == "norm"
-        path, attribute = _split(effective_name(name, self._facts))
-        owner = _owner(path)
+        path, owner, attribute = self._parts(name)
         if attribute == "weight":
-            bias = self._facts.get(f"{path}.bias" if path else "bias")
-            if bias is not None and len(bias.shape) >= 2:
-                return tuple(bias.shape) == tuple(shape)
+            bias = self._bias(path)
+            if bias is not None and len(bias) >= 2:
+                return tuple(bias) == tuple(shape)
             words = _words(owner) | _camel_words(module)
             is_norm = _names_norm(owner) or "norm" in words
-            return is_norm and not self._has_bias(path, shape) and not words & MULTIPLIERS
+            return is_norm and not self._has_bias(path) and not words & MULTIPLIERS
         words = _words(attribute)
         if words & CONSTANTS or _names_norm(attribute) or attribute.lower().startswith("a_log"):
             return True
@@ -233,23 +224,14 @@ class Roles:
         is_named = bool(words & {"kernel", "weight", "weights"})
         return not is_named and (_num_wide(shape) < 2 or len(shape) > 3)
 
-    def _has_bias(self, path: str, shape: Sequence[int]) -> bool:
-        """Whether a vector of biases lies beside a weight, as it does in a projection."""
-        bias = self._facts.get(f"{path}.bias" if path else "bias")
-        return bias is not None and len(bias.shape) == 1 and len(shape) >= 2
+    def _bias(self, path: str) -> Sequence[int] | None:
+        """Return the shape of the biases of a module."""
+        return self._shapes.get(f"{path}.bias" if path else "bias")
 
-
-def _split(name: str) -> tuple[str, str]:
-    path, _, attribute = name.rpartition(".")
-    return path, attribute
-
-
-def _owner(path: str) -> str:
-    """Return the last part of a path that is neither a number nor a wrapper's."""
-    named = [
-        part for part in path.split(".") if not part.isdecimal() and not part.startswith("_") and part not in WRAPPERS
-    ]
-    return named[-1] if named else ""
+    def _has_bias(self, path: str) -> bool:
+        """Whether a vector of biases lies beside a matrix, as it does in a projection."""
+        bias = self._bias(path)
+        return bias is not None and len(bias) == 1
 
 
 @cache

@@ -66,7 +66,12 @@ class TargetIndex(ABC, Generic[E]):
         for entry in targets or ():
             found = self.find("targets", entry)
             meant.update(found)
-            reached.update(self._named(found) if self._is_exact(entry) else self._free_of(entry, found))
+            if self._is_exact(entry):
+                reached.update(self._named(found))
+            elif free := [name for name in found if self._is_free(name)]:
+                reached.update(free)
+            else:
+                raise TargetError(f"targets: expected {self._reason_against(entry, found)}")
         ignored: dict[str, E] = {}
         for entry in ignore or ():
             ignored = dict.fromkeys(self.find("ignore", entry), entry) | ignored
@@ -89,13 +94,6 @@ class TargetIndex(ABC, Generic[E]):
     def _is_free(self, name: str) -> bool:
         """Whether a module or a pattern in ``targets`` takes a tensor."""
         return self._covered[name].reason != SMALL and self._obstacles[name] is None
-
-    def _free_of(self, entry: E, reached: Sequence[str]) -> list[str]:
-        """Return the tensors that a module or pattern takes, of those it reaches."""
-        free = [name for name in reached if self._is_free(name)]
-        if not free:
-            raise TargetError(f"targets: expected {self._reason_against(entry, reached)}")
-        return free
 
     def _reached_by(self, what: str, entry: E) -> list[str]:
         """Return the names that an entry means.

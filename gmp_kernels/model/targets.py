@@ -8,18 +8,25 @@ from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
 from gmp_kernels.errors import DTypeError, TargetError
 from gmp_kernels.model.coverage import FROZEN, IGNORED, NOT_OPTIMIZED, Coverage, CoveredTensor
-from gmp_kernels.model.facts import facts_of, refusals
 from gmp_kernels.model.names import named_buffers, named_modules, named_parameters
+from gmp_kernels.model.parametrized import reasons_against
 from gmp_kernels.model.roles import COMPLEX, EMBEDDING, PARAMETRIZATION, QUANTIZED, SMALL, Roles, effective_name
 from gmp_kernels.model.selection import TargetIndex, shown_entry
 
 __all__ = ["Entry", "ParameterIndex", "Place", "check_optimized", "check_present"]
 
 Entry: TypeAlias = str | type[nn.Module]
+
+MULTIPLIERS = (nn.Linear, nn.Bilinear, _ConvNd)
+SEVERAL_WEIGHTS = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
+EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 
 
 def check_optimized(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> None:
@@ -85,14 +92,21 @@ class ParameterIndex(TargetIndex[Entry]):
             self._first_names.setdefault(parameter, name)
         tensors = self._parameters | named_buffers(model)
         self._optimizer = optimizer
-        self._refusals = refusals(model, self._first_names)
-        roles = self._find_roles(Roles(facts_of(model, self._modules, tensors)))
+        parametrized = reasons_against(model)
+        # {first name: reason} of parameters that cannot be pruned even if they are named.
+        self._refusals = {
+            name: reason
+            for parameter, name in self._first_names.items()
+            if (reason := parametrized.get(parameter) or _refusal_of_type(parameter)) is not None
+        }
+        effective = {name: effective_name(name, tensors) for name in tensors}
+        roles = self._find_roles(_roles(model, self._modules, tensors, effective))
         held = set(self._first_names) if optimizer is None else _held(optimizer)
         covered = [self._cover(name, roles[name], is_held=p in held) for p, name in self._first_names.items()]
         super().__init__(
             [tensor for tensor, _ in covered],
             {tensor.name: obstacle for tensor, obstacle in covered},
-            {name: effective_name(name, tensors) for name in self._parameters},
+            {name: effective[name] for name in self._parameters},
         )
 
     def select(
@@ -256,3 +270,57 @@ def _as_list(entries: Entry | Iterable[Entry] | None) -> Sequence[Entry] | None:
     if entries is None:
         return None
     return [entries] if isinstance(entries, (str, type)) else list(entries)
+
+
+def _roles(
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    tensors: Mapping[str, torch.Tensor],
+    effective: Mapping[str, str],
+) -> Roles:
+    """Return the roles of all parameters and buffers, by every name they have."""
+    heads = _output_embeddings(model)
+    shapes, types = {}, {}
+    for name, tensor in tensors.items():
+        path, _, attribute = effective[name].rpartition(".")
+        owner = modules[path]
+        kind = _kind(owner, attribute)
+        if kind != "embedding" and any(tensor is head for head in heads):
+            kind = "head"
+        # A lazy tensor has no shape yet, though its module says what it will be.
+        shapes[name] = ((0, 0) if kind == "weight" else (0,)) if is_lazy(tensor) else tuple(tensor.shape)
+        types[name] = type(owner).__name__, kind
+    return Roles(shapes, types)
+
+
+def _kind(owner: nn.Module, attribute: str) -> str:
+    if isinstance(owner, EMBEDDINGS):
+        return "embedding"
+    if isinstance(owner, NORMS):
+        return "norm"
+    if isinstance(owner, SEVERAL_WEIGHTS):
+        return "weight" if attribute.endswith("_weight") or attribute.startswith("weight_") else ""
+    return "weight" if isinstance(owner, MULTIPLIERS) and attribute == "weight" else ""
+
+
+def _output_embeddings(model: nn.Module) -> list[torch.Tensor]:
+    """Return the weights of the output embeddings of Hugging Face models."""
+    found = []
+    for module in model.modules():
+        try:
+            head = module.get_output_embeddings()  # type: ignore[operator]
+        except (AttributeError, NotImplementedError):
+            continue
+        if isinstance(head, nn.Module) and isinstance(getattr(head, "weight", None), torch.Tensor):
+            found.append(head.weight)
+    return found  # type: ignore[return-value]
+
+
+def _refusal_of_type(parameter: torch.Tensor) -> str | None:
+    if parameter.is_complex():
+        return COMPLEX
+    if not parameter.is_floating_point() or parameter.dtype.itemsize < 2:
+        return QUANTIZED
+    # Sharded parameters are known. Other tensors that redefine operations hold their weights elsewhere.
+    is_plain = type(parameter).__torch_dispatch__ is torch.Tensor.__torch_dispatch__ or hasattr(parameter, "to_local")
+    return None if is_plain else f"a {type(parameter).__name__}"
