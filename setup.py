@@ -98,7 +98,7 @@ if BUILD_CUDA != "0" and NVCC and not SANITIZE:
     try:
         architectures = cuda_toolkit.gencode(NVCC, os.environ.get("GMP_KERNELS_CUDA_ARCHS", ""))
         cudart = str(cuda_toolkit.runtime_library(NVCC))
-    except cuda_toolkit.ToolkitError as error:
+    except RuntimeError as error:
         raise SystemExit(f"setup.py: {error}; GMP_KERNELS_BUILD_CUDA=0 builds without CUDA") from None
     # As many architectures at a time as there are cores.
     nvcc_flags = [*cuda_toolkit.FLAGS, *architectures, "--threads=0"]

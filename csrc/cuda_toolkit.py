@@ -22,10 +22,6 @@ FLAGS = (
 )
 
 
-class ToolkitError(Exception):
-    """A toolkit that cannot compile for what was asked, or of which a part is missing."""
-
-
 def runs_on(gpu: int, archs: Iterable[int]) -> bool:
     """Whether code compiled for one of ``archs`` runs on ``gpu`` as it is."""
     return any(arch // 10 == gpu // 10 and arch <= gpu for arch in archs)
@@ -59,18 +55,18 @@ def gencode(nvcc: str, chosen: str = "") -> list[str]:
 
     Raises
     ------
-    ToolkitError
+    RuntimeError
         ``nvcc`` knows none of ``ARCHS``, or not all that was chosen.
     """
     known = known_archs(nvcc)
     numbers = re.split(r"[\s,;]+", chosen.strip()) if chosen.strip() else []
     if not all(number.isdecimal() for number in numbers):
-        raise ToolkitError(f"GMP_KERNELS_CUDA_ARCHS: expected numbers such as 90 or 80,90, got {chosen!r}")
+        raise RuntimeError(f"GMP_KERNELS_CUDA_ARCHS: expected numbers such as 90 or 80,90, got {chosen!r}")
     archs = sorted({int(number) for number in numbers}) or [arch for arch in ARCHS if arch in known]
     if not archs or not set(archs) <= set(known):
         wanted = ", ".join(f"sm_{arch}" for arch in archs or ARCHS)
         has = ", ".join(f"sm_{arch}" for arch in known) or "none"
-        raise ToolkitError(f"expected {nvcc} to compile for {wanted}; it knows {has}. Choose by GMP_KERNELS_CUDA_ARCHS")
+        raise RuntimeError(f"expected {nvcc} to compile for {wanted}; it knows {has}. Choose by GMP_KERNELS_CUDA_ARCHS")
     ptx = ptx_for(archs, known)
     return [
         f"-gencode=arch=compute_{arch},code=" + (f"[sm_{arch},compute_{arch}]" if arch == ptx else f"sm_{arch}")
@@ -83,7 +79,7 @@ def runtime_library(nvcc: str) -> Path:
 
     Raises
     ------
-    ToolkitError
+    RuntimeError
         It is in none of these places, which the message lists.
     """
     dry_run = _run(nvcc, "-dryrun", "none.cu")
@@ -95,7 +91,7 @@ def runtime_library(nvcc: str) -> Path:
         if (folder / RUNTIME).exists():
             return folder / RUNTIME
     looked = ", ".join(map(str, folders)) or f"nothing, since {nvcc} -dryrun names no folder"
-    raise ToolkitError(f"{RUNTIME} is missing; looked in {looked}. Install the static CUDA runtime (cuda-cudart-dev)")
+    raise RuntimeError(f"{RUNTIME} is missing; looked in {looked}. Install the static CUDA runtime (cuda-cudart-dev)")
 
 
 def _run(*command: str) -> str:
@@ -103,7 +99,7 @@ def _run(*command: str) -> str:
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError as error:
-        raise ToolkitError(f"{' '.join(command)}: {error}") from None
+        raise RuntimeError(f"{' '.join(command)}: {error}") from None
     if done.returncode:
-        raise ToolkitError(f"{' '.join(command)} failed: {(done.stderr or done.stdout).strip()}")
+        raise RuntimeError(f"{' '.join(command)} failed: {(done.stderr or done.stdout).strip()}")
     return done.stdout + done.stderr

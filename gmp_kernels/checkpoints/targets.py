@@ -35,14 +35,13 @@ class TensorIndex(TargetIndex[str]):
     def __init__(self, tensors: Sequence[TensorInfo]) -> None:
         self._tensors = {tensor.name: tensor for tensor in tensors}
         roles = Roles({name: tensor.shape for name, tensor in self._tensors.items()}, {})
-        obstacles = {name: _obstacle(tensor, roles) for name, tensor in self._tensors.items()}
         covered = []
         for name, tensor in self._tensors.items():
-            role, obstacle = roles.reason_against(name), obstacles[name]
+            role, obstacle = roles.reason_against(name), _obstacle(tensor, roles)
             reason = role if role == SMALL else obstacle or role
             can_be_target = role != SMALL and obstacle is None
-            covered.append(CoveredTensor(name, tensor.shape, tensor.dtype, reason or "", can_be_target))
-        super().__init__(covered, obstacles, {name: effective_name(name, self._tensors) for name in self._tensors})
+            covered.append((CoveredTensor(name, tensor.shape, tensor.dtype, reason or "", can_be_target), obstacle))
+        super().__init__(covered, {name: effective_name(name, self._tensors) for name in self._tensors})
 
     def _is_exact(self, entry: str) -> bool:
         return entry in self._tensors

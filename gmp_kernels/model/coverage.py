@@ -104,12 +104,8 @@ class Coverage:
             weights, largest = _total(tensors), max(tensors, key=lambda tensor: tensor.num_weights)
             size = f"{printable(largest.name)} ({shown_shape(largest.shape)})"
             rows.append((label, dtype, str(len(tensors)), f"{weights:,}", f"{_share(weights, total):.1%}", size))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = []
-        for row in rows:
-            words = [word.ljust(width) for word, width in zip(row[:2], widths[:2], strict=True)]
-            numbers = [word.rjust(width) for word, width in zip(row[2:5], widths[2:5], strict=True)]
-            lines.append("  ".join([*words, *numbers, row[5]]))
+        a, b, c, d, e, _ = (max(map(len, column)) for column in zip(*rows, strict=True))
+        lines = [f"{r[0]:{a}}  {r[1]:{b}}  {r[2]:>{c}}  {r[3]:>{d}}  {r[4]:>{e}}  {r[5]}" for r in rows]
         lines.append(
             f"targets are {self.share_of_model:.1%} of the weights, {self.share_of_matrices:.1%} of those in matrices"
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import ClassVar, Generic, TypeVar
 
@@ -23,10 +23,9 @@ class TargetIndex(ABC, Generic[E]):
 
     Parameters
     ----------
-    tensors : iterable of CoveredTensor
-        In the order of the model or checkpoint, covered by its default targets.
-    obstacles : mapping of str to str or None
-        {name: why only an exact name reaches the tensor, or nothing, whatever its role}.
+    covered : sequence of tuple of CoveredTensor and str or None
+        The tensors in the order of the model or checkpoint, covered by its default targets, each with its obstacle: why
+        only an exact name reaches it, or nothing, whatever its role.
     effective : mapping of str to str
         {name of a tensor: name of the weight that is computed from it}, equal if none is.
     """
@@ -34,11 +33,9 @@ class TargetIndex(ABC, Generic[E]):
     WORDS: ClassVar[str]  # the entries that it knows, for errors
     NOUN: ClassVar[str]  # its tensors, for errors
 
-    def __init__(
-        self, tensors: Iterable[CoveredTensor], obstacles: Mapping[str, str | None], effective: Mapping[str, str]
-    ) -> None:
-        self._covered = {tensor.name: tensor for tensor in tensors}
-        self._obstacles = obstacles
+    def __init__(self, covered: Sequence[tuple[CoveredTensor, str | None]], effective: Mapping[str, str]) -> None:
+        self._covered = {tensor.name: tensor for tensor, _ in covered}
+        self._obstacles = {tensor.name: obstacle for tensor, obstacle in covered}
         self._effective = effective
 
     def find(self, what: str, entry: E) -> list[str]:

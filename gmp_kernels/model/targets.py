@@ -103,11 +103,7 @@ class ParameterIndex(TargetIndex[Entry]):
         roles = self._find_roles(_roles(model, self._modules, tensors, effective))
         held = set(self._first_names) if optimizer is None else _held(optimizer)
         covered = [self._cover(name, roles[name], is_held=p in held) for p, name in self._first_names.items()]
-        super().__init__(
-            [tensor for tensor, _ in covered],
-            {tensor.name: obstacle for tensor, obstacle in covered},
-            {name: effective[name] for name in self._parameters},
-        )
+        super().__init__(covered, {name: effective[name] for name in self._parameters})
 
     def select(
         self, targets: Entry | Iterable[Entry] | None, ignore: Entry | Iterable[Entry] | None
