@@ -21,7 +21,7 @@ from gmp_kernels.backends import dtypes
 from gmp_kernels.checkpoints.folders import SUFFIX, is_tied, look_into, read_index, unique_names
 from gmp_kernels.errors import CheckpointError
 
-__all__ = ["DTYPES", "Checkpoint", "FileShard", "TensorInfo", "header_of", "open_checkpoint"]
+__all__ = ["DTYPES", "LENGTH_BYTES", "Checkpoint", "FileShard", "TensorInfo", "open_checkpoint"]
 
 # The dtypes whose magnitudes have an order here, by their names in the format.
 DTYPES = {row.stored: dtype for dtype, row in dtypes.DTYPES.items()}
@@ -77,8 +77,7 @@ class FileShard:
     @property
     def num_bytes(self) -> int:
         """Bytes of the file."""
-        size: int = self.identity["size"]
-        return size
+        return int(self.identity["size"])
 
 
 @dataclass(frozen=True)
@@ -167,21 +166,6 @@ def open_checkpoint(path: Path, *, copy_others: bool = False) -> Checkpoint:
     found = _shards_of_tensors(path, shards)
     tied = () if index is None else _check_index(path, read_index(path / index)["weight_map"], found)
     return Checkpoint(path, shards, others, index, left_out, tied)
-
-
-def header_of(tensors: Sequence[TensorInfo], metadata: Mapping[str, str] | None) -> tuple[bytes, dict[str, int]]:
-    """Return a header, its length included, for tensors in the order of their bytes, and where each of them begins."""
-    entries: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
-    begin, begins = 0, {}
-    for tensor in tensors:
-        begins[tensor.name], end = begin, begin + tensor.nbytes
-        entries[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [begin, end]}
-        begin = end
-    text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
-    # Spaces, so that the data begins at a multiple of 8, as the format wants it.
-    text += b" " * (-len(text) % 8)
-    header = len(text).to_bytes(LENGTH_BYTES, "little") + text
-    return header, {name: len(header) + begin for name, begin in begins.items()}
 
 
 def _size_and_time(path: Path) -> dict[str, int]:

@@ -145,23 +145,15 @@ def total_of(found: Sequence[TensorStatistics]) -> TensorStatistics:
     """Return the statistics of all weights as of a single one; masks and counters are none."""
     weights = [t for t in found if t.kind == "weight" and t.num_zeros is not None]
     magnitudes = [m for t in weights for m in (t.smallest, t.largest) if m is not None]
-    histogram: Counter[int] = Counter()
-    for tensor in weights:
-        histogram.update(tensor.histogram)
     numel = sum(t.numel for t in weights)
-    return TensorStatistics(
-        name="total",
-        dtype="",
-        kind="weight",
-        shape=(numel,),
-        numel=numel,
-        num_zeros=sum(t.num_zeros or 0 for t in weights),
-        num_nan=sum(t.num_nan or 0 for t in weights),
-        num_inf=sum(t.num_inf or 0 for t in weights),
-        largest=max(magnitudes, default=None),
-        smallest=min(magnitudes, default=None),
-        histogram=histogram,
-    )
+    total = TensorStatistics("total", "", "weight", (numel,), numel)
+    total.num_zeros = sum(t.num_zeros or 0 for t in weights)
+    total.num_nan = sum(t.num_nan or 0 for t in weights)
+    total.num_inf = sum(t.num_inf or 0 for t in weights)
+    total.largest, total.smallest = max(magnitudes, default=None), min(magnitudes, default=None)
+    for tensor in weights:
+        total.histogram.update(tensor.histogram)
+    return total
 
 
 def _packed_masks(shard: FileShard) -> dict[str, tuple[int, ...]]:

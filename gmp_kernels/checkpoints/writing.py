@@ -6,15 +6,16 @@ import contextlib
 import json
 import os
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from gmp_kernels.backends import Brackets, Cutoffs, Layer, Selection, choose, dtypes
 from gmp_kernels.backends.keys import magnitude_of
 from gmp_kernels.checkpoints.counting import Decision, check_finite, decide
-from gmp_kernels.checkpoints.files import DTYPES, Checkpoint, FileShard, TensorInfo, header_of
+from gmp_kernels.checkpoints.files import DTYPES, LENGTH_BYTES, Checkpoint, FileShard, TensorInfo
 from gmp_kernels.checkpoints.folders import read_index
 from gmp_kernels.checkpoints.masks import MASK_SUFFIX, mask_metadata
 from gmp_kernels.checkpoints.stream import Piece, Stream, opened, write_whole
@@ -193,7 +194,14 @@ def _bits_of(tensor: TensorInfo) -> TensorInfo:
 
 
 def _write_header(output: int, tensors: Sequence[TensorInfo], metadata: Mapping[str, str] | None) -> dict[str, int]:
-    """Write a header for tensors in this order; return where each begins."""
-    header, begins = header_of(tensors, metadata)
+    """Write a header for tensors in the order of their bytes; return where each begins."""
+    entries: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
+    ends = [0, *accumulate(tensor.nbytes for tensor in tensors)]
+    for tensor, offsets in zip(tensors, pairwise(ends), strict=True):
+        entries[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": offsets}
+    text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
+    # Spaces, so that the data begins at a multiple of 8, as the format wants it.
+    text += b" " * (-len(text) % 8)
+    header = len(text).to_bytes(LENGTH_BYTES, "little") + text
     write_whole(output, header, 0)
-    return begins
+    return {tensor.name: len(header) + begin for tensor, begin in zip(tensors, ends, strict=False)}
