@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 
 from gmp_kernels.checkpoints.files import DTYPES, TensorInfo
@@ -33,48 +32,32 @@ class TensorIndex(TargetIndex[str]):
     NOUN = "tensor"
 
     def __init__(self, tensors: Sequence[TensorInfo]) -> None:
-        self._tensors = {tensor.name: tensor for tensor in tensors}
-        roles = Roles({name: tensor.shape for name, tensor in self._tensors.items()}, {})
+        shapes = {tensor.name: tensor.shape for tensor in tensors}
+        roles = Roles(shapes, {})
         covered = []
-        for name, tensor in self._tensors.items():
-            role, obstacle = roles.reason_against(name), _obstacle(tensor, roles)
-            reason = role if role == SMALL else obstacle or role
+        for tensor in tensors:
+            role, obstacle = roles.reason_against(tensor.name), _obstacle(tensor, roles)
+            reason = (role if role == SMALL else obstacle or role) or ""
             can_be_target = role != SMALL and obstacle is None
-            covered.append((CoveredTensor(name, tensor.shape, tensor.dtype, reason or "", can_be_target), obstacle))
-        super().__init__(covered, {name: effective_name(name, self._tensors) for name in self._tensors})
-
-    def _is_exact(self, entry: str) -> bool:
-        return entry in self._tensors
+            covered.append((CoveredTensor(tensor.name, tensor.shape, tensor.dtype, reason, can_be_target), obstacle))
+        super().__init__(covered, {name: effective_name(name, shapes) for name in shapes})
+        self._largest = max(tensors, key=lambda tensor: tensor.nbytes, default=None)
 
     def _named(self, reached: list[str]) -> list[str]:
-        tensor = self._tensors[reached[0]]
+        tensor = self._covered[reached[0]]
         if tensor.dtype not in DTYPES:
             raise DTypeError(
                 f"targets: expected one of {', '.join(DTYPES)} for '{tensor.name}', got {tensor.dtype}; "
                 "prune before quantizing, or leave it out, and it is copied as it is"
             )
-        if not tensor.numel:
+        if not tensor.num_weights:
             raise ShapeError(f"targets: expected weights in '{tensor.name}', got shape {tensor.shape}; leave it out")
         return reached
 
-    def _near(self, what: str, entry: str) -> str:
-        names = [name for name in self._covered if what != "targets" or self._is_free(name)]
-        near = difflib.get_close_matches(entry.removeprefix("re:"), names, n=3, cutoff=0.5) or names[:3]
-        return f"there are e.g. {', '.join(map(repr, near))}"
-
-    def _reason_against(self, entry: str, reached: Sequence[str]) -> str:
-        largest = max((self._tensors[name] for name in reached), key=lambda tensor: tensor.numel)
-        reason = self._obstacles[largest.name] or self._covered[largest.name].reason
-        return (
-            f"floating-point weights of two or more dimensions, got {entry!r}, which matches only others; "
-            f"'{largest.name}' of dtype {largest.dtype}, for one, is {reason}"
-        )
-
     def _advice(self, coverage: Coverage) -> str:
-        largest = max(self._tensors.values(), key=lambda tensor: tensor.nbytes, default=None)
-        reason = "" if largest is None else self._covered[largest.name].reason
-        found = f"; '{largest.name}' is left out: {reason}" if largest is not None and reason else ""
-        return f"by default these are {DEFAULT_RULE}{found}"
+        name = "" if self._largest is None else self._largest.name
+        reason = self._covered[name].reason if name in self._covered else ""
+        return f"by default these are {DEFAULT_RULE}" + (f"; '{name}' is left out: {reason}" if reason else "")
 
 
 def _obstacle(tensor: TensorInfo, roles: Roles) -> str | None:

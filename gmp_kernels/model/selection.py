@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
 import re
 from abc import ABC, abstractmethod
@@ -115,21 +116,27 @@ class TargetIndex(ABC, Generic[E]):
         pattern = _compile(what, entry)
         return [n for n, weight in names.items() if _matches(n, pattern) or (weight != n and _matches(weight, pattern))]
 
-    @abstractmethod
     def _is_exact(self, entry: E) -> bool:
         """Whether an entry is the name of one tensor."""
+        return entry in self._covered
 
     @abstractmethod
     def _named(self, reached: list[str]) -> list[str]:
         """Return the tensors that an exact name stands for, of those it reaches; refuse any that cannot be pruned."""
 
-    @abstractmethod
     def _near(self, what: str, entry: E) -> str:
         """Suggest names for an entry that reaches nothing."""
+        names = [name for name in self._covered if what != "targets" or self._is_free(name)]
+        near = difflib.get_close_matches(str(entry).removeprefix("re:"), names, n=3, cutoff=0.5) or names[:3]
+        return f"there are e.g. {', '.join(map(repr, near))}"
 
-    @abstractmethod
     def _reason_against(self, entry: E, reached: Sequence[str]) -> str:
         """Say what was expected of a target, and why nothing it reaches can be pruned."""
+        largest = max((self._covered[name] for name in reached), key=lambda tensor: tensor.num_weights)
+        return (
+            f"floating-point weights of two or more dimensions, got {entry!r}, which matches only others; "
+            f"'{largest.name}' of dtype {largest.dtype}, for one, is {self._obstacles[largest.name] or largest.reason}"
+        )
 
     @abstractmethod
     def _advice(self, coverage: Coverage) -> str:
