@@ -15,7 +15,6 @@ from torch import nn
 from gmp_kernels import GMPScheduler, schedules
 from gmp_kernels.errors import GMPWarning
 from gmp_kernels.masks import BitMask
-from gmp_kernels.model.targets import Place
 from gmp_kernels.pruner import watch
 from gmp_kernels.pruner.watch import SLICE, Watch, _sample_of, compare
 
@@ -145,7 +144,7 @@ def test_samples_are_spread_and_chosen_anew() -> None:
     weight = nn.Parameter(torch.ones(n))
     upper = BitMask.from_bool(torch.arange(n) < n // 2)
     model = nn.ParameterDict({"weight": weight})
-    watch = Watch(model, {"weight": weight}, {"weight": Place(model._parameters, "weight")})
+    watch = Watch(model, {"weight": weight}, {"weight": model._parameters})
     assert watch.sees_life(["weight"], {"weight": upper})
     with torch.no_grad():
         weight[n // 2 :] = 0.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import nn
@@ -22,6 +22,8 @@ from gmp_kernels.model.selection import TargetIndex, shown_entry
 __all__ = ["Entry", "ParameterIndex", "Place", "check_optimized", "check_present"]
 
 Entry: TypeAlias = str | type[nn.Module]
+# Of a parameter in a model: all parameters of its module. The last part of its name is its key among them.
+Place: TypeAlias = dict[str, nn.Parameter | None]
 
 MULTIPLIERS = (nn.Linear, nn.Bilinear, _ConvNd)
 SEVERAL_WEIGHTS = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
@@ -50,13 +52,6 @@ def check_present(model: nn.Module, parameters: Mapping[str, nn.Parameter], shap
                 f"GMPScheduler: expected the parameter '{name}' of shape {tuple(shapes[name])} that the scheduler was "
                 f"built with, got {found}; call remove() and build a new GMPScheduler when the model changes"
             )
-
-
-class Place(NamedTuple):
-    """Place of a parameter in a model: the parameters of its module, and its key among them."""
-
-    holder: dict[str, nn.Parameter | None]
-    key: str
 
 
 class ParameterIndex(TargetIndex[Entry]):
@@ -130,11 +125,7 @@ class ParameterIndex(TargetIndex[Entry]):
 
     def places(self, names: Iterable[str]) -> dict[str, Place]:
         """Return where in the model the parameters of these names are."""
-        found = {}
-        for name in names:
-            path, _, key = name.rpartition(".")
-            found[name] = Place(self._modules[path]._parameters, key)
-        return found
+        return {name: self._modules[name.rpartition(".")[0]]._parameters for name in names}
 
     def _refuse(self, name: str) -> None:
         """Raise for a parameter that is named exactly and cannot be pruned."""

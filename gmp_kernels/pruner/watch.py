@@ -71,12 +71,12 @@ class Watch:
         self._answer: tuple[torch.cuda.Event, torch.Tensor] | None = None
         by_key: dict[str, list[str]] = {}
         for name in parameters:
-            by_key.setdefault(places[name].key, []).append(name)
+            by_key.setdefault(name.rpartition(".")[2], []).append(name)
         self._held = [
-            (itemgetter(key), [places[name].holder for name in names], [parameters[name] for name in names])
+            (itemgetter(key), [places[name] for name in names], [parameters[name] for name in names])
             for key, names in by_key.items()
         ]
-        self._holders = {id(place.holder) for place in places.values()}
+        self._holders = set(map(id, places.values()))
         self._way: list[dict[str, nn.Module | None]] = []
         self._modules: list[dict[str, nn.Module | None]] | None = None
 
