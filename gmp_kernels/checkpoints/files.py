@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from safetensors import SafetensorError, safe_open
 
 from gmp_kernels.backends import dtypes
-from gmp_kernels.checkpoints.folders import SUFFIX, is_tied, look_into, read_index, unique_names
+from gmp_kernels.checkpoints.folders import SUFFIX, TIED, look_into, read_index, unique_names
 from gmp_kernels.errors import CheckpointError
 
 __all__ = ["DTYPES", "LENGTH_BYTES", "Checkpoint", "FileShard", "TensorInfo", "open_checkpoint"]
@@ -219,7 +219,7 @@ def _check_index(root: Path, weight_map: Mapping[str, str], found: Mapping[str, 
     """Compare an index with the files; return its names of tensors that are stored under another name."""
     tied = []
     for name, shard_name in weight_map.items():
-        if name not in found and is_tied(name):
+        if name not in found and TIED.fullmatch(name):
             tied.append(name)
         elif found.get(name) != shard_name:
             where = f"it is in {found[name]}" if name in found else "it is nowhere"

@@ -17,7 +17,7 @@ from typing import Any
 
 from gmp_kernels.errors import CheckpointError
 
-__all__ = ["SUFFIX", "is_tied", "look_into", "read_index", "unique_names"]
+__all__ = ["SUFFIX", "TIED", "look_into", "read_index", "unique_names"]
 
 SUFFIX = ".safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
@@ -43,7 +43,7 @@ KINDS = {
     }.items()
 }
 SIDECARS = KINDS.keys() - {"other weights"}
-# Of a tied pair only one is stored; some indices name both.
+# Names of tensors that are often another one: of such a pair only one is stored; some indices name both.
 TIED = re.compile(
     r"(.*\.)?(lm_head|embed_out|embed_tokens|word_embeddings|output_embeddings|wte|shared|decoder)\.(weight|bias)"
 )
@@ -92,11 +92,6 @@ def look_into(root: Path, *, everything: bool) -> tuple[dict[str, Path], dict[st
         if not path.is_file():
             raise CheckpointError(f"{path}: expected a file, got a broken link or a device; complete the download")
     return shards, others, index, left_out
-
-
-def is_tied(name: str) -> bool:
-    """Whether a tensor of this name is often another one, stored under the other's name alone."""
-    return TIED.fullmatch(name) is not None
 
 
 def read_index(path: Path) -> dict[str, Any]:

@@ -120,7 +120,8 @@ class Roles:
             return ADAPTER
         if self._is_router(name, parts):
             return ROUTER
-        if self._types[name][1] == "head" or name == self._head or any(_is_head(part) for part in parts):
+        is_called_head = any("lm_head" in part or part == "embed_out" for part in parts)
+        if is_called_head or self._types[name][1] == "head" or name == self._head:
             return HEAD
         if self._is_embedding(name):
             return EMBEDDING
@@ -250,10 +251,6 @@ def _names_embedding(part: str) -> bool:
 
 def _names_norm(part: str) -> bool:
     return any(word in NORMS or word.endswith(("norm", "norms")) for word in _words(part))
-
-
-def _is_head(part: str) -> bool:
-    return "lm_head" in part or part == "embed_out"
 
 
 def _num_wide(shape: Sequence[int]) -> int:
