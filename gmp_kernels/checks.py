@@ -98,7 +98,7 @@ def _signature(
     try:
         if any(map(of.is_neg, weights)):
             return None
-        signature: list[Any] = [layouts_of(in_memory)]
+        signature: list[Any] = [layouts_of(in_memory, True)]
         signature.append(list(map(torch.UntypedStorage.nbytes, map(of.untyped_storage, in_memory))))
         if masks is not None:
             signature.append([mask.shape for mask in masks])
