@@ -21,6 +21,7 @@ __all__ = [
     "CheckedParameter",
     "Snapshot",
     "check_mask",
+    "check_memory",
     "check_weight",
     "gradient_beside",
     "is_dense",
@@ -143,7 +144,7 @@ def check_weight(optimizer: str, weight: torch.Tensor, mask: BitMask | None, *, 
             f"{optimizer}: expected {wanted}, got strides {weight.stride()} for shape {tuple(weight.shape)}; "
             "use .contiguous()"
         )
-    _check_memory(optimizer, weight)
+    check_memory(optimizer, weight)
 
 
 def gradient_beside(optimizer: str, weight: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
@@ -165,14 +166,15 @@ def gradient_beside(optimizer: str, weight: torch.Tensor, gradient: torch.Tensor
             f"{optimizer}: expected gradients on their parameter's {weight.device}, got {gradient.device}; compute "
             "them again after moving a model"
         )
-    _check_memory(optimizer, gradient)
+    check_memory(optimizer, gradient)
     # The kernel walks memory: a gradient laid out differently is brought into the parameter's order.
     is_beside = gradient.stride() == weight.stride() and not gradient.is_neg()
     return gradient if is_beside else torch.empty_like(weight).copy_(gradient)
 
 
-def _check_memory(optimizer: str, tensor: torch.Tensor) -> None:
-    if not has_memory(tensor):
+def check_memory(optimizer: str, tensor: torch.Tensor) -> None:
+    """Raise LayoutError for a strided tensor whose storage does not reach its last element."""
+    if tensor.layout is torch.strided and not has_memory(tensor):
         raise LayoutError(
             f"{optimizer}: expected parameters and gradients in memory, got a tensor of shape {tuple(tensor.shape)} "
             "whose storage was freed or cut; gather it"

@@ -16,7 +16,7 @@ from gmp_kernels.distributed.placement import is_sharded, local, local_grad
 from gmp_kernels.errors import CaptureError, DTypeError, LayoutError, ShapeError, TargetError
 from gmp_kernels.library import define
 from gmp_kernels.optim.batch import Batch
-from gmp_kernels.optim.checked import CheckedParameter, check_weight, gradient_beside
+from gmp_kernels.optim.checked import CheckedParameter, check_memory, check_weight, gradient_beside
 from gmp_kernels.optim.compact import (
     MASTER,
     STEP,
@@ -199,8 +199,8 @@ class MaskedOptimizer(Masking):
                     # A view that negates what is in memory, which is what kernels see.
                     weights[i] = weight.detach().resolve_neg()
                     writes.append(partial(weight.detach().copy_, weights[i]))
-            columns = zip(indices, parameters, weights, strict=True)
-            members = [self._check(p, weight, keys[index]) for index, p, weight in columns]
+            columns = zip(parameters, weights, gradients, indices, strict=True)
+            members = [self._check(p, weight, gradient, keys[index]) for p, weight, gradient, index in columns]
             states = list(map(self.state.get, parameters))
             is_first = [
                 any(state is None or state.get(name) is None for name in keys[index])
@@ -211,7 +211,7 @@ class MaskedOptimizer(Masking):
                 self._refuse_first_step()
             writes.append(partial(dict.update, self.state, created))
             batch = Batch(members, indices, keys, self._graph_memory, counts_steps=STEP in self.essential)
-        if batch is not self._batch or not batch.fits(gradients):
+        if not batch.fits(gradients):
             beside = zip(indices, batch.members, gradients, strict=True)
             gradients = [self._beside(checked, gradient, groups[index]) for index, checked, gradient in beside]
         self._batch = batch
@@ -248,12 +248,15 @@ class MaskedOptimizer(Masking):
             "without; take a step outside of the graph first"
         )
 
-    def _check(self, p: torch.Tensor, weight: torch.Tensor, keys: tuple[str, ...]) -> CheckedParameter:
+    def _check(
+        self, p: torch.Tensor, weight: torch.Tensor, gradient: torch.Tensor, keys: tuple[str, ...]
+    ) -> CheckedParameter:
         """Return a parameter that has passed all checks, with complete state; ``weight`` is its value here."""
         state, mask, checked = self.state.get(p), self._masks.get(p), self._checked.get(id(p))
         if checked is None or checked.keys != keys or checked.mask is not mask or not checked.holds(weight, state):
             self._check_state(p)
             check_weight(self._name, weight, mask, is_compact=self._compact_state and mask is not None)
+            check_memory(self._name, gradient)
             checked = CheckedParameter(p, weight, self._completed(p, weight, keys), keys, mask)
             self._checked[id(p)] = checked
         return checked
