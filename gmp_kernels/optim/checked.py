@@ -11,7 +11,7 @@ import torch
 from gmp_kernels.backends import UpdateTensor
 from gmp_kernels.backends.dtypes import DTYPES
 from gmp_kernels.backends.layouts import layouts_of
-from gmp_kernels.checks import has_memory
+from gmp_kernels.checks import check_mask, has_memory
 from gmp_kernels.distributed.placement import local
 from gmp_kernels.errors import DTypeError, LayoutError, ShapeError
 from gmp_kernels.masks import BitMask
@@ -20,7 +20,6 @@ from gmp_kernels.optim.compact import MASTER, STEP, is_count, layout_of, version
 __all__ = [
     "CheckedParameter",
     "Snapshot",
-    "check_mask",
     "check_memory",
     "check_weight",
     "gradient_beside",
@@ -136,7 +135,7 @@ def check_weight(optimizer: str, weight: torch.Tensor, mask: BitMask | None, *, 
     if weight.dtype not in DTYPES:
         raise DTypeError(f"{optimizer}: expected float32, float64, bfloat16 or float16 parameters, got {weight.dtype}")
     if mask is not None:
-        check_mask(optimizer, weight, mask)
+        check_mask(optimizer, mask, weight, f"a parameter of shape {tuple(weight.shape)}")
     # Compact state counts in the order of the dimensions; anything else may be in any order.
     if not (weight.is_contiguous() if is_compact else is_dense(weight)):
         wanted = "contiguous parameters with compact state" if is_compact else "parameters without gaps in memory"
@@ -178,20 +177,6 @@ def check_memory(optimizer: str, tensor: torch.Tensor) -> None:
         raise LayoutError(
             f"{optimizer}: expected parameters and gradients in memory, got a tensor of shape {tuple(tensor.shape)} "
             "whose storage was freed or cut; gather it"
-        )
-
-
-def check_mask(op: str, weight: torch.Tensor, mask: BitMask) -> None:
-    """Raise ShapeError or LayoutError for a mask that does not fit what this process holds of a parameter."""
-    if mask.shape != weight.shape or not mask.is_packed:
-        raise ShapeError(
-            f"{op}: expected a mask of shape {tuple(weight.shape)} in {-(-weight.numel() // 8)} bytes, got one for "
-            f"{tuple(mask.shape)}, {mask.packed.dtype} of shape {tuple(mask.packed.shape)}; set a new BitMask"
-        )
-    if mask.packed.device != weight.device:
-        raise LayoutError(
-            f"{op}: expected a mask on {weight.device}, got {mask.packed.device}; use mask.to(device), and set masks "
-            "again after moving a model"
         )
 
 

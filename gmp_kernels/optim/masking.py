@@ -18,12 +18,13 @@ from torch.utils.hooks import RemovableHandle
 
 from gmp_kernels.backends import capture
 from gmp_kernels.backends.at_once import at_once
+from gmp_kernels.checks import check_mask
 from gmp_kernels.distributed.placement import local, sharded_like
-from gmp_kernels.errors import CaptureError, DTypeError, TargetError
+from gmp_kernels.errors import CaptureError, TargetError
 from gmp_kernels.masks import BitMask
 from gmp_kernels.ops import apply_masks_
 from gmp_kernels.optim.batch import Batch
-from gmp_kernels.optim.checked import CheckedParameter, check_mask
+from gmp_kernels.optim.checked import CheckedParameter
 from gmp_kernels.optim.compact import MASTER, check_layout, compact_names, compacted, expanded, layout_of, per_weight
 from gmp_kernels.optim.entries import check_state, loaded_state
 
@@ -185,9 +186,7 @@ class Masking(torch.optim.Optimizer):
                     f"{op}: expected masks of this optimizer's parameters, got one for a tensor of "
                     f"shape {tuple(p.shape)} that is not among them; add it with add_param_group"
                 )
-            if not isinstance(mask, BitMask):
-                raise DTypeError(f"{op}: expected a BitMask, got {type(mask).__name__}; use BitMask.from_bool(...)")
-            check_mask(op, local(p), mask)
+            check_mask(op, mask, local(p), f"a parameter of shape {tuple(p.shape)}")
             read = self._graph_masks.get(p)
             if read is not None and read != mask.packed.data_ptr():
                 raise CaptureError(
