@@ -353,15 +353,10 @@ def _new_masks(op: str, layers: Layers) -> list[BitMask]:
 
 
 def _threshold_as_tensors(
-    weight: torch.Tensor,
-    num_prune: int,
-    mask: torch.Tensor | None = None,
-    *,
-    nonfinite: NonFinite = "error",
-    backend: str | None = None,
+    weight: torch.Tensor, num_prune: int, mask: torch.Tensor | None = None, **options: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    bits = None if mask is None else BitMask.of(mask, weight.shape)
-    value, *counts = magnitude_threshold(weight, num_prune, mask=bits, nonfinite=nonfinite, backend=backend)
+    (bits,) = bit_masks([mask], [weight])
+    value, *counts = magnitude_threshold(weight, num_prune, mask=bits, **options)
     return weight.new_tensor(value), weight.new_tensor(counts, dtype=torch.int64)
 
 
@@ -370,26 +365,18 @@ def _fake_threshold(weight: torch.Tensor, *_: object, **__: object) -> tuple[tor
 
 
 def _prune_packed(
-    weights: Sequence[torch.Tensor],
-    masks: Sequence[torch.Tensor],
-    num_prune: Sequence[int],
-    *,
-    scope: Scope = "layer",
-    nonfinite: NonFinite = "error",
-    backend: str | None = None,
+    weights: Sequence[torch.Tensor], masks: Sequence[torch.Tensor], num_prune: Sequence[int], **options: Any
 ) -> None:
-    bits = _bit_masks(masks, weights)
-    prune_(weights, num_prune=num_prune, masks=bits, scope=scope, nonfinite=nonfinite, backend=backend)
+    prune_(weights, num_prune=num_prune, masks=bit_masks(masks, weights), **options)
 
 
-def _apply_packed(
-    weights: Sequence[torch.Tensor], masks: Sequence[torch.Tensor], *, backend: str | None = None
-) -> None:
-    apply_masks_(weights, _bit_masks(masks, weights), backend=backend)
+def _apply_packed(weights: Sequence[torch.Tensor], masks: Sequence[torch.Tensor], **options: Any) -> None:
+    apply_masks_(weights, bit_masks(masks, weights), **options)
 
 
-def _bit_masks(packed: Sequence[torch.Tensor], weights: Sequence[torch.Tensor]) -> list[BitMask]:
-    return [BitMask.of(bits, weight.shape) for bits, weight in zip(packed, weights, strict=True)]
+def bit_masks(packed: Sequence[torch.Tensor | None], weights: Sequence[torch.Tensor]) -> list[Any]:
+    """Return the masks of these weights, given their packed bits; None where there are none."""
+    return [None if bits is None else BitMask.of(bits, w.shape) for bits, w in zip(packed, weights, strict=True)]
 
 
 # SymInt: a num_prune that changes makes a graph dynamic, once, instead of being compiled into it each time.
