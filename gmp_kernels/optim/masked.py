@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import count
-from typing import Any, ClassVar, NoReturn, Self, TypeAlias
+from typing import Any, ClassVar, Self, TypeAlias
 from weakref import WeakValueDictionary
 
 import torch
@@ -186,6 +186,7 @@ class MaskedOptimizer(Masking):
             self._check_capturable(parameters[0].device, all(lazy[index] for index in indices))
         states = list(map(self.state.get, parameters))
         is_first = None
+        created: dict[torch.Tensor, dict[str, Any] | None] = {}
         writes: list[Callable[[], object]] = []
         if self._pending or batch is None or not batch.holds(indices, parameters, weights, states, keys):
             # Something has changed, or may have: every parameter is checked.
@@ -207,8 +208,6 @@ class MaskedOptimizer(Masking):
                 for index, state in zip(indices, states, strict=True)
             ]
             created = {c.parameter: c.state for c, state in zip(members, states, strict=True) if c.state is not state}
-            if is_captured and created:
-                self._refuse_first_step()
             writes.append(partial(dict.update, self.state, created))
             batch = Batch(members, indices, keys, self._graph_memory, counts_steps=STEP in self.essential)
         if not batch.fits(gradients):
@@ -216,8 +215,11 @@ class MaskedOptimizer(Masking):
             gradients = [self._beside(checked, gradient, groups[index]) for index, checked, gradient in beside]
         self._batch = batch
         device = parameters[0].device
-        if is_captured and batch.has_counts_elsewhere(device):
-            self._refuse_first_step()
+        if is_captured and (created or batch.has_counts_elsewhere(device)):
+            raise CaptureError(
+                f"{self._name}: expected state that is on the device before a CUDA graph captures a step, got a "
+                "parameter without; take a step outside of the graph first"
+            )
         constants, rows = constants_of(self._constants, batch.steps(groups, lazy, is_first), grad_scale, skips)
         # New state and counts belong to what the kernel writes: all of it is there, or nothing.
         writes += batch.counting(1 if skips is None else (skips == 0).to(torch.float32).reshape(()))
@@ -240,13 +242,6 @@ class MaskedOptimizer(Masking):
             self._refuse_capture(f"the backend {type(backend).__name__.lower()}; build it with backend='cuda'")
         if STEP in self.essential and not is_lazy:
             self._refuse_capture("step counts on the host, which would stand still; build it with capturable=True")
-
-    def _refuse_first_step(self) -> NoReturn:
-        """Raise CaptureError for a step that would make state, or bring it to the device."""
-        raise CaptureError(
-            f"{self._name}: expected state that is on the device before a CUDA graph captures a step, got a parameter "
-            "without; take a step outside of the graph first"
-        )
 
     def _check(
         self, p: torch.Tensor, weight: torch.Tensor, gradient: torch.Tensor, keys: tuple[str, ...]
