@@ -173,7 +173,6 @@ class Masking(torch.optim.Optimizer):
         }
         masks = {p: mask for p, mask in self._masks.items() if p not in gone}
         pending = {p: decides for p, decides in self._pending.items() if p not in gone}
-        self._batch = None
         self._replace(states, masks, pending)
 
     def check_masks(self, masks: Mapping[torch.Tensor, BitMask]) -> None:
@@ -267,10 +266,14 @@ class Masking(torch.optim.Optimizer):
         pending: dict[torch.Tensor, bool],
     ) -> None:
         """Have other state, masks and masks to apply from one moment to the next."""
+        # What knows the state before would keep its memory.
+        replaced = {id(p) for p in states}
+        checked = {key: known for key, known in self._checked.items() if key not in replaced}
+        batch = self._batch if masks is self._masks and not states else None
         at_once(
             [
                 partial(dict.update, self.state, states),
-                partial(self.__dict__.update, _masks=masks, _pending=pending),
+                partial(self.__dict__.update, _masks=masks, _pending=pending, _checked=checked, _batch=batch),
             ]
         )
 
