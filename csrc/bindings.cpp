@@ -335,15 +335,15 @@ T made(Arguments... arguments) {
   return T(arguments...);
 }
 
-// Of all tensors one after the other: equal answers are of tensors that lie in the same place in the same way. None
-// where one has no address. `exchange` is the capsule that the tensors' type has.
-py::object describe(const py::capsule& exchange, const py::list& tensors) {
+// Of all tensors one after the other: equal answers are of tensors that lie in the same way and, with addresses, in the
+// same place. None where one has elements and no address. `exchange` is the capsule that the tensors' type has.
+py::object describe(const py::capsule& exchange, const py::list& tensors, bool with_addresses) {
   const auto* const table = gmp::dlpack::understood(exchange.get_pointer<gmp::dlpack::Exchange>());
   if (table == nullptr) return py::none();
   std::string bytes;
   bytes.reserve(tensors.size() * 96);  // four dimensions each
   for (const py::handle tensor : tensors) {
-    if (gmp::dlpack::describe(*table, tensor.ptr(), bytes)) continue;
+    if (gmp::dlpack::describe(*table, tensor.ptr(), with_addresses, bytes)) continue;
     // The caller finds out what it is instead; but an interrupt goes on.
     if (PyErr_Occurred() != nullptr && !PyErr_ExceptionMatches(PyExc_Exception)) throw py::error_already_set();
     PyErr_Clear();

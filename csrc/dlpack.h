@@ -3,6 +3,7 @@
 // version 1.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <string>
@@ -33,17 +34,25 @@ inline const Exchange* understood(const Exchange* table) {
   return table != nullptr && table->describe != nullptr ? table : nullptr;
 }
 
-// Adds address, device, dtype, shape and strides of a tensor; returns whether it has an address and told all of it. One
-// whose storage was freed has one that is no more than its offset.
-inline bool describe(const Exchange& table, void* object, std::string& bytes) {
+inline bool is_empty(const Tensor& tensor) {
+  return std::any_of(tensor.shape, tensor.shape + tensor.num_dimensions, [](int64_t size) { return size == 0; });
+}
+
+// Adds device, dtype, shape and strides of a tensor, and perhaps its address; returns whether it has told all of them and
+// has an address if it has elements. One whose storage was freed has an address that is no more than its offset.
+inline bool describe(const Exchange& table, void* object, bool with_address, std::string& bytes) {
   Tensor tensor{};
-  if (table.describe(object, &tensor) != 0 || tensor.data == nullptr || tensor.strides == nullptr) return false;
+  if (table.describe(object, &tensor) != 0 || tensor.strides == nullptr) return false;
+  if (tensor.data == nullptr && !is_empty(tensor)) return false;
   const auto append = [&](const void* from, size_t size) { bytes.append(static_cast<const char*>(from), size); };
   const auto size = static_cast<size_t>(tensor.num_dimensions) * sizeof(int64_t);
-  append(&tensor, offsetof(Tensor, shape));
-  append(&tensor.byte_offset, sizeof(tensor.byte_offset));
+  append(&tensor.device_type, offsetof(Tensor, shape) - offsetof(Tensor, device_type));
   append(tensor.shape, size);
   append(tensor.strides, size);
+  if (with_address) {
+    append(&tensor.data, sizeof(tensor.data));
+    append(&tensor.byte_offset, sizeof(tensor.byte_offset));
+  }
   return true;
 }
 

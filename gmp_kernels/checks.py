@@ -19,7 +19,7 @@ from torch.nn.parameter import is_lazy
 
 from gmp_kernels.backends import Layer
 from gmp_kernels.backends.dtypes import DTYPES
-from gmp_kernels.backends.layers import Facts, Layers
+from gmp_kernels.backends.layers import Layers
 from gmp_kernels.backends.layouts import layouts_of
 from gmp_kernels.errors import DTypeError, LayoutError, NonFiniteError, ShapeError, SparsityError
 from gmp_kernels.masks import BitMask
@@ -30,6 +30,7 @@ __all__ = [
     "check_choice",
     "check_disjoint",
     "check_finite",
+    "check_mask",
     "check_sparsity",
     "check_tensors",
     "check_writable",
@@ -45,7 +46,8 @@ Weight: TypeAlias = torch.Tensor | np.ndarray
 PLAIN = {torch.Tensor, torch.nn.Parameter}
 MOST_LAYERS = 4096  # that are known at a time; about 1 KB each
 
-_known: dict[tuple[str, int, int], tuple[list[Any], Facts]] = {}  # by kind of call, number and address of weights
+# By kind of call, number and address of weights; the layers without their tensors, which are not kept alive.
+_known: dict[tuple[str, int, int], tuple[list[Any], Layers]] = {}
 
 
 def checked_layers(
@@ -65,20 +67,20 @@ def checked_layers(
     known = _known.get(key) if key is not None else None
     if known is not None and known[0] == signature:
         return Layers(weights, packed, known[1])  # type: ignore[arg-type]
-    layers = check_tensors(op, weights, masks, names)
+    checked = check_tensors(op, weights, masks, names)
     packed = None if masks is None else [mask.packed for mask in masks]
     if writes != "nothing":
-        check_writable(op, weights, layers, names)
+        check_writable(op, weights, checked, names)
     if writes == "weights and masks" and packed is not None:
         check_disjoint(op, "masks", packed, names)
-    if not layers:
+    if not checked:
         return None
-    facts = Facts(layers)
+    layers = Layers([layer.weight for layer in checked], packed)
     if key is not None:
         if sum(number for _, number, _ in list(_known)) + len(weights) > MOST_LAYERS:
             forget()
-        _known[key] = signature, facts  # type: ignore[assignment]
-    return Layers([layer.weight for layer in layers], packed, facts)
+        _known[key] = signature, Layers((), None, layers)  # type: ignore[assignment]
+    return layers
 
 
 def forget() -> None:
@@ -98,7 +100,7 @@ def _signature(
     try:
         if any(map(of.is_neg, weights)):
             return None
-        signature: list[Any] = [layouts_of(in_memory)]
+        signature: list[Any] = [layouts_of(in_memory, True)]
         signature.append(list(map(torch.UntypedStorage.nbytes, map(of.untyped_storage, in_memory))))
         if masks is not None:
             signature.append([mask.shape for mask in masks])
@@ -165,7 +167,7 @@ def check_tensors(
         tensor = _tensor(op, weight, label)
         mask = None if masks is None else masks[i]
         if masks is not None and not (optional_masks and mask is None):
-            _check_mask(op, mask, tensor, label)
+            check_mask(op, mask, tensor, label)
         layers.append(Layer(tensor, None if mask is None else mask.packed))
     devices = {layer.weight.device for layer in layers}
     if devices == {torch.device("meta")}:
@@ -175,7 +177,8 @@ def check_tensors(
     return layers
 
 
-def _check_mask(op: str, mask: object, tensor: torch.Tensor, label: str) -> None:
+def check_mask(op: str, mask: object, tensor: torch.Tensor, label: str) -> None:
+    """Refuse what is no mask of this tensor."""
     if not isinstance(mask, BitMask):
         raise DTypeError(f"{op}: expected a BitMask for {label}, got {type(mask).__name__}; use BitMask.from_bool(...)")
     if mask.shape != tensor.shape:

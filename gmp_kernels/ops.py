@@ -121,12 +121,12 @@ def magnitude_threshold(
     layers = checked_layers(op, [weight], None if mask is None else [mask], None, writes="nothing")
     assert layers is not None
     check_choice(op, "nonfinite", nonfinite, ("error", "keep"))
-    counts = counts_to_prune(op, layers.facts.sizes, None, num_prune, "layer")
-    brackets = brackets_near([previous], counts, layers.facts.sizes, layers.facts.dtypes)
-    found = select_with(choose(backend, layers.facts.device))(layers, counts, [1], brackets).cutoffs
+    counts = counts_to_prune(op, layers.sizes, None, num_prune, "layer")
+    brackets = brackets_near([previous], counts, layers.sizes, layers.dtypes)
+    found = select_with(choose(backend, layers.device))(layers, counts, [1], brackets).cutoffs
     if nonfinite == "error":
         check_finite(op, found.nonfinite, None)
-    return thresholds_of(found, layers.facts.dtypes)[0]
+    return thresholds_of(found, layers.dtypes)[0]
 
 
 def prune_(
@@ -229,21 +229,21 @@ def begin_prune(
     layers = checked_layers(op, weights_, masks_, names, writes="weights and masks")
     check_choice(op, "scope", scope, ("layer", "global"))
     check_choice(op, "nonfinite", nonfinite, ("error", "keep"))
-    counts = counts_to_prune(op, layers.facts.sizes if layers else [], sparsity, num_prune, scope)
-    if scope == "global" and layers and len(set(layers.facts.dtypes)) > 1:
-        found = ", ".join(sorted(map(str, set(layers.facts.dtypes))))
+    counts = counts_to_prune(op, layers.sizes if layers else [], sparsity, num_prune, scope)
+    if scope == "global" and layers and len(set(layers.dtypes)) > 1:
+        found = ", ".join(sorted(map(str, set(layers.dtypes))))
         raise DTypeError(f"{op}: expected one dtype for scope='global', got {found}; cast, or use scope='layer'")
     if previous is not None and len(previous) != len(weights_):
         raise ShapeError(f"{op}: expected one previous threshold per weight, got {len(previous)} for {len(weights_)}")
     if layers is None:
         return lambda: PruneResult([], [], [], [])
 
-    implementation, facts = choose(backend, layers.facts.device), layers.facts
+    implementation = choose(backend, layers.device)
     is_global = scope == "global"
     brackets = None
     if previous is not None:
-        sizes = [sum(facts.sizes)] if is_global else facts.sizes
-        brackets = brackets_near(previous[: len(sizes)], counts, sizes, facts.dtypes)
+        sizes = [sum(layers.sizes)] if is_global else layers.sizes
+        brackets = brackets_near(previous[: len(sizes)], counts, sizes, layers.dtypes)
     group_sizes = [len(layers)] if is_global else [1] * len(layers)
     selection = select_with(implementation)(layers, counts, group_sizes, brackets, prunes=True)
     # While a GPU selects.
@@ -271,7 +271,7 @@ def begin_prune(
         if counted is None:
             check_finite(op, cutoffs.nonfinite, names)
         assert counted is not None
-        return PruneResult(masks_, thresholds_of(cutoffs, facts.dtypes), *counted)
+        return PruneResult(masks_, thresholds_of(cutoffs, layers.dtypes), *counted)
 
     return write
 
@@ -308,7 +308,7 @@ def apply_masks_(
         return
     layers = checked_layers(op, weights_, masks_, None, writes="weights")
     if layers is not None:
-        implementation = choose(backend, layers.facts.device)
+        implementation = choose(backend, layers.device)
         bump_versions(layers.weights)  # first, as in prune_
         implementation.apply(layers)
 
@@ -339,7 +339,7 @@ def thresholds_of(cutoffs: Cutoffs, dtypes: Sequence[torch.dtype]) -> list[Thres
 
 
 def _new_masks(op: str, layers: Layers) -> list[BitMask]:
-    device = layers.facts.device
+    device = layers.device
     try:
         return [BitMask.empty(weight.shape, device) for weight in layers.weights]
     except torch.OutOfMemoryError as error:
@@ -353,15 +353,10 @@ def _new_masks(op: str, layers: Layers) -> list[BitMask]:
 
 
 def _threshold_as_tensors(
-    weight: torch.Tensor,
-    num_prune: int,
-    mask: torch.Tensor | None = None,
-    *,
-    nonfinite: NonFinite = "error",
-    backend: str | None = None,
+    weight: torch.Tensor, num_prune: int, mask: torch.Tensor | None = None, **options: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    bits = None if mask is None else BitMask.of(mask, weight.shape)
-    value, *counts = magnitude_threshold(weight, num_prune, mask=bits, nonfinite=nonfinite, backend=backend)
+    (bits,) = bit_masks([mask], [weight])
+    value, *counts = magnitude_threshold(weight, num_prune, mask=bits, **options)
     return weight.new_tensor(value), weight.new_tensor(counts, dtype=torch.int64)
 
 
@@ -370,26 +365,18 @@ def _fake_threshold(weight: torch.Tensor, *_: object, **__: object) -> tuple[tor
 
 
 def _prune_packed(
-    weights: Sequence[torch.Tensor],
-    masks: Sequence[torch.Tensor],
-    num_prune: Sequence[int],
-    *,
-    scope: Scope = "layer",
-    nonfinite: NonFinite = "error",
-    backend: str | None = None,
+    weights: Sequence[torch.Tensor], masks: Sequence[torch.Tensor], num_prune: Sequence[int], **options: Any
 ) -> None:
-    bits = _bit_masks(masks, weights)
-    prune_(weights, num_prune=num_prune, masks=bits, scope=scope, nonfinite=nonfinite, backend=backend)
+    prune_(weights, num_prune=num_prune, masks=bit_masks(masks, weights), **options)
 
 
-def _apply_packed(
-    weights: Sequence[torch.Tensor], masks: Sequence[torch.Tensor], *, backend: str | None = None
-) -> None:
-    apply_masks_(weights, _bit_masks(masks, weights), backend=backend)
+def _apply_packed(weights: Sequence[torch.Tensor], masks: Sequence[torch.Tensor], **options: Any) -> None:
+    apply_masks_(weights, bit_masks(masks, weights), **options)
 
 
-def _bit_masks(packed: Sequence[torch.Tensor], weights: Sequence[torch.Tensor]) -> list[BitMask]:
-    return [BitMask.of(bits, weight.shape) for bits, weight in zip(packed, weights, strict=True)]
+def bit_masks(packed: Sequence[torch.Tensor | None], weights: Sequence[torch.Tensor]) -> list[Any]:
+    """Return the masks of these weights, given their packed bits; None where there are none."""
+    return [None if bits is None else BitMask.of(bits, w.shape) for bits, w in zip(packed, weights, strict=True)]
 
 
 # SymInt: a num_prune that changes makes a graph dynamic, once, instead of being compiled into it each time.

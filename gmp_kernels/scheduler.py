@@ -22,7 +22,7 @@ from gmp_kernels.model.wrappers import optimizer_chain
 from gmp_kernels.ops import NonFinite, Scope
 from gmp_kernels.pruner.enforcement import Enforcement, write_despite_interrupts
 from gmp_kernels.pruner.groups import groups_of, warning_of_emptied
-from gmp_kernels.pruner.layers import begin, by_device, overwrite_masks, prune_nothing
+from gmp_kernels.pruner.layers import begin, overwrite_masks, prune_nothing
 from gmp_kernels.pruner.progress import Position, Progress
 from gmp_kernels.pruner.state import Saved, Start, pack, starting_masks, unpack
 from gmp_kernels.reports import LayerReport, StepReport
@@ -177,8 +177,7 @@ class GMPScheduler:
             expects_dense=start is None,
         )
         # Pruning nothing finds every tensor prune_ would refuse now rather than epochs later.
-        for names in by_device(self._held, parameters, scope):
-            prune_nothing(self._held, names, **self._options)
+        prune_nothing(self._held, parameters, **self._options)
         num_pruned = {}
         if has_start:
             here = {name: mask.numel - mask.num_kept for name, mask in self.masks.items()}
@@ -400,25 +399,15 @@ class GMPScheduler:
         num_prune = dict.fromkeys(due_layers, 0) if is_global else dict(zip(due_layers, counts, strict=True))
         names = [name for name in self.masks if name in num_prune]
         held.check_masks(names)
-        batches = by_device(held, names, self._scope)
-        if len(batches) > 1:
-            # One call per device: let each find its NaN before the first one writes.
-            for batch in batches:
-                prune_nothing(held, batch, **self._options)
-        calls = []
-        for batch in batches:
-            own = counts if is_global else [num_prune[name] for name in batch]
-            calls.append((batch, begin(held, batch, own, step=step, **self._options)))
+        own = counts if is_global else [num_prune[name] for name in names]
+        prune = begin(held, names, own, step=step, **self._options)
         sizes, before, num_reports = self._num_weights, held.num_pruned, len(self.history)
-        layers = dict[str, LayerReport]()
 
         def write() -> StepReport:
-            for batch, prune in calls:
-                if batch[0] not in layers:
-                    result = prune()
-                    found = zip(batch, result.thresholds, result.num_pruned, strict=True)
-                    reports = [LayerReport(a, t.value, sizes[a], n, n - before[a], t.num_ties) for a, t, n in found]
-                    layers.update(zip(batch, reports, strict=True))
+            layers = {
+                name: LayerReport(name, threshold.value, sizes[name], n, n - before[name], threshold.num_ties)
+                for name, (threshold, n) in prune().items()
+            }
             held.masks_changed(before | {name: layer.num_pruned for name, layer in layers.items()})
             try:
                 # The state of the optimizer alone can be missing now, and what zeroes it comes back to it.

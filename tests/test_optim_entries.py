@@ -324,7 +324,7 @@ def test_masks_that_are_none_are_refused_by_set_masks() -> None:
         with pytest.raises(error, match="set_masks"):
             optimizer.set_masks({p: wrong})
     meta = BitMask.of(torch.empty(99, dtype=torch.uint8, device="meta"), torch.Size(SHAPE))
-    with pytest.raises(LayoutError, match="expected a mask on cpu, got meta"):
+    with pytest.raises(LayoutError, match=r"expected the mask of a parameter of shape \(.*\) on cpu, got meta"):
         optimizer.set_masks({p: meta})
 
 

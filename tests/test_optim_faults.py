@@ -24,7 +24,7 @@ from gmp_kernels.optim import masking
 from gmp_kernels.tools.testing import assert_bitwise_equal
 
 SHAPES = [(6, 7), (5,), (0,)]
-STRIDE = 37  # instructions between two interrupts that are tried
+STRIDE = 31  # instructions between two interrupts that are tried
 
 Run = tuple[list[Any], Any]
 Event = Callable[[list[Any], Any], object]

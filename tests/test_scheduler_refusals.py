@@ -15,8 +15,9 @@ from scheduler_cases import (
 )
 from torch import nn
 
-from gmp_kernels import GMPScheduler, scheduler, schedules
+from gmp_kernels import GMPScheduler, schedules
 from gmp_kernels.errors import DTypeError, LayoutError, NonFiniteError, SparsityError, StateError, TargetError
+from gmp_kernels.pruner import layers
 
 
 @pytest.mark.parametrize(
@@ -101,7 +102,7 @@ def test_non_finite_weights_can_be_kept():
 
 def test_one_call_per_device_is_all_or_nothing_too(monkeypatch):
     parts = model, _, pruner = make()
-    monkeypatch.setattr(scheduler, "by_device", lambda held, names, scope: [[name] for name in names])
+    monkeypatch.setattr(layers, "_by_device", lambda held, names, scope: [[name] for name in names])
     run(*parts, range(6))
     train_step(*parts[:2], 6)
     model[4].weight.data.fill_(torch.nan)

@@ -16,7 +16,8 @@ from gmp_kernels import GMPScheduler, schedules
 from gmp_kernels.errors import GMPWarning
 from gmp_kernels.masks import BitMask
 from gmp_kernels.pruner import watch
-from gmp_kernels.pruner.watch import SLICE, Watch, _sample_of, compare
+from gmp_kernels.pruner.watch import Watch, _sample_of, compare
+from gmp_kernels.pruner.zeroing import SLICE
 
 
 @EVERY_OPTIMIZER

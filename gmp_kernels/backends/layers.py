@@ -14,35 +14,15 @@ import torch
 
 from gmp_kernels.backends.types import Layer
 
-__all__ = ["Facts", "Layers", "device_of", "merged", "prepared"]
+__all__ = ["Layers", "device_of", "merged", "prepared"]
 
 T = TypeVar("T")
 
 
-class Facts:
-    """Facts that follow from the addresses, shapes and dtypes of a call's tensors alone; holds none of them.
-
-    Attributes
-    ----------
-    sizes : list of int
-    dtypes : list of torch.dtype
-    device : torch.device
-    prepared : dict
-        What backends make of the same: rows, templates of tables. Never memory that a call writes, as calls may run in
-        several threads or on several streams.
-    """
-
-    __slots__ = ("device", "dtypes", "prepared", "sizes")
-
-    def __init__(self, layers: Sequence[Layer]) -> None:
-        self.sizes = [layer.weight.numel() for layer in layers]
-        self.dtypes = [layer.weight.dtype for layer in layers]
-        self.device = layers[0].weight.device
-        self.prepared: dict[Hashable, object] = {}
-
-
 class Layers(Sequence[Layer]):
-    """Validated layers of one call.
+    """Validated layers of one call, and what follows from their addresses, shapes and dtypes alone.
+
+    With ``known``, layers of an earlier call of which these are the same, the latter is shared.
 
     Attributes
     ----------
@@ -50,14 +30,24 @@ class Layers(Sequence[Layer]):
         Not detached yet: a kernel that gets their addresses never asks.
     masks : sequence of torch.Tensor or None
         Packed bits; None where nothing is pruned yet.
-    facts : Facts
-        Those of earlier calls, if there were any on the same addresses, shapes and dtypes.
+    sizes : list of int
+    dtypes : list of torch.dtype
+    device : torch.device
+    prepared : dict
+        What backends make of addresses, shapes and dtypes: rows, templates of tables. Never memory that a call writes,
+        as calls may run in several threads or on several streams.
     """
 
-    __slots__ = ("facts", "masks", "weights")
+    __slots__ = ("device", "dtypes", "masks", "prepared", "sizes", "weights")
 
-    def __init__(self, weights: Sequence[torch.Tensor], masks: Sequence[torch.Tensor] | None, facts: Facts) -> None:
-        self.weights, self.masks, self.facts = weights, masks, facts
+    def __init__(
+        self, weights: Sequence[torch.Tensor], masks: Sequence[torch.Tensor] | None, known: Layers | None = None
+    ) -> None:
+        self.weights, self.masks = weights, masks
+        self.prepared: dict[Hashable, object] = {} if known is None else known.prepared
+        self.device: torch.device = weights[0].device if known is None else known.device
+        self.sizes: list[int] = [weight.numel() for weight in weights] if known is None else known.sizes
+        self.dtypes: list[torch.dtype] = [weight.dtype for weight in weights] if known is None else known.dtypes
 
     def __len__(self) -> int:
         return len(self.weights)
@@ -74,14 +64,14 @@ class Layers(Sequence[Layer]):
 
 def device_of(layers: Sequence[Layer]) -> torch.device:
     """Return the device that all of them are on."""
-    return layers.facts.device if isinstance(layers, Layers) else layers[0].weight.device
+    return layers.device if isinstance(layers, Layers) else layers[0].weight.device
 
 
 def prepared(layers: Sequence[Layer], key: Hashable, make: Callable[[], T]) -> T:
     """Return what ``make`` makes of the layers' addresses, sizes and dtypes: made once for as long as these stay."""
     if not isinstance(layers, Layers):
         return make()
-    known = layers.facts.prepared
+    known = layers.prepared
     if key not in known:
         known[key] = make()
     return known[key]  # type: ignore[return-value]

@@ -1,8 +1,8 @@
-"""Places of tensors in memory, to tell whether those of a call are those of an earlier one, as cheaply as can be."""
+"""Layouts of tensors, to tell whether those of a call are those of an earlier one, as cheaply as can be."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from operator import attrgetter
 from typing import Any, TypeAlias
@@ -16,15 +16,24 @@ except ImportError:
 
 __all__ = ["BY_DLPACK", "by_getters", "layouts_of"]
 
-Layouts: TypeAlias = Callable[[list[torch.Tensor]], object]
+Layouts: TypeAlias = Callable[[list[torch.Tensor], bool], object]
 _dtype, _shape = attrgetter("dtype"), attrgetter("shape")
 
 
-def by_getters(tensors: Sequence[torch.Tensor]) -> list[list[Any]] | None:
-    """Return address, dtype, shape and contiguity of all tensors; None where one has no address."""
+def by_getters(tensors: list[torch.Tensor], with_addresses: bool) -> list[list[Any]] | None:
+    """Return device, dtype, shape and strides of all tensors, and perhaps their addresses.
+
+    None where one has elements and no address.
+    """
     of = torch.Tensor
-    layouts: list[list[Any]] = [list(map(f, tensors)) for f in (of.data_ptr, _dtype, _shape, of.is_contiguous)]
-    return layouts if all(layouts[0]) else None
+    try:
+        addresses = list(map(of.data_ptr, tensors))
+    except (RuntimeError, TypeError):
+        return None  # sparse ones have no memory of their own; or it is no tensor
+    if not all(addresses) and any(tensor.numel() for tensor in tensors if not tensor.data_ptr()):
+        return None
+    layouts: list[list[Any]] = [list(map(f, tensors)) for f in (of.get_device, _dtype, _shape, of.stride)]
+    return [*layouts, addresses] if with_addresses else layouts
 
 
 def _by_dlpack() -> Layouts | None:
@@ -33,7 +42,7 @@ def _by_dlpack() -> Layouts | None:
     To it torch's integers of 1 to 7 bits are those of 8, whose bytes they lie in.
     """
     exchange = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
-    if describe is None or exchange is None or describe(exchange, [torch.ones(1, device="cpu")]) is None:
+    if describe is None or exchange is None or describe(exchange, [torch.ones(1, device="cpu")], True) is None:
         return None
     return partial(describe, exchange)
 

@@ -2,20 +2,63 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from operator import is_
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
 from gmp_kernels.backends import UpdateTensor
 from gmp_kernels.backends.dtypes import DTYPES
-from gmp_kernels.checks import has_memory
+from gmp_kernels.backends.layouts import layouts_of
+from gmp_kernels.checks import check_mask, has_memory
 from gmp_kernels.distributed.placement import local
 from gmp_kernels.errors import DTypeError, LayoutError, ShapeError
 from gmp_kernels.masks import BitMask
 from gmp_kernels.optim.compact import MASTER, STEP, is_count, layout_of, version_of
 
-__all__ = ["CheckedParameter", "check_mask", "checked_gradient", "is_dense"]
+__all__ = [
+    "CheckedParameter",
+    "Snapshot",
+    "check_memory",
+    "check_weight",
+    "gradient_beside",
+    "is_dense",
+    "is_unchanged",
+    "plain_layouts",
+    "snapshot",
+]
+
+Snapshot: TypeAlias = tuple[list[object], list[object]]
+
+
+def snapshot(
+    weights: list[torch.Tensor], objects: Iterable[object], frozen: Iterable[torch.Tensor], *facts: object
+) -> Snapshot:
+    """Return all that the outcome of checks depends on: objects that have to stay, and facts that have to stay equal.
+
+    Parameters
+    ----------
+    weights : list of torch.Tensor
+    objects : iterable of object
+        The snapshot keeps them alive, so that no other object can take the place of one.
+    frozen : iterable of torch.Tensor
+        Tensors that nobody may write.
+    *facts : object
+        What else is compared.
+    """
+    return [*objects], [plain_layouts(weights, True), [version_of(tensor) for tensor in frozen], *facts]
+
+
+def is_unchanged(now: Snapshot, before: Snapshot) -> bool:
+    """Whether two snapshots are of the same."""
+    is_known = now[1][0] is not None and now[1] == before[1]
+    return is_known and len(now[0]) == len(before[0]) and all(map(is_, now[0], before[0]))
+
+
+def plain_layouts(tensors: list[torch.Tensor], with_addresses: bool) -> object | None:
+    """Return ``layouts_of`` the tensors; None also where one negates what is in memory."""
+    return None if any(map(torch.Tensor.is_neg, tensors)) else layouts_of(tensors, with_addresses)
 
 
 class CheckedParameter:
@@ -33,17 +76,16 @@ class CheckedParameter:
 
     Attributes
     ----------
+    parameter, state, keys, mask
+        As given.
     tensor : UpdateTensor
     bits : torch.Tensor or None
         The packed bits that the mask had.
-    version : int or None
-        The version of these bits, where the step is right for no other: compact state is laid out by them, or they were
-        brought into another order.
+    frozen : list of torch.Tensor
+        These bits, if the step is right for no others: compact state is laid out by them, or they were brought into
+        another order.
     written : list of torch.Tensor
         All that a step changes.
-    pointer : int
-    form : tuple
-        Shape, strides, dtype and device of weight and gradient.
     """
 
     def __init__(
@@ -66,75 +108,53 @@ class CheckedParameter:
             compaction=layout_of(state),
         )
         reads_as_they_are = self.tensor.compaction is None and self.tensor.mask is self.bits
-        self.version = None if self.bits is None or reads_as_they_are else version_of(self.bits)
+        self.frozen = [] if self.bits is None or reads_as_they_are else [self.bits]
         # A plain parameter and what is detached from it count versions together.
         own = [parameter] if weight is parameter else [parameter, self.tensor.weight]
         self.written = [t for t in (*own, self.tensor.master, *self.tensor.state) if t is not None]
-        self.pointer = weight.data_ptr()
-        self.form = weight.shape, weight.stride(), weight.dtype, weight.get_device()
-        self._keys = keys
-        self._names = keys if master is None else (MASTER, *keys)
-        self._values = [entries[name] for name in self._names]
-        self._is_counted = is_count(self.count)
+        self.keys = keys
+        self._checked = self._snapshot(weight, state)
 
-    @property
-    def count(self) -> torch.Tensor | None:
-        """Its step count, if the state has one."""
-        return None if self.state is None else self.state.get(STEP)
+    def holds(self, weight: torch.Tensor, state: dict[str, Any] | None) -> bool:
+        """Whether parameter, bits of the mask and state are still those that were checked."""
+        return is_unchanged(self._snapshot(weight, state), self._checked)
 
-    def holds(self, weight: torch.Tensor, state: dict[str, Any] | None, keys: tuple[str, ...]) -> bool:
-        """Whether parameter, mask and state are still those that were checked."""
-        return (
-            keys == self._keys
-            and (self.mask is None or self.mask.packed is self.bits)
-            and (self.version is None or self.bits is None or self.version == version_of(self.bits))
-            and self.holds_state(weight, state)
-        )
-
-    def holds_state(self, weight: torch.Tensor, state: dict[str, Any] | None) -> bool:
-        """Whether parameter and state are still those that were checked, whatever the mask."""
-        shape, stride, dtype, _ = self.form
-        return (
-            state is self.state
-            and weight.data_ptr() == self.pointer
-            and weight.shape == shape
-            and weight.stride() == stride
-            and weight.dtype is dtype
-            and (state is None or all(map(is_, map(state.get, self._names), self._values)))
-            and is_count(self.count) == self._is_counted
-        )
-
-    def fits(self, gradient: torch.Tensor) -> bool:
-        """Whether a kernel can walk this gradient beside the parameter."""
-        shape, stride, dtype, device = self.form
-        return (
-            gradient.layout is torch.strided
-            and gradient.dtype is dtype
-            and gradient.shape == shape
-            and gradient.stride() == stride
-            and gradient.get_device() == device
-            and not gradient.is_neg()
-        )
+    def _snapshot(self, weight: torch.Tensor, state: dict[str, Any] | None) -> Snapshot:
+        entries = state or {}
+        # Without the count: those that step together share the memory of theirs, and another batch replaces it.
+        values = [value for name, value in entries.items() if name != STEP]
+        objects = [state, None if self.mask is None else self.mask.packed, *values]
+        return snapshot([weight], objects, self.frozen, is_count(entries.get(STEP)))
 
 
-def checked_gradient(
-    optimizer: str,
-    p: torch.Tensor,
-    weight: torch.Tensor,
-    gradient: torch.Tensor,
-    mask: BitMask | None,
-    *,
-    is_compact: bool,
-) -> torch.Tensor:
-    """Return the dense gradient in the layout of ``weight``, which is what this process holds of ``p``.
+def check_weight(optimizer: str, weight: torch.Tensor, mask: BitMask | None, *, is_compact: bool) -> None:
+    """Raise DTypeError, LayoutError or ShapeError for a weight and its mask that the kernels do not take.
 
-    Raises DTypeError, LayoutError or ShapeError for a weight, gradient or mask that the kernels do not take, or that do
-    not fit each other.
+    ``weight`` is what this process holds of a parameter.
     """
-    if p.dtype not in DTYPES:
-        raise DTypeError(f"{optimizer}: expected float32, float64, bfloat16 or float16 parameters, got {p.dtype}")
-    if gradient.dtype != p.dtype:
-        raise DTypeError(f"{optimizer}: expected gradients of their parameter's {p.dtype}, got {gradient.dtype}; cast")
+    if weight.dtype not in DTYPES:
+        raise DTypeError(f"{optimizer}: expected float32, float64, bfloat16 or float16 parameters, got {weight.dtype}")
+    if mask is not None:
+        check_mask(optimizer, mask, weight, f"a parameter of shape {tuple(weight.shape)}")
+    # Compact state counts in the order of the dimensions; anything else may be in any order.
+    if not (weight.is_contiguous() if is_compact else is_dense(weight)):
+        wanted = "contiguous parameters with compact state" if is_compact else "parameters without gaps in memory"
+        raise LayoutError(
+            f"{optimizer}: expected {wanted}, got strides {weight.stride()} for shape {tuple(weight.shape)}; "
+            "use .contiguous()"
+        )
+    check_memory(optimizer, weight)
+
+
+def gradient_beside(optimizer: str, weight: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    """Return a dense gradient in the layout of ``weight``, which is what this process holds of its parameter.
+
+    Raises DTypeError, LayoutError or ShapeError for a gradient that does not fit.
+    """
+    if gradient.dtype != weight.dtype:
+        raise DTypeError(
+            f"{optimizer}: expected gradients of their parameter's {weight.dtype}, got {gradient.dtype}; cast"
+        )
     if gradient.shape != weight.shape:
         raise ShapeError(
             f"{optimizer}: expected gradients of their parameter's shape {tuple(weight.shape)}, got "
@@ -145,36 +165,18 @@ def checked_gradient(
             f"{optimizer}: expected gradients on their parameter's {weight.device}, got {gradient.device}; compute "
             "them again after moving a model"
         )
-    if mask is not None:
-        check_mask(optimizer, weight, mask)
-    # Compact state counts in the order of the dimensions; anything else may be in any order.
-    if not (weight.is_contiguous() if is_compact else is_dense(weight)):
-        wanted = "contiguous parameters with compact state" if is_compact else "parameters without gaps in memory"
-        raise LayoutError(
-            f"{optimizer}: expected {wanted}, got strides {weight.stride()} for shape {tuple(weight.shape)}; "
-            "use .contiguous()"
-        )
-    if not (has_memory(weight) and has_memory(gradient)):
-        raise LayoutError(
-            f"{optimizer}: expected parameters and gradients in memory, got a tensor of shape {tuple(weight.shape)} "
-            "whose storage was freed or cut; gather it"
-        )
+    check_memory(optimizer, gradient)
     # The kernel walks memory: a gradient laid out differently is brought into the parameter's order.
     is_beside = gradient.stride() == weight.stride() and not gradient.is_neg()
     return gradient if is_beside else torch.empty_like(weight).copy_(gradient)
 
 
-def check_mask(op: str, weight: torch.Tensor, mask: BitMask) -> None:
-    """Raise ShapeError or LayoutError for a mask that does not fit what this process holds of a parameter."""
-    if mask.shape != weight.shape or not mask.is_packed:
-        raise ShapeError(
-            f"{op}: expected a mask of shape {tuple(weight.shape)} in {-(-weight.numel() // 8)} bytes, got one for "
-            f"{tuple(mask.shape)}, {mask.packed.dtype} of shape {tuple(mask.packed.shape)}; set a new BitMask"
-        )
-    if mask.packed.device != weight.device:
+def check_memory(optimizer: str, tensor: torch.Tensor) -> None:
+    """Raise LayoutError for a strided tensor whose storage does not reach its last element."""
+    if tensor.layout is torch.strided and not has_memory(tensor):
         raise LayoutError(
-            f"{op}: expected a mask on {weight.device}, got {mask.packed.device}; use mask.to(device), and set masks "
-            "again after moving a model"
+            f"{optimizer}: expected parameters and gradients in memory, got a tensor of shape {tuple(tensor.shape)} "
+            "whose storage was freed or cut; gather it"
         )
 
 

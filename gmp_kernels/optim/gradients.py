@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -14,6 +15,7 @@ from gmp_kernels.distributed.placement import local_grad, sharding_of, sum_over_
 from gmp_kernels.errors import LayoutError, ShapeError, SparsityError
 from gmp_kernels.library import define
 from gmp_kernels.masks import BitMask
+from gmp_kernels.ops import bit_masks
 from gmp_kernels.optim.checked import is_dense
 
 __all__ = ["clip_grad_norm_", "ema_update_"]
@@ -233,15 +235,9 @@ def _packed(masks: Sequence[BitMask | None]) -> list[torch.Tensor | None]:
 
 
 def _clip_packed(
-    gradients: Sequence[torch.Tensor],
-    max_norm: float,
-    masks: Sequence[torch.Tensor | None],
-    *,
-    error_if_nonfinite: bool = False,
-    backend: str | None = None,
+    gradients: Sequence[torch.Tensor], max_norm: float, masks: Sequence[torch.Tensor | None], **options: Any
 ) -> torch.Tensor:
-    bits = _bit_masks(masks, gradients)
-    return clip_gradients_(gradients, max_norm, bits, gradients, error_if_nonfinite=error_if_nonfinite, backend=backend)
+    return clip_gradients_(gradients, max_norm, bit_masks(masks, gradients), gradients, **options)
 
 
 def _fake_norm(gradients: Sequence[torch.Tensor], *_: object, **__: object) -> torch.Tensor:
@@ -255,14 +251,9 @@ def _ema_packed(
     weights: Sequence[torch.Tensor],
     decay: float,
     masks: Sequence[torch.Tensor | None],
-    *,
-    backend: str | None = None,
+    **options: Any,
 ) -> None:
-    ema_update_(averages, weights, decay, masks=_bit_masks(masks, averages), backend=backend)
-
-
-def _bit_masks(packed: Sequence[torch.Tensor | None], tensors: Sequence[torch.Tensor]) -> list[BitMask | None]:
-    return [None if bits is None else BitMask.of(bits, t.shape) for bits, t in zip(packed, tensors, strict=True)]
+    ema_update_(averages, weights, decay, masks=bit_masks(masks, averages), **options)
 
 
 define(

@@ -11,11 +11,12 @@ from weakref import WeakValueDictionary
 import torch
 
 from gmp_kernels.backends import capture, choose
+from gmp_kernels.checks import PLAIN
 from gmp_kernels.distributed.placement import is_sharded, local, local_grad
-from gmp_kernels.errors import DTypeError, LayoutError, ShapeError, TargetError
+from gmp_kernels.errors import CaptureError, DTypeError, LayoutError, ShapeError, TargetError
 from gmp_kernels.library import define
 from gmp_kernels.optim.batch import Batch
-from gmp_kernels.optim.checked import CheckedParameter, checked_gradient
+from gmp_kernels.optim.checked import CheckedParameter, check_memory, check_weight, gradient_beside
 from gmp_kernels.optim.compact import (
     MASTER,
     STEP,
@@ -29,7 +30,6 @@ from gmp_kernels.optim.compact import (
     state_dtype,
 )
 from gmp_kernels.optim.constants import constants_of, is_on_gpu
-from gmp_kernels.optim.graphs import refuse, refuse_first_step
 from gmp_kernels.optim.masking import Masking
 
 __all__ = ["MaskedOptimizer"]
@@ -180,24 +180,46 @@ class MaskedOptimizer(Masking):
     ) -> None:
         groups, batch = self.param_groups, self._batch
         keys = [self._state_keys(group) for group in groups]
-        is_captured = self._is_captured(given, lazy)
-        gradients, is_first = None, None
+        indices, parameters, weights, gradients = _stepping(groups, given)
+        is_captured = any(capture.is_capturing(p.device) for p in parameters[:1])
+        if is_captured:
+            self._check_capturable(parameters[0].device, all(lazy[index] for index in indices))
+        states = list(map(self.state.get, parameters))
+        is_first = None
+        created: dict[torch.Tensor, dict[str, Any] | None] = {}
         writes: list[Callable[[], object]] = []
-        if batch is not None and given is None and not self._pending:
-            gradients = batch.gradients(groups, keys, self.state)
-        if batch is None or gradients is None:
+        if self._pending or batch is None or not batch.holds(indices, parameters, weights, states, keys):
             # Something has changed, or may have: every parameter is checked.
             self._settle()
-            members, gradients, is_first, writes = self._check_each(given, keys, is_captured=is_captured)
-            if not members:
+            if not parameters:
                 return
-            if batch is None or not batch.consists_of(members):
-                batch = Batch(members, self._graph_memory, counts_steps=STEP in self.essential)
-            batch.remember(groups, keys)
-            self._batch = batch
-        device = batch.members[0].parameter.device
-        if is_captured and batch.has_counts_elsewhere(device):
-            refuse_first_step(self._name)
+            _check_together(self._name, parameters)
+            weights = [*weights]
+            for i, weight in enumerate(weights):
+                if weight.is_neg():
+                    # A view that negates what is in memory, which is what kernels see.
+                    weights[i] = weight.detach().resolve_neg()
+                    writes.append(partial(weight.detach().copy_, weights[i]))
+            columns = zip(parameters, weights, gradients, indices, strict=True)
+            members = [self._check(p, weight, gradient, keys[index]) for p, weight, gradient, index in columns]
+            states = list(map(self.state.get, parameters))
+            is_first = [
+                any(state is None or state.get(name) is None for name in keys[index])
+                for index, state in zip(indices, states, strict=True)
+            ]
+            created = {c.parameter: c.state for c, state in zip(members, states, strict=True) if c.state is not state}
+            writes.append(partial(dict.update, self.state, created))
+            batch = Batch(members, indices, keys, self._graph_memory, counts_steps=STEP in self.essential)
+        if not batch.fits(gradients):
+            beside = zip(indices, batch.members, gradients, strict=True)
+            gradients = [self._beside(checked, gradient, groups[index]) for index, checked, gradient in beside]
+        self._batch = batch
+        device = parameters[0].device
+        if is_captured and (created or batch.has_counts_elsewhere(device)):
+            raise CaptureError(
+                f"{self._name}: expected state that is on the device before a CUDA graph captures a step, got a "
+                "parameter without; take a step outside of the graph first"
+            )
         constants, rows = constants_of(self._constants, batch.steps(groups, lazy, is_first), grad_scale, skips)
         # New state and counts belong to what the kernel writes: all of it is there, or nothing.
         writes += batch.counting(1 if skips is None else (skips == 0).to(torch.float32).reshape(()))
@@ -211,90 +233,33 @@ class MaskedOptimizer(Masking):
             present = batch.present(batch.members)
             self._graph_masks.update((c.parameter, 0 if c.bits is None else c.bits.data_ptr()) for c in present)
 
-    def _is_captured(self, given: Given | None, lazy: Sequence[bool]) -> bool:
-        """Return whether a CUDA graph records this step; raise CaptureError if it would repeat the step wrongly."""
-        if not any(capture.is_capturing(p.device) for group in self.param_groups for p in group["params"][:1]):
-            return False
-        stepping = [
-            (index, p)
-            for index, group in enumerate(self.param_groups)
-            for p in group["params"]
-            if (p.grad if given is None else given.get(p)) is not None
-        ]
-        if not stepping:
-            return False
+    def _check_capturable(self, device: torch.device, is_lazy: bool) -> None:
+        """Raise CaptureError for a step that a CUDA graph would repeat wrongly."""
         if self._compact_state:
-            refuse(self._name, "compact state, which every update lays out anew; build it with compact_state=False")
-        backend = choose(self._backend, stepping[0][1].device)
+            self._refuse_capture("compact state, which every update lays out anew; build it with compact_state=False")
+        backend = choose(self._backend, device)
         if not backend.capturable:
-            refuse(self._name, f"the backend {type(backend).__name__.lower()}; build it with backend='cuda'")
-        if STEP in self.essential and not all(lazy[index] for index, _ in stepping):
-            refuse(self._name, "step counts on the host, which would stand still; build it with capturable=True")
-        return True
+            self._refuse_capture(f"the backend {type(backend).__name__.lower()}; build it with backend='cuda'")
+        if STEP in self.essential and not is_lazy:
+            self._refuse_capture("step counts on the host, which would stand still; build it with capturable=True")
 
-    def _check_each(
-        self, given: Given | None, keys: Sequence[tuple[str, ...]], *, is_captured: bool
-    ) -> tuple[list[tuple[int, CheckedParameter]], list[torch.Tensor], list[bool], list[Callable[[], object]]]:
-        """Check every parameter that has a gradient.
+    def _check(
+        self, p: torch.Tensor, weight: torch.Tensor, gradient: torch.Tensor, keys: tuple[str, ...]
+    ) -> CheckedParameter:
+        """Return a parameter that has passed all checks, with complete state; ``weight`` is its value here."""
+        state, mask, checked = self.state.get(p), self._masks.get(p), self._checked.get(id(p))
+        if checked is None or checked.keys != keys or checked.mask is not mask or not checked.holds(weight, state):
+            self._check_state(p)
+            check_weight(self._name, weight, mask, is_compact=self._compact_state and mask is not None)
+            check_memory(self._name, gradient)
+            checked = CheckedParameter(p, weight, self._completed(p, weight, keys), keys, mask)
+            self._checked[id(p)] = checked
+        return checked
 
-        Returns
-        -------
-        members : list of (int, CheckedParameter)
-            With the indices of their groups.
-        gradients : list of torch.Tensor
-        is_first : list of bool
-            Whether the state lacks an entry per weight, which it does before the first step.
-        writes : list of callable
-            To be called once the step is taken: new state becomes the parameters', and what was stepped in the place of
-            a parameter is copied to it.
-        """
-        members: list[tuple[int, CheckedParameter]] = []
-        gradients: list[torch.Tensor] = []
-        is_first: list[bool] = []
-        created: dict[torch.Tensor, dict[str, Any]] = {}
-        devices: set[torch.device] = set()  # of those that were not checked
-        writes: list[Callable[[], object]] = [partial(dict.update, self.state, created)]
-        for index, group in enumerate(self.param_groups):
-            for p in group["params"]:
-                weight, gradient = _value_and_gradient(p, given)
-                if gradient is None:
-                    continue
-                if weight.is_neg():
-                    # A view that negates what is in memory, which is what kernels see.
-                    view, weight = weight.detach(), weight.detach().resolve_neg()
-                    writes.append(partial(view.copy_, weight))
-                state, mask, checked = self.state.get(p), self._masks.get(p), self._checked.get(id(p))
-                if checked is not None and not checked.holds(weight, state, keys[index]):
-                    checked = None
-                if checked is None:
-                    self._check_state(p)
-                if checked is None or not checked.fits(gradient):
-                    if gradient.layout is not torch.strided:
-                        gradient = self._densified(gradient, group)
-                    is_compact = self._compact_state and mask is not None
-                    gradient = checked_gradient(self._name, p, weight, gradient, mask, is_compact=is_compact)
-                is_first.append(checked is None and any(state is None or state.get(n) is None for n in keys[index]))
-                if checked is None:
-                    completed = self._completed(p, weight, keys[index])
-                    checked = self._checked[id(p)] = CheckedParameter(p, weight, completed, keys[index], mask)
-                    devices.add(p.device)
-                if checked.state is not None and checked.state is not state:
-                    created[p] = checked.state
-                members.append((index, checked))
-                gradients.append(gradient)
-        if len({id(checked.parameter) for _, checked in members}) < len(members):
-            # Its two steps would be taken at once, in one piece of memory.
-            raise LayoutError(f"{self._name}: expected each parameter once, got one twice; remove it from its group")
-        if devices:
-            devices.update(checked.parameter.device for _, checked in members)
-        if len(devices) > 1:
-            raise LayoutError(
-                f"{self._name}: expected all parameters on one device, got {sorted(map(str, devices))}; use one "
-                "optimizer per device"
-            )
-        if is_captured and created:
-            refuse_first_step(self._name)
-        return members, gradients, is_first, writes
+    def _beside(self, checked: CheckedParameter, gradient: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:
+        """Return a gradient in the layout of its weight."""
+        dense = gradient if gradient.layout is torch.strided else self._densified(gradient, group)
+        return gradient_beside(self._name, checked.tensor.weight, dense)
 
     def _completed(self, p: torch.Tensor, weight: torch.Tensor, keys: tuple[str, ...]) -> dict[str, Any] | None:
         """Return a copy of the state with what it lacks, all in the form it is kept in; itself if it is so already."""
@@ -327,13 +292,37 @@ class MaskedOptimizer(Masking):
         return merged if layout is None else CompactState(merged, layout, {*compact, *missing}, weight.shape)
 
 
-def _value_and_gradient(p: torch.Tensor, given: Given | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return what holds the value of a parameter in this process, and its gradient."""
+def _check_together(optimizer: str, parameters: Sequence[torch.Tensor]) -> None:
+    """Raise LayoutError for parameters that cannot take a step together."""
+    if len(set(map(id, parameters))) < len(parameters):
+        # Its two steps would be taken at once, in one piece of memory.
+        raise LayoutError(f"{optimizer}: expected each parameter once, got one twice; remove it from its group")
+    devices = {p.device for p in parameters}
+    if len(devices) > 1:
+        raise LayoutError(
+            f"{optimizer}: expected all parameters on one device, got {sorted(map(str, devices))}; use one "
+            "optimizer per device"
+        )
+
+
+def _stepping(
+    groups: Sequence[dict[str, Any]], given: Given | None
+) -> tuple[list[int], list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
+    """Return, of each parameter that takes a step: group index, itself, what holds its value here, and gradient."""
     if given is not None:
-        return given.get(p, (p, None))
-    if is_sharded(p):
-        return local(p), None if p.grad is None else local_grad(p)
-    return p, p.grad
+        members = [(index, p) for index, group in enumerate(groups) for p in group["params"] if p in given]
+        pairs = [given[p] for _, p in members]
+        return [i for i, _ in members], [p for _, p in members], [w for w, _ in pairs], [g for _, g in pairs]
+    found = [
+        (index, p, gradient)
+        for index, group in enumerate(groups)
+        for p in group["params"]
+        if (gradient := p.grad) is not None
+    ]
+    indices, parameters = [index for index, _, _ in found], [p for _, p, _ in found]
+    if PLAIN.issuperset(map(type, parameters)):
+        return indices, parameters, parameters, [gradient for _, _, gradient in found]
+    return indices, parameters, list(map(local, parameters)), list(map(local_grad, parameters))
 
 
 _handles = count()

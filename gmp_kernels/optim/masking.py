@@ -11,22 +11,22 @@ from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import chain
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch.utils.hooks import RemovableHandle
 
 from gmp_kernels.backends import capture
 from gmp_kernels.backends.at_once import at_once
+from gmp_kernels.checks import check_mask
 from gmp_kernels.distributed.placement import local, sharded_like
-from gmp_kernels.errors import DTypeError, TargetError
+from gmp_kernels.errors import CaptureError, TargetError
 from gmp_kernels.masks import BitMask
 from gmp_kernels.ops import apply_masks_
 from gmp_kernels.optim.batch import Batch
-from gmp_kernels.optim.checked import CheckedParameter, check_mask
+from gmp_kernels.optim.checked import CheckedParameter
 from gmp_kernels.optim.compact import MASTER, check_layout, compact_names, compacted, expanded, layout_of, per_weight
 from gmp_kernels.optim.entries import check_state, loaded_state
-from gmp_kernels.optim.graphs import check_mask_of_graph, refuse
 
 __all__ = ["Masking"]
 
@@ -143,7 +143,8 @@ class Masking(torch.optim.Optimizer):
         if not are_checked:
             self.check_masks(masks)
         pending = {p: self._pending.get(p, False) or not ranked_is_pruned for p in masks}
-        self.__dict__.update(_masks={**self._masks, **masks}, _pending={**self._pending, **pending})
+        batch = self._batch if all(self._masks.get(p) is mask for p, mask in masks.items()) else None
+        self.__dict__.update(_masks={**self._masks, **masks}, _pending={**self._pending, **pending}, _batch=batch)
         self._settle(checked=masks)
 
     @torch.no_grad()
@@ -159,7 +160,12 @@ class Masking(torch.optim.Optimizer):
         """
         gone = set(parameters)
         for p in gone & self._masks.keys():
-            check_mask_of_graph(self._name, p, self._graph_masks.get(p), None)
+            if self._graph_masks.get(p):
+                raise CaptureError(
+                    f"{self._name}.forget_masks: expected a parameter whose mask no CUDA graph reads, got one of shape "
+                    f"{tuple(p.shape)} whose step was captured under it; fill the mask with ones, or build a new "
+                    "optimizer and capture again"
+                )
         states = {
             p: expanded(self._name, p, self.state[p], self._backend)
             for p in gone
@@ -167,8 +173,6 @@ class Masking(torch.optim.Optimizer):
         }
         masks = {p: mask for p, mask in self._masks.items() if p not in gone}
         pending = {p: decides for p, decides in self._pending.items() if p not in gone}
-        self._checked = {key: checked for key, checked in self._checked.items() if checked.parameter not in gone}
-        self._batch = None
         self._replace(states, masks, pending)
 
     def check_masks(self, masks: Mapping[torch.Tensor, BitMask]) -> None:
@@ -181,19 +185,30 @@ class Masking(torch.optim.Optimizer):
                     f"{op}: expected masks of this optimizer's parameters, got one for a tensor of "
                     f"shape {tuple(p.shape)} that is not among them; add it with add_param_group"
                 )
-            if not isinstance(mask, BitMask):
-                raise DTypeError(f"{op}: expected a BitMask, got {type(mask).__name__}; use BitMask.from_bool(...)")
-            check_mask(op, local(p), mask)
-            check_mask_of_graph(self._name, p, self._graph_masks.get(p), mask)
+            check_mask(op, mask, local(p), f"a parameter of shape {tuple(p.shape)}")
+            read = self._graph_masks.get(p)
+            if read is not None and read != mask.packed.data_ptr():
+                raise CaptureError(
+                    f"{op}: expected the mask that a parameter of shape {tuple(p.shape)} had when a CUDA graph "
+                    f"captured its step, got {'another one' if read else 'one where it had none'}; set masks, or build "
+                    "the GMPScheduler, before capturing, and change their bits in place"
+                )
             self._check_state(p)
 
     def _check_state(self, p: torch.Tensor) -> None:
         """Refuse state that does not belong to the parameter as it is now."""
         state, checked = self.state.get(p), self._checked.get(id(p))
-        is_known = checked is not None and layout_of(state) is None and checked.holds_state(local(p), state)
+        is_known = checked is not None and layout_of(state) is None and checked.holds(local(p), state)
         if state and not is_known:
             check_layout(self._name, p, state)
             check_state(self._name, p, state, self.state_names, self.essential)
+
+    def _refuse_capture(self, got: str) -> NoReturn:
+        """Raise CaptureError for a step that a graph would repeat wrongly; ``got`` ends with what to build instead."""
+        raise CaptureError(
+            f"{self._name}: expected a step that a CUDA graph can hold, got {got}, or take the step outside of the "
+            "graph"
+        )
 
     def _settle(self, checked: Collection[torch.Tensor] = ()) -> None:
         """Bring weights and state up to date with the masks.
@@ -208,7 +223,7 @@ class Masking(torch.optim.Optimizer):
         for p in behind.difference(checked):
             self._check_state(p)
         if any(capture.is_capturing(p.device) for p in behind):
-            refuse(self._name, "masks to be applied first; set masks before capturing")
+            self._refuse_capture("masks to be applied first; set masks before capturing")
         # All that needs memory comes before the first write.
         states = compacted(stale, self._masks, self._backend)
         zeroed: dict[torch.device, tuple[list[torch.Tensor], list[BitMask]]] = {}
@@ -222,10 +237,6 @@ class Masking(torch.optim.Optimizer):
                     masks.append(mask)
                 else:
                     filled.append(partial(tensor.masked_fill_, ~mask.to_bool(), 0.0))
-            known = self._checked.get(id(p))
-            if known is not None and (p in states or known.mask is not mask or known.bits is not mask.packed):
-                del self._checked[id(p)]
-                self._batch = None
         for tensors, masks in zeroed.values():
             apply_masks_(tensors, masks, backend=self._backend)
         for fill in filled:
@@ -255,10 +266,14 @@ class Masking(torch.optim.Optimizer):
         pending: dict[torch.Tensor, bool],
     ) -> None:
         """Have other state, masks and masks to apply from one moment to the next."""
+        # What knows the state before would keep its memory.
+        replaced = {id(p) for p in states}
+        checked = {key: known for key, known in self._checked.items() if key not in replaced}
+        batch = self._batch if masks is self._masks and not states else None
         at_once(
             [
                 partial(dict.update, self.state, states),
-                partial(self.__dict__.update, _masks=masks, _pending=pending),
+                partial(self.__dict__.update, _masks=masks, _pending=pending, _checked=checked, _batch=batch),
             ]
         )
 

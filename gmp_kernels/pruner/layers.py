@@ -10,67 +10,83 @@ import torch
 
 from gmp_kernels.distributed.placement import local
 from gmp_kernels.masks import BitMask
-from gmp_kernels.ops import PruneResult, Scope, begin_prune, prune_
+from gmp_kernels.ops import NonFinite, PruneResult, Scope, Threshold, begin_prune, prune_
 from gmp_kernels.pruner.enforcement import Enforcement
 
-__all__ = ["begin", "by_device", "overwrite_masks", "prune_nothing"]
+__all__ = ["begin", "overwrite_masks", "prune_nothing"]
 
 
-def by_device(held: Enforcement, names: Iterable[str], scope: Scope) -> list[list[str]]:
+def begin(
+    held: Enforcement, names: Sequence[str], num_prune: Sequence[int], *, step: int, scope: Scope, nonfinite: NonFinite
+) -> Callable[[], dict[str, tuple[Threshold, int]]]:
+    """Do what comes before the first write of an update: one call of ``prune_`` per device.
+
+    ``num_prune`` has one count per name, or a single one in global scope; ``step`` is what ranks compare; the rest is
+    as in ``prune_``.
+
+    Returns
+    -------
+    callable
+        Prunes the layers and returns their thresholds, and how many weights of each are pruned. May be called again if
+        it is interrupted, unless there are other ranks. Masks are changed in place; under compact state, whose layout
+        needs the old bits, their ``packed`` is replaced.
+    """
+    batches = _by_device(held, names, scope)
+    if len(batches) > 1:
+        # Let each call find its NaN before the first one writes.
+        prune_nothing(held, names, scope=scope, nonfinite=nonfinite)
+    counts = dict(zip(names, num_prune, strict=scope == "layer"))
+    calls = []
+    for batch in batches:
+        weights, masks = [_ranked(held, name) for name in batch], [_writable_mask(held, name) for name in batch]
+        own = num_prune if scope == "global" else [counts[name] for name in batch]
+        options: dict[str, Any] = {"scope": scope, "nonfinite": nonfinite, "names": batch, "backend": held.backend}
+        options["previous"] = [held.thresholds.get(name) for name in batch]
+        if held.shards is not None:
+            prune: Callable[[], PruneResult] = partial(held.shards.prune_, weights, masks, own, step=step, **options)
+        else:
+            prune = begin_prune(weights, num_prune=own, masks=masks, **options)
+        calls.append((batch, masks, prune))
+    found: dict[str, tuple[Threshold, int]] = {}
+
+    def write() -> dict[str, tuple[Threshold, int]]:
+        for batch, masks, prune in calls:
+            if batch[0] not in found:
+                result = prune()
+                for name, mask in zip(batch, masks, strict=True):
+                    held.masks[name].packed = mask.packed
+                held.thresholds.update(zip(batch, result.thresholds, strict=True))
+                found.update(zip(batch, zip(result.thresholds, result.num_pruned, strict=True), strict=True))
+        return found
+
+    return write
+
+
+def prune_nothing(held: Enforcement, names: Iterable[str], *, scope: Scope, nonfinite: NonFinite) -> None:
+    """Raise what ``prune_`` would raise for these layers, and change nothing."""
+    for batch in _by_device(held, names, scope):
+        if held.shards is not None:
+            batch = [name for name in batch if held.masks[name].numel]
+            # One rank must not fail where the others go on: together they look at the first update.
+            nonfinite = "keep"
+        prune_(
+            [_ranked(held, name) for name in batch],
+            num_prune=0,
+            masks=[_writable_mask(held, name) for name in batch],
+            names=batch,
+            scope=scope,
+            nonfinite=nonfinite,
+            backend=held.backend,
+        )
+
+
+def _by_device(held: Enforcement, names: Iterable[str], scope: Scope) -> list[list[str]]:
     """Split ``names`` by device for layer scope; ``prune_`` itself refuses global scope over several."""
     batches: dict[torch.device | None, list[str]] = {}
     for name in names:
         device = held.parameters[name].device if scope == "layer" else None
         batches.setdefault(device, []).append(name)
     return list(batches.values())
-
-
-def begin(
-    held: Enforcement, names: Sequence[str], num_prune: list[int], *, step: int, **options: Any
-) -> Callable[[], PruneResult]:
-    """Do what comes before the first write of an update to layers of one device.
-
-    ``num_prune`` has one count per name, or a single one in global scope; ``step`` is what ranks compare, and
-    ``options`` are ``scope`` and ``nonfinite`` as in ``prune_``.
-
-    Returns
-    -------
-    callable
-        Prunes the layers. May be called again if it is interrupted, unless there are other ranks. Masks are changed in
-        place; under compact state, whose layout needs the old bits, their ``packed`` is replaced.
-    """
-    weights = [_ranked(held, name) for name in names]
-    masks = [_writable_mask(held, name) for name in names]
-    options |= {"names": names, "previous": [held.thresholds.get(name) for name in names], "backend": held.backend}
-    if held.shards is not None:
-        prune: Callable[[], PruneResult] = partial(held.shards.prune_, weights, masks, num_prune, step=step, **options)
-    else:
-        prune = begin_prune(weights, num_prune=num_prune, masks=masks, **options)
-
-    def write() -> PruneResult:
-        result = prune()
-        for name, mask in zip(names, masks, strict=True):
-            held.masks[name].packed = mask.packed
-        held.thresholds.update(zip(names, result.thresholds, strict=True))
-        return result
-
-    return write
-
-
-def prune_nothing(held: Enforcement, names: Sequence[str], **options: Any) -> None:
-    """Raise what ``prune_`` would raise for layers of one device, and change nothing."""
-    if held.shards is not None:
-        names = [name for name in names if held.masks[name].numel]
-        # One rank must not fail where the others go on: together they look at the first update.
-        options["nonfinite"] = "keep"
-    prune_(
-        [_ranked(held, name) for name in names],
-        num_prune=0,
-        masks=[_writable_mask(held, name) for name in names],
-        names=names,
-        backend=held.backend,
-        **options,
-    )
 
 
 def overwrite_masks(held: Enforcement, masks: Mapping[str, BitMask]) -> None:

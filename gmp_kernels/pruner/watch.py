@@ -12,12 +12,12 @@ from torch import nn
 from gmp_kernels.distributed.placement import local
 from gmp_kernels.masks import BitMask
 from gmp_kernels.model.targets import Place, check_present
+from gmp_kernels.pruner.zeroing import slices
 
 __all__ = ["Watch", "compare"]
 
 CANDIDATES = 1024  # weights of a layer among which brief looks choose pruned ones
 SAMPLE = 32  # about so many are chosen, where that does not wait for a GPU
-SLICE = 1 << 20  # weights compared with their mask at a time
 GPU_INTERVAL = 16  # of so many brief looks at weights on a GPU, one is taken
 STRIDE = 0x9E3779B1  # odd, and near the golden ratio of 2^32: multiples spread evenly over any layer
 
@@ -41,14 +41,10 @@ def compare(weight: torch.Tensor, mask: BitMask) -> torch.Tensor:
 
     Notes
     -----
-    Temporary memory: about 4 MB, or a copy of the weight where it is not contiguous.
+    Temporary memory: about 4 MB.
     """
-    flat = weight.detach().reshape(-1)
-    found = torch.zeros(2, dtype=torch.int64, device=flat.device)
-    for start in range(0, flat.numel(), SLICE):
-        part = flat[start : start + SLICE]
-        bits = mask.packed[start // 8 : -(-(start + len(part)) // 8)]
-        kept = BitMask.of(bits.to(part.device), part.shape).to_bool()
+    found = torch.zeros(2, dtype=torch.int64, device=weight.device)
+    for part, kept in slices(weight.detach(), mask):
         # Both are wrong where only one of "zero" and "pruned" is true.
         is_zero = part == 0
         differs = is_zero == kept
