@@ -38,7 +38,7 @@ inline bool is_empty(const Tensor& tensor) {
   return std::any_of(tensor.shape, tensor.shape + tensor.num_dimensions, [](int64_t size) { return size == 0; });
 }
 
-// Adds device, dtype, shape and strides of a tensor, and perhaps its address; returns whether it has told all of them and
+// Adds device, dtype, shape and strides of a tensor, and perhaps its address; returns whether it told all of them, and
 // has an address if it has elements. One whose storage was freed has an address that is no more than its offset.
 inline bool describe(const Exchange& table, void* object, bool with_address, std::string& bytes) {
   Tensor tensor{};
