@@ -255,6 +255,24 @@ __device__ __forceinline__ T block_scan(T value, T& total) {
 // blocks.
 __device__ inline int64_t first_chunk_of(int64_t block, int64_t num_chunks) { return block * num_chunks / gridDim.x; }
 
+// The one of kCount counts in a row where the running sum first exceeds `rank`, if it does among these: visit(its
+// position, the sum before it, the count).
+template <typename Count, int kCount, typename Visit>
+__device__ __forceinline__ void find_crossing(const Count (&counts)[kCount], Count before, Count rank, Visit visit) {
+  int found = -1;
+  Count sum = 0, count = 0;
+#pragma unroll
+  for (int c = 0; c < kCount; ++c) {
+    if (before <= rank && rank < before + counts[c]) {
+      found = c;
+      sum = before;
+      count = counts[c];
+    }
+    before += counts[c];
+  }
+  if (found >= 0) visit(found, sum, count);
+}
+
 // The row that a chunk belongs to: the last one that begins at or before it. Rows are never empty. With padding, what
 // is looked up is a place, and so many places lie before the chunks of each row but the first, and belong to it.
 template <typename Row>

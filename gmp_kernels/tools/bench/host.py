@@ -64,9 +64,6 @@ def host_cases() -> list[Case]:
     return cases
 
 
-MAKERS = {"launch_on", "tables"}  # functions of the module that start no kernel
-
-
 def _nothing(*_: object, **__: object) -> None:
     """Stand in for a launch."""
 
@@ -87,7 +84,7 @@ def _idle_cuda() -> Implementation:
     """Launches of a module that has its constants and classes but starts no kernel."""
     built: ModuleType = cuda._modules.get("simt") or cuda._modules["cuda"]
     idle = {
-        name: _nothing if isinstance(f, BuiltinFunctionType) and name not in MAKERS else f
+        name: _nothing if isinstance(f, BuiltinFunctionType) and name != "launch_on" else f
         for name, f in vars(built).items()
     }
     # A device that counts with few blocks, because clearing what they count in is no host time elsewhere.
