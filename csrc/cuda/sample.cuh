@@ -1,11 +1,9 @@
 // A sample of each group's keys, and the bracket that follows from it.
 #pragma once
 
-#include <cmath>
-
 #include "counter.cuh"
 #include "deal.cuh"
-#include "search/bracket.h"
+#include "search/sample.h"
 
 namespace gmp::cuda::kernels {
 
@@ -72,7 +70,7 @@ __device__ inline bool fits(const GroupRow& group, float first, float last, unsi
   const float inside = fmaxf(0.0f, fminf(last, all) - fmaxf(first, static_cast<float>(pruned)));
   const float average = inside / all * static_cast<float>(kChunk);
   const float expected = group.num_layers > 1 ? kUnevenLayers * average : average;
-  return expected + kSpareRoots * sqrtf(expected) <= static_cast<float>(capacity);
+  return highest_count(expected, kSpareRoots) <= static_cast<float>(capacity);
 }
 
 // One block per group. With room for more of them to a multiprocessor, the compiler would have registers spilled.
@@ -145,8 +143,7 @@ __global__ void __launch_bounds__(kThreads, 2) begin(Tables tables, int64_t num_
       sampled += block_sum(own_sampled);
       pruned += block_sum(own_pruned);  // and all of hist is there
       rank = wanted * static_cast<float>(sampled);
-      half = 2.0f + (gridDim.x < kMany ? kDeviations : kDeviationsOfMany) * sqrtf(rank * (1.0f - wanted));
-      if (is_whole) half = 1.0f;
+      half = is_whole ? 1.0f : rank_margin(rank, wanted, gridDim.x < kMany ? kDeviations : kDeviationsOfMany);
       if (eights == most || fits(group, rank - half, rank + half, pruned, sampled, tables.capacity)) break;
       taken = eights;
       eights = 2 * eights < most ? 2 * eights : most;
