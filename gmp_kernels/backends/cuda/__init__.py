@@ -233,22 +233,29 @@ class Launches:
 
     def _steps(self, tensors: Sequence[UpdateTensor]) -> _Steps:
         """Return what the steps of these tensors have in common."""
-        codes = np.array([DTYPE_CODES[t.weight.dtype] for t in tensors])
-        order = codes.argsort(kind="stable")
-        own = [tensors[i] for i in order]
-        sizes = [t.weight.numel() for t in own]
-        rows = np.zeros(len(own), self._module.TENSOR_ROW)
-        rows["dtype"] = codes[order]
-        rows["weights"] = [element_address(t.weight) for t in own]
-        rows["master"] = [array_address(t.master, n, "master weights") for t, n in zip(own, sizes, strict=True)]
-        self._fill_state(rows, [(t.state, t.compaction) for t in own], sizes)
-        rows["mask"] = [bits_address(t.mask, n) for t, n in zip(own, sizes, strict=True)]
+        self._describe([t for t in tensors if not isinstance(t.row, bytes)])
+        rows = np.frombuffer(b"".join([cast("bytes", t.row) for t in tensors]), self._module.TENSOR_ROW)
+        order = rows["dtype"].argsort(kind="stable")
+        rows = rows[order]
         parts = []
-        for code in sorted({*codes.tolist()}):
+        for code in sorted(set(rows["dtype"].tolist())):
             first, last = rows["dtype"].searchsorted([code, code + 1]).tolist()
-            num_chunks = fill_chunks(rows[first:last], sizes[first:last], self._module.CHUNK)
+            num_chunks = fill_chunks(rows[first:last], rows["n"][first:last], self._module.CHUNK)
             parts.append((code, first, last - first, num_chunks))
         return order, parts, rows, Table(), Table()
+
+    def _describe(self, tensors: Sequence[UpdateTensor]) -> None:
+        """Make the tensors' rows, once; what changes with every step, or with the batch, is 0."""
+        sizes = [t.weight.numel() for t in tensors]
+        rows = np.zeros(len(tensors), self._module.TENSOR_ROW)
+        rows["n"] = sizes
+        rows["dtype"] = [DTYPE_CODES[t.weight.dtype] for t in tensors]
+        rows["weights"] = [element_address(t.weight) for t in tensors]
+        rows["master"] = [array_address(t.master, n, "master weights") for t, n in zip(tensors, sizes, strict=True)]
+        self._fill_state(rows, [(t.state, t.compaction) for t in tensors], sizes)
+        rows["mask"] = [bits_address(t.mask, n) for t, n in zip(tensors, sizes, strict=True)]
+        for t, row in zip(tensors, rows, strict=True):
+            t.row = row.tobytes()
 
     def _fill_state(
         self,
