@@ -127,7 +127,6 @@ PYBIND11_MODULE(GMP_MODULE, m) {
   m.def("store", &store);
   m.def("fetch", &fetch);
   m.def("load_kernels", &gmp::cuda::load_kernels);
-  m.def("multiprocessors_of", &gmp::cuda::multiprocessors_of);
 #if defined(GMP_SIMT)
   m.def("set_seed", &simt::set_seed);
   m.def("take_traffic", [] {

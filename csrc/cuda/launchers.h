@@ -50,11 +50,9 @@ int64_t most_stored();
 void store(const Launch& launch, const uint64_t* from, int64_t count, uint64_t to);
 void fetch(const Launch& launch, uint64_t from, size_t bytes, void* to);
 
-// Loads all kernels for a device, so that none has to be at its first launch. May be called while a graph is captured.
-void load_kernels(const Launch& launch);
+// Loads all kernels for a device, so that none has to be at its first launch, and returns how many multiprocessors it
+// has. May be called while a graph is captured. Throws std::runtime_error if there is no such device.
+unsigned load_kernels(int device);
 void load_steps();  // a part of that
-
-// Throws std::runtime_error if there is no such device.
-unsigned multiprocessors_of(int device);
 
 }  // namespace gmp::cuda

@@ -86,16 +86,6 @@ __device__ void narrow(LayerRow* rows, GroupRow& group, bool counts_each, Key in
   }
 }
 
-// Adds what a block has found of a group in its first read to that of the others.
-template <typename Key>
-__device__ void add_sums(GroupRow& group, const Counter<Key>& counter) {
-  const auto below = block_sum(static_cast<unsigned long long>(counter.below));
-  const auto pruned = block_sum(static_cast<unsigned long long>(counter.pruned));
-  if (threadIdx.x > 0) return;
-  atomicAdd(counter_at(&group.below), below);
-  atomicAdd(counter_at(&group.pruned), pruned);
-}
-
 // Ends a chunk that has been read; `number` is the chunk's.
 template <typename Key>
 __device__ __forceinline__ void end_chunk(Counter<Key>& counter, LayerRow& layer, int64_t begin, GroupRow& group,
@@ -176,7 +166,7 @@ __global__ void __launch_bounds__(kThreads, kReaders) count(Tables tables, Key i
             until - from, counter, [](Key) {},
             [&](int c) { end_chunk(counter, layer, begin + c * kChunk, group, tables, from + c); });
       });
-      if (group.passes == 0) add_sums(group, counter);
+      if (group.passes == 0) counter.add_sums(group);
     }
     __syncthreads();
     const int64_t num_blocks = deal.num_blocks_of(group, g);

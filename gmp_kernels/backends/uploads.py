@@ -12,12 +12,7 @@ import torch
 from gmp_kernels.backends import capture
 from gmp_kernels.errors import CaptureError
 
-__all__ = ["Table", "current", "num_chunks_of", "pinned_like", "put", "refuse_capture", "upload"]
-
-
-def num_chunks_of(n: int, chunk: int) -> int:
-    """Chunks of a tensor of ``n`` elements."""
-    return -(-n // chunk)
+__all__ = ["Table", "current", "pinned_like", "put", "refuse_capture", "upload"]
 
 
 def current(device: torch.device) -> AbstractContextManager[object]:

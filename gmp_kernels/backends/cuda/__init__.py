@@ -34,7 +34,7 @@ from gmp_kernels.backends.types import (
     UpdateBatch,
     UpdateTensor,
 )
-from gmp_kernels.backends.uploads import Table, current, num_chunks_of, put, refuse_capture, upload
+from gmp_kernels.backends.uploads import Table, current, put, refuse_capture, upload
 from gmp_kernels.errors import CaptureError, DeviceError, LayoutError
 
 _modules: dict[str, ModuleType] = {}
@@ -91,9 +91,7 @@ class Launches:
 
     def _size(self, device: torch.device) -> int:
         if device not in self._multiprocessors:
-            index = device.index or 0
-            self._multiprocessors[device] = self._module.multiprocessors_of(index)
-            self._module.load_kernels(self._module.launch_on(0, index, self._multiprocessors[device]))
+            self._multiprocessors[device] = self._module.load_kernels(device.index or 0)
         return self._multiprocessors[device]
 
     def _tables(
@@ -269,8 +267,8 @@ class Launches:
             if layout is not None:
                 num_values = layout.num_kept
                 rows["mask"][i] = bits_address(layout.mask, sizes[i])
-                num_offsets = num_chunks_of(sizes[i], self._module.CHUNK) + 1
-                rows["chunk_offsets"][i] = array_address(layout.ranks, num_offsets, "chunk offsets")
+                num_chunks = -(-sizes[i] // self._module.CHUNK)
+                rows["chunk_offsets"][i] = array_address(layout.ranks, num_chunks + 1, "chunk offsets")
             for k, values in enumerate(state):
                 rows["state"][i, k] = array_address(values, num_values, "state")
 
@@ -317,12 +315,11 @@ class Launches:
             return []
         device = masks[0][0].device
         with self._on(device, "compactions") as launch:
-            chunks = [num_chunks_of(numel, self._module.CHUNK) for _, numel in masks]
-            # What each mask keeps in all, then the chunk offsets of one mask after the other. Of empty ones all is 0.
+            chunks = [-(-numel // self._module.CHUNK) for _, numel in masks]
+            # What each mask with weights keeps in all, then the chunk offsets of one mask after the other.
             buffer = torch.zeros(len(masks) + sum(chunks) + len(masks), dtype=torch.int64, device=device)
             offsets = torch.split(buffer[len(masks) :], [n + 1 for n in chunks])
-            order = sorted(range(len(masks)), key=lambda i: chunks[i] == 0)  # those that have rows come first
-            present = order[: sum(n > 0 for n in chunks)]
+            present = [i for i, n in enumerate(chunks) if n > 0]
             if present:
                 rows = np.zeros(len(present), self._module.TENSOR_ROW)
                 num_chunks = fill_chunks(rows, [masks[i][1] for i in present], self._module.CHUNK)
@@ -330,9 +327,8 @@ class Launches:
                 rows["chunk_offsets"] = [offsets[i].data_ptr() for i in present]
                 table = upload(_words(rows), torch.int64, device)
                 self._module.chunk_offsets(launch, table.data_ptr(), len(rows), num_chunks, buffer.data_ptr())
-            totals = buffer[: len(masks)].tolist()
-        kept = dict(zip(order, totals, strict=True))
-        return [Compaction(mask, offsets[i], kept[i]) for i, (mask, _) in enumerate(masks)]
+            kept = dict(zip(present, buffer[: len(present)].tolist(), strict=True))
+        return [Compaction(mask, offsets[i], kept.get(i, 0)) for i, (mask, _) in enumerate(masks)]
 
     def move_state(self, moves: Sequence[StateMove]) -> None:
         sizes = [move.numel for move in moves]

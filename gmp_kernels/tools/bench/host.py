@@ -88,7 +88,7 @@ def _idle_cuda() -> Implementation:
         for name, f in vars(built).items()
     }
     # A device that counts with few blocks, because clearing what they count in is no host time elsewhere.
-    idle |= dict.fromkeys(("multiprocessors_of", "num_counting_blocks"), _four)
+    idle |= dict.fromkeys(("load_kernels", "num_counting_blocks"), _four)
     # And what a launch takes with it as toolkits from 13.0 on have it.
     idle |= {"store": _store, "fetch": _fetch, "MOST_STORED": 4 * 4080}
     return cuda.Launches(SimpleNamespace(**idle))  # type: ignore[arg-type]
