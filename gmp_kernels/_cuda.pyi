@@ -1,5 +1,9 @@
-# The launches of csrc/cuda. Addresses are those of device memory that the caller keeps alive; a table is a tensor of
-# eight-byte integers, one row of csrc/cuda/tables.h per layer, group or parameter. Only `fetch` waits for the device.
+# The launches of csrc/cuda. Addresses are those of device memory that the caller keeps alive; rows are those of
+# csrc/cuda/tables.h, eight bytes to a field; a dtype is its position in csrc/order/dtypes.h. Only `fetch` waits for the
+# device.
+from typing import Any
+
+import numpy as np
 from typing_extensions import Buffer
 
 CHUNK: int  # weights per chunk
@@ -9,45 +13,32 @@ MAX_ARGUMENT_CONSTANTS: int  # rows of constants that `update` takes as an argum
 TOUCHED_BY: int  # weights whose flags are one word
 MOST_STORED: int  # eight-byte numbers that `store` is faster for than a copy from pinned memory
 CONSTANTS: dict[str, float]  # of an optimizer step, in the order of the kernels, with the values of absent ones
+TABLES: np.dtype[Any]
+LAYER_ROW: np.dtype[Any]
+GROUP_ROW: np.dtype[Any]
+COUNT_ROW: np.dtype[Any]
+TENSOR_ROW: np.dtype[Any]
 
 class Launch:
     @property
     def stream(self) -> int: ...
 
-class Tables: ...
-
 def launch_on(stream: int, device: int, multiprocessors: int) -> Launch: ...
-def multiprocessors_of(device: int) -> int: ...
 def num_counting_blocks(multiprocessors: int) -> int: ...
-def load_kernels(launch: Launch) -> None: ...
+def load_kernels(device: int) -> int: ...  # returns its multiprocessors
 
-# An address that the operation does not use is 0.
-def tables(
-    layers: int,
-    num_layers: int,
-    groups: int,
-    num_groups: int,
-    num_chunks: int,
-    bins: int,
-    lists: int,
-    list_counts: int,
-    tie_counts: int,
-    capacity: int,
-    nonfinite: int,
-) -> Tables: ...
-def begin(launch: Launch, dtype: str, tables: Tables) -> None: ...
-def select(launch: Launch, dtype: str, tables: Tables) -> None: ...
+# Tables are on the host, one or more of TABLES; what they name is not.
+def select(launch: Launch, tables: Buffer) -> None: ...
+def apply(launch: Launch, tables: Buffer) -> None: ...
+def count(launch: Launch, dtype: int, rows: int, num_rows: int, num_chunks: int) -> None: ...
 
-# Parts are dtype, tables, and the address of the new bits' addresses, or 0 to write no bits. Nothing is written if the
-# number at `stop` is not 0.
-def apply(launch: Launch, parts: list[tuple[str, Tables, int]], stop: int) -> None: ...
-def count(launch: Launch, dtype: str, rows: int, num_rows: int, num_chunks: int) -> None: ...
-
-# Parts are dtype, address of the rows, number of rows, number of chunks. The constants are at an address, or, where it
-# is 0, rows of float64 in `values`.
+# Parts of the rows are dtype, first row, number of rows, number of chunks. The constants are at an address, or, where
+# it is 0, rows of float64 in `values`.
 def update(
-    launch: Launch, rule: str, parts: list[tuple[str, int, int, int]], constants: int, values: Buffer
+    launch: Launch, rule: str, rows: int, parts: list[tuple[int, int, int, int]], constants: int, values: Buffer
 ) -> None: ...
+
+# So many rows of sources, and as many of targets behind them.
 def move_state(launch: Launch, rows: int, num_rows: int, num_chunks: int) -> None: ...
 def chunk_offsets(launch: Launch, rows: int, num_rows: int, num_chunks: int, totals: int) -> None: ...
 def sum_squares(launch: Launch, rows: int, num_rows: int, num_chunks: int, sums: int) -> None: ...

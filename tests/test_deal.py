@@ -45,8 +45,8 @@ def runs_of(sizes: list[int]) -> list[int]:
     layers = [Layer(torch.ones(n), None) for n in sizes]
     tables = choose("simt", CPU).select(layers, [0 if n == 1 else n // 2 for n in sizes], [1] * len(sizes))
     assert isinstance(tables, SelectionTables)
-    (part,) = tables.template.parts
-    left_at = tables.buffer.view(torch.int32)[part.lists[1] // 4 :]
+    (list_counts,) = tables.tables.view(_simt.TABLES)["list_counts"]
+    left_at = tables.buffer.view(torch.int32)[list_counts // 4 :]
     runs, chunk = [], 0
     for n in sizes:
         end = chunk - (-n // CHUNK)

@@ -9,11 +9,16 @@ from conftest import simt_extension
 from gmp_kernels import BitMask, checks, magnitude_threshold, prune_
 from gmp_kernels.backends import Layer, choose
 from gmp_kernels.backends.cuda import selection_tables
-from gmp_kernels.backends.cuda.selection_tables import Template
+from gmp_kernels.backends.cuda.selection_tables import SelectionTables
 from gmp_kernels.tools.bench.gpu import resnet50_sizes
 from gmp_kernels.tools.testing import assert_same_pruning
 
 _simt = simt_extension()
+
+
+def capacity_of(layers: list[Layer], group_sizes: list[int]) -> int:
+    """Keys that there is room for in the list of each chunk."""
+    return int(SelectionTables(_simt, 4, layers, group_sizes).tables.view(_simt.TABLES)["capacity"][0])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -25,8 +30,7 @@ def test_keys_of_16_bits_are_counted_where_lists_of_them_would_overflow(
     layers = [(torch.randn(5 * 16384, generator=generator) * 0.02).to(dtype) for _ in range(4)]
     monkeypatch.setattr(selection_tables, "MEMORY_BYTES", 17_000)
     checks.forget()
-    taken = Template(_simt, 4, [Layer(layer, None) for layer in layers], [1] * 4, selects=True, prunes=True)
-    assert 64 < taken.capacity < 200 < 0.014 * 16384
+    assert 64 < capacity_of([Layer(layer, None) for layer in layers], [1] * 4) < 200 < 0.014 * 16384
     _simt.take_traffic()
     prune_(layers, sparsity=0.9, backend="simt")
     moved = sum(row[2] + row[3] for row in _simt.take_traffic())
@@ -52,8 +56,7 @@ def give_room(monkeypatch: pytest.MonkeyPatch, capacity: int, layers: list[Layer
     monkeypatch.setattr(selection_tables, "MEMORY_SHARE", 0.0)
     monkeypatch.setattr(selection_tables, "MEMORY_BYTES", 6_000 + capacity * key_bytes)
     checks.forget()
-    taken = Template(_simt, 4, layers, [len(layers)], selects=True, prunes=False)
-    assert capacity - 20 < taken.capacity <= capacity + 20
+    assert capacity - 20 < capacity_of(layers, [len(layers)]) <= capacity + 20
 
 
 def loaded_by(layers: list[Layer], num_prune: int) -> dict[str, int]:
@@ -110,6 +113,7 @@ def test_layers_that_differ_get_a_sample_for_the_one_with_most_keys(monkeypatch:
 def test_the_layers_of_a_model_have_room_for_lists_and_flags() -> None:
     """Bins have a place for each group, not for each block, and leave many layers enough for both."""
     layers = [Layer(torch.empty(n), torch.empty(-(-n // 8), dtype=torch.uint8)) for n in resnet50_sizes()]
-    taken = Template(_simt, 132, layers, [1] * len(layers), selects=True, prunes=True)
-    assert taken.capacity > 1.25 * 8 * 0.3 / 65536**0.5 * 16384  # 8 standard deviations wide, of a large sample
-    assert len(taken.touched) == len(layers)
+    taken = SelectionTables(_simt, 132, layers, [1] * len(layers), prunes=True)
+    # 8 standard deviations wide, of a large sample
+    assert taken.tables.view(_simt.TABLES)["capacity"] > 1.25 * 8 * 0.3 / 65536**0.5 * 16384
+    assert taken.view(taken.rows)["layers"]["touched"].all()

@@ -8,16 +8,13 @@ namespace gmp::cuda::kernels {
 // Whether a weight stays is one comparison: of ties those of index >= cut need a larger key.
 template <typename Key>
 struct Cut {
-  Key before, after;  // the smallest key that stays, in front of the index and from it on
+  Key before, after;                       // the smallest key that stays, in front of the index and from it on
+  unsigned kept_before = 0, kept_now = 0;  // weights, of what this thread has looked at
 
   __device__ Cut(uint64_t threshold, Key infinity) : before(static_cast<Key>(threshold)) {
     // All NaN tie, and nothing lies above them.
     after = threshold > infinity ? static_cast<Key>(~Key{0}) : static_cast<Key>(threshold + 1);
   }
-};
-
-struct Kept {
-  unsigned before = 0, now = 0;
 };
 
 // Zeroes what goes of eight weights, of which `num_before` are in front of the cut. Takes their old bits, leaves the
@@ -46,8 +43,8 @@ __device__ __forceinline__ bool prune_eight(Key (&raw)[kEach], unsigned& bits, c
 
 // All of a chunk. `cut_index` is an index in the chunk.
 template <bool kWhole, typename Key>
-__device__ __forceinline__ void apply_chunk(Key* weights, const uint8_t* mask, uint8_t* out, int size,
-                                            const Cut<Key>& cut, int cut_index, Kept& kept) {
+__device__ __forceinline__ void apply_chunk(Key* weights, const uint8_t* mask, uint8_t* out, int size, Cut<Key>& cut,
+                                            int cut_index) {
   constexpr int kEights = kWhole && sizeof(Key) < 8 ? 8 / sizeof(Key) : 1;  // four loads of 16 bytes are under way
 #pragma unroll 1
   for (int first = static_cast<int>(threadIdx.x) * kEach; first < size; first += kEights * static_cast<int>(kTile)) {
@@ -62,11 +59,11 @@ __device__ __forceinline__ void apply_chunk(Key* weights, const uint8_t* mask, u
 #pragma unroll
     for (int e = 0; e < kEights; ++e) {
       const int i = first + e * static_cast<int>(kTile);
-      kept.before += count_bits(bits[e]);
+      cut.kept_before += count_bits(bits[e]);
       const bool changed = prune_eight(raw[e], bits[e], cut, count_from(i, cut_index));
       if (changed) store8<kWhole>(weights + i, kWhole ? kEach : count_from(i, size), raw[e]);
       if (out != nullptr) store_bits(out, i, bits[e]);
-      kept.now += count_bits(bits[e]);
+      cut.kept_now += count_bits(bits[e]);
     }
   }
 }
@@ -78,7 +75,7 @@ inline constexpr int kTogether = 4;
 // where they were. `places` is shared by the block.
 template <typename Key>
 __device__ __forceinline__ void apply_touched(Key* weights, uint8_t* mask, const unsigned* touched, int num_chunks,
-                                              uint16_t* places, const Cut<Key>& cut, int64_t cut_index, Kept& kept) {
+                                              uint16_t* places, Cut<Key>& cut, int64_t cut_index) {
   constexpr int kWords = kChunk / kTouchedBy;  // of flags, to the chunk
   constexpr int kAtOnce = 8 / sizeof(Key);
   static_assert(kTogether * kWords == kThreads && kTogether * kChunk / kEach <= 1 << 16);
@@ -92,8 +89,8 @@ __device__ __forceinline__ void apply_touched(Key* weights, uint8_t* mask, const
       here += count_bits(words.x) + count_bits(words.y) + count_bits(words.z) + count_bits(words.w);
     }
   }
-  kept.before += here;
-  kept.now += here;
+  cut.kept_before += here;
+  cut.kept_now += here;
   int total;
   int place = block_scan(count_bits(flags), total);
   for (; flags != 0; flags &= flags - 1) {
@@ -120,27 +117,26 @@ __device__ __forceinline__ void apply_touched(Key* weights, uint8_t* mask, const
       const bool changed = prune_eight(raw[u], bits[u], cut, count_from(at[u], cut_index));
       if (changed) store8<true>(weights + at[u], kEach, raw[u]);
       if (bits[u] != before) store_bits(mask, at[u], bits[u]);
-      kept.now -= count_bits(before ^ bits[u]);
+      cut.kept_now -= count_bits(before ^ bits[u]);
     }
   }
   __syncthreads();  // the places are written again
 }
 
-// `out` says where the new bits of each layer go, if they go anywhere. Nothing is written if *stop is set.
 template <typename Key>
-__global__ void __launch_bounds__(kThreads, kReaders)
-    apply(LayerRow* layers, int64_t num_layers, int64_t num_chunks, const GroupRow* groups, const uint64_t* out,
-          const int64_t* stop, Key infinity) {
+__global__ void __launch_bounds__(kThreads, kReaders) apply(Tables tables, Key infinity) {
   __shared__ uint16_t places[kTogether * kChunk / kEach];
-  if (stop != nullptr && *stop != 0) return;
-  for_each_run(layers, num_layers, num_chunks, [&](int l, int first, int last) {
+  if (tables.stop != 0 && *pointer<const int64_t>(tables.stop) != 0) return;
+  LayerRow* const layers = pointer<LayerRow>(tables.layers);
+  const GroupRow* const groups = pointer<const GroupRow>(tables.groups);
+  const uint64_t* const out = pointer<const uint64_t>(tables.out);
+  for_each_run(layers, tables.num_layers, tables.num_chunks, [&](int l, int first, int last) {
     LayerRow& layer = layers[l];
-    const Cut<Key> cut(groups == nullptr ? 0 : groups[layer.group].key, infinity);
-    const bool has_mask = layer.mask != 0, has_out = out != nullptr;
+    Cut<Key> cut(groups[layer.group].key, infinity);
+    const bool has_mask = layer.mask != 0, has_out = tables.out != 0;
     const bool has_flags = layer.touched != 0 && has_out && out[l] == layer.mask &&
                            is_aligned(pointer<const Key>(layer.weights)) &&
                            is_aligned(pointer<const uint8_t>(layer.mask));
-    Kept kept;
     for (int chunk = first; chunk < last;) {
       const int64_t begin = (chunk - layer.first_chunk) * kChunk;
       Key* const weights = pointer<Key>(layer.weights) + begin;
@@ -150,22 +146,22 @@ __global__ void __launch_bounds__(kThreads, kReaders)
       if (has_flags && n - begin >= kChunk) {
         const int whole = static_cast<int>((n - begin) / kChunk < kTogether ? (n - begin) / kChunk : kTogether);
         const int count = whole < last - chunk ? whole : last - chunk;
-        apply_touched(weights, bits, pointer<const unsigned>(layer.touched) + begin / kTouchedBy, count, places, cut,
-                      index - begin, kept);
+        apply_touched(weights, bits, pointer<const unsigned>(tables.buffer + layer.touched) + begin / kTouchedBy, count,
+                      places, cut, index - begin);
         chunk += count;
         continue;
       }
       const int size = size_of_chunk(n, begin);
       const int cut_index = static_cast<int>(index < begin ? 0 : index - begin < kChunk ? index - begin : kChunk);
       if (size == kChunk && is_aligned(weights)) {
-        apply_chunk<true>(weights, mask, bits, size, cut, cut_index, kept);
+        apply_chunk<true>(weights, mask, bits, size, cut, cut_index);
       } else {
-        apply_chunk<false>(weights, mask, bits, size, cut, cut_index, kept);
+        apply_chunk<false>(weights, mask, bits, size, cut, cut_index);
       }
       ++chunk;
     }
     if (!has_out) return;
-    const unsigned before = block_sum(kept.before), now = block_sum(kept.now);
+    const unsigned before = block_sum(cut.kept_before), now = block_sum(cut.kept_now);
     if (threadIdx.x == 0) {
       atomicAdd(counter_at(&layer.kept_before), static_cast<unsigned long long>(before));
       atomicAdd(counter_at(&layer.kept), static_cast<unsigned long long>(now));

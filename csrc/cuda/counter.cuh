@@ -30,7 +30,7 @@ class Counter {
   using Ask = Answers<Key>;
   using Word = typename Ask::Operand;
 
-  // The whole block comes here, to aim(), to end_chunk() and to move_bins().
+  // The whole block comes here, to aim(), to end_chunk(), to add_sums() and to move_bins().
   __device__ Counter(Counts<Key>& shared, int64_t capacity, Key infinity)
       : shared_(shared), capacity_(static_cast<unsigned>(capacity)), infinity_(infinity) {
     for (int64_t b = threadIdx.x; b < kMostBins; b += kThreads) shared_.bins[b] = 0;
@@ -131,6 +131,16 @@ class Counter {
       if (shared_.bins[b] != 0) atomicAdd(&bins[b], static_cast<Bin>(shared_.bins[b]));
       shared_.bins[b] = 0;
     }
+  }
+
+  // Adds what the block has found since aim() to a row.
+  template <typename Row>
+  __device__ void add_sums(Row& row) const {
+    const auto sum_below = block_sum(static_cast<unsigned long long>(below));
+    const auto sum_pruned = block_sum(static_cast<unsigned long long>(pruned));
+    if (threadIdx.x > 0) return;
+    atomicAdd(counter_at(&row.below), sum_below);
+    atomicAdd(counter_at(&row.pruned), sum_pruned);
   }
 
   // Of this thread since aim(). A block would have to take 10^12 weights for more.

@@ -11,9 +11,9 @@ namespace gmp::cuda::kernels {
 // there is a block for each chunk, chunks alone are dealt out.
 class Deal {
  public:
-  __device__ Deal(int64_t num_chunks, int64_t num_groups, int64_t num_blocks)
-      : padding_(num_chunks > num_blocks ? 1 : 0),
-        num_places_(num_chunks + padding_ * (num_groups - 1)),
+  __device__ Deal(const Tables& tables, int64_t num_blocks)
+      : padding_(tables.num_chunks > num_blocks ? 1 : 0),
+        num_places_(tables.num_chunks + padding_ * (tables.num_groups - 1)),
         num_blocks_(num_blocks) {}
 
   // The block that takes a chunk of group g. Later chunks have later places, and no earlier blocks.

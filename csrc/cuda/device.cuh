@@ -233,27 +233,40 @@ __device__ __forceinline__ T block_sum(T value) {
 template <typename T>
 __device__ __forceinline__ T block_scan(T value, T& total) {
   __shared__ T sums[kWarps];
-  const unsigned lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-  T inclusive = value;
-  for (unsigned step = 1; step < kWarpSize; step *= 2) {
-    const T lower = __shfl_up_sync(~0u, inclusive, step);
-    if (lane >= step) inclusive += lower;
-  }
-  if (lane == kWarpSize - 1) sums[warp] = inclusive;
+  const unsigned warp = threadIdx.x / kWarpSize;
+  T before = warp_scan(value, total);
+  if (threadIdx.x % kWarpSize == 0) sums[warp] = total;
   __syncthreads();
-  T before{};
   total = T{};
   for (unsigned w = 0; w < kWarps; ++w) {
     if (w < warp) before += sums[w];
     total += sums[w];
   }
   __syncthreads();
-  return before + inclusive - value;
+  return before;
 }
 
 // Blocks take contiguous runs of chunks, so that most of them meet one layer only. Block b begins at b * chunks /
 // blocks.
 __device__ inline int64_t first_chunk_of(int64_t block, int64_t num_chunks) { return block * num_chunks / gridDim.x; }
+
+// The one of kCount counts in a row where the running sum first exceeds `rank`, if it does among these: visit(its
+// position, the sum before it, the count).
+template <typename Count, int kCount, typename Visit>
+__device__ __forceinline__ void find_crossing(const Count (&counts)[kCount], Count before, Count rank, Visit visit) {
+  int found = -1;
+  Count sum = 0, count = 0;
+#pragma unroll
+  for (int c = 0; c < kCount; ++c) {
+    if (before <= rank && rank < before + counts[c]) {
+      found = c;
+      sum = before;
+      count = counts[c];
+    }
+    before += counts[c];
+  }
+  if (found >= 0) visit(found, sum, count);
+}
 
 // The row that a chunk belongs to: the last one that begins at or before it. Rows are never empty. With padding, what
 // is looked up is a place, and so many places lie before the chunks of each row but the first, and belong to it.
@@ -274,20 +287,6 @@ __device__ int64_t row_of(const Row* rows, int64_t num_rows, int64_t chunk, int6
 // Weights of the chunk that begins at `begin`.
 __device__ inline int size_of_chunk(int64_t n, int64_t begin) {
   return static_cast<int>(n - begin < kChunk ? n - begin : kChunk);
-}
-
-// Calls visit(row number, begin, end) for each chunk of this block.
-template <typename Row, typename Visit>
-__device__ __forceinline__ void for_each_chunk(const Row* rows, int64_t num_rows, int64_t num_chunks, Visit visit) {
-  const int64_t first = first_chunk_of(blockIdx.x, num_chunks), last = first_chunk_of(blockIdx.x + 1, num_chunks);
-  if (first == last) return;
-  int64_t row = row_of(rows, num_rows, first);
-  for (int64_t chunk = first; chunk < last; ++chunk) {
-    while (row + 1 < num_rows && rows[row + 1].first_chunk <= chunk) ++row;
-    const int64_t begin = (chunk - rows[row].first_chunk) * kChunk;
-    const int64_t end = begin + kChunk < rows[row].n ? begin + kChunk : rows[row].n;
-    visit(row, chunk, begin, end);
-  }
 }
 
 // Calls visit(row number, first chunk, last chunk) for what each row from `row` on has of [first, last); the last is
@@ -314,6 +313,17 @@ template <typename Row, typename Visit>
 __device__ __forceinline__ void for_each_run(const Row* rows, int64_t num_rows, int64_t num_chunks, Visit visit) {
   for_each_run(rows, num_rows, static_cast<int>(first_chunk_of(blockIdx.x, num_chunks)),
                static_cast<int>(first_chunk_of(blockIdx.x + 1, num_chunks)), visit);
+}
+
+// Calls visit(row number, chunk, begin, end) for each chunk of this block: where in its row it begins and ends.
+template <typename Row, typename Visit>
+__device__ __forceinline__ void for_each_chunk(const Row* rows, int64_t num_rows, int64_t num_chunks, Visit visit) {
+  for_each_run(rows, num_rows, num_chunks, [&](int r, int first, int last) {
+    for (int chunk = first; chunk < last; ++chunk) {
+      const int64_t begin = (chunk - rows[r].first_chunk) * kChunk;
+      visit(r, chunk, begin, begin + size_of_chunk(rows[r].n, begin));
+    }
+  });
 }
 
 // Whether this block is the last of `expected` to get here; then it sees what the others wrote.

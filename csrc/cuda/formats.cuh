@@ -12,47 +12,41 @@ namespace gmp::cuda::kernels {
 
 // Floats and doubles are stored as they are computed.
 template <DType kDType>
-struct FormatOf {
-  using Compute = ComputeOf<kDType>;
-  using Bits = Compute;
-  static_assert(sizeof(Bits) == sizeof(KeyOf<kDType>), "this dtype needs conversions");
-  __device__ static Compute load(Bits bits) { return bits; }
-  __device__ static Bits store(Compute v) { return v; }
-};
+inline constexpr bool kConverts = sizeof(KeyOf<kDType>) != sizeof(ComputeOf<kDType>);
+template <DType kDType>
+using Stored = std::conditional_t<kConverts<kDType>, KeyOf<kDType>, ComputeOf<kDType>>;
 
-template <>
-struct FormatOf<DType::bfloat16> {
-  using Bits = KeyOf<DType::bfloat16>;
-  using Compute = float;
-  __device__ static float load(uint16_t bits) {
-    const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+#if defined(__CUDACC__)
+using Half = __half;
+#else
+using Half = _Float16;
+#endif
+
+template <DType kDType>
+__device__ ComputeOf<kDType> widened(Stored<kDType> stored) {
+  if constexpr (kDType == DType::bfloat16) {
+    const uint32_t wide = static_cast<uint32_t>(stored) << 16;
     float v;
     memcpy(&v, &wide, sizeof(v));
     return v;
+  } else if constexpr (kDType == DType::float16) {
+    Half half;
+    memcpy(&half, &stored, sizeof(stored));
+    return static_cast<float>(half);
+  } else {
+    static_assert(!kConverts<kDType>, "this dtype needs conversions");
+    return stored;
   }
-  __device__ static uint16_t store(float v) {
+}
+
+template <DType kDType>
+__device__ Stored<kDType> narrowed(ComputeOf<kDType> v) {
+  if constexpr (kDType == DType::bfloat16) {
     uint32_t bits;
     memcpy(&bits, &v, sizeof(v));
     if ((bits & 0x7fffffff) > 0x7f800000) return 0x7fc0;
     return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-  }
-};
-
-template <>
-struct FormatOf<DType::float16> {
-  using Bits = KeyOf<DType::float16>;
-  using Compute = float;
-#if defined(__CUDACC__)
-  using Half = __half;
-#else
-  using Half = _Float16;
-#endif
-  __device__ static float load(uint16_t bits) {
-    Half half;
-    memcpy(&half, &bits, sizeof(bits));
-    return static_cast<float>(half);
-  }
-  __device__ static uint16_t store(float v) {
+  } else if constexpr (kDType == DType::float16) {
     // Converters agree on numbers but not on which NaN comes out.
     if (v != v) {
       uint32_t wide;
@@ -63,7 +57,10 @@ struct FormatOf<DType::float16> {
     uint16_t bits;
     memcpy(&bits, &half, sizeof(bits));
     return bits;
+  } else {
+    static_assert(!kConverts<kDType>, "this dtype needs conversions");
+    return v;
   }
-};
+}
 
 }  // namespace gmp::cuda::kernels

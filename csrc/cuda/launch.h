@@ -40,30 +40,33 @@ inline void prepare(const Launch& launch) {
 #endif
 }
 
+#if defined(__CUDACC__)
+// Makes a call that loads modules: a graph that this thread captures does not mind it meanwhile.
+template <typename Call>
+void call_while_capturing(const char* what, Call call) {
+  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+  cudaThreadExchangeStreamCaptureMode(&mode);
+  const cudaError_t error = call();
+  cudaThreadExchangeStreamCaptureMode(&mode);
+  check(what, error);
+}
+#endif
+
 // Has a kernel loaded, which otherwise happens at its first launch: too late while a graph is captured.
 template <typename Kernel>
 void load([[maybe_unused]] Kernel kernel) {
 #if defined(__CUDACC__)
   cudaFuncAttributes attributes;
-  check("cudaFuncGetAttributes", cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)));
+  call_while_capturing("cudaFuncGetAttributes",
+                       [&] { return cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)); });
 #endif
 }
 
-// While one of these lives, a graph that this thread captures does not mind modules that are loaded.
-class WhileLoading {
- public:
-  WhileLoading() { exchange(); }
-  ~WhileLoading() { exchange(); }
-  WhileLoading(const WhileLoading&) = delete;
-
- private:
-#if defined(__CUDACC__)
-  void exchange() { cudaThreadExchangeStreamCaptureMode(&mode_); }
-  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
-#else
-  void exchange() {}
-#endif
-};
+// Rows at an address of the device's memory.
+template <typename Row>
+Row* rows_at(uint64_t address) {
+  return reinterpret_cast<Row*>(address);
+}
 
 // Blocks to a multiprocessor where every warp works alone and threads need few registers.
 inline constexpr unsigned kBlocksOfWarps = 6;

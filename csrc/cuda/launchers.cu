@@ -1,4 +1,7 @@
 // Everything but the optimizer step.
+#include <algorithm>
+#include <cstring>
+
 #include "apply.cuh"
 #include "count_layers.cuh"
 #include "launch.h"
@@ -6,78 +9,137 @@
 #include "ties.cuh"
 
 namespace gmp::cuda {
+
+// Words that one launch takes as an argument: those of most calls, and as many as there can be. More than 4 KB need a
+// driver that only toolkits from 13.0 on insist on.
+inline constexpr int64_t kFewWords = 480;
+#if defined(CUDART_VERSION) && CUDART_VERSION >= 13000
+inline constexpr int64_t kManyWords = 4080;
+#else
+inline constexpr int64_t kManyWords = kFewWords;
+#endif
+
+namespace kernels {
+
+template <int64_t kWords>
+__global__ void __launch_bounds__(kThreads)
+    store(const __grid_constant__ Argument<uint64_t, kWords> given, int64_t count, uint64_t* to) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (i < count) to[i] = given.values[i];
+}
+
+}  // namespace kernels
+
 namespace {
 
-template <typename Key>
-void select_typed(const Launch& launch, Key infinity, const Tables& t) {
-  // A bracket that fails leaves all bits of a key to be told apart, 9 in each read.
-  constexpr int kBits = 9, kPasses = 1 + (static_cast<int>(sizeof(Key)) * 8 - 1 + kBits - 1) / kBits;
-  static_assert(int64_t{1} << kBits == kBins);
-  const unsigned grid = grid_of(launch, kReaders, t.num_chunks);
-  for (int pass = 0; pass < kPasses; ++pass) {
-    GMP_LAUNCH(kernels::count<Key>, grid, launch, t.layers, t.groups, t.num_groups, t.num_chunks, t.space, infinity);
+template <int64_t kWords>
+void store_words(const Launch& launch, const uint64_t* from, int64_t count, uint64_t* to) {
+  Argument<uint64_t, kWords> given;  // what lies behind `count` is never looked at
+  std::memcpy(given.values, from, static_cast<size_t>(count) * sizeof(uint64_t));
+  const auto grid = static_cast<unsigned>((count + kThreads - 1) / kThreads);
+  GMP_LAUNCH(kernels::store<kWords>, grid, launch, given, count, to);
+}
+
+Tables with_addresses(Tables tables) {
+  for (auto place : {&Tables::layers, &Tables::groups, &Tables::bins, &Tables::lists, &Tables::list_counts,
+                     &Tables::tie_counts, &Tables::nonfinite}) {
+    tables.*place += tables.buffer;
   }
-  GMP_LAUNCH(kernels::ties<Key>, grid, launch, t.layers, t.groups, t.num_groups, t.num_chunks, t.space, infinity);
+  return tables;
 }
 
 }  // namespace
 
 unsigned num_counting_blocks(unsigned multiprocessors) { return multiprocessors * kReaders; }
 
-void begin(const Launch& launch, DType dtype, const Tables& t) {
+void select(const Launch& launch, const Tables& places) {
   prepare(launch);
-  with_dtype(dtype, [&](auto infinity) {
+  const Tables tables = with_addresses(places);
+  const unsigned grid = grid_of(launch, kReaders, tables.num_chunks);
+  with_dtype(static_cast<DType>(tables.dtype), [&](auto infinity) {
     using Key = decltype(infinity);
-    GMP_LAUNCH(kernels::begin<Key>, static_cast<unsigned>(t.num_groups), launch, t.layers, t.groups, t.num_chunks,
-               int64_t{grid_of(launch, kReaders, t.num_chunks)}, t.space, infinity);
+    // A bracket that fails leaves all bits of a key to be told apart, 9 in each read.
+    constexpr int kBits = 9, kPasses = 1 + (static_cast<int>(sizeof(Key)) * 8 - 1 + kBits - 1) / kBits;
+    static_assert(int64_t{1} << kBits == kBins);
+    const auto num_groups = static_cast<unsigned>(tables.num_groups);
+    GMP_LAUNCH(kernels::begin<Key>, num_groups, launch, tables, int64_t{grid}, infinity);
+    for (int pass = 0; pass < kPasses; ++pass) GMP_LAUNCH(kernels::count<Key>, grid, launch, tables, infinity);
+    GMP_LAUNCH(kernels::ties<Key>, grid, launch, tables, infinity);
   });
 }
 
-void select(const Launch& launch, DType dtype, const Tables& tables) {
+void apply(const Launch& launch, const Tables& places) {
   prepare(launch);
-  with_dtype(dtype, [&](auto infinity) { select_typed(launch, infinity, tables); });
-}
-
-void apply(const Launch& launch, DType dtype, const Tables& t, const uint64_t* out, const int64_t* stop) {
-  prepare(launch);
-  with_dtype(dtype, [&](auto infinity) {
+  const Tables tables = with_addresses(places);
+  with_dtype(static_cast<DType>(tables.dtype), [&](auto infinity) {
     using Key = decltype(infinity);
-    GMP_LAUNCH(kernels::apply<Key>, grid_of(launch, kReaders, t.num_chunks), launch, t.layers, t.num_layers,
-               t.num_chunks, t.groups, out, stop, infinity);
+    GMP_LAUNCH(kernels::apply<Key>, grid_of(launch, kReaders, tables.num_chunks), launch, tables, infinity);
   });
 }
 
-void count(const Launch& launch, DType dtype, CountRow* rows, int64_t num_rows, int64_t num_chunks) {
+void count(const Launch& launch, int64_t dtype, uint64_t rows, int64_t num_rows, int64_t num_chunks) {
   prepare(launch);
-  with_dtype(dtype, [&](auto infinity) {
+  with_dtype(static_cast<DType>(dtype), [&](auto infinity) {
     using Key = decltype(infinity);
-    GMP_LAUNCH(kernels::count_layers<Key>, grid_of(launch, kReaders, num_chunks), launch, rows, num_rows, num_chunks,
-               infinity);
+    GMP_LAUNCH(kernels::count_layers<Key>, grid_of(launch, kReaders, num_chunks), launch, rows_at<CountRow>(rows),
+               num_rows, num_chunks, infinity);
   });
 }
 
-void move_state(const Launch& launch, const StateMoveRow* rows, int64_t num_rows, int64_t num_chunks) {
+void move_state(const Launch& launch, uint64_t rows, int64_t num_rows, int64_t num_chunks) {
   prepare(launch);
-  GMP_LAUNCH(kernels::move_state, grid_of(launch, kReaders, num_chunks), launch, rows, num_rows, num_chunks);
+  GMP_LAUNCH(kernels::move_state, grid_of(launch, kReaders, num_chunks), launch, rows_at<const TensorRow>(rows),
+             num_rows, num_chunks);
 }
 
-void chunk_offsets(const Launch& launch, const OffsetsRow* rows, int64_t num_rows, int64_t num_chunks,
-                   int64_t* totals) {
+void chunk_offsets(const Launch& launch, uint64_t address, int64_t num_rows, int64_t num_chunks, uint64_t totals) {
   prepare(launch);
+  const auto* const rows = rows_at<const TensorRow>(address);
   const int64_t blocks = (num_chunks + kWarps - 1) / kWarps;
   GMP_LAUNCH(kernels::count_kept, grid_of(launch, kBlocksOfWarps, blocks), launch, rows, num_rows, num_chunks);
-  GMP_LAUNCH(kernels::scan_kept, static_cast<unsigned>(num_rows), launch, rows, totals);
+  GMP_LAUNCH(kernels::scan_kept, static_cast<unsigned>(num_rows), launch, rows, rows_at<int64_t>(totals));
 }
 
-void sum_squares(const Launch& launch, const GradRow* rows, int64_t num_rows, int64_t num_chunks, double* sums) {
+void sum_squares(const Launch& launch, uint64_t rows, int64_t num_rows, int64_t num_chunks, uint64_t address) {
   prepare(launch);
-  GMP_LAUNCH(kernels::sum_squares, grid_of(launch, kReaders, num_chunks), launch, rows, num_rows, num_chunks, sums);
+  auto* const sums = rows_at<double>(address);
+  GMP_LAUNCH(kernels::sum_squares, grid_of(launch, kReaders, num_chunks), launch, rows_at<const TensorRow>(rows),
+             num_rows, num_chunks, sums);
   GMP_LAUNCH(kernels::total, 1u, launch, sums, num_chunks);
 }
 
-void load_kernels(const Launch& launch) {
-  const WhileLoading loading;
+int64_t most_stored() { return 4 * kManyWords; }
+
+void store(const Launch& launch, const uint64_t* from, int64_t count, uint64_t address) {
   prepare(launch);
+  for (uint64_t* to = rows_at<uint64_t>(address); count > 0; from += kManyWords, to += kManyWords) {
+    if (count <= kFewWords) {
+      store_words<kFewWords>(launch, from, count, to);
+    } else {
+      store_words<kManyWords>(launch, from, std::min(count, kManyWords), to);
+    }
+    count -= kManyWords;
+  }
+}
+
+void fetch(const Launch& launch, uint64_t address, size_t bytes, void* to) {
+  prepare(launch);
+  const void* const from = rows_at<const void>(address);
+#if defined(__CUDACC__)
+  const auto stream = reinterpret_cast<cudaStream_t>(launch.stream);
+  check("copy to the host", cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, stream));
+  check("copy to the host", cudaStreamSynchronize(stream));
+#else
+  std::memcpy(to, from, bytes);
+#endif
+}
+
+unsigned load_kernels([[maybe_unused]] int device) {
+  int multiprocessors = 4;  // of the host, for the tests
+#if defined(__CUDACC__)
+  call_while_capturing("cudaSetDevice", [&] { return cudaSetDevice(device); });
+  check("cudaDeviceGetAttribute", cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
+#endif
   const auto load_typed = [](auto key) {
     using Key = decltype(key);
     load(kernels::begin<Key>);
@@ -94,17 +156,10 @@ void load_kernels(const Launch& launch) {
   load(kernels::scan_kept);
   load(kernels::sum_squares);
   load(kernels::total);
-  load_steps(launch);
-}
-
-unsigned multiprocessors_of([[maybe_unused]] int device) {
-#if defined(__CUDACC__)
-  int count = 0;
-  check("cudaDeviceGetAttribute", cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
-  return static_cast<unsigned>(count);
-#else
-  return 4;
-#endif
+  load(kernels::store<kFewWords>);
+  load(kernels::store<kManyWords>);
+  load_steps();
+  return static_cast<unsigned>(multiprocessors);
 }
 
 }  // namespace gmp::cuda

@@ -1,16 +1,18 @@
-// Every operation as launches on a stream: no allocation, no synchronization, nothing read back.
+// Every operation as launches on a stream: nothing is allocated, and only `fetch` waits for the device.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <string>
+#include <tuple>
+#include <vector>
 
-#include "optim/rules.h"
-#include "order/dtypes.h"
 #include "tables.h"
 
 namespace gmp::cuda {
 
-// `stream` is a cudaStream_t; on the host it is ignored. Tables and buffers are in the device's memory.
+// `stream` is a cudaStream_t; on the host it is ignored. Addresses are those of the device's memory, dtypes positions
+// in order/dtypes.h.
 struct Launch {
   uint64_t stream;
   int device;
@@ -20,40 +22,37 @@ struct Launch {
 // How many blocks of a selection need bins at most.
 unsigned num_counting_blocks(unsigned multiprocessors);
 
-// Layers and groups of a selection, and its workspace.
-struct Tables {
-  LayerRow* layers;
-  int64_t num_layers;
-  GroupRow* groups;
-  int64_t num_groups, num_chunks;
-  Workspace space;
-};
-
 // All of these throw std::runtime_error if a launch fails, or if an earlier one of anybody has: then nothing is
 // launched.
 
-// Brackets from samples. What begins a selection.
-void begin(const Launch& launch, DType dtype, const Tables& tables);
-// The rest of it.
-void select(const Launch& launch, DType dtype, const Tables& tables);
-// out: addresses; stop: nothing is written if that is not 0. Each may be null, and so may the groups.
-void apply(const Launch& launch, DType dtype, const Tables& tables, const uint64_t* out, const int64_t* stop);
-void count(const Launch& launch, DType dtype, CountRow* rows, int64_t num_rows, int64_t num_chunks);
+void select(const Launch& launch, const Tables& tables);
+void apply(const Launch& launch, const Tables& tables);
+// rows: CountRow
+void count(const Launch& launch, int64_t dtype, uint64_t rows, int64_t num_rows, int64_t num_chunks);
 
-// constants: on the device, or null: then they are those of the argument.
-void update(const Launch& launch, DType dtype, Rule rule, const UpdateRow* rows, int64_t num_rows, int64_t num_chunks,
-            const UpdateConstants<double>* constants, const ArgumentConstants& argument);
-void move_state(const Launch& launch, const StateMoveRow* rows, int64_t num_rows, int64_t num_chunks);
+// The rows of the others are TensorRow.
+
+// dtype, first row, number of rows, and of chunks, which each part numbers anew
+using UpdatePart = std::tuple<int64_t, int64_t, int64_t, int64_t>;
+// constants: the address of UpdateConstants<double>; where it is 0, they are those of the argument.
+void update(const Launch& launch, const std::string& rule, uint64_t rows, const std::vector<UpdatePart>& parts,
+            uint64_t constants, const ArgumentConstants& argument);
+void move_state(const Launch& launch, uint64_t rows, int64_t num_rows, int64_t num_chunks);
 // totals: how many weights each row keeps.
-void chunk_offsets(const Launch& launch, const OffsetsRow* rows, int64_t num_rows, int64_t num_chunks, int64_t* totals);
-// sums: one per chunk, and one more, which receives the total.
-void sum_squares(const Launch& launch, const GradRow* rows, int64_t num_rows, int64_t num_chunks, double* sums);
+void chunk_offsets(const Launch& launch, uint64_t rows, int64_t num_rows, int64_t num_chunks, uint64_t totals);
+// sums: double, one per chunk, and one more, which receives the total.
+void sum_squares(const Launch& launch, uint64_t rows, int64_t num_rows, int64_t num_chunks, uint64_t sums);
 
-// Loads all kernels for a device, so that none has to be at its first launch. May be called while a graph is captured.
-void load_kernels(const Launch& launch);
-void load_steps(const Launch& launch);  // a part of that
+// Words of eight bytes that `store` takes; a copy of more from pinned memory takes less time.
+int64_t most_stored();
+// `from` has been read when it returns: it travels in the launches themselves, so no copy is under way that its owner
+// would have to wait for.
+void store(const Launch& launch, const uint64_t* from, int64_t count, uint64_t to);
+void fetch(const Launch& launch, uint64_t from, size_t bytes, void* to);
 
-// Throws std::runtime_error if there is no such device.
-unsigned multiprocessors_of(int device);
+// Loads all kernels for a device, so that none has to be at its first launch, and returns how many multiprocessors it
+// has. May be called while a graph is captured. Throws std::runtime_error if there is no such device.
+unsigned load_kernels(int device);
+void load_steps();  // a part of that
 
 }  // namespace gmp::cuda

@@ -1,11 +1,9 @@
 // A sample of each group's keys, and the bracket that follows from it.
 #pragma once
 
-#include <cmath>
-
 #include "counter.cuh"
 #include "deal.cuh"
-#include "search/bracket.h"
+#include "search/sample.h"
 
 namespace gmp::cuda::kernels {
 
@@ -55,32 +53,13 @@ struct SampleBins {
   }
 };
 
-// The bin where the running sum of counts first exceeds `rank`; each thread has kCount of them in a row.
-template <typename Count, int kCount>
-struct Crossing {
-  int64_t bin = -1;             // -1: it is another thread's
-  Count before = 0, count = 0;  // of the bins before it, and its own
-
-  __device__ __forceinline__ Crossing(const Count (&counts)[kCount], Count running, Count rank) {
-#pragma unroll
-    for (int b = 0; b < kCount; ++b) {
-      if (running <= rank && rank < running + counts[b]) {
-        bin = threadIdx.x * kCount + b;
-        before = running;
-        count = counts[b];
-      }
-      running += counts[b];
-    }
-  }
-};
-
 // Where the blocks that count a group add their bins up: there is a place for each group, or, where groups are more
 // than blocks, for each block that a group begins in. No two groups that go on in another block begin in the same one,
 // because the later one begins behind all chunks of the earlier one.
-__device__ inline uint64_t* bins_of(const Workspace& space, const GroupRow* groups, int64_t num_groups, int64_t g,
-                                    const Deal& deal, int64_t num_blocks) {
-  const int64_t place = num_groups <= num_blocks ? g : deal.block_of(groups[g].first_chunk, g);
-  return pointer<uint64_t>(space.bins) + place * kBins;
+__device__ inline unsigned long long* bins_of(const Tables& tables, const GroupRow& group, int64_t g, const Deal& deal,
+                                              int64_t num_blocks) {
+  const int64_t place = tables.num_groups <= num_blocks ? g : deal.block_of(group.first_chunk, g);
+  return pointer<unsigned long long>(tables.bins) + place * kBins;
 }
 
 // Whether the lists have room for what a chunk is likely to have between two ranks of the sample. What is pruned comes
@@ -91,24 +70,22 @@ __device__ inline bool fits(const GroupRow& group, float first, float last, unsi
   const float inside = fmaxf(0.0f, fminf(last, all) - fmaxf(first, static_cast<float>(pruned)));
   const float average = inside / all * static_cast<float>(kChunk);
   const float expected = group.num_layers > 1 ? kUnevenLayers * average : average;
-  return expected + kSpareRoots * sqrtf(expected) <= static_cast<float>(capacity);
+  return highest_count(expected, kSpareRoots) <= static_cast<float>(capacity);
 }
 
 // One block per group. With room for more of them to a multiprocessor, the compiler would have registers spilled.
 template <typename Key>
-__global__ void __launch_bounds__(kThreads, 2)
-    begin(LayerRow* layers, GroupRow* groups, int64_t num_chunks, int64_t num_counting, Workspace space, Key infinity) {
+__global__ void __launch_bounds__(kThreads, 2) begin(Tables tables, int64_t num_counting, Key infinity) {
   constexpr int kPerThread = kMostBins / kThreads;
   __shared__ unsigned hist[kMostBins];
   __shared__ Key edges[2];
-  GroupRow& group = groups[blockIdx.x];
-  const LayerRow* const rows = layers + group.first_layer;
+  GroupRow& group = pointer<GroupRow>(tables.groups)[blockIdx.x];
+  LayerRow* const rows = pointer<LayerRow>(tables.layers) + group.first_layer;
   for (int64_t l = threadIdx.x; l < group.num_layers; l += kThreads) {
-    layers[group.first_layer + l].nonfinite = kNoIndex;
-    layers[group.first_layer + l].cut = rows[l].n;
+    rows[l].nonfinite = kNoIndex;
+    rows[l].cut = rows[l].n;
   }
-  uint64_t* const own =
-      bins_of(space, groups, gridDim.x, blockIdx.x, Deal(num_chunks, gridDim.x, num_counting), num_counting);
+  auto* const own = bins_of(tables, group, blockIdx.x, Deal(tables, num_counting), num_counting);
   for (int64_t b = threadIdx.x; b < kBins; b += kThreads) own[b] = 0;
   uint64_t lo = group.lo, hi = group.hi;
   if (hi == 0) {
@@ -166,9 +143,8 @@ __global__ void __launch_bounds__(kThreads, 2)
       sampled += block_sum(own_sampled);
       pruned += block_sum(own_pruned);  // and all of hist is there
       rank = wanted * static_cast<float>(sampled);
-      half = 2.0f + (gridDim.x < kMany ? kDeviations : kDeviationsOfMany) * sqrtf(rank * (1.0f - wanted));
-      if (is_whole) half = 1.0f;
-      if (eights == most || fits(group, rank - half, rank + half, pruned, sampled, space.capacity)) break;
+      half = is_whole ? 1.0f : rank_margin(rank, wanted, gridDim.x < kMany ? kDeviations : kDeviationsOfMany);
+      if (eights == most || fits(group, rank - half, rank + half, pruned, sampled, tables.capacity)) break;
       taken = eights;
       eights = 2 * eights < most ? 2 * eights : most;
     }
@@ -181,18 +157,17 @@ __global__ void __launch_bounds__(kThreads, 2)
     for (int side = 0; side < 2; ++side) {
       const float edge = side == 0 ? rank - half : rank + half;
       if (edge < static_cast<float>(pruned) || edge >= static_cast<float>(sampled)) continue;
-      const Crossing crossing(counts, before, static_cast<unsigned>(edge));
-      if (crossing.bin < 0) continue;
-      // As if the keys of a bin were evenly spread in it: bins are wider than brackets are to be.
-      const Key lower = bins.lower(crossing.bin), upper = bins.upper(crossing.bin, largest);
-      const bool is_bounded = !is_whole && crossing.bin > 0 && crossing.bin < kMostBins - 1;
-      const unsigned from = static_cast<unsigned>(edge) - crossing.before;
-      const auto at = [&](unsigned k) {
-        return static_cast<Key>(static_cast<double>(upper - lower) * k / crossing.count);
-      };
-      edges[side] = side == 0    ? is_bounded ? static_cast<Key>(lower + at(from)) : lower
-                    : is_bounded ? static_cast<Key>(lower + at(from + 1))
-                                 : upper;
+      find_crossing(counts, before, static_cast<unsigned>(edge), [&](int b, unsigned sum, unsigned count) {
+        // As if the keys of a bin were evenly spread in it: bins are wider than brackets are to be.
+        const int bin = static_cast<int>(threadIdx.x) * kPerThread + b;
+        const Key lower = bins.lower(bin), upper = bins.upper(bin, largest);
+        const bool is_bounded = !is_whole && bin > 0 && bin < kMostBins - 1;
+        const unsigned from = static_cast<unsigned>(edge) - sum;
+        const auto inner = [&](unsigned k) {
+          return static_cast<Key>(lower + static_cast<Key>(static_cast<double>(upper - lower) * k / count));
+        };
+        edges[side] = side == 0 ? is_bounded ? inner(from) : lower : is_bounded ? inner(from + 1) : upper;
+      });
     }
     __syncthreads();
     lo = edges[0];

@@ -25,7 +25,7 @@ __device__ inline unsigned long long take_bin(unsigned long long* bin) {
 
 // Proves the bracket of a group by what was counted, and narrows it. take(bin) gives a count and sets it to zero.
 template <typename Key, typename Take>
-__device__ void narrow(LayerRow* layers, GroupRow& group, bool counts_each, Key infinity, Take take) {
+__device__ void narrow(LayerRow* rows, GroupRow& group, bool counts_each, Key infinity, Take take) {
   constexpr int kPerThread = kBins / kThreads;
   __shared__ bool finished;
   const Bracket bracket{group.lo, group.hi};
@@ -59,25 +59,25 @@ __device__ void narrow(LayerRow* layers, GroupRow& group, bool counts_each, Key 
           proof == Proof::kTooHigh ? 0 : below + static_cast<int64_t>(inside), kRead);
     }
   } else {
-    const Crossing crossing(counts, before, static_cast<unsigned long long>(wanted - below - 1));
-    if (crossing.bin >= 0) {
-      const int64_t lower = below + static_cast<int64_t>(crossing.before);
-      const Bracket bin = bin_of(bracket, static_cast<uint64_t>(crossing.bin), shift);
+    const auto rank = static_cast<unsigned long long>(wanted - below - 1);
+    find_crossing(counts, before, rank, [&](int b, unsigned long long sum, unsigned long long count) {
+      const int64_t lower = below + static_cast<int64_t>(sum);
+      const Bracket bin = bin_of(bracket, uint64_t{threadIdx.x} * kPerThread + b, shift);
       if (shift == 0) {
         group.key = bin.lo;
         group.num_below = pruned + lower;
-        group.num_ties = crossing.count;
+        group.num_ties = count;
         group.num_ties_kept = group.num_below + group.num_ties - group.num_prune;
         group.listed = !listed ? kNotListed : counts_each ? kCounts : kKeys;
         finished = true;
       } else {
         aim(bin, lower, listed ? kList : kRead);
       }
-    }
+    });
   }
   __syncthreads();
   if (finished && wanted > 0) {
-    for (int64_t l = threadIdx.x; l < group.num_layers; l += kThreads) layers[group.first_layer + l].cut = 0;
+    for (int64_t l = threadIdx.x; l < group.num_layers; l += kThreads) rows[l].cut = 0;
   }
   if (threadIdx.x == 0) {
     if (finished) group.mode = kDone;
@@ -86,40 +86,30 @@ __device__ void narrow(LayerRow* layers, GroupRow& group, bool counts_each, Key 
   }
 }
 
-// Adds what a block has found of a group in its first read to that of the others.
-template <typename Key>
-__device__ void add_sums(GroupRow& group, const Counter<Key>& counter) {
-  const auto below = block_sum(static_cast<unsigned long long>(counter.below));
-  const auto pruned = block_sum(static_cast<unsigned long long>(counter.pruned));
-  if (threadIdx.x > 0) return;
-  atomicAdd(counter_at(&group.below), below);
-  atomicAdd(counter_at(&group.pruned), pruned);
-}
-
 // Ends a chunk that has been read; `number` is the chunk's.
 template <typename Key>
 __device__ __forceinline__ void end_chunk(Counter<Key>& counter, LayerRow& layer, int64_t begin, GroupRow& group,
-                                          const Workspace& space, int number) {
-  Key* const list = pointer<Key>(space.lists) + number * space.capacity;
-  if (counter.report_nonfinite(&layer.nonfinite, begin)) *pointer<int64_t>(space.nonfinite) = 1;
+                                          const Tables& tables, int number) {
+  Key* const list = pointer<Key>(tables.lists) + number * tables.capacity;
+  if (counter.report_nonfinite(&layer.nonfinite, begin)) *pointer<int64_t>(tables.nonfinite) = 1;
   const unsigned inside = counter.end_chunk([&](unsigned k, Key key) { store1(list + k, key); });
   if (threadIdx.x > 0) return;
-  pointer<unsigned>(space.list_counts)[number] = inside;
-  if (inside > space.capacity) atomicOr(counter_at(&group.overflow), 1ull);
+  pointer<unsigned>(tables.list_counts)[number] = inside;
+  if (inside > tables.capacity) atomicOr(counter_at(&group.overflow), 1ull);
 }
 
 // Calls visit(key, l) for all that is listed of the chunks [first, last), and done(chunk, l) behind the last key of
 // each. A warp takes a run of chunks, of which it looks up 32 sizes at once; kLists lists are under way together, by l.
 inline constexpr int kLists = 4;
 template <typename Key, typename Visit, typename Done>
-__device__ __forceinline__ void for_each_listed(const Workspace& space, int first, int last, Visit visit, Done done) {
+__device__ __forceinline__ void for_each_listed(const Tables& tables, int first, int last, Visit visit, Done done) {
   constexpr int kParts = 4;  // keys of each list that a lane has under way
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize, warps = kWarps;
   const int until = first + static_cast<int>(int64_t{warp + 1} * (last - first) / warps);
   for (int base = first + static_cast<int>(int64_t{warp} * (last - first) / warps); base < until; base += kWarpSize) {
-    const unsigned sizes = base + lane < until ? pointer<const unsigned>(space.list_counts)[base + lane] : 0;
+    const unsigned sizes = base + lane < until ? pointer<const unsigned>(tables.list_counts)[base + lane] : 0;
     for (int c = 0; c < static_cast<int>(kWarpSize) && base + c < until; c += kLists) {
-      const Key* const lists = pointer<const Key>(space.lists) + (base + c) * space.capacity;
+      const Key* const lists = pointer<const Key>(tables.lists) + (base + c) * tables.capacity;
       int size[kLists], longest = 0;
 #pragma unroll
       for (int l = 0; l < kLists; ++l) {
@@ -134,7 +124,7 @@ __device__ __forceinline__ void for_each_listed(const Workspace& space, int firs
 #pragma unroll
           for (int u = 0; u < kParts; ++u) {
             const int own = k + u * static_cast<int>(kWarpSize);
-            if (own < size[l]) keys[l][u] = load1(lists + l * space.capacity + own);
+            if (own < size[l]) keys[l][u] = load1(lists + l * tables.capacity + own);
           }
         }
 #pragma unroll
@@ -154,37 +144,38 @@ __device__ __forceinline__ void for_each_listed(const Workspace& space, int firs
 }
 
 template <typename Key>
-__global__ void __launch_bounds__(kThreads, kReaders)
-    count(LayerRow* layers, GroupRow* groups, int64_t num_groups, int64_t num_chunks, Workspace space, Key infinity) {
+__global__ void __launch_bounds__(kThreads, kReaders) count(Tables tables, Key infinity) {
   __shared__ Counts<Key> shared;
-  Counter<Key> counter(shared, space.capacity, infinity);
-  const Deal deal(num_chunks, num_groups, gridDim.x);
-  deal.for_each_run(groups, num_groups, [&](int g, int first, int last) {
+  Counter<Key> counter(shared, tables.capacity, infinity);
+  GroupRow* const groups = pointer<GroupRow>(tables.groups);
+  const Deal deal(tables, gridDim.x);
+  deal.for_each_run(groups, tables.num_groups, [&](int g, int first, int last) {
     GroupRow& group = groups[g];
     const int64_t mode = group.mode;
     if (mode == kDone) return;
     counter.aim(group.lo, group.hi, group.shift, mode == kRead);
+    LayerRow* const rows = pointer<LayerRow>(tables.layers) + group.first_layer;
     if (mode == kList) {
-      for_each_listed<Key>(space, first, last, [&](Key key, int) { counter.take_listed(key); }, [](int, int) {});
+      for_each_listed<Key>(tables, first, last, [&](Key key, int) { counter.take_listed(key); }, [](int, int) {});
     } else {
-      LayerRow* const rows = layers + group.first_layer;
       for_each_run(rows, group.num_layers, first, last, [&](int l, int from, int until) {
         LayerRow& layer = rows[l];
         const int64_t begin = (from - layer.first_chunk) * kChunk;
         count_chunks(
-            layer.weights, layer.mask, layer.touched, layer.n, begin, until - from, counter, [](Key) {},
-            [&](int c) { end_chunk(counter, layer, begin + c * kChunk, group, space, from + c); });
+            layer.weights, layer.mask, layer.touched == 0 ? 0 : tables.buffer + layer.touched, layer.n, begin,
+            until - from, counter, [](Key) {},
+            [&](int c) { end_chunk(counter, layer, begin + c * kChunk, group, tables, from + c); });
       });
-      if (group.passes == 0) add_sums(group, counter);
+      if (group.passes == 0) counter.add_sums(group);
     }
     __syncthreads();
     const int64_t num_blocks = deal.num_blocks_of(group, g);
-    auto* const bins = reinterpret_cast<unsigned long long*>(bins_of(space, groups, num_groups, g, deal, gridDim.x));
+    auto* const bins = bins_of(tables, group, g, deal, gridDim.x);
     if (num_blocks > 1) {
       counter.move_bins(bins, kBins);
       if (!is_last_block(&group.blocks_done, num_blocks)) return;
     }
-    narrow(layers, group, counter.counts_each(), infinity,
+    narrow(rows, group, counter.counts_each(), infinity,
            [&](int64_t b) -> unsigned long long { return num_blocks > 1 ? take_bin(bins + b) : counter.take_bin(b); });
   });
 }

@@ -7,16 +7,16 @@ namespace gmp::cuda::kernels {
 
 // One value per kept weight on its way from layout to layout.
 template <typename Bits>
-__device__ void move_chunk(const StateMoveRow& row, int64_t begin, int64_t end) {
-  const uint8_t* const masks[2] = {pointer<const uint8_t>(row.source_mask), pointer<const uint8_t>(row.target_mask)};
-  const uint64_t offsets[2] = {row.source_offsets, row.target_offsets};
+__device__ void move_chunk(const TensorRow& source, const TensorRow& target, int64_t begin, int64_t end) {
+  const uint8_t* const masks[2] = {pointer<const uint8_t>(source.mask), pointer<const uint8_t>(target.mask)};
+  const uint64_t offsets[2] = {source.chunk_offsets, target.chunk_offsets};
   int64_t before[2] = {};
   for (int side = 0; side < 2; ++side) {
     if (masks[side] != nullptr) before[side] = pointer<const int64_t>(offsets[side])[begin / kChunk];
   }
   for (int64_t tile = begin; tile < end; tile += kTile) {
     const int64_t i = tile + threadIdx.x * kEach;
-    const int size = count_from(i, row.n);
+    const int size = count_from(i, source.n);
     unsigned bits[2];
     int64_t place[2];
     for (int side = 0; side < 2; ++side) {
@@ -31,34 +31,36 @@ __device__ void move_chunk(const StateMoveRow& row, int64_t begin, int64_t end) 
     for (int j = 0; j < size; ++j) {
       Bits value{};
       if (bits[0] >> j & 1) {
-        value = pointer<const Bits>(row.source)[place[0] + read];
+        value = pointer<const Bits>(source.state[0])[place[0] + read];
         ++read;
       }
       if (bits[1] >> j & 1) {
-        pointer<Bits>(row.target)[place[1] + written] = value;
+        pointer<Bits>(target.state[0])[place[1] + written] = value;
         ++written;
       }
     }
   }
 }
 
-__global__ void __maxnreg__(48) move_state(const StateMoveRow* rows, int64_t num_rows, int64_t num_chunks) {
-  for_each_chunk(rows, num_rows, num_chunks, [&](int64_t r, int64_t, int64_t begin, int64_t end) {
-    if (rows[r].value_bytes == 4) {
-      move_chunk<uint32_t>(rows[r], begin, end);
+// The targets' rows lie behind those of the sources.
+__global__ void __maxnreg__(48) move_state(const TensorRow* sources, int64_t num_rows, int64_t num_chunks) {
+  for_each_chunk(sources, num_rows, num_chunks, [&](int64_t r, int64_t, int64_t begin, int64_t end) {
+    const TensorRow &source = sources[r], &target = sources[num_rows + r];
+    if (static_cast<DType>(source.dtype) == DType::float64) {
+      move_chunk<uint64_t>(source, target, begin, end);
     } else {
-      move_chunk<uint64_t>(rows[r], begin, end);
+      move_chunk<uint32_t>(source, target, begin, end);
     }
   });
 }
 
 // How many weights each chunk keeps: a warp to the chunk, 64 bytes of its mask to the lane.
-__global__ void __launch_bounds__(kThreads) count_kept(const OffsetsRow* rows, int64_t num_rows, int64_t num_chunks) {
+__global__ void __launch_bounds__(kThreads) count_kept(const TensorRow* rows, int64_t num_rows, int64_t num_chunks) {
   constexpr int64_t kBytes = kChunk / 8 / kWarpSize;
   static_assert(kBytes % sizeof(uint4) == 0);
   const int64_t stride = static_cast<int64_t>(gridDim.x) * kWarps;
   for (int64_t chunk = blockIdx.x * int64_t{kWarps} + threadIdx.x / kWarpSize; chunk < num_chunks; chunk += stride) {
-    const OffsetsRow& row = rows[row_of(rows, num_rows, chunk)];
+    const TensorRow& row = rows[row_of(rows, num_rows, chunk)];
     const uint8_t* const mask = pointer<const uint8_t>(row.mask);
     const int64_t begin = (chunk - row.first_chunk) * kChunk;
     const int64_t first = begin + threadIdx.x % kWarpSize * (kBytes * 8);
@@ -76,14 +78,14 @@ __global__ void __launch_bounds__(kThreads) count_kept(const OffsetsRow* rows, i
       for (int64_t i = first; i < end; i += kEach) kept += count_bits(load_bits(mask, i, count_from(i, row.n)));
     }
     kept = warp_sum(kept);
-    if (threadIdx.x % kWarpSize == 0) pointer<int64_t>(row.offsets)[chunk - row.first_chunk] = kept;
+    if (threadIdx.x % kWarpSize == 0) pointer<int64_t>(row.chunk_offsets)[chunk - row.first_chunk] = kept;
   }
 }
 
 // Turns those counts into what comes before each chunk, a block to the row; the totals are left in one place too.
-__global__ void __launch_bounds__(kThreads) scan_kept(const OffsetsRow* rows, int64_t* totals) {
-  const OffsetsRow& row = rows[blockIdx.x];
-  int64_t* const offsets = pointer<int64_t>(row.offsets);
+__global__ void __launch_bounds__(kThreads) scan_kept(const TensorRow* rows, int64_t* totals) {
+  const TensorRow& row = rows[blockIdx.x];
+  int64_t* const offsets = pointer<int64_t>(row.chunk_offsets);
   const int64_t num_chunks = (row.n + kChunk - 1) / kChunk;
   int64_t before = 0;
   for (int64_t first = 0; first < num_chunks; first += kThreads) {
@@ -96,9 +98,9 @@ __global__ void __launch_bounds__(kThreads) scan_kept(const OffsetsRow* rows, in
   if (threadIdx.x == 0) offsets[num_chunks] = totals[blockIdx.x] = before;
 }
 
-template <typename Format>
-__device__ double sum_squares_of(const GradRow& row, int64_t begin, int64_t end) {
-  using Bits = typename Format::Bits;
+template <DType kDType>
+__device__ double sum_squares_of(const TensorRow& row, int64_t begin, int64_t end) {
+  using Bits = Stored<kDType>;
   double sum = 0;
   for (int64_t i = begin + threadIdx.x * kEach; i < end; i += kTile) {
     const int size = count_from(i, row.n);
@@ -107,7 +109,7 @@ __device__ double sum_squares_of(const GradRow& row, int64_t begin, int64_t end)
     Bits raw[kEach];
     load8(pointer<const Bits>(row.grads) + i, size, raw);
     for (int j = 0; j < kEach; ++j) {
-      const double g = static_cast<double>(Format::load(raw[j]));
+      const double g = static_cast<double>(widened<kDType>(raw[j]));
       if (bits >> j & 1) sum += g * g;
     }
   }
@@ -116,13 +118,13 @@ __device__ double sum_squares_of(const GradRow& row, int64_t begin, int64_t end)
 
 // Sums of the chunks, added up by `total` in an order that depends on their number alone.
 __global__ void __launch_bounds__(kThreads)
-    sum_squares(const GradRow* rows, int64_t num_rows, int64_t num_chunks, double* sums) {
+    sum_squares(const TensorRow* rows, int64_t num_rows, int64_t num_chunks, double* sums) {
   for_each_chunk(rows, num_rows, num_chunks, [&](int64_t r, int64_t chunk, int64_t begin, int64_t end) {
     double sum = 0;
     switch (static_cast<DType>(rows[r].dtype)) {
-#define GMP_DTYPE(name, key, infinity)                                \
-  case DType::name:                                                   \
-    sum = sum_squares_of<FormatOf<DType::name>>(rows[r], begin, end); \
+#define GMP_DTYPE(name, key, infinity)                      \
+  case DType::name:                                         \
+    sum = sum_squares_of<DType::name>(rows[r], begin, end); \
     break;
       GMP_DTYPES(GMP_DTYPE)
 #undef GMP_DTYPE

@@ -1,57 +1,46 @@
 // The optimizer step, for every rule and dtype.
+#include <type_traits>
+
 #include "launch.h"
+#include "names.h"
 #include "update.cuh"
 
 namespace gmp::cuda {
 namespace {
 
-// Calls visit(format) with the format of the dtype.
+// Calls visit(rule, dtype), each a constant, for all of them.
 template <typename Visit>
-void with_format(DType dtype, Visit visit) {
-  switch (dtype) {
-#define GMP_DTYPE(name, key, infinity) \
-  case DType::name:                    \
-    return visit(kernels::FormatOf<DType::name>{});
+void for_each_kernel(Visit visit) {
+  const auto with_rule = [&](auto rule) {
+#define GMP_DTYPE(name, key, infinity) visit(rule, std::integral_constant<DType, DType::name>{});
     GMP_DTYPES(GMP_DTYPE)
 #undef GMP_DTYPE
-  }
-}
-
-template <Rule kRule>
-void update_by(const Launch& launch, DType dtype, const UpdateRow* rows, int64_t num_rows, int64_t num_chunks,
-               const UpdateConstants<double>* constants, const ArgumentConstants& argument) {
-  with_format(dtype, [&](auto format) {
-    using Format = decltype(format);
-    const unsigned grid = grid_of(launch, kernels::kUpdaters<Format>, num_chunks);
-    GMP_LAUNCH((kernels::update<kRule, Format>), grid, launch, rows, num_rows, num_chunks, constants, argument);
-  });
-}
-
-template <Rule kRule>
-void load_rule() {
-#define GMP_DTYPE(name, key, infinity) load(kernels::update<kRule, kernels::FormatOf<DType::name>>);
-  GMP_DTYPES(GMP_DTYPE)
-#undef GMP_DTYPE
-}
-
-}  // namespace
-
-void load_steps(const Launch& launch) {
-  prepare(launch);
-#define GMP_RULE(name, fewest, most) load_rule<Rule::name>();
+  };
+#define GMP_RULE(name, fewest, most) with_rule(std::integral_constant<Rule, Rule::name>{});
   GMP_RULES(GMP_RULE)
 #undef GMP_RULE
 }
 
-void update(const Launch& launch, DType dtype, Rule rule, const UpdateRow* rows, int64_t num_rows, int64_t num_chunks,
-            const UpdateConstants<double>* constants, const ArgumentConstants& argument) {
+}  // namespace
+
+void load_steps() {
+  for_each_kernel([](auto rule, auto dtype) { load(kernels::update<rule, dtype>); });
+}
+
+void update(const Launch& launch, const std::string& name, uint64_t address, const std::vector<UpdatePart>& parts,
+            uint64_t constants, const ArgumentConstants& argument) {
+  const Rule wanted = rule_of(name);
   prepare(launch);
-  switch (rule) {
-#define GMP_RULE(name, fewest, most) \
-  case Rule::name:                   \
-    return update_by<Rule::name>(launch, dtype, rows, num_rows, num_chunks, constants, argument);
-    GMP_RULES(GMP_RULE)
-#undef GMP_RULE
+  for (const auto& [code, first_row, num_rows, num_chunks] : parts) {
+    const auto* const rows = rows_at<const TensorRow>(address) + first_row;
+    const int64_t row_count = num_rows, chunk_count = num_chunks;
+    const auto wanted_dtype = static_cast<DType>(code);
+    for_each_kernel([&](auto rule, auto dtype) {
+      if (rule != wanted || dtype != wanted_dtype) return;
+      const unsigned grid = grid_of(launch, kernels::kUpdaters<dtype>, chunk_count);
+      GMP_LAUNCH((kernels::update<rule, dtype>), grid, launch, rows, row_count, chunk_count,
+                 rows_at<const UpdateConstants<double>>(constants), argument);
+    });
   }
 }
 

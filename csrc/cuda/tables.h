@@ -1,4 +1,5 @@
-// What host and device hand each other: rows of eight-byte fields, which Python fills and reads as int64 tensors.
+// What host and device hand each other: rows of eight-byte fields. Python fills and reads them as numpy arrays, whose
+// dtypes are made in bindings.cpp.
 #pragma once
 
 #include <cstddef>
@@ -20,7 +21,7 @@ struct LayerRow {
   int64_t cut;                // selection's answer: of the weights that tie, those from this index on go
   int64_t nonfinite;          // selection's answer: first unpruned NaN or Inf, INT64_MAX if there is none
   int64_t kept_before, kept;  // what apply counted
-  uint64_t touched;  // address: which eights apply has to look at, a bit for each (see count_strip); 0: at all of them
+  int64_t touched;  // place: which eights apply has to look at, a bit for each (see count_strip); 0: at all of them
 };
 
 enum Mode : int64_t {
@@ -49,13 +50,20 @@ struct GroupRow {
   int64_t num_below, num_ties, num_ties_kept;
 };
 
-// Where the kernels of a selection leave what the next one needs.
-struct Workspace {
+// The layers of one dtype in a selection or an application, their groups, and where kernels leave what the next one
+// needs. All of it lies in one buffer: Python gives places, in bytes from its beginning, and kernels get addresses.
+struct Tables {
+  uint64_t buffer;
+  uint64_t layers, groups;           // rows
   uint64_t bins;                     // uint64_t, kBins per group, or per block that counts if those are fewer
   uint64_t lists;                    // keys, or counts of keys, `capacity` per chunk
   uint64_t list_counts, tie_counts;  // uint32_t, one per chunk
-  int64_t capacity;
-  uint64_t nonfinite;  // int64_t, set once there is an unpruned NaN or Inf in any layer
+  uint64_t nonfinite;                // int64_t, set once there is an unpruned NaN or Inf in any layer
+  int64_t num_layers, num_groups, num_chunks, capacity;
+  int64_t dtype;  // a DType
+  // Of an application: the addresses of the new bits, one per layer, and a number that stops it if it is not 0. Either
+  // may be 0.
+  uint64_t out, stop;
 };
 
 // A layer that is counted against a bracket of the caller's (see BracketCounts in backends/types.py).
@@ -71,35 +79,21 @@ struct CountRow {
   int64_t below, inside, pruned, nonfinite;  // the answer
 };
 
-// A parameter in an optimizer step.
-struct UpdateRow {
-  uint64_t weights, grads, master, state[kMaxStates], mask, chunk_offsets;
-  int64_t n, first_chunk, constants;
-};
-
-// Constants that are arguments of the launch: nothing has to be uploaded for them.
-inline constexpr int64_t kMaxArgumentConstants = 8;
-struct ArgumentConstants {
-  UpdateConstants<double> rows[kMaxArgumentConstants];
-};
-
-// A mask by which compact state is addressed.
-struct OffsetsRow {
-  uint64_t mask;
+// A tensor in an optimizer step; or a gradient, a mask, or an array of state that belongs to it: then what does not
+// is 0.
+struct TensorRow {
+  uint64_t weights, grads, master, state[kMaxStates], mask;
+  uint64_t chunk_offsets;  // of compact state: how many weights before each chunk are kept, and how many in all
   int64_t n, first_chunk;
-  uint64_t offsets;  // address; receives, of each chunk and at the end, how many weights before it are kept
+  int64_t constants;  // which row of them
+  int64_t dtype;      // a DType: of the weights, or of what there is instead
 };
 
-// Optimizer state on its way from one layout to another (see cpu/optim.h).
-struct StateMoveRow {
-  uint64_t source, source_mask, source_offsets, target, target_mask, target_offsets;
-  int64_t n, first_chunk, value_bytes;
+// Numbers that are an argument of the launch: nothing has to be uploaded for them.
+template <typename T, int64_t kSize>
+struct Argument {
+  T values[kSize];
 };
-
-struct GradRow {
-  int64_t dtype;
-  uint64_t grads, mask;
-  int64_t n, first_chunk;
-};
+using ArgumentConstants = Argument<UpdateConstants<double>, 8>;
 
 }  // namespace gmp::cuda

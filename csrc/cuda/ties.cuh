@@ -8,7 +8,7 @@ namespace gmp::cuda::kernels {
 // Where a running sum of counts first exceeds `rank`, which is less than their sum; the whole block comes here. Gives
 // the position, and takes what comes before it from the rank; -1 if the sum is no larger.
 template <typename CountAt>
-__device__ int64_t find_crossing(int64_t size, int64_t& rank, CountAt count_at) {
+__device__ int64_t find_crossing_of_all(int64_t size, int64_t& rank, CountAt count_at) {
   __shared__ int64_t crossing, left;
   constexpr int kCounts = 8;  // of each thread at a time
   if (threadIdx.x == 0) crossing = -1;
@@ -18,15 +18,11 @@ __device__ int64_t find_crossing(int64_t size, int64_t& rank, CountAt count_at) 
     int64_t counts[kCounts], sum = 0, total;
 #pragma unroll
     for (int c = 0; c < kCounts; ++c) sum += counts[c] = own + c < size ? count_at(own + c) : 0;
-    int64_t before = block_scan(sum, total);
-#pragma unroll
-    for (int c = 0; c < kCounts; ++c) {
-      if (before <= rank && rank < before + counts[c]) {
-        crossing = own + c;
-        left = rank - before;
-      }
-      before += counts[c];
-    }
+    const int64_t before = block_scan(sum, total);
+    find_crossing(counts, before, rank, [&](int c, int64_t sum_before, int64_t) {
+      crossing = own + c;
+      left = rank - sum_before;
+    });
     rank -= total;
     __syncthreads();
   }
@@ -56,22 +52,21 @@ __device__ uint64_t ties_of(const LayerRow& layer, int64_t begin, Key threshold,
 
 // The last block of a group: the block, the chunk and the weight from which on ties go.
 template <typename Key>
-__device__ void place_cut(LayerRow* layers, const GroupRow& group, int64_t g, const Deal& deal,
+__device__ void place_cut(LayerRow* rows, const GroupRow& group, int64_t g, const Deal& deal,
                           const unsigned* block_ties, const unsigned* tie_counts, Key infinity) {
   static_assert(kChunk == 64 * kThreads);
   int64_t rank = group.num_ties_kept;
   const int64_t first_block = deal.block_of(group.first_chunk, g);
   const auto first_of = [&](int64_t block) { return deal.first_chunk_of(first_block + block, group, g); };
-  const int64_t block = find_crossing(deal.num_blocks_of(group, g), rank,
-                                      [&](int64_t b) { return int64_t{__ldcg(&block_ties[first_of(b)])}; });
+  const int64_t block = find_crossing_of_all(deal.num_blocks_of(group, g), rank,
+                                             [&](int64_t b) { return int64_t{__ldcg(&block_ties[first_of(b)])}; });
   if (block < 0) return;  // the weights have changed meanwhile
   const int64_t first = first_of(block);
   const int64_t until = first_of(block + 1), end = group.first_chunk + group.num_chunks;
-  const int64_t found = find_crossing((until < end ? until : end) - first, rank,
-                                      [&](int64_t c) { return int64_t{__ldcg(&tie_counts[first + c])}; });
+  const int64_t found = find_crossing_of_all((until < end ? until : end) - first, rank,
+                                             [&](int64_t c) { return int64_t{__ldcg(&tie_counts[first + c])}; });
   if (found < 0) return;
   const int64_t chunk = first + found;
-  const LayerRow* const rows = layers + group.first_layer;
   const int64_t l = row_of(rows, group.num_layers, chunk);
   const LayerRow& row = rows[l];
   const int64_t begin = (chunk - row.first_chunk) * kChunk + threadIdx.x * 64;
@@ -80,10 +75,10 @@ __device__ void place_cut(LayerRow* layers, const GroupRow& group, int64_t g, co
   const int64_t before = block_scan(static_cast<int64_t>(count_word(ties)), total);
   if (before <= rank && rank < before + count_word(ties)) {
     for (int64_t skip = rank - before; skip > 0; --skip) ties &= ties - 1;
-    layers[group.first_layer + l].cut = begin + lowest_of(ties);
+    rows[l].cut = begin + lowest_of(ties);
   }
   for (int64_t other = threadIdx.x; other < group.num_layers; other += kThreads) {
-    if (other < l) layers[group.first_layer + other].cut = rows[other].n;
+    if (other < l) rows[other].cut = rows[other].n;
   }
 }
 
@@ -106,13 +101,14 @@ __device__ __forceinline__ unsigned ties_in(const LayerRow& layer, int64_t begin
 }
 
 template <typename Key>
-__global__ void __launch_bounds__(kThreads, kReaders)
-    ties(LayerRow* layers, GroupRow* groups, int64_t num_groups, int64_t num_chunks, Workspace space, Key infinity) {
-  unsigned* const tie_counts = pointer<unsigned>(space.tie_counts);
-  const Deal deal(num_chunks, num_groups, gridDim.x);
-  deal.for_each_run(groups, num_groups, [&](int g, int first, int last) {
+__global__ void __launch_bounds__(kThreads, kReaders) ties(Tables tables, Key infinity) {
+  unsigned* const tie_counts = pointer<unsigned>(tables.tie_counts);
+  GroupRow* const groups = pointer<GroupRow>(tables.groups);
+  const Deal deal(tables, gridDim.x);
+  deal.for_each_run(groups, tables.num_groups, [&](int g, int first, int last) {
     GroupRow& group = groups[g];
     if (group.num_ties_kept == 0) return;
+    LayerRow* const rows = pointer<LayerRow>(tables.layers) + group.first_layer;
     const Key threshold = static_cast<Key>(group.key);
     unsigned sum = 0;  // no GPU has memory for more weights to the block
     const auto leave = [&](int chunk, unsigned matches) {
@@ -122,21 +118,20 @@ __global__ void __launch_bounds__(kThreads, kReaders)
       sum += matches;
     };
     if (group.listed == kCounts) {
-      const Key* const counts = pointer<const Key>(space.lists) + (group.key - group.lo);
+      const Key* const counts = pointer<const Key>(tables.lists) + (group.key - group.lo);
       for (int chunk = first + static_cast<int>(threadIdx.x); chunk < last; chunk += kThreads) {
-        tie_counts[chunk] = load1(counts + chunk * space.capacity);
+        tie_counts[chunk] = load1(counts + chunk * tables.capacity);
         sum += tie_counts[chunk];
       }
     } else if (group.listed == kKeys) {
       unsigned matches[kLists] = {};
       for_each_listed<Key>(
-          space, first, last, [&](Key key, int l) { matches[l] += key == threshold; },
+          tables, first, last, [&](Key key, int l) { matches[l] += key == threshold; },
           [&](int chunk, int l) {
             leave(chunk, matches[l]);
             matches[l] = 0;
           });
     } else {
-      const LayerRow* const rows = layers + group.first_layer;
       for (int chunk = first + static_cast<int>(threadIdx.x / kWarpSize); chunk < last; chunk += kWarps) {
         const LayerRow& layer = rows[row_of(rows, group.num_layers, chunk)];
         leave(chunk, ties_in(layer, (chunk - layer.first_chunk) * kChunk, threshold, infinity));
@@ -144,10 +139,10 @@ __global__ void __launch_bounds__(kThreads, kReaders)
     }
     // The lists have been read: the size of the first one of this block makes place for what it has found.
     sum = block_sum(sum);
-    unsigned* const block_ties = pointer<unsigned>(space.list_counts);
+    unsigned* const block_ties = pointer<unsigned>(tables.list_counts);
     if (threadIdx.x == 0) block_ties[first] = sum;
     if (is_last_block(&group.blocks_done, deal.num_blocks_of(group, g))) {
-      place_cut<Key>(layers, group, g, deal, block_ties, tie_counts, infinity);
+      place_cut<Key>(rows, group, g, deal, block_ties, tie_counts, infinity);
     }
     __syncthreads();
   });

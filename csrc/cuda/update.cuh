@@ -27,12 +27,12 @@ struct Arithmetic {
 };
 
 // Only weights of 16 bits come with wider copies.
-template <typename Format>
-inline constexpr bool kMasters = sizeof(typename Format::Bits) < sizeof(typename Format::Compute);
+template <DType kDType>
+inline constexpr bool kMasters = kConverts<kDType>;
 
 // Arrays of state that there are.
 template <Rule kRule>
-__device__ __forceinline__ int num_states_of(const UpdateRow& row) {
+__device__ __forceinline__ int num_states_of(const TensorRow& row) {
   int num_states = kFewestStates<kRule>;
 #pragma unroll
   for (int k = kFewestStates<kRule>; k < kMostStates<kRule>; ++k) num_states += row.state[k] != 0;
@@ -40,11 +40,11 @@ __device__ __forceinline__ int num_states_of(const UpdateRow& row) {
 }
 
 // The first tiles of a chunk, all of them whole and on 16 bytes; the state is dense.
-template <Rule kRule, typename Format>
-__device__ __forceinline__ void update_tiles(const UpdateRow& row, const UpdateConstants<typename Format::Compute>& c,
+template <Rule kRule, DType kDType>
+__device__ __forceinline__ void update_tiles(const TensorRow& row, const UpdateConstants<ComputeOf<kDType>>& c,
                                              int64_t begin, int num_tiles) {
-  using Bits = typename Format::Bits;
-  using T = typename Format::Compute;
+  using Bits = Stored<kDType>;
+  using T = ComputeOf<kDType>;
   constexpr int kTiles = kChunk / kTile;
   static_assert(kTiles == 8, "the mask bytes of a thread are one word");
   const int64_t first = begin + threadIdx.x * kEach;
@@ -73,7 +73,7 @@ __device__ __forceinline__ void update_tiles(const UpdateRow& row, const UpdateC
       // Given values whether they need them or not: undefined ones send nvcc 13.0's optimizer round in circles.
       Bits raw[kEach] = {}, gradient[kEach] = {};
       T wide[kEach] = {}, state[kMostStates<kRule> + 1][kEach] = {};
-      const bool is_master = kMasters<Format> && master != nullptr;
+      const bool is_master = kMasters<kDType> && master != nullptr;
       load8<true>(grads + i, kEach, gradient);
       if (is_master) {
         load8<true>(master + i, kEach, wide);
@@ -89,17 +89,17 @@ __device__ __forceinline__ void update_tiles(const UpdateRow& row, const UpdateC
         const bool kept = bits >> j & 1;
         T w = T(0), s[kMaxStates] = {};
         if (kept) {
-          w = is_master ? wide[j] : Format::load(raw[j]);
+          w = is_master ? wide[j] : widened<kDType>(raw[j]);
 #pragma unroll
           for (int k = 0; k < kMostStates<kRule>; ++k) {
             if (states[k] != nullptr) s[k] = state[k][j];
           }
-          update_one<kRule, Arithmetic>(w, static_cast<T>(Format::load(gradient[j])), s, num_states, c);
+          update_one<kRule, Arithmetic>(w, static_cast<T>(widened<kDType>(gradient[j])), s, num_states, c);
         }
 #pragma unroll
         for (int k = 0; k < kMostStates<kRule>; ++k) state[k][j] = s[k];
         if (is_master) wide[j] = w;
-        raw[j] = kept ? Format::store(w) : Bits(0);
+        raw[j] = kept ? narrowed<kDType>(w) : Bits(0);
       }
       if (is_master) store8<true>(master + i, kEach, wide);
       store8<true>(weights + i, kEach, raw);
@@ -115,11 +115,11 @@ __device__ __forceinline__ void update_tiles(const UpdateRow& row, const UpdateC
 using Places = uint16_t[kChunk / kWarps];
 
 // The weights [first, size) of a chunk that begins at `begin`. The whole block comes here; warps need not keep step.
-template <Rule kRule, typename Format>
-__device__ __forceinline__ void update_singly(const UpdateRow& row, const UpdateConstants<typename Format::Compute>& c,
+template <Rule kRule, DType kDType>
+__device__ __forceinline__ void update_singly(const TensorRow& row, const UpdateConstants<ComputeOf<kDType>>& c,
                                               int64_t begin, int first, int size, Places* places) {
-  using Bits = typename Format::Bits;
-  using T = typename Format::Compute;
+  using Bits = Stored<kDType>;
+  using T = ComputeOf<kDType>;
   constexpr int kWord = 64;  // mask bits of a lane
   constexpr int kAtOnce = sizeof(T) == 4 ? 2 : 1;
   const unsigned lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
@@ -145,7 +145,7 @@ __device__ __forceinline__ void update_singly(const UpdateRow& row, const Update
   __syncwarp();
   Bits* const weights = pointer<Bits>(row.weights) + begin + start;
   const Bits* const grads = pointer<const Bits>(row.grads) + begin + start;
-  const bool is_master = kMasters<Format> && row.master != 0, is_compact = row.chunk_offsets != 0;
+  const bool is_master = kMasters<kDType> && row.master != 0, is_compact = row.chunk_offsets != 0;
   const int num_states = num_states_of<kRule>(row);
   T* const master = pointer<T>(row.master) + (is_master ? begin + start : 0);
   T* states[kMostStates<kRule> + 1] = {};
@@ -161,8 +161,8 @@ __device__ __forceinline__ void update_singly(const UpdateRow& row, const Update
       const int k = k0 + u * static_cast<int>(kWarpSize);
       if (k >= total) break;
       at[u] = places[warp][k];
-      g[u] = static_cast<T>(Format::load(load1(grads + at[u])));
-      w[u] = is_master ? load1(master + at[u]) : static_cast<T>(Format::load(load1(weights + at[u])));
+      g[u] = static_cast<T>(widened<kDType>(load1(grads + at[u])));
+      w[u] = is_master ? load1(master + at[u]) : static_cast<T>(widened<kDType>(load1(weights + at[u])));
 #pragma unroll
       for (int n = 0; n < kMaxStates; ++n) {
         s[u][n] = T(0);
@@ -175,7 +175,7 @@ __device__ __forceinline__ void update_singly(const UpdateRow& row, const Update
       if (k >= total) break;
       update_one<kRule, Arithmetic>(w[u], g[u], s[u], num_states, c);
       if (is_master) store1(master + at[u], w[u]);
-      store1(weights + at[u], Format::store(w[u]));
+      store1(weights + at[u], narrowed<kDType>(w[u]));
 #pragma unroll
       for (int n = 0; n < kMostStates<kRule>; ++n) {
         if (states[n] != nullptr) store1(states[n] + (is_compact ? k : at[u]), s[u][n]);
@@ -186,14 +186,14 @@ __device__ __forceinline__ void update_singly(const UpdateRow& row, const Update
 }
 
 // Blocks that a multiprocessor holds at once: 128 registers are enough for a thread but in double.
-template <typename Format>
-inline constexpr unsigned kUpdaters = sizeof(typename Format::Compute) == 4 ? 2 : 1;
+template <DType kDType>
+inline constexpr unsigned kUpdaters = sizeof(ComputeOf<kDType>) == 4 ? 2 : 1;
 
-template <Rule kRule, typename Format>
-__global__ void __launch_bounds__(kThreads, kUpdaters<Format>)
-    update(const UpdateRow* rows, int64_t num_rows, int64_t num_chunks, const UpdateConstants<double>* constants,
+template <Rule kRule, DType kDType>
+__global__ void __launch_bounds__(kThreads, kUpdaters<kDType>)
+    update(const TensorRow* rows, int64_t num_rows, int64_t num_chunks, const UpdateConstants<double>* constants,
            const __grid_constant__ ArgumentConstants argument) {
-  using T = typename Format::Compute;
+  using T = ComputeOf<kDType>;
   __shared__ UpdateConstants<T> c;
   __shared__ Places places[kWarps];
   // In 32 bits: registers are scarce here.
@@ -202,12 +202,12 @@ __global__ void __launch_bounds__(kThreads, kUpdaters<Format>)
   int r = static_cast<int>(row_of(rows, num_rows, chunk));
   for (; chunk < last; ++chunk) {
     while (r + 1 < num_rows && rows[r + 1].first_chunk <= chunk) ++r;
-    const UpdateRow& row = rows[r];
+    const TensorRow& row = rows[r];
     if (row.constants != current) {
       current = static_cast<int>(row.constants);
       __syncthreads();
       if (threadIdx.x == 0) {
-        c = (constants == nullptr ? argument.rows[current] : constants[current]).template as<T>();
+        c = (constants == nullptr ? argument.values[current] : constants[current]).template as<T>();
       }
       __syncthreads();
     }
@@ -219,8 +219,8 @@ __global__ void __launch_bounds__(kThreads, kUpdaters<Format>)
     const int size = static_cast<int>(row.n - begin < kChunk ? row.n - begin : kChunk);
     const int num_tiles = row.chunk_offsets == 0 && addresses % 16 == 0 ? size / static_cast<int>(kTile) : 0;
     const int done = num_tiles * static_cast<int>(kTile);
-    if (done < size) update_singly<kRule, Format>(row, c, begin, done, size, places);
-    if (num_tiles > 0) update_tiles<kRule, Format>(row, c, begin, num_tiles);
+    if (done < size) update_singly<kRule, kDType>(row, c, begin, done, size, places);
+    if (num_tiles > 0) update_tiles<kRule, kDType>(row, c, begin, num_tiles);
   }
 }
 

@@ -2,4 +2,3 @@
 #include "../cuda/launchers.cu"
 
 #include "../cuda/steps.cu"
-#include "../cuda/transfers.cu"

@@ -12,12 +12,7 @@ import torch
 from gmp_kernels.backends import capture
 from gmp_kernels.errors import CaptureError
 
-__all__ = ["Table", "current", "num_chunks_of", "pinned_like", "put", "refuse_capture", "upload"]
-
-
-def num_chunks_of(n: int, chunk: int) -> int:
-    """Chunks of a tensor of ``n`` elements."""
-    return -(-n // chunk)
+__all__ = ["Table", "current", "pinned_like", "put", "refuse_capture", "upload"]
 
 
 def current(device: torch.device) -> AbstractContextManager[object]:
@@ -83,7 +78,7 @@ class Table:
     def at(
         self,
         contents: object,
-        make: Callable[[], torch.Tensor],
+        make: Callable[[], npt.NDArray[Any]],
         device: torch.device,
         captured: list[torch.Tensor],
         module: Any,
@@ -93,7 +88,7 @@ class Table:
         if capture.is_capturing(device):
             # Even if nothing has changed: what another graph uploads is there after its replays only, and what the
             # caller writes to the table of other steps has to stay out of the graph.
-            host = make()
+            host = torch.from_numpy(make())
             spare = next((spare for spare in self._spares if spare.shape == host.shape), None)
             if spare is None:
                 raise CaptureError(
@@ -106,7 +101,7 @@ class Table:
         # Another stream gets another table: freed memory is used again in the order of its own stream.
         contents = (contents, device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0)
         if self._table is None or self._contents != contents:
-            host = make()
+            host = torch.from_numpy(make())
             table = torch.empty(host.shape, dtype=host.dtype, device=device)
             put(module, launch, host.numpy(), table)
             self._table, self._contents = table, contents

@@ -6,22 +6,20 @@ stays on the device until it is needed. Workspace comes from torch's allocator.
 
 from __future__ import annotations
 
-import itertools
 from array import array
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, TypeAlias, cast
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
-from gmp_kernels.backends.addresses import address, array_address, bits_address, by_dtype, dtype_name, element_address
+from gmp_kernels.backends.addresses import address, array_address, bits_address, by_dtype, element_address
 from gmp_kernels.backends.at_once import at_once
-from gmp_kernels.backends.cuda.selection_tables import SelectionTables, Template
-from gmp_kernels.backends.dtypes import DTYPES
+from gmp_kernels.backends.cuda.selection_tables import DTYPE_CODES, NO_INDEX, Rows, SelectionTables, fill_chunks
 from gmp_kernels.backends.layers import Layers, device_of, prepared
 from gmp_kernels.backends.registry import Backend, register
 from gmp_kernels.backends.types import (
@@ -36,7 +34,7 @@ from gmp_kernels.backends.types import (
     UpdateBatch,
     UpdateTensor,
 )
-from gmp_kernels.backends.uploads import Table, current, num_chunks_of, put, refuse_capture, upload
+from gmp_kernels.backends.uploads import Table, current, put, refuse_capture, upload
 from gmp_kernels.errors import CaptureError, DeviceError, LayoutError
 
 _modules: dict[str, ModuleType] = {}
@@ -55,10 +53,7 @@ except ImportError as error:
     _missing["simt"] = str(error)
 
 LOWEST_CAPABILITY = (8, 0)  # what csrc/cuda is compiled for
-_DTYPE_CODES = {dtype: code for code, dtype in enumerate(DTYPES)}
-_COUNTS_FOUND = 11  # the first field of a CountRow of csrc/cuda/tables.h that receives an answer
 _MOST_BINS = 2048  # that layers are counted in at once
-_NO_INDEX = (1 << 63) - 1
 
 
 class Launches:
@@ -96,25 +91,23 @@ class Launches:
 
     def _size(self, device: torch.device) -> int:
         if device not in self._multiprocessors:
-            index = device.index or 0
-            self._multiprocessors[device] = self._module.multiprocessors_of(index)
-            self._module.load_kernels(self._module.launch_on(0, index, self._multiprocessors[device]))
+            self._multiprocessors[device] = self._module.load_kernels(device.index or 0)
         return self._multiprocessors[device]
 
-    def _template(
+    def _tables(
         self,
         layers: Sequence[Layer],
         group_sizes: Sequence[int] | None = None,
         *,
         selects: bool = True,
         prunes: bool = False,
-    ) -> Template:
-        """Return the template for these groups, or for layers on their own."""
+    ) -> SelectionTables:
+        """Return the tables of these groups, or of layers on their own, as they are laid out."""
         sizes = [1] * len(layers) if group_sizes is None else group_sizes
 
-        def make() -> Template:
+        def make() -> SelectionTables:
             multiprocessors = self._size(layers[0].weight.device)
-            return Template(self._module, multiprocessors, layers, sizes, selects=selects, prunes=prunes)
+            return SelectionTables(self._module, multiprocessors, layers, sizes, selects=selects, prunes=prunes)
 
         return prepared(layers, (self, *sizes, selects, prunes), make)
 
@@ -128,11 +121,8 @@ class Launches:
         prunes: bool = False,
     ) -> Selection:
         with self._on(device_of(layers), "select") as launch:
-            template = self._template(layers, group_sizes, prunes=prunes)
-            found = SelectionTables(self._module, launch, template, layers, num_prune, brackets)
-            for dtype, tables in found.tables:
-                self._module.begin(launch, dtype, tables)
-                self._module.select(launch, dtype, tables)
+            found = self._tables(layers, group_sizes, prunes=prunes).filled(launch, layers, num_prune, brackets)
+            self._module.select(launch, found.tables)
         return found
 
     def count(
@@ -146,28 +136,29 @@ class Launches:
             raise ValueError(f"count: expected at most {_MOST_BINS} bins, got {num_bins}")
         device = layers[0].weight.device
         found = BracketCounts.nothing(len(layers), num_bins)
-        ends = np.stack((*brackets, brackets.shifts(num_bins)), axis=1).tolist()
+        places = [None] * len(layers) if candidates is None else candidates
         with self._on(device, "count") as launch:
-            for dtype, positions in by_dtype(layers).items():
-                bins = torch.zeros(len(positions), num_bins, dtype=torch.int64, device=device)
-                rows, first_chunk = [], 0
-                for i, own in zip(positions, bins, strict=True):
-                    weight, mask = layers[i]
-                    place = None if candidates is None else candidates[i]
-                    rows.append(
-                        [
-                            *(element_address(weight), bits_address(mask, weight.numel()), weight.numel(), first_chunk),
-                            *ends[i],
-                            *(address(place), 0 if place is None else place.numel(), own.data_ptr(), num_bins),
-                            *(0, 0, 0, _NO_INDEX),
-                        ]
-                    )
-                    first_chunk += num_chunks_of(weight.numel(), self._module.CHUNK)
-                table = upload(rows, torch.int64, device)
-                self._module.count(launch, dtype, table.data_ptr(), len(rows), first_chunk)
-                *counts, nonfinite = table.cpu().numpy()[:, _COUNTS_FOUND:].T
-                nonfinite = np.where(nonfinite == _NO_INDEX, -1, nonfinite)
-                found.put(positions, (*counts, nonfinite, bins.cpu().numpy()))
+            for positions in by_dtype(layers).values():
+                own = [layers[i] for i in positions]
+                bins = torch.zeros(len(own), num_bins, dtype=torch.int64, device=device)
+                rows = np.zeros(len(own), self._module.COUNT_ROW)
+                num_chunks = fill_chunks(rows, [layer.weight.numel() for layer in own], self._module.CHUNK)
+                rows["weights"] = [element_address(layer.weight) for layer in own]
+                rows["mask"] = [bits_address(layer.mask, layer.weight.numel()) for layer in own]
+                asked = (*brackets, brackets.shifts(num_bins))
+                rows["lo"], rows["hi"], rows["shift"] = (column[positions] for column in asked)
+                rows["candidates"] = [address(places[i]) for i in positions]
+                rows["capacity"] = [0 if (place := places[i]) is None else place.numel() for i in positions]
+                rows["bins"] = bins.data_ptr() + np.arange(len(own)) * (bins.itemsize * num_bins)
+                rows["num_bins"] = num_bins
+                rows["nonfinite"] = NO_INDEX
+                table = upload(_words(rows), torch.int64, device)
+                dtype = DTYPE_CODES[own[0].weight.dtype]
+                self._module.count(launch, dtype, table.data_ptr(), len(rows), num_chunks)
+                rows = table.cpu().numpy().view(self._module.COUNT_ROW)
+                nonfinite = np.where(rows["nonfinite"] == NO_INDEX, -1, rows["nonfinite"])
+                counts = (rows["below"], rows["inside"], rows["pruned"], nonfinite, bins.cpu().numpy())
+                found.put(positions, counts)
         return found
 
     def prune(
@@ -181,36 +172,27 @@ class Launches:
                 cutoffs = selection.cutoffs
                 if finite and max(cutoffs.nonfinite) >= 0:
                     return None
-                template = self._template(layers, selects=False)
-                found = SelectionTables(self._module, launch, template, layers, found=cutoffs)
-            stop = found.address if finite else 0
-            if isinstance(layers, Layers) and out is layers.masks:
-                first = found.address + 8 * found.template.out_start
-            else:
-                sizes = found.template.sizes
-                places = [bits_address(out[i], sizes[i]) for part in found.template.parts for i in part.positions]
+                found = self._tables(layers, selects=False).filled(launch, found=cutoffs)
+            addresses = None
+            if not (isinstance(layers, Layers) and out is layers.masks):
+                places = [bits_address(out[i], layers[i].weight.numel()) for i in found.layer_order]
                 addresses = torch.empty(len(places), dtype=torch.int64, device=device)
-                put(self._module, launch, np.array(places, np.int64), addresses)
-                first = addresses.data_ptr()
-            parts = []
-            for (dtype, tables), part in zip(found.tables, found.template.parts, strict=True):
-                parts.append((dtype, tables, first))
-                first += 8 * len(part.positions)
+                put(self._module, launch, np.array(places), addresses)
             found.forget(launch)
-            self._module.apply(launch, parts, stop)
+            self._module.apply(launch, found.write_to(addresses, finite=finite))
             return None if finite and not found.is_finite else found.counts()
 
     def apply(self, layers: Sequence[Layer]) -> None:
         device = device_of(layers)
         with self._on(device, "apply_masks_") as launch:
             refuse_capture(device)
-
-            def make() -> SelectionTables:
-                return SelectionTables(self._module, launch, self._template(layers, selects=False))
-
             # Without `out` apply writes nothing to them, so the next call on this stream needs no others.
-            found = prepared(layers, (self, "apply", launch.stream), make)
-            self._module.apply(launch, [(dtype, tables, 0) for dtype, tables in found.tables], 0)
+            found = prepared(
+                layers,
+                (self, "apply", launch.stream),
+                lambda: self._tables(layers, selects=False).filled(launch),
+            )
+            self._module.apply(launch, found.tables)
 
     def update(
         self,
@@ -227,70 +209,105 @@ class Launches:
             return
         device = batch.tensors[0].weight.device
         with self._on(device, "update") as launch:
-            if not isinstance(batch.prepared, _Steps):
-                batch.prepared = _Steps(batch.tensors, self._module.CHUNK)
-            steps = batch.prepared
-            argument = self._argument(constants)
-            upload_to = device, batch.captured, self._module, launch
-            values = None if argument else self._constants(steps, constants, *upload_to)
-            if list(map(torch.Tensor.numel, gradients)) != steps.sizes:
-                raise ValueError("update: expected gradients of the sizes of their weights")
-            addresses = list(map(torch.Tensor.data_ptr, gradients))
+            if not isinstance(batch.prepared, tuple):
+                batch.prepared = self._steps(batch.tensors)
+            order, parts, on_host, table, values = cast("_Steps", batch.prepared)
+            sizes, addresses = (list(map(get, gradients)) for get in (torch.Tensor.numel, torch.Tensor.data_ptr))
             if not all(addresses):
                 raise LayoutError("update: expected gradients in memory, got one whose storage was freed; gather it")
-            tables = [
-                part.table.at((addresses, rows), partial(part.rows_with, addresses, rows), *upload_to)
-                for part in steps.parts
-            ]
+
+            def fill() -> npt.NDArray[np.int64]:
+                if (on_host["n"] != np.array(sizes)[order]).any():
+                    raise ValueError("update: expected gradients of the sizes of their weights")
+                on_host["grads"] = np.array(addresses)[order]
+                on_host["constants"] = np.array(rows)[order]
+                return _words(on_host)
+
+            upload_to = device, batch.captured, self._module, launch
+            at = table.at((addresses, sizes, rows), fill, *upload_to).data_ptr()
+            given, uploaded = self._constants(constants, values, *upload_to)
             # Everything there has to be memory for is there: this writes weights, all of them or none.
-            parts = [
-                (part.dtype, table.data_ptr(), len(part.positions), part.num_chunks)
-                for part, table in zip(steps.parts, tables, strict=True)
-            ]
-            at_once([partial(self._module.update, launch, rule, parts, address(values), argument), *after])
+            at_once([partial(self._module.update, launch, rule, at, parts, address(uploaded), given), *after])
 
-    def _rows_of_constants(self, constants: Constants) -> list[list[float]]:
-        """One row per block, in the order of the kernels."""
+    def _steps(self, tensors: Sequence[UpdateTensor]) -> _Steps:
+        """Return what the steps of these tensors have in common."""
+        self._describe([t for t in tensors if not isinstance(t.row, bytes)])
+        rows = np.frombuffer(b"".join([cast("bytes", t.row) for t in tensors]), self._module.TENSOR_ROW)
+        order = rows["dtype"].argsort(kind="stable")
+        rows = rows[order]
+        parts = []
+        for code in sorted(set(rows["dtype"].tolist())):
+            first, last = rows["dtype"].searchsorted([code, code + 1]).tolist()
+            num_chunks = fill_chunks(rows[first:last], rows["n"][first:last], self._module.CHUNK)
+            parts.append((code, first, last - first, num_chunks))
+        return order, parts, rows, Table(), Table()
+
+    def _describe(self, tensors: Sequence[UpdateTensor]) -> None:
+        """Make the tensors' rows, once; what changes with every step, or with the batch, is 0."""
+        sizes = [t.weight.numel() for t in tensors]
+        rows = np.zeros(len(tensors), self._module.TENSOR_ROW)
+        rows["n"] = sizes
+        rows["dtype"] = [DTYPE_CODES[t.weight.dtype] for t in tensors]
+        rows["weights"] = [element_address(t.weight) for t in tensors]
+        rows["master"] = [array_address(t.master, n, "master weights") for t, n in zip(tensors, sizes, strict=True)]
+        self._fill_state(rows, [(t.state, t.compaction) for t in tensors], sizes)
+        rows["mask"] = [bits_address(t.mask, n) for t, n in zip(tensors, sizes, strict=True)]
+        for t, row in zip(tensors, rows, strict=True):
+            t.row = row.tobytes()
+
+    def _fill_state(
+        self,
+        rows: Rows,
+        states: Sequence[tuple[Sequence[torch.Tensor], Compaction | None]],
+        sizes: Sequence[int],
+    ) -> None:
+        """Fill in where the state of tensors of these sizes lies, and where it is compact how it is laid out."""
+        for i, (state, layout) in enumerate(states):
+            num_values = sizes[i]
+            if layout is not None:
+                num_values = layout.num_kept
+                rows["mask"][i] = bits_address(layout.mask, sizes[i])
+                num_chunks = -(-sizes[i] // self._module.CHUNK)
+                rows["chunk_offsets"][i] = array_address(layout.ranks, num_chunks + 1, "chunk offsets")
+            for k, values in enumerate(state):
+                rows["state"][i, k] = array_address(values, num_values, "state")
+
+    def _constants(self, constants: Constants, table: Table, *upload_to: Any) -> tuple[bytes, torch.Tensor | None]:
+        """Return the constants as an argument of the launch; or, where they are too many or on the device, a table.
+
+        Those on the device do not leave it.
+        """
         names: Mapping[str, float] = self._module.CONSTANTS
-        return [[given.get(name, absent) for name, absent in names.items()] for given, _ in constants.blocks]
 
-    def _argument(self, constants: Constants) -> bytes:
-        """The constants as an argument of the launch; empty where there are too many, or some are on the device."""
-        if constants.on_device or sum(count for _, count in constants.blocks) > self._module.MAX_ARGUMENT_CONSTANTS:
-            return b""
-        blocks = zip(self._rows_of_constants(constants), constants.blocks, strict=True)
-        return b"".join(array("d", row).tobytes() * count for row, (_, count) in blocks)
-
-    def _constants(self, steps: _Steps, constants: Constants, *upload_to: Any) -> torch.Tensor:
-        """The constants as the kernels read them; those that are on the device do not leave it."""
-
-        def make() -> torch.Tensor:
+        def make() -> bytes:
+            rows = [[given.get(name, absent) for name, absent in names.items()] for given, _ in constants.blocks]
             counts = [count for _, count in constants.blocks]
-            values = torch.tensor(self._rows_of_constants(constants), dtype=torch.float64, device="cpu")
-            return values.repeat_interleave(torch.tensor(counts, device="cpu"), 0)
+            return b"".join(array("d", row).tobytes() * count for row, count in zip(rows, counts, strict=True))
 
+        num_rows = sum(count for _, count in constants.blocks)
+        if not constants.on_device and num_rows <= self._module.MAX_ARGUMENT_CONSTANTS:
+            return make(), None
         filled = [where for *where, _ in constants.on_device]
-        result = steps.constants.at((constants.blocks, filled), make, *upload_to)
-        columns = {name: i for i, name in enumerate(self._module.CONSTANTS)}
+        result = table.at((constants.blocks, filled), lambda: np.frombuffer(bytearray(make())), *upload_to)
+        result = result.view(-1, len(names))
+        columns = {name: i for i, name in enumerate(names)}
         for name, first, end, values in constants.on_device:
             result[first:end, columns[name]] = values
-        return result
+        return b"", result
 
     def sum_squares(self, gradients: Sequence[Layer]) -> float | torch.Tensor:
         if not gradients:
             return 0.0
         device = gradients[0].weight.device
-        rows, first_chunk = [], 0
-        for g in gradients:
-            n = g.weight.numel()
-            rows.append(
-                [_DTYPE_CODES[g.weight.dtype], element_address(g.weight), bits_address(g.mask, n), n, first_chunk]
-            )
-            first_chunk += num_chunks_of(n, self._module.CHUNK)
+        rows = np.zeros(len(gradients), self._module.TENSOR_ROW)
+        num_chunks = fill_chunks(rows, [g.weight.numel() for g in gradients], self._module.CHUNK)
+        rows["dtype"] = [DTYPE_CODES[g.weight.dtype] for g in gradients]
+        rows["grads"] = [element_address(g.weight) for g in gradients]
+        rows["mask"] = [bits_address(g.mask, g.weight.numel()) for g in gradients]
         with self._on(device, "sum_squares") as launch:
-            table = upload(rows, torch.int64, device)
-            sums = torch.empty(first_chunk + 1, dtype=torch.float64, device=device)
-            self._module.sum_squares(launch, table.data_ptr(), len(rows), first_chunk, sums.data_ptr())
+            table = upload(_words(rows), torch.int64, device)
+            sums = torch.empty(num_chunks + 1, dtype=torch.float64, device=device)
+            self._module.sum_squares(launch, table.data_ptr(), len(rows), num_chunks, sums.data_ptr())
         return sums[-1]
 
     def compactions(self, masks: Sequence[tuple[torch.Tensor, int]]) -> list[Compaction]:
@@ -298,105 +315,44 @@ class Launches:
             return []
         device = masks[0][0].device
         with self._on(device, "compactions") as launch:
-            chunks = [num_chunks_of(numel, self._module.CHUNK) for _, numel in masks]
-            # What each mask keeps in all, then the chunk offsets of one mask after the other. Of empty ones all is 0.
+            chunks = [-(-numel // self._module.CHUNK) for _, numel in masks]
+            # What each mask with weights keeps in all, then the chunk offsets of one mask after the other.
             buffer = torch.zeros(len(masks) + sum(chunks) + len(masks), dtype=torch.int64, device=device)
             offsets = torch.split(buffer[len(masks) :], [n + 1 for n in chunks])
-            order = sorted(range(len(masks)), key=lambda i: chunks[i] == 0)  # those that have rows come first
-            rows, first_chunk = [], 0
-            for i in order[: sum(n > 0 for n in chunks)]:
-                rows.append([bits_address(*masks[i]), masks[i][1], first_chunk, offsets[i].data_ptr()])
-                first_chunk += chunks[i]
-            if rows:
-                table = upload(rows, torch.int64, device)
-                self._module.chunk_offsets(launch, table.data_ptr(), len(rows), first_chunk, buffer.data_ptr())
-            totals = buffer[: len(masks)].tolist()
-        kept = dict(zip(order, totals, strict=True))
-        return [Compaction(mask, offsets[i], kept[i]) for i, (mask, _) in enumerate(masks)]
+            present = [i for i, n in enumerate(chunks) if n > 0]
+            if present:
+                rows = np.zeros(len(present), self._module.TENSOR_ROW)
+                num_chunks = fill_chunks(rows, [masks[i][1] for i in present], self._module.CHUNK)
+                rows["mask"] = [bits_address(*masks[i]) for i in present]
+                rows["chunk_offsets"] = [offsets[i].data_ptr() for i in present]
+                table = upload(_words(rows), torch.int64, device)
+                self._module.chunk_offsets(launch, table.data_ptr(), len(rows), num_chunks, buffer.data_ptr())
+            kept = dict(zip(present, buffer[: len(present)].tolist(), strict=True))
+        return [Compaction(mask, offsets[i], kept.get(i, 0)) for i, (mask, _) in enumerate(masks)]
 
     def move_state(self, moves: Sequence[StateMove]) -> None:
-        rows, first_chunk = [], 0
-        for move in moves:
-            num_chunks = num_chunks_of(move.numel, self._module.CHUNK)
-            source = _state(move.source, move.source_layout, move.numel, num_chunks)
-            target = _state(move.target, move.target_layout, move.numel, num_chunks)
-            rows.append([*source, *target, move.numel, first_chunk, move.source.element_size()])
-            first_chunk += num_chunks
-        if not first_chunk:
+        sizes = [move.numel for move in moves]
+        if not any(sizes):
             return
-        with self._on(moves[0].source.device, "move_state") as launch:
-            table = upload(rows, torch.int64, moves[0].source.device)
-            self._module.move_state(launch, table.data_ptr(), len(rows), first_chunk)
+        device = moves[0].source.device
+        rows = np.zeros((2, len(moves)), self._module.TENSOR_ROW)
+        rows["dtype"] = [DTYPE_CODES[move.source.dtype] for move in moves]
+        self._fill_state(rows[0], [([move.source], move.source_layout) for move in moves], sizes)
+        self._fill_state(rows[1], [([move.target], move.target_layout) for move in moves], sizes)
+        num_chunks = fill_chunks(rows[0], sizes, self._module.CHUNK)
+        with self._on(device, "move_state") as launch:
+            table = upload(_words(rows), torch.int64, device)
+            self._module.move_state(launch, table.data_ptr(), len(moves), num_chunks)
 
 
-def _state(values: torch.Tensor, layout: Compaction | None, numel: int, num_chunks: int) -> tuple[int, int, int]:
-    """Addresses of state, and if it is compact of its mask and ranks."""
-    if layout is None:
-        return array_address(values, numel, "state"), 0, 0
-    ranks = array_address(layout.ranks, num_chunks + 1, "chunk offsets")
-    return array_address(values, layout.num_kept, "state"), bits_address(layout.mask, numel), ranks
+def _words(rows: Rows) -> npt.NDArray[np.int64]:
+    """Return rows of csrc/cuda/tables.h as they are uploaded."""
+    return rows.reshape(-1).view(np.int64)
 
 
-class _Row(NamedTuple):
-    """A tensor's row of csrc/cuda/tables.h; what changes with every step, and where it lies in the table, is 0."""
-
-    dtype: str
-    values: tuple[int, ...]
-    numel: int
-
-
-def _row(t: UpdateTensor, chunk: int) -> _Row:
-    """Make the tensor's row, once."""
-    if isinstance(t.row, _Row):
-        return t.row
-    n = t.weight.numel()
-    states = [_state(values, t.compaction, n, num_chunks_of(n, chunk)) for values in t.state]
-    state = [*(values for values, _, _ in states), 0, 0, 0][:3]
-    ranks = None if t.compaction is None else t.compaction.ranks
-    master = array_address(t.master, n, "master weights")
-    addresses = (element_address(t.weight), 0, master, *state, bits_address(t.mask, n), address(ranks))
-    row = _Row(dtype_name(t.weight), (*addresses, n, 0, 0), n)
-    t.row = row
-    return row
-
-
-class _Part:
-    """The tensors of one dtype in a batch, and their table."""
-
-    GRADIENT, FIRST_CHUNK, CONSTANTS = 1, 9, 10  # fields of a row
-
-    def __init__(self, dtype: str, positions: list[int], rows: Sequence[_Row], chunk: int) -> None:
-        self.dtype = dtype
-        self.positions = positions
-        chunks = [num_chunks_of(row.numel, chunk) for row in rows]
-        self.num_chunks = sum(chunks)
-        self.table = Table()
-        self._rows = torch.tensor([row.values for row in rows], dtype=torch.int64, device="cpu")
-        first_chunks = [0, *itertools.accumulate(chunks)][:-1]
-        self._rows[:, self.FIRST_CHUNK] = torch.tensor(first_chunks, dtype=torch.int64, device="cpu")
-
-    def rows_with(self, gradients: Sequence[int], constants: Sequence[int]) -> torch.Tensor:
-        """Return the rows on the host, given addresses of gradients and rows of constants for the whole batch."""
-        rows = self._rows.clone()
-        for column, values in ((self.GRADIENT, gradients), (self.CONSTANTS, constants)):
-            own = values if len(self.positions) == len(values) else [values[i] for i in self.positions]
-            rows[:, column] = torch.tensor(own, dtype=torch.int64, device="cpu")
-        return rows
-
-
-class _Steps:
-    """A batch as its steps are launched: one part per dtype, and the table of constants."""
-
-    def __init__(self, tensors: Sequence[UpdateTensor], chunk: int) -> None:
-        rows = [_row(t, chunk) for t in tensors]
-        self.sizes = [row.numel for row in rows]
-        positions_of: dict[str, list[int]] = defaultdict(list)
-        for i, row in enumerate(rows):
-            positions_of[row.dtype].append(i)
-        self.parts = [
-            _Part(dtype, positions, [rows[i] for i in positions], chunk) for dtype, positions in positions_of.items()
-        ]
-        self.constants = Table()
+# Of a batch: which tensors its rows are for, those of one dtype together; of each dtype its code, first row, and
+# numbers of rows and of chunks; the rows; and both tables of a step.
+_Steps: TypeAlias = tuple[npt.NDArray[np.int64], list[tuple[int, int, int, int]], Rows, Table, Table]
 
 
 def _probe() -> str | None:

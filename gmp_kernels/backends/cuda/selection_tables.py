@@ -1,22 +1,24 @@
-"""Tables of a selection on a device: filled in from a template that is made once, and read back in one piece."""
+"""Tables of a selection on a device: laid out once, filled in and uploaded by each call, and read back in one piece."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from copy import copy
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from gmp_kernels.backends.addresses import bits_address, by_dtype, element_address, group_positions
-from gmp_kernels.backends.layers import merged
+from gmp_kernels.backends.dtypes import DTYPES
 from gmp_kernels.backends.types import Brackets, Cutoffs, Layer, PruneCounts, Selection
-from gmp_kernels.backends.uploads import current, num_chunks_of, put
+from gmp_kernels.backends.uploads import current, put
 
-__all__ = ["SelectionTables", "Template"]
+__all__ = ["DTYPE_CODES", "NO_INDEX", "Rows", "SelectionTables", "fill_chunks"]
 
-_NO_INDEX = (1 << 63) - 1
+DTYPE_CODES = {dtype: code for code, dtype in enumerate(DTYPES)}
+NO_INDEX = (1 << 63) - 1
 # For the workspace of a selection, and a share of the largest layer. Promised are 4e6 bytes and that share; with all of
 # them planned for, an H200 used 1.00 to 1.04 of it, because torch's allocator rounds sizes up and leaves blocks unsplit
 # that are up to 1 MB too large.
@@ -25,50 +27,27 @@ MEMORY_SHARE = 0.05
 ALIGNMENT = 128  # bytes, of what follows the rows: a cache line
 LEAST_CAPACITY = 256  # keys per chunk that come before the flags of what is touched: a list that overflows costs a read
 
-Integers = npt.NDArray[np.int64]
+Rows = npt.NDArray[Any]
 
 
-class LayerField:
-    """Positions in a LayerRow of csrc/cuda/tables.h."""
-
-    WEIGHTS, MASK, N, FIRST_CHUNK, GROUP, TIE_INDEX, NONFINITE, KEPT_BEFORE, KEPT, TOUCHED, COUNT = range(11)
-
-
-class GroupField:
-    """Positions in a GroupRow of csrc/cuda/tables.h."""
-
-    FIRST_LAYER, NUM_LAYERS, N, NUM_PRUNE, FIRST_CHUNK, NUM_CHUNKS, LO, HI = range(8)
-    KEY, NUM_BELOW, NUM_TIES, NUM_TIES_KEPT, COUNT = range(16, 21)
+def fill_chunks(rows: Rows, sizes: Sequence[int] | Rows, chunk: int) -> int:
+    """Number the chunks of tensors of these sizes through, in their rows of csrc/cuda/tables.h; return how many."""
+    rows["n"] = sizes
+    chunks = -(-rows["n"] // chunk)
+    ends = chunks.cumsum()
+    rows["first_chunk"] = ends - chunks
+    return int(ends[-1])
 
 
-class Part(NamedTuple):
-    """The layers of one dtype, and where their rows are among all."""
-
-    dtype: str
-    positions: list[int]
-    group_positions: Sequence[int]
-    start: int
-    num_chunks: int
-    lists: tuple[int, int, int]  # where candidates and both counts per chunk begin in the buffer, in bytes
-
-    @property
-    def num_groups(self) -> int:
-        """Groups of its layers."""
-        return len(self.group_positions)
-
-    def layers(self, rows: Integers) -> Integers:
-        """The rows of its layers."""
-        stop = self.start + LayerField.COUNT * len(self.positions)
-        return rows[self.start : stop].reshape(-1, LayerField.COUNT)
-
-    def groups(self, rows: Integers) -> Integers:
-        """The rows of its groups."""
-        start = self.start + LayerField.COUNT * len(self.positions)
-        return rows[start : start + GroupField.COUNT * self.num_groups].reshape(-1, GroupField.COUNT)
+def _rounded_up(places: int, alignment: int) -> int:
+    return -(-places // alignment) * alignment
 
 
-class Template:
-    """Contents of a selection's tables that follow from the addresses, sizes and dtypes of its layers.
+class SelectionTables(Selection):
+    """Cutoffs whose numbers stay on the device until somebody looks at them; then all are read at once.
+
+    An object that is made lays the tables of its layers out, by their addresses, sizes and dtypes alone: it holds no
+    tensor. ``filled`` returns a copy of it with memory on the device.
 
     Parameters
     ----------
@@ -81,7 +60,23 @@ class Template:
     selects, prunes : bool
         Whether there is something to select, and whether that is applied afterwards: what this will not change is then
         noted down for it.
+
+    Attributes
+    ----------
+    sizes : list of int
+        Of the layers.
+    rows : numpy.ndarray
+        int64: all rows, as a call uploads them. ``view`` tells them apart.
+    tables : numpy.ndarray
+        int64, what launches take: rows of TABLES, one per dtype. Numpy is ten times faster with plain integers.
+    layer_order, group_order : numpy.ndarray
+        Which layer or group each row is for: those of one dtype come together.
+    buffer : torch.Tensor
+        Of a copy: the rows on the device, and the workspace behind them.
     """
+
+    is_lazy = True
+    buffer: torch.Tensor
 
     def __init__(
         self,
@@ -90,193 +85,182 @@ class Template:
         layers: Sequence[Layer],
         group_sizes: Sequence[int],
         *,
-        selects: bool,
-        prunes: bool,
+        selects: bool = True,
+        prunes: bool = False,
     ) -> None:
-        self.device = layers[0].weight.device
-        self.sizes = sizes = [layer.weight.numel() for layer in layers]
-        item_sizes = [layer.weight.itemsize for layer in layers]
-        chunks = [num_chunks_of(n, module.CHUNK) for n in sizes]
-        masks = [bits_address(layer.mask, n) for layer, n in zip(layers, sizes, strict=True)]
-        num_groups = len(group_sizes)
-        num_values = 1 + (LayerField.COUNT + 1) * len(layers) + GroupField.COUNT * num_groups
-        self._blocks = module.num_counting_blocks(multiprocessors)
-        self._bins = module.BINS
+        self._module = module
+        self.layers: Sequence[Layer] | None = None  # those that `prune` may take these for, as they are
+        self._launch: Any = None
+        self._read: Rows | None = None
+        self._found: Cutoffs | None = None
+        layers = list(layers)
+        self.sizes = [layer.weight.numel() for layer in layers]
+        parts = list(by_dtype(layers).values())
+        groups_of_parts = [group_positions(part, group_sizes) for part in parts]
+        self.layer_order = np.concatenate(parts)
+        self.group_order = np.concatenate(groups_of_parts)
+        ordered = [layers[i] for i in self.layer_order]
+        self.device = ordered[0].weight.device
+        record = [
+            ("nonfinite", np.int64),  # set once a NaN or Inf is found
+            ("layers", module.LAYER_ROW, (len(ordered),)),
+            ("groups", module.GROUP_ROW, (len(group_sizes),)),
+            ("out", np.int64, (len(ordered),)),  # where the new bits go: to the masks, unless there are none
+        ]
+        self._record = np.dtype(record)
+        self.rows: Rows = np.zeros(self._record.itemsize // 8, np.int64)
+        view = self.view(self.rows)
+        rows, groups = view["layers"], view["groups"]
+        sizes = [layer.weight.numel() for layer in ordered]
+        rows["weights"] = [element_address(layer.weight) for layer in ordered]
+        rows["mask"] = view["out"] = [bits_address(layer.mask, n) for layer, n in zip(ordered, sizes, strict=True)]
+        rows["cut"] = sizes
+        rows["nonfinite"] = NO_INDEX
 
-        # What there is memory for: bins, a count per chunk in either list, the rows; then flags; then candidates.
-        left = MEMORY_BYTES + int(MEMORY_SHARE * max(n * size for n, size in zip(sizes, item_sizes, strict=True)))
-        front = -(-8 * num_values // ALIGNMENT) * ALIGNMENT  # what the rows take of the buffer, in bytes
-        left -= 8 * self._num_bins(num_groups) + 8 * sum(chunks) + front
-        key_bytes = sum(n * size for n, size in zip(chunks, item_sizes, strict=True))
-        touched, used = {}, front
-        if prunes:
-            room = front + left - LEAST_CAPACITY * key_bytes
-            for i, n in enumerate(sizes):
-                flag_bytes = 4 * num_chunks_of(n, module.TOUCHED_BY)
-                if masks[i] and used + flag_bytes <= room:
-                    touched[i] = used
-                    used += flag_bytes
-        left -= used - front
-        self.capacity = min(module.LIST_CAPACITY, max(0, left // key_bytes)) if selects else 0
-
-        self.rows: Integers = np.zeros(num_values, np.int64)  # the first is set once a NaN or Inf is found
-        self.parts: list[Part] = []
-        start = 1
-        for name, positions in by_dtype(layers).items():
-            own_chunks = np.array([chunks[i] for i in positions])
-            itemsize, num_chunks = item_sizes[positions[0]], int(own_chunks.sum())
-            lists = -(-used // 8) * 8
-            counts = lists + num_chunks * self.capacity * itemsize
-            counts = -(-counts // 4) * 4
-            own_groups = group_positions(positions, group_sizes)
-            part = Part(name, positions, own_groups, start, num_chunks, (lists, counts, counts + 4 * num_chunks))
-            if selects:
-                used = counts + 8 * num_chunks
-            rows, groups = part.layers(self.rows), part.groups(self.rows)
-            rows[:, LayerField.WEIGHTS] = [element_address(layers[i].weight) for i in positions]
-            rows[:, LayerField.MASK] = [masks[i] for i in positions]
-            rows[:, LayerField.N] = rows[:, LayerField.TIE_INDEX] = [sizes[i] for i in positions]
-            rows[:, LayerField.FIRST_CHUNK] = own_chunks.cumsum() - own_chunks
-            rows[:, LayerField.NONFINITE] = _NO_INDEX
+        tables: Rows = np.zeros(len(parts), module.TABLES)
+        self.tables: Rows = tables.view(np.int64)
+        first_layer = first_group = 0
+        for table, part, own_groups in zip(tables, parts, groups_of_parts, strict=True):
+            own = rows[first_layer : first_layer + len(part)]
             num_layers = np.array([group_sizes[g] for g in own_groups])
-            rows[:, LayerField.GROUP] = np.arange(part.num_groups).repeat(num_layers)
-            groups[:, GroupField.NUM_LAYERS] = num_layers
-            groups[:, GroupField.FIRST_LAYER] = firsts = num_layers.cumsum() - num_layers
-            groups[:, GroupField.N] = np.add.reduceat(rows[:, LayerField.N], firsts)
-            groups[:, GroupField.FIRST_CHUNK] = rows[firsts, LayerField.FIRST_CHUNK]
-            groups[:, GroupField.NUM_CHUNKS] = np.add.reduceat(own_chunks, firsts)
-            self.parts.append(part)
-            start += rows.size + groups.size
-        # One part after the other counts in these, and clears them first.
-        self.bins = -(-used // 8) * 8
-        self.num_words = self.bins // 8 + (self._num_bins(num_groups) if selects else 0)
-        # Where the new bits go, part by part: to the masks, unless there are none.
-        self.out_start = start
-        self.rows[start:] = [masks[i] for part in self.parts for i in part.positions]
-        # Places in the rows of what every call fills in: counts to prune, and addresses of flags, which `touched` gives
-        # less that of the buffer.
-        places = np.arange(num_values)
-        self.num_prune_at = np.concatenate([part.groups(places)[:, GroupField.NUM_PRUNE] for part in self.parts])
-        touched_at = np.concatenate([part.layers(places)[:, LayerField.TOUCHED] for part in self.parts])
-        order = np.argsort([i for part in self.parts for i in part.positions])
-        self.num_prune_at = self.num_prune_at[np.argsort([g for part in self.parts for g in part.group_positions])]
-        self.touched_at = touched_at[order][list(touched)]
-        self.touched = np.array(list(touched.values()), np.int64)
+            group = groups[first_group : first_group + len(num_layers)]
+            table["num_chunks"] = fill_chunks(own, sizes[first_layer : first_layer + len(part)], module.CHUNK)
+            table["dtype"] = DTYPE_CODES[ordered[first_layer].weight.dtype]
+            table["layers"], table["groups"] = (column.ctypes.data - self.rows.ctypes.data for column in (own, group))
+            table["num_layers"], table["num_groups"] = len(own), len(group)
+            own["group"] = np.arange(len(group)).repeat(num_layers)
+            group["num_layers"] = num_layers
+            group["first_layer"] = firsts = num_layers.cumsum() - num_layers
+            group["first_chunk"] = own["first_chunk"][firsts]
+            group["n"] = np.add.reduceat(own["n"], firsts)
+            group["num_chunks"] = np.diff(group["first_chunk"], append=table["num_chunks"])
+            first_layer += len(own)
+            first_group += len(group)
+        # The row of each layer's group.
+        first_layers = tables["num_layers"].cumsum() - tables["num_layers"]
+        self._out_places = view["out"].ctypes.data - self.rows.ctypes.data + 8 * first_layers
+        first_groups = tables["num_groups"].cumsum() - tables["num_groups"]
+        self._groups = rows["group"] + first_groups.repeat(tables["num_layers"])
+        self._place_workspace(tables, rows, multiprocessors, selects, prunes)
 
-    def _num_bins(self, num_groups: int) -> int:
-        """Return the number of bins that so many groups are counted in."""
-        return int(self._bins * min(self._blocks, num_groups))
+    def _place_workspace(self, tables: Rows, rows: Rows, multiprocessors: int, selects: bool, prunes: bool) -> None:
+        """Divide what there is memory for: bins, a count per chunk in either list, the rows; flags; candidates."""
+        module = self._module
+        item_sizes = np.array([list(DTYPES)[code].itemsize for code in tables["dtype"]])
+        num_groups = len(self.group_order)
+        num_bins = module.BINS * min(module.num_counting_blocks(multiprocessors), num_groups)
+        end = _rounded_up(self.rows.nbytes, ALIGNMENT)
+        largest = int((rows["n"] * item_sizes.repeat(tables["num_layers"])).max())
+        # Where candidates have to end.
+        room = MEMORY_BYTES + int(MEMORY_SHARE * largest) - 8 * num_bins - 8 * int(tables["num_chunks"].sum())
+        key_bytes = int((tables["num_chunks"] * item_sizes).sum())
+        if prunes:
+            for i in np.argsort(self.layer_order):
+                flag_bytes = 4 * -(-int(rows["n"][i]) // module.TOUCHED_BY)
+                if rows["mask"][i] and end + flag_bytes <= room - LEAST_CAPACITY * key_bytes:
+                    rows["touched"][i] = end
+                    end += flag_bytes
+        capacity = min(module.LIST_CAPACITY, max(0, room - end) // key_bytes) if selects else 0
+        tables["capacity"] = capacity
+        for table, item_size in zip(tables, item_sizes, strict=True):
+            num_chunks = int(table["num_chunks"])
+            table["lists"] = lists = _rounded_up(end, 8)
+            table["list_counts"] = counts = _rounded_up(lists + num_chunks * capacity * int(item_size), 4)
+            table["tie_counts"] = counts + 4 * num_chunks
+            if selects:
+                end = counts + 8 * num_chunks
+        # One dtype after the other counts in these, and clears them first.
+        tables["bins"] = _rounded_up(end, 8)
+        self._num_words = _rounded_up(end, 8) // 8 + (num_bins if selects else 0)
 
+    def view(self, rows: Rows) -> Rows:
+        """Return rows like ``self.rows`` as a record: nonfinite, layers, groups and out."""
+        return rows.view(self._record).reshape(())
 
-class SelectionTables(Selection):
-    """Cutoffs whose numbers stay on the device until somebody looks at them; then all are read at once.
-
-    Parameters
-    ----------
-    module : module
-        _cuda or _simt.
-    launch : Launch
-        The stream that all of it happens on.
-    template : Template
-    layers : sequence of Layer, optional
-        Those that ``prune`` may take these for, as they are.
-    num_prune, brackets : sequence, optional
-        As for ``Implementation.select``.
-    found : Cutoffs, optional
-        Those of a selection made elsewhere.
-    """
-
-    is_lazy = True
-
-    def __init__(
+    def filled(
         self,
-        module: Any,
         launch: Any,
-        template: Template,
         layers: Sequence[Layer] | None = None,
         num_prune: Sequence[int] = (),
         brackets: Brackets | None = None,
         found: Cutoffs | None = None,
-    ) -> None:
-        self.layers = layers
-        self.template = template
-        self._module, self._launch = module, launch
-        self._rows: Integers | None = None
-        self._read: Cutoffs | None = None
-        self.buffer = torch.empty(template.num_words, dtype=torch.int64, device=template.device)
-        self.address = self.buffer.data_ptr()
-        rows = template.rows.copy()
-        if template.touched.size:
-            rows[template.touched_at] = template.touched + self.address
-        if num_prune:
-            rows[template.num_prune_at] = num_prune
-        for part in template.parts:
+    ) -> SelectionTables:
+        """Return these with memory on the device, uploaded on the stream of a launch.
+
+        ``num_prune`` and ``brackets`` are those of ``Implementation.select``, ``found`` the cutoffs of a selection made
+        elsewhere.
+        """
+        made = copy(self)
+        made.layers, made._launch = layers, launch
+        made.buffer = torch.empty(self._num_words, dtype=torch.int64, device=self.device)
+        rows = self.rows
+        if num_prune or found is not None:
+            rows = rows.copy()
+            view = self.view(rows)
+            groups = view["groups"]
+            if num_prune:
+                groups["num_prune"] = np.array(num_prune)[self.group_order]
             if brackets is not None:
-                ends = np.stack(brackets, axis=1)[part.group_positions]
-                ends[ends[:, 0] > ends[:, 1]] = 0  # a sample gives one
-                part.groups(rows)[:, GroupField.LO : GroupField.HI + 1] = ends
+                is_given = brackets.lo <= brackets.hi  # 0 and 0 where not: a sample gives one
+                groups["lo"], groups["hi"] = (np.where(is_given, ends, 0)[self.group_order] for ends in brackets)
             if found is not None:
-                part.layers(rows)[:, LayerField.TIE_INDEX] = [found.tie_indices[i] for i in part.positions]
-                part.groups(rows)[:, GroupField.KEY] = [found.keys[i] for i in part.positions]
-        put(module, launch, rows, self.buffer)
-        self.tables = [(part.dtype, self._tables(part)) for part in template.parts]
+                view["layers"]["cut"] = np.array(found.tie_indices)[self.layer_order]
+                groups["key"] = np.array(found.keys)[self.layer_order]
+        put(self._module, launch, rows, made.buffer)
+        made.tables = self.tables.copy()
+        made.tables.view(self._module.TABLES)["buffer"] = made.buffer.data_ptr()
+        return made
 
-    def _tables(self, part: Part) -> Any:
-        layers = self.address + 8 * part.start
-        return self._module.tables(
-            layers,
-            len(part.positions),
-            layers + 8 * LayerField.COUNT * len(part.positions),
-            part.num_groups,
-            part.num_chunks,
-            *[self.address + place for place in (self.template.bins, *part.lists)],
-            self.template.capacity,
-            self.address,
-        )
+    def write_to(self, addresses: torch.Tensor | None, *, finite: bool) -> Rows:
+        """Return the tables of an application that writes the new bits to these addresses; None are those of the masks.
 
-    def rows(self) -> Integers:
-        """Read everything back; waits for the device the first time."""
-        if self._rows is None:
-            rows: Integers = np.empty(self.template.rows.size, np.int64)
-            with current(self.template.device):
-                self._module.fetch(self._launch, self.address, rows)
-            self._rows = rows
-        return self._rows
+        With ``finite``, nothing is written if a NaN or Inf was found.
+        """
+        words = self.tables.copy()
+        tables, start = words.view(self._module.TABLES), self.buffer.data_ptr()
+        first = start if addresses is None else addresses.data_ptr() - int(self._out_places[0])
+        tables["out"] = first + self._out_places
+        tables["stop"] = start if finite else 0  # the first word is set by then
+        return words
+
+    def read(self) -> Rows:
+        """Return the rows as they are on the device, as a record; waits for it the first time."""
+        if self._read is None:
+            rows = np.empty_like(self.rows)
+            with current(self.device):
+                self._module.fetch(self._launch, self.buffer.data_ptr(), rows)
+            self._read = self.view(rows)
+        return self._read
 
     def forget(self, launch: Any) -> None:
         """Read again next time, behind what has been launched now."""
-        self._launch, self._rows = launch, None
+        self._launch, self._read = launch, None
 
     @property
     def is_finite(self) -> bool:
         """Whether no unpruned weight is NaN or Inf."""
-        return bool(self.rows()[0] == 0)
+        return int(self.read()["nonfinite"]) == 0
 
     def counts(self) -> PruneCounts:
         """Return what pruning changed, once it is done."""
-        n, before, now = self._columns(LayerField.N, LayerField.KEPT_BEFORE, LayerField.KEPT)
-        return PruneCounts.from_kept(n, before, now)
+        layers = self.read()["layers"]
+        return PruneCounts.from_kept(self.sizes, *(self._by_layer(layers[name]) for name in ("kept_before", "kept")))
 
-    def _columns(self, *fields: int) -> list[list[int]]:
-        """Return columns of the layers of all parts."""
-        parts = self.template.parts
-        pieces = [part.layers(self.rows())[:, fields].T.tolist() for part in parts]
-        return [merged([part.positions for part in parts], list(column)) for column in zip(*pieces, strict=True)]
+    def _by_layer(self, column: Rows) -> list[int]:
+        """Return a column of the rows of all layers, in the order of the layers."""
+        found: list[int] = column.tolist()
+        if len(self.tables) > len(self._module.TABLES.names):
+            found = [value for _, value in sorted(zip(self.layer_order, found, strict=True))]
+        return found
 
     @property
     def cutoffs(self) -> Cutoffs:
         """The cutoffs on the host; waits for the device the first time."""
-        if self._read is None:
+        if self._found is None:
+            layers, groups = self.read()["layers"], self.read()["groups"]
             # What belongs to a group is repeated for each of its layers.
-            fields = slice(GroupField.KEY, GroupField.NUM_TIES_KEPT + 1)
-            parts, rows = self.template.parts, self.rows()
-            pieces = [part.groups(rows)[part.layers(rows)[:, LayerField.GROUP], fields].T.tolist() for part in parts]
-            positions = [part.positions for part in parts]
-            key, below, ties, kept = (merged(positions, list(column)) for column in zip(*pieces, strict=True))
-            tie_indices, nonfinite = self._columns(LayerField.TIE_INDEX, LayerField.NONFINITE)
-            if self.is_finite:
-                nonfinite = [-1] * len(nonfinite)
-            else:
-                nonfinite = [-1 if index == _NO_INDEX else index for index in nonfinite]
-            self._read = Cutoffs(key, below, ties, kept, tie_indices, nonfinite)
-        return self._read
+            of_groups = ("key", "num_below", "num_ties", "num_ties_kept")
+            nonfinite = np.where(layers["nonfinite"] == NO_INDEX, -1, layers["nonfinite"])
+            columns = [*(groups[name][self._groups] for name in of_groups), layers["cut"], nonfinite]
+            self._found = Cutoffs(*map(self._by_layer, columns))
+        return self._found

@@ -64,9 +64,6 @@ def host_cases() -> list[Case]:
     return cases
 
 
-MAKERS = {"launch_on", "tables"}  # functions of the module that start no kernel
-
-
 def _nothing(*_: object, **__: object) -> None:
     """Stand in for a launch."""
 
@@ -87,11 +84,11 @@ def _idle_cuda() -> Implementation:
     """Launches of a module that has its constants and classes but starts no kernel."""
     built: ModuleType = cuda._modules.get("simt") or cuda._modules["cuda"]
     idle = {
-        name: _nothing if isinstance(f, BuiltinFunctionType) and name not in MAKERS else f
+        name: _nothing if isinstance(f, BuiltinFunctionType) and name != "launch_on" else f
         for name, f in vars(built).items()
     }
     # A device that counts with few blocks, because clearing what they count in is no host time elsewhere.
-    idle |= dict.fromkeys(("multiprocessors_of", "num_counting_blocks"), _four)
+    idle |= dict.fromkeys(("load_kernels", "num_counting_blocks"), _four)
     # And what a launch takes with it as toolkits from 13.0 on have it.
     idle |= {"store": _store, "fetch": _fetch, "MOST_STORED": 4 * 4080}
     return cuda.Launches(SimpleNamespace(**idle))  # type: ignore[arg-type]
