@@ -155,12 +155,6 @@ PYBIND11_MODULE(GMP_MODULE, m) {
   m.def("multiprocessors_of", &gmp::cuda::multiprocessors_of);
 #if defined(GMP_SIMT)
   m.def("set_seed", &simt::set_seed);
-  m.def("take_traffic", [] {
-    py::list rows;
-    for (const simt::Traffic& t : simt::take_traffic()) {
-      rows.append(py::make_tuple(t.kernel, t.launches, t.bytes_loaded, t.bytes_stored));
-    }
-    return rows;
-  });
+  m.def("take_traffic", &simt::take_traffic);
 #endif
 }
