@@ -10,7 +10,6 @@
 #include <stdexcept>
 
 #include "cpu/apply.h"
-#include "cpu/chunks.h"
 #include "cpu/kernels.h"
 #include "cpu/optim.h"
 #include "cpu/select.h"
@@ -19,14 +18,16 @@
 
 namespace py = pybind11;
 
+using gmp::cpu::LayerView;
 using gmp::cpu::UpdateTensor;
+using Layers = std::vector<LayerView>;          // checked and converted once for as many calls as they stay
 using UpdateBatch = std::vector<UpdateTensor>;  // tensors that step together, less their gradients
-PYBIND11_MAKE_OPAQUE(UpdateBatch)               // stays here from step to step, as a class
+PYBIND11_MAKE_OPAQUE(Layers)                    // stay here from call to call, as classes
+PYBIND11_MAKE_OPAQUE(UpdateBatch)
 
 namespace {
 
 using gmp::dtype_of;
-using gmp::cpu::LayerView;
 
 // Address of a tensor, and how many elements it has; 0 and 0: not there.
 using Array = std::pair<uintptr_t, int64_t>;
@@ -58,145 +59,128 @@ void check_threads(int num_threads) {
   if (num_threads < 1) throw std::invalid_argument("expected at least one thread, got " + std::to_string(num_threads));
 }
 
-// the weights, and the packed mask
-using LayerTuple = std::pair<Array, Array>;
+// dtype, the weights, and the packed mask
+using LayerTuple = std::tuple<std::string, Array, Array>;
 
-std::vector<LayerView> views_of(const std::vector<LayerTuple>& layers) {
-  std::vector<LayerView> views;
-  for (const auto& [weights, mask] : layers) {
+Layers layers_of(const std::vector<LayerTuple>& given) {
+  Layers layers;
+  for (const auto& [dtype, weights, mask] : given) {
     const int64_t n = weights.second;
     if (weights.first == 0 || n <= 0) throw std::invalid_argument("a layer needs an address and at least one weight");
-    views.push_back({pointer(weights.first), n, optional<const uint8_t>(mask, bytes_of_bits(n), "a mask")});
+    layers.push_back(
+        {dtype_of(dtype), pointer(weights.first), n, optional<const uint8_t>(mask, bytes_of_bits(n), "a mask")});
   }
-  return views;
+  return layers;
 }
-
-// Layers of one dtype, checked and converted once for as many calls as they stay where they are.
-struct Rows {
-  gmp::DType dtype;
-  std::vector<LayerView> views;
-
-  Rows(const std::string& dtype_name, const std::vector<LayerTuple>& layers)
-      : dtype(dtype_of(dtype_name)), views(views_of(layers)) {}
-};
 
 using BracketTuple = std::pair<uint64_t, uint64_t>;
 
-// By column, one entry per layer: key, num_below, num_ties, num_ties_kept, tie index, nonfinite.
+// By column, one entry per layer: key, num_below, num_ties, num_ties_kept, tie index, nonfinite. All but the last two
+// are those of its group.
 using CutoffColumns = std::tuple<std::vector<uint64_t>, std::vector<int64_t>, std::vector<int64_t>,
                                  std::vector<int64_t>, std::vector<int64_t>, std::vector<int64_t>>;
 
 // num_prune and group_sizes, in layers: one per group; brackets: one per group, or none at all.
-CutoffColumns select_cutoffs(const Rows& rows, const std::vector<int64_t>& num_prune,
+CutoffColumns select_cutoffs(const Layers& layers, const std::vector<int64_t>& num_prune,
                              const std::vector<size_t>& group_sizes,
                              const std::vector<std::optional<BracketTuple>>& brackets, int num_threads) {
   check_threads(num_threads);
   if (group_sizes.size() != num_prune.size() || (!brackets.empty() && brackets.size() != num_prune.size())) {
     throw std::invalid_argument("a selection needs one count, one size and, if there are any, one bracket per group");
   }
-  std::vector<gmp::cpu::RankedGroup> groups;
+  std::vector<gmp::cpu::Group> groups;
   size_t first = 0;
   for (size_t g = 0; g < num_prune.size(); ++g) {
-    if (group_sizes[g] < 1 || group_sizes[g] > rows.views.size() - first) {
+    if (group_sizes[g] < 1 || group_sizes[g] > layers.size() - first) {
       throw std::invalid_argument("groups need a layer each, and all layers together");
     }
-    gmp::cpu::RankedGroup group{first, group_sizes[g], num_prune[g], std::nullopt};
     int64_t n = 0;
-    for (size_t l = 0; l < group.num_layers; ++l) n += rows.views[first++].n;
-    if (group.num_prune < 0 || group.num_prune > n) {
+    const size_t end = first + group_sizes[g];
+    for (size_t l = first; l < end; ++l) {
+      if (layers[l].dtype != layers[first].dtype) throw std::invalid_argument("a group needs layers of one dtype");
+      n += layers[l].n;
+    }
+    if (num_prune[g] < 0 || num_prune[g] > n) {
       throw std::invalid_argument("num_prune exceeds the number of weights");
     }
-    if (!brackets.empty() && brackets[g]) group.bracket = gmp::Bracket{brackets[g]->first, brackets[g]->second};
-    groups.push_back(group);
+    const auto [lo, hi] = brackets.empty() || !brackets[g] ? BracketTuple{1, 0} : *brackets[g];
+    groups.push_back({first, group_sizes[g], num_prune[g], {lo, hi}});
+    first = end;
   }
-  if (first != rows.views.size()) throw std::invalid_argument("groups need a layer each, and all layers together");
+  if (first != layers.size()) throw std::invalid_argument("groups need a layer each, and all layers together");
+  CutoffColumns columns;
+  auto& [keys, num_below, num_ties, num_kept, tie_indices, nonfinite] = columns;
+  tie_indices.resize(layers.size());
+  nonfinite.resize(layers.size(), -1);
   py::gil_scoped_release release;
-  gmp::cpu::Cutoffs found = gmp::cpu::select(rows.dtype, rows.views, groups, num_threads);
-  return {std::move(found.keys),          std::move(found.num_below),   std::move(found.num_ties),
-          std::move(found.num_ties_kept), std::move(found.tie_indices), std::move(found.nonfinite)};
+  gmp::cpu::select(layers, groups, tie_indices, nonfinite, num_threads);
+  for (const gmp::cpu::Group& group : groups) {
+    keys.insert(keys.end(), group.num_layers, group.bracket.lo);
+    num_below.insert(num_below.end(), group.num_layers, group.counts.pruned + group.counts.below);
+    num_ties.insert(num_ties.end(), group.num_layers, group.counts.inside);
+    num_kept.insert(num_kept.end(), group.num_layers, gmp::cpu::num_ties_kept(group));
+  }
+  return columns;
 }
 
 // below, inside, pruned, nonfinite
 using CountsTuple = std::tuple<int64_t, int64_t, int64_t, int64_t>;
 
 // candidates: one per layer; bins: one row of num_bins zeros per layer.
-std::vector<CountsTuple> count(const Rows& rows, const std::vector<BracketTuple>& brackets,
+std::vector<CountsTuple> count(const Layers& layers, const std::vector<BracketTuple>& brackets,
                                const std::vector<Array>& candidates, const Array& bins, int64_t num_bins,
                                int num_threads) {
   check_threads(num_threads);
-  const size_t n = rows.views.size();
+  const size_t n = layers.size();
   if (brackets.size() != n || candidates.size() != n || num_bins < 1) {
     throw std::invalid_argument("a count needs one bracket and one place for candidates per layer, and bins");
   }
-  int64_t* const counts = checked<int64_t>(bins, num_bins * static_cast<int64_t>(n), "bins");
-  std::vector<gmp::Bracket> typed_brackets;
-  for (const auto& [lo, hi] : brackets) typed_brackets.push_back({lo, hi});
-  std::vector<gmp::cpu::Candidates> places;
-  for (const auto& [address, size] : candidates) places.push_back({pointer(address), address == 0 ? 0 : size});
+  int64_t* next_bins = checked<int64_t>(bins, num_bins * static_cast<int64_t>(n), "bins");
+  std::vector<gmp::cpu::Group> groups(n);
+  std::vector<gmp::cpu::Group*> addresses;
+  for (size_t l = 0; l < n; ++l) {
+    const auto [address, capacity] = candidates[l];
+    groups[l] = {l, 1, 0, {brackets[l].first, brackets[l].second}, {}, next_bins, pointer(address), capacity};
+    if (address == 0) groups[l].capacity = 0;
+    addresses.push_back(&groups[l]);
+    next_bins += num_bins;
+  }
+  std::vector<int64_t> nonfinite(n, -1);
   std::vector<CountsTuple> result;
   py::gil_scoped_release release;
-  for (const auto& found :
-       gmp::cpu::count(rows.dtype, rows.views, typed_brackets, places, counts, num_bins, num_threads)) {
-    result.emplace_back(found.counts.below, found.counts.inside, found.counts.pruned, found.nonfinite);
+  gmp::cpu::count(layers, addresses, num_bins, nonfinite, num_threads);
+  for (size_t l = 0; l < n; ++l) {
+    const gmp::BracketCounts& counts = groups[l].counts;
+    result.emplace_back(counts.below, counts.inside, counts.pruned, nonfinite[l]);
   }
   return result;
 }
 
-// Layers of one dtype, the key and tie index of each, and where its bits go: if there are no such places, to its mask.
-using PruneTuple = std::tuple<const Rows*, std::vector<uint64_t>, std::vector<int64_t>, std::vector<Array>>;
-
-// Weights kept before, and now, by layer, of one part after the other.
+// Weights kept before, and now, by layer.
 using KeptColumns = std::pair<std::vector<int64_t>, std::vector<int64_t>>;
 
-gmp::cpu::ApplyPass pass_of(const PruneTuple& part) {
-  const auto& [rows, keys, tie_indices, out] = part;
-  const size_t n = rows->views.size();
+// The key and tie index of each layer, and where its bits go: if there are no such places, to its mask.
+KeptColumns prune(const Layers& layers, const std::vector<uint64_t>& keys, const std::vector<int64_t>& tie_indices,
+                  const std::vector<Array>& out, int num_threads) {
+  check_threads(num_threads);
+  const size_t n = layers.size();
   if (keys.size() != n || tie_indices.size() != n || (!out.empty() && out.size() != n)) {
     throw std::invalid_argument("keys and tie indices need one entry per layer, and so does out if there are any");
   }
   std::vector<uint8_t*> outputs;
-  for (size_t i = 0; i < n; ++i) {
-    const LayerView& layer = rows->views[i];
-    outputs.push_back(out.empty() ? const_cast<uint8_t*>(layer.mask)
-                                  : checked<uint8_t>(out[i], bytes_of_bits(layer.n), "new bits"));
+  for (size_t l = 0; l < n; ++l) {
+    outputs.push_back(out.empty() ? const_cast<uint8_t*>(layers[l].mask)
+                                  : checked<uint8_t>(out[l], bytes_of_bits(layers[l].n), "new bits"));
     if (outputs.back() == nullptr) throw std::invalid_argument("bits need a place to go");
   }
-  return {rows->dtype, rows->views, keys, tie_indices, std::move(outputs)};
+  py::gil_scoped_release release;
+  return gmp::cpu::apply(layers, keys, tie_indices, outputs, num_threads);
 }
 
-// All parts in one call: between two of them nothing may fail, nor Python take its turn.
-KeptColumns prune(const std::vector<PruneTuple>& parts, int num_threads) {
+void apply_masks(const Layers& layers, int num_threads) {
   check_threads(num_threads);
-  std::vector<gmp::cpu::ApplyPass> passes;
-  passes.reserve(parts.size());
-  size_t num_layers = 0;
-  for (const PruneTuple& part : parts) {
-    passes.push_back(pass_of(part));
-    num_layers += std::get<0>(part)->views.size();
-  }
-  KeptColumns kept;
-  kept.first.reserve(num_layers);
-  kept.second.reserve(num_layers);
   py::gil_scoped_release release;
-  for (gmp::cpu::ApplyPass& pass : passes) {
-    pass.run(num_threads);
-    for (const auto& counts : pass.counts()) {
-      kept.first.push_back(counts.kept_before);
-      kept.second.push_back(counts.kept);
-    }
-  }
-  return kept;
-}
-
-void apply_masks(const std::vector<const Rows*>& parts, int num_threads) {
-  check_threads(num_threads);
-  std::vector<gmp::cpu::ApplyPass> passes;
-  passes.reserve(parts.size());
-  for (const Rows* rows : parts) {
-    passes.push_back({rows->dtype, rows->views, {}, {}, {}});
-  }
-  py::gil_scoped_release release;
-  for (gmp::cpu::ApplyPass& pass : passes) pass.run(num_threads);
+  gmp::cpu::apply(layers, {}, {}, {}, num_threads);
 }
 
 // How compact state is addressed, checked: kept weights before each chunk, and their number.
@@ -273,25 +257,10 @@ void update(const std::string& rule_name, const UpdateBatch& batch, const std::v
   gmp::cpu::update(rule, tensors, typed_constants, num_threads);
 }
 
-// dtype, the gradients, their mask
-using GradTuple = std::tuple<std::string, Array, Array>;
-
-double sum_squares(const std::vector<GradTuple>& grads, int num_threads) {
+double sum_squares(const Layers& gradients, int num_threads) {
   check_threads(num_threads);
-  UpdateBatch tensors;
-  for (const auto& [dtype, array, mask] : grads) {
-    UpdateTensor t{};
-    t.dtype = dtype_of(dtype);
-    t.n = array.second;
-    if (array.first == 0 || t.n <= 0) {
-      throw std::invalid_argument("a gradient needs an address and at least one element");
-    }
-    t.grads = pointer(array.first);
-    t.mask = optional<const uint8_t>(mask, bytes_of_bits(t.n), "a mask");
-    tensors.push_back(t);
-  }
   py::gil_scoped_release release;
-  return gmp::cpu::sum_squares(tensors, num_threads);
+  return gmp::cpu::sum_squares(gradients, num_threads);
 }
 
 // values; of compact state their mask and chunk offsets
@@ -299,40 +268,34 @@ using StateTuple = std::tuple<Array, Array, Array>;
 // source, target, number of weights, bytes per value
 using MoveTuple = std::tuple<StateTuple, StateTuple, int64_t, int>;
 
-gmp::cpu::State state_of(const StateTuple& state, int64_t n) {
-  const auto& [values, mask, chunk_offsets] = state;
-  const uint8_t* const bits = optional<const uint8_t>(mask, bytes_of_bits(n), "a mask");
-  const int64_t* const offsets = offsets_of(chunk_offsets, n, values.second);
-  if ((bits == nullptr) != (offsets == nullptr)) {
-    throw std::invalid_argument("compact state needs a mask and chunk offsets");
-  }
-  if (bits == nullptr) return {checked(values, n, "state"), nullptr, nullptr};
-  return {pointer(values.first), bits, offsets};
-}
-
-void move_state(const std::vector<MoveTuple>& moves, int num_threads) {
+void move_state(const std::vector<MoveTuple>& given, int num_threads) {
   check_threads(num_threads);
-  std::vector<gmp::cpu::StateMove> typed;
-  for (const auto& [source, target, n, value_bytes] : moves) {
+  std::vector<gmp::cpu::StateMove> moves;
+  for (const auto& [source, target, n, value_bytes] : given) {
     if (n == 0) continue;
     if (n < 0) throw std::invalid_argument("expected a number of weights, got " + std::to_string(n));
     if (value_bytes != 4 && value_bytes != 8) {
       throw std::invalid_argument("expected state of 4 or 8 bytes per value, got " + std::to_string(value_bytes));
     }
-    typed.push_back({state_of(source, n), state_of(target, n), n, value_bytes});
+    gmp::cpu::StateMove move{{}, {}, {}, n, value_bytes};
+    for (int side = 0; side < 2; ++side) {
+      const auto& [values, mask, chunk_offsets] = side == 0 ? source : target;
+      move.masks[side] = optional<const uint8_t>(mask, bytes_of_bits(n), "a mask");
+      move.chunk_offsets[side] = offsets_of(chunk_offsets, n, values.second);
+      if ((move.masks[side] == nullptr) != (move.chunk_offsets[side] == nullptr)) {
+        throw std::invalid_argument("compact state needs a mask and chunk offsets");
+      }
+      move.values[side] = move.masks[side] == nullptr ? checked(values, n, "state") : pointer(values.first);
+    }
+    moves.push_back(move);
   }
   py::gil_scoped_release release;
-  gmp::cpu::move_state(typed, num_threads);
+  gmp::cpu::move_state(moves, num_threads);
 }
 
 std::vector<int64_t> chunk_offsets(const Array& mask, int64_t n) {
   const uint8_t* const bits = n == 0 ? nullptr : checked<const uint8_t>(mask, bytes_of_bits(n), "a mask");
   return gmp::cpu::chunk_offsets(bits, n);
-}
-
-template <typename T, typename... Arguments>
-T made(Arguments... arguments) {
-  return T(arguments...);
 }
 
 // Of all tensors one after the other: equal answers are of tensors that lie in the same way and, with addresses, in the
@@ -358,9 +321,9 @@ PYBIND11_MODULE(_C, m) {
   // Without constructors: pybind11 registers what they have made where nothing catches, and so ends the process when
   // there is no memory for that. What a function returns it registers before it catches.
   py::class_<UpdateTensor>(m, "UpdateTensor");
-  py::class_<Rows>(m, "Rows");
+  py::class_<Layers>(m, "Layers");
   py::class_<UpdateBatch>(m, "UpdateBatch");
-  m.def("rows", &made<Rows, const std::string&, const std::vector<LayerTuple>&>);
+  m.def("layers", &layers_of);
   m.def("update_tensor", &update_tensor);
   m.def("update_batch", &update_batch);
   m.def("select", &select_cutoffs);

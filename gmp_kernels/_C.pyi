@@ -5,29 +5,29 @@ import torch
 
 # Address of a tensor and the number of its elements, zeros for none; the caller keeps the memory alive.
 _Array: TypeAlias = tuple[int, int]
-# the weights, and their packed mask
-_Layer: TypeAlias = tuple[_Array, _Array]
+# dtype, the weights, and their packed mask
+_Layer: TypeAlias = tuple[str, _Array, _Array]
 # values, and of compact ones mask and chunk offsets
 _State: TypeAlias = tuple[_Array, _Array, _Array]
 # source, target, number of weights, bytes per value
 _Move: TypeAlias = tuple[_State, _State, int, int]
 
-class Rows: ...
+class Layers: ...
 class UpdateTensor: ...
 class UpdateBatch: ...
 
-def rows(dtype: str, layers: list[_Layer]) -> Rows: ...
+def layers(layers: list[_Layer]) -> Layers: ...
 
 # per layer: key, num_below, num_ties, num_ties_kept, tie index, nonfinite
 def select(
-    rows: Rows,
+    layers: Layers,
     num_prune: Sequence[int],
     group_sizes: Sequence[int],
     brackets: Sequence[tuple[int, int] | None],
     num_threads: int,
 ) -> tuple[list[int], list[int], list[int], list[int], list[int], list[int]]: ...
 def count(
-    rows: Rows,
+    layers: Layers,
     brackets: Sequence[tuple[int, int]],
     candidates: Sequence[_Array],
     bins: _Array,
@@ -35,11 +35,11 @@ def count(
     num_threads: int,
 ) -> list[tuple[int, int, int, int]]: ...
 
-# Parts with key, tie index and place for the bits of every layer; kept before and kept, of one part after the other.
+# key, tie index and place for the bits of every layer; per layer: kept before, and kept
 def prune(
-    parts: list[tuple[Rows, Sequence[int], Sequence[int], Sequence[_Array]]], num_threads: int
+    layers: Layers, keys: Sequence[int], tie_indices: Sequence[int], out: Sequence[_Array], num_threads: int
 ) -> tuple[list[int], list[int]]: ...
-def apply_masks(parts: list[Rows], num_threads: int) -> None: ...
+def apply_masks(layers: Layers, num_threads: int) -> None: ...
 def update_tensor(
     dtype: str, weights: _Array, master: _Array, state: list[_Array], mask: _Array, chunk_offsets: _Array, num_kept: int
 ) -> UpdateTensor: ...
@@ -53,7 +53,7 @@ def update(
     constants: Sequence[Mapping[str, float]],
     num_threads: int,
 ) -> None: ...
-def sum_squares(gradients: list[tuple[str, _Array, _Array]], num_threads: int) -> float: ...
+def sum_squares(gradients: Layers, num_threads: int) -> float: ...
 def chunk_offsets(mask: _Array, n: int) -> list[int]: ...
 def move_state(moves: list[_Move], num_threads: int) -> None: ...
 def isa() -> str: ...

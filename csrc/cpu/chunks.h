@@ -8,43 +8,28 @@
 #include <cstdint>
 #include <vector>
 
-namespace gmp::cpu {
+#include "layers.h"
 
-inline constexpr int64_t kChunk = 16384;
+namespace gmp::cpu {
 
 struct Chunk {
   size_t tensor;
   int64_t begin, end;  // elements of that tensor
+  // What a count has found: how many keys of it are inside, and behind how many candidates of its group they are.
+  int64_t inside = 0, offset = 0;
 };
 
-class ChunkTable {
- public:
-  // Tensors of `sizes` elements, in this order.
-  explicit ChunkTable(std::vector<int64_t> sizes) : sizes_(std::move(sizes)), first_chunk_{0} {
-    for (int64_t n : sizes_) first_chunk_.push_back(first_chunk_.back() + (n + kChunk - 1) / kChunk);
-  }
+inline void add_chunks(std::vector<Chunk>& chunks, size_t tensor, int64_t n) {
+  for (int64_t begin = 0; begin < n; begin += kChunk) chunks.push_back({tensor, begin, std::min(begin + kChunk, n)});
+}
 
-  int64_t size() const { return first_chunk_.back(); }
-  int64_t first_of(size_t tensor) const { return first_chunk_[tensor]; }
-
-  Chunk operator[](int64_t i) const {
-    const auto after = std::upper_bound(first_chunk_.begin(), first_chunk_.end(), i);
-    const size_t tensor = static_cast<size_t>(after - first_chunk_.begin()) - 1;
-    const int64_t begin = (i - first_chunk_[tensor]) * kChunk;
-    return {tensor, begin, std::min(begin + kChunk, sizes_[tensor])};
-  }
-
- private:
-  std::vector<int64_t> sizes_;
-  std::vector<int64_t> first_chunk_;
-};
-
-// The sizes of things that have an n.
+// Of things that have an n, in this order.
 template <typename Tensors>
-std::vector<int64_t> sizes_of(const Tensors& tensors) {
-  std::vector<int64_t> sizes;
-  for (const auto& tensor : tensors) sizes.push_back(tensor.n);
-  return sizes;
+std::vector<Chunk> chunks_of(const Tensors& tensors) {
+  std::vector<Chunk> chunks;
+  chunks.reserve(tensors.size());
+  for (size_t t = 0; t < tensors.size(); ++t) add_chunks(chunks, t, tensors[t].n);
+  return chunks;
 }
 
 }  // namespace gmp::cpu

@@ -2,16 +2,12 @@
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "kernels.h"
 
 namespace gmp::cpu {
 namespace {
-
-struct Candidate {
-  const KernelSet* set;
-  bool runs_here;
-};
 
 const KernelSet& pick() {
 #if defined(__x86_64__)
@@ -21,16 +17,17 @@ const KernelSet& pick() {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vbmi2");
-  const Candidate candidates[] = {{&kAvx512Kernels, avx512}, {&kAvx2Kernels, avx2}, {&kPortableKernels, true}};
+  const std::pair<const KernelSet*, bool> candidates[] = {
+      {&kAvx512Kernels, avx512}, {&kAvx2Kernels, avx2}, {&kPortableKernels, true}};
 #else
-  const Candidate candidates[] = {{&kPortableKernels, true}};
+  const std::pair<const KernelSet*, bool> candidates[] = {{&kPortableKernels, true}};
 #endif
   const char* wanted = std::getenv("GMP_KERNELS_ISA");
-  for (const Candidate& candidate : candidates) {
+  for (const auto& [set, runs_here] : candidates) {
     if (wanted == nullptr || *wanted == '\0') {
-      if (candidate.runs_here) return *candidate.set;
-    } else if (std::string(wanted) == candidate.set->name) {
-      if (candidate.runs_here) return *candidate.set;
+      if (runs_here) return *set;
+    } else if (std::string(wanted) == set->name) {
+      if (runs_here) return *set;
       throw std::invalid_argument("GMP_KERNELS_ISA=" + std::string(wanted) + ": this CPU cannot run it; unset it");
     }
   }

@@ -1,7 +1,5 @@
 // AVX2 with F16C. Compiled with its own flags; see kernels_impl.h.
 #if defined(__x86_64__)
-#include <immintrin.h>
-
 #include "kernels.h"
 #include "order/magnitude_key.h"
 #include "vectors.h"
@@ -9,9 +7,9 @@
 namespace gmp::cpu {
 namespace {
 
+#include "arithmetic.h"
 #include "lanes_avx2.h"
 // Order matters.
-#include "arithmetic_avx.h"
 #include "kernels_impl.h"
 #include "update_impl.h"
 

@@ -6,6 +6,7 @@
 namespace gmp::cpu {
 namespace {
 
+#include "arithmetic.h"
 #include "lanes_portable.h"
 // Order matters.
 #include "kernels_impl.h"

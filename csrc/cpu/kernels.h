@@ -1,59 +1,40 @@
-// The two loops that touch every weight, one implementation per instruction set, picked at run time.
+// The loops that touch every weight, one implementation per instruction set, picked at run time.
 #pragma once
 
 #include <cstdint>
 
-#include "update.h"
+#include "layers.h"
+#include "search/bracket.h"
 
 namespace gmp::cpu {
-
-template <typename Key>
-struct ScanCounts {
-  int64_t below = 0;   // unpruned keys < lo
-  int64_t inside = 0;  // unpruned keys in [lo, hi]
-  int64_t pruned = 0;  // mask bits that are 0
-  Key largest = 0;     // largest unpruned key; >= infinity tells of NaN or Inf
-};
-
-struct ApplyCounts {
-  int64_t kept_before = 0;
-  int64_t kept = 0;
-};
 
 // A vector store may write this many bytes past the last key gathered.
 inline constexpr int64_t kGatherSlackBytes = 64;
 
-template <typename Key>
+// Loops over the weights [begin, end) of a layer of one dtype; `begin` lies on a byte of the mask.
 struct Kernels {
-  // One read of n weights. `mask` (nullptr: nothing pruned) starts at the bit of weights[0], on a byte boundary.
-  // `gathered` (nullptr: count only) receives the keys inside [lo, hi] in order and needs room for n of them plus the
-  // slack; it may be `weights` itself. Alignment of `weights` does not matter.
-  ScanCounts<Key> (*scan)(const Key* weights, int64_t n, const uint8_t* mask, Key infinity, Key lo, Key hi,
-                          Key* gathered);
-  // Zeroes (+0) every weight whose mask bit is 0 or whose key is < limit, and writes the new bits to `kept` (nullptr:
-  // not wanted; may be `mask`). Cache lines in which nothing changes are not written.
-  ApplyCounts (*apply)(Key* weights, int64_t n, const uint8_t* mask, uint8_t* kept, Key infinity, Key limit);
+  // One read. `gathered` (nullptr: count only) receives the keys inside the bracket in order and needs room for them
+  // plus the slack; it may be the weights themselves.
+  BracketCounts (*scan)(const LayerView& layer, int64_t begin, int64_t end, const Bracket& bracket, void* gathered);
+  // Zeroes (+0) every weight whose mask bit is 0, whose key is < key, or is equal to it from tie_index on. Writes the
+  // new bits of the layer to `kept` (nullptr: not wanted; may be its mask) and returns how many weights are kept. Cache
+  // lines in which nothing changes are not written.
+  int64_t (*apply)(const LayerView& layer, int64_t begin, int64_t end, uint8_t* kept, uint64_t key, int64_t tie_index);
   // Moves the kept elements of n to the front of dst, which has room for kGatherSlackBytes more; returns how many.
-  int64_t (*pack)(const Key* src, const uint8_t* mask, int64_t n, Key* dst);
+  int64_t (*pack)(const void* src, const uint8_t* mask, int64_t n, void* dst);
   // Spreads them out again; pruned places get zero. src must be readable for kGatherSlackBytes more.
-  void (*unpack)(const Key* src, const uint8_t* mask, int64_t n, Key* dst);
-};
-
-// The optimizer's loops for one storage format of weights.
-struct UpdateKernels {
-  int64_t weight_bytes, state_bytes;
-  void (*update[kNumRules])(const UpdateTensor&, const UpdateConstants<double>&);  // by Rule
-  double (*sum_squares)(const UpdateTensor&);                                      // of the kept gradients
+  void (*unpack)(const void* src, const uint8_t* mask, int64_t n, void* dst);
+  // An optimizer step, by Rule.
+  void (*update[kNumRules])(const UpdateTensor& tensor, int64_t begin, int64_t end, const UpdateConstants<double>& c);
+  // Sum of the squares of the kept weights; these are gradients.
+  double (*sum_squares)(const LayerView& layer, int64_t begin, int64_t end);
 };
 
 // Filled by one translation unit each.
 struct KernelSet {
   const char* name;
   int64_t (*count_bits)(const uint8_t* mask, int64_t n);
-#define GMP_KEY(Key) Kernels<Key> of_##Key;
-  GMP_KEYS(GMP_KEY)
-#undef GMP_KEY
-  UpdateKernels update_kernels[kNumDTypes];  // by DType
+  Kernels of[kNumDTypes];  // by DType
 };
 
 extern const KernelSet kPortableKernels;
@@ -66,13 +47,6 @@ extern const KernelSet kAvx512Kernels;
 // std::invalid_argument when that one is unknown or cannot run here.
 const KernelSet& active_kernels();
 
-template <typename Key>
-const Kernels<Key>& kernels_for() {
-  const KernelSet& set = active_kernels();
-#define GMP_KEY(Type) \
-  if constexpr (std::is_same_v<Key, Type>) return set.of_##Type;
-  GMP_KEYS(GMP_KEY)
-#undef GMP_KEY
-}
+inline const Kernels& kernels_of(DType dtype) { return active_kernels().of[static_cast<int>(dtype)]; }
 
 }  // namespace gmp::cpu

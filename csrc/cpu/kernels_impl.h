@@ -1,8 +1,14 @@
-// The loops of kernels.h, written once over Lanes<Key>: a register of Lanes<Key>::kCount keys.
+// The loops of kernels.h over weights and masks, written once over Lanes<Key>: a register of keys.
 //
 // Each instruction set's translation unit defines Lanes in an anonymous namespace and includes this file inside it.
 // Nothing here may call an inline function with external linkage: compiled with wide instructions and merged by the
 // linker, it could end up being run on a CPU that lacks them.
+
+template <typename Key>
+inline constexpr int kNumLanes = sizeof(Lanes<Key>) / sizeof(Key);
+// Every lane's bit.
+template <typename Key>
+inline constexpr uint64_t kAllLanes = (uint64_t{1} << kNumLanes<Key>)-1;
 
 template <int kCount>
 inline uint64_t load_mask_bits(const uint8_t* mask, int64_t i) {
@@ -30,99 +36,145 @@ inline bool mask_bit(const uint8_t* mask, int64_t i) { return mask == nullptr ||
 inline int64_t count_bits(const uint8_t* mask, int64_t n) {
   int64_t count = 0, i = 0;
   for (; i + 64 <= n; i += 64) count += __builtin_popcountll(load_mask_bits<64>(mask, i));
-  for (; i < n; i += 8) count += __builtin_popcount(mask[i / 8]);
+  for (; i + 8 <= n; i += 8) count += __builtin_popcount(mask[i / 8]);
+  for (; i < n; ++i) count += mask_bit(mask, i);
   return count;
 }
 
-template <typename Key, bool kMasked, bool kGather>
-ScanCounts<Key> scan_loop(const Key* weights, int64_t n, const uint8_t* mask, Key infinity, Key lo, Key hi,
-                          Key* gathered) {
-  using V = Lanes<Key>;
-  constexpr int kCount = V::kCount;
-  ScanCounts<Key> counts;
-  int64_t below = 0, num_gathered = 0, pruned = 0, i = 0;
-  const auto lo_lanes = V::broadcast(lo), hi_lanes = V::broadcast(hi);
-  const auto nan = V::broadcast(static_cast<Key>(infinity + 1));
-  auto largest = V::broadcast(0);
-  for (; i + kCount <= n; i += kCount) {
-    uint64_t kept = V::kAll;
+template <DType kDType, bool kMasked, bool kGather>
+inline BracketCounts scan_loop(const LayerView& layer, int64_t i, int64_t end, const Bracket& bracket, void* gathered) {
+  using Key = KeyOf<kDType>;
+  constexpr Key infinity = infinity_of<kDType>();
+  constexpr int kCount = kNumLanes<Key>;
+  const Key* const weights = static_cast<const Key*>(layer.weights);
+  const uint8_t* const mask = layer.mask;
+  Key* const keys_inside = static_cast<Key*>(gathered);
+  const Key lo = static_cast<Key>(bracket.lo), hi = static_cast<Key>(bracket.hi);
+  int64_t below = 0, inside = 0, pruned = 0;
+  const auto lo_lanes = broadcast(lo), hi_lanes = broadcast(hi);
+  const auto nan = broadcast(static_cast<Key>(infinity + 1));
+  auto largest_lanes = broadcast(Key{0});
+  for (; i + kCount <= end; i += kCount) {
+    uint64_t kept = kAllLanes<Key>;
     if constexpr (kMasked) {
       kept = load_mask_bits<kCount>(mask, i);
       pruned += kCount - __builtin_popcountll(kept);
       if (kept == 0) continue;  // a dead block costs no read of its weights
     }
     prefetch_ahead(weights + i);
-    auto keys = V::min(V::magnitude(V::load(weights + i)), nan);
-    if constexpr (kMasked) keys = V::zero_unless(kept, keys);
-    largest = V::max(largest, keys);
-    const uint64_t less = V::less(keys, lo_lanes) & kept;
-    const uint64_t inside = ~V::less(keys, lo_lanes) & ~V::less(hi_lanes, keys) & kept;
-    below += __builtin_popcountll(less);
-    if constexpr (kGather) V::compress(gathered + num_gathered, keys, inside);
-    num_gathered += __builtin_popcountll(inside);
+    auto keys = min(magnitude(load_lanes(weights + i)), nan);
+    if constexpr (kMasked) keys = zero_unless(kept, keys);
+    largest_lanes = max(largest_lanes, keys);
+    const uint64_t lower = less(keys, lo_lanes);
+    const uint64_t chosen = ~lower & ~less(hi_lanes, keys) & kept;
+    below += __builtin_popcountll(lower & kept);
+    if constexpr (kGather) compress(keys_inside + inside, keys, chosen);
+    inside += __builtin_popcountll(chosen);
   }
-  Key lanes[kCount];
-  V::store(lanes, largest);
-  for (Key key : lanes) counts.largest = key > counts.largest ? key : counts.largest;
-  for (; i < n; ++i) {
+  Key lanes[kCount], largest = 0;
+  store_lanes(lanes, largest_lanes);
+  for (Key key : lanes) largest = key > largest ? key : largest;
+  for (; i < end; ++i) {
     if (kMasked && !mask_bit(mask, i)) {
       ++pruned;
       continue;
     }
     const Key key = magnitude_key(load_one(weights + i), infinity);
-    counts.largest = key > counts.largest ? key : counts.largest;
+    largest = key > largest ? key : largest;
     below += key < lo;
     if (key >= lo && key <= hi) {
-      if constexpr (kGather) __builtin_memcpy(gathered + num_gathered, &key, sizeof(Key));
-      ++num_gathered;
+      if constexpr (kGather) __builtin_memcpy(keys_inside + inside, &key, sizeof(Key));
+      ++inside;
     }
   }
-  counts.below = below;
-  counts.inside = num_gathered;
-  counts.pruned = pruned;
-  return counts;
+  return {below, inside, pruned, largest >= infinity};
 }
 
-template <typename Key>
-ScanCounts<Key> scan(const Key* weights, int64_t n, const uint8_t* mask, Key infinity, Key lo, Key hi, Key* gathered) {
-  if (mask == nullptr) {
-    return gathered == nullptr ? scan_loop<Key, false, false>(weights, n, mask, infinity, lo, hi, gathered)
-                               : scan_loop<Key, false, true>(weights, n, mask, infinity, lo, hi, gathered);
+template <DType kDType>
+BracketCounts scan(const LayerView& layer, int64_t begin, int64_t end, const Bracket& bracket, void* gathered) {
+  if (layer.mask == nullptr) {
+    return gathered == nullptr ? scan_loop<kDType, false, false>(layer, begin, end, bracket, gathered)
+                               : scan_loop<kDType, false, true>(layer, begin, end, bracket, gathered);
   }
-  return gathered == nullptr ? scan_loop<Key, true, false>(weights, n, mask, infinity, lo, hi, gathered)
-                             : scan_loop<Key, true, true>(weights, n, mask, infinity, lo, hi, gathered);
+  return gathered == nullptr ? scan_loop<kDType, true, false>(layer, begin, end, bracket, gathered)
+                             : scan_loop<kDType, true, true>(layer, begin, end, bracket, gathered);
 }
 
-template <typename Key>
-ApplyCounts apply(Key* weights, int64_t n, const uint8_t* mask, uint8_t* kept_bits, Key infinity, Key limit) {
-  using V = Lanes<Key>;
-  constexpr int kCount = V::kCount;
-  ApplyCounts counts;
-  const auto limit_lanes = V::broadcast(limit);
-  const auto nan = V::broadcast(static_cast<Key>(infinity + 1));
-  int64_t i = 0;
-  for (; i + kCount <= n; i += kCount) {
-    const uint64_t before = mask == nullptr ? V::kAll : load_mask_bits<kCount>(mask, i);
+// Keeps the keys from limit on of as many whole registers of the weights [i, end) as there are.
+template <DType kDType>
+inline int64_t apply_lanes(KeyOf<kDType>* weights, const uint8_t* mask, uint8_t* kept_bits, int64_t i, int64_t end,
+                           KeyOf<kDType> limit) {
+  using Key = KeyOf<kDType>;
+  constexpr int kCount = kNumLanes<Key>;
+  const auto limit_lanes = broadcast(limit);
+  const auto nan = broadcast(static_cast<Key>(infinity_of<kDType>() + 1));
+  int64_t num_kept = 0;
+  for (; i + kCount <= end; i += kCount) {
+    const uint64_t before = mask == nullptr ? kAllLanes<Key> : load_mask_bits<kCount>(mask, i);
     prefetch_ahead(weights + i);
-    const auto raw = V::load(weights + i);
-    const uint64_t kept = before & ~V::less(V::min(V::magnitude(raw), nan), limit_lanes);
-    if (V::any_set(raw, ~kept)) V::store(weights + i, V::zero_unless(kept, raw));
+    const auto raw = load_lanes(weights + i);
+    const uint64_t kept = before & ~less(min(magnitude(raw), nan), limit_lanes);
+    if (any_set(raw, ~kept)) store_lanes(weights + i, zero_unless(kept, raw));
     if (kept_bits != nullptr) __builtin_memcpy(kept_bits + i / 8, &kept, kCount / 8);
-    counts.kept_before += __builtin_popcountll(before);
-    counts.kept += __builtin_popcountll(kept);
+    num_kept += __builtin_popcountll(kept);
   }
-  for (; i < n; i += 8) {
-    unsigned byte = 0;
-    for (int64_t j = i; j < n && j < i + 8; ++j) {
-      const bool before = mask_bit(mask, j);
-      const bool kept = before && magnitude_key(load_one(weights + j), infinity) >= limit;
-      const Key zero = 0;
-      if (!kept) __builtin_memcpy(weights + j, &zero, sizeof(Key));
-      byte |= static_cast<unsigned>(kept) << (j - i);
-      counts.kept_before += before;
-      counts.kept += kept;
+  return num_kept;
+}
+
+template <DType kDType>
+int64_t apply(const LayerView& layer, int64_t begin, int64_t end, uint8_t* kept_bits, uint64_t key, int64_t tie_index) {
+  using Key = KeyOf<kDType>;
+  constexpr Key zero = 0;
+  Key* const weights = static_cast<Key*>(layer.weights);
+  int64_t num_kept = 0, i = begin;
+  // Up to the tie index ties stay, behind it they go. The byte of the mask that it lies in is done weight by weight.
+  for (int side = 0; side < 2; ++side) {
+    const int64_t until = side == 1 || tie_index > end ? end : tie_index;
+    if (i >= until) continue;
+    num_kept += apply_lanes<kDType>(weights, layer.mask, kept_bits, i, until, static_cast<Key>(key + (side == 1)));
+    for (i += (until - i) / kNumLanes<Key> * kNumLanes<Key>; i < until; i += 8) {
+      unsigned byte = 0;
+      for (int64_t j = i; j < end && j < i + 8; ++j) {
+        const Key own = magnitude_key(load_one(weights + j), infinity_of<kDType>());
+        const bool kept = mask_bit(layer.mask, j) && own >= key + (j >= tie_index);
+        if (!kept) __builtin_memcpy(weights + j, &zero, sizeof(Key));
+        byte |= static_cast<unsigned>(kept) << (j - i);
+      }
+      if (kept_bits != nullptr) kept_bits[i / 8] = static_cast<uint8_t>(byte);
+      num_kept += __builtin_popcount(byte);
     }
-    if (kept_bits != nullptr) kept_bits[i / 8] = static_cast<uint8_t>(byte);
   }
-  return counts;
+  return num_kept;
+}
+
+template <typename Key>
+int64_t pack(const void* from, const uint8_t* mask, int64_t n, void* to) {
+  const Key* const src = static_cast<const Key*>(from);
+  Key* const dst = static_cast<Key*>(to);
+  int64_t count = 0, i = 0;
+  for (; i + kNumLanes<Key> <= n; i += kNumLanes<Key>) {
+    const uint64_t kept = load_mask_bits<kNumLanes<Key>>(mask, i);
+    compress(dst + count, load_lanes(src + i), kept);
+    count += __builtin_popcountll(kept);
+  }
+  for (; i < n; ++i) {
+    if (mask_bit(mask, i)) dst[count++] = load_one(src + i);
+  }
+  return count;
+}
+
+template <typename Key>
+void unpack(const void* from, const uint8_t* mask, int64_t n, void* to) {
+  const Key* src = static_cast<const Key*>(from);
+  Key* const dst = static_cast<Key*>(to);
+  int64_t i = 0;
+  for (; i + kNumLanes<Key> <= n; i += kNumLanes<Key>) {
+    const uint64_t kept = load_mask_bits<kNumLanes<Key>>(mask, i);
+    store_lanes(dst + i, expand(src, kept));
+    src += __builtin_popcountll(kept);
+  }
+  for (; i < n; ++i) {
+    const Key key = mask_bit(mask, i) ? *src++ : Key{0};
+    __builtin_memcpy(dst + i, &key, sizeof(Key));
+  }
 }

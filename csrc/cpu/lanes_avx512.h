@@ -1,74 +1,34 @@
-// Compressing goes through a register: the form of vpcompress that writes memory is microcoded on Zen 4.
-#include "lanes.h"
+// Registers of keys of 16, 32 and 64 bits. Compressing goes through a register: the form of vpcompress that writes
+// memory is microcoded on Zen 4.
+#define GMP_LANES(bits, Bits)                                                                                        \
+  typedef uint##bits##_t Keys##bits __attribute__((vector_size(64)));                                                \
+  inline Keys##bits broadcast(uint##bits##_t key) { return key - Keys##bits{}; }                                     \
+  inline Keys##bits load_lanes(const uint##bits##_t* p) { return (Keys##bits)_mm512_loadu_si512(p); }                \
+  inline void store_lanes(uint##bits##_t* p, Keys##bits r) { _mm512_storeu_si512(p, (__m512i)r); }                   \
+  inline Keys##bits magnitude(Keys##bits r) { return r & ~broadcast(kSignBit<uint##bits##_t>); }                     \
+  inline Keys##bits min(Keys##bits a, Keys##bits b) {                                                                \
+    return (Keys##bits)_mm512_min_epu##bits((__m512i)a, (__m512i)b);                                                 \
+  }                                                                                                                  \
+  inline Keys##bits max(Keys##bits a, Keys##bits b) {                                                                \
+    return (Keys##bits)_mm512_max_epu##bits((__m512i)a, (__m512i)b);                                                 \
+  }                                                                                                                  \
+  inline Keys##bits zero_unless(uint64_t chosen, Keys##bits r) {                                                     \
+    return (Keys##bits)_mm512_maskz_mov_epi##bits(static_cast<Bits>(chosen), (__m512i)r);                            \
+  }                                                                                                                  \
+  inline uint64_t less(Keys##bits a, Keys##bits b) { return _mm512_cmplt_epu##bits##_mask((__m512i)a, (__m512i)b); } \
+  inline bool any_set(Keys##bits r, uint64_t where) {                                                                \
+    return _mm512_mask_test_epi##bits##_mask(static_cast<Bits>(where), (__m512i)r, (__m512i)r) != 0;                 \
+  }                                                                                                                  \
+  inline void compress(uint##bits##_t* out, Keys##bits r, uint64_t chosen) {                                         \
+    _mm512_storeu_si512(out, _mm512_maskz_compress_epi##bits(static_cast<Bits>(chosen), (__m512i)r));                \
+  }                                                                                                                  \
+  inline Keys##bits expand(const uint##bits##_t* src, uint64_t chosen) {                                             \
+    return (Keys##bits)_mm512_maskz_expand_epi##bits(static_cast<Bits>(chosen), _mm512_loadu_si512(src));            \
+  }
+GMP_LANES(16, __mmask32)
+GMP_LANES(32, __mmask16)
+GMP_LANES(64, __mmask8)
+#undef GMP_LANES
 
-template <>
-struct Lanes<uint16_t> {
-  static constexpr int kCount = 32;
-  static constexpr uint64_t kAll = 0xffffffff;
-  using Reg = __m512i;
-  static Reg broadcast(uint16_t key) { return _mm512_set1_epi16(static_cast<short>(key)); }
-  static Reg load(const uint16_t* p) { return _mm512_loadu_si512(p); }
-  static void store(uint16_t* p, Reg r) { _mm512_storeu_si512(p, r); }
-  static Reg magnitude(Reg r) { return _mm512_and_si512(r, _mm512_set1_epi16(0x7fff)); }
-  static Reg min(Reg a, Reg b) { return _mm512_min_epu16(a, b); }
-  static Reg max(Reg a, Reg b) { return _mm512_max_epu16(a, b); }
-  static Reg zero_unless(uint64_t bits, Reg r) { return _mm512_maskz_mov_epi16(static_cast<__mmask32>(bits), r); }
-  static uint64_t less(Reg a, Reg b) { return _mm512_cmplt_epu16_mask(a, b); }
-  static bool any_set(Reg r, uint64_t where) {
-    return _mm512_mask_test_epi16_mask(static_cast<__mmask32>(where), r, r) != 0;
-  }
-  static void compress(uint16_t* out, Reg r, uint64_t bits) {
-    _mm512_storeu_si512(out, _mm512_maskz_compress_epi16(static_cast<__mmask32>(bits), r));
-  }
-  static Reg expand(const uint16_t* src, uint64_t bits) {
-    return _mm512_maskz_expand_epi16(static_cast<__mmask32>(bits), load(src));
-  }
-};
-
-template <>
-struct Lanes<uint32_t> {
-  static constexpr int kCount = 16;
-  static constexpr uint64_t kAll = 0xffff;
-  using Reg = __m512i;
-  static Reg broadcast(uint32_t key) { return _mm512_set1_epi32(static_cast<int>(key)); }
-  static Reg load(const uint32_t* p) { return _mm512_loadu_si512(p); }
-  static void store(uint32_t* p, Reg r) { _mm512_storeu_si512(p, r); }
-  static Reg magnitude(Reg r) { return _mm512_and_si512(r, _mm512_set1_epi32(0x7fffffff)); }
-  static Reg min(Reg a, Reg b) { return _mm512_min_epu32(a, b); }
-  static Reg max(Reg a, Reg b) { return _mm512_max_epu32(a, b); }
-  static Reg zero_unless(uint64_t bits, Reg r) { return _mm512_maskz_mov_epi32(static_cast<__mmask16>(bits), r); }
-  static uint64_t less(Reg a, Reg b) { return _mm512_cmplt_epu32_mask(a, b); }
-  static bool any_set(Reg r, uint64_t where) {
-    return _mm512_mask_test_epi32_mask(static_cast<__mmask16>(where), r, r) != 0;
-  }
-  static void compress(uint32_t* out, Reg r, uint64_t bits) {
-    _mm512_storeu_si512(out, _mm512_maskz_compress_epi32(static_cast<__mmask16>(bits), r));
-  }
-  static Reg expand(const uint32_t* src, uint64_t bits) {
-    return _mm512_maskz_expand_epi32(static_cast<__mmask16>(bits), load(src));
-  }
-};
-
-template <>
-struct Lanes<uint64_t> {
-  static constexpr int kCount = 8;
-  static constexpr uint64_t kAll = 0xff;
-  using Reg = __m512i;
-  static Reg broadcast(uint64_t key) { return _mm512_set1_epi64(static_cast<long long>(key)); }
-  static Reg load(const uint64_t* p) { return _mm512_loadu_si512(p); }
-  static void store(uint64_t* p, Reg r) { _mm512_storeu_si512(p, r); }
-  static Reg magnitude(Reg r) { return _mm512_and_si512(r, _mm512_set1_epi64(0x7fffffffffffffff)); }
-  static Reg min(Reg a, Reg b) { return _mm512_min_epu64(a, b); }
-  static Reg max(Reg a, Reg b) { return _mm512_max_epu64(a, b); }
-  static Reg zero_unless(uint64_t bits, Reg r) { return _mm512_maskz_mov_epi64(static_cast<__mmask8>(bits), r); }
-  static uint64_t less(Reg a, Reg b) { return _mm512_cmplt_epu64_mask(a, b); }
-  static bool any_set(Reg r, uint64_t where) {
-    return _mm512_mask_test_epi64_mask(static_cast<__mmask8>(where), r, r) != 0;
-  }
-  static void compress(uint64_t* out, Reg r, uint64_t bits) {
-    _mm512_storeu_si512(out, _mm512_maskz_compress_epi64(static_cast<__mmask8>(bits), r));
-  }
-  static Reg expand(const uint64_t* src, uint64_t bits) {
-    return _mm512_maskz_expand_epi64(static_cast<__mmask8>(bits), load(src));
-  }
-};
+template <typename Key>
+using Lanes = std::conditional_t<sizeof(Key) == 2, Keys16, std::conditional_t<sizeof(Key) == 4, Keys32, Keys64>>;

@@ -1,16 +1,34 @@
-// A layer as every loop gets it.
+// Layers as every loop gets them.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
+#include "optim/rules.h"
 #include "order/dtypes.h"
 
 namespace gmp::cpu {
 
+// Weights of a layer that a thread takes at a time.
+inline constexpr int64_t kChunk = 16384;
+
 struct LayerView {
+  DType dtype;
   void* weights;        // any alignment
   int64_t n;            // > 0
   const uint8_t* mask;  // packed bits, or nullptr: nothing pruned yet
+};
+
+// A layer in an optimizer step.
+struct UpdateTensor : LayerView {
+  const void* grads;
+  void* master;             // copy in the type of the arithmetic, which runs on it: weights are then only written; or
+                            // nullptr
+  void* state[kMaxStates];  // in the same type; the first num_states of them are there
+  int num_states;
+  const int64_t* chunk_offsets;  // compact state: kept weights before each chunk of kChunk, and their number; else
+                                 // nullptr
+  size_t constants;              // which of a step's
 };
 
 }  // namespace gmp::cpu

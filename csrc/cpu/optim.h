@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "update.h"
+#include "layers.h"
 
 namespace gmp::cpu {
 
@@ -14,21 +14,15 @@ namespace gmp::cpu {
 void update(Rule rule, const std::vector<UpdateTensor>& tensors, const std::vector<UpdateConstants<double>>& constants,
             int num_threads);
 
-// Sum of the squares of the kept gradients of all tensors, which need have nothing else; the order of the additions is
-// fixed.
-double sum_squares(const std::vector<UpdateTensor>& tensors, int num_threads);
+// Sum of the squares of the kept gradients; the order of the additions is fixed.
+double sum_squares(const std::vector<LayerView>& gradients, int num_threads);
 
-// State of one tensor: dense (mask is nullptr: n values), or compact (the kept values only, in order).
-struct State {
-  void* values;
-  const uint8_t* mask;
-  const int64_t* chunk_offsets;
-};
-
-// State on its way from one layout to another; a value that is kept before but not after is dropped, one kept after but
-// not before becomes zero.
+// State of a tensor on its way from one layout, [0], to another: dense (no mask: n values), or compact (the kept values
+// only, in order). A value that is kept before but not after is dropped, one kept after but not before becomes zero.
 struct StateMove {
-  State source, target;
+  void* values[2];
+  const uint8_t* masks[2];
+  const int64_t* chunk_offsets[2];
   int64_t n;
   int value_bytes;  // 4 or 8
 };

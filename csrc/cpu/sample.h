@@ -1,41 +1,58 @@
-// A sample of the keys of some layers, to guess a bracket from.
+// The bracket that a sample of the keys of a group suggests.
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 
-#include "layers.h"
 #include "order/magnitude_key.h"
+#include "order_statistic.h"
+#include "search/sample.h"
+#include "select.h"
 
 namespace gmp::cpu {
 
-// Whole cache lines at pseudo-random places, one per stride: evenly spread, and in step with no period of the data.
-// Writes at most `wanted` ranks to `sample` and returns how many: 0 for a pruned weight, 1 + key for the others. Layers
-// get their share by size; a layer smaller than its share is taken whole.
+constexpr double kSigmas = 4.0;            // half width of the bracket: it fails once in 10^4 selections
+constexpr int64_t kSampleBytes = 1 << 18;  // a larger sample costs more than the candidates it saves
+
 template <typename Key>
-int64_t draw_sample(const LayerView* layers, size_t num_layers, int64_t n, int64_t wanted, Key infinity, Key* sample) {
+constexpr int64_t kMaxSample = kSampleBytes / static_cast<int64_t>(sizeof(Key));
+
+// Three in a row are what a bracket is guessed in, and a threshold found among candidates.
+constexpr int64_t kBufferBytes = kSampleBytes + kGatherSlackBytes;
+template <typename Key>
+constexpr int64_t kBufferKeys = kBufferBytes / static_cast<int64_t>(sizeof(Key));
+
+// Whole cache lines at pseudo-random places, one per stride: evenly spread, and in step with no period of the data.
+// Looks at `wanted` weights at most, writes the keys of the unpruned ones to `sample`, and counts these as inside.
+// Layers get their share by size; a layer smaller than its share is taken whole.
+template <typename Key>
+BracketCounts draw_sample(const std::vector<LayerView>& layers, const Group& group, int64_t wanted, Key infinity,
+                          Key* sample) {
   constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(Key));
   constexpr int kBatch = 32;
-  int64_t size = 0;
+  int64_t size = 0, inside = 0;
   uint64_t random = 0x9e3779b97f4a7c15ull;  // xorshift64
-  for (const LayerView* layer = layers; layer != layers + num_layers; ++layer) {
-    const Key* const weights = static_cast<const Key*>(layer->weights);
+  for (size_t l = group.first_layer; l < group.first_layer + group.num_layers; ++l) {
+    const LayerView& layer = layers[l];
+    const Key* const weights = static_cast<const Key*>(layer.weights);
     const auto take = [&](int64_t begin, int64_t end) {
+      size += end - begin;
       for (int64_t i = begin; i < end; ++i) {
         Key bits;
         __builtin_memcpy(&bits, weights + i, sizeof(Key));
-        const bool kept = layer->mask == nullptr || (layer->mask[i / 8] >> (i % 8) & 1);
-        sample[size++] = kept ? static_cast<Key>(magnitude_key(bits, infinity) + 1) : Key{0};
+        sample[inside] = magnitude_key(bits, infinity);
+        inside += layer.mask == nullptr || (layer.mask[i / 8] >> (i % 8) & 1);
       }
     };
-    const double fraction = static_cast<double>(layer->n) / static_cast<double>(n);
-    const int64_t share = num_layers == 1 ? wanted : static_cast<int64_t>(static_cast<double>(wanted) * fraction);
-    if (layer->n <= share) {
-      take(0, layer->n);
+    const double fraction = static_cast<double>(layer.n) / static_cast<double>(group.n);
+    const int64_t share = group.num_layers == 1 ? wanted : static_cast<int64_t>(static_cast<double>(wanted) * fraction);
+    if (layer.n <= share) {
+      take(0, layer.n);
       continue;
     }
     const int64_t lines = share / kLine;
-    const double stride = static_cast<double>(layer->n) / static_cast<double>(std::max<int64_t>(lines, 1));
+    const double stride = static_cast<double>(layer.n) / static_cast<double>(std::max<int64_t>(lines, 1));
     // In batches: all lines of one are asked for before the first is read.
     int64_t begins[kBatch];
     for (int64_t line = 0; line < lines;) {
@@ -51,7 +68,61 @@ int64_t draw_sample(const LayerView* layers, size_t num_layers, int64_t n, int64
       for (int b = 0; b < batch; ++b) take(begins[b], begins[b] + kLine);
     }
   }
-  return size;
+  return {0, inside, size - inside};
+}
+
+// Sets the bracket of a group, and how many keys should be inside.
+template <typename Key>
+void guess_bracket(const std::vector<LayerView>& layers, Group& group, Key infinity, Key* buffers) {
+  Key* const sample = buffers;
+  Key* const near_keys = buffers + kBufferKeys<Key>;
+  Key* const spare = near_keys + kBufferKeys<Key>;
+  const DType dtype = layers[group.first_layer].dtype;
+  const Kernels& kernels = kernels_of(dtype);
+  const Bracket all{0, uint64_t{infinity} + 1};
+  group.bracket = all;
+  group.expected_inside = group.n;
+  // n^(2/3) balances the two costs: the sample grows with it, the candidates shrink with its square root.
+  const double root = std::cbrt(static_cast<double>(group.n));
+  const int64_t wanted = std::clamp<int64_t>(static_cast<int64_t>(root * root), 1024, kMaxSample<Key>);
+  if (wanted >= group.n) return;  // all weights would be the sample
+  const auto [_, n, pruned, nonfinite] = draw_sample(layers, group, wanted, infinity, sample);
+  if (n == 0) return;  // there are many tiny layers, none with a whole line to its share; or all are pruned
+  // Among the sampled weights the pruned ones come first.
+  const double size = static_cast<double>(n + pruned);
+  const double share = static_cast<double>(group.num_prune) / static_cast<double>(group.n);
+  const double rank = share * size, half = rank_margin(rank, share, kSigmas);
+  const int64_t low = static_cast<int64_t>(std::floor(rank - half)) - pruned;
+  const int64_t high = static_cast<int64_t>(std::ceil(rank + half)) - pruned;
+
+  // The keys around both ranks: a small sample of the sample points to them, and where it misses, they are all keys.
+  constexpr int64_t kSmall = 1024, kMargin = 96;  // six standard deviations of a rank among 1024
+  Bracket near = all;
+  if (n >= 16 * kSmall) {
+    Key small[kSmall];
+    for (int64_t i = 0; i < kSmall; ++i) small[i] = sample[i * n / kSmall];
+    std::sort(small, small + kSmall);
+    const int64_t first = low * kSmall / n - kMargin, last = high * kSmall / n + kMargin;
+    if (first >= 0) near.lo = small[std::min(first, kSmall - 1)];
+    if (last < kSmall) near.hi = small[std::max<int64_t>(last, 0)];
+  }
+  const LayerView sampled{dtype, sample, n, nullptr};
+  BracketCounts counts = kernels.scan(sampled, 0, n, near, near_keys);
+  const bool holds =
+      counts.below <= std::max<int64_t>(low, 0) && std::clamp<int64_t>(high, 0, n - 1) < counts.below + counts.inside;
+  if (!holds) {
+    near = all;
+    counts = kernels.scan(sampled, 0, n, near, near_keys);
+  }
+  const auto key_at = [&](int64_t r) {
+    Bracket key = near;
+    order_statistic(dtype, near_keys, counts.inside, r - counts.below, key, sample, spare, kMaxSample<Key>);
+    return key.lo;
+  };
+  group.bracket = {low <= 0 ? 0 : key_at(low), high < 0 ? 0 : high >= n ? all.hi : key_at(high)};
+  const LayerView kept{dtype, near_keys, counts.inside, nullptr};
+  const double inside = static_cast<double>(kernels.scan(kept, 0, kept.n, group.bracket, nullptr).inside);
+  group.expected_inside = static_cast<int64_t>(highest_count(inside, kSigmas) / size * static_cast<double>(group.n));
 }
 
 }  // namespace gmp::cpu

@@ -1,46 +1,156 @@
+// Exact selection by a sampled bracket that is counted, never believed.
+//
+//   bracket  a few thousand sampled keys, or the caller, give [lo, hi] around the wanted rank
+//   count    ONE read of the weights counts the keys below lo and gathers those inside, 1-2 % of them
+//   refine   where the counts prove the bracket, the threshold is an order statistic of the gathered
+//   ties     the gathered keys, kept per chunk, tell in which chunk the last tie that stays lies
+//
+// What the counts do not prove falls back to a bracket that must hold. Candidates that would not fit the memory allowed
+// are not gathered: the bracket is cut into 2048 bins that are counted, so every further read narrows the keys by 11
+// bits. Nothing depends on the number of threads but the order in which candidates are stored.
+//
+// Source: Floyd and Rivest, "Expected time bounds for selection", CACM 18(3), 1975; the count as proof and the
+// streaming gather follow the practice of GPU top-k.
 #include "select.h"
 
-#include "selector.h"
+#include <omp.h>
+
+#include <memory>
+
+#include "sample.h"
 
 namespace gmp::cpu {
 namespace {
 
+constexpr int64_t kBins = 2048;
+constexpr int64_t kWaveBytes = 3 << 19;  // candidates of one wave: this plus 3 % of the largest layer
+constexpr int64_t kSlack = 64;           // keys that there is room for beyond those expected
+constexpr int kMaxSolvers = 4;           // threads with buffers of their own
+
+// After a count: whether the group is settled; if not, its bracket is that of the next read.
 template <typename Key>
-std::vector<LayerCounts> count_typed(Key infinity, const std::vector<LayerView>& layers,
-                                     const std::vector<Bracket>& brackets, const std::vector<Candidates>& candidates,
-                                     int64_t* bins, int64_t num_bins, int num_threads) {
-  std::vector<CountedGroup> groups;
-  std::vector<CountedGroup*> addresses;
-  groups.reserve(layers.size());
-  for (size_t l = 0; l < layers.size(); ++l) {
-    groups.push_back(
-        {l, 1, brackets[l], bins + static_cast<int64_t>(l) * num_bins, candidates[l].keys, candidates[l].capacity});
-    addresses.push_back(&groups.back());
+bool resolve(const std::vector<LayerView>& layers, Group& group, const std::vector<Chunk>& chunks, Key infinity,
+             Key* buffers, std::vector<int64_t>& tie_indices) {
+  const DType dtype = layers[group.first_layer].dtype;
+  const size_t end_layer = group.first_layer + group.num_layers;
+  const auto [below, inside, pruned, nonfinite] = group.counts;
+  const int64_t wanted = group.num_prune - pruned;
+  const Proof proof = prove(wanted, below, inside);
+  if (proof == Proof::kNothingWanted) {
+    group.bracket = {0, 0};
+    group.counts = {0, 0, pruned};
+    for (size_t l = group.first_layer; l < end_layer; ++l) tie_indices[l] = layers[l].n;
+    return true;
   }
-  std::vector<char> nonfinite(layers.size(), 0);
-  std::vector<LayerCounts> found(layers.size());
-  Counter<Key>(infinity, layers, std::move(addresses), num_bins, nonfinite, num_threads).run();
-  for (size_t l = 0; l < layers.size(); ++l) {
-    found[l].counts = groups[l].counts;
-    if (nonfinite[l]) found[l].nonfinite = first_nonfinite<Key>(layers[l], infinity);
+  if (proof != Proof::kHolds) {
+    group.bracket = beside(group.bracket, proof, uint64_t{infinity} + 1);
+    group.expected_inside = group.n;
+    return false;
   }
-  return found;
+  if (group.bins != nullptr) {
+    int64_t before = below;
+    size_t bin = 0;
+    while (before + group.bins[bin] < wanted) before += group.bins[bin++];
+    group.expected_inside = group.bins[bin];
+    group.bracket = bin_of(group.bracket, bin, shift_of(group.bracket, kBins));
+    return false;
+  }
+  Key* const candidates = static_cast<Key*>(group.candidates);
+  const bool is_one_key = group.bracket.lo == group.bracket.hi;
+  if (!is_one_key) {
+    if (inside > group.capacity) {
+      group.expected_inside = group.n;
+      return false;
+    }
+    const BracketCounts found = order_statistic(dtype, candidates, inside, wanted - below - 1, group.bracket, buffers,
+                                                buffers + kBufferKeys<Key>, kMaxSample<Key>);
+    group.counts = {below + found.below, found.inside, pruned};
+  }
+  int64_t kept = num_ties_kept(group);
+  if (kept == 0) return true;
+  for (size_t i = group.first_chunk; i < chunks.size(); ++i) {
+    const Chunk& chunk = chunks[i];
+    if (chunk.tensor < group.first_layer || chunk.tensor >= end_layer) break;  // the weights have changed meanwhile
+    int64_t matches = chunk.inside;
+    if (!is_one_key) {
+      const LayerView own{dtype, candidates + chunk.offset, chunk.inside, nullptr};
+      matches = kernels_of(dtype).scan(own, 0, own.n, group.bracket, nullptr).inside;
+    }
+    int64_t& tie_index = tie_indices[chunk.tensor];
+    if (kept < matches) {
+      tie_index = find_match(layers[chunk.tensor], chunk.begin, chunk.end, group.bracket, kept);
+      return true;
+    }
+    kept -= matches;
+    tie_index = chunk.end;
+  }
+  return true;
 }
 
 }  // namespace
 
-Cutoffs select(DType dtype, const std::vector<LayerView>& layers, const std::vector<RankedGroup>& groups,
-               int num_threads) {
-  return with_dtype(
-      dtype, [&](auto infinity) { return Selector<decltype(infinity)>(infinity, layers, groups, num_threads).run(); });
-}
+void select(const std::vector<LayerView>& layers, std::vector<Group>& groups, std::vector<int64_t>& tie_indices,
+            std::vector<int64_t>& nonfinite, int num_threads) {
+  const int64_t num_groups = static_cast<int64_t>(groups.size());
+  const int num_solvers = static_cast<int>(std::min<int64_t>({num_threads, kMaxSolvers, num_groups}));
+  const std::unique_ptr<char[]> buffers(new char[static_cast<size_t>(num_solvers * 3 * kBufferBytes)]);
+  const auto solve = [&](const Group& group, auto work) {
+    with_dtype(layers[group.first_layer].dtype, [&](auto infinity) {
+      char* const own = buffers.get() + omp_get_thread_num() * 3 * kBufferBytes;
+      work(infinity, reinterpret_cast<decltype(infinity)*>(own));
+    });
+  };
+#pragma omp parallel for schedule(dynamic, 1) num_threads(num_solvers)
+  for (int64_t g = 0; g < num_groups; ++g) {
+    Group& group = groups[static_cast<size_t>(g)];
+    for (size_t l = 0; l < group.num_layers; ++l) group.n += layers[group.first_layer + l].n;
+    group.expected_inside = group.n / 64;
+    if (group.bracket.lo <= group.bracket.hi) continue;
+    solve(group, [&](auto infinity, auto* own) { guess_bracket(layers, group, infinity, own); });
+  }
 
-std::vector<LayerCounts> count(DType dtype, const std::vector<LayerView>& layers, const std::vector<Bracket>& brackets,
-                               const std::vector<Candidates>& candidates, int64_t* bins, int64_t num_bins,
-                               int num_threads) {
-  return with_dtype(dtype, [&](auto infinity) {
-    return count_typed(infinity, layers, brackets, candidates, bins, num_bins, num_threads);
-  });
+  int64_t largest = 0;
+  for (const LayerView& layer : layers) largest = std::max(largest, layer.n * bytes_of(layer.dtype));
+  const int64_t budget = largest * 3 / 100 + kWaveBytes;
+  const std::unique_ptr<char[]> memory(new char[static_cast<size_t>(budget)]);
+  std::vector<Group*> pending;
+  for (Group& group : groups) pending.push_back(&group);
+  std::vector<char> settled(groups.size());
+  while (!pending.empty()) {
+    // As many groups as there is memory for, at least one.
+    std::vector<Group*> wave, later;
+    int64_t used = 0;
+    for (Group* group : pending) {
+      const int64_t key_bytes = bytes_of(layers[group->first_layer].dtype);
+      const bool is_one_key = group->bracket.lo == group->bracket.hi;
+      const bool fits = (group->expected_inside + kSlack) * key_bytes <= budget;
+      group->capacity = is_one_key || !fits ? 0 : group->expected_inside + kSlack;
+      const int64_t bytes = is_one_key ? 0 : fits ? group->capacity * key_bytes : kBins * int64_t{sizeof(int64_t)};
+      if (used + bytes > budget) {
+        later.push_back(group);
+        continue;
+      }
+      char* const own = memory.get() + used;
+      group->candidates = own;
+      group->bins = is_one_key || fits ? nullptr : reinterpret_cast<int64_t*>(own);
+      if (group->bins != nullptr) std::fill_n(group->bins, kBins, 0);
+      used += (bytes + 63) / 64 * 64;
+      wave.push_back(group);
+    }
+    const std::vector<Chunk> chunks = count(layers, wave, kBins, nonfinite, num_threads);
+    const int64_t wave_size = static_cast<int64_t>(wave.size());
+#pragma omp parallel for schedule(dynamic, 1) num_threads(num_solvers)
+    for (int64_t i = 0; i < wave_size; ++i) {
+      Group& group = *wave[static_cast<size_t>(i)];
+      solve(group, [&](auto infinity, auto* own) {
+        settled[static_cast<size_t>(i)] = resolve(layers, group, chunks, infinity, own, tie_indices);
+      });
+    }
+    for (size_t i = 0; i < wave.size(); ++i) {
+      if (!settled[i]) later.push_back(wave[i]);
+    }
+    pending = std::move(later);
+  }
 }
 
 }  // namespace gmp::cpu

@@ -2,47 +2,52 @@
 // of.
 #pragma once
 
-#include <optional>
+#include <algorithm>
 #include <vector>
 
-#include "layers.h"
+#include "chunks.h"
 #include "search/bracket.h"
 
 namespace gmp::cpu {
 
-// Layers [first_layer, first_layer + num_layers) that are ranked together.
-struct RankedGroup {
+// Layers [first_layer, first_layer + num_layers), all of one dtype, that are ranked together, and how far the search
+// for their threshold has come.
+struct Group {
   size_t first_layer, num_layers;
   int64_t num_prune;
-  std::optional<Bracket> bracket;  // where the threshold is expected; without one, a sample says
+  // Where the threshold is expected; {1, 0}: a sample says. In the end the threshold and nothing else, or {0, 0} where
+  // nothing more is to be pruned.
+  Bracket bracket;
+  // Of one read, relative to the bracket.
+  BracketCounts counts = {};
+  int64_t* bins = nullptr;     // adds the keys inside up by bin; nullptr: not wanted
+  void* candidates = nullptr;  // receives them, in the order of each chunk, as far as they fit
+  int64_t capacity = 0;        // of the candidates, in keys
+  size_t first_chunk = 0;
+  // Before it.
+  int64_t n = 0;                // weights
+  int64_t expected_inside = 0;  // candidates that there should be
 };
 
-// Where each layer is cut: weights of smaller keys are pruned, and of those whose key it is the ones from the tie index
-// on. One entry per layer; key and counts are those of its group.
-struct Cutoffs {
-  std::vector<uint64_t> keys;  // 0 where nothing more is to be pruned
-  std::vector<int64_t> num_below, num_ties, num_ties_kept, tie_indices;
-  std::vector<int64_t> nonfinite;  // first unpruned NaN or Inf, or -1
-};
+// Of weights whose key is the threshold.
+inline int64_t num_ties_kept(const Group& group) {
+  return std::min(group.counts.inside,
+                  group.counts.pruned + group.counts.below + group.counts.inside - group.num_prune);
+}
 
-// Reads only.
-Cutoffs select(DType dtype, const std::vector<LayerView>& layers, const std::vector<RankedGroup>& groups,
-               int num_threads);
+// Finds where each group is cut: its threshold, the counts relative to it, and by layer the index from which on weights
+// on the threshold are pruned; and the first unpruned NaN or Inf of each layer, or -1. Reads only.
+void select(const std::vector<LayerView>& layers, std::vector<Group>& groups, std::vector<int64_t>& tie_indices,
+            std::vector<int64_t>& nonfinite, int num_threads);
 
-// Receives keys inside a bracket, in no particular order; capacity 0: none.
-struct Candidates {
-  void* keys;
-  int64_t capacity;
-};
+// THE counter: one read of the layers of some groups, each against the bracket of its own. Sets their counts, adds to
+// their bins, and lowers nonfinite[l], where it is not -1, to the first unpruned NaN or Inf of a layer. Returns the
+// chunks, with where their candidates are; those of a group are next to each other, in the order of the flat index.
+std::vector<Chunk> count(const std::vector<LayerView>& layers, const std::vector<Group*>& groups, int64_t num_bins,
+                         std::vector<int64_t>& nonfinite, int num_threads);
 
-struct LayerCounts {
-  BracketCounts counts;    // more inside than there is room for candidates: not all of them are there
-  int64_t nonfinite = -1;  // index of the first unpruned NaN or Inf
-};
-
-// One bracket, candidates and a row of `bins` per layer. Adds to `bins`. Reads every weight once.
-std::vector<LayerCounts> count(DType dtype, const std::vector<LayerView>& layers, const std::vector<Bracket>& brackets,
-                               const std::vector<Candidates>& candidates, int64_t* bins, int64_t num_bins,
-                               int num_threads);
+// Index of the match number `rank` (0-based) among the unpruned keys of weights [begin, end) that are in a bracket; -1
+// if there are not that many. `begin` lies on a byte of the mask.
+int64_t find_match(const LayerView& layer, int64_t begin, int64_t end, const Bracket& bracket, int64_t rank);
 
 }  // namespace gmp::cpu

@@ -3,31 +3,24 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
+
+#if defined(__F16C__) && defined(__FMA__)
+#include <immintrin.h>
+#endif
 
 namespace gmp::cpu {
 
+typedef float Floats __attribute__((vector_size(32)));
+typedef double Doubles __attribute__((vector_size(32)));
+typedef uint32_t FloatBits __attribute__((vector_size(32)));
+typedef uint16_t HalfBits __attribute__((vector_size(16)));
+
 template <typename T>
-struct VectorOf;
-template <>
-struct VectorOf<float> {
-  using Bits = uint32_t;  // of one value
-  typedef float Type __attribute__((vector_size(32)));
-  typedef int32_t Mask __attribute__((vector_size(32)));
-};
-template <>
-struct VectorOf<double> {
-  using Bits = uint64_t;
-  typedef double Type __attribute__((vector_size(32)));
-  typedef int64_t Mask __attribute__((vector_size(32)));
-};
-template <typename T>
-using Vec = typename VectorOf<T>::Type;
+using Vec = std::conditional_t<sizeof(T) == 8, Doubles, Floats>;
 template <typename T>
 inline constexpr int kWidthOf = 32 / sizeof(T);  // of a vector
 template <typename T>
 inline constexpr int kLanesOf = 64 / sizeof(T);  // of a block
-
-typedef uint16_t HalfBits __attribute__((vector_size(16)));
-typedef uint32_t FloatBits __attribute__((vector_size(32)));
 
 }  // namespace gmp::cpu

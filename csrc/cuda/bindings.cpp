@@ -129,12 +129,6 @@ PYBIND11_MODULE(GMP_MODULE, m) {
   m.def("load_kernels", &gmp::cuda::load_kernels);
 #if defined(GMP_SIMT)
   m.def("set_seed", &simt::set_seed);
-  m.def("take_traffic", [] {
-    py::list rows;
-    for (const simt::Traffic& t : simt::take_traffic()) {
-      rows.append(py::make_tuple(t.kernel, t.launches, t.bytes_loaded, t.bytes_stored));
-    }
-    return rows;
-  });
+  m.def("take_traffic", &simt::take_traffic);
 #endif
 }

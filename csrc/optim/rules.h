@@ -52,21 +52,18 @@ enum class Rule : int {
 };
 
 // Arrays of state per weight that each rule keeps: the fewest, and the most.
-struct NumStates {
-  int fewest, most;
-};
-inline constexpr NumStates kNumStates[] = {
+inline constexpr int kNumStates[][2] = {
 #define GMP_RULE(name, fewest, most) {fewest, most},
     GMP_RULES(GMP_RULE)
 #undef GMP_RULE
 };
-inline constexpr int kNumRules = sizeof(kNumStates) / sizeof(NumStates);
+inline constexpr int kNumRules = sizeof(kNumStates) / sizeof(*kNumStates);
 inline constexpr int kMaxStates = 3;  // of any rule
 
 template <Rule kRule>
-inline constexpr int kFewestStates = kNumStates[static_cast<int>(kRule)].fewest;
+inline constexpr int kFewestStates = kNumStates[static_cast<int>(kRule)][0];
 template <Rule kRule>
-inline constexpr int kMostStates = kNumStates[static_cast<int>(kRule)].most;
+inline constexpr int kMostStates = kNumStates[static_cast<int>(kRule)][1];
 
 // Constants of one tensor at one step, in the type the arithmetic runs in.
 template <typename T>

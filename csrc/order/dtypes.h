@@ -53,4 +53,9 @@ auto with_dtype(DType dtype, Visit visit) {
   __builtin_unreachable();
 }
 
+// Bytes of a weight.
+inline int64_t bytes_of(DType dtype) {
+  return with_dtype(dtype, [](auto infinity) { return int64_t{sizeof(infinity)}; });
+}
+
 }  // namespace gmp

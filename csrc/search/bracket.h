@@ -17,9 +17,10 @@ struct Bracket {
   uint64_t lo, hi;
 };
 
-// Of unpruned weights relative to a bracket, but for the mask bits that are 0.
+// Of unpruned weights relative to a bracket, but for the mask bits that are 0; and whether one of them is NaN or Inf.
 struct BracketCounts {
   int64_t below = 0, inside = 0, pruned = 0;
+  bool nonfinite = false;
 };
 
 // Smallest shift that maps the keys of a bracket into so many bins: a key is counted in bin (key - lo) >> shift.

@@ -3,6 +3,7 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <chrono>
 #include <map>
@@ -42,64 +43,37 @@ simt_switch:
 .size simt_switch, .-simt_switch
 )");
 
+__thread uint4 threadIdx, blockIdx, blockDim, gridDim;
+
 namespace simt {
-
-thread_local Position position;
-
 namespace {
 
 constexpr size_t kStackBytes = 256 << 10;
 
 std::atomic<uint64_t> global_seed{0};
 std::mutex traffic_mutex;
-std::map<std::string, Traffic> traffic;
+std::map<std::string, std::array<int64_t, 3>> traffic;
 
-// The sectors that a block has met, and how many bytes they are.
-class Sectors {
- public:
-  static constexpr uint64_t kBytes = 32;
+// Sectors that a block has met: as a rule in order, and many more than once.
+thread_local std::vector<uint64_t> sectors_loaded, sectors_stored;
+constexpr uint64_t kSectorBytes = 32;
 
-  void add(const void* address, int64_t bytes) {
-    if (bytes <= 0) return;
-    const uint64_t first = reinterpret_cast<uint64_t>(address);
-    for (uint64_t s = first / kBytes; s <= (first + static_cast<uint64_t>(bytes) - 1) / kBytes; ++s) {
-      if (insert(s)) ++count_;
-    }
+void add_sectors(std::vector<uint64_t>& sectors, const void* address, int64_t bytes) {
+  if (bytes <= 0) return;
+  const uint64_t first = reinterpret_cast<uint64_t>(address);
+  const uint64_t last = (first + static_cast<uint64_t>(bytes) - 1) / kSectorBytes;
+  for (uint64_t s = first / kSectorBytes; s <= last; ++s) {
+    if (sectors.empty() || sectors.back() != s) sectors.push_back(s);
   }
+}
 
-  int64_t take() {
-    const int64_t bytes = static_cast<int64_t>(count_ * kBytes);
-    if (count_ > 0) std::fill(slots_.begin(), slots_.end(), 0);
-    count_ = 0;
-    return bytes;
-  }
-
- private:
-  // Open addressing, at most half full; 0 is no sector of anybody's.
-  bool insert(uint64_t sector) {
-    if (2 * count_ >= slots_.size()) {
-      std::vector<uint64_t> old(std::max<size_t>(256, 4 * slots_.size()), 0);
-      old.swap(slots_);
-      for (uint64_t s : old) {
-        if (s != 0) slots_[place_of(s)] = s;
-      }
-    }
-    uint64_t& slot = slots_[place_of(sector)];
-    const bool is_new = slot == 0;
-    slot = sector;
-    return is_new;
-  }
-
-  size_t place_of(uint64_t sector) const {
-    size_t place = (sector * 0x9e3779b97f4a7c15ull >> 20) & (slots_.size() - 1);
-    while (slots_[place] != 0 && slots_[place] != sector) place = (place + 1) & (slots_.size() - 1);
-    return place;
-  }
-
-  std::vector<uint64_t> slots_;
-  size_t count_ = 0;
-};
-thread_local Sectors sectors_loaded, sectors_stored;
+int64_t take_bytes(std::vector<uint64_t>& sectors) {
+  std::sort(sectors.begin(), sectors.end());
+  const auto end = std::unique(sectors.begin(), sectors.end());
+  const int64_t bytes = (end - sectors.begin()) * static_cast<int64_t>(kSectorBytes);
+  sectors.clear();
+  return bytes;
+}
 
 struct Fiber {
   std::unique_ptr<char[]> stack{new char[kStackBytes]};
@@ -128,9 +102,9 @@ class Block {
     std::iota(order_.begin(), order_.end(), 0u);
     arrived_ = 0;
     running_ = size;
-    position.block = {index};
-    position.grid_dim = {grid};
-    position.block_dim = {size};
+    blockIdx = {index, 0, 0, 0};
+    gridDim = {grid, 0, 0, 0};
+    blockDim = {size, 0, 0, 0};
     for (unsigned t = 0; t < size; ++t) start(fibers_[t]);
     // Shuffled, one warp at a time stays behind until the others can do no more: they may be a barrier ahead.
     const unsigned num_warps = size / kWarp;
@@ -173,10 +147,10 @@ class Block {
   }
 
   const uint64_t* exchange(uint64_t value) {
-    Warp& warp = warps_[position.thread.x / kWarp];
+    Warp& warp = warps_[threadIdx.x / kWarp];
     const uint64_t generation = warp.generation;
     // Two sets of values: lanes may bring the next ones while others still read these.
-    warp.values[generation & 1][position.thread.x % kWarp] = value;
+    warp.values[generation & 1][threadIdx.x % kWarp] = value;
     if (++warp.arrived == kWarp) {
       warp.arrived = 0;
       ++warp.generation;
@@ -206,20 +180,20 @@ class Block {
 
   void resume(unsigned t) {
     running_fiber_ = t;
-    position.thread = {t};
+    threadIdx = {t, 0, 0, 0};
     switch_stacks(&host_sp_, fibers_[t].sp, fibers_[t].stack.get(), kStackBytes, &host_fake_stack_);
   }
 
   void yield() {
-    const unsigned t = position.thread.x;
+    const unsigned t = threadIdx.x;
     Fiber& fiber = fibers_[t];
     void* fake_stack = nullptr;
     switch_stacks(&fiber.sp, host_sp_, host_stack_, host_stack_bytes_, fiber.done ? nullptr : &fake_stack);
-    position.thread = {t};
+    threadIdx = {t, 0, 0, 0};
   }
 
   void wait(const uint64_t& generation, uint64_t seen) {
-    Fiber& fiber = fibers_[position.thread.x];
+    Fiber& fiber = fibers_[threadIdx.x];
     fiber.awaited = &generation;
     fiber.seen = seen;
     yield();
@@ -259,7 +233,7 @@ void Block::enter() {
 #endif
   Block& self = block;
   (*self.body_)();
-  Fiber& fiber = self.fibers_[position.thread.x];
+  Fiber& fiber = self.fibers_[threadIdx.x];
   fiber.done = true;
   --self.running_;
   // Those who wait at a barrier wait for the living only.
@@ -277,8 +251,8 @@ void set_seed(uint64_t seed) { global_seed = seed; }
 void barrier() { block.barrier(); }
 const uint64_t* exchange(uint64_t value) { return block.exchange(value); }
 void interruption() { block.interruption(); }
-void count_load(const void* address, int64_t bytes) { sectors_loaded.add(address, bytes); }
-void count_store(const void* address, int64_t bytes) { sectors_stored.add(address, bytes); }
+void count_load(const void* address, int64_t bytes) { add_sectors(sectors_loaded, address, bytes); }
+void count_store(const void* address, int64_t bytes) { add_sectors(sectors_stored, address, bytes); }
 
 void launch(const char* kernel, unsigned grid, unsigned size, const std::function<void()>& body) {
   if (size == 0 || size % kWarp != 0) throw std::invalid_argument("a block needs whole warps");
@@ -301,24 +275,23 @@ void launch(const char* kernel, unsigned grid, unsigned size, const std::functio
 #pragma omp critical(gmp_kernels_simt)
       error = caught.what();
     }
-    loaded += sectors_loaded.take();
-    stored += sectors_stored.take();
+    loaded += take_bytes(sectors_loaded);
+    stored += take_bytes(sectors_stored);
   }
   if (!error.empty()) throw std::runtime_error(std::string(kernel) + ": " + error);
   const std::lock_guard<std::mutex> lock(traffic_mutex);
-  Traffic& entry = traffic[kernel];
-  entry.kernel = kernel;
-  ++entry.launches;
-  entry.bytes_loaded += loaded;
-  entry.bytes_stored += stored;
+  auto& [launches, bytes_loaded, bytes_stored] = traffic[kernel];
+  ++launches;
+  bytes_loaded += loaded;
+  bytes_stored += stored;
 }
 
-std::vector<Traffic> take_traffic() {
+std::vector<std::tuple<std::string, int64_t, int64_t, int64_t>> take_traffic() {
   const std::lock_guard<std::mutex> lock(traffic_mutex);
-  std::vector<Traffic> result;
-  for (auto& [name, entry] : traffic) result.push_back(entry);
+  std::vector<std::tuple<std::string, int64_t, int64_t, int64_t>> rows;
+  for (const auto& [kernel, row] : traffic) rows.emplace_back(kernel, row[0], row[1], row[2]);
   traffic.clear();
-  return result;
+  return rows;
 }
 
 }  // namespace simt

@@ -11,6 +11,7 @@
 #include <cstring>
 #include <functional>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #define __global__
@@ -24,25 +25,15 @@
 #define __shared__ static thread_local
 #define __restrict__ __restrict
 
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+// Of the fiber that runs now. Not thread_local, which has every use ask whether they are there yet.
+extern __thread uint4 threadIdx, blockIdx, blockDim, gridDim;
+
 namespace simt {
 
 inline constexpr int kWarp = 32;
-
-struct Index {
-  unsigned x;
-};
-
-struct Position {
-  Index thread, block, block_dim, grid_dim;
-};
-
-// Of the fiber that runs now.
-extern thread_local Position position;
-
-struct Traffic {
-  std::string kernel;
-  int64_t launches = 0, bytes_loaded = 0, bytes_stored = 0;
-};
 
 // Runs body() for every thread of every block. Throws std::runtime_error if a block cannot go on.
 void launch(const char* kernel, unsigned grid, unsigned block, const std::function<void()>& body);
@@ -50,9 +41,9 @@ void launch(const char* kernel, unsigned grid, unsigned block, const std::functi
 // 0: blocks and fibers in order; else shuffled by it.
 void set_seed(uint64_t seed);
 
-// What went through load and store of device.cuh since the last call, by kernel: whole sectors of 32 bytes, one that a
-// block meets again in a launch only once.
-std::vector<Traffic> take_traffic();
+// Kernel, launches, bytes loaded and bytes stored since the last call, through load and store of device.cuh: whole
+// sectors of 32 bytes, one that a block meets again in a launch only once.
+std::vector<std::tuple<std::string, int64_t, int64_t, int64_t>> take_traffic();
 void count_load(const void* address, int64_t bytes);
 void count_store(const void* address, int64_t bytes);
 
@@ -77,15 +68,6 @@ T unpack(uint64_t bits) {
 }
 
 }  // namespace simt
-
-struct alignas(16) uint4 {
-  unsigned x, y, z, w;
-};
-
-#define threadIdx (simt::position.thread)
-#define blockIdx (simt::position.block)
-#define blockDim (simt::position.block_dim)
-#define gridDim (simt::position.grid_dim)
 
 inline void __syncthreads() { simt::barrier(); }
 inline void __syncwarp() { simt::exchange(0); }

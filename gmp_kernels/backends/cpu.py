@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import islice
-from typing import NamedTuple, TypeAlias, TypeVar
+from typing import TypeAlias
 
 import numpy as np
 
 # Before _C: the process then has one OpenMP runtime, torch's, and our loops run on the threads torch keeps warm.
 import torch
 
-from gmp_kernels.backends.addresses import by_dtype, dtype_name, group_positions
+from gmp_kernels.backends.addresses import dtype_name
 from gmp_kernels.backends.at_once import at_once
-from gmp_kernels.backends.layers import Layers, merged, prepared
+from gmp_kernels.backends.layers import Layers, prepared
 from gmp_kernels.backends.registry import Backend, register
 from gmp_kernels.backends.types import (
     BracketCounts,
@@ -37,9 +36,6 @@ except ImportError as error:
     _import_error = str(error)
 
 
-T = TypeVar("T")
-
-
 Array: TypeAlias = tuple[int, int]
 State: TypeAlias = tuple[Array, Array, Array]
 
@@ -47,10 +43,6 @@ State: TypeAlias = tuple[Array, Array, Array]
 def _array(tensor: torch.Tensor | None) -> Array:
     """Address and number of elements, which C++ holds against each other; zeros for None."""
     return (0, 0) if tensor is None else (tensor.data_ptr(), tensor.numel())
-
-
-def _row(layer: Layer) -> tuple[Array, Array]:
-    return _array(layer.weight), _array(layer.mask)
 
 
 def _state(values: torch.Tensor, layout: Compaction | None) -> State:
@@ -61,28 +53,13 @@ def _state(values: torch.Tensor, layout: Compaction | None) -> State:
     )
 
 
-class _Part(NamedTuple):
-    """The layers of one dtype."""
-
-    rows: _C.Rows
-    positions: list[int]
-    sizes: list[int]
+def _layers(layers: Sequence[Layer]) -> _C.Layers:
+    return _C.layers([(dtype_name(weight), _array(weight), _array(mask)) for weight, mask in layers])
 
 
-def _parts(layers: Sequence[Layer]) -> list[_Part]:
-    def make() -> list[_Part]:
-        found = []
-        for dtype, positions in by_dtype(layers).items():
-            rows = [_row(layers[i]) for i in positions]
-            found.append(_Part(_C.rows(dtype, rows), positions, [n for (_, n), _ in rows]))
-        return found
-
-    return prepared(layers, "cpu", make)
-
-
-def _taken(column: Sequence[T], positions: Sequence[int]) -> Sequence[T]:
-    """Return the entries of one part in a column of all; an empty column stays as it is."""
-    return [column[i] for i in positions] if len(positions) < len(column) else column
+def _known(layers: Sequence[Layer]) -> _C.Layers:
+    """Make their rows, once."""
+    return prepared(layers, "cpu", partial(_layers, layers))
 
 
 def _prepared(t: UpdateTensor) -> _C.UpdateTensor:
@@ -101,7 +78,7 @@ def _prepared(t: UpdateTensor) -> _C.UpdateTensor:
 
 
 class Cpu:
-    """Implementation with one call per dtype at most, which nearly always means one call."""
+    """Implementation with one call of C for all layers."""
 
     capturable = False
 
@@ -114,15 +91,10 @@ class Cpu:
         *,
         prunes: bool = False,
     ) -> Selection:
-        parts, found = _parts(layers), []
         ends = [] if brackets is None else [*zip(brackets.lo.tolist(), brackets.hi.tolist(), strict=True)]
         expected = [bracket if bracket[0] <= bracket[1] else None for bracket in ends]
-        for rows, positions, _ in parts:
-            own = group_positions(positions, group_sizes)
-            given = _taken(num_prune, own), _taken(group_sizes, own), _taken(expected, own)
-            found.append(_C.select(rows, *given, torch.get_num_threads()))
-        all_positions = [part.positions for part in parts]
-        return Selection(Cutoffs(*(merged(all_positions, list(pieces)) for pieces in zip(*found, strict=True))))
+        found = _C.select(_known(layers), num_prune, group_sizes, expected, torch.get_num_threads())
+        return Selection(Cutoffs(*found))
 
     def count(
         self,
@@ -131,36 +103,27 @@ class Cpu:
         num_bins: int,
         candidates: Sequence[torch.Tensor | None] | None = None,
     ) -> BracketCounts:
-        found = BracketCounts.nothing(len(layers), num_bins)
+        bins = np.zeros((len(layers), num_bins), np.int64)
         ends = [*zip(brackets.lo.tolist(), brackets.hi.tolist(), strict=True)]
-        places = [(0, 0)] * len(layers) if candidates is None else list(map(_array, candidates))
-        for rows, positions, _ in _parts(layers):
-            bins = np.zeros((len(positions), num_bins), np.int64)
-            asked = [ends[i] for i in positions], [places[i] for i in positions], (bins.ctypes.data, bins.size)
-            counts = np.array(_C.count(rows, *asked, num_bins, torch.get_num_threads()), np.int64)
-            found.put(positions, (*counts.T, bins))
-        return found
+        places = list(map(_array, candidates or [None] * len(layers)))
+        asked = ends, places, (bins.ctypes.data, bins.size)
+        rows = _C.count(_known(layers), *asked, num_bins, torch.get_num_threads())
+        below, inside, pruned, nonfinite = np.array(rows, np.int64).reshape(-1, 4).T
+        return BracketCounts(below, inside, pruned, nonfinite, bins)
 
     def prune(
         self, layers: Sequence[Layer], selection: Selection, out: Sequence[torch.Tensor], *, finite: bool = False
     ) -> PruneCounts | None:
-        cutoffs = selection.cutoffs
-        if finite and max(cutoffs.nonfinite) >= 0:
+        keys, *_, tie_indices, nonfinite = selection.cutoffs
+        if finite and max(nonfinite) >= 0:
             return None
-        out_rows = [] if isinstance(layers, Layers) and out is layers.masks else list(map(_array, out))
-        parts = _parts(layers)
-        requests = [
-            (rows, _taken(cutoffs.keys, own), _taken(cutoffs.tie_indices, own), _taken(out_rows, own))
-            for rows, own, _ in parts
-        ]
-        counts = [iter(column) for column in _C.prune(requests, torch.get_num_threads())]
-        all_positions, sizes = [part.positions for part in parts], [part.sizes for part in parts]
-        # Those of one part come after those of the other.
-        before, now = ([list(islice(column, len(own))) for own in all_positions] for column in counts)
-        return PruneCounts.from_kept(*(merged(all_positions, pieces) for pieces in (sizes, before, now)))
+        places = [] if isinstance(layers, Layers) and out is layers.masks else list(map(_array, out))
+        before, now = _C.prune(_known(layers), keys, tie_indices, places, torch.get_num_threads())
+        sizes = layers.sizes if isinstance(layers, Layers) else [layer.weight.numel() for layer in layers]
+        return PruneCounts.from_kept(sizes, before, now)
 
     def apply(self, layers: Sequence[Layer]) -> None:
-        _C.apply_masks([part.rows for part in _parts(layers)], torch.get_num_threads())
+        _C.apply_masks(_known(layers), torch.get_num_threads())
 
     def update(
         self,
@@ -181,8 +144,7 @@ class Cpu:
         at_once([partial(_C.update, *arguments), *after])
 
     def sum_squares(self, gradients: Sequence[Layer]) -> float:
-        rows = [(dtype_name(g.weight), *_row(g)) for g in gradients]
-        return _C.sum_squares(rows, torch.get_num_threads())
+        return _C.sum_squares(_layers(gradients), torch.get_num_threads())
 
     def compactions(self, masks: Sequence[tuple[torch.Tensor, int]]) -> list[Compaction]:
         found = []

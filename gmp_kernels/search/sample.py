@@ -16,7 +16,7 @@ from gmp_kernels.backends.types import Brackets, Layer
 __all__ = ["estimate"]
 
 LINE = 64  # bytes: what the memory brings anyway is looked at as a whole
-LEAST, MOST = 1 << 10, 1 << 16  # weights to sample of a group; n^(2/3) in between, as in csrc/cpu/selector.h
+LEAST, MOST = 1 << 10, 1 << 16  # weights to sample of a group; n^(2/3) in between, as in csrc/cpu/sample.h
 BATCH_BYTES = 1 << 19  # of weights that are sampled at a time
 MISS = NormalDist().cdf(-4)  # how often a threshold may lie above the union of all brackets, or below it
 
