@@ -8,6 +8,8 @@ namespace gmp::cpu {
 namespace {
 
 #include "arithmetic.h"
+#include "lanes_portable.h"
+// It falls back to the plain ones.
 #include "lanes_avx2.h"
 // Order matters.
 #include "kernels_impl.h"

@@ -8,6 +8,10 @@ namespace {
 
 #include "arithmetic.h"
 #include "lanes_portable.h"
+
+template <typename Key>
+using Lanes = PlainLanes<Key>;
+
 // Order matters.
 #include "kernels_impl.h"
 #include "update_impl.h"

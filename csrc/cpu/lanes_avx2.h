@@ -148,4 +148,6 @@ inline Keys64 expand(const uint64_t* src, uint64_t bits) {
 }
 
 template <typename Key>
-using Lanes = std::conditional_t<sizeof(Key) == 2, Keys16, std::conditional_t<sizeof(Key) == 4, Keys32, Keys64>>;
+using Lanes = std::conditional_t<
+    sizeof(Key) == 2, Keys16,
+    std::conditional_t<sizeof(Key) == 4, Keys32, std::conditional_t<sizeof(Key) == 8, Keys64, PlainLanes<Key>>>>;

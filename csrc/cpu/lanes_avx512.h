@@ -31,4 +31,6 @@ GMP_LANES(64, __mmask8)
 #undef GMP_LANES
 
 template <typename Key>
-using Lanes = std::conditional_t<sizeof(Key) == 2, Keys16, std::conditional_t<sizeof(Key) == 4, Keys32, Keys64>>;
+using Lanes = std::conditional_t<
+    sizeof(Key) == 2, Keys16,
+    std::conditional_t<sizeof(Key) == 4, Keys32, std::conditional_t<sizeof(Key) == 8, Keys64, PlainLanes<Key>>>>;
