@@ -1,4 +1,4 @@
-"""Lists that a selection keeps of the keys in its bracket: their length, and what is in them (see count.cuh)."""
+"""Lists that a selection keeps of the keys in its bracket: their length, and what is in them (see counter.cuh)."""
 
 from __future__ import annotations
 

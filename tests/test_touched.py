@@ -1,4 +1,4 @@
-"""The bits that tell apply which weights to look at after a selection are never too few (see csrc/cuda/count.cuh)."""
+"""The bits that tell apply which weights to look at after a selection are never too few (see csrc/cuda/counter.cuh)."""
 
 from __future__ import annotations
 
