@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from gmp_kernels.backends.at_once import at_once
-from gmp_kernels.backends.keys import key_of, largest_key, magnitude_of
+from gmp_kernels.backends.keys import bits_of, key_of, largest_key, magnitude_of
 from gmp_kernels.backends.registry import Backend, register
 from gmp_kernels.backends.types import (
     BracketCounts,
@@ -258,10 +258,12 @@ def _first(where: np.ndarray) -> int:
 
 
 def _write(weights: Sequence[tuple[torch.Tensor, np.ndarray]], after: Sequence[Callable[[], object]] = ()) -> None:
-    """Zero what is not kept of each weight, and make the calls ``after``."""
+    """Zero the bits, which is +0.0, of what is not kept of each weight, and make the calls ``after``."""
     # Outside this mode torch refuses to write to inference tensors, which kernels do not mind.
     with torch.inference_mode():
-        zeroing = [partial(weight.view(-1).masked_fill_, torch.from_numpy(~kept), 0.0) for weight, kept in weights]
+        zeroing = [
+            partial(bits_of(weight).view(-1).masked_fill_, torch.from_numpy(~kept), 0) for weight, kept in weights
+        ]
         at_once([*zeroing, *after])
 
 
