@@ -17,8 +17,9 @@ __all__ = ["bits_of", "key_of", "keys_of", "keys_of_magnitudes", "largest_key", 
 
 @cache
 def largest_key(dtype: torch.dtype) -> int:
-    """Return the key right above that of Inf, which every NaN has."""
-    return int(_keys_of_finite(np.array([torch.finfo(dtype).max]), dtype)[0]) + 2
+    """Return the key of every NaN: the one right above that of Inf, which not every dtype has."""
+    nan = int(bits_of(torch.tensor([math.nan], dtype=dtype, device="cpu"))) & torch.iinfo(DTYPES[dtype].integer).max
+    return min(nan, _largest_finite(dtype) + 2)
 
 
 def bits_of(weights: torch.Tensor) -> torch.Tensor:
@@ -51,9 +52,9 @@ def magnitudes_of_keys(keys: npt.NDArray[np.int64], dtype: torch.dtype) -> npt.N
         # Powers of two by their bits: a normal float64 for every value of the others.
         powers = (np.maximum(exponents, 1) - row.bias - row.fraction_bits + 1023 << 52).view(np.float64)
         magnitudes = fractions * powers
-    if keys.max(initial=0) < largest - 1:
+    if keys.max(initial=0) <= (finite := _largest_finite(dtype)):
         return magnitudes
-    return np.where(keys < largest - 1, magnitudes, np.where(keys == largest - 1, math.inf, math.nan))
+    return np.where(keys <= finite, magnitudes, np.where(keys < largest, math.inf, math.nan))
 
 
 def key_of(magnitude: float, dtype: torch.dtype) -> int:
@@ -64,6 +65,11 @@ def key_of(magnitude: float, dtype: torch.dtype) -> int:
 def magnitude_of(key: int, dtype: torch.dtype) -> float:
     """Return what ``magnitudes_of_keys`` returns, for one."""
     return float(magnitudes_of_keys(np.array([key]), dtype)[0])
+
+
+@cache
+def _largest_finite(dtype: torch.dtype) -> int:
+    return int(_keys_of_finite(np.array([torch.finfo(dtype).max]), dtype)[0])
 
 
 def _keys_of_finite(values: npt.NDArray[np.float64], dtype: torch.dtype) -> npt.NDArray[np.int64]:
