@@ -247,7 +247,7 @@ def bench(
     for failure in failures:
         say(f"{failure.case.name}: {failure.error}")
     if quick:
-        say("So few weights fit into the cache. The verdicts apply to the full table only.")
+        say("So few weights fit into the cache: the verdicts hold for the full table only.")
     if json_file is not None:
         say(f"wrote {json_file}")
     results = [outcome for outcome in outcomes if isinstance(outcome, Result)]
