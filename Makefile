@@ -1,11 +1,12 @@
-# make demo   set up everything and run the main job: train, prune gradually, compare with one-shot (3 minutes)
+# make demo   set up everything and run the demo: train, prune gradually, compare with one-shot pruning (3 minutes)
 # make test   set up everything and run the checks and tests that a change needs (8 minutes after the set-up)
-# make test-all  run what else there is: every backend in full, sanitizers, wheels, processes, the documentation (CI runs both)
-# make docs   build the documentation as a site in site/; fails on any warning
-# make bench  measure this machine against torch and numpy; writes benchmarks/results/
-# make gpu-check [STAGE=smoke|bench|suite|...]  all of that on the GPU of a machine that has torch (9 minutes)
+# make test-all  run the remaining tests: every backend in full, sanitizers, wheels, processes, docs (CI runs both)
+# make docs   build the documentation as a site in site/; any warning is an error
+# make bench  measure this library against torch and numpy on this machine; writes benchmarks/results/
+# make format  format the code
+# make gpu-check [STAGE=smoke|bench|suite|...]  test and measure the GPU of this machine, with its own torch (9 minutes)
 #
-# The environment lives in .venv and is rebuilt only when what it is made from changes; gpu-check needs none.
+# The environment is in .venv. It is rebuilt only if its sources change. gpu-check does not use it.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
@@ -24,13 +25,13 @@ demo: $(VENV)/.demo
 	$(BIN)/gmp-kernels demo $(DEMO_ARGS)
 
 test: lint
-	@echo '== tests, two files at a time: most keep one core busy'
+	@echo '== tests, two files at a time, because most keep one core busy'
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-all: $(VENV)/.test docs
 	@echo '== thorough tests'
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m thorough
-	@echo '== benchmarks, one tiny round each: they run'
+	@echo '== benchmarks, one tiny round each, to see that they run'
 	$(BIN)/pytest benchmarks --benchmark-disable
 
 lint: $(VENV)/.test
@@ -40,7 +41,7 @@ lint: $(VENV)/.test
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
 
-# Pages of the API come from the sources, that of the command line from the command line.
+# The pages of the API come from the docstrings, and the page of the command line from its help.
 docs: $(VENV)/.test
 	$(BIN)/typer gmp_kernels.tools.cli.main utils docs --name gmp-kernels --title 'Command line' \
 	  --output docs/command-line.md
@@ -75,7 +76,7 @@ $(VENV)/.demo: $(VENV)/.torch $(SOURCES)
 	@$(PIP) --editable '.[demo]'
 	@touch $@
 
-# Tests run the CUDA kernels on the host, whether there is a GPU or not; gpu-check builds them for it.
+# The tests run the CUDA kernels on the host, even if there is a GPU. gpu-check builds them for the GPU.
 $(VENV)/.test: $(VENV)/.torch $(SOURCES)
 	@echo '== building and installing gmp_kernels and the test tools'
 	@GMP_KERNELS_BUILD_CUDA=0 GMP_KERNELS_BUILD_SIMT=1 $(PIP) --editable '.[test]'

@@ -1,6 +1,6 @@
 """Builds the extensions of gmp_kernels. Everything else is in pyproject.toml.
 
-What setuptools cannot express is that each instruction set's file has flags of its own, and that .cu files are nvcc's.
+setuptools cannot express that the file of each instruction set has its own flags, and that nvcc compiles .cu files.
 """
 
 import copy
@@ -27,10 +27,10 @@ ISA_FLAGS = {
     ],
 }
 COMMON_FLAGS = ["-O3", "-fopenmp", "-Wall", "-Wextra", "-Wno-psabi", "-fvisibility=hidden"]
-# Every instruction set must round alike: no fused multiply-add but where the code says so; and no errno, so that sqrt
-# is one instruction.
+# Every instruction set must round alike, so multiply-adds are fused only where the code says so. Without errno, sqrt is
+# one instruction.
 COMMON_FLAGS += ["-ffp-contract=off", "-fno-math-errno"]
-COMMON_FLAGS += ["-Wno-unknown-pragmas"]  # those are nvcc's
+COMMON_FLAGS += ["-Wno-unknown-pragmas"]  # for pragmas of nvcc
 NVCC = shutil.which("nvcc")
 SANITIZE = os.environ.get("GMP_KERNELS_SANITIZE")  # e.g. "address,undefined": used by the test suite
 if SANITIZE:
@@ -40,8 +40,8 @@ if SANITIZE:
 class BuildExtension(build_ext):
     """Compiles each file with the common flags and those of its instruction set; .cu files with nvcc.
 
-    Every extension has a compiler and a folder for objects to itself: ``--parallel`` builds several at once, and two of
-    them compile the same file with other macros.
+    Every extension has its own compiler and its own folder for objects, because ``--parallel`` builds several at once
+    and two of them compile the same file with different macros.
     """
 
     def build_extension(self, ext):
@@ -61,9 +61,10 @@ class BuildExtension(build_ext):
 
 
 class Distribution(setuptools.Distribution):
-    """Builds extensions without pyproject.toml, whose license a setuptools before 77 rejects.
+    """Lets setuptools before 77 build the extensions: it ignores pyproject.toml, whose license these versions reject.
 
-    GPU machines without network often have one. Wheels are built in isolation, where pyproject.toml asks for a newer.
+    GPU machines without network often have such a version. Wheels are built in isolation with a newer setuptools, which
+    pyproject.toml requires.
     """
 
     def parse_config_files(self, filenames=None, ignore_option_errors=False):
@@ -84,13 +85,13 @@ def extension(name, sources, *, macros=(), libraries=(), required=False):
         cxx_std=17,
         extra_compile_args=COMMON_FLAGS,
         extra_link_args=["-fopenmp", *([f"-fsanitize={SANITIZE}"] if SANITIZE else []), *libraries],
-        # Without a compiler the reference backend still serves, and `info` says so.
+        # Without a compiler the package falls back to the reference backend, and `info` says so.
         optional=not (SANITIZE or required),
     )
 
 
 extensions = [extension("_C", ["*.cpp", "cpu/*.cpp"])]
-# GMP_KERNELS_BUILD_CUDA: 1 needs nvcc, 0 leaves it out, unset takes it where it is found.
+# GMP_KERNELS_BUILD_CUDA: 1 requires nvcc, 0 builds without CUDA, unset builds with CUDA if nvcc is found.
 BUILD_CUDA = os.environ.get("GMP_KERNELS_BUILD_CUDA", "")
 if BUILD_CUDA == "1" and not NVCC:
     raise SystemExit("GMP_KERNELS_BUILD_CUDA=1, but nvcc is not on the PATH: install the CUDA toolkit, or unset it")
@@ -100,7 +101,7 @@ if BUILD_CUDA != "0" and NVCC and not SANITIZE:
         cudart = str(cuda_toolkit.runtime_library(NVCC))
     except RuntimeError as error:
         raise SystemExit(f"setup.py: {error}; GMP_KERNELS_BUILD_CUDA=0 builds without CUDA") from None
-    # As many architectures at a time as there are cores.
+    # --threads=0 compiles as many architectures at a time as there are cores.
     nvcc_flags = [*cuda_toolkit.FLAGS, *architectures, "--threads=0"]
     extensions.append(
         extension(
@@ -111,7 +112,7 @@ if BUILD_CUDA != "0" and NVCC and not SANITIZE:
             required=BUILD_CUDA == "1",
         )
     )
-# The CUDA kernels run on the host, for the tests. Its fibers are written for x86-64.
+# This extension runs the CUDA kernels on the host, for the tests. Its fibers are written for x86-64.
 if os.environ.get("GMP_KERNELS_BUILD_SIMT") == "1" and X86_64:
     extensions.append(
         extension(
@@ -122,5 +123,5 @@ if os.environ.get("GMP_KERNELS_BUILD_SIMT") == "1" and X86_64:
         )
     )
 
-ParallelCompile().install()  # as many files of an extension at a time as there are cores
+ParallelCompile().install()  # compiles as many files of an extension at a time as there are cores
 setuptools.setup(ext_modules=extensions, cmdclass={"build_ext": BuildExtension}, distclass=Distribution)

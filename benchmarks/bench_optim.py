@@ -1,4 +1,4 @@
-"""One optimizer step with masks, beside torch's fused ones."""
+"""Benchmarks of an optimizer step with masks, and of torch's fused steps."""
 
 import pytest
 from conftest import RunSide

@@ -1,4 +1,4 @@
-"""The full prune step: threshold, zeros and bitmask."""
+"""Benchmarks of the full prune step: threshold, zeros and bitmask."""
 
 import pytest
 from conftest import RunSide

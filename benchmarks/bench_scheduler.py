@@ -1,4 +1,4 @@
-"""The scheduler's overhead on the host; the other side is a limit, not a rival."""
+"""Benchmarks of the scheduler's overhead on the host. The baseline is a fixed limit, so only our side runs."""
 
 import pytest
 from conftest import RunSide

@@ -1,4 +1,4 @@
-"""The exact threshold, beside one read of the weights and other selections."""
+"""Benchmarks of the exact threshold, of one read of the weights, and of other selections."""
 
 import pytest
 from conftest import RunSide

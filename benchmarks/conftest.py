@@ -1,4 +1,4 @@
-"""Adapter by which pytest-benchmark runs one side of a case of the speed table."""
+"""A fixture with which pytest-benchmark runs one side of a case of the speed table."""
 
 from collections.abc import Callable
 
@@ -7,7 +7,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from gmp_kernels.tools.bench.measurement import Case, time_once
 
-# Divides the number of weights where benchmarks are disabled and only have to run.
+# Divides the number of weights if benchmarks are disabled, where each case only has to run.
 SMOKE = 4096
 SECONDS = 1.0
 ROUNDS = range(3, 101)
@@ -20,7 +20,7 @@ def run_side(benchmark: BenchmarkFixture) -> RunSide:
     def run(case: Case, side: str) -> None:
         benchmark.group = f"{case.name} / {case.baseline}"
         timed = getattr(case.build(1 if benchmark.enabled else SMOKE), side)
-        # Also the warm-up: it touches the pages and wakes the threads.
+        # This run is also the warm-up: it touches the pages and wakes the threads.
         fitting = int(SECONDS / time_once(timed))
 
         def setup() -> None:

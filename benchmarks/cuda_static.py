@@ -1,9 +1,9 @@
 """Costs of the CUDA kernels, found without a GPU; writes ``results/cuda-static.json`` and ``results/cuda-static.md``.
 
-``python benchmarks/cuda_static.py`` counts launches and bytes with the host execution layer, which runs the kernels
-themselves and counts every load and store of device memory, in sectors of 32 bytes, one that a block meets again only
-once; and it asks nvcc for registers and spills, and reads the machine code. Bytes are set against the fewest that any
-kernel could move (expected over random masks).
+``python benchmarks/cuda_static.py`` counts launches and bytes with the host execution layer. That layer runs the
+kernels and counts every load and store of device memory in sectors of 32 bytes; a sector that a block uses again counts
+once. Bytes are compared with the fewest that any kernel could move (expected over random masks). Registers and spills
+come from nvcc, and instructions from the machine code.
 """
 
 from __future__ import annotations
@@ -34,14 +34,16 @@ import cuda_toolkit  # noqa: E402
 
 RESULTS = ROOT / "benchmarks/results"
 SOURCES = [*sorted((ROOT / "csrc/cuda").glob("*.cu")), ROOT / "benchmarks/whole_tiles.cu"]
-WITHOUT_MASK_BYTES = 90  # compiled for this one a second time without the accesses to masks, which alone are bytes
+# Only accesses to masks should be single bytes. For this architecture the files are compiled once more without them, to
+# count the others.
+WITHOUT_MASK_BYTES = 90
 N = 1 << 18
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SIMT = {"backend": "simt"}
 
 
 class Phase(NamedTuple):
-    """Something that is counted: what it runs, and the fewest bytes per weight that it could move."""
+    """One phase to count: its code, and the fewest bytes per weight that it could move."""
 
     name: str
     run: Callable[[], object]
@@ -49,7 +51,7 @@ class Phase(NamedTuple):
 
 
 class Counted(NamedTuple):
-    """A phase as counted; bytes per weight."""
+    """Counts of a phase: launches, and bytes per weight."""
 
     name: str
     launches: int
@@ -70,11 +72,11 @@ class Compiled(NamedTuple):
     shared: int
     instructions: int | None
     loads_of_16_bytes: int | None
-    bytewide: int | None  # loads and stores of single bytes, but for those of masks; None where that was not looked at
+    bytewide: int | None  # loads and stores of single bytes, except those of masks; None if they were not counted
 
 
 def weights(n: int = N, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
-    # From numpy: torch's own normals depend on the instruction set in their last bits.
+    # numpy's, because the last bits of torch's normals depend on the instruction set.
     return torch.from_numpy(np.random.default_rng(seed).standard_normal(n)).to(dtype)
 
 
@@ -83,17 +85,17 @@ def mask(sparsity: float, n: int = N) -> BitMask:
 
 
 def live(sparsity: float, itemsize: int) -> float:
-    """Share of the sectors that hold a kept weight."""
+    """Return the share of the sectors that hold a kept weight."""
     return 1 - sparsity ** (SECTOR // itemsize)
 
 
 def dirty(share: float, itemsize: int) -> float:
-    """Share of the sectors in which one of so many weights changes."""
+    """Return the share of the sectors in which a weight changes, if this share of all weights does."""
     return 1 - (1 - share) ** (SECTOR // itemsize)
 
 
 def prune_phases() -> Iterator[Phase]:
-    """Selection and application, apart and together."""
+    """Yield the phases of selecting and applying, apart and together."""
     for dtype in DTYPES:
         name, size = str(dtype).removeprefix("torch."), dtype.itemsize
         dense = weights(dtype=dtype)
@@ -108,7 +110,7 @@ def prune_phases() -> Iterator[Phase]:
         yield Phase(
             f"prune step, {name}, 0.88 to 0.9",
             partial(prune_, pruned, sparsity=0.9, masks=masks, **SIMT),
-            # Every weight is looked at once, because no pruned one may have come back.
+            # Every weight is read once, to find pruned weights that are not zero any more.
             (1 + 2 * dirty(0.02, size)) * size + 2 / 8,
         )
         bits = mask(0.9)
@@ -122,7 +124,7 @@ def prune_phases() -> Iterator[Phase]:
 
 
 def step(kind: str, sparsity: float, dtype: torch.dtype = torch.float32, **options: Any) -> Callable[[], object]:
-    """An optimizer step whose state is there already."""
+    """Return an optimizer step that has its state already."""
     parameter = nn.Parameter(weights(dtype=dtype))
     parameter.grad = weights(dtype=dtype, seed=2)
     arguments = {"lr": 0.1, "momentum": 0.9} if kind == "SGD" else {}
@@ -134,9 +136,9 @@ def step(kind: str, sparsity: float, dtype: torch.dtype = torch.float32, **optio
 
 
 def step_phases() -> Iterator[Phase]:
-    """Optimizer steps and averages."""
+    """Yield the phases of optimizer steps and averages."""
     for kind, state in (("SGD", 4), ("AdamW", 8)):
-        dense = 3 * 4 + 2 * state  # weights and gradients in, weights out, state both ways
+        dense = 3 * 4 + 2 * state  # reads weights and gradients, writes weights, reads and writes state
         yield Phase(f"{kind}, float32, 0", step(kind, 0.0), dense)
         yield Phase(f"{kind}, float32, 0.9", step(kind, 0.9), dense * live(0.9, 4) + 1 / 8)
         for sparsity in (0.9, 0.95):
@@ -144,14 +146,14 @@ def step_phases() -> Iterator[Phase]:
             yield Phase(f"{kind}, float32, compact state, {sparsity}", step(kind, sparsity, compact_state=True), floor)
     bf16 = {"kind": "AdamW", "dtype": torch.bfloat16}
     yield Phase("AdamW, bfloat16, 0", step(sparsity=0.0, **bf16), 3 * 2 + 2 * 8)
-    # The 16-bit weights are written only; their float32 copies go both ways.
+    # The 16-bit weights are only written; their float32 copies are read and written.
     yield Phase("AdamW, bfloat16, master weights, 0", step(sparsity=0.0, master_weights=True, **bf16), 2 * 2 + 2 * 12)
     averages = [weights(seed=3)]
     yield Phase("average of weights, float32", partial(optim.ema_update_, averages, [weights()], 0.9, **SIMT), 3 * 4)
 
 
 def model_phases() -> Iterator[Phase]:
-    """As many tensors as real models have, with fewer weights in each: launches must not grow with them."""
+    """Yield phases on as many tensors as real models have, with fewer weights in each, to count their launches."""
     for name, sizes, shrink in (("ResNet-50", resnet50_sizes(), 256), ("Llama 3 8B", llama_8b_sizes(), 16384)):
         layers = [weights(max(1, n // shrink)) for n in sizes]
         yield Phase(f"prune step, {name}, {len(layers)} tensors", partial(prune_, layers, sparsity=0.9, **SIMT))
@@ -164,7 +166,7 @@ def model_phases() -> Iterator[Phase]:
 
 
 def counted() -> list[Counted]:
-    """Run every phase once; the same numbers on every machine."""
+    """Run every phase once and return its counts, which are the same on every machine."""
     rows = []
     for phases in (prune_phases, step_phases, model_phases):
         for phase in phases():
@@ -173,7 +175,7 @@ def counted() -> list[Counted]:
             traffic = _simt.take_traffic()
             per_weight = N if phase.floor is not None else None
             loaded, stored = (sum(row[i] for row in traffic) / (per_weight or 1) for i in (2, 3))
-            launches = sum(row[1] for row in traffic if "store<" not in row[0])  # those are uploads
+            launches = sum(row[1] for row in traffic if "store<" not in row[0])  # stores are uploads
             rows.append(Counted(phase.name, launches, loaded, stored, phase.floor))
     return rows
 
@@ -187,7 +189,7 @@ REPORT = re.compile(
 
 
 def parsed(report: str) -> list[dict[str, str]]:
-    """Return what ptxas says of every kernel."""
+    """Return the values that ptxas reports for every kernel."""
     return [{key: value or "0" for key, value in match.groupdict().items()} for match in REPORT.finditer(report)]
 
 
@@ -203,7 +205,7 @@ INSTRUCTION = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*
 
 
 def counted_code(listing: str) -> dict[str, Code]:
-    """Count the instructions of every kernel in what cuobjdump prints; padding is none."""
+    """Count the instructions of every kernel, without padding, in the output of cuobjdump."""
     found: dict[str, Counter[str]] = {}
     for line in listing.splitlines():
         if name := re.search(r"Function : (\w+)", line):
@@ -220,8 +222,8 @@ def counted_code(listing: str) -> dict[str, Code]:
 
 
 def disassembled(path: Path) -> dict[str, Code]:
-    """Count what is in a compiled file; empty without cuobjdump."""
-    triton = importlib.util.find_spec("triton")  # brings one along
+    """Count the instructions in a compiled file; empty without cuobjdump."""
+    triton = importlib.util.find_spec("triton")  # has a cuobjdump of its own
     brought = Path(triton.origin).parent / "backends/nvidia/bin/cuobjdump" if triton else None
     cuobjdump = shutil.which("cuobjdump") or brought
     if cuobjdump is None:
@@ -231,7 +233,7 @@ def disassembled(path: Path) -> dict[str, Code]:
 
 
 def readable(mangled: str) -> str:
-    """A kernel's name with its template arguments, without namespaces and parameters."""
+    """Return a kernel's name with its template arguments, without namespaces and parameters."""
     name = subprocess.run(["c++filt", mangled], capture_output=True, text=True, check=True).stdout.strip()
     name = name.replace("(anonymous namespace)::", "").removeprefix("void ")
     name = re.sub(r"\((?:gmp::cuda::|gmp::)*(\w+)\)(\d+)", r"\1 \2", name)
@@ -239,7 +241,7 @@ def readable(mangled: str) -> str:
 
 
 def compile_one(source: Path, arch: int, *flags: str) -> tuple[list[dict[str, str]], dict[str, Code]]:
-    """Compile one file for one architecture; return the compiler's report and what is in the code."""
+    """Compile one file for one architecture; return the compiler's report and the counts of its code."""
     with tempfile.TemporaryDirectory() as scratch:
         target = Path(scratch) / "code.cubin"
         gencode = f"-gencode=arch=compute_{arch},code=sm_{arch}"
@@ -273,7 +275,7 @@ def compiled() -> list[Compiled]:
 
 
 def markdown(document: dict[str, Any]) -> str:
-    """Both tables."""
+    """Return both tables as Markdown."""
     lines = [
         "# The CUDA kernels without a GPU",
         "",

@@ -1,9 +1,9 @@
-"""A prune step of shards on several processes, against one process with the same weights and all cores.
+"""Compares a prune step of shards on several processes with one process that has the same weights and all cores.
 
     python benchmarks/distributed.py [--ranks 4] [--layers 160] [--rows 1024] [--columns 1024] [--output FILE.json]
 
-The two take turns, so that whatever else happens on the machine happens to both. A step of the ranks takes as long as
-its slowest. Bytes are those of the collectives' results on one rank. Memory: twice the weights, and the masks.
+The two take turns, so that other load on the machine affects both. The time of the ranks is that of the slowest. Bytes
+are those of the collectives' results on one rank. The program needs memory for twice the weights, and for the masks.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch.multiprocessing.spawn import start_processes
 from gmp_kernels import GMPScheduler, schedules
 
 ROUNDS = 8
-# As in the middle of gradual pruning: every update prunes another two per cent or so of the weights.
+# As in the middle of gradual pruning, every update prunes about two or three per cent more of the weights.
 SCHEDULE = schedules.Linear(0.7, 0.9, begin_step=0, end_step=ROUNDS - 1)
 PLACEMENTS: dict[str, Placement] = {"rows": Shard(0), "columns": Shard(1)}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -77,7 +77,7 @@ def measure(rank: int, store: str, options: argparse.Namespace, dtype: str, plac
         traffic.append((ranks.num_collectives - before[0], (ranks.num_bytes - before[1]) / options.layers))
     if whole is not None:
         assert whole.sparsity == shards.sparsity
-        # The first update finds buffers, connections and threads for both.
+        # The first update is left out: it sets up buffers, connections and threads on both sides.
         one, several = (statistics.median(times[1:]) for times in seconds.values())
         Path(options.scratch).write_text(
             json.dumps(

@@ -1,13 +1,13 @@
 """Checks and measures everything on this machine's GPU, in less than nine minutes: ``make gpu-check``.
 
 ``python3 benchmarks/gpu_check.py [STAGE...] [--budget SECONDS]`` needs Python 3.11, torch and pytest, but no network,
-pip, make or git. Stages run one after the other, each in its own process and within its own time, all within the
-budget; one that fails does not keep the next from running, but after a wrong bit (``smoke``) nothing else is worth
-knowing. What is known is written at once to ``<gpu>.json``, ``.md`` and ``.log``, in the folder that ``$OUT`` names or
-in ``benchmarks/results``; the last lines are a summary.
+pip, make or git. Stages run one after the other, each in its own process and with its own time limit, all within the
+budget. A stage that fails does not stop the next one, except that a wrong bit in ``smoke`` ends the run, because later
+results would mean nothing. Each result is written at once to ``<gpu>.json``, ``.md`` and ``.log``, in the folder
+``$OUT`` or in ``benchmarks/results``. The last lines of output are a summary.
 
-The extensions are built in place, unless a build is carried along: ``--pack`` makes one, for Python 3.12 and on a
-machine that need not have a GPU, in ``build/gpu-pack``. Take that folder along with the sources it was made of.
+The extensions are built in place, unless a pack with a build is present. ``--pack`` makes one in ``build/gpu-pack``,
+for Python 3.12, on a machine that need not have a GPU. Copy that folder together with the sources it was made from.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from gpu_stages.running import GRACE, ROOT, Outcome, Stage, Stopped, run
 from gpu_stages.stages import STAGES, chosen
 
 BUDGET = 520.0
-RESERVE = 2 * GRACE + 2  # seconds to end the last stage and print what was found
+RESERVE = 2 * GRACE + 2  # seconds to end the last stage and print the summary
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -40,10 +40,10 @@ class Check:
     def __init__(self, record: Record, budget: float) -> None:
         self._record, self._budget = record, budget
         self._start = time.monotonic()
-        self.stop = ""  # why no other stage runs
+        self.stop = ""  # the reason if no other stage runs
 
     def stage(self, stage: Stage) -> Outcome:
-        """Run one stage, or say why not."""
+        """Run one stage, or record why it does not run."""
         record = self._record
         record.begin(stage.name)
         left = self._budget - RESERVE - (time.monotonic() - self._start)
@@ -67,7 +67,7 @@ class Check:
         return outcome
 
     def all(self, stages: Sequence[Stage]) -> bool:
-        """Run the stages, and what finds out more about one that failed; return whether all of them passed."""
+        """Run the stages, and the diagnosis of one that failed; return whether all of them passed."""
         passed = True
         for stage in stages:
             began = not self.stop
@@ -86,7 +86,7 @@ class Check:
 
 @contextmanager
 def stopping_on_signals() -> Iterator[None]:
-    """Raise ``Stopped`` at the first of the signals that end a process; the others find it ending already."""
+    """Raise ``Stopped`` at the first signal that ends a process, and ignore further ones."""
 
     def stop(number: int, _frame: object) -> None:
         for other in SIGNALS:
@@ -102,15 +102,15 @@ def stopping_on_signals() -> Iterator[None]:
 
 
 def seconds(text: str) -> float:
-    """A time that the command line gives."""
+    """Parse a time from the command line."""
     value = float(text)
-    if not value > 0:  # nor is NaN
+    if not value > 0:  # refuses NaN too
         raise argparse.ArgumentTypeError(f"expected seconds above 0, got {text}")
     return value
 
 
 def main(arguments: Sequence[str], *, stages: Sequence[Stage] = STAGES, results: Path | None = None) -> int:
-    """Run the stages that ``arguments`` name; return the exit code, 0 if every one of them passed."""
+    """Run the stages named by ``arguments``; return the exit code, 0 if every one of them passed."""
     assert __doc__ is not None
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")

@@ -1,6 +1,7 @@
-"""Pages and pictures of the site that lie elsewhere in the repository, where readers of the sources expect them.
+"""Adds to the site the pages and pictures that lie outside docs/, where readers of the repository expect them.
 
-A link is right in both places: in the repository relative to its file, on the site to the page that the file becomes.
+Links work in both places: in the repository they are relative to the file, on the site they lead to the page that the
+file becomes.
 """
 
 import re
@@ -18,14 +19,14 @@ ELSEWHERE = (
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the files as if they lay in docs/, at their place in the repository."""
+    """Add these files at their path in the repository, as if the repository were docs/."""
     for path in sorted(path for pattern in ELSEWHERE for path in ROOT.glob(pattern)):
         files.append(File.generated(config, path.relative_to(ROOT).as_posix(), abs_src_path=str(path)))
     return files
 
 
 def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Turn links between docs/ and the rest of the repository into those of the site."""
+    """Turn links between docs/ and the rest of the repository into links of the site."""
     is_in_docs = Path(str(page.file.abs_src_path)).is_relative_to(config.docs_dir)
     up = "../" * len(PurePosixPath(page.file.src_uri).parent.parts)
     # docs/ is the root of the site.

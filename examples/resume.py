@@ -1,4 +1,4 @@
-"""A run that is stopped in the middle and goes on has the same bits as one that was never stopped."""
+"""Stop a run in the middle and resume it: the result has the same bits as a run without a stop."""
 
 import io
 

@@ -1,4 +1,4 @@
-"""Gradual pruning in a training loop, from 5 % to 90 % sparsity."""
+"""Prune gradually in a training loop, from 5 % to 90 % sparsity."""
 
 import torch
 from torch import nn
@@ -12,7 +12,7 @@ inputs = torch.randn(640, 32)
 labels = (inputs @ torch.randn(32, 4)).argmax(1)
 model = nn.Sequential(nn.Linear(32, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 4))
 
-# One epoch as it is, six in which the sparsity rises, three at the final sparsity.
+# One epoch without pruning, six in which the sparsity rises, three at the final sparsity.
 stages = gmp.Stages(stabilization=1, pruning=6, finetuning=3, steps_per_epoch=STEPS_PER_EPOCH)
 optimizer = gmp.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.01)  # or any optimizer of torch
 lr_scheduler = stages.lr_scheduler(optimizer)

@@ -1,4 +1,4 @@
-"""Choice of the backends tested, of threads, and of how much hypothesis tries."""
+"""Settings of the tests: backends, numbers of threads, hypothesis examples, and the share of cases on slow backends."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from gmp_kernels.backends import choose, cpu
 from gmp_kernels.tools.testing import device_of
 
 if not torch.cuda.is_available():
-    # Before anything imports triton, here and in the processes that tests start: its kernels then run on the host.
+    # Set before anything imports triton, for this process and those that tests start: its kernels then run on the host.
     os.environ["TRITON_INTERPRET"] = "1"
 
 T = TypeVar("T")
@@ -30,15 +30,16 @@ settings.register_profile("gmp_kernels", deadline=None, max_examples=60, derando
 settings.load_profile("gmp_kernels")
 
 
-# What runs the CUDA kernels on the host. Only where other backends were asked for can it be missing: a GPU's machine
-# gets no build of it. By default it is asked for, and then tests that cannot import it fail.
+# The backend simt, which runs the CUDA kernels on the host. Tests that need it are skipped only if the variable
+# GMP_KERNELS_TEST_BACKENDS leaves it out, as on machines with a GPU, which do not build it. By default it is required:
+# tests that cannot import it fail.
 WITHOUT_SIMT = "simt" not in BACKENDS
 NEEDS_SIMT = "needs the backend simt, which GMP_KERNELS_TEST_BACKENDS leaves out"
 needs_simt = pytest.mark.skipif(WITHOUT_SIMT, reason=NEEDS_SIMT)
 
 
 def simt_extension() -> ModuleType:
-    """The extension of the backend simt; the module that calls this while it is imported is skipped without it."""
+    """Return the extension of the backend simt; if simt is left out, skip the test module that calls this on import."""
     if WITHOUT_SIMT:
         pytest.skip(NEEDS_SIMT, allow_module_level=True)
     from gmp_kernels import _simt
@@ -46,15 +47,16 @@ def simt_extension() -> ModuleType:
     return _simt
 
 
-# Triton's interpreter takes milliseconds for what a kernel does in microseconds, and on one thread only. So under it
-# loops over many cases run over every seventh, hypothesis tries fewer examples, and one number of threads is enough.
+# Triton's interpreter takes milliseconds where a kernel takes microseconds, and it runs on one thread only. So under it
+# loops over many cases take every seventh case, hypothesis tries fewer examples, and tests run with one number of
+# threads.
 SLOW = {"triton"} if device_of("triton").type == "cpu" else set()
 SLOW_EXAMPLES = 6
-SLOW_SHARE = 7  # in step with few things
+SLOW_SHARE = 7  # a prime, so that it coincides with few patterns in the order of cases
 
 
 def thinned(backend: str, cases: Iterable[T], start: int) -> list[T]:
-    """All cases; for a slow backend every seventh, beginning with another one for every ``start``."""
+    """Return all cases; for a slow backend every seventh case, where ``start`` decides the first one."""
     every = list(cases)
     return every[start % SLOW_SHARE % len(every) :: SLOW_SHARE] if backend in SLOW else every
 
@@ -64,8 +66,8 @@ def is_slow(item: pytest.Item) -> bool:
     return not SLOW.isdisjoint((parameters.get("backend"), parameters.get("kernels")))
 
 
-# Of what two slow backends are put through, `make test` takes one case in so many; `make test-all` adds the others. The
-# same of tests marked ``sampled``, with how many.
+# `make test` runs one in so many cases of these slow backends, and `make test-all` the others. The argument of the
+# marker ``sampled`` does the same for single tests.
 THOROUGH = {"simt": 4, "triton": 3}
 
 
@@ -76,7 +78,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
         share = max(THOROUGH.get(str(parameters.get(name)), 1) for name in ("backend", "kernels", "host_backend"))
         share *= next((marker.args[0] for marker in item.iter_markers("sampled")), 1)
-        # Which one depends on nothing but its name: workers have to agree.
+        # The choice depends only on the test's name, because all workers must make the same one.
         if zlib.crc32(item.nodeid.encode()) % share:
             item.add_marker(pytest.mark.thorough)
 
@@ -99,38 +101,38 @@ def pytest_report_header() -> str:
 
 
 def usable(name: str) -> str:
-    """A backend that was named but cannot run fails the suite; skipping it would hide that nothing was tested."""
+    """Return the name of a backend that can run; raise if it cannot, because a skip would hide that it is untested."""
     choose(name, device_of(name))
     return name
 
 
 @pytest.fixture(scope="session", params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> str:
-    """Name of every backend."""
+    """Return the name of a backend; a test runs for each of them."""
     return usable(request.param)
 
 
 @pytest.fixture(scope="session", params=KERNELS)
 def kernels(request: pytest.FixtureRequest) -> str:
-    """Name of every backend but the oracle, which it is compared with."""
+    """Return the name of a backend other than the oracle, with which it is compared."""
     return usable(request.param)
 
 
 @pytest.fixture(scope="session", params=HOST_BACKENDS)
 def host_backend(request: pytest.FixtureRequest) -> str:
-    """Name of every backend that takes numpy arrays, which are never on a GPU."""
+    """Return the name of a backend that takes numpy arrays, which are never on a GPU."""
     return usable(request.param)
 
 
 @pytest.fixture(scope="session")
 def device(backend: str) -> torch.device:
-    """Device where the tensors of ``backend`` live."""
+    """Return the device that holds the tensors of ``backend``."""
     return device_of(backend)
 
 
 @pytest.fixture(params=[1, 2, 3])
 def num_threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    """torch runs on so many threads while the test does."""
+    """Set torch's number of threads for the test, and return it."""
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
     yield request.param

@@ -1,1 +1,1 @@
-"""Programs that use the library: the command line, the demo, benchmarks, plans and plots. Nothing imports them."""
+"""Programs that use the library: command line, demo, benchmarks, plans and plots. The library never imports them."""

@@ -1,6 +1,6 @@
-"""The dry run of a gradual pruning run: what every epoch does to sparsity, learning rate and weight decay.
+"""The dry run of a gradual pruning run: sparsity, learning rate and weight decay, epoch by epoch.
 
-Nothing is recomputed here: the schedule and the torch lr_scheduler of the real run are stepped on an empty model.
+It steps the schedule and the torch lr_scheduler of the real run on an empty model, so the numbers are those of the run.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from gmp_kernels.stages import Stages
 
 __all__ = ["PRESETS", "Plan", "Preset", "Row", "Trace", "plan_rows", "resnet50_layers"]
 
-# A trace holds every step; so many take a minute or two.
+# A trace holds every step. This many steps take a minute or two.
 MOST_STEPS = 10_000_000
 
 
@@ -45,14 +45,14 @@ def resnet50_layers() -> dict[str, tuple[int, ...]]:
 
 
 class Trace(NamedTuple):
-    """Values in force at each step, 0 to ``total_steps`` inclusive; the last entry is what the run leaves behind.
+    """Values at each step, from 0 to ``total_steps`` inclusive; the last entry is the state after the run.
 
     Attributes
     ----------
     sparsity : list of float
-        Once the step is done.
+        Sparsity once the step is done.
     learning_rate, weight_decay : list of float
-        What the optimizer takes the step with.
+        Values that the optimizer uses for the step.
     """
 
     sparsity: list[float]
@@ -62,7 +62,7 @@ class Trace(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """A run to be tried dry.
+    """A run whose course is computed without training.
 
     Parameters
     ----------
@@ -70,9 +70,9 @@ class Plan:
     initial_sparsity, final_sparsity : float
         Fractions in [0, 1], initial <= final.
     learning_rate : float
-        Of stabilization and pruning.
+        Learning rate during stabilization and pruning.
     weight_decay : float
-        Until fine-tuning.
+        Weight decay until fine-tuning.
     layers : dict of str to tuple of int
         {name: shape} of the pruned weights, each pruned to the same sparsity.
 
@@ -103,7 +103,7 @@ class Plan:
 
     @cached_property
     def trace(self) -> Trace:
-        """The training loop without the training, every optimizer step of it."""
+        """The values at every optimizer step, from the training loop without the training."""
         optimizer = torch.optim.SGD(
             [torch.zeros(1, device="cpu")], lr=self.learning_rate, weight_decay=self.weight_decay
         )
@@ -112,7 +112,7 @@ class Plan:
         group = optimizer.param_groups[0]
         trace = Trace([], [], [])
         sparsity = 0.0
-        # Once is enough for lr_scheduler.step(), which wants to see the optimizer at work; there is no gradient.
+        # lr_scheduler.step() warns unless the optimizer has stepped at least once. Without gradients this does nothing.
         optimizer.step()
         for step in range(self.stages.total_steps + 1):
             self.stages.end_weight_decay(optimizer, step)
@@ -126,7 +126,7 @@ class Plan:
 
 
 class Row(NamedTuple):
-    """One line of the plan: what holds once ``epoch`` epochs are over.
+    """One line of the plan: the state after ``epoch`` epochs.
 
     Attributes
     ----------
@@ -134,12 +134,12 @@ class Row(NamedTuple):
     step : int
         Optimizer steps done by then.
     stage : str
-        That begins or goes on here.
+        Stage that begins or continues here.
     sparsity : float
     num_prune : dict of str to int
-        Pruned weights of each layer: round(sparsity * n).
+        Number of pruned weights of each layer: round(sparsity * n).
     learning_rate, weight_decay : float
-        Of the step that comes next; in the last row, as the run leaves them.
+        Values of the next step; in the last row, the values after the run.
     """
 
     epoch: float
@@ -152,7 +152,7 @@ class Row(NamedTuple):
 
     @property
     def total_num_prune(self) -> int:
-        """Pruned weights of all layers."""
+        """Number of pruned weights in all layers."""
         return sum(self.num_prune.values())
 
 

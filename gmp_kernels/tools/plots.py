@@ -1,7 +1,7 @@
-"""The pictures of a pruning run: sparsity and learning rate against optimizer steps, accuracy against epochs.
+"""Pictures of pruning runs, of the weights of a checkpoint, and of measured ratios, as PNG files.
 
-Figures are built without pyplot, on an Agg canvas of their own, so that drawing one needs no display and changes
-nothing of a program's own matplotlib state.
+Figures are built without pyplot, each on its own Agg canvas. So drawing needs no display and does not change the
+matplotlib state of the program.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ __all__ = ["plot_accuracy", "plot_histogram", "plot_learning_rate", "plot_ratios
 DPI = 130
 INK = "#444444"
 COLORS = ("#0b6fb8", "#e0701b", "#8a5aa8", "#2c8a4b", "#b23a48")
-# More curves than this are told apart by shade, and listed beside the picture instead of on it.
+# More curves than this differ by shade instead of color, and their legend is beside the picture instead of on it.
 FEW = 4
 # Curves closer than this everywhere are one line to the eye: 0.5% of sparsity is less than a line's width.
 COINCIDENT = 0.005
-# Inches of a line of the legend.
+# Height of a line of the legend in inches.
 LEGEND_LINE = 0.2
-# So few learning rates are written on the axis as they are, instead of powers of ten.
+# Up to this many learning rates, the axis shows the rates themselves instead of powers of ten.
 FEW_RATES = 8
 # Height of the enlarged part of the accuracy picture, below the best baseline.
 ENLARGED = 0.08
@@ -55,16 +55,16 @@ def plot_sparsity(
     steps : sequence of int
         Optimizer steps done, ascending; a value holds from its step to the next one.
     series : mapping of str to sequence of float
-        {layer: sparsity as a fraction}, one value per step. Curves that coincide, as they do under one sparsity for
-        all, are drawn once, and the legend says for how many layers.
+        {layer: sparsity as a fraction}, one value per step. Curves that coincide, as they do if all layers have the
+        same sparsity, are drawn once, and the legend gives their number.
     title : str
     stages : Stages, optional
-        Shaded in the background.
+        Stages to shade in the background.
 
     Raises
     ------
     ShapeError
-        A series has not one value per step. No file is written.
+        A series does not have one value per step. No file is written.
     """
     _check_lengths("plot_sparsity", "step", steps, series.items())
     curves: list[tuple[Sequence[float], list[str]]] = []
@@ -107,10 +107,10 @@ def plot_learning_rate(
     steps : sequence of int
         Optimizer steps done, ascending; a value holds from its step to the next one.
     values : sequence of float
-        Learning rate, one per step. A zero has no place on a logarithmic axis and is left out.
+        Learning rate, one per step. Zeros are left out, because the axis is logarithmic.
     title : str
     stages : Stages, optional
-        Shaded in the background.
+        Stages to shade in the background.
 
     Raises
     ------
@@ -142,7 +142,7 @@ def plot_accuracy(
     baselines: Mapping[str, float],
     stages: Stages | None = None,
 ) -> None:
-    """Draw test accuracy against epochs into a PNG file: all of it, and below, enlarged, what lies near the baselines.
+    """Draw test accuracy against epochs into a PNG file: the whole range, and below it the range near the baselines.
 
     Parameters
     ----------
@@ -157,12 +157,12 @@ def plot_accuracy(
     baselines : mapping of str to float
         {name: accuracy}, at least one, drawn as dashed horizontal lines.
     stages : Stages, optional
-        Shaded in the background.
+        Stages to shade in the background.
 
     Raises
     ------
     ShapeError
-        A curve has not one value per epoch. No file is written.
+        A curve does not have one value per epoch. No file is written.
     """
     _check_lengths("plot_accuracy", "epoch", epochs, ((name, run) for name, runs in series.items() for run in runs))
     figure = Figure(figsize=(8.0, 6.4), layout="constrained")
@@ -194,15 +194,15 @@ def plot_accuracy(
 def plot_histogram(
     path: Path, series: Mapping[str, Mapping[int, int]], title: str, *, bins_per_octave: int = 1
 ) -> None:
-    """Draw how magnitudes are distributed, on a logarithmic axis, into a PNG file.
+    """Draw a histogram of magnitudes, on a logarithmic axis, into a PNG file.
 
     Parameters
     ----------
     path : Path
         File to write.
     series : mapping of str to mapping of int to int
-        {tensor: {b: how many magnitudes lie in [2^(b/bins_per_octave), 2^((b+1)/bins_per_octave))}}. Each is drawn as
-        its share of the tensor's own magnitudes, and all together in a line of their own.
+        {tensor: {b: number of magnitudes in [2^(b/bins_per_octave), 2^((b+1)/bins_per_octave))}}. A count is drawn as
+        its share of the magnitudes of its tensor. One more line shows all tensors together.
     title : str
     bins_per_octave : int
 
@@ -220,7 +220,7 @@ def plot_histogram(
     many = len(drawn) > FEW
     figure, axes = _figure(title)
     low, high = min(total), max(total)
-    # By their exponents: the largest of float64 and its double, beyond all numbers, can then be drawn too.
+    # The axis shows exponents, because twice the largest magnitude of float64 is not a finite number.
     edges = [b / bins_per_octave for b in range(low, high + 2)]
 
     def shares(counts: Mapping[int, int]) -> list[float]:
@@ -235,7 +235,8 @@ def plot_histogram(
         axes.stairs(shares(total), edges, color=INK, linewidth=2.0, label=f"all {len(drawn)} tensors")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.xaxis.set_major_formatter(lambda x, _: f"$2^{{{x:g}}}$")
-    # A norm whose weights are all alike may leave the picture, so that the others are not flat lines below it.
+    # The peak of a tensor whose weights are all alike, such as a norm, may be cut off. Otherwise it would flatten the
+    # other curves.
     top = min(max(max(shares(counts)) for counts in drawn.values()), 2 * max(shares(total)))
     axes.set(xlabel="magnitude", ylabel="share of the weights that are not zero", ylim=(0, 1.05 * top))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
@@ -251,7 +252,8 @@ def plot_ratios(path: Path, rows: Mapping[str, tuple[float, float, float | None]
     path : Path
         File to write.
     rows : mapping of str to (float, float, float or None)
-        {name: (ratio, must, aim)}, top to bottom; positive, lower is better. Bars above must are red.
+        {name: (ratio, must, aim)}, from top to bottom. Ratios are positive, and lower is better. Bars above must are
+        red.
     title : str
 
     Raises
@@ -266,7 +268,7 @@ def plot_ratios(path: Path, rows: Mapping[str, tuple[float, float, float | None]
     positions = range(len(rows))
     ratios, musts, aims = zip(*rows.values(), strict=True)
     colors = [COLORS[0] if ratio <= must else COLORS[4] for ratio, must in zip(ratios, musts, strict=True)]
-    # Bars start at 1, the baseline; the dot shows where one ends that is too short to see.
+    # Bars start at 1, the baseline. A dot marks the end of each, because some are too short to see.
     axes.barh(positions, [ratio - 1 for ratio in ratios], left=1, height=0.45, color=colors)
     axes.scatter(ratios, positions, s=35, color=colors, zorder=3)
     for bounds, color, label in ((musts, INK, "must"), (aims, COLORS[1], "aim")):
@@ -303,7 +305,7 @@ def _check_lengths(
 
 
 def _figure(title: str, num_listed: int = 0) -> tuple[Figure, Axes]:
-    """Return a figure of one plot, high enough for a legend of ``num_listed`` lines beside it."""
+    """Return a figure with one plot, high enough for a legend of ``num_listed`` lines beside it."""
     figure = Figure(figsize=(8.0, max(4.2, LEGEND_LINE * num_listed)), layout="constrained")
     axes: Axes = figure.subplots()
     _title(axes, title)
@@ -312,9 +314,9 @@ def _figure(title: str, num_listed: int = 0) -> tuple[Figure, Axes]:
 
 
 def _literal(text: str) -> str:
-    """Return a name so that it is drawn as it is: no formula between two dollars, and no control characters.
+    """Return a name so that matplotlib draws it literally: no formula between two dollars, and no control characters.
 
-    Names that begin with an underscore would be missing in the legend.
+    A name that begins with an underscore gets a space in front, because the legend would leave it out.
     """
     shown = printable(text).replace("$", r"\$")
     return f" {shown}" if shown.startswith("_") else shown
@@ -327,23 +329,23 @@ def _style(axes: Axes) -> None:
 
 
 def _fit(axes: Axes, positions: Sequence[float]) -> None:
-    # Equal ends, of a run of one step, would be no range.
+    # A run of one step has equal ends, which matplotlib does not take as a range.
     axes.set_xlim(positions[0], max(positions[-1], positions[0] + 1))
 
 
 def _title(axes: Axes, title: str) -> None:
-    # The names of the stages stand between it and the axes.
+    # The padding leaves room for the names of the stages between title and axes.
     axes.set_title(_literal(title), loc="left", color=INK, pad=18)
 
 
 def _shade(axes: Axes, stages: Stages | None, unit: float = 1) -> None:
-    """Shade the pruning stage and write the stages' names above; ``unit`` is the steps one unit of x stands for."""
+    """Shade the pruning stage and write the names of the stages above; ``unit`` is the number of steps per x unit."""
     if stages is None:
         return
     ends = [0, stages.pruning_begin_step, stages.pruning_end_step, stages.total_steps]
     axes.axvspan(ends[1] / unit, ends[2] / unit, color="#f1f1f1", zorder=0, linewidth=0)
     for begin, end in itertools.pairwise(ends):
-        # A stage too short for its name is told by the shade beside it.
+        # A stage that is too short for its name can be recognized by the shade beside it.
         if end - begin > 0.12 * stages.total_steps:
             name = axes.annotate(
                 stages.stage_at(begin),
@@ -355,7 +357,8 @@ def _shade(axes: Axes, stages: Stages | None, unit: float = 1) -> None:
                 fontsize="small",
                 color="#777777",
             )
-            # The title's padding is its place; a stage beyond the last step drawn must not push the axes aside.
+            # The name stands in the padding of the title. Without this, a stage beyond the last step drawn would push
+            # the axes aside.
             name.set_in_layout(False)
 
 

@@ -1,4 +1,4 @@
-"""Tools that every backend is tested with: weights chosen to hurt, and comparisons down to the bit."""
+"""Tools for testing backends: adversarial weights, and comparisons bit by bit."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from gmp_kernels.ops import PruneResult, prune_
 __all__ = ["DTYPES", "GuardedCopy", "adversarial_cases", "assert_bitwise_equal", "assert_same_pruning", "device_of"]
 
 CACHE_LINE_BYTES = 64
-SAMPLE_STRIDE_LINES = 16  # of large tensors the CPU kernels sample one cache line in so many, or fewer
+SAMPLE_STRIDE_LINES = 16  # the CPU kernels sample at most one in this many cache lines of a large tensor
 DTYPES = tuple(dtypes.DTYPES)
-GUARD = 7.0  # neither a weight that gets pruned to zero nor a byte of its bits that looks like a mask
+GUARD = 7.0  # not a value that pruning writes, and its bytes do not look like a mask
 
 
 def device_of(backend: str) -> torch.device:
-    """Return the device where tests keep the tensors that ``backend`` works on.
+    """Return the device where tests keep the tensors of ``backend``.
 
-    The first GPU for "cuda", and for "triton" unless its interpreter runs the kernels (``TRITON_INTERPRET``); the CPU
-    for everything else.
+    It is the first GPU for "cuda", and for "triton" unless its interpreter runs the kernels (``TRITON_INTERPRET``). For
+    all others it is the CPU.
     """
     interpreted = os.environ.get("TRITON_INTERPRET", "0") != "0"
     on_gpu = backend == "cuda" or (backend == "triton" and not interpreted)
@@ -33,20 +33,20 @@ def device_of(backend: str) -> torch.device:
 
 
 def adversarial_cases(n: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Weights on which selections go wrong, by name.
+    """Return weights that are hard for a selection, by name.
 
     Parameters
     ----------
     n : int
-        Number of weights of each.
+        Number of weights in each tensor.
     dtype : torch.dtype
         float32, float64, bfloat16 or float16.
 
     Returns
     -------
     dict of str to torch.Tensor
-        1-d, contiguous, on the CPU; the same on every call. ``any_bits`` holds Inf and every kind of NaN, so it wants
-        ``nonfinite="keep"``; all others are finite.
+        1-d, contiguous, on the CPU; the same on every call. ``any_bits`` holds Inf and NaN of every kind, so it needs
+        ``nonfinite="keep"``. All others are finite.
     """
     generator = torch.Generator().manual_seed(n)
     line = CACHE_LINE_BYTES // dtype.itemsize
@@ -57,7 +57,7 @@ def adversarial_cases(n: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     by_magnitude = normal[normal.abs().argsort()]
     outlier = normal.clone()
     outlier[n // 2] = 3e4
-    # float16 has the fewest exponents; every dtype gets as many of its own as it has.
+    # Each dtype has its own range of exponents; float16 has the smallest.
     exponents = np.log2(torch.finfo(dtype).max) * (2 * uniform - 1) * 0.99
     cases = {
         "random": normal,
@@ -82,7 +82,7 @@ def adversarial_cases(n: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
 
 
 def _bytes(tensor: torch.Tensor) -> np.ndarray:
-    """One row of bytes per element."""
+    """Return the bytes of a tensor, with one row per element."""
     flat = tensor.detach().cpu().reshape(-1).contiguous()
     return flat.view(torch.uint8).numpy().reshape(flat.numel(), flat.itemsize)
 
@@ -93,14 +93,15 @@ def assert_bitwise_equal(actual: torch.Tensor, expected: torch.Tensor, what: str
     Parameters
     ----------
     actual, expected : torch.Tensor
-        On any device, also on two.
+        On any devices, which may differ.
     what : str
-        What the message calls them.
+        Name of the tensors in the message.
 
     Raises
     ------
     AssertionError
-        With the number of elements that differ, and the first of them: flat index, both values, both bit patterns.
+        The tensors differ. The message gives the number of different elements and, for the first of them, flat index,
+        both values and both bit patterns.
     """
     if (actual.dtype, actual.shape) != (expected.dtype, expected.shape):
         raise AssertionError(
@@ -122,16 +123,16 @@ def assert_bitwise_equal(actual: torch.Tensor, expected: torch.Tensor, what: str
 
 
 class GuardedCopy:
-    """A copy of a tensor between guard elements that tell whether anything was written outside it.
+    """A copy of a tensor between guard elements, which show writes outside the copy.
 
     Parameters
     ----------
     tensor : torch.Tensor
         Not modified.
     offset : int
-        Elements in front of the copy. An odd one makes it as misaligned as its dtype allows.
+        Number of elements in front of the copy. An odd number makes the copy as misaligned as its dtype allows.
     device : torch.device, optional
-        Where the copy goes; default: where ``tensor`` is.
+        Device of the copy; default: that of ``tensor``.
 
     Attributes
     ----------
@@ -163,28 +164,28 @@ def assert_same_pruning(
     against: str = "reference",
     **request: Any,
 ) -> PruneResult:
-    """Prune copies with two backends and compare weights, masks, thresholds and counts, down to the bit.
+    """Prune copies with two backends and compare weights, masks, thresholds and counts bit by bit.
 
     Parameters
     ----------
     weights, masks
         As in ``prune_``; not modified.
     backend, against : str
-        The backend tested, and the one believed. Each gets its copies on its own device.
+        The tested backend, and the trusted one. Each gets its copies on its own device.
     offset : int, optional
-        The backend tested gets guarded copies so many elements into their buffers; None: plain copies.
+        If given, the tested backend gets guarded copies, this many elements into their buffers; None: plain copies.
     **request
-        Everything else ``prune_`` takes; ``previous`` goes to the backend tested alone.
+        All other arguments of ``prune_``. Only the tested backend gets ``previous``.
 
     Returns
     -------
     PruneResult
-        Of the backend tested.
+        Result of the tested backend.
 
     Raises
     ------
     AssertionError
-        They differ, or a guard was overwritten.
+        The results differ, or a guard was overwritten.
     """
     trusted = device_of(against)
     expected_weights = [weight.to(trusted, copy=True) for weight in weights]
@@ -206,7 +207,7 @@ def assert_same_pruning(
     for i in range(len(weights)):
         assert_bitwise_equal(actual.masks[i].packed, expected.masks[i].packed, f"packed masks[{i}]")
         assert_bitwise_equal(actual_weights[i], expected_weights[i], f"weights[{i}]")
-    # By repr, because a threshold may be NaN.
+    # Compared by repr, because a threshold may be NaN, which does not equal itself.
     assert repr(actual.thresholds) == repr(expected.thresholds), (actual.thresholds, expected.thresholds)
     assert actual[2:] == expected[2:], (actual[2:], expected[2:])
     for copy in guarded + guarded_bits:

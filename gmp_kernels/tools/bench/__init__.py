@@ -1,1 +1,1 @@
-"""Measurements against torch and numpy."""
+"""Measurements of this library against torch and numpy."""

@@ -1,7 +1,7 @@
-"""Rows of the speed table on disk: a checkpoint pruned beside ``cp`` of it, and the memory that takes.
+"""Rows of the speed table on checkpoints: the time to prune one, compared with ``cp``, and the memory it takes.
 
-Ours waits until the disk has everything, ``cp`` does not: the bound is the stricter for it, and on a slow disk it
-says more about the disk than about us. The input is read from the page cache on both sides.
+Ours waits until everything is on the disk, and ``cp`` does not. This makes the bound stricter, and on a slow disk the
+ratio depends mostly on the disk. Both sides read the input from the page cache.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from gmp_kernels.tools.bench.measurement import Case, Pair, Timed
 __all__ = ["checkpoint_cases"]
 
 NUM_BYTES = 4 << 30
-LAYERS = ((4096, 4096), (11008, 4096))  # of a transformer block, in bfloat16
+LAYERS = ((4096, 4096), (11008, 4096))  # shapes in a transformer block, in bfloat16
 SPARSITY = 0.9
 STD = 0.02
 MEMORY_LIMIT = 512e6
 
 
 def checkpoint_cases() -> list[Case]:
-    """Prune a checkpoint in one file; ``shrink`` divides its bytes."""
+    """Return the cases that prune a checkpoint in one file; their ``shrink`` divides its bytes."""
     return [
         Case("prune a 4 GB checkpoint, layer scope", "cp", 2.0, 1.2, partial(_prune_and_cp, "layer")),
         Case("prune a 4 GB checkpoint, global scope", "cp", 3.0, 1.8, partial(_prune_and_cp, "global")),
@@ -40,7 +40,7 @@ def checkpoint_cases() -> list[Case]:
 
 
 class _Folder:
-    """A folder with a checkpoint, for as long as somebody holds it."""
+    """A temporary folder with a checkpoint, removed with this object."""
 
     def __init__(self, shrink: int) -> None:
         self._owner = tempfile.TemporaryDirectory(prefix="gmp_kernels_bench_", ignore_cleanup_errors=True)
@@ -51,7 +51,7 @@ class _Folder:
         self.largest = num_bytes = 0
         while num_bytes < NUM_BYTES // shrink:
             rows, columns = LAYERS[len(tensors) % len(LAYERS)]
-            # With fewer bytes the layers are smaller, and as many.
+            # Shrinking makes the layers smaller and keeps their number.
             tensor = torch.randn(max(1, rows // shrink), columns, generator=generator).mul_(STD).bfloat16()
             tensors[f"{len(tensors)}.weight"] = tensor
             num_bytes += tensor.nbytes
@@ -59,7 +59,7 @@ class _Folder:
         save_file(tensors, self.source)
 
     def clear(self) -> None:
-        """Remove the output, and let the disk come to rest."""
+        """Remove the output, and wait until the disk is idle."""
         self.target.unlink(missing_ok=True)
         os.sync()
 
@@ -78,7 +78,7 @@ def _prune_and_cp(scope: Scope, shrink: int) -> Pair:
 
 def _memory(shrink: int) -> Pair:
     folder = _Folder(shrink)
-    # In a process of its own, whose peak is that of the command.
+    # A process of its own has the peak of the command alone.
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         peak = pool.submit(_peak_bytes, folder.source, folder.target, torch.get_num_threads()).result()
     return Pair(float(peak), MEMORY_LIMIT + 0.05 * folder.largest)

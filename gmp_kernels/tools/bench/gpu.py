@@ -1,7 +1,7 @@
-"""Rows of the speed table on a GPU: every operation beside a copy of the bytes it must move, or beside torch.
+"""Rows of the speed table on a GPU: every operation compared with a copy of the bytes it must move, or with torch.
 
-A copy within the device is the floor: reading and writing so many bytes at the rate that memory has in this very run.
-Sizes are those of large models: on small tensors a GPU shows how long launches take, and little else.
+A copy within the device is the floor: it reads and writes as many bytes at the rate that memory has in the same run.
+Sizes are those of large models, because the time of small tensors on a GPU is mostly that of launches.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from gmp_kernels.tools.plan import resnet50_layers
 __all__ = ["gpu_cases", "llama_8b_sizes", "resnet50_sizes"]
 
 BILLION = 10**9
-NUM_WEIGHTS = 1 << 28  # of optimizer steps, which hold five such tensors on either side
-LAYER = 1 << 24  # 4096 x 4096: what one calls topk on
+NUM_WEIGHTS = 1 << 28  # for optimizer steps, which hold up to five such tensors on either side
+LAYER = 1 << 24  # 4096 x 4096, a size at which topk is commonly used
 SPARSITY = 0.9
 STD = 0.02
 MAX_LAUNCHES = 12
-EVENT = 0.02  # by how much one update of a schedule raises the sparsity
-UPDATE = "0.88 to 0.9"  # in the names of rows that start from masks and equally pruned weights
-WITH_HOST = "with the host"  # in those of rows whose clock starts while the device has nothing to do
-SECTOR = 32  # bytes that memory is written in, at the least
-FEWER = 64  # times the weights of Llama 8B in the row of its optimizer step, whose state would not fit otherwise
+EVENT = 0.02  # increase of the sparsity in one update of a schedule
+UPDATE = "0.88 to 0.9"  # in the names of rows that start from masks, and weights pruned by them
+WITH_HOST = "with the host"  # in the names of rows whose clock starts while the device is idle
+SECTOR = 32  # bytes of the smallest write to memory
+FEWER = 64  # divides the weights of Llama 8B in the row of its optimizer step, whose state would not fit otherwise
 ADAMW_BYTES = 28  # per float32 weight: weights, gradients and both averages in, all but the gradients out
 
 
@@ -57,7 +57,7 @@ def llama_8b_sizes() -> list[int]:
 
 
 def gpu_cases(device: torch.device, cuda: str = "cuda", triton: str = "triton") -> list[Case]:
-    """Every row of the table, the most telling first; ``cuda`` and ``triton`` name the backends compared."""
+    """Return every row of the table, the most important first; ``cuda`` and ``triton`` name the backends compared."""
     run = _Builder(device, cuda, triton)
     return [
         *_large_cases(run),
@@ -71,7 +71,7 @@ def gpu_cases(device: torch.device, cuda: str = "cuda", triton: str = "triton") 
 
 
 def _large_cases(run: _Builder) -> list[Case]:
-    """One tensor, far larger than any cache."""
+    """Return rows on one tensor that is far larger than any cache."""
     step = _step_bytes(torch.float32)
     event = _step_bytes(torch.float32, 1 - (1 - EVENT) ** (SECTOR / 4))
     read, moved, fused = "a read at a copy's rate", "a copy of as many bytes", "torch fused, no mask"
@@ -97,9 +97,9 @@ def _large_cases(run: _Builder) -> list[Case]:
 
 
 def _model_cases(run: _Builder) -> list[Case]:
-    """As many tensors as models have, where the host has most to do.
+    """Return rows on as many tensors as real models have, where the host has most work.
 
-    A schedule has masks already when it prunes further; the first time there are none.
+    The rows named "first" are a schedule's first update, when there are no masks yet. The others start from masks.
     """
     whole, fused = "the same in one tensor", "torch fused, no mask"
     return [
@@ -127,7 +127,10 @@ def _model_cases(run: _Builder) -> list[Case]:
 
 
 def _rival_cases(run: _Builder) -> list[Case]:
-    """Rows beside what people write instead: a loop over the tensors. Of 1e9 weights kthvalue takes minutes."""
+    """Return rows compared with common alternatives, in a loop over the tensors.
+
+    ``kthvalue`` is left out for 1e9 weights, where it takes minutes.
+    """
 
     def rows(what: str, name: str, before: float, rivals: Sequence[str], wall: bool = False) -> list[Case]:
         each = ", per layer" if name in MODELS else ""
@@ -171,7 +174,7 @@ WEIGHTS: dict[str, tuple[Callable[[], list[int]], torch.dtype]] = {
 }
 
 
-# The others get their best form: the magnitudes are there before the clock starts, and so are the outputs.
+# The alternatives are in their best form: magnitudes and outputs are prepared before the clock starts.
 
 
 def _topk(weight: torch.Tensor) -> Callable[[], object]:
@@ -213,12 +216,12 @@ RIVALS: dict[str, tuple[str, Callable[[torch.Tensor], Callable[[], object]]]] = 
 
 
 def _step_bytes(dtype: torch.dtype, sectors_written: float = 1.0) -> float:
-    """Bytes per weight of a prune step: two reads, what changes written, and one bit of mask."""
+    """Return the bytes per weight of a prune step: two reads, the write of changed sectors, and one bit of mask."""
     return dtype.itemsize * (2 + sectors_written) + 1 / 8
 
 
 class _Builder:
-    """Builds the sides of the cases on one device."""
+    """Builder of the two sides of each case, on one device."""
 
     def __init__(self, device: torch.device, cuda: str, triton: str) -> None:
         self._device, self._cuda, self._triton = device, cuda, triton
@@ -228,13 +231,13 @@ class _Builder:
         return torch.empty(n, dtype=dtype, device=self._device).normal_(0.0, STD, generator=generator)
 
     def _model(self, name: str, shrink: int) -> tuple[torch.Tensor, list[int]]:
-        """All weights in one tensor, and the sizes of those they consist of."""
+        """Return all weights of a model in one tensor, and the sizes of its layers."""
         sizes_of, dtype = WEIGHTS[name]
         sizes = [max(1, n // shrink) for n in sizes_of()]
         return self._weights(sum(sizes), dtype), sizes
 
     def _copy(self, num_bytes: float) -> Timed:
-        """A copy that moves so many bytes, read and written ones together."""
+        """Return a copy that moves ``num_bytes``, reads and writes together."""
         source = torch.empty(int(num_bytes) // 2, dtype=torch.uint8, device=self._device).random_()
         return Timed(partial(torch.empty_like(source).copy_, source))
 
@@ -262,9 +265,9 @@ class _Builder:
         masks: Sequence[BitMask] | None = None,
         before: torch.Tensor | None = None,
     ) -> Timed:
-        """A prune step of ``layers``, parts of ``whole``, that starts from the same weights and masks every time.
+        """Return a prune step of ``layers``, parts of ``whole``; it starts from the same weights and masks every time.
 
-        ``before`` is a copy of the weights, where there is one.
+        ``before`` is a copy of the weights if one exists already.
         """
         weights_before = whole.clone() if before is None else before
         bits_before = [mask.packed.clone() for mask in masks or []]
@@ -277,7 +280,7 @@ class _Builder:
         return Timed(lambda: prune_(layers, sparsity=SPARSITY, masks=masks, backend=self._cuda), restore)
 
     def _masks(self, layers: Sequence[torch.Tensor], pruned_before: float) -> list[BitMask] | None:
-        """Masks that a prune to ``pruned_before`` leaves, once the weights have been through it; None of no pruning."""
+        """Prune the layers to ``pruned_before`` and return their masks; None if that is 0."""
         return prune_(layers, sparsity=pruned_before, backend=self._cuda).masks if pruned_before else None
 
     def layers(self, model: str, pruned_before: float, shrink: int) -> Pair:
@@ -285,7 +288,7 @@ class _Builder:
         layers = torch.split(whole, sizes)
         masks, mask_of_whole = self._masks(layers, pruned_before), None
         if masks is not None:
-            # The same weights are gone on both sides.
+            # Both sides start with the same weights pruned.
             mask_of_whole = [BitMask.from_bool(torch.cat([mask.to_bool() for mask in masks]))]
         before = whole.clone()
         return Pair(self._prune(layers, whole, masks, before), self._prune([whole], whole, mask_of_whole, before))
@@ -303,7 +306,7 @@ class _Builder:
             if event.device_type == DeviceType.CUDA and not event.name.startswith(("Memcpy", "Memset"))
         ]
         if not kernels and self._device.type == "cuda":
-            raise RuntimeError("the profiler saw no kernels; none would be the best of results")
+            raise RuntimeError("the profiler saw no kernels, so their number is not known")
         return Pair(float(len(kernels)), float(MAX_LAUNCHES))
 
     def memory(self, model: str, shrink: int) -> Pair:

@@ -1,9 +1,9 @@
-"""Host cost of many small tensors: ``prune_`` and ``AdamW.step`` with kernels replaced by nothing, beside torch's step.
+"""Host cost of many small tensors: ``prune_`` and ``AdamW.step`` without kernels, compared with torch's step.
 
-Everything but the launches runs: checks, tables, uploads, result objects. The tables of the GPU backends lie in host
-memory here, and what they do on the device with torch, such as zeroing counters, counts as host time; to ask for the
-stream and to copy tables to a device and back, some microseconds a call, does not. The kernels of the cpu backend do
-run, over 64 weights a tensor, as do torch's.
+Everything but the launches runs: checks, tables, uploads, result objects. The GPU backends keep their tables in host
+memory here. Their torch operations on the device, such as zeroing counters, count as host time. The time to ask for the
+stream, and to copy tables to a device and back, is not included; it is some microseconds a call. The kernels of the cpu
+backend do run, over 64 weights per tensor, and so do torch's.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ __all__ = ["host_cases"]
 NUM_WEIGHTS = 64  # per tensor
 SPARSITY = 0.9
 BASELINE = "torch fused AdamW.step"
-# Of prune_ and of AdamW.step, by the number of tensors: few show what a call costs, 161 are ResNet-50's parameters and
-# 291 those of Llama 3 8B.
+# Bounds (must, aim) of prune_ and of AdamW.step, by the number of tensors. Few tensors show the cost of a call. The
+# others are the numbers of parameters of ResNet-50 and Llama 3 8B.
 BOUNDS = {
     1: ((2.0, 1.0), (1.5, 1.0)),
     25: ((1.2, 0.6), (1.2, 0.8)),
@@ -42,7 +42,7 @@ BOUNDS = {
 
 
 def host_cases() -> list[Case]:
-    """Host time of a call, for every backend whose host code is installed."""
+    """Return the rows on the host time of a call, for every backend whose host code is installed."""
     cases = []
     for backend, why_not in (
         ("cpu", None),
@@ -81,21 +81,21 @@ def _fetch(_: object, place: int, into: npt.NDArray[np.int64]) -> None:
 
 
 def _idle_cuda() -> Implementation:
-    """Launches of a module that has its constants and classes but starts no kernel."""
+    """Return the CUDA backend on a module that has the constants and classes of the extension but no kernels."""
     built: ModuleType = cuda._modules.get("simt") or cuda._modules["cuda"]
     idle = {
         name: _nothing if isinstance(f, BuiltinFunctionType) and name != "launch_on" else f
         for name, f in vars(built).items()
     }
-    # A device that counts with few blocks, because clearing what they count in is no host time elsewhere.
+    # The device counts with few blocks, because clearing their counters is not host time on a real GPU.
     idle |= dict.fromkeys(("load_kernels", "num_counting_blocks"), _four)
-    # And what a launch takes with it as toolkits from 13.0 on have it.
+    # Uploads in the arguments of launches are as large as with CUDA toolkits from 13.0 on.
     idle |= {"store": _store, "fetch": _fetch, "MOST_STORED": 4 * 4080}
     return cuda.Launches(SimpleNamespace(**idle))  # type: ignore[arg-type]
 
 
 class _IdleTriton(triton.Triton):
-    """Launches nothing. What its counts would have been, the host counts: a search without answers has no end."""
+    """Triton's backend without launches. The host counts in its place, because a search needs counts to end."""
 
     _launch = _nothing
 
@@ -105,7 +105,7 @@ class _IdleTriton(triton.Triton):
 
 
 def _backend(name: str) -> str:
-    """Name of the backend to ask for; of one without kernels it is registered first."""
+    """Return the name to pass as ``backend``. A GPU backend is first registered without its kernels."""
     if name == "cpu":
         return name
     idle = f"{name} without kernels"
@@ -123,7 +123,7 @@ def _parameters(num_tensors: int) -> list[nn.Parameter]:
 
 
 def _on_one_thread(run: Callable[[], object]) -> Timed:
-    """Time on one thread, as what a call costs is measured; to change their number takes 0.2 us."""
+    """Return a side that runs on one thread, as calls are measured here. Setting the number of threads takes 0.2 us."""
 
     def run_() -> None:
         before = torch.get_num_threads()
@@ -165,7 +165,7 @@ def _capturable_and_plain(num_tensors: int, _shrink: int) -> Pair:
 
 
 def _scaled_and_plain(num_tensors: int, _shrink: int) -> Pair:
-    # With capturable, scale and flag are tensors that nobody on the host looks at, as on a GPU.
+    # With capturable the host does not read the tensors of scale and flag, as on a GPU.
     ours, plain = (_optimizer("cuda", num_tensors, capturable=capturable) for capturable in (True, False))
     for name, value in (("grad_scale", 8.0), ("found_inf", 0.0)):
         setattr(ours, name, torch.tensor(value, device="cpu"))

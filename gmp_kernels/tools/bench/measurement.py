@@ -1,13 +1,12 @@
 """Rows of the speed table, and their measurement.
 
-The two sides of a ``Case`` are run in turn (ours, baseline, ours, baseline, ...), so that whatever else happens on the
-machine happens to both, and compared by their medians. Ratios are always ours / baseline: below 1 ours is the faster or
-smaller one.
+The two sides of a ``Case`` are run in turn (ours, baseline, ours, baseline, ...), so that other load on the machine
+affects both, and compared by their medians. Ratios are always ours / baseline: below 1 ours is faster or smaller.
 
-On a GPU the time is that between two of its events, while the host is ahead of it: what comes before a run keeps the
-device busy for longer than a call takes to launch its kernels. So these rows say what the device does, and what the
-host does only where a call waits for a result and goes on. Rows with ``wall`` say what a caller waits for: the host's
-clock runs from a device that has nothing to do until it has done everything, and the launches are part of it.
+On a GPU the time is measured between two of its events, while the host is ahead of it: work before each run keeps the
+device busy for longer than a call takes to launch its kernels. So these rows give the time of the device. They include
+time of the host only where a call waits for a result and goes on. Rows with ``wall`` give the time that a caller waits:
+the host's clock runs from an idle device until the device is idle again, launches included.
 """
 
 from __future__ import annotations
@@ -46,14 +45,14 @@ __all__ = [
 ]
 
 MIN_ROUNDS = 5
-SETTLE_BYTES = {"cpu": 1 << 26, "cuda": 1 << 28}  # more than the caches of the devices this is read for
-# A millisecond at the rate of the fastest memory; to launch a step of one tensor takes a third of that.
+SETTLE_BYTES = {"cpu": 1 << 26, "cuda": 1 << 28}  # more than fits into the caches of the device
+# So many reads take a millisecond with the fastest memory. Launching a step of one tensor takes a third of that.
 READS_AHEAD = 20
 CPU = torch.device("cpu")
 HEADINGS = ("ours", "median", "baseline", "median", "ratio", "must", "aim", "verdict", "GB/s")
 
 Device: TypeAlias = torch.device
-Clock = Callable[[], Any]  # moments, whose difference is in seconds
+Clock = Callable[[], Any]  # returns moments; the difference of two is in seconds
 
 
 def _nothing() -> None:
@@ -61,7 +60,7 @@ def _nothing() -> None:
 
 
 class _Event:
-    """A moment on the current stream of a GPU, reached once everything before it is done."""
+    """A moment on the current stream of a GPU, reached when all work before it is done."""
 
     def __init__(self) -> None:
         self._event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
@@ -73,20 +72,20 @@ class _Event:
 
 
 def _idle_device() -> float:
-    """A moment on the host's clock, once the GPU has done all it was given."""
+    """Wait until the GPU is idle and return the time on the host's clock."""
     torch.cuda.synchronize()
     return time.perf_counter()
 
 
 class Timed(NamedTuple):
-    """One side of a case: ``run`` is timed; ``prepare`` comes before every run and is not."""
+    """One side of a case: ``run`` is timed; ``prepare`` is called before every run and not timed."""
 
     run: Callable[[], object]
     prepare: Callable[[], object] = _nothing
 
 
 class Pair(NamedTuple):
-    """Both sides of a case, ready to run; a number is a quantity that is known without timing, in the case's unit."""
+    """Both sides of a case, ready to run. A number is a quantity known without timing, in the unit of the case."""
 
     ours: Timed | float
     baseline: Timed | float
@@ -99,20 +98,20 @@ class Case:
     Attributes
     ----------
     name : str
-        What ours runs.
+        Our side of the row.
     baseline : str
-        What it is compared with.
+        The other side, with which ours is compared.
     must, aim : float
-        Bounds on ours / baseline, both inclusive; ``aim`` is None where nothing beyond ``must`` is wanted.
+        Bounds on ours / baseline, both inclusive; ``aim`` is None if there is no second bound.
     build : callable
         Allocates everything and returns the two sides. Its argument divides the number of weights: 1 for the table,
-        more to try it out.
+        more for a trial.
     unit : {"s", "B", "launches"}
         Seconds, bytes, or kernels launched.
     min_bytes : float, optional
-        The fewest that ours could read and write at full size, where that is known.
+        The fewest bytes that ours could read and write at full size, if that is known.
     wall : bool
-        Time a GPU by the host's clock, so that what the host does for each launch is part of it.
+        Whether a GPU is timed by the host's clock, so that the host's work for each launch is included.
     """
 
     name: str
@@ -132,7 +131,7 @@ class Case:
 
 
 class Spread(NamedTuple):
-    """Median and the 10th and 90th percentile of one side, in the case's unit; ``rounds`` is 0 for a known quantity."""
+    """Median, 10th and 90th percentile of one side, in the unit of the case; ``rounds`` is 0 for a known quantity."""
 
     median: float
     p10: float
@@ -142,7 +141,7 @@ class Spread(NamedTuple):
 
 @dataclass(frozen=True)
 class Result:
-    """A case as measured, with the weights divided by ``shrink``."""
+    """Measurement of a case, with the number of weights divided by ``shrink``."""
 
     case: Case
     ours: Spread
@@ -161,7 +160,7 @@ class Result:
 
     @property
     def bytes_per_second(self) -> float | None:
-        """Rate of ours if it moved no more than it must; None where that is not known."""
+        """Rate of ours, counting only the bytes it must move; None if these are not known."""
         return None if self.case.min_bytes is None else self.case.min_bytes / self.shrink / self.ours.median
 
     def to_dict(self) -> dict[str, Any]:
@@ -196,7 +195,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Failure:
-    """A case that could not be measured, and why."""
+    """A case that could not be measured, and the error."""
 
     case: Case
     error: str
@@ -225,29 +224,29 @@ def _quantity(value: float, unit: str) -> str:
 
 
 def _as_ratio(ratio: float) -> str:
-    """Ours as a multiple of the baseline, or, where it is far below, the baseline as a multiple of ours."""
+    """Format ours as a multiple of the baseline; if it is far below 1, as one over the inverse."""
     return f"1/{1 / ratio:.3g}" if 0 < ratio <= 0.25 else f"{ratio:.2f}"
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Machine and versions that numbers were measured with.
+    """Machine and versions of a measurement.
 
     Attributes
     ----------
     device : str
         Name of the CPU.
     cores, threads : int
-        That the machine has, and that both sides run on.
+        Cores of the machine, and threads of both sides.
     load : float
-        Processes that wanted a core in the minute before. Anything near 1 or above disturbs the measurement: a core
-        taken away holds up every parallel loop, ours and torch's, for longer than the loop takes.
+        Processes that wanted a core in the minute before. A load near 1 or above disturbs the measurement: if another
+        process takes a core away, every parallel loop, ours or torch's, waits for longer than the loop takes.
     python, torch, numpy : str
         Versions.
     date : str
         ISO 8601, UTC.
     gpu : str, optional
-        Name of the GPU, where that is what was measured.
+        Name of the GPU, if the GPU was measured.
     """
 
     device: str
@@ -267,7 +266,7 @@ class Machine:
         Raises
         ------
         DeviceError
-            It is, and torch can use none.
+            ``device`` is a GPU, but torch can use none.
         """
         if device.type == "cuda" and not torch.cuda.is_available():
             raise DeviceError(
@@ -290,7 +289,7 @@ class Machine:
 
     @property
     def slug(self) -> str:
-        """Device and cores as a file name, such as ``amd-epyc-2-cores``; of a GPU its name alone."""
+        """Device and cores as a file name, such as ``amd-epyc-2-cores``; for a GPU its name only."""
         return re.sub(r"[^a-z0-9]+", "-", (self.gpu or f"{self.device} {self.cores} cores").lower()).strip("-")
 
     def to_dict(self) -> dict[str, Any]:
@@ -299,7 +298,7 @@ class Machine:
 
 
 def time_once(side: Timed, clock: Clock = time.perf_counter, settle: Callable[[], object] = _nothing) -> float:
-    """Prepare and settle, then run ``side`` once; return the seconds of the run alone."""
+    """Prepare and settle, then run ``side`` once; return only the time of the run, in seconds."""
     side.prepare()
     settle()
     start = clock()
@@ -323,11 +322,11 @@ def measure(
     shrink : int
         Divides the number of weights.
     seconds : float
-        How long the two sides take turns, preparation included; at least 5 rounds, however slow they are.
+        Time for which the two sides take turns, preparation included. There are at least 5 rounds, however slow.
     clock : callable
-        Seconds from any fixed moment.
+        Returns seconds from any fixed moment.
     device : torch.device
-        What the sides run on. A GPU times them by its own events, unless the case says otherwise.
+        Device that the sides run on. A GPU times them by its own events, unless the case has ``wall``.
     """
     stopwatch, num_reads = clock, 1
     if device.type == "cuda":
@@ -335,10 +334,10 @@ def measure(
     pair = case.build(shrink)
     timed = [side for side in pair if isinstance(side, Timed)]
     for side in timed:
-        # Touches the pages and wakes the threads.
+        # The first run touches the pages and wakes the threads.
         time_once(side, stopwatch)
-    # Before every run the machine is brought into the same state: no lines of the other side in the caches, least of
-    # all modified ones still to be written back, and every thread awake.
+    # Every run starts from the same state: the caches hold no lines of the other side, in particular no modified ones
+    # that must still be written back, and every thread is awake.
     buffer = torch.ones(SETTLE_BYTES[device.type] // 4, device=device)
 
     def settle() -> None:
@@ -358,14 +357,14 @@ def measure(
 def measure_all(
     cases: Iterable[Case], *, shrink: int = 1, seconds: float = 3.0, device: torch.device = CPU
 ) -> Iterator[Result | Failure]:
-    """Measure one case after the other; one that raises is a ``Failure``, and the next has its turn."""
+    """Measure one case after the other. A case that raises gives a ``Failure``, and the next one is measured."""
     for case in cases:
         outcome: Result | Failure
         try:
             outcome = measure(case, shrink=shrink, seconds=seconds, device=device)
         except Exception as error:
             outcome = Failure(case, f"{type(error).__name__}: {error}")
-        # What a case has allocated is not there any more when the next one asks for as much.
+        # Free the memory of this case before the next one allocates as much.
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()

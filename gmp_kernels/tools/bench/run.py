@@ -1,9 +1,10 @@
-"""Rows of the speed table: every operation beside what one would use instead, in one run.
+"""Rows of the speed table: every operation compared with its usual alternative, in one run.
 
-A row of the table is a ``Case``; a new one goes into the function of its kind, or a new kind into ``all_cases``.
+A row of the table is a ``Case``. Add a new one to the function of its kind, and a new kind to ``all_cases``.
 
-The baselines get their best form: |w| computed before the clock starts, buffers and outputs allocated, topk on the
-smaller side and unsorted. ``tensor.sum()`` is no rival but the floor: one read of the weights at the speed of memory.
+The baselines are in their best form: |w| is computed before the clock starts, buffers and outputs are allocated, and
+topk is unsorted and on the smaller side. ``tensor.sum()`` is not an alternative but the floor: one read of the weights
+at the speed of memory.
 """
 
 from __future__ import annotations
@@ -42,11 +43,11 @@ __all__ = [
     "select_cases",
 ]
 
-# One layer of 4096 x 4096. In fp32 its 64 MB do not fit the last-level cache of the CPUs this is read for.
+# One layer of 4096 x 4096. In fp32 its 64 MB do not fit into the last-level cache of common CPUs.
 NUM_WEIGHTS = 1 << 24
 SPARSITIES = (0.5, 0.9, 0.99)
 SPARSITY = 0.9
-# Of the weights as of a trained layer; and how far one optimizer step moves them.
+# Standard deviation of the weights, as in a trained layer, and the size of one optimizer step.
 STD = 0.02
 STEP = 1e-3 * STD
 NUM_LAYERS = 160
@@ -54,7 +55,7 @@ NUM_CALLS = 100
 
 
 def select_cases() -> list[Case]:
-    """The exact threshold: cold and warm, against one read of the weights and against other selections."""
+    """Return rows on the exact threshold, without and with an earlier one, against one read and other selections."""
     cases = []
     for sparsity in SPARSITIES:
         cold = f"threshold fp32, {sparsity}, cold"
@@ -68,7 +69,7 @@ def select_cases() -> list[Case]:
         ]
     return [
         *cases,
-        # Without the copy that np.partition makes, and with no use for the magnitudes afterwards.
+        # This baseline makes no copy, unlike np.partition, but destroys the magnitudes.
         Case(
             f"threshold fp32, {SPARSITY}, cold",
             "partition() in place",
@@ -82,7 +83,7 @@ def select_cases() -> list[Case]:
 
 
 def prune_cases() -> list[Case]:
-    """The full prune step, i.e. threshold, zeros and bitmask, from dense weights."""
+    """Return rows on the full prune step, i.e. threshold, zeros and bitmask, from dense weights."""
     return [
         Case(f"prune step fp32, {SPARSITY}", "sum() + mul_()", 1.5, 1.1, _prune_and_sum_mul),
         Case(f"prune step fp32, {SPARSITY}", "l1_unstructured", 1 / 100, 1 / 300, _prune_and_l1_unstructured),
@@ -91,7 +92,7 @@ def prune_cases() -> list[Case]:
 
 
 def scheduler_cases() -> list[Case]:
-    """The host's part of ``GMPScheduler.step()`` where nothing is due: when all caches were emptied, and in a row."""
+    """Return rows on ``GMPScheduler.step()`` when no update is due: one call with cold caches, and many in a row."""
     name = f"scheduler.step() between updates, {NUM_LAYERS} layers"
     return [
         Case(name, "30 us", 1.0, 0.2, partial(_idle_steps, 1)),
@@ -100,7 +101,7 @@ def scheduler_cases() -> list[Case]:
 
 
 def optimizer_cases() -> list[Case]:
-    """One optimizer step with masks, against torch's fused one without any, or with masks multiplied in by hand."""
+    """Return rows on an optimizer step with masks, against torch's fused step without masks or with masks by hand."""
     fused = "torch fused, no mask"
     compact = {0.9: (0.75, 0.6), 0.95: (0.65, 0.5), 0.99: (0.25, 0.15)}
     return [
@@ -117,12 +118,12 @@ def optimizer_cases() -> list[Case]:
 
 
 def demo_cases() -> list[Case]:
-    """Everything of a whole training that is not forward or backward pass; timed by the training itself."""
+    """Return the row on all work of a training beside forward and backward passes; the training times it itself."""
     return [Case("demo's GMP run, after the backward pass", "torch fused, no pruning", 1.0, None, _demo_run)]
 
 
 def memory_cases() -> list[Case]:
-    """Peak memory of a prune step beyond weights and masks."""
+    """Return rows on the peak memory of a prune step beyond weights and masks."""
     limit = "5% of largest + 4 MB"
     return [
         Case("peak extra memory, one layer", limit, 1.0, None, lambda shrink: _memory([NUM_WEIGHTS // shrink]), "B"),
@@ -131,7 +132,7 @@ def memory_cases() -> list[Case]:
 
 
 def all_cases() -> list[Case]:
-    """Every row of the table."""
+    """Return every row of the table."""
     return [
         *select_cases(),
         *prune_cases(),
@@ -153,7 +154,7 @@ def _threshold(weight: torch.Tensor, num_prune: int, previous: Threshold | None 
 
 
 def _cold(sparsity: float, shrink: int) -> tuple[torch.Tensor, int, Timed]:
-    """The weights, how many to prune, and ours."""
+    """Return the weights, the number of weights to prune, and our side."""
     weight = _weights(NUM_WEIGHTS // shrink)
     num_prune = round(sparsity * weight.numel())
     return weight, num_prune, _threshold(weight, num_prune)
@@ -199,7 +200,7 @@ def _cold_and_kthvalue(sparsity: float, shrink: int) -> Pair:
 def _cold_and_topk(sparsity: float, shrink: int) -> Pair:
     weight, num_prune, ours = _cold(sparsity, shrink)
     magnitude = weight.abs()
-    # From above, the threshold is the smallest of the kept weights and itself: at 0.5 and more, the smaller side.
+    # The threshold is the smallest of the k largest magnitudes. From a sparsity of 0.5 on, this is the smaller side.
     k = weight.numel() - num_prune + 1
     out = (torch.empty(k), torch.empty(k, dtype=torch.int64))
     return Pair(ours, Timed(lambda: torch.topk(magnitude, k, sorted=False, out=out)[0]))
@@ -213,7 +214,7 @@ def _bf16_and_fp32(shrink: int) -> Pair:
 
 def _tenfold(shrink: int) -> Pair:
     many = _weights(4 * NUM_WEIGHTS // shrink)
-    # Small enough for some caches, but the long read that comes before every one of its own leaves nothing of it there.
+    # This fits into some caches, but the long read before each run leaves nothing of it there.
     few = many[: many.numel() // 10].clone()
     return Pair(*(_threshold(weight, round(SPARSITY * weight.numel())) for weight in (many, few)))
 
@@ -223,7 +224,7 @@ def _prune_and_sum_mul(shrink: int) -> Pair:
     weight = dense.clone()
 
     def sum_mul() -> None:
-        # By a scalar, because a mask to multiply with would be one more read: this is the floor.
+        # This is the floor, so it multiplies by a scalar: a mask would be one more read.
         weight.sum()
         weight.mul_(1.0)
 
@@ -270,13 +271,13 @@ def _parameter(shrink: int) -> nn.Parameter:
 
 
 def _mask(num_weights: int, sparsity: float) -> BitMask:
-    """Return a mask of independent bits, which leaves the fewest dead blocks."""
+    """Return a mask of independent bits, which has the fewest dead blocks."""
     return BitMask.from_bool(torch.rand(num_weights, generator=torch.Generator().manual_seed(2)) >= sparsity)
 
 
 def _masked(optimizer: SGD | AdamW, parameter: nn.Parameter, sparsity: float) -> SGD | AdamW:
     optimizer.set_masks({parameter: _mask(parameter.numel(), sparsity)})
-    optimizer.step()  # makes the state
+    optimizer.step()  # creates the state
     return optimizer
 
 
@@ -299,7 +300,7 @@ def _adamw_and_masks_by_hand(shrink: int) -> Pair:
     fused.step()
     state = fused.state[theirs]
     held = [theirs.detach(), state["exp_avg"], state["exp_avg_sq"]]
-    # In float32, as _foreach_mul_ is slower where it has to convert.
+    # The masks are float32, because _foreach_mul_ is slower when it has to convert.
     masks = [_mask(theirs.numel(), SPARSITY).to_bool().float()] * len(held)
 
     def step() -> None:
@@ -310,7 +311,7 @@ def _adamw_and_masks_by_hand(shrink: int) -> Pair:
 
 
 def _demo_run(shrink: int) -> Pair:
-    # Here, because scikit-learn is needed for nothing else.
+    # Imported here, because only this row needs scikit-learn.
     from gmp_kernels.tools.demo.trial import seconds_after_backward
 
     epochs = max(3, 60 // shrink)
@@ -323,7 +324,7 @@ def _state_bytes(shrink: int) -> Pair:
     optimizer = _masked(AdamW([parameter], compact_state=True), parameter, SPARSITY)
     n = parameter.numel()
     state = [optimizer.state[parameter][key] for key in ("exp_avg", "exp_avg_sq")]
-    # The mask itself is counted too; the ranks that address the state come on top of it.
+    # Both sides count the mask. Ours also counts the chunk offsets that address the state.
     layout = layout_of(optimizer.state[parameter])
     assert layout is not None
     return Pair(float(sum(tensor.nbytes for tensor in state) + layout.ranks.nbytes + n / 8), 0.105 * 8 * n + n / 8)
@@ -332,16 +333,16 @@ def _state_bytes(shrink: int) -> Pair:
 def _idle_steps(num_calls: int, _shrink: int) -> Pair:
     model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(NUM_LAYERS)))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    # Updates at the first step and, for all that is timed here, never again.
+    # There is an update at the first step, and none while the steps are timed.
     schedule = Polynomial(0.5, SPARSITY, begin_step=0, end_step=1 << 40, frequency=1 << 40)
-    # Calls, because no optimizer steps here; what a step looks at is the same.
+    # It counts calls, because no optimizer steps here. A step checks the same things in both cases.
     pruner = GMPScheduler(model, optimizer, schedule, count="calls")
     pruner.step()
     return Pair(Timed(lambda: [pruner.step() for _ in range(num_calls)]), num_calls * 30e-6)
 
 
 def _memory(sizes: Sequence[int]) -> Pair:
-    # In a process of its own: here, memory that was freed but not given back would hide what a step takes.
+    # A new process has no memory that was freed but not given back, which would hide that of the step.
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         peak = pool.submit(_peak_extra_bytes, sizes, torch.get_num_threads()).result()
     return Pair(float(peak), 0.05 * 4 * max(sizes) + 4e6)
@@ -351,7 +352,7 @@ def _peak_extra_bytes(sizes: Sequence[int], num_threads: int) -> int:
     torch.set_num_threads(num_threads)
     layers = [_weights(n) for n in sizes]
     masks = [BitMask.ones(weight.shape) for weight in layers]
-    # Starts the threads and loads what is loaded on first use, which is not the step's own memory.
+    # Start the threads and load everything that is loaded on first use, which is not memory of the step.
     _weights(1 << 20).sum()
     prune_(_weights(8), sparsity=SPARSITY)
     Path("/proc/self/clear_refs").write_text("5")
@@ -361,6 +362,6 @@ def _peak_extra_bytes(sizes: Sequence[int], num_threads: int) -> int:
 
 
 def _peak_bytes() -> int:
-    """Most memory this process has held since ``5`` was written to its ``clear_refs``."""
+    """Return the peak resident size of this process since ``5`` was written to its ``clear_refs``."""
     status = Path("/proc/self/status").read_text()
     return 1024 * int(status.partition("VmHWM:")[2].split()[0])

@@ -1,4 +1,4 @@
-"""The commands on checkpoints, ``gmp-kernels prune`` and ``gmp-kernels inspect``."""
+"""Commands on checkpoints: ``gmp-kernels prune`` and ``gmp-kernels inspect``."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ __all__ = ["fraction", "register"]
 
 MB = 1 << 20
 BLOCKS = " ▁▂▃▄▅▆▇█"
-CUT = "⋮"  # where a range without a single magnitude is not drawn
-WIDEST_GAP = 2  # of octaves that are drawn though empty
+CUT = "⋮"  # stands for a range of empty octaves that is not drawn
+WIDEST_GAP = 2  # empty octaves in a row that are still drawn
 MOST_NAMES = 8
-WORDS = "Names of tensors or modules, globs, or re: and a regular expression; once per entry."
+WORDS = "Names of tensors or modules, globs, or re: and a regular expression; repeat the option for each entry."
 
 
 class Scope(StrEnum):
@@ -68,14 +68,14 @@ def register(app: typer.Typer) -> None:
 
 
 def fraction(value: float | None) -> float | None:
-    """Refuse a number that is given and is no fraction."""
+    """Return a number as it is; refuse one that is not a fraction."""
     if value is not None and not 0 <= value <= 1:
         raise typer.BadParameter(f"expected a fraction in [0, 1], not a percentage, got {value:g}")
     return value
 
 
 def _path(text: str) -> Path:
-    """Refuse an empty path, which would be the current folder: more often it is a variable that is not set."""
+    """Return a path; refuse an empty one, which means the current folder but often comes from an unset variable."""
     if not text:
         raise typer.BadParameter("expected a path, got an empty one; write . for the current folder")
     return Path(text)
@@ -86,16 +86,14 @@ def prune(
         Path, typer.Argument(metavar="IN", parser=_path, help="A .safetensors file, or a Hugging Face folder of them.")
     ],
     target: Annotated[
-        Path, typer.Argument(metavar="OUT", parser=_path, help="A file or folder, as IN is, that is not there yet.")
+        Path, typer.Argument(metavar="OUT", parser=_path, help="Name of the output, a new file or folder like IN.")
     ],
     sparsity: Annotated[float, typer.Option(callback=fraction, help="Fraction of the weights to prune, in [0, 1].")],
     scope: Annotated[
-        Scope, typer.Option(help="Prune so much of each tensor, or of all together: the smallest of all.")
+        Scope, typer.Option(help="Prune this fraction of each tensor, or of all tensors ranked together.")
     ] = Scope.LAYER,
     targets: Annotated[list[str] | None, typer.Option(help=f"{WORDS} Default: {DEFAULT_RULE}.")] = None,
-    ignore: Annotated[
-        list[str] | None, typer.Option(help="Of the targets, leave out these; in the same words.")
-    ] = None,
+    ignore: Annotated[list[str] | None, typer.Option(help="Targets to leave out; the same kinds of entries.")] = None,
     dtype: Annotated[
         DType | None,
         typer.Option(
@@ -110,31 +108,31 @@ def prune(
         bool,
         typer.Option(
             "--copy-others",
-            help="Copy, as they are, weights in other formats, adapters, states of optimizers and other files of IN "
-            "that do not belong to the model. Default: they are left out.",
+            help="Also copy files of IN that do not belong to the model, such as weights in other formats, adapters "
+            "and optimizer states. Default: they are left out.",
         ),
     ] = False,
     force: Annotated[
-        bool, typer.Option("--force", help="Replace OUT if it is there, and its masks, once the new one is whole.")
+        bool, typer.Option("--force", help="Replace an existing OUT and its masks once the new one is complete.")
     ] = False,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on after the last shard that an interrupted run has finished.")
+        bool, typer.Option("--resume", help="Continue an interrupted run after the last shard that it has finished.")
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything, show the targets, write nothing.")
+        bool, typer.Option("--dry-run", help="Check everything, show the targets, and write nothing.")
     ] = False,
     max_memory: Annotated[
         int,
         typer.Option(
             min=8,
-            help="MB for weights at a time, beside what Python and torch take themselves. In layer scope a tensor of "
-            "up to half of it is read once, a larger one twice.",
+            help="MB of memory for weights, in addition to the memory of Python and torch. In layer scope a tensor of "
+            "up to nearly half of it is read once, a larger one twice.",
         ),
     ] = DEFAULT_MEMORY // MB,
 ) -> None:
-    """Prune a safetensors checkpoint of any size, exactly, on its way from disk to disk.
+    """Prune a safetensors checkpoint of any size to an exact sparsity.
 
-    OUT appears when it is whole, and not before. Under torchrun the shards are divided among the processes.
+    OUT appears only once it is complete. Under torchrun the shards are divided among the processes.
     """
     job = PruneJob(
         source,
@@ -157,7 +155,7 @@ def prune(
             report = job.run(resume=resume, max_memory=max_memory * MB, progress=advance)
     except (GMPError, KeyboardInterrupt):
         if job.is_begun():
-            say("What is finished of it is kept: --resume goes on from there.", error=True)
+            say("Finished shards are kept: --resume goes on from there.", error=True)
         raise
     if os.environ.get("RANK", "0") == "0":
         _show_coverage(job.coverage, [layer.num_pruned for layer in report.layers])
@@ -172,14 +170,14 @@ def inspect(
         Path,
         typer.Argument(metavar="PATH", parser=_path, help="A .safetensors file, or a Hugging Face folder of them."),
     ],
-    only: Annotated[list[str] | None, typer.Option("--filter", help=f"Look at these alone. {WORDS}")] = None,
-    histogram: Annotated[bool, typer.Option("--histogram", help="Draw how the magnitudes are distributed.")] = False,
-    plot: Annotated[Path | None, typer.Option(help="PNG file for the same as a picture.")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="File for all numbers.")] = None,
+    only: Annotated[list[str] | None, typer.Option("--filter", help=f"Show only these tensors. {WORDS}")] = None,
+    histogram: Annotated[bool, typer.Option("--histogram", help="Draw a histogram of the magnitudes.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="PNG file for the histogram as a picture.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="JSON file for all numbers.")] = None,
 ) -> None:
     """Show sparsity, ranges, NaN and Inf of a safetensors checkpoint, tensor by tensor."""
     for output in (plot, json_file):
-        # Before hours of reading, not after.
+        # Refused here, before hours of reading.
         if output is not None and not output.parent.is_dir():
             raise OutputError(f"{output}: expected its folder to be there, got none; create {output.parent}")
         if output is not None and output.is_dir():
@@ -206,7 +204,7 @@ def inspect(
 
 @contextlib.contextmanager
 def _progress(console: Console, what: str) -> Iterator[Callable[[int, int], None]]:
-    """Show a bar, the speed and the time left, if there is a terminal to show them on."""
+    """Show a progress bar, the speed and the time left if the output is a terminal."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -227,7 +225,7 @@ def _show_targets(job: PruneJob) -> None:
         count = [str(counts[i])] if by_layer else []
         table.add_row(tensor.name, tensor.dtype, shown_shape(tensor.shape), str(tensor.numel), *count)
     show(table)
-    # Only ranking all of them would tell who loses what in global scope.
+    # In global scope the counts per tensor are known only after all weights are ranked.
     _show_coverage(job.coverage, counts if by_layer else [0] * len(job.tensors))
     weights = sum(tensor.numel for tensor in job.tensors)
     others = len(job.checkpoint.tensors) - len(job.tensors)
@@ -235,7 +233,7 @@ def _show_targets(job: PruneJob) -> None:
 
 
 def _show_left_out(checkpoint: Checkpoint) -> None:
-    """Name the files of a folder that are not of its model, and the tensors that only its index has."""
+    """Print the files of a folder that do not belong to its model, and the tensors that only its index has."""
     by_kind: dict[str, list[str]] = {}
     for name, kind in checkpoint.left_out.items():
         by_kind.setdefault(kind, []).append(name)
@@ -249,7 +247,7 @@ def _show_left_out(checkpoint: Checkpoint) -> None:
 
 
 def _show_coverage(coverage: Coverage, num_pruned: Sequence[int]) -> None:
-    """Print the coverage, and what is left without a weight; ``num_pruned`` is by target, in their order."""
+    """Print the coverage and the targets that keep no weight; ``num_pruned`` has one count per target."""
     names, sizes = [tensor.name for tensor in coverage.targets], [tensor.num_weights for tensor in coverage.targets]
     lines = [str(coverage)]
     if emptied := emptied_layers(names, sizes, num_pruned):
@@ -297,7 +295,7 @@ def _octaves(histogram: Counter[int]) -> Counter[int]:
 
 
 def _positions(octaves: Counter[int]) -> list[int | None]:
-    """Return the octaves to draw, ascending; one None stands for a range of several that are empty."""
+    """Return the octaves to draw, ascending; one None stands for a range of empty ones."""
     positions: list[int | None] = []
     for b in sorted(octaves):
         if positions:
@@ -309,7 +307,7 @@ def _positions(octaves: Counter[int]) -> list[int | None]:
 
 
 def _line(counts: Counter[int], positions: Sequence[int | None]) -> str:
-    """Draw a histogram as one line of blocks; what is there at all is seen."""
+    """Draw a histogram as one line of blocks; a count above zero always gives a visible block."""
     highest = max(counts.values(), default=1)
     return "".join(CUT if b is None else BLOCKS[-(-counts[b] * (len(BLOCKS) - 1) // highest)] for b in positions)
 

@@ -1,4 +1,4 @@
-"""The command line, ``gmp-kernels``. One function per command; nothing here computes."""
+"""The command line, ``gmp-kernels``: one function per command. The computing happens elsewhere."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ try:
     from gmp_kernels.tools.cli.options import Command, Group, UsageError, drawing, in_one_line
     from gmp_kernels.tools.cli.terminal import Table, say, show
 except ModuleNotFoundError as error:
-    # The library works without them; a traceback would hide the one thing there is to do.
+    # The library works without these packages. A traceback would hide the fix.
     missing = str(error.name).partition(".")[0]
     raise SystemExit(f"gmp-kernels: the command line needs {missing}; run: pip install 'gmp-kernels[cli]'") from None
 
@@ -40,12 +40,12 @@ app = typer.Typer(cls=Group, help="Gradual magnitude pruning for PyTorch.", add_
 register(app)
 
 
-FOR_TESTS = {"simt"}  # backends
-MOST_DIGITS = 18  # of a size
+FOR_TESTS = {"simt"}  # backends that `info` does not list
+MOST_DIGITS = 18  # bound on the digits of a size
 
 
 def main() -> None:
-    """Run the command line: the console entry point. Whatever goes wrong, it says so in one line."""
+    """Run the command line (the console entry point). Errors are reported in one line."""
     arguments = sys.argv[1:] or ["--help"]
     try:
         sys.exit(app(arguments, standalone_mode=False))
@@ -56,22 +56,22 @@ def main() -> None:
     except typer.Abort:
         fail("stopped", code=130)
     except BrokenPipeError:
-        # Whoever read the output has gone. Nothing more is said to them, not at the end of Python either.
+        # The reader of the output has gone. Without this, Python would complain again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
-        # Of a file that a command was asked to write; what is read has errors of its own.
+        # The library turns errors in reading into its own, so this one comes from writing.
         fail(f"the output cannot be written: {error}; give another path, or make room")
 
 
 def fail(message: str, *, code: int = 1) -> NoReturn:
-    """Say what is wrong and end with an exit code."""
+    """Print an error and end the process with an exit code."""
     say(f"gmp-kernels: {message}", error=True)
     sys.exit(code)
 
 
 def flags_of(arguments: Sequence[str]) -> dict[str, str]:
-    """Return {name of an argument in Python: its flag} of the command that is called."""
+    """Return {name of an argument in Python: its flag} for the command in ``arguments``."""
     commands: dict[str, Any] = getattr(typer.main.get_command(app), "commands", {})
     command = next((commands[argument] for argument in arguments if argument in commands), None)
     options = [option for option in command.params if option.opts[0].startswith("--")] if command else []
@@ -80,14 +80,14 @@ def flags_of(arguments: Sequence[str]) -> dict[str, str]:
 
 
 def in_flags(message: str, flags: Mapping[str, str]) -> str:
-    """Say an error of the library in the words of the command line: flags instead of classes and arguments."""
+    """Reword an error of the library for the command line, with flags instead of classes and arguments."""
     if not flags:
         return message
     names = "|".join(flags)
     message = re.sub(rf"^(\w+: )*({names}):", lambda match: f"{flags[match[2]]}:", message)
     message = re.sub(r"^[A-Z]\w*: ", "", message)
     message = re.sub(rf"\b({names})=", lambda match: f"{flags[match[1]]} ", message)
-    # Words of one part mean other things as well.
+    # Names without an underscore may be ordinary words in the message.
     parts = [name for name in flags if "_" in name]
     return re.sub(rf"\b({'|'.join(parts)})\b", lambda match: flags[match[1]], message) if parts else message
 
@@ -104,11 +104,11 @@ def top(
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    """Take the options that belong to no command."""
+    """Take the options that do not belong to a command."""
 
 
 class Optimizer(StrEnum):
-    """Maker of the SGD that the demo trains with."""
+    """Package whose SGD the demo trains with."""
 
     GMP = "gmp"
     TORCH = "torch"
@@ -117,14 +117,16 @@ class Optimizer(StrEnum):
 @app.command(cls=Command)
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the report, pictures, metrics and model.")] = Path("gmp_demo"),
-    sparsity: Annotated[float, typer.Option(min=0.05, max=1, help="Of every layer at the end.")] = 0.90,
-    seeds: Annotated[int, typer.Option(min=1, help="Repetitions; the report then gives mean and spread.")] = 1,
-    seed: Annotated[int, typer.Option(help="The first of them.")] = 0,
+    sparsity: Annotated[float, typer.Option(min=0.05, max=1, help="Final sparsity of every layer.")] = 0.90,
+    seeds: Annotated[
+        int, typer.Option(min=1, help="Number of repetitions. With more than one the report has mean and spread.")
+    ] = 1,
+    seed: Annotated[int, typer.Option(help="Seed of the first repetition; the others count up from it.")] = 0,
     optimizer: Annotated[
-        Optimizer, typer.Option(help="SGD with the mask inside the step, or torch's own.")
+        Optimizer, typer.Option(help="SGD with the mask inside the step (gmp), or torch's own (torch).")
     ] = Optimizer.GMP,
 ) -> None:
-    """Run the main job: train on real data, prune gradually, compare with pruning at once."""
+    """Train on real data, prune gradually, and compare with one-shot pruning."""
     try:
         from gmp_kernels.tools.demo import run
     except ModuleNotFoundError as error:
@@ -134,7 +136,7 @@ def demo(
 
 @app.command(cls=Command)
 def info() -> None:
-    """Show the versions, and every backend: usable, or why not."""
+    """Show the versions, and for every backend whether it is usable or why not."""
     table = Table("backend", "priority", "on this machine")
     for backend in backends.available():
         if backend.name not in FOR_TESTS:
@@ -145,29 +147,30 @@ def info() -> None:
 
 @app.command(cls=Command)
 def plan(
-    preset: Annotated[Preset, typer.Option(help="Run to start from; every other option changes it.")] = Preset.BLOG,
+    preset: Annotated[Preset, typer.Option(help="Run to start from; the other options change it.")] = Preset.BLOG,
     initial_sparsity: Annotated[
-        float | None, typer.Option(callback=fraction, help="At the first update, in [0, 1].")
+        float | None, typer.Option(callback=fraction, help="Sparsity at the first update, in [0, 1].")
     ] = None,
     final_sparsity: Annotated[
-        float | None, typer.Option(callback=fraction, help="At the last update, in [0, 1].")
+        float | None, typer.Option(callback=fraction, help="Sparsity at the last update, in [0, 1].")
     ] = None,
     stabilization: Annotated[float | None, typer.Option(help="Epochs before the first update.")] = None,
     pruning: Annotated[float | None, typer.Option(help="Epochs from the first update to the last.")] = None,
     finetuning: Annotated[float | None, typer.Option(help="Epochs after the last update.")] = None,
     steps_per_epoch: Annotated[int | None, typer.Option(help="Optimizer steps per epoch.")] = None,
     layer: Annotated[
-        list[str] | None, typer.Option(help="Shape of a pruned weight, e.g. 512x256x3x3; once per layer.")
+        list[str] | None,
+        typer.Option(help="Shape of a pruned weight, e.g. 512x256x3x3; repeat the option for each layer."),
     ] = None,
     per_layer: Annotated[
         bool, typer.Option("--per-layer", help="Also show how many weights each layer loses.")
     ] = False,
     plot: Annotated[Path | None, typer.Option(help="Folder for sparsity.png and learning_rate.png.")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="File for all rows, layer by layer.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="JSON file for all rows, layer by layer.")] = None,
 ) -> None:
-    """Show what a run will do, epoch by epoch, without training anything."""
+    """Show sparsity, learning rate and weight decay of a run, epoch by epoch, without training."""
     if plot is not None:
-        drawing()  # before anything is shown
+        drawing()  # a missing matplotlib is reported before anything is shown
     chosen = PRESETS[preset]
     lengths = _given(
         stabilization=stabilization, pruning=pruning, finetuning=finetuning, steps_per_epoch=steps_per_epoch
@@ -205,18 +208,20 @@ class Device(StrEnum):
 def bench(
     device: Annotated[Device, typer.Option(help="The CPU, or the GPU that torch uses.")] = Device.CPU,
     quick: Annotated[
-        bool, typer.Option("--quick", help="A sixteenth of the weights and a tenth of the time, to try it out.")
+        bool, typer.Option("--quick", help="Use a sixteenth of the weights and a tenth of the time, as a trial.")
     ] = False,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads of both sides; default: torch's.")] = None,
-    output: Annotated[
-        Path | None, typer.Option(help="Folder for the JSON file and the plot, named after the device.")
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Number of threads for both sides of a row; default: torch's.")
     ] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="File for all numbers.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for the JSON file and the plot, which are named after the device.")
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="JSON file for all numbers.")] = None,
     plot: Annotated[Path | None, typer.Option(help="PNG file for the ratios.")] = None,
 ) -> None:
-    """Measure this machine: every operation beside what one would use instead."""
+    """Measure every operation on this machine beside its usual alternative."""
     if plot is not None or output is not None:
-        drawing()  # before minutes of measuring
+        drawing()  # a missing matplotlib is reported before minutes of measuring
     if threads is not None:
         torch.set_num_threads(threads)
     torch_device = torch.device(device)
@@ -235,14 +240,14 @@ def bench(
     for outcome in track(measured, "measuring", total=len(cases), console=Console(), transient=True):
         outcomes.append(outcome)
         if json_file is not None:
-            # After every row: what was measured outlives whatever happens to a later one.
+            # Written after every row, so that a crash in a later one loses nothing.
             write_results(json_file, machine, shrink, outcomes)
     show(_ratios(outcomes))
     failures = [outcome for outcome in outcomes if isinstance(outcome, Failure)]
     for failure in failures:
         say(f"{failure.case.name}: {failure.error}")
     if quick:
-        say("Weights this few fit the cache: the verdicts hold for the full table only.")
+        say("So few weights fit into the cache: the verdicts hold for the full table only.")
     if json_file is not None:
         say(f"wrote {json_file}")
     results = [outcome for outcome in outcomes if isinstance(outcome, Result)]

@@ -1,4 +1,4 @@
-"""Options of the command line: how help shows them, and what is said of values that do not fit."""
+"""Options of the command line: their display in the help, and the errors for wrong values."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from gmp_kernels.errors import OutputError
 
 __all__ = ["Command", "Group", "UsageError", "drawing", "in_one_line"]
 
-# What typer raises for a wrong command line; it has no name of its own for all of them.
+# The base class of all that typer raises for a wrong command line. typer exports no name for it.
 UsageError: type[Exception] = typer.BadParameter.__base__  # type: ignore[assignment]
 
 
 class _FlagsWithoutValue:
-    """A command whose help shows no value behind flags, which take none."""
+    """Mixin for commands: the help shows no placeholder for a value after flags, which take none."""
 
     def get_params(self, ctx: Any) -> list[Any]:
-        """Return the options, that for help among them."""
+        """Return the parameters, including the help option."""
         parameters: list[Any] = super().get_params(ctx)  # type: ignore[misc]
         for parameter in parameters:
             if getattr(parameter, "is_flag", False):
@@ -38,7 +38,7 @@ class Group(_FlagsWithoutValue, TyperGroup):
 
 
 def in_one_line(error: Exception) -> str:
-    """Say what typer found wrong as the library says it: option, what was expected, what came."""
+    """Return typer's error in the form of the library's errors: option, expected value, given value."""
     message: str = error.format_message()  # type: ignore[attr-defined]
     found = re.fullmatch(
         r"Invalid value for '?(?P<option>[^:']+)'?: (Value error, )?(?P<reason>.*)", message, re.DOTALL
@@ -57,7 +57,7 @@ def in_one_line(error: Exception) -> str:
 
 
 def drawing() -> ModuleType:
-    """Import what draws pictures, which takes longer than most commands take to run.
+    """Import and return ``plots``. The import takes longer than most commands, so only those that draw do it.
 
     Raises
     ------

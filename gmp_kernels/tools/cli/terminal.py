@@ -1,4 +1,4 @@
-"""The one way text leaves a command, and the look of its tables. Nothing printed here is taken for markup."""
+"""Text output of the commands, and their tables. All output goes through here, and none is taken for markup."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MOST_RULE = 40
 
 
 class Table:
-    """Rows of text under headings, laid out once all are there, as wide as they are: names cut short cannot be found.
+    """Rows of text under headings. Columns are as wide as their cells, so that no name is cut and all can be searched.
 
     Parameters
     ----------
@@ -31,16 +31,16 @@ class Table:
         self._right = set(right)
 
     def add_row(self, *cells: str) -> None:
-        """Add a row, of one cell per column."""
+        """Add a row with one cell per column."""
         self._rows.append([printable(cell) for cell in cells])
 
     def lines(self) -> Iterator[str]:
-        """Yield the headings, a rule, and the rows; linear in their number."""
+        """Yield the headings, a rule, and the rows, in time linear in their number."""
         widths = [max(map(cell_len, column)) for column in zip(*self._rows, strict=True)]
         for i, row in enumerate(self._rows):
             yield GAP.join(self._aligned(row, widths)).rstrip()
             if i == 0:
-                # The last column may hold sentences, under which the rule would wrap.
+                # The last column may have long sentences. A rule of that width would wrap.
                 yield GAP.join("─" * width for width in [*widths[:-1], min(widths[-1], MOST_RULE)]).replace(" ", "─")
 
     def _aligned(self, row: Sequence[str], widths: Sequence[int]) -> Iterator[str]:
@@ -50,10 +50,10 @@ class Table:
 
 
 def say(text: str, *, error: bool = False) -> None:
-    """Print one line to standard output, or with ``error`` to standard error; escape what is not printable."""
+    """Print one line to standard output, or with ``error`` to standard error; escape unprintable characters."""
     stream = sys.stderr if error else sys.stdout
     encoding = stream.encoding or "utf-8"
-    # A stream for less than all of Unicode shows what it lacks as escapes too.
+    # Characters outside the encoding of the stream are escaped too.
     stream.write(printable(text).encode(encoding, "backslashreplace").decode(encoding) + "\n")
 
 

@@ -1,4 +1,4 @@
-"""The main job: gradual pruning on real data, beside pruning at once, with pictures and a report."""
+"""The demo: gradual pruning on real data, compared with one-shot pruning, with pictures and a report."""
 
 try:
     from gmp_kernels.tools.demo.job import run

@@ -1,4 +1,4 @@
-"""The pruned network as one safetensors file: every tensor of its state_dict, and the masks beside their weights."""
+"""Saving the pruned network as one safetensors file: the tensors of its state_dict, and the masks of its weights."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ __all__ = ["save"]
 def save(path: Path, model: nn.Module, masks: Mapping[str, BitMask]) -> None:
     """Write ``model`` and ``masks``, {parameter name: mask}, to ``path``.
 
-    The mask of ``<name>`` is the uint8 tensor ``<name>.mask``: one bit per weight, bit i of byte j belonging to flat
-    element 8 j + i, 1 = kept. The metadata says so, and gives the shapes.
+    The mask of ``<name>`` is the uint8 tensor ``<name>.mask`` with one bit per weight: bit i of byte j belongs to flat
+    element 8 j + i, 1 = kept. The metadata describes this layout and gives the shapes.
     """
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     tensors |= {name + MASK_SUFFIX: mask.packed for name, mask in masks.items()}

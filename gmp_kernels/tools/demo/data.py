@@ -1,4 +1,4 @@
-"""The handwritten digits that ship with scikit-learn: 1797 grey images of 8x8 pixels, ten classes."""
+"""The handwritten digits of scikit-learn: 1797 grey images of 8x8 pixels in ten classes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BATCH_SIZE = 64
 
 
 class Digits(NamedTuple):
-    """Images are float32 of shape (n, 1, 8, 8), labels int64 of shape (n,)."""
+    """Images, float32 of shape (n, 1, 8, 8), and labels, int64 of shape (n,), for training and testing."""
 
     train_images: torch.Tensor
     train_labels: torch.Tensor
@@ -25,9 +25,9 @@ class Digits(NamedTuple):
 
 
 def load(seed: int) -> Digits:
-    """Return the digits, a quarter of each class held out for testing; ``seed`` alone decides which.
+    """Return the digits. A quarter of each class, which depends on ``seed`` only, is held out for testing.
 
-    Pixels are shifted and scaled to mean 0 and standard deviation 1, both measured on the training images.
+    Pixels are shifted and scaled so that the training images have mean 0 and standard deviation 1.
     """
     images, labels = load_digits(return_X_y=True)
     train_images, test_images, train_labels, test_labels = train_test_split(
@@ -42,7 +42,7 @@ def load(seed: int) -> Digits:
 
 
 def steps_per_epoch(digits: Digits) -> int:
-    """Return the number of batches in an epoch; a last, smaller one is left out."""
+    """Return the number of batches in an epoch, without a smaller last one."""
     return len(digits.train_images) // BATCH_SIZE
 
 

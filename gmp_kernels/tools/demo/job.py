@@ -1,4 +1,4 @@
-"""Everything the demo does, from the options to the files."""
+"""One run of the demo, from the options to the files."""
 
 from __future__ import annotations
 
@@ -36,38 +36,38 @@ def run(
     threads: int = 1,
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Train a small residual CNN on scikit-learn's digits, prune it in three ways, and write what came of it.
+    """Train a small residual CNN on scikit-learn's digits, prune it in three ways, and write the results.
 
-    The dense network is pruned gradually (stabilization, pruning and fine-tuning in the proportion 1 : 34 : 25, 5% at
-    the first update, an update per epoch), in one shot, and in one shot with as much training as the gradual run.
-    Into ``out_dir`` go ``sparsity.png``, ``learning_rate.png``, ``accuracy.png``, ``report.md``, ``metrics.json`` and
-    the gradually pruned ``model.safetensors`` with its masks; files of these names are replaced.
+    The three ways are gradual pruning (stabilization, pruning and fine-tuning in the proportion 1 : 34 : 25, 5% at the
+    first update, an update per epoch), one-shot pruning, and one-shot pruning with as much training as the gradual run.
+    ``out_dir`` gets ``sparsity.png``, ``learning_rate.png``, ``accuracy.png``, ``report.md``, ``metrics.json`` and the
+    gradually pruned network with its masks in ``model.safetensors``. Files of these names are replaced.
 
     Parameters
     ----------
     out_dir : Path
-        Folder, created where missing.
+        Output folder, created if it is missing.
     sparsity : float
-        Of every prunable layer at the end, a fraction in [0.05, 1].
+        Final sparsity of every prunable layer, a fraction in [0.05, 1].
     epochs : int
-        Of either run that trains and prunes; the dense network is trained for half as many.
+        Length of each of the two runs that train and prune. The dense network is trained for half as many epochs.
     seeds : int
-        Repetitions, each with the next seed, split, initial weights and order of images.
+        Number of repetitions. Each one has the next seed, and so another split, initial weights and order of images.
     seed : int
-        The first of them; its network is saved.
+        Seed of the first repetition, whose network is saved.
     optimizer : {"gmp", "torch"}
         ``gmp_kernels.optim.SGD`` with compact state, or ``torch.optim.SGD``.
     threads : int
-        Of torch while the job runs, >= 1. Batches this small gain next to nothing from a second one and lose much
-        where other work competes for the cores. Another number of threads sums in another order, so that the networks
-        differ.
+        Number of torch's threads while the job runs, >= 1. With batches this small, a second thread gains next to
+        nothing, and costs much if other work competes for the cores. The number of threads changes the order of sums,
+        so it changes the networks.
     console : rich.console.Console, optional
-        Where progress and the closing table go; default: standard output.
+        Receives the progress and the closing table; default: standard output.
 
     Returns
     -------
     dict
-        What ``metrics.json`` holds.
+        The content of ``metrics.json``.
 
     Raises
     ------
@@ -145,7 +145,7 @@ def _draw(out_dir: Path, trials: Sequence[Trial], stages: Stages, sparsity: floa
         out_dir / "accuracy.png",
         epochs,
         {
-            # One-shot without retraining has one value, which holds throughout.
+            # One-shot pruning without retraining has a single value. It is drawn as a line.
             METHODS[method]: [
                 curve if len(curve) > 1 else curve * len(epochs)
                 for curve in (trial.results[method].curve for trial in trials)

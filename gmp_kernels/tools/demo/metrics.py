@@ -1,4 +1,4 @@
-"""The numbers of a demo run as plain data: what metrics.json holds, and all that the report is written from."""
+"""The numbers of a demo run as plain data, for metrics.json and for the report."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ __all__ = ["collect"]
 
 
 def collect(trials: Sequence[Trial], stages: Stages, sparsity: float, optimizer: str) -> dict[str, Any]:
-    """Return the metrics of ``trials``, which differ in their seed alone.
+    """Return the metrics of ``trials``, which differ only in their seed.
 
-    Accuracies and sparsities are fractions. Seconds are means over the seeds. Layers and learning rates are those of
-    the first seed, whose network is saved; every seed prunes the same counts.
+    Accuracies and sparsities are fractions. Times are means over the seeds, in seconds. Layers and the final learning
+    rate are those of the first seed, whose network is saved; every seed prunes the same counts.
     """
     first = trials[0]
     return {

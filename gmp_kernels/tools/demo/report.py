@@ -1,4 +1,4 @@
-"""The words of a demo run: report.md and the table on the terminal, both written from the metrics alone."""
+"""The text of a demo run: report.md, and the table on the terminal. Both use only the metrics."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def table(metrics: Metrics) -> Table:
 
 
 def markdown(metrics: Metrics, command: str) -> str:
-    """Return the report; ``command`` is what repeats the run."""
+    """Return the report; ``command`` is the command line that repeats the run."""
     config = metrics["config"]
     stages = config["stages"]
     seeds = config["seeds"]
@@ -49,17 +49,17 @@ def markdown(metrics: Metrics, command: str) -> str:
     sections = [
         "# Gradual magnitude pruning on handwritten digits",
         _paragraph(
-            f"A residual CNN with {num_weights:,} prunable weights, trained dense on scikit-learn's digits,",
-            f"was pruned to {_percent(config['sparsity'])} sparsity in every layer, in three ways from the same dense",
-            f"network; {metrics['num_test_images']} images were held out for testing.",
-            f"The two ways that train had the same {config['epochs']} epochs of {stages['steps_per_epoch']} steps, the",
+            f"A residual CNN with {num_weights:,} prunable weights was trained dense on scikit-learn's digits.",
+            f"It was then pruned in three ways to {_percent(config['sparsity'])} sparsity in every layer.",
+            f"For testing, {metrics['num_test_images']} images were held out.",
+            f"The two runs that train had the same {config['epochs']} epochs of {stages['steps_per_epoch']} steps, the",
             "same order of images and the same learning rates.",
             f"Seeds: {', '.join(map(str, seeds))}." if len(seeds) > 1 else f"One seed: {seeds[0]}.",
         ),
         _markdown_table(*_summary(metrics)),
         _paragraph(
-            "Training time includes the pruning steps and excludes evaluation; the pruned methods start from the dense",
-            "network, whose own time comes on top.",
+            "Training time includes the pruning steps and excludes evaluation. The pruned methods start from the dense",
+            "network, whose training time is not included in theirs.",
             *(("The spread is the standard deviation over the seeds.",) if len(seeds) > 1 else ()),
         ),
         "## What the numbers say",
@@ -77,13 +77,13 @@ def markdown(metrics: Metrics, command: str) -> str:
         "## Repeat it",
         f"```\n{command}\n```",
         _paragraph(
-            "The same seed gives the same networks on the same machine with the same versions and number of threads:",
+            "On the same machine, a seed gives the same networks if versions and number of threads are the same:",
             ", ".join(f"{name} {number}" for name, number in metrics["versions"].items()) + ",",
             f"torch threads: {config['threads']}. All numbers are in `metrics.json`.",
         ),
         _paragraph(
-            f"`model.safetensors` is the gradually pruned network of seed {seeds[0]}, its masks (one bit per weight)",
-            "beside the weights they belong to:",
+            f"`model.safetensors` holds the gradually pruned network of seed {seeds[0]} and its masks, which have one",
+            "bit per weight. To load them:",
         ),
         LOADING,
     ]
@@ -97,15 +97,15 @@ def _findings(metrics: Metrics) -> list[str]:
     return [
         _versus_dense(metrics, "gmp", "Gradual pruning"),
         _versus_dense(metrics, "oneshot", "One-shot pruning without retraining")
-        + " Its batch norms still hold the averages of the dense network.",
+        + " The batch norms of that network still hold the averages of the dense one.",
         _versus_dense(metrics, "oneshot_retrained", "One-shot pruning with retraining"),
         _gradual_versus_retrained(metrics),
         _paragraph(
             f"The {updates} updates of gradual pruning took {gmp['pruning'] * 1e3:.1f} ms together,",
             f"{gmp['pruning'] / updates * 1e3:.2f} ms each: {_percent(gmp['pruning'] / gmp['training'])} of its",
-            f"{gmp['training']:.1f} s of training, {gmp['updates']:.1f} s of which followed the backward pass",
-            f"(optimizer `{config['optimizer']}` and pruning).",
-            f"Retraining after one-shot took {retrained['training']:.1f} s.",
+            f"{gmp['training']:.1f} s of training. Of these, {gmp['updates']:.1f} s went into the optimizer",
+            f"(`{config['optimizer']}`) and pruning, after the backward passes.",
+            f"Retraining after one-shot pruning took {retrained['training']:.1f} s.",
         ),
         f"Every layer has exactly round(sparsity x weights) zeros at a sparsity of {config['sparsity']:g}."
         if _counts_are_exact(metrics)
@@ -133,7 +133,7 @@ def _gradual_versus_retrained(metrics: Metrics) -> str:
 
 
 def _difference(metrics: Metrics, value: float, other: float, name: str) -> str:
-    """Say how far ``value`` is above or below ``other``, called ``name``, and whether so few images can tell."""
+    """Describe the difference of ``value`` from ``other``, called ``name``, and whether chance alone may explain it."""
     num_images = metrics["num_test_images"]
     points, images = 100 * abs(value - other), abs(value - other) * num_images
     if images < 0.005:

@@ -1,4 +1,4 @@
-"""The training loop, the same for every method, and the test accuracy."""
+"""The training loop of every method, and the test accuracy."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ __all__ = ["Pruning", "Training", "evaluate", "train"]
 
 
 class Pruning(NamedTuple):
-    """Parts that a pruning run adds to the loop."""
+    """Objects that a pruning run adds to the loop."""
 
     scheduler: GMPScheduler
     stages: Stages
 
 
 class Training(NamedTuple):
-    """Course of a run of ``train``.
+    """Record of a run of ``train``.
 
     Attributes
     ----------
     accuracies : list of float
-        On the test images, after each epoch.
+        Accuracy on the test images after each epoch.
     learning_rates : list of float
-        Of each optimizer step.
+        Learning rate of each optimizer step.
     seconds : float
-        In the training steps, pruning included, evaluation not.
+        Time of the training steps, with pruning and without evaluation.
     update_seconds : float
-        In what follows the backward pass: the optimizer, pruning included.
+        Time after the backward passes: optimizer steps and pruning.
     """
 
     accuracies: list[float]
@@ -57,7 +57,7 @@ def train(
     after_epoch: Callable[[], None],
     pruning: Pruning | None = None,
 ) -> Training:
-    """Train ``model`` in place; ``seed`` alone decides the order of the images."""
+    """Train ``model`` in place. The order of the images depends on ``seed`` only."""
     order = torch.Generator().manual_seed(seed)
     accuracies: list[float] = []
     learning_rates: list[float] = []
@@ -84,7 +84,7 @@ def train(
 
 @torch.no_grad()
 def evaluate(model: nn.Module, digits: Digits) -> float:
-    """Return the fraction of test images classified right; leaves ``model`` in training mode."""
+    """Return the fraction of test images classified right, and leave ``model`` in training mode."""
     model.eval()
     right = model(digits.test_images).argmax(1) == digits.test_labels
     model.train()

@@ -1,4 +1,4 @@
-"""One comparison: a dense network, and three ways to prune it, alike in everything else."""
+"""One comparison: a dense network, and three ways to prune it under the same conditions."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ METHODS = {
     "oneshot": "one-shot",
     "oneshot_retrained": "one-shot, retrained",
 }
-# "gmp" has the mask inside the step and keeps momentum for the kept weights only; "torch" is the plain path, in which
-# the scheduler sets pruned weights and their momentum back to zero after each step.
+# "gmp" applies the mask inside the step and stores momentum for the kept weights only. With "torch" a hook of the
+# scheduler sets pruned weights and their momentum back to zero after each step.
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "gmp": partial(optim.SGD, compact_state=True),
     "torch": torch.optim.SGD,
@@ -57,17 +57,17 @@ class Result(NamedTuple):
     Attributes
     ----------
     accuracy : float
-        On the test images, at the end.
+        Accuracy on the test images at the end.
     curve : list of float
-        The same before training and after each epoch; a single value where there was none.
+        Accuracy before training and after each epoch; a single value if there was no training.
     sparsity : float
-        Over all prunable weights.
+        Sparsity over all prunable weights.
     training_seconds : float
-        In the training steps, pruning included.
+        Time of the training steps, pruning included.
     update_seconds : float
-        Of these, after the backward pass: in the optimizer and in pruning.
+        Part of ``training_seconds`` after the backward passes: optimizer and pruning.
     pruning_seconds : float
-        In the pruning steps.
+        Time of the pruning steps.
     """
 
     accuracy: float
@@ -85,12 +85,12 @@ class Trial(NamedTuple):
     ----------
     seed : int
     results : dict of str to Result
-        By method, the keys of ``METHODS``.
+        Result of each method, by key of ``METHODS``.
     num_test_images : int
     learning_rates : list of float
-        Of each optimizer step of gradual pruning.
+        Learning rate of each optimizer step of the gradual run.
     history : list of StepReport
-        The updates of gradual pruning.
+        Updates of the gradual run.
     model : ResidualCNN
         The gradually pruned network.
     masks : dict of str to BitMask
@@ -112,7 +112,7 @@ def stages_of(epochs: int, num_steps: int) -> Stages:
 
 
 def num_epochs(stages: Stages) -> int:
-    """Return the epochs of all training in one comparison."""
+    """Return the number of epochs of all training in one comparison."""
     return _dense_epochs(stages) + 2 * round(stages.epochs)
 
 
@@ -124,11 +124,11 @@ def compare(
     Parameters
     ----------
     stages : Stages
-        Of either run that prunes and trains; the dense network gets half as many epochs before.
+        Stages of both runs that prune and train. The dense network is trained before, for half as many epochs.
     gradual : Ramp
-        Sparsity of the gradual run; the others start at its final sparsity.
+        Sparsity of the gradual run. One-shot pruning goes to its final sparsity at once.
     seed : int
-        Decides the test images, the initial weights and the order of the training images.
+        Determines the test images, the initial weights and the order of the training images.
     optimizer : str
         A key of ``OPTIMIZERS``, for all training.
     after_epoch : callable
@@ -167,12 +167,12 @@ def compare(
 
 
 def seconds_after_backward(optimizer: str | None, epochs: int) -> float:
-    """Time what follows the backward passes of one run: optimizer and pruning.
+    """Return the time of optimizer steps and pruning in one run, in seconds.
 
     Parameters
     ----------
     optimizer : str or None
-        A key of ``OPTIMIZERS``, for a run with gradual pruning to 90 %; None for torch's fused SGD without any.
+        A key of ``OPTIMIZERS``, for a run with gradual pruning to 90 %; None for torch's fused SGD without pruning.
     epochs : int
         At least 3.
     """
