@@ -88,7 +88,7 @@ WRONG: list[tuple[str, Change, Callable[[Case], None], str]] = [
     ("master weights", lambda c: setattr(c, "master", c.master[1:]), Case.update_masters, "elements of master weights"),
     (
         "ranks",
-        lambda c: setattr(c, "layout", replaced(c.layout, ranks=c.layout.ranks[:-1])),
+        lambda c: setattr(c, "layout", replaced(c.layout, chunk_offsets=c.layout.chunk_offsets[:-1])),
         Case.update,
         "elements of chunk offsets",
     ),
@@ -113,7 +113,7 @@ WRONG: list[tuple[str, Change, Callable[[Case], None], str]] = [
     ("target", lambda c: setattr(c, "target", c.target[:-1]), Case.move, "20000 elements of state, got 19999"),
     (
         "ranks to move by",
-        lambda c: setattr(c, "layout", replaced(c.layout, ranks=c.layout.ranks[1:])),
+        lambda c: setattr(c, "layout", replaced(c.layout, chunk_offsets=c.layout.chunk_offsets[1:])),
         Case.move,
         "elements of chunk offsets",
     ),

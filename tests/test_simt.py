@@ -251,7 +251,7 @@ def test_chunk_offsets_of_many_masks_come_in_one_call() -> None:
             masks.append((view, bits.numel()))
         for bits, (mask, _), found in zip(kept, masks, simt.compactions(masks), strict=True):
             chunks = [int(chunk.sum()) for chunk in bits.split(16384)] if bits.numel() else []
-            assert found.ranks.tolist() == [0, *itertools.accumulate(chunks)]
+            assert found.chunk_offsets.tolist() == [0, *itertools.accumulate(chunks)]
             assert found.mask is mask and found.num_kept == int(bits.sum())
 
 

@@ -49,7 +49,7 @@ def _state(values: torch.Tensor, layout: Compaction | None) -> State:
     return (
         _array(values),
         _array(None if layout is None else layout.mask),
-        _array(None if layout is None else layout.ranks),
+        _array(None if layout is None else layout.chunk_offsets),
     )
 
 
@@ -70,7 +70,7 @@ def _prepared(t: UpdateTensor) -> _C.UpdateTensor:
         _array(t.master),
         list(map(_array, t.state)),
         _array(t.mask),
-        _array(None if t.compaction is None else t.compaction.ranks),
+        _array(None if t.compaction is None else t.compaction.chunk_offsets),
         0 if t.compaction is None else t.compaction.num_kept,
     )
     t.row = row
@@ -149,8 +149,8 @@ class Cpu:
     def compactions(self, masks: Sequence[tuple[torch.Tensor, int]]) -> list[Compaction]:
         found = []
         for mask, numel in masks:
-            ranks = torch.tensor(_C.chunk_offsets(_array(mask), numel), dtype=torch.int64, device="cpu")
-            found.append(Compaction(mask, ranks, int(ranks[-1])))
+            offsets = torch.tensor(_C.chunk_offsets(_array(mask), numel), dtype=torch.int64, device="cpu")
+            found.append(Compaction(mask, offsets, int(offsets[-1])))
         return found
 
     def move_state(self, moves: Sequence[StateMove]) -> None:

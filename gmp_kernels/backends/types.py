@@ -191,13 +191,13 @@ class Compaction(NamedTuple):
     ----------
     mask : torch.Tensor
         Packed bits; never written while state is laid out by it.
-    ranks : torch.Tensor
+    chunk_offsets : torch.Tensor
         int64: kept weights before each chunk, in a chunk size that the backend knows.
     num_kept : int
     """
 
     mask: torch.Tensor
-    ranks: torch.Tensor
+    chunk_offsets: torch.Tensor
     num_kept: int
 
 

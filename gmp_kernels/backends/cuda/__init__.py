@@ -268,7 +268,7 @@ class Launches:
                 num_values = layout.num_kept
                 rows["mask"][i] = bits_address(layout.mask, sizes[i])
                 num_chunks = -(-sizes[i] // self._module.CHUNK)
-                rows["chunk_offsets"][i] = array_address(layout.ranks, num_chunks + 1, "chunk offsets")
+                rows["chunk_offsets"][i] = array_address(layout.chunk_offsets, num_chunks + 1, "chunk offsets")
             for k, values in enumerate(state):
                 rows["state"][i, k] = array_address(values, num_values, "state")
 

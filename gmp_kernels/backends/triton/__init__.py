@@ -314,8 +314,8 @@ class Triton:
             kept = torch.zeros(len(masks), dtype=torch.int64, device=device).index_add_(0, table.owners, counts)
             running -= counts
             running -= running[firsts][table.owners]
-            ranks = torch.split(running, chunks)
-            return [Compaction(m, r, n) for (m, _), r, n in zip(masks, ranks, kept.tolist(), strict=True)]
+            offsets = torch.split(running, chunks)
+            return [Compaction(m, r, n) for (m, _), r, n in zip(masks, offsets, kept.tolist(), strict=True)]
 
     def move_state(self, moves: Sequence[StateMove]) -> None:
         by_size: dict[int, list[StateMove]] = {}
@@ -341,7 +341,7 @@ class Triton:
 
 
 def _layout(compaction: Compaction | None) -> tuple[int, int]:
-    return (0, 0) if compaction is None else (compaction.mask.data_ptr(), compaction.ranks.data_ptr())
+    return (0, 0) if compaction is None else (compaction.mask.data_ptr(), compaction.chunk_offsets.data_ptr())
 
 
 def _probe() -> str | None:

@@ -43,7 +43,7 @@ def row_of(t: UpdateTensor) -> Row:
         t.master is not None,
         all(pointer % 16 == 0 for pointer in pointers),
     )
-    chunk_offsets = None if t.compaction is None else t.compaction.ranks
+    chunk_offsets = None if t.compaction is None else t.compaction.chunk_offsets
     fields = (
         element_address(t.weight),
         address(t.mask),

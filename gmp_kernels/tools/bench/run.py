@@ -327,7 +327,9 @@ def _state_bytes(shrink: int) -> Pair:
     # Both sides count the mask. Ours also counts the chunk offsets that address the state.
     layout = layout_of(optimizer.state[parameter])
     assert layout is not None
-    return Pair(float(sum(tensor.nbytes for tensor in state) + layout.ranks.nbytes + n / 8), 0.105 * 8 * n + n / 8)
+    return Pair(
+        float(sum(tensor.nbytes for tensor in state) + layout.chunk_offsets.nbytes + n / 8), 0.105 * 8 * n + n / 8
+    )
 
 
 def _idle_steps(num_calls: int, _shrink: int) -> Pair:
