@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
 from gmp_kernels.errors import LayoutError
+from gmp_kernels.search.communicator import of_torchrun
 from gmp_kernels.search.placement import Placement, Region
 
 
@@ -75,3 +77,16 @@ def test_layers_of_more_than_2_to_the_31_weights():
     region = Region((1 << 20, 1 << 20), ((1 << 20) - 1, 0), (1, 1 << 20))
     assert region.to_global(region.numel - 1) == (1 << 40) - 1
     assert region.to_local(np.array([(1 << 40) - 1])).tolist() == [(1 << 20) - 1]
+
+
+def test_no_communicator_keeps_the_group_of_processes_that_have_parted(monkeypatch):
+    """Python would end with an abort, now and then: the group's threads would still run."""
+    begin = dist.init_process_group
+    monkeypatch.setattr(
+        dist, "init_process_group", lambda name: begin(name, store=dist.HashStore(), rank=0, world_size=1)
+    )
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with of_torchrun("prune", "") as communicator:
+        assert any(isinstance(value, dist.ProcessGroup) for value in vars(communicator).values())
+    assert not any(isinstance(value, dist.ProcessGroup) for value in vars(communicator).values())
+    assert not dist.is_initialized()

@@ -81,10 +81,10 @@ def decide(
     dtype = DTYPES[next(iter(group.values())).dtype]
     implementation, candidates = choose(None, stream.room.device), stream.room.view(dtype)
     positions = list(group)
-    first_round = True
 
-    def read(own: Sequence[int], brackets: Brackets, num_bins: int, _: object = None) -> BracketCounts:
-        nonlocal first_round
+    def read(
+        own: Sequence[int], brackets: Brackets, num_bins: int, places: list[torch.Tensor | None] | None
+    ) -> BracketCounts:
         used, counted = 0, BracketCounts.nothing(len(own), num_bins)
         for row, piece in enumerate(own):
             i, first = positions[piece], used
@@ -92,18 +92,17 @@ def decide(
             bracket = Brackets(brackets.lo[row : row + 1], brackets.hi[row : row + 1])
             with opened(tensor.path) as source:
                 for begin, weights, _buffer in stream.weights(source, tensor, dtype):
-                    place = candidates[used:] if first_round and used <= len(candidates) else None
+                    place = candidates[used:] if places is not None and used <= len(candidates) else None
                     found = implementation.count([Layer(weights, None)], bracket, num_bins, [place])
                     check_finite(tensor.name, i, begin, int(found.nonfinite[0]))
                     used += int(found.inside[0])
                     for total, part in zip(counted, found._replace(nonfinite=0 * found.nonfinite), strict=True):
                         total[row] += part[0]
-                    if first_round:
+                    if places is not None:
                         progress(weights.nbytes)
             # Kept between rounds, so that nearly always files are read once.
-            if first_round and used <= len(candidates):
-                search.candidates[piece] = candidates[first:used]
-        first_round = False
+            if places is not None and used <= len(candidates):
+                places[row] = candidates[first:used]
         return counted
 
     here = [i if tensor.path in mine else None for i, tensor in enumerate(group.values())]

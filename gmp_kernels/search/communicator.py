@@ -126,7 +126,10 @@ def of_torchrun(call: str, advice: str) -> Iterator[Communicator]:
             f"{call}: expected {size} processes, as WORLD_SIZE says, got no connection ({error}); start them with "
             "torchrun, or unset WORLD_SIZE"
         ) from error
+    communicator = Communicator(dist.group.WORLD, call, advice)
     try:
-        yield Communicator(dist.group.WORLD, call, advice)
+        yield communicator
     finally:
+        # A group that is still referred to when Python ends aborts the process.
+        communicator._group = None
         dist.destroy_process_group()

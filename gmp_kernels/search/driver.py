@@ -53,12 +53,11 @@ class Search:
     num_prune : sequence of int
         Per group, of the whole layers.
     read : callable, optional
-        Counts pieces as ``Implementation.count`` counts layers, which is the default. It may fail on one rank alone.
+        Counts pieces as ``Implementation.count`` counts layers, which is the default. It may fail on one rank alone,
+        and may put candidates of its own in the list that it gets in the first round.
 
     Attributes
     ----------
-    candidates : list of torch.Tensor or None
-        Per piece: magnitudes inside the first bracket, if there was memory for them.
     num_ties, num_ties_kept : numpy.ndarray
         Per piece: weights in it that tie at the threshold, and those of them that stay.
     tie_indices : numpy.ndarray
@@ -98,7 +97,8 @@ class Search:
         self._last = Brackets(*np.zeros((2, len(group_sizes)), np.int64))
         self._bins: list[Integers | None] = [None] * len(layers)  # of each piece, in the last round
         self._densities = np.zeros(len(layers))
-        self.candidates: list[torch.Tensor | None] = [None] * len(layers)
+        # Of each piece: magnitudes inside the first bracket, if there was memory for them.
+        self._candidates: list[torch.Tensor | None] = [None] * len(layers)
         self.num_ties, self.num_ties_kept, self.tie_indices = np.zeros((3, len(layers)), np.int64)
         self.nonfinite = np.full(len(layers), -1)
 
@@ -207,7 +207,7 @@ class Search:
             self._make_candidates(pieces, own, num_bins)
         outside = (own.lo < self._held.lo[group]) | (own.hi > self._held.hi[group])
         for i in pieces[outside].tolist():
-            self.candidates[i] = None
+            self._candidates[i] = None
         counts = self._together(lambda: self._counted(pieces.tolist(), own, num_bins, is_first))
         numbers, bins = np.stack((counts.below, counts.pruned, counts.nonfinite >= 0), axis=1), counts.bins
         for i, row in zip(pieces.tolist(), bins, strict=True):
@@ -215,8 +215,8 @@ class Search:
         if is_first:
             self.nonfinite = counts.nonfinite
             for i, inside in zip(pieces.tolist(), counts.inside.tolist(), strict=True):
-                place = self.candidates[i]
-                self.candidates[i] = place[:inside] if place is not None and inside <= len(place) else None
+                place = self._candidates[i]
+                self._candidates[i] = place[:inside] if place is not None and inside <= len(place) else None
         # All that hold a NaN say so, also copies.
         copies = np.flatnonzero(~self._is_primary[pieces])
         numbers[copies, :2] = 0
@@ -231,7 +231,7 @@ class Search:
     def _counted(self, pieces: Sequence[int], brackets: Brackets, num_bins: int, is_first: bool) -> BracketCounts:
         """Count the pieces here, from their candidates where these suffice."""
         found = BracketCounts.nothing(len(pieces), num_bins)
-        lists = {row: place for row, i in enumerate(pieces) if (place := self.candidates[i]) is not None}
+        lists = {row: place for row, i in enumerate(pieces) if (place := self._candidates[i]) is not None}
         read = [row for row, i in enumerate(pieces) if self._layers[i] is not None and (is_first or row not in lists)]
         listed = [] if is_first else [row for row, place in lists.items() if len(place)]
         if read:
@@ -239,6 +239,8 @@ class Search:
             own = Brackets(brackets.lo[read], brackets.hi[read])
             layers = self._all if len(read) == len(self._all) else [self._layers[pieces[row]] for row in read]
             found.put(read, self._read(layers, own, num_bins, places))
+            for row, place in zip(read, places or (), strict=False):
+                self._candidates[pieces[row]] = place
         if listed:
             own = Brackets(brackets.lo[listed], brackets.hi[listed])
             found.put(listed, self._implementation.count([Layer(lists[row], None) for row in listed], own, num_bins))
@@ -258,7 +260,7 @@ class Search:
             size = min(weight.numel(), int(1.25 * share * weight.numel()) + 64)
             if size * weight.itemsize <= left:
                 left -= size * weight.itemsize
-                self.candidates[i] = torch.empty(size, dtype=weight.dtype, device=weight.device)
+                self._candidates[i] = torch.empty(size, dtype=weight.dtype, device=weight.device)
 
 
 def select_with(implementation: Implementation) -> Select:
