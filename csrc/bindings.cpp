@@ -80,10 +80,11 @@ using BracketTuple = std::pair<uint64_t, uint64_t>;
 using CutoffColumns = std::tuple<std::vector<uint64_t>, std::vector<int64_t>, std::vector<int64_t>,
                                  std::vector<int64_t>, std::vector<int64_t>, std::vector<int64_t>>;
 
-// num_prune and group_sizes, in layers: one per group; brackets: one per group, or none at all.
+// num_prune and group_sizes, in layers: one per group; brackets: one per group, empty where a sample is to say, or none
+// at all.
 CutoffColumns select_cutoffs(const Layers& layers, const std::vector<int64_t>& num_prune,
-                             const std::vector<size_t>& group_sizes,
-                             const std::vector<std::optional<BracketTuple>>& brackets, int num_threads) {
+                             const std::vector<size_t>& group_sizes, const std::vector<BracketTuple>& brackets,
+                             int num_threads) {
   check_threads(num_threads);
   if (group_sizes.size() != num_prune.size() || (!brackets.empty() && brackets.size() != num_prune.size())) {
     throw std::invalid_argument("a selection needs one count, one size and, if there are any, one bracket per group");
@@ -103,7 +104,7 @@ CutoffColumns select_cutoffs(const Layers& layers, const std::vector<int64_t>& n
     if (num_prune[g] < 0 || num_prune[g] > n) {
       throw std::invalid_argument("num_prune exceeds the number of weights");
     }
-    const auto [lo, hi] = brackets.empty() || !brackets[g] ? BracketTuple{1, 0} : *brackets[g];
+    const auto [lo, hi] = brackets.empty() ? BracketTuple{1, 0} : brackets[g];
     groups.push_back({first, group_sizes[g], num_prune[g], {lo, hi}});
     first = end;
   }

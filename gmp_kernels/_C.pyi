@@ -23,7 +23,7 @@ def select(
     layers: Layers,
     num_prune: Sequence[int],
     group_sizes: Sequence[int],
-    brackets: Sequence[tuple[int, int] | None],
+    brackets: Sequence[tuple[int, int]],
     num_threads: int,
 ) -> tuple[list[int], list[int], list[int], list[int], list[int], list[int]]: ...
 def count(

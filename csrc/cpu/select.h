@@ -15,7 +15,7 @@ namespace gmp::cpu {
 struct Group {
   size_t first_layer, num_layers;
   int64_t num_prune;
-  // Where the threshold is expected; {1, 0}: a sample says. In the end the threshold and nothing else, or {0, 0} where
+  // Where the threshold is expected; empty: a sample says. In the end the threshold and nothing else, or {0, 0} where
   // nothing more is to be pruned.
   Bracket bracket;
   // Of one read, relative to the bracket.

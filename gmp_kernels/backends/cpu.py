@@ -53,6 +53,10 @@ def _state(values: torch.Tensor, layout: Compaction | None) -> State:
     )
 
 
+def _ends(brackets: Brackets) -> list[tuple[int, int]]:
+    return list(zip(brackets.lo.tolist(), brackets.hi.tolist(), strict=True))
+
+
 def _layers(layers: Sequence[Layer]) -> _C.Layers:
     return _C.layers([(dtype_name(weight), _array(weight), _array(mask)) for weight, mask in layers])
 
@@ -91,8 +95,7 @@ class Cpu:
         *,
         prunes: bool = False,
     ) -> Selection:
-        ends = [] if brackets is None else [*zip(brackets.lo.tolist(), brackets.hi.tolist(), strict=True)]
-        expected = [bracket if bracket[0] <= bracket[1] else None for bracket in ends]
+        expected = [] if brackets is None else _ends(brackets)
         found = _C.select(_known(layers), num_prune, group_sizes, expected, torch.get_num_threads())
         return Selection(Cutoffs(*found))
 
@@ -104,9 +107,8 @@ class Cpu:
         candidates: Sequence[torch.Tensor | None] | None = None,
     ) -> BracketCounts:
         bins = np.zeros((len(layers), num_bins), np.int64)
-        ends = [*zip(brackets.lo.tolist(), brackets.hi.tolist(), strict=True)]
         places = list(map(_array, candidates or [None] * len(layers)))
-        asked = ends, places, (bins.ctypes.data, bins.size)
+        asked = _ends(brackets), places, (bins.ctypes.data, bins.size)
         rows = _C.count(_known(layers), *asked, num_bins, torch.get_num_threads())
         below, inside, pruned, nonfinite = np.array(rows, np.int64).reshape(-1, 4).T
         return BracketCounts(below, inside, pruned, nonfinite, bins)
