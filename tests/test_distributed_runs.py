@@ -22,6 +22,7 @@ def passes(ended: subprocess.CompletedProcess[str]) -> None:
         ("rows_twice", "copies_of_rows", "columns_and_copies", "copies"),
     ],
 )
+@pytest.mark.sampled(2)
 def test_masks_of_shards_are_those_of_one_process(layouts):
     passes(run_python(JOBS / "masks.py", *layouts, OMP_NUM_THREADS="1"))
 
@@ -37,6 +38,7 @@ def test_training_under_torchrun():
     passes(run_python(*torchrun, JOBS / "training.py", "copies_of_rows", OMP_NUM_THREADS="1"))
 
 
+@pytest.mark.thorough
 def test_a_checkpoint_goes_on_on_another_number_of_ranks(tmp_path):
     passes(run_python(JOBS / "resume.py", tmp_path, OMP_NUM_THREADS="1"))
 

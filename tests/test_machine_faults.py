@@ -16,7 +16,7 @@ from gmp_kernels.pruner.progress import Progress
 from gmp_kernels.pruner.watch import Watch
 from gmp_kernels.pruner.zeroing import zero_all_where_pruned_
 
-pytestmark = pytest.mark.filterwarnings("ignore::gmp_kernels.errors.GMPWarning")
+pytestmark = [pytest.mark.thorough, pytest.mark.filterwarnings("ignore::gmp_kernels.errors.GMPWarning")]
 
 
 def _unhooked(self: Enforcement, state: dict[str, Any]) -> None:

@@ -82,6 +82,7 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("stop", [2, 10])
 @pytest.mark.parametrize("case", CASES)
 def test_resume_in_a_new_process_equals_the_uninterrupted_run(case, stop, tmp_path, one_thread):

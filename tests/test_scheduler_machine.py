@@ -391,6 +391,7 @@ def run(kind: str, examples: int, phases: Sequence[Phase] = tuple(Phase)) -> Non
     )
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_the_pruner_says_is_what_the_weights_are(kind: str) -> None:
     run(kind, 60)
