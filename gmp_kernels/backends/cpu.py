@@ -92,7 +92,6 @@ class Cpu:
         num_prune: Sequence[int],
         group_sizes: Sequence[int],
         brackets: Brackets | None = None,
-        *,
         prunes: bool = False,
     ) -> Selection:
         expected = [] if brackets is None else _ends(brackets)

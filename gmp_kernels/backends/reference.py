@@ -55,7 +55,6 @@ class Reference:
         num_prune: Sequence[int],
         group_sizes: Sequence[int],
         brackets: Brackets | None = None,
-        *,
         prunes: bool = False,
     ) -> Selection:
         rows: list[tuple[int, ...]] = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import sub
-from typing import ClassVar, NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -286,35 +286,8 @@ class Constants(NamedTuple):
         return [*rows]
 
 
-class Select(Protocol):
-    """The operation that finds cutoffs."""
-
-    def __call__(
-        self,
-        layers: Sequence[Layer],
-        num_prune: Sequence[int],
-        group_sizes: Sequence[int],
-        brackets: Brackets | None = None,
-        *,
-        prunes: bool = False,
-    ) -> Selection:
-        """Find the cutoff of every layer. Reads only.
-
-        Parameters
-        ----------
-        layers : sequence of Layer
-        num_prune : sequence of int
-            One per group.
-        group_sizes : sequence of int
-            How many layers each group has: the next ones in order, of one dtype. They are ranked together, the flat
-            index running through them.
-        brackets : Brackets, optional
-            One per group: where its threshold is expected, empty where that is not known. They may save work and never
-            change the answer.
-        prunes : bool
-            ``prune`` follows, which may be spared weights that it would find unchanged.
-        """
-        ...
+# Its arguments are layers, ``num_prune`` and size of each group, brackets, and whether ``prune`` follows.
+Select: TypeAlias = Callable[[Sequence[Layer], Sequence[int], Sequence[int], Brackets | None, bool], Selection]
 
 
 class Implementation(Protocol):
@@ -324,15 +297,13 @@ class Implementation(Protocol):
     ----------
     capturable : bool
         Whether a CUDA graph can hold an ``update``.
-    select : Select or None
-        None: thresholds come from ``count``, by ``search.driver.select_with``.
     """
 
     capturable: bool
 
     @property
     def select(self) -> Select | None:
-        """The operation, if there is one."""
+        """The operation that finds cutoffs; None where ``search.driver.select`` has to find them by ``count``."""
         ...
 
     def count(

@@ -2,7 +2,7 @@
 
 Each round counts every piece against one bracket per group of layers, and the counts are added up. The sums prove in
 which bin of the bracket the wanted key lies; the next round looks at that bin only, until it holds one key. Whatever
-the pieces are, the answer is that of ``Implementation.select`` on the whole. Of ties, the flat index is found in the
+the pieces are, the answer is that of a backend's ``select`` on the whole. Of ties, the flat index is found in the
 same way, as if it were a key.
 
 Source: Floyd and Rivest, CACM 18(3), 1975, for the first bracket; then radix selection on what is left.

@@ -117,7 +117,6 @@ class Launches:
         num_prune: Sequence[int],
         group_sizes: Sequence[int],
         brackets: Brackets | None = None,
-        *,
         prunes: bool = False,
     ) -> Selection:
         with self._on(device_of(layers), "select") as launch:

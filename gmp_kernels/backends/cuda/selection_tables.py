@@ -56,7 +56,7 @@ class SelectionTables(Selection):
     multiprocessors : int
     layers : sequence of Layer
     group_sizes : sequence of int
-        As for ``Implementation.select``.
+        As for ``search.driver.select``.
     selects, prunes : bool
         Whether there is something to select, and whether that is applied afterwards: what this will not change is then
         noted down for it.
@@ -187,7 +187,7 @@ class SelectionTables(Selection):
     ) -> SelectionTables:
         """Return these with memory on the device, uploaded on the stream of a launch.
 
-        ``num_prune`` and ``brackets`` are those of ``Implementation.select``, ``found`` the cutoffs of a selection made
+        ``num_prune`` and ``brackets`` are those of ``search.driver.select``, ``found`` the cutoffs of a selection made
         elsewhere.
         """
         made = copy(self)
