@@ -20,7 +20,7 @@ import numpy.typing as npt
 import torch
 
 from gmp_kernels.backends import capture
-from gmp_kernels.backends.addresses import address, element_address, on_device
+from gmp_kernels.backends.addresses import address, by_dtype, element_address, on_device
 from gmp_kernels.backends.at_once import at_once
 from gmp_kernels.backends.keys import largest_key
 from gmp_kernels.backends.layers import Layers, device_of, merged, prepared
@@ -94,18 +94,15 @@ class Part(NamedTuple):
 
 def _parts_of(layers: Sequence[Layer]) -> list[Part]:
     """Split layers by dtype, and upload what of them stays as long as their addresses do."""
-    by_dtype: dict[torch.dtype, list[int]] = {}
-    for i, layer in enumerate(layers):
-        by_dtype.setdefault(layer.weight.dtype, []).append(i)
     parts = []
-    for dtype, positions in by_dtype.items():
+    for positions in by_dtype(layers).values():
         own = [layers[i] for i in positions]
         numels = [weight.numel() for weight, _ in own]
-        device = own[0].weight.device
+        dtype, device = own[0].weight.dtype, own[0].weight.device
         table = table_of(numels, [(element_address(weight), address(mask)) for weight, mask in own], device)
         aligned = all(weight.data_ptr() % 16 == 0 for weight, _ in own)
         masked = any(mask is not None for _, mask in own)
-        run = -(-table.num_chunks // PROGRAMS)
+        run = -(-len(table[1]) // PROGRAMS)
         parts.append(Part(positions, numels, dtype, device, aligned, masked, table, run))
     return parts
 
@@ -176,20 +173,20 @@ class Triton:
         return found
 
     def _count(self, part: Part, asked: npt.NDArray[np.int64], num_bins: int) -> BracketCounts:
-        table, device, num_layers, slots = part.table, part.device, len(part.numels), part.slots
+        (rows, owners), device, num_layers, slots = part.table, part.device, len(part.numels), part.slots
         width = num_bins + COUNTERS * slots + ANSWER_FIELDS
         answers = torch.zeros(num_layers * width, dtype=torch.int64, device=device)
         columns = upload(asked.reshape(-1), torch.int64, device)
         self._launch(
             "count",
-            -(-table.num_chunks // part.run),
-            *(table.rows, table.owners, table.num_chunks, part.run, columns, num_layers, answers, num_bins, slots),
+            -(-len(owners) // part.run),
+            *(rows, owners, len(owners), part.run, columns, num_layers, answers, num_bins, slots),
             **self._tile(part),
             THREADS=THREADS,
             MASKED=part.masked,
         )
-        rows = answers.cpu().numpy().reshape(num_layers, width)
-        bins, counters, last = rows[:, :num_bins], rows[:, num_bins:-ANSWER_FIELDS], rows[:, -1]
+        found = answers.cpu().numpy().reshape(num_layers, width)
+        bins, counters, last = found[:, :num_bins], found[:, num_bins:-ANSWER_FIELDS], found[:, -1]
         below, pruned = counters.reshape(num_layers, slots, COUNTERS).sum(axis=1).T[:2]
         return BracketCounts(below, bins.sum(axis=1), pruned, np.where(last, NO_INDEX - last, -1), bins)
 
@@ -223,15 +220,15 @@ class Triton:
         return PruneCounts.from_kept(sizes, before, now)
 
     def _apply(self, part: Part, asked: torch.Tensor, counts: torch.Tensor, *, SELECTED: bool) -> None:
-        table = part.table
-        arguments = (table.rows, table.owners, asked, len(part.numels), counts, part.slots)
+        rows, owners = part.table
+        arguments = (rows, owners, asked, len(part.numels), counts, part.slots)
         constants = {**self._tile(part), "ALIGNED": part.aligned, "SELECTED": SELECTED}
-        self._launch("apply", table.num_chunks, *arguments, **constants)
+        self._launch("apply", len(owners), *arguments, **constants)
 
     def apply(self, layers: Sequence[Layer]) -> None:
         with _on(device_of(layers), "apply_masks_"):
             for part in self._parts(layers):
-                nothing = part.table.rows  # for the masks say it all
+                nothing, _ = part.table  # for the masks say it all
                 self._apply(part, nothing, nothing, SELECTED=False)
 
     def update(
@@ -262,12 +259,12 @@ class Triton:
                 asked = [*taken(addresses, own), *taken(rows, own)]
                 columns.append(self._columns.get((*key[:2], asked), partial(upload, asked, torch.int64, device)))
             # Everything there has to be memory for is there: from here on weights are written.
-            for (kind, positions, table), column in zip(tables, columns, strict=True):
+            for (kind, positions, (table, owners)), column in zip(tables, columns, strict=True):
                 self._launch(
                     "update",
-                    table.num_chunks,
-                    table.rows,
-                    table.owners,
+                    len(owners),
+                    table,
+                    owners,
                     column,
                     len(positions),
                     values,
@@ -290,11 +287,12 @@ class Triton:
         totals = []
         with _on(device, "sum_squares"):
             for part in self._parts(gradients):
-                sums = torch.empty(part.table.num_chunks, dtype=torch.float64, device=device)
+                rows, owners = part.table
+                sums = torch.empty(len(owners), dtype=torch.float64, device=device)
                 tile = self._tile(part)
                 del tile["INFINITY"]
                 constants = {"dtype": self._kernels.FLOATS[part.dtype], **tile, "ALIGNED": part.aligned}
-                self._launch("sum_squares", len(sums), part.table.rows, part.table.owners, sums, **constants)
+                self._launch("sum_squares", len(sums), rows, owners, sums, **constants)
                 totals.append(sums.sum())
             return sum(totals[1:], totals[0])
 
@@ -305,15 +303,15 @@ class Triton:
         device = masks[0][0].device
         with _on(device, "compactions"):
             sizes = [numel for _, numel in masks]
-            table = table_of(sizes, [(0, mask.data_ptr()) for mask, _ in masks], device)
-            counts = torch.empty(table.num_chunks, dtype=torch.int64, device=device)
-            self._launch("count_kept", table.num_chunks, table.rows, table.owners, counts, BLOCK=BLOCK)
+            rows, owners = table_of(sizes, [(0, mask.data_ptr()) for mask, _ in masks], device)
+            counts = torch.empty(len(owners), dtype=torch.int64, device=device)
+            self._launch("count_kept", len(owners), rows, owners, counts, BLOCK=BLOCK)
             chunks = [-(-n // BLOCK) for n in sizes]
             running = counts.cumsum(0)
-            firsts = table.rows[:, 1]
-            kept = torch.zeros(len(masks), dtype=torch.int64, device=device).index_add_(0, table.owners, counts)
+            firsts = rows[:, 1]
+            kept = torch.zeros(len(masks), dtype=torch.int64, device=device).index_add_(0, owners, counts)
             running -= counts
-            running -= running[firsts][table.owners]
+            running -= running[firsts][owners]
             offsets = torch.split(running, chunks)
             return [Compaction(m, r, n) for (m, _), r, n in zip(masks, offsets, kept.tolist(), strict=True)]
 
@@ -335,9 +333,9 @@ class Triton:
                     for move in alike
                 ]
                 tables.append(table_of([move.numel for move in alike], fields, device))
-            for size, table in zip(by_size, tables, strict=True):
+            for size, (rows, owners) in zip(by_size, tables, strict=True):
                 constants = {"BITS": self._kernels.INTEGERS[size], "BLOCK": BLOCK}
-                self._launch("move_state", table.num_chunks, table.rows, table.owners, **constants)
+                self._launch("move_state", len(owners), rows, owners, **constants)
 
 
 def _layout(compaction: Compaction | None) -> tuple[int, int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from typing import Generic, NamedTuple, TypeVar
+from typing import Generic, TypeAlias, TypeVar
 
 import torch
 
@@ -19,6 +19,8 @@ BLOCK = 16384 if INTERPRETED else 2048
 FIELDS = 9  # of a table's rows, as in _triton_tiles.py
 
 T = TypeVar("T")
+# Rows in device memory, and whose row each chunk is; chunks of all rows are numbered through.
+Table: TypeAlias = tuple[torch.Tensor, torch.Tensor]
 
 
 class Recent(Generic[T]):
@@ -46,14 +48,6 @@ def stream_of(device: torch.device) -> int:
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
-class Table(NamedTuple):
-    """Rows in device memory, and whose row each chunk is; chunks of all rows are numbered through."""
-
-    rows: torch.Tensor
-    owners: torch.Tensor
-    num_chunks: int
-
-
 def table_of(sizes: Sequence[int], fields: Sequence[Sequence[int]], device: torch.device) -> Table:
     """Upload the table of tensors of these sizes, with what its rows hold behind them and their first chunks."""
     rows, chunks, total = [], [], 0
@@ -62,4 +56,4 @@ def table_of(sizes: Sequence[int], fields: Sequence[Sequence[int]], device: torc
         chunks.append(-(-n // BLOCK))
         total += chunks[-1]
     counts = upload(chunks, torch.int32, device)
-    return Table(upload(rows, torch.int64, device), torch.repeat_interleave(counts, output_size=total), total)
+    return upload(rows, torch.int64, device), torch.repeat_interleave(counts, output_size=total)
