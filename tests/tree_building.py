@@ -15,7 +15,7 @@ from gmp_kernels.checkpoints.files import TensorInfo
 
 FILE = Path("in.safetensors")
 VOCABULARY, WIDTH, HIDDEN, EXPERTS = 96, 16, 40, 4
-NAMES = {dtype: row.stored for dtype, row in DTYPES.items()} | {torch.int64: "I64", torch.uint8: "U8"}
+NAMES = DTYPES | {torch.int64: "I64", torch.uint8: "U8"}
 
 
 class Tree(NamedTuple):

@@ -9,7 +9,7 @@ from itertools import accumulate
 
 import torch
 
-from gmp_kernels.backends.dtypes import DTYPES
+from gmp_kernels.backends.dtypes import NAMES
 from gmp_kernels.backends.types import Layer
 from gmp_kernels.errors import DeviceError, LayoutError
 
@@ -66,7 +66,7 @@ def element_address(tensor: torch.Tensor | None) -> int:
 
 def dtype_name(tensor: torch.Tensor) -> str:
     """Return the name of its dtype in csrc/order/dtypes.h."""
-    return DTYPES[tensor.dtype].name
+    return NAMES[tensor.dtype]
 
 
 def by_dtype(layers: Sequence[Layer]) -> dict[str, list[int]]:

@@ -10,21 +10,20 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from gmp_kernels.backends.dtypes import DTYPES
-
 __all__ = ["bits_of", "key_of", "keys_of", "keys_of_magnitudes", "largest_key", "magnitude_of", "magnitudes_of_keys"]
 
 
 @cache
 def largest_key(dtype: torch.dtype) -> int:
     """Return the key of every NaN: the one right above that of Inf, which not every dtype has."""
-    nan = int(bits_of(torch.tensor([math.nan], dtype=dtype, device="cpu"))) & torch.iinfo(DTYPES[dtype].integer).max
-    return min(nan, _largest_finite(dtype) + 2)
+    above, (fraction_bits, _) = _largest_finite(dtype) + 1, _format(dtype)
+    has_inf = above % (1 << fraction_bits) == 0
+    return above + has_inf
 
 
 def bits_of(weights: torch.Tensor) -> torch.Tensor:
     """Return contiguous weights as integers, in the same memory."""
-    return weights.view(DTYPES[weights.dtype].integer)
+    return weights.view(_integer(weights.dtype))
 
 
 def keys_of(weights: torch.Tensor) -> torch.Tensor:
@@ -43,14 +42,14 @@ def keys_of_magnitudes(magnitudes: Sequence[float], dtype: torch.dtype) -> npt.N
 
 def magnitudes_of_keys(keys: npt.NDArray[np.int64], dtype: torch.dtype) -> npt.NDArray[np.float64]:
     """Return the magnitudes whose keys these are, exactly, even where the CPU takes subnormal numbers for zero."""
-    row, largest = DTYPES[dtype], largest_key(dtype)
+    (fraction_bits, bias), largest = _format(dtype), largest_key(dtype)
     if dtype == torch.float64:
         magnitudes = keys.view(np.float64)
     else:
-        exponents, fractions = keys >> row.fraction_bits, keys & ((1 << row.fraction_bits) - 1)
-        fractions = fractions + ((exponents > 0).astype(np.int64) << row.fraction_bits)
+        exponents, fractions = keys >> fraction_bits, keys & ((1 << fraction_bits) - 1)
+        fractions = fractions + ((exponents > 0).astype(np.int64) << fraction_bits)
         # Powers of two by their bits: a normal float64 for every value of the others.
-        powers = (np.maximum(exponents, 1) - row.bias - row.fraction_bits + 1023 << 52).view(np.float64)
+        powers = (np.maximum(exponents, 1) - bias - fraction_bits + 1023 << 52).view(np.float64)
         magnitudes = fractions * powers
     if keys.max(initial=0) <= (finite := _largest_finite(dtype)):
         return magnitudes
@@ -68,16 +67,29 @@ def magnitude_of(key: int, dtype: torch.dtype) -> float:
 
 
 @cache
+def _integer(dtype: torch.dtype) -> torch.dtype:
+    """Return the integers of the same size."""
+    return {8: torch.int8, 16: torch.int16, 32: torch.int32, 64: torch.int64}[torch.finfo(dtype).bits]
+
+
+@cache
+def _format(dtype: torch.dtype) -> tuple[int, int]:
+    """Return how many low bits are the fraction, and what the exponent of 1.0 is stored as, in the bits above them."""
+    numbers = torch.finfo(dtype)
+    return -round(math.log2(numbers.eps)), 1 - round(math.log2(numbers.smallest_normal))
+
+
+@cache
 def _largest_finite(dtype: torch.dtype) -> int:
     return int(_keys_of_finite(np.array([torch.finfo(dtype).max]), dtype)[0])
 
 
 def _keys_of_finite(values: npt.NDArray[np.float64], dtype: torch.dtype) -> npt.NDArray[np.int64]:
-    row = DTYPES[dtype]
+    fraction_bits, bias = _format(dtype)
     if dtype == torch.float64:
         return values.view(np.int64)
     # Subnormal numbers and zero have the exponent of the smallest normal one.
-    exponents = np.where(values > 0, np.maximum(np.frexp(values)[1] - 1, 1 - row.bias), 1 - row.bias)
-    fractions = np.ldexp(values, row.fraction_bits - exponents).astype(np.int64)
-    keys: npt.NDArray[np.int64] = fractions + ((exponents + row.bias - 1).astype(np.int64) << row.fraction_bits)
+    exponents = np.where(values > 0, np.maximum(np.frexp(values)[1] - 1, 1 - bias), 1 - bias)
+    fractions = np.ldexp(values, fraction_bits - exponents).astype(np.int64)
+    keys: npt.NDArray[np.int64] = fractions + ((exponents + bias - 1).astype(np.int64) << fraction_bits)
     return keys

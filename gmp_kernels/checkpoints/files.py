@@ -24,7 +24,7 @@ from gmp_kernels.errors import CheckpointError
 __all__ = ["DTYPES", "LENGTH_BYTES", "Checkpoint", "FileShard", "TensorInfo", "open_checkpoint"]
 
 # The dtypes whose magnitudes have an order here, by their names in the format.
-DTYPES = {row.stored: dtype for dtype, row in dtypes.DTYPES.items()}
+DTYPES = {name: dtype for dtype, name in dtypes.DTYPES.items()}
 LENGTH_BYTES = 8  # of the header's length, in front of it
 
 

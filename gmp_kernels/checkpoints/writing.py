@@ -184,7 +184,7 @@ def _converted(tensor: TensorInfo, dtype: torch.dtype | None) -> TensorInfo:
     """Return a tensor as it is in an output of this dtype, apart from its place there."""
     if dtype is None or tensor.dtype not in DTYPES:
         return tensor
-    return tensor._replace(dtype=dtypes.DTYPES[dtype].stored, nbytes=tensor.numel * dtype.itemsize)
+    return tensor._replace(dtype=dtypes.DTYPES[dtype], nbytes=tensor.numel * dtype.itemsize)
 
 
 def _bits_of(tensor: TensorInfo) -> TensorInfo:

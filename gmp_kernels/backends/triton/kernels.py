@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import triton.language as tl
 
-from gmp_kernels.backends.dtypes import DTYPES
+from gmp_kernels.backends.dtypes import NAMES
 from gmp_kernels.backends.triton.apply import apply
 from gmp_kernels.backends.triton.count import count
 from gmp_kernels.backends.triton.update import count_kept, move_state, sum_squares, update
@@ -21,4 +21,4 @@ __all__ = [
 ]
 
 INTEGERS = {2: tl.int16, 4: tl.int32, 8: tl.int64}  # by size
-FLOATS = {dtype: getattr(tl, row.name) for dtype, row in DTYPES.items()}
+FLOATS = {dtype: getattr(tl, name) for dtype, name in NAMES.items()}

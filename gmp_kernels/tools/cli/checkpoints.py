@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from gmp_kernels.backends.dtypes import DTYPES
+from gmp_kernels.backends.dtypes import NAMES
 from gmp_kernels.checkpoints import (
     BINS_PER_OCTAVE,
     DEFAULT_MEMORY,
@@ -56,9 +56,9 @@ class Scope(StrEnum):
 class DType(StrEnum):
     """Dtypes that the output can be converted to."""
 
-    _ignore_ = "row"
-    for row in DTYPES.values():
-        vars()[row.name.upper()] = row.name
+    _ignore_ = "dtype"
+    for dtype in NAMES.values():
+        vars()[dtype.upper()] = dtype
 
 
 def register(app: typer.Typer) -> None:
