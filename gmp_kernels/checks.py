@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch.nn.parameter import is_lazy
 
-from gmp_kernels.backends import Layer
 from gmp_kernels.backends.dtypes import DTYPES
 from gmp_kernels.backends.layers import Layers
 from gmp_kernels.backends.layouts import layouts_of
+from gmp_kernels.backends.types import Layer
 from gmp_kernels.errors import DTypeError, LayoutError, NonFiniteError, ShapeError, SparsityError
 from gmp_kernels.masks import BitMask
 

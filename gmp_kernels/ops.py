@@ -12,9 +12,10 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import numpy as np
 import torch
 
-from gmp_kernels.backends import Cutoffs, Selection, Threshold, choose
+from gmp_kernels.backends import choose
 from gmp_kernels.backends.keys import magnitude_of, magnitudes_of_keys
 from gmp_kernels.backends.layers import Layers
+from gmp_kernels.backends.types import Cutoffs, Selection, Threshold
 from gmp_kernels.checks import (
     Weight,
     bump_versions,

@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 import torch
 
 from gmp_kernels import BitMask, GMPError, NonFiniteError, apply_masks_, magnitude_threshold, prune_
-from gmp_kernels.backends import Brackets, Layer, StateMove, Threshold, choose
+from gmp_kernels.backends import choose
 from gmp_kernels.backends.cpu import _C
 from gmp_kernels.backends.dtypes import DTYPES
+from gmp_kernels.backends.types import Brackets, Layer, StateMove, Threshold
 from gmp_kernels.checks import forget
 from gmp_kernels.optim import SGD, Adam, AdamW, clip_grad_norm_, ema_update_
 

@@ -9,7 +9,9 @@ import torch
 from conftest import HOST_BACKENDS
 
 from gmp_kernels import BitMask
-from gmp_kernels.backends import (
+from gmp_kernels.backends import choose
+from gmp_kernels.backends.keys import key_of
+from gmp_kernels.backends.types import (
     Compaction,
     Constants,
     Cutoffs,
@@ -18,9 +20,7 @@ from gmp_kernels.backends import (
     StateMove,
     UpdateBatch,
     UpdateTensor,
-    choose,
 )
-from gmp_kernels.backends.keys import key_of
 from gmp_kernels.optim import AdamW
 from gmp_kernels.tools.testing import assert_bitwise_equal
 

@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gmp_kernels import BitMask, checks
-from gmp_kernels.backends import Layer, choose
+from gmp_kernels.backends import choose
 from gmp_kernels.backends.cuda.selection_tables import SelectionTables
+from gmp_kernels.backends.types import Layer
 from gmp_kernels.tools.testing import DTYPES, adversarial_cases, assert_same_pruning
 
 _simt = simt_extension()

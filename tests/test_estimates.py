@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from gmp_kernels.backends import Brackets, Layer, choose
+from gmp_kernels.backends import choose
 from gmp_kernels.backends.keys import keys_of, largest_key
+from gmp_kernels.backends.types import Brackets, Layer
 from gmp_kernels.masks import BitMask
 from gmp_kernels.search.sample import estimate
 from gmp_kernels.tools.testing import DTYPES, adversarial_cases

@@ -7,9 +7,10 @@ import torch
 from conftest import simt_extension
 
 from gmp_kernels import BitMask, checks, magnitude_threshold, prune_
-from gmp_kernels.backends import Layer, choose
+from gmp_kernels.backends import choose
 from gmp_kernels.backends.cuda import selection_tables
 from gmp_kernels.backends.cuda.selection_tables import SelectionTables
+from gmp_kernels.backends.types import Layer
 from gmp_kernels.tools.bench.gpu import resnet50_sizes
 from gmp_kernels.tools.testing import assert_same_pruning
 

@@ -12,8 +12,9 @@ from conftest import thinned
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gmp_kernels.backends import Brackets, Cutoffs, Implementation, Layer, Selection, choose
+from gmp_kernels.backends import choose
 from gmp_kernels.backends.keys import key_of, keys_of, largest_key, magnitude_of
+from gmp_kernels.backends.types import Brackets, Cutoffs, Implementation, Layer, Selection
 from gmp_kernels.errors import StateError
 from gmp_kernels.masks import BitMask
 from gmp_kernels.ops import magnitude_threshold

@@ -22,8 +22,9 @@ from optim_cases import (
 from torch import nn
 
 from gmp_kernels import BitMask, GMPScheduler, StateError, prune_, schedules
-from gmp_kernels.backends import Layer, choose
+from gmp_kernels.backends import choose
 from gmp_kernels.backends.cpu import Cpu
+from gmp_kernels.backends.types import Layer
 from gmp_kernels.errors import GMPWarning
 from gmp_kernels.optim.compact import layout_of
 

@@ -20,10 +20,11 @@ from optim_cases import assert_same_run, masked, parameters, random_gradients, r
 from subprocesses import ROOT
 
 from gmp_kernels import BitMask, DeviceError, NonFiniteError, StateError, magnitude_threshold, prune_
-from gmp_kernels.backends import Brackets, Layer, StateMove, choose, cuda
+from gmp_kernels.backends import choose, cuda
 from gmp_kernels.backends import uploads as uploads_module
 from gmp_kernels.backends.cuda.selection_tables import SelectionTables
 from gmp_kernels.backends.keys import key_of, largest_key
+from gmp_kernels.backends.types import Brackets, Layer, StateMove
 from gmp_kernels.backends.uploads import put
 from gmp_kernels.optim import AdamW
 from gmp_kernels.search.driver import select

@@ -18,11 +18,12 @@ from subprocesses import run_python
 
 import gmp_kernels
 from gmp_kernels import prune_
-from gmp_kernels.backends import Brackets, Layer, choose
+from gmp_kernels.backends import choose
 from gmp_kernels.backends.keys import key_of, largest_key
 from gmp_kernels.backends.triton import Triton
 from gmp_kernels.backends.triton import kernels as triton_kernels
 from gmp_kernels.backends.triton.interpreter import _fma
+from gmp_kernels.backends.types import Brackets, Layer
 from gmp_kernels.optim import clip_grad_norm_, ema_update_
 from gmp_kernels.search import driver
 from gmp_kernels.tools.testing import DTYPES, GuardedCopy, adversarial_cases, assert_same_pruning, device_of

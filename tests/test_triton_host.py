@@ -13,7 +13,11 @@ from optim_cases import parameters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gmp_kernels import BitMask, CaptureError, apply_masks_, prune_
-from gmp_kernels.backends import (
+from gmp_kernels.backends import capture, choose, triton
+from gmp_kernels.backends.triton import Triton
+from gmp_kernels.backends.triton import steps as triton_steps
+from gmp_kernels.backends.triton import tables as triton_tables
+from gmp_kernels.backends.types import (
     BracketCounts,
     Brackets,
     Constants,
@@ -22,13 +26,7 @@ from gmp_kernels.backends import (
     Selection,
     UpdateBatch,
     UpdateTensor,
-    capture,
-    choose,
-    triton,
 )
-from gmp_kernels.backends.triton import Triton
-from gmp_kernels.backends.triton import steps as triton_steps
-from gmp_kernels.backends.triton import tables as triton_tables
 from gmp_kernels.optim import AdamW, clip_grad_norm_, ema_update_
 from gmp_kernels.search.driver import select
 from gmp_kernels.tools.testing import DTYPES, assert_bitwise_equal, device_of

@@ -10,8 +10,9 @@ from typing import NamedTuple
 
 import torch
 
-from gmp_kernels.backends import BracketCounts, Brackets, Layer, Threshold, choose
+from gmp_kernels.backends import choose
 from gmp_kernels.backends.keys import magnitude_of
+from gmp_kernels.backends.types import BracketCounts, Brackets, Layer, Threshold
 from gmp_kernels.checkpoints.files import DTYPES, TensorInfo
 from gmp_kernels.checkpoints.stream import Stream, opened, read_into
 from gmp_kernels.errors import NonFiniteError

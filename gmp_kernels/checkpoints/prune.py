@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from gmp_kernels.backends import Threshold
+from gmp_kernels.backends.types import Threshold
 from gmp_kernels.checkpoints.counting import Decision, decide
 from gmp_kernels.checkpoints.files import FileShard, open_checkpoint
 from gmp_kernels.checkpoints.masks import is_file_of_masks

@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
-from gmp_kernels.backends import Brackets, Cutoffs, Layer, Selection, choose, dtypes
+from gmp_kernels.backends import choose, dtypes
 from gmp_kernels.backends.keys import magnitude_of
+from gmp_kernels.backends.types import Brackets, Cutoffs, Layer, Selection
 from gmp_kernels.checkpoints.counting import Decision, check_finite, decide
 from gmp_kernels.checkpoints.files import DTYPES, LENGTH_BYTES, Checkpoint, FileShard, TensorInfo
 from gmp_kernels.checkpoints.folders import read_index

@@ -10,7 +10,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from gmp_kernels.backends import Brackets, Cutoffs, Layer, Selection, Threshold, choose
+from gmp_kernels.backends import choose
+from gmp_kernels.backends.types import Brackets, Cutoffs, Layer, Selection, Threshold
 from gmp_kernels.checks import bump_versions, check_disjoint, check_finite, check_tensors, check_writable
 from gmp_kernels.distributed.placement import is_sharded, region_of
 from gmp_kernels.errors import DistributedError, GMPError, LayoutError, StateError

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from gmp_kernels.backends import UpdateBatch
+from gmp_kernels.backends.types import UpdateBatch
 from gmp_kernels.optim.checked import CheckedParameter, Snapshot, is_unchanged, plain_layouts, snapshot
 from gmp_kernels.optim.compact import STEP
 

@@ -8,9 +8,9 @@ from typing import Any, TypeAlias
 
 import torch
 
-from gmp_kernels.backends import UpdateTensor
 from gmp_kernels.backends.dtypes import DTYPES
 from gmp_kernels.backends.layouts import layouts_of
+from gmp_kernels.backends.types import UpdateTensor
 from gmp_kernels.checks import check_mask, has_memory
 from gmp_kernels.distributed.placement import local
 from gmp_kernels.errors import DTypeError, LayoutError, ShapeError

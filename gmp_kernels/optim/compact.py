@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from gmp_kernels.backends import Compaction, StateMove, choose
+from gmp_kernels.backends import choose
+from gmp_kernels.backends.types import Compaction, StateMove
 from gmp_kernels.distributed.placement import local, sharded_like
 from gmp_kernels.errors import StateError
 from gmp_kernels.masks import BitMask

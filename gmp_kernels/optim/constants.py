@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from gmp_kernels.backends import Constants
+from gmp_kernels.backends.types import Constants
 
 __all__ = ["constants_of", "is_on_gpu", "scalar"]
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from gmp_kernels.backends import Constants, UpdateBatch, UpdateTensor, choose
+from gmp_kernels.backends import choose
 from gmp_kernels.backends.at_once import at_once
+from gmp_kernels.backends.types import Constants, UpdateBatch, UpdateTensor
 from gmp_kernels.checks import bump_versions, check_tensors, check_writable, may_overlap
 from gmp_kernels.distributed.placement import local_grad, sharding_of, sum_over_shards
 from gmp_kernels.errors import LayoutError, ShapeError, SparsityError

@@ -7,9 +7,9 @@ from typing import NamedTuple, TypeAlias
 
 import torch
 
-from gmp_kernels.backends import Constants, UpdateTensor
 from gmp_kernels.backends.addresses import address, element_address
 from gmp_kernels.backends.triton.tables import Recent, Table, stream_of, table_of
+from gmp_kernels.backends.types import Constants, UpdateTensor
 from gmp_kernels.backends.uploads import upload
 
 __all__ = ["Kind", "Row", "constant_table", "row_of", "tables_by_kind"]

@@ -20,7 +20,8 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from gmp_kernels.backends import Backend, BracketCounts, Implementation, choose, cuda, register, triton
+from gmp_kernels.backends import Backend, choose, cuda, register, triton
+from gmp_kernels.backends.types import BracketCounts, Implementation
 from gmp_kernels.masks import BitMask
 from gmp_kernels.ops import prune_
 from gmp_kernels.optim import AdamW
