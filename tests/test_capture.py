@@ -21,7 +21,7 @@ from subprocesses import run_python
 from torch import nn
 
 from gmp_kernels import BitMask, CaptureError, GMPScheduler, prune_, schedules
-from gmp_kernels.backends import capture, choose, uploads
+from gmp_kernels.backends import choose, devices, uploads
 from gmp_kernels.optim import SGD, clip_grad_norm_
 from gmp_kernels.tools.testing import assert_bitwise_equal
 
@@ -67,7 +67,7 @@ def runtime(monkeypatch: pytest.MonkeyPatch) -> Runtime:
         return pinned_like(table)
 
     monkeypatch.setattr(choose("simt", torch.device("cpu")), "_module", runtime)
-    monkeypatch.setattr(capture, "is_capturing", lambda device: runtime.graph is not None)
+    monkeypatch.setattr(devices, "is_capturing", lambda device: runtime.graph is not None)
     monkeypatch.setattr(uploads, "pinned_like", pinned)
     return runtime
 

@@ -13,7 +13,7 @@ from optim_cases import parameters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gmp_kernels import BitMask, CaptureError, apply_masks_, prune_
-from gmp_kernels.backends import capture, choose, triton
+from gmp_kernels.backends import choose, devices, triton
 from gmp_kernels.backends.triton import Triton
 from gmp_kernels.backends.triton import steps as triton_steps
 from gmp_kernels.backends.triton import tables as triton_tables
@@ -251,7 +251,7 @@ def test_no_operation_lets_itself_be_captured(monkeypatch: pytest.MonkeyPatch) -
         "update": lambda: ema_update_([weight], [params[0].grad], 0.5, backend="triton"),
         "AdamW": optimizer.step,
     }
-    monkeypatch.setattr(capture, "is_capturing", lambda device: True)
+    monkeypatch.setattr(devices, "is_capturing", lambda device: True)
     for name, operation in operations.items():
         with pytest.raises(CaptureError, match=name):
             operation()

@@ -1,28 +1,12 @@
-"""Helpers of backends that hand layers to kernels: names of dtypes, addresses, one call per dtype, GPU errors."""
+"""Addresses of tensors as kernels take them, held against the number of elements and their size."""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from itertools import accumulate
-
 import torch
 
-from gmp_kernels.backends.dtypes import NAMES
-from gmp_kernels.backends.types import Layer
-from gmp_kernels.errors import DeviceError, LayoutError
+from gmp_kernels.errors import LayoutError
 
-__all__ = [
-    "address",
-    "array_address",
-    "bits_address",
-    "by_dtype",
-    "dtype_name",
-    "element_address",
-    "group_positions",
-    "on_device",
-]
+__all__ = ["address", "array_address", "bits_address", "element_address"]
 
 
 def address(tensor: torch.Tensor | None) -> int:
@@ -62,42 +46,3 @@ def element_address(tensor: torch.Tensor | None) -> int:
             f"{tensor.data_ptr():#x}; copy it, or use backend 'cpu'"
         )
     return address(tensor)
-
-
-def dtype_name(tensor: torch.Tensor) -> str:
-    """Return the name of its dtype in csrc/order/dtypes.h."""
-    return NAMES[tensor.dtype]
-
-
-def by_dtype(layers: Sequence[Layer]) -> dict[str, list[int]]:
-    """Positions of the layers of each dtype: one call per dtype nearly always means one call."""
-    positions: dict[str, list[int]] = defaultdict(list)
-    for i, layer in enumerate(layers):
-        positions[dtype_name(layer.weight)].append(i)
-    return positions
-
-
-def group_positions(positions: Sequence[int], group_sizes: Sequence[int]) -> Sequence[int]:
-    """Return which groups the layers at these positions make up; each has layers of one dtype."""
-    if len(group_sizes) == 1 or max(group_sizes) == 1:
-        return range(1) if len(group_sizes) == 1 else positions
-    firsts, wanted = accumulate(group_sizes[:-1], initial=0), set(positions)
-    return [g for g, first in enumerate(firsts) if first in wanted]
-
-
-@contextmanager
-def on_device(device: torch.device, what: str) -> Iterator[None]:
-    """Make a GPU current and give its errors a name; the host needs neither."""
-    if device.type == "cpu":
-        yield
-        return
-    try:
-        with torch.cuda.device(device):
-            yield
-    except torch.OutOfMemoryError as error:
-        raise DeviceError(f"{what}: no memory left on {device} for the workspace ({error}); free some") from error
-    except RuntimeError as error:
-        raise DeviceError(
-            f"{what}: {device} reports an error, of this kernel or an earlier one ({error}); run again with "
-            "CUDA_LAUNCH_BLOCKING=1 to see which"
-        ) from error

@@ -11,8 +11,8 @@ import numpy as np
 # Before _C: the process then has one OpenMP runtime, torch's, and our loops run on the threads torch keeps warm.
 import torch
 
-from gmp_kernels.backends.addresses import dtype_name
 from gmp_kernels.backends.at_once import at_once
+from gmp_kernels.backends.dtypes import NAMES
 from gmp_kernels.backends.layers import Layers, prepared
 from gmp_kernels.backends.registry import Backend, register
 from gmp_kernels.backends.types import (
@@ -58,7 +58,7 @@ def _ends(brackets: Brackets) -> list[tuple[int, int]]:
 
 
 def _layers(layers: Sequence[Layer]) -> _C.Layers:
-    return _C.layers([(dtype_name(weight), _array(weight), _array(mask)) for weight, mask in layers])
+    return _C.layers([(NAMES[weight.dtype], _array(weight), _array(mask)) for weight, mask in layers])
 
 
 def _known(layers: Sequence[Layer]) -> _C.Layers:
@@ -69,7 +69,7 @@ def _known(layers: Sequence[Layer]) -> _C.Layers:
 def _prepared(t: UpdateTensor) -> _C.UpdateTensor:
     """Make the tensor's row, once."""
     row = _C.update_tensor(
-        dtype_name(t.weight),
+        NAMES[t.weight.dtype],
         _array(t.weight),
         _array(t.master),
         list(map(_array, t.state)),

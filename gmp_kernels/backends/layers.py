@@ -6,15 +6,17 @@ GPU would wait for it.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
-from itertools import chain
+from itertools import accumulate, chain
 from typing import TypeVar, overload
 
 import torch
 
+from gmp_kernels.backends.dtypes import NAMES
 from gmp_kernels.backends.types import Layer
 
-__all__ = ["Layers", "device_of", "merged", "prepared"]
+__all__ = ["Layers", "by_dtype", "device_of", "group_positions", "merged", "prepared"]
 
 T = TypeVar("T")
 
@@ -75,6 +77,22 @@ def prepared(layers: Sequence[Layer], key: Hashable, make: Callable[[], T]) -> T
     if key not in known:
         known[key] = make()
     return known[key]  # type: ignore[return-value]
+
+
+def by_dtype(layers: Sequence[Layer]) -> dict[str, list[int]]:
+    """Positions of the layers of each dtype: one call per dtype nearly always means one call."""
+    positions: dict[str, list[int]] = defaultdict(list)
+    for i, layer in enumerate(layers):
+        positions[NAMES[layer.weight.dtype]].append(i)
+    return positions
+
+
+def group_positions(positions: Sequence[int], group_sizes: Sequence[int]) -> Sequence[int]:
+    """Return which groups the layers at these positions make up; each has layers of one dtype."""
+    if len(group_sizes) == 1 or max(group_sizes) == 1:
+        return range(1) if len(group_sizes) == 1 else positions
+    firsts, wanted = accumulate(group_sizes[:-1], initial=0), set(positions)
+    return [g for g, first in enumerate(firsts) if first in wanted]
 
 
 def merged(positions: Sequence[Sequence[int]], pieces: Sequence[list[T]]) -> list[T]:

@@ -3,40 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy.typing as npt
 import torch
 
-from gmp_kernels.backends import capture
+from gmp_kernels.backends import devices
 from gmp_kernels.errors import CaptureError
 
-__all__ = ["Table", "current", "pinned_like", "put", "refuse_capture", "upload"]
-
-
-def current(device: torch.device) -> AbstractContextManager[object]:
-    """Make a device current: launches and copies do so, and torch's would stay another one.
-
-    To make current what is so already takes longer than to ask.
-    """
-    if device.type == "cpu" or torch.cuda.current_device() == device.index:
-        return nullcontext()
-    return torch.cuda.device(device)
-
-
-def refuse_capture(device: torch.device) -> None:
-    """Raise CaptureError while a CUDA graph is captured: its replays would find the numbers of this call."""
-    if capture.is_capturing(device):
-        raise CaptureError(
-            "expected an operation that a CUDA graph can hold, got one that uploads numbers of this call; call it "
-            "outside of the capture"
-        )
+__all__ = ["Table", "pinned_like", "put", "upload"]
 
 
 def upload(values: Sequence[Any] | npt.NDArray[Any], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Copy numbers to a device without waiting for it. Torch keeps the memory copied from until that is done."""
-    refuse_capture(device)
+    devices.refuse_capture(device)
     # The host whatever torch's default device is.
     host = torch.as_tensor(values, dtype=dtype, device="cpu")
     return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
@@ -48,7 +28,7 @@ def put(module: Any, launch: Any, values: npt.NDArray[Any], table: torch.Tensor)
     Those take less of the host's time than memory that has to be pinned first.
     """
     device = table.device
-    refuse_capture(device)
+    devices.refuse_capture(device)
     if values.size <= module.MOST_STORED:
         module.store(launch, table.data_ptr(), values)
     else:
@@ -85,7 +65,7 @@ class Table:
         launch: Any,
     ) -> torch.Tensor:
         """Return the table that ``make`` returns on the host, and that is the same for as long as ``contents`` is."""
-        if capture.is_capturing(device):
+        if devices.is_capturing(device):
             # Even if nothing has changed: what another graph uploads is there after its replays only, and what the
             # caller writes to the table of other steps has to stay out of the graph.
             host = torch.from_numpy(make())

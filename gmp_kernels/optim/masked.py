@@ -10,7 +10,7 @@ from weakref import WeakValueDictionary
 
 import torch
 
-from gmp_kernels.backends import capture, choose
+from gmp_kernels.backends import choose, devices
 from gmp_kernels.checks import PLAIN
 from gmp_kernels.distributed.placement import is_sharded, local, local_grad
 from gmp_kernels.errors import CaptureError, DTypeError, LayoutError, ShapeError, TargetError
@@ -181,7 +181,7 @@ class MaskedOptimizer(Masking):
         groups, batch = self.param_groups, self._batch
         keys = [self._state_keys(group) for group in groups]
         indices, parameters, weights, gradients = _stepping(groups, given)
-        is_captured = any(capture.is_capturing(p.device) for p in parameters[:1])
+        is_captured = any(devices.is_capturing(p.device) for p in parameters[:1])
         if is_captured:
             self._check_capturable(parameters[0].device, all(lazy[index] for index in indices))
         states = list(map(self.state.get, parameters))

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, NoReturn
 import torch
 from torch.utils.hooks import RemovableHandle
 
-from gmp_kernels.backends import capture
+from gmp_kernels.backends import devices
 from gmp_kernels.backends.at_once import at_once
 from gmp_kernels.checks import check_mask
 from gmp_kernels.distributed.placement import local, sharded_like
@@ -222,7 +222,7 @@ class Masking(torch.optim.Optimizer):
             return
         for p in behind.difference(checked):
             self._check_state(p)
-        if any(capture.is_capturing(p.device) for p in behind):
+        if any(devices.is_capturing(p.device) for p in behind):
             self._refuse_capture("masks to be applied first; set masks before capturing")
         # All that needs memory comes before the first write.
         states = compacted(stale, self._masks, self._backend)

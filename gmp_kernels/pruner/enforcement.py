@@ -9,7 +9,7 @@ from weakref import WeakSet
 import torch
 from torch import nn
 
-from gmp_kernels.backends import capture
+from gmp_kernels.backends import devices
 from gmp_kernels.distributed import Shards
 from gmp_kernels.distributed.placement import local, sum_over_shards
 from gmp_kernels.errors import CaptureError, StateError, TargetError, warn
@@ -322,7 +322,7 @@ class Enforcement:
 
     def refuse_capture(self, what: str, use: str) -> None:
         """Raise CaptureError while a CUDA graph is captured, whose replays do not run what Python does here."""
-        if capture.is_capturing(next(iter(self.parameters.values())).device):
+        if devices.is_capturing(next(iter(self.parameters.values())).device):
             raise CaptureError(f"expected nothing that a CUDA graph would leave out, got {what}; use {use}")
 
     # -- what others wrote -------------------------------------------------------------------------------------------

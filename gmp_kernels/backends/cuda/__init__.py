@@ -17,10 +17,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from gmp_kernels.backends.addresses import address, array_address, bits_address, by_dtype, element_address
+from gmp_kernels.backends.addresses import address, array_address, bits_address, element_address
 from gmp_kernels.backends.at_once import at_once
 from gmp_kernels.backends.cuda.selection_tables import DTYPE_CODES, NO_INDEX, Rows, SelectionTables, fill_chunks
-from gmp_kernels.backends.layers import Layers, device_of, prepared
+from gmp_kernels.backends.devices import on_device, refuse_capture
+from gmp_kernels.backends.layers import Layers, by_dtype, device_of, prepared
 from gmp_kernels.backends.registry import Backend, register
 from gmp_kernels.backends.types import (
     BracketCounts,
@@ -34,8 +35,8 @@ from gmp_kernels.backends.types import (
     UpdateBatch,
     UpdateTensor,
 )
-from gmp_kernels.backends.uploads import Table, current, put, refuse_capture, upload
-from gmp_kernels.errors import CaptureError, DeviceError, LayoutError
+from gmp_kernels.backends.uploads import Table, put, upload
+from gmp_kernels.errors import LayoutError
 
 _modules: dict[str, ModuleType] = {}
 _missing: dict[str, str] = {}
@@ -68,21 +69,8 @@ class Launches:
     @contextmanager
     def _on(self, device: torch.device, what: str) -> Iterator[Any]:
         """Have ``device`` current, and give what launches need of it. Errors get a name."""
-        try:
-            with current(device):
-                yield self._launch(device)
-        except torch.OutOfMemoryError as error:
-            raise DeviceError(
-                f"{what}: no memory left on {device} for the workspace, nothing was changed ({error}); free some, or "
-                "prune fewer layers at a time"
-            ) from error
-        except CaptureError as error:
-            raise CaptureError(f"{what}: {error}") from None
-        except RuntimeError as error:
-            raise DeviceError(
-                f"{what}: {device} reports an error, of this call or of an earlier one ({error}); run again with "
-                "CUDA_LAUNCH_BLOCKING=1 to see which"
-            ) from error
+        with on_device(device, what):
+            yield self._launch(device)
 
     def _launch(self, device: torch.device) -> Any:
         if device.type == "cpu":

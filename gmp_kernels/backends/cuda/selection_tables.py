@@ -10,10 +10,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from gmp_kernels.backends.addresses import bits_address, by_dtype, element_address, group_positions
+from gmp_kernels.backends.addresses import bits_address, element_address
+from gmp_kernels.backends.devices import current
 from gmp_kernels.backends.dtypes import DTYPES
+from gmp_kernels.backends.layers import by_dtype, group_positions
 from gmp_kernels.backends.types import Brackets, Cutoffs, Layer, PruneCounts, Selection
-from gmp_kernels.backends.uploads import current, put
+from gmp_kernels.backends.uploads import put
 
 __all__ = ["DTYPE_CODES", "NO_INDEX", "Rows", "SelectionTables", "fill_chunks"]
 

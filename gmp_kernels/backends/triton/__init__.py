@@ -19,11 +19,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from gmp_kernels.backends import capture
-from gmp_kernels.backends.addresses import address, by_dtype, element_address, on_device
+from gmp_kernels.backends import devices
+from gmp_kernels.backends.addresses import address, element_address
 from gmp_kernels.backends.at_once import at_once
+from gmp_kernels.backends.devices import on_device
 from gmp_kernels.backends.keys import largest_key
-from gmp_kernels.backends.layers import Layers, device_of, merged, prepared
+from gmp_kernels.backends.layers import Layers, by_dtype, device_of, merged, prepared
 from gmp_kernels.backends.registry import Backend, register
 from gmp_kernels.backends.triton.steps import Kind, constant_table, row_of, tables_by_kind
 from gmp_kernels.backends.triton.tables import BLOCK, INTERPRETED, Recent, Table, stream_of, table_of
@@ -65,7 +66,7 @@ def options_of(name: str) -> dict[str, Any]:
 @contextmanager
 def _on(device: torch.device, what: str) -> Iterator[None]:
     """Make the device current and name its errors; refuse what no CUDA graph could replay."""
-    if capture.is_capturing(device):
+    if devices.is_capturing(device):
         raise CaptureError(
             f"{what}: expected an operation that a CUDA graph can hold, got one of backend 'triton', which makes its "
             "tables on the host; call it outside of the capture, or use backend 'cuda'"
