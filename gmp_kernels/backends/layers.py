@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
-from itertools import accumulate, chain
+from itertools import accumulate
 from typing import TypeVar, overload
 
 import torch
@@ -16,7 +16,7 @@ import torch
 from gmp_kernels.backends.dtypes import NAMES
 from gmp_kernels.backends.types import Layer
 
-__all__ = ["Layers", "by_dtype", "device_of", "group_positions", "merged", "prepared"]
+__all__ = ["Layers", "by_dtype", "device_of", "group_positions", "prepared"]
 
 T = TypeVar("T")
 
@@ -93,11 +93,3 @@ def group_positions(positions: Sequence[int], group_sizes: Sequence[int]) -> Seq
         return range(1) if len(group_sizes) == 1 else positions
     firsts, wanted = accumulate(group_sizes[:-1], initial=0), set(positions)
     return [g for g, first in enumerate(firsts) if first in wanted]
-
-
-def merged(positions: Sequence[Sequence[int]], pieces: Sequence[list[T]]) -> list[T]:
-    """Return a column of all layers, given that of each part and the positions of its layers."""
-    if len(pieces) == 1:
-        return pieces[0]
-    found = dict(zip(chain.from_iterable(positions), chain.from_iterable(pieces), strict=True))
-    return [found[i] for i in range(len(found))]

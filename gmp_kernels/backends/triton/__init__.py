@@ -24,7 +24,7 @@ from gmp_kernels.backends.addresses import address, element_address
 from gmp_kernels.backends.at_once import at_once
 from gmp_kernels.backends.devices import on_device
 from gmp_kernels.backends.keys import largest_key
-from gmp_kernels.backends.layers import Layers, by_dtype, device_of, merged, prepared
+from gmp_kernels.backends.layers import Layers, by_dtype, device_of, prepared
 from gmp_kernels.backends.registry import Backend, register
 from gmp_kernels.backends.triton.steps import Kind, constant_table, row_of, tables_by_kind
 from gmp_kernels.backends.triton.tables import BLOCK, INTERPRETED, Recent, Table, stream_of, table_of
@@ -209,16 +209,11 @@ class Triton:
             # Everything there has to be memory for is there: from here on weights are written.
             for part, request in zip(parts, requests, strict=True):
                 self._apply(part, *request, SELECTED=True)
-            kept = [
-                counts.cpu().view(len(part.numels), part.slots, COUNTERS).sum(1).T.tolist()
-                for part, (_, counts) in zip(parts, requests, strict=True)
-            ]
-        positions = [part.positions for part in parts]
-        sizes, before, now = (
-            merged(positions, pieces)
-            for pieces in ([part.numels for part in parts], [own[0] for own in kept], [own[1] for own in kept])
-        )
-        return PruneCounts.from_kept(sizes, before, now)
+            found = np.zeros((3, len(layers)), np.int64)  # sizes, weights kept before, weights kept now
+            for part, (_, counts) in zip(parts, requests, strict=True):
+                kept = counts.cpu().numpy().reshape(len(part.numels), part.slots, COUNTERS).sum(axis=1).T
+                found[:, part.positions] = part.numels, *kept[:2]
+        return PruneCounts.from_kept(*found.tolist())
 
     def _apply(self, part: Part, asked: torch.Tensor, counts: torch.Tensor, *, SELECTED: bool) -> None:
         rows, owners = part.table
