@@ -23,6 +23,7 @@ from gmp_kernels import BitMask, DeviceError, NonFiniteError, StateError, magnit
 from gmp_kernels.backends import choose, cuda
 from gmp_kernels.backends import uploads as uploads_module
 from gmp_kernels.backends.cuda.selection_tables import SelectionTables
+from gmp_kernels.backends.devices import on_device
 from gmp_kernels.backends.keys import key_of, largest_key
 from gmp_kernels.backends.types import Brackets, Layer, StateMove
 from gmp_kernels.backends.uploads import put
@@ -405,8 +406,9 @@ def test_only_another_gpu_than_the_current_one_is_made_current(monkeypatch: pyte
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext(made_current.append(device.index)))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: streams[device.index])
-    with cuda.Launches(_simt)._on(torch.device("cuda", index), "select") as launch:
-        assert launch.stream == 70 + index
+    device = torch.device("cuda", index)
+    with on_device(device, "select"):
+        assert cuda.Launches(_simt)._launch(device).stream == 70 + index
     assert made_current == [1] * index
 
 

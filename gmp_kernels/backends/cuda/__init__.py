@@ -7,8 +7,7 @@ stays on the device until it is needed. Workspace comes from torch's allocator.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import ModuleType
 from typing import Any, TypeAlias, cast
@@ -66,12 +65,6 @@ class Launches:
         self._module: Any = module
         self._multiprocessors: dict[torch.device, int] = {}
 
-    @contextmanager
-    def _on(self, device: torch.device, what: str) -> Iterator[Any]:
-        """Have ``device`` current, and give what launches need of it. Errors get a name."""
-        with on_device(device, what):
-            yield self._launch(device)
-
     def _launch(self, device: torch.device) -> Any:
         if device.type == "cpu":
             return self._module.launch_on(0, 0, self._size(device))
@@ -107,7 +100,9 @@ class Launches:
         brackets: Brackets | None = None,
         prunes: bool = False,
     ) -> Selection:
-        with self._on(device_of(layers), "select") as launch:
+        device = device_of(layers)
+        with on_device(device, "select"):
+            launch = self._launch(device)
             found = self._tables(layers, group_sizes, prunes=prunes).filled(launch, layers, num_prune, brackets)
             self._module.select(launch, found.tables)
         return found
@@ -124,7 +119,8 @@ class Launches:
         device = layers[0].weight.device
         found = BracketCounts.nothing(len(layers), num_bins)
         places = [None] * len(layers) if candidates is None else candidates
-        with self._on(device, "count") as launch:
+        with on_device(device, "count"):
+            launch = self._launch(device)
             for positions in by_dtype(layers).values():
                 own = [layers[i] for i in positions]
                 bins = torch.zeros(len(own), num_bins, dtype=torch.int64, device=device)
@@ -152,7 +148,8 @@ class Launches:
         self, layers: Sequence[Layer], selection: Selection, out: Sequence[torch.Tensor], *, finite: bool = False
     ) -> PruneCounts | None:
         device = device_of(layers)
-        with self._on(device, "prune") as launch:
+        with on_device(device, "prune"):
+            launch = self._launch(device)
             if isinstance(selection, SelectionTables) and selection.layers is layers:
                 found = selection
             else:
@@ -171,7 +168,8 @@ class Launches:
 
     def apply(self, layers: Sequence[Layer]) -> None:
         device = device_of(layers)
-        with self._on(device, "apply_masks_") as launch:
+        with on_device(device, "apply_masks_"):
+            launch = self._launch(device)
             refuse_capture(device)
             # Without `out` apply writes nothing to them, so the next call on this stream needs no others.
             found = prepared(
@@ -195,7 +193,8 @@ class Launches:
             at_once(after)
             return
         device = batch.tensors[0].weight.device
-        with self._on(device, "update") as launch:
+        with on_device(device, "update"):
+            launch = self._launch(device)
             if not isinstance(batch.prepared, tuple):
                 batch.prepared = self._steps(batch.tensors)
             order, parts, on_host, table, values = cast("_Steps", batch.prepared)
@@ -291,7 +290,8 @@ class Launches:
         rows["dtype"] = [DTYPE_CODES[g.weight.dtype] for g in gradients]
         rows["grads"] = [element_address(g.weight) for g in gradients]
         rows["mask"] = [bits_address(g.mask, g.weight.numel()) for g in gradients]
-        with self._on(device, "sum_squares") as launch:
+        with on_device(device, "sum_squares"):
+            launch = self._launch(device)
             table = upload(_words(rows), torch.int64, device)
             sums = torch.empty(num_chunks + 1, dtype=torch.float64, device=device)
             self._module.sum_squares(launch, table.data_ptr(), len(rows), num_chunks, sums.data_ptr())
@@ -301,7 +301,8 @@ class Launches:
         if not masks:
             return []
         device = masks[0][0].device
-        with self._on(device, "compactions") as launch:
+        with on_device(device, "compactions"):
+            launch = self._launch(device)
             chunks = [-(-numel // self._module.CHUNK) for _, numel in masks]
             # What each mask with weights keeps in all, then the chunk offsets of one mask after the other.
             buffer = torch.zeros(len(masks) + sum(chunks) + len(masks), dtype=torch.int64, device=device)
@@ -327,7 +328,8 @@ class Launches:
         self._fill_state(rows[0], [([move.source], move.source_layout) for move in moves], sizes)
         self._fill_state(rows[1], [([move.target], move.target_layout) for move in moves], sizes)
         num_chunks = fill_chunks(rows[0], sizes, self._module.CHUNK)
-        with self._on(device, "move_state") as launch:
+        with on_device(device, "move_state"):
+            launch = self._launch(device)
             table = upload(_words(rows), torch.int64, device)
             self._module.move_state(launch, table.data_ptr(), len(moves), num_chunks)
 
