@@ -29,7 +29,7 @@ from gmp_kernels.errors import DeviceError, DTypeError, ShapeError
 from gmp_kernels.library import define
 from gmp_kernels.masks import BitMask
 from gmp_kernels.search.brackets import brackets_near
-from gmp_kernels.search.driver import select
+from gmp_kernels.search.driver import select_with
 
 __all__ = ["PruneResult", "Threshold", "apply_masks_", "magnitude_threshold", "prune_", "thresholds_of"]
 
@@ -124,7 +124,7 @@ def magnitude_threshold(
     check_choice(op, "nonfinite", nonfinite, ("error", "keep"))
     counts = counts_to_prune(op, layers.sizes, None, num_prune, "layer")
     brackets = brackets_near([previous], counts, layers.sizes, layers.dtypes)
-    found = select(choose(backend, layers.device), layers, counts, [1], brackets).cutoffs
+    found = select_with(choose(backend, layers.device))(layers, counts, [1], brackets).cutoffs
     if nonfinite == "error":
         check_finite(op, found.nonfinite, None)
     return thresholds_of(found, layers.dtypes)[0]
@@ -246,7 +246,7 @@ def begin_prune(
         sizes = [sum(layers.sizes)] if is_global else layers.sizes
         brackets = brackets_near(previous[: len(sizes)], counts, sizes, layers.dtypes)
     group_sizes = [len(layers)] if is_global else [1] * len(layers)
-    selection = select(implementation, layers, counts, group_sizes, brackets, prunes=True)
+    selection = select_with(implementation)(layers, counts, group_sizes, brackets, prunes=True)
     # While a GPU selects.
     if masks_ is None:
         masks_ = _new_masks(op, layers)

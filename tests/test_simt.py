@@ -28,7 +28,7 @@ from gmp_kernels.backends.keys import key_of, largest_key
 from gmp_kernels.backends.types import Brackets, Layer, StateMove
 from gmp_kernels.backends.uploads import put
 from gmp_kernels.optim import AdamW
-from gmp_kernels.search.driver import select
+from gmp_kernels.search.driver import select_with
 from gmp_kernels.tools.testing import DTYPES, adversarial_cases, assert_bitwise_equal, assert_same_pruning, device_of
 
 _simt = simt_extension()
@@ -188,7 +188,7 @@ def test_a_prune_update_reads_back_once(monkeypatch: pytest.MonkeyPatch) -> None
 def test_selections_that_were_looked_at_are_counted_when_they_are_applied(kernels: str) -> None:
     backend, weights = choose(kernels, device_of(kernels)), [torch.randn(n, device=device_of(kernels)) for n in (50, 9)]
     layers = [Layer(weight, BitMask.ones(weight.shape, weight.device).packed) for weight in weights]
-    chosen = select(backend, layers, [20, 5], [1, 1], prunes=True)
+    chosen = select_with(backend)(layers, [20, 5], [1, 1], prunes=True)
     assert [below + ties - kept for _, below, ties, kept, *_ in zip(*chosen.cutoffs, strict=True)] == [20, 5]
     assert backend.prune(layers, chosen, [layer.mask for layer in layers]) == ([20, 5], [20, 5])
 

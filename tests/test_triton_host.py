@@ -28,7 +28,7 @@ from gmp_kernels.backends.types import (
     UpdateTensor,
 )
 from gmp_kernels.optim import AdamW, clip_grad_norm_, ema_update_
-from gmp_kernels.search.driver import select
+from gmp_kernels.search.driver import select_with
 from gmp_kernels.tools.testing import DTYPES, assert_bitwise_equal, device_of
 
 DEVICE = device_of("triton")
@@ -229,7 +229,7 @@ def test_a_selection_stays_within_its_memory(
     for scope in ("layer", "global") if len(dtypes) == 1 else ("layer",):
         group_sizes = [len(layers)] if scope == "global" else [1] * len(layers)
         with Operations() as operations:
-            select(idle, layers, [1] * len(group_sizes), group_sizes)
+            select_with(idle)(layers, [1] * len(group_sizes), group_sizes)
             idle.prune(layers, cutoffs_of(layers), [layer.mask for layer in layers], finite=True)
         assert counted and operations.peak > 1e4
         assert operations.peak <= 0.05 * max(layer.weight.nbytes for layer in layers) + 4_000_000

@@ -286,8 +286,7 @@ class Constants(NamedTuple):
         return [*rows]
 
 
-# Its arguments are layers, ``num_prune`` and size of each group, brackets, and whether ``prune`` follows.
-Select: TypeAlias = Callable[[Sequence[Layer], Sequence[int], Sequence[int], Brackets | None, bool], Selection]
+Select: TypeAlias = Callable[..., Selection]  # with the parameters of ``Implementation.select``
 
 
 class Implementation(Protocol):
@@ -303,7 +302,22 @@ class Implementation(Protocol):
 
     @property
     def select(self) -> Select | None:
-        """The operation that finds cutoffs; None where ``search.driver.select`` has to find them by ``count``."""
+        """Operation that finds the cutoff of every layer and only reads; None where ``search.driver`` does, by ``count``.
+
+        Parameters
+        ----------
+        layers : sequence of Layer
+        num_prune : sequence of int
+            One per group.
+        group_sizes : sequence of int
+            How many layers each group has: the next ones in order, of one dtype. They are ranked together, the flat
+            index running through them.
+        brackets : Brackets, optional
+            One per group: where its threshold is expected, empty where that is not known. They may save work and never
+            change the answer.
+        prunes : bool, optional
+            ``prune`` follows, which may be spared weights that it would find unchanged.
+        """
         ...
 
     def count(

@@ -23,7 +23,7 @@ from gmp_kernels.checkpoints.stream import Piece, Stream, opened, write_whole
 from gmp_kernels.errors import DTypeError
 from gmp_kernels.reports import LayerReport
 from gmp_kernels.search.communicator import Communicator
-from gmp_kernels.search.driver import select
+from gmp_kernels.search.driver import select_with
 
 __all__ = ["copy_others", "write_shard"]
 
@@ -139,7 +139,7 @@ def _cut(
     if isinstance(pruned, int) and tensor.nbytes <= stream.num_bytes:
         held = list(pieces)
         layers = [Layer(piece.data, None) for piece in held]
-        found = select(implementation, layers, [pruned], [len(layers)]).cutoffs
+        found = select_with(implementation)(layers, [pruned], [len(layers)]).cutoffs
         for piece, index in zip(held, found.nonfinite, strict=True):
             check_finite(tensor.name, position, piece.begin, index)
         for i, piece in enumerate(held):
@@ -160,7 +160,7 @@ def _cut(
             tie_index = n
             if kept_left < ties_here:
                 # In the piece alone, the same key is the threshold of so many.
-                own = select(implementation, [layer], [below_here + ties_here - kept_left], [1], at_key)
+                own = select_with(implementation)([layer], [below_here + ties_here - kept_left], [1], at_key)
                 tie_index = own.cutoffs.tie_indices[0]
             ties_left, kept_left = ties_left - ties_here, kept_left - min(ties_here, kept_left)
         yield piece, Cutoffs.of([(key, below, ties, kept, tie_index, -1)])

@@ -19,7 +19,7 @@ from gmp_kernels.masks import BitMask
 from gmp_kernels.ops import NonFinite, PruneResult, Scope, thresholds_of
 from gmp_kernels.search.brackets import brackets_near, without_far_below
 from gmp_kernels.search.communicator import Communicator
-from gmp_kernels.search.driver import Search, select
+from gmp_kernels.search.driver import Search, select_with
 from gmp_kernels.search.placement import Placement
 
 __all__ = ["Shards", "refuse_flattened"]
@@ -152,7 +152,7 @@ class Shards:
             if failure is None:
                 group_sizes = [len(checked)] if is_global else [1] * len(checked)
                 near = brackets_near(hints, num_prune, sizes, dtypes)
-                found = select(implementation, checked, num_prune, group_sizes, near, prunes=True).cutoffs
+                found = select_with(implementation)(checked, num_prune, group_sizes, near, prunes=True).cutoffs
             thresholds, chosen = thresholds_of(found, dtypes) if checked and failure is None else [], found
             facts["thresholds"] = [(*t, index) for t, index in zip(thresholds, found.tie_indices, strict=True)]
             self._begin(facts, failure, names, found.nonfinite if nonfinite == "error" else [], None)

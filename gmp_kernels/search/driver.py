@@ -7,14 +7,14 @@ same conclusions from the same sums.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 from gmp_kernels.backends.keys import largest_key
-from gmp_kernels.backends.types import BracketCounts, Brackets, Cutoffs, Implementation, Layer, Selection
+from gmp_kernels.backends.types import BracketCounts, Brackets, Cutoffs, Implementation, Layer, Select, Selection
 from gmp_kernels.search.brackets import FEW_BITS
 from gmp_kernels.search.communicator import Communicator
 from gmp_kernels.search.cutoffs import GroupCutoffs, Integers, find_cutoffs
@@ -22,7 +22,7 @@ from gmp_kernels.search.placement import Placement, Region
 from gmp_kernels.search.sample import estimate
 from gmp_kernels.search.ties import TiedPiece, tie_indices
 
-__all__ = ["Search", "select"]
+__all__ = ["Search", "select_with"]
 
 # Bits of the key by which a round narrows a bracket, at most. Counts are sent as int32 at first, 8 KB for each layer at
 # most, and soon as uint8, when few weights are left inside.
@@ -263,34 +263,19 @@ class Search:
                 self._candidates[i] = torch.empty(size, dtype=weight.dtype, device=weight.device)
 
 
-def select(
+def select_with(implementation: Implementation) -> Select:
+    """Return the ``select`` of a backend; if it only counts, one for which the host waits for it in each round."""
+    return implementation.select or partial(_select, implementation)
+
+
+def _select(
     implementation: Implementation,
     layers: Sequence[Layer],
     num_prune: Sequence[int],
     group_sizes: Sequence[int],
     brackets: Brackets | None = None,
-    *,
     prunes: bool = False,
 ) -> Selection:
-    """Find the cutoff of every layer. Reads only; if the backend only counts, the host waits for it each round.
-
-    Parameters
-    ----------
-    implementation : Implementation
-    layers : sequence of Layer
-    num_prune : sequence of int
-        One per group.
-    group_sizes : sequence of int
-        How many layers each group has: the next ones in order, of one dtype. They are ranked together, the flat
-        index running through them.
-    brackets : Brackets, optional
-        One per group: where its threshold is expected, empty where that is not known. They may save work and never
-        change the answer.
-    prunes : bool
-        ``prune`` follows, which may be spared weights that it would find unchanged.
-    """
-    if implementation.select is not None:
-        return implementation.select(layers, num_prune, group_sizes, brackets, prunes)
     placements = [_whole(layer.weight.numel()) for layer in layers]
     dtypes = [layer.weight.dtype for layer in layers]
     search = Search(Communicator(None), implementation, layers, dtypes, placements, group_sizes, num_prune)
