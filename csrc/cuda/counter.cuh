@@ -27,8 +27,7 @@ struct Counts {
 template <typename Key>
 class Counter {
  public:
-  using Ask = Answers<Key>;
-  using Word = typename Ask::Operand;
+  using Word = answers::Operand<Key>;
 
   // The whole block comes here, to aim(), to end_chunk(), to add_sums() and to move_bins().
   __device__ Counter(Counts<Key>& shared, int64_t capacity, Key infinity)
@@ -61,16 +60,17 @@ class Counter {
   // take the keys out of their registers. Those inside for which there is no room are counted at once, and go to
   // spill(key). Returns which of them are not above the bracket.
   template <typename Load, typename Spill>
-  __device__ __forceinline__ unsigned take(const Word (&raw)[Ask::kOperands], unsigned present, int i, Load load,
-                                           Spill spill) {
-    const Word lo = Ask::all(lo_), past = Ask::all(lo_ + size_), infinity = Ask::all(infinity_);
-    const unsigned reach_lo = Ask::ask(raw, [&](Word w) { return Ask::guarded(w) - lo; });
-    const unsigned reach_past = Ask::ask(raw, [&](Word w) { return Ask::guarded(w) - past; });
+  __device__ __forceinline__ unsigned take(const Word (&raw)[answers::kOperands<Key>], unsigned present, int i,
+                                           Load load, Spill spill) {
+    const Word lo = answers::all<Key>(lo_), past = answers::all<Key>(lo_ + size_),
+               infinity = answers::all<Key>(infinity_);
+    const unsigned reach_lo = answers::ask<Key>(raw, [&](Word w) { return answers::guarded<Key>(w) - lo; });
+    const unsigned reach_past = answers::ask<Key>(raw, [&](Word w) { return answers::guarded<Key>(w) - past; });
     Word reach_infinity = 0;  // it says only whether any does
 #pragma unroll
-    for (const Word w : raw) reach_infinity |= Ask::guarded(w) - infinity;
+    for (const Word w : raw) reach_infinity |= answers::guarded<Key>(w) - infinity;
     below += count_bits(present & ~reach_lo);
-    if ((reach_infinity & Ask::kSigns) != 0) find_nonfinite(present, i, load);
+    if ((reach_infinity & answers::kSigns<Key>) != 0) find_nonfinite(present, i, load);
     append(present & reach_lo & ~reach_past, load, spill);
     return present & ~reach_past;
   }
@@ -152,13 +152,13 @@ class Counter {
 
   template <typename Load>
   __device__ Key next_key(unsigned inside, Load load) {
-    return magnitude_key(load(Ask::key_of(lowest_bit(inside))), infinity_);
+    return magnitude_key(load(answers::key_of<Key>(lowest_bit(inside))), infinity_);
   }
 
   template <typename Load>
   __device__ void find_nonfinite(unsigned present, int i, Load load) {
     for (unsigned left = present; left != 0; left &= left - 1) {
-      const int k = Ask::key_of(lowest_bit(left));
+      const int k = answers::key_of<Key>(lowest_bit(left));
       const int index = i + k / kEach * static_cast<int>(kTile) + k % kEach;
       if (magnitude_key(load(k), infinity_) >= infinity_ && index < nonfinite_) nonfinite_ = index;
     }
@@ -207,16 +207,14 @@ class Counter {
 // What a thread takes of some tiles of a layer. Nothing waits for what is loaded before it is used.
 template <typename Key>
 struct Strip {
-  using Ask = Answers<Key>;
-
-  Key raw[Ask::kEights][kEach];
-  unsigned bits[Ask::kEights];
+  Key raw[answers::kEights<Key>][kEach];
+  unsigned bits[answers::kEights<Key>];
 
   // `i` is the index of the thread's first weight, of `size`; kWhole: see load8.
   template <bool kWhole, bool kMasked>
   __device__ __forceinline__ void load(const Key* weights, const uint8_t* mask, int i, int size) {
 #pragma unroll
-    for (int e = 0; e < Ask::kEights; ++e) {
+    for (int e = 0; e < answers::kEights<Key>; ++e) {
       const int own = i + e * static_cast<int>(kTile), there = kWhole ? kEach : count_from(own, size);
       load8<kWhole>(weights + own, there, raw[e]);
       bits[e] = kMasked ? load_bits(mask, own, there) : (1u << there) - 1;
@@ -236,28 +234,27 @@ struct Strip {
 template <bool kWhole, bool kMasked, typename Key, typename Spill>
 __device__ __forceinline__ void count_strip(const Strip<Key>& strip, const Key* weights, unsigned* touched, int i,
                                             int size, Counter<Key>& counter, Spill spill) {
-  using Ask = Answers<Key>;
   unsigned present = 0;
 #pragma unroll
-  for (int e = 0; e < Ask::kEights; ++e) {
+  for (int e = 0; e < answers::kEights<Key>; ++e) {
     const int own = i + e * static_cast<int>(kTile);
     if (kMasked) counter.pruned += (kWhole ? kEach : count_from(own, size)) - count_bits(strip.bits[e]);
     present |= strip.bits[e] << e * kEach;
   }
-  if (kMasked) present = Ask::arranged(present);
-  typename Ask::Operand operands[Ask::kOperands];
+  if (kMasked) present = answers::arranged<Key>(present);
+  answers::Operand<Key> operands[answers::kOperands<Key>];
   static_assert(sizeof(operands) == sizeof(strip.raw));
   memcpy(operands, strip.raw, sizeof(operands));
   const auto load = [&](int k) { return weights[k / kEach * kTile + k % kEach]; };
   const unsigned not_above = counter.take(operands, present, i, load, spill);
   if (!kMasked || touched == nullptr) return;
   // A key that is at least 1, or a sign.
-  const auto is_something = [](auto raw) { return (Ask::guarded(raw) - Ask::all(1)) | raw; };
-  const unsigned something = not_above | (Ask::ask(operands, is_something) & ~present);
+  const auto is_something = [](auto raw) { return (answers::guarded<Key>(raw) - answers::all<Key>(1)) | raw; };
+  const unsigned something = not_above | (answers::ask<Key>(operands, is_something) & ~present);
 #pragma unroll
-  for (int e = 0; e < Ask::kEights; ++e) {
+  for (int e = 0; e < answers::kEights<Key>; ++e) {
     const int own = i + e * static_cast<int>(kTile);
-    const unsigned word = __ballot_sync(~0u, Ask::of_eight(something, e) != 0);
+    const unsigned word = __ballot_sync(~0u, answers::of_eight<Key>(something, e) != 0);
     if (threadIdx.x % kWarpSize == 0 && (kWhole || own < size)) store1(touched + e * (kTile / kTouchedBy), word);
   }
 }
@@ -267,7 +264,7 @@ __device__ __forceinline__ void count_strip(const Strip<Key>& strip, const Key* 
 template <bool kWhole, bool kMasked, typename Key, typename Spill>
 __device__ __forceinline__ void count_chunk(const Key* weights, const uint8_t* mask, unsigned* touched, int size,
                                             bool more, Strip<Key>& next, Counter<Key>& counter, Spill spill) {
-  constexpr int kStep = Answers<Key>::kEights * static_cast<int>(kTile);
+  constexpr int kStep = answers::kEights<Key> * static_cast<int>(kTile);
   const int own = static_cast<int>(threadIdx.x) * kEach;
 #pragma unroll 1
   for (int tile = 0; tile < size; tile += kStep) {
