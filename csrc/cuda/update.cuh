@@ -207,7 +207,7 @@ __global__ void __launch_bounds__(kThreads, kUpdaters<kDType>)
       current = static_cast<int>(row.constants);
       __syncthreads();
       if (threadIdx.x == 0) {
-        c = (constants == nullptr ? argument.values[current] : constants[current]).template as<T>();
+        c = (constants == nullptr ? argument[current] : constants[current]).template as<T>();
       }
       __syncthreads();
     }
