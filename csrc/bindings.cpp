@@ -271,27 +271,29 @@ using MoveTuple = std::tuple<StateTuple, StateTuple, int64_t, int>;
 
 void move_state(const std::vector<MoveTuple>& given, int num_threads) {
   check_threads(num_threads);
-  std::vector<gmp::cpu::StateMove> moves;
+  std::vector<UpdateTensor> sources, targets;
   for (const auto& [source, target, n, value_bytes] : given) {
     if (n == 0) continue;
     if (n < 0) throw std::invalid_argument("expected a number of weights, got " + std::to_string(n));
     if (value_bytes != 4 && value_bytes != 8) {
       throw std::invalid_argument("expected state of 4 or 8 bytes per value, got " + std::to_string(value_bytes));
     }
-    gmp::cpu::StateMove move{{}, {}, {}, n, value_bytes};
-    for (int side = 0; side < 2; ++side) {
-      const auto& [values, mask, chunk_offsets] = side == 0 ? source : target;
-      move.masks[side] = optional<const uint8_t>(mask, bytes_of_bits(n), "a mask");
-      move.chunk_offsets[side] = offsets_of(chunk_offsets, n, values.second);
-      if ((move.masks[side] == nullptr) != (move.chunk_offsets[side] == nullptr)) {
+    for (auto* const tensors : {&sources, &targets}) {
+      const auto& [values, mask, chunk_offsets] = tensors == &sources ? source : target;
+      UpdateTensor t{};
+      t.dtype = value_bytes == 4 ? gmp::DType::float32 : gmp::DType::float64;
+      t.n = n;
+      t.mask = optional<const uint8_t>(mask, bytes_of_bits(n), "a mask");
+      t.chunk_offsets = offsets_of(chunk_offsets, n, values.second);
+      if ((t.mask == nullptr) != (t.chunk_offsets == nullptr)) {
         throw std::invalid_argument("compact state needs a mask and chunk offsets");
       }
-      move.values[side] = move.masks[side] == nullptr ? checked(values, n, "state") : pointer(values.first);
+      t.state[0] = t.mask == nullptr ? checked(values, n, "state") : pointer(values.first);
+      tensors->push_back(t);
     }
-    moves.push_back(move);
   }
   py::gil_scoped_release release;
-  gmp::cpu::move_state(moves, num_threads);
+  gmp::cpu::move_state(sources, targets, num_threads);
 }
 
 std::vector<int64_t> chunk_offsets(const Array& mask, int64_t n) {

@@ -13,6 +13,7 @@ namespace {
 #include "lanes_avx512.h"
 // Order matters.
 #include "kernels_impl.h"
+#include "optim/update_rule.h"
 #include "update_impl.h"
 
 }  // namespace

@@ -14,6 +14,7 @@ using Lanes = PlainLanes<Key>;
 
 // Order matters.
 #include "kernels_impl.h"
+#include "optim/update_rule.h"
 #include "update_impl.h"
 
 }  // namespace

@@ -19,7 +19,7 @@ struct LayerView {
   const uint8_t* mask;  // packed bits, or nullptr: nothing pruned yet
 };
 
-// A layer in an optimizer step.
+// A layer in an optimizer step; or an array of state that belongs to it: then what does not is nullptr.
 struct UpdateTensor : LayerView {
   const void* grads;
   void* master;             // copy in the type of the arithmetic, which runs on it: weights are then only written; or

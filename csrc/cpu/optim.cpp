@@ -13,10 +13,10 @@ namespace gmp::cpu {
 namespace {
 
 // Bits that somebody has written since the offsets were counted would lead a kernel past the end of the state.
-bool offsets_hold(const uint8_t* mask, const int64_t* chunk_offsets, const Chunk& c) {
-  if (chunk_offsets == nullptr) return true;
-  const int64_t* const offset = chunk_offsets + c.begin / kChunk;
-  return active_kernels().count_bits(mask + c.begin / 8, c.end - c.begin) == offset[1] - offset[0];
+bool offsets_hold(const UpdateTensor& t, const Chunk& c) {
+  if (t.chunk_offsets == nullptr) return true;
+  const int64_t* const offset = t.chunk_offsets + c.begin / kChunk;
+  return active_kernels().count_bits(t.mask + c.begin / 8, c.end - c.begin) == offset[1] - offset[0];
 }
 
 void check_offsets(int64_t num_wrong) {
@@ -27,28 +27,31 @@ void check_offsets(int64_t num_wrong) {
 // Packing and unpacking touch up to a vector more than their values: both go through buffers.
 inline constexpr size_t kBufferWords = kChunk + kGatherSlackBytes / sizeof(uint64_t);
 
+// The first value of a tensor's state in a chunk.
 template <typename Bits>
-void move_chunk(const StateMove& move, const Chunk& c, uint64_t* buffers) {
-  const Kernels& kernels = kernels_of(sizeof(Bits) == 4 ? DType::float32 : DType::float64);
+Bits* values_of(const UpdateTensor& t, const Chunk& c) {
+  return static_cast<Bits*>(t.state[0]) + (t.chunk_offsets == nullptr ? c.begin : t.chunk_offsets[c.begin / kChunk]);
+}
+
+template <typename Bits>
+void move_chunk(const UpdateTensor& source, const UpdateTensor& target, const Chunk& c, uint64_t* buffers) {
+  const Kernels& kernels = kernels_of(source.dtype);
+  const Bits* const from = values_of<Bits>(source, c);
+  Bits* const to = values_of<Bits>(target, c);
   Bits* const dense = reinterpret_cast<Bits*>(buffers);
   Bits* const compact = reinterpret_cast<Bits*>(buffers + kBufferWords);
   const int64_t n = c.end - c.begin;
-  const auto bits = [&](int side) { return move.masks[side] + c.begin / 8; };
-  const auto values = [&](int side) {
-    const int64_t* const offsets = move.chunk_offsets[side];
-    return static_cast<Bits*>(move.values[side]) + (offsets == nullptr ? c.begin : offsets[c.begin / kChunk]);
-  };
-  if (move.masks[0] == nullptr) {
-    std::copy_n(values(0), n, dense);
+  if (source.mask == nullptr) {
+    std::copy_n(from, n, dense);
   } else {
-    const int64_t* const offset = move.chunk_offsets[0] + c.begin / kChunk;
-    std::copy_n(values(0), offset[1] - offset[0], compact);
-    kernels.unpack(compact, bits(0), n, dense);
+    const int64_t* const offset = source.chunk_offsets + c.begin / kChunk;
+    std::copy_n(from, offset[1] - offset[0], compact);
+    kernels.unpack(compact, source.mask + c.begin / 8, n, dense);
   }
-  if (move.masks[1] == nullptr) {
-    std::copy_n(dense, n, values(1));
+  if (target.mask == nullptr) {
+    std::copy_n(dense, n, to);
   } else {
-    std::copy_n(compact, kernels.pack(dense, bits(1), n, compact), values(1));
+    std::copy_n(compact, kernels.pack(dense, target.mask + c.begin / 8, n, compact), to);
   }
 }
 
@@ -64,7 +67,7 @@ void update(Rule rule, const std::vector<UpdateTensor>& tensors, const std::vect
 #pragma omp parallel for schedule(guided, 8) num_threads(num_threads) reduction(+ : num_wrong)
     for (int64_t i = 0; i < num_chunks; ++i) {
       const Chunk& c = chunks[static_cast<size_t>(i)];
-      num_wrong += !offsets_hold(tensors[c.tensor].mask, tensors[c.tensor].chunk_offsets, c);
+      num_wrong += !offsets_hold(tensors[c.tensor], c);
     }
     check_offsets(num_wrong);
   }
@@ -93,8 +96,8 @@ double sum_squares(const std::vector<LayerView>& gradients, int num_threads) {
   return total;
 }
 
-void move_state(const std::vector<StateMove>& moves, int num_threads) {
-  const std::vector<Chunk> chunks = chunks_of(moves);
+void move_state(const std::vector<UpdateTensor>& sources, const std::vector<UpdateTensor>& targets, int num_threads) {
+  const std::vector<Chunk> chunks = chunks_of(sources);
   const int64_t num_chunks = static_cast<int64_t>(chunks.size());
   const std::unique_ptr<uint64_t[]> buffers{new uint64_t[static_cast<size_t>(num_threads) * 2 * kBufferWords]};
   active_kernels();  // may throw at its first call
@@ -102,16 +105,19 @@ void move_state(const std::vector<StateMove>& moves, int num_threads) {
 #pragma omp parallel for schedule(guided, 8) num_threads(num_threads) reduction(+ : num_wrong)
   for (int64_t i = 0; i < num_chunks; ++i) {
     const Chunk& c = chunks[static_cast<size_t>(i)];
-    const StateMove& move = moves[c.tensor];
-    for (int side = 0; side < 2; ++side) num_wrong += !offsets_hold(move.masks[side], move.chunk_offsets[side], c);
+    num_wrong += !offsets_hold(sources[c.tensor], c) + !offsets_hold(targets[c.tensor], c);
   }
   check_offsets(num_wrong);
 #pragma omp parallel for schedule(guided, 8) num_threads(num_threads)
   for (int64_t i = 0; i < num_chunks; ++i) {
     const Chunk& c = chunks[static_cast<size_t>(i)];
     uint64_t* const own = buffers.get() + static_cast<size_t>(omp_get_thread_num()) * 2 * kBufferWords;
-    const StateMove& move = moves[c.tensor];
-    move.value_bytes == 4 ? move_chunk<uint32_t>(move, c, own) : move_chunk<uint64_t>(move, c, own);
+    const UpdateTensor &source = sources[c.tensor], &target = targets[c.tensor];
+    if (source.dtype == DType::float64) {
+      move_chunk<uint64_t>(source, target, c, own);
+    } else {
+      move_chunk<uint32_t>(source, target, c, own);
+    }
   }
 }
 

@@ -17,18 +17,10 @@ void update(Rule rule, const std::vector<UpdateTensor>& tensors, const std::vect
 // Sum of the squares of the kept gradients; the order of the additions is fixed.
 double sum_squares(const std::vector<LayerView>& gradients, int num_threads);
 
-// State of a tensor on its way from one layout, [0], to another: dense (no mask: n values), or compact (the kept values
-// only, in order). A value that is kept before but not after is dropped, one kept after but not before becomes zero.
-struct StateMove {
-  void* values[2];
-  const uint8_t* masks[2];
-  const int64_t* chunk_offsets[2];
-  int64_t n;
-  int value_bytes;  // 4 or 8
-};
-
-// Throws as update() does.
-void move_state(const std::vector<StateMove>& moves, int num_threads);
+// Copies state, the first array of each source, into the layout of the target at the same place: dense (no mask: n
+// values), or compact (the kept values only, in order). A value that is kept before but not after is dropped, one kept
+// after but not before becomes zero. Values are float32 or float64, as the source says. Throws as update() does.
+void move_state(const std::vector<UpdateTensor>& sources, const std::vector<UpdateTensor>& targets, int num_threads);
 
 // Kept weights before each chunk of kChunk, and their number: (n + kChunk - 1) / kChunk + 1 entries.
 std::vector<int64_t> chunk_offsets(const uint8_t* mask, int64_t n);

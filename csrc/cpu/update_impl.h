@@ -1,7 +1,7 @@
 // The optimizer step, written once over vectors of 32 bytes that the compiler splits to what the machine has; memory is
 // walked in blocks of two.
 //
-// Included by each instruction set's translation unit inside its anonymous namespace, after Lanes and Arithmetic.
+// Included by each instruction set's translation unit inside its anonymous namespace, after Lanes and update_rule.h.
 // Products and sums are never contracted (-ffp-contract=off) and every operation is exactly rounded, so all instruction
 // sets and all numbers of threads give the same bits. The order of operations is that of torch.optim's single-tensor
 // loops.
@@ -29,7 +29,7 @@ inline Vec<ComputeOf<kDType>> load_weights(const KeyOf<kDType>* p) {
     __builtin_memcpy(&half, p, sizeof(half));
     return (Floats)(__builtin_convertvector(half, FloatBits) << 16);
   } else if constexpr (kDType == DType::float16) {
-    return Arithmetic::float_from_half(p);
+    return float_from_half(p);
   } else {
     static_assert(sizeof(KeyOf<kDType>) == sizeof(ComputeOf<kDType>), "this dtype needs conversions");
     Vec<ComputeOf<kDType>> v;
@@ -47,7 +47,7 @@ inline void store_weights(KeyOf<kDType>* p, Vec<ComputeOf<kDType>> v) {
     const HalfBits half = __builtin_convertvector((is_nan & 0x7fc0) | (~is_nan & rounded), HalfBits);
     __builtin_memcpy(p, &half, sizeof(half));
   } else if constexpr (kDType == DType::float16) {
-    Arithmetic::half_from_float(p, v);
+    half_from_float(p, v);
   } else {
     __builtin_memcpy(p, &v, sizeof(v));
   }
@@ -114,7 +114,7 @@ inline void update_block(const Arrays<kDType, kNumStates, kHasMaster>& a, uint64
       w = load_weights<kDType>(a.weights + i);
     }
     for (int k = 0; k < kNumStates; ++k) s[k] = load_vector(a.state[k] + i);
-    update_one<kRule, Arithmetic>(w, load_weights<kDType>(a.grads + i), s, kNumStates, c);
+    update_one<kRule>(w, load_weights<kDType>(a.grads + i), s, kNumStates, c);
     if constexpr (kMasked) {
       w = zero_unless<T>(bits >> i, w);
       for (Vec<T>& v : s) v = zero_unless<T>(bits >> i, v);

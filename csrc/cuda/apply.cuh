@@ -50,12 +50,7 @@ __device__ __forceinline__ void apply_chunk(Key* weights, const uint8_t* mask, u
   for (int first = static_cast<int>(threadIdx.x) * kEach; first < size; first += kEights * static_cast<int>(kTile)) {
     Key raw[kEights][kEach];
     unsigned bits[kEights];
-#pragma unroll
-    for (int e = 0; e < kEights; ++e) {
-      const int i = first + e * static_cast<int>(kTile), there = kWhole ? kEach : count_from(i, size);
-      load8<kWhole>(weights + i, there, raw[e]);
-      bits[e] = load_bits(mask, i, there);
-    }
+    load_eights<kWhole>(weights, mask, first, size, raw, bits);
 #pragma unroll
     for (int e = 0; e < kEights; ++e) {
       const int i = first + e * static_cast<int>(kTile);

@@ -50,11 +50,11 @@ void update(const Launch& launch, const std::string& rule, uint64_t rows,
   if (constants == 0) {
     const py::buffer_info given = values.request();
     const auto bytes = static_cast<size_t>(given.size * given.itemsize);
-    if (bytes == 0 || bytes > sizeof(argument) || bytes % sizeof(argument.values[0]) != 0) {
-      throw std::invalid_argument("update: expected 1 to " + std::to_string(std::size(argument.values)) +
+    if (bytes == 0 || bytes > sizeof(argument) || bytes % sizeof(argument[0]) != 0) {
+      throw std::invalid_argument("update: expected 1 to " + std::to_string(argument.size()) +
                                   " rows of constants, got " + std::to_string(bytes) + " bytes");
     }
-    std::memcpy(argument.values, given.ptr, bytes);
+    std::memcpy(argument.data(), given.ptr, bytes);
   }
   gmp::cuda::update(launch, rule, rows, parts, constants, argument);
 }
@@ -78,7 +78,7 @@ PYBIND11_MODULE(GMP_MODULE, m) {
   m.attr("CHUNK") = gmp::cuda::kChunk;
   m.attr("LIST_CAPACITY") = gmp::cuda::kListCapacity;
   m.attr("BINS") = gmp::cuda::kBins;
-  m.attr("MAX_ARGUMENT_CONSTANTS") = std::size(gmp::cuda::ArgumentConstants{}.values);
+  m.attr("MAX_ARGUMENT_CONSTANTS") = gmp::cuda::ArgumentConstants{}.size();
   m.attr("TOUCHED_BY") = gmp::cuda::kTouchedBy;
   m.attr("MOST_STORED") = gmp::cuda::most_stored();
   // Names in order, and the values of those that are absent.

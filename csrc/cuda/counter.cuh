@@ -27,8 +27,7 @@ struct Counts {
 template <typename Key>
 class Counter {
  public:
-  using Ask = Answers<Key>;
-  using Word = typename Ask::Operand;
+  using Word = answers::Operand<Key>;
 
   // The whole block comes here, to aim(), to end_chunk(), to add_sums() and to move_bins().
   __device__ Counter(Counts<Key>& shared, int64_t capacity, Key infinity)
@@ -61,16 +60,17 @@ class Counter {
   // take the keys out of their registers. Those inside for which there is no room are counted at once, and go to
   // spill(key). Returns which of them are not above the bracket.
   template <typename Load, typename Spill>
-  __device__ __forceinline__ unsigned take(const Word (&raw)[Ask::kOperands], unsigned present, int i, Load load,
-                                           Spill spill) {
-    const Word lo = Ask::all(lo_), past = Ask::all(lo_ + size_), infinity = Ask::all(infinity_);
-    const unsigned reach_lo = Ask::ask(raw, [&](Word w) { return Ask::guarded(w) - lo; });
-    const unsigned reach_past = Ask::ask(raw, [&](Word w) { return Ask::guarded(w) - past; });
+  __device__ __forceinline__ unsigned take(const Word (&raw)[answers::kOperands<Key>], unsigned present, int i,
+                                           Load load, Spill spill) {
+    const Word lo = answers::all<Key>(lo_), past = answers::all<Key>(lo_ + size_),
+               infinity = answers::all<Key>(infinity_);
+    const unsigned reach_lo = answers::ask<Key>(raw, [&](Word w) { return answers::guarded<Key>(w) - lo; });
+    const unsigned reach_past = answers::ask<Key>(raw, [&](Word w) { return answers::guarded<Key>(w) - past; });
     Word reach_infinity = 0;  // it says only whether any does
 #pragma unroll
-    for (const Word w : raw) reach_infinity |= Ask::guarded(w) - infinity;
+    for (const Word w : raw) reach_infinity |= answers::guarded<Key>(w) - infinity;
     below += count_bits(present & ~reach_lo);
-    if ((reach_infinity & Ask::kSigns) != 0) find_nonfinite(present, i, load);
+    if ((reach_infinity & answers::kSigns<Key>) != 0) find_nonfinite(present, i, load);
     append(present & reach_lo & ~reach_past, load, spill);
     return present & ~reach_past;
   }
@@ -152,13 +152,13 @@ class Counter {
 
   template <typename Load>
   __device__ Key next_key(unsigned inside, Load load) {
-    return magnitude_key(load(Ask::key_of(lowest_bit(inside))), infinity_);
+    return magnitude_key(load(answers::key_of<Key>(lowest_bit(inside))), infinity_);
   }
 
   template <typename Load>
   __device__ void find_nonfinite(unsigned present, int i, Load load) {
     for (unsigned left = present; left != 0; left &= left - 1) {
-      const int k = Ask::key_of(lowest_bit(left));
+      const int k = answers::key_of<Key>(lowest_bit(left));
       const int index = i + k / kEach * static_cast<int>(kTile) + k % kEach;
       if (magnitude_key(load(k), infinity_) >= infinity_ && index < nonfinite_) nonfinite_ = index;
     }
@@ -204,28 +204,8 @@ class Counter {
   int nonfinite_ = kNowhere;       // index in the chunk
 };
 
-// What a thread takes of some tiles of a layer. Nothing waits for what is loaded before it is used.
-template <typename Key>
-struct Strip {
-  using Ask = Answers<Key>;
-
-  Key raw[Ask::kEights][kEach];
-  unsigned bits[Ask::kEights];
-
-  // `i` is the index of the thread's first weight, of `size`; kWhole: see load8.
-  template <bool kWhole, bool kMasked>
-  __device__ __forceinline__ void load(const Key* weights, const uint8_t* mask, int i, int size) {
-#pragma unroll
-    for (int e = 0; e < Ask::kEights; ++e) {
-      const int own = i + e * static_cast<int>(kTile), there = kWhole ? kEach : count_from(own, size);
-      load8<kWhole>(weights + own, there, raw[e]);
-      bits[e] = kMasked ? load_bits(mask, own, there) : (1u << there) - 1;
-    }
-  }
-};
-
-// Counts a strip of which the thread's first weight is at `weights`, and `i` is its index in the chunk. What a warp
-// leaves at `touched` is about its first eights, and so on.
+// Counts what load_eights has loaded: a strip of which the thread's first weight is at `weights`, and `i` is its index
+// in the chunk. What a warp leaves at `touched` is about its first eights, and so on.
 //
 // `touched`, if given, receives a bit per eight weights of a layer with a mask: whether apply can have anything to do
 // there. That is so where an unpruned key is not above the bracket, or where something other than +0 lies under a
@@ -233,50 +213,56 @@ struct Strip {
 // only by reading all weights again, which writes all bits again, and from then on becomes only narrower; all layers of
 // a group are read against one bracket; a layer that has enough pruned already gets a threshold of 0, below which is
 // nothing; above Inf, where all NaN tie, the bracket ends at the last of them.
-template <bool kWhole, bool kMasked, typename Key, typename Spill>
-__device__ __forceinline__ void count_strip(const Strip<Key>& strip, const Key* weights, unsigned* touched, int i,
-                                            int size, Counter<Key>& counter, Spill spill) {
-  using Ask = Answers<Key>;
+template <bool kWhole, bool kMasked, int kEights, typename Key, typename Spill>
+__device__ __forceinline__ void count_strip(const Key (&raw)[kEights][kEach], const unsigned (&bits)[kEights],
+                                            const Key* weights, unsigned* touched, int i, int size,
+                                            Counter<Key>& counter, Spill spill) {
   unsigned present = 0;
 #pragma unroll
-  for (int e = 0; e < Ask::kEights; ++e) {
+  for (int e = 0; e < kEights; ++e) {
     const int own = i + e * static_cast<int>(kTile);
-    if (kMasked) counter.pruned += (kWhole ? kEach : count_from(own, size)) - count_bits(strip.bits[e]);
-    present |= strip.bits[e] << e * kEach;
+    if (kMasked) counter.pruned += (kWhole ? kEach : count_from(own, size)) - count_bits(bits[e]);
+    present |= bits[e] << e * kEach;
   }
-  if (kMasked) present = Ask::arranged(present);
-  typename Ask::Operand operands[Ask::kOperands];
-  static_assert(sizeof(operands) == sizeof(strip.raw));
-  memcpy(operands, strip.raw, sizeof(operands));
+  if (kMasked) present = answers::arranged<Key>(present);
+  answers::Operand<Key> operands[answers::kOperands<Key>];
+  static_assert(sizeof(operands) == sizeof(raw));
+  memcpy(operands, raw, sizeof(operands));
   const auto load = [&](int k) { return weights[k / kEach * kTile + k % kEach]; };
   const unsigned not_above = counter.take(operands, present, i, load, spill);
   if (!kMasked || touched == nullptr) return;
   // A key that is at least 1, or a sign.
-  const auto is_something = [](auto raw) { return (Ask::guarded(raw) - Ask::all(1)) | raw; };
-  const unsigned something = not_above | (Ask::ask(operands, is_something) & ~present);
+  const auto is_something = [](auto word) { return (answers::guarded<Key>(word) - answers::all<Key>(1)) | word; };
+  const unsigned something = not_above | (answers::ask<Key>(operands, is_something) & ~present);
 #pragma unroll
-  for (int e = 0; e < Ask::kEights; ++e) {
+  for (int e = 0; e < kEights; ++e) {
     const int own = i + e * static_cast<int>(kTile);
-    const unsigned word = __ballot_sync(~0u, Ask::of_eight(something, e) != 0);
+    const unsigned word = __ballot_sync(~0u, answers::of_eight<Key>(something, e) != 0);
     if (threadIdx.x % kWarpSize == 0 && (kWhole || own < size)) store1(touched + e * (kTile / kTouchedBy), word);
   }
 }
 
 // A chunk of `size` weights. Whole ones (see load8) have each strip under way while the one before is counted, and find
 // their first in `next`; behind their last, with `more`, comes the first of the next chunk.
-template <bool kWhole, bool kMasked, typename Key, typename Spill>
+template <bool kWhole, bool kMasked, int kEights, typename Key, typename Spill>
 __device__ __forceinline__ void count_chunk(const Key* weights, const uint8_t* mask, unsigned* touched, int size,
-                                            bool more, Strip<Key>& next, Counter<Key>& counter, Spill spill) {
-  constexpr int kStep = Answers<Key>::kEights * static_cast<int>(kTile);
+                                            bool more, Key (&next)[kEights][kEach], unsigned (&next_bits)[kEights],
+                                            Counter<Key>& counter, Spill spill) {
+  constexpr int kStep = kEights * static_cast<int>(kTile);
   const int own = static_cast<int>(threadIdx.x) * kEach;
 #pragma unroll 1
   for (int tile = 0; tile < size; tile += kStep) {
     const int i = tile + own;
     unsigned* const flags = kMasked && touched != nullptr ? touched + i / kTouchedBy : nullptr;
-    if (!kWhole) next.template load<false, kMasked>(weights, mask, i, size);
-    const Strip<Key> strip = next;
-    if (kWhole && (more || tile + kStep < size)) next.template load<true, kMasked>(weights, mask, i + kStep, size);
-    count_strip<kWhole, kMasked>(strip, weights + i, flags, i, size, counter, spill);
+    if (!kWhole) load_eights<false>(weights, mask, i, size, next, next_bits);
+    Key raw[kEights][kEach];
+    unsigned bits[kEights];
+    memcpy(raw, next, sizeof(raw));
+    memcpy(bits, next_bits, sizeof(bits));
+    if (kWhole && (more || tile + kStep < size)) {
+      load_eights<true>(weights, kMasked ? mask : nullptr, i + kStep, size, next, next_bits);
+    }
+    count_strip<kWhole, kMasked>(raw, bits, weights + i, flags, i, size, counter, spill);
   }
 }
 
@@ -289,13 +275,10 @@ __device__ __forceinline__ void count_chunks(uint64_t weights, uint64_t mask_add
   const uint8_t* const bits = mask_address == 0 ? nullptr : pointer<const uint8_t>(mask_address) + begin / 8;
   unsigned* const t = touched == 0 ? nullptr : pointer<unsigned>(touched) + begin / kTouchedBy;
   const bool aligned = is_aligned(w);
-  Strip<Key> next;
+  Key next[answers::kEights<Key>][kEach];
+  unsigned next_bits[answers::kEights<Key>];
   if (aligned && n - begin >= kChunk) {
-    if (bits == nullptr) {
-      next.template load<true, false>(w, bits, static_cast<int>(threadIdx.x) * kEach, kChunk);
-    } else {
-      next.template load<true, true>(w, bits, static_cast<int>(threadIdx.x) * kEach, kChunk);
-    }
+    load_eights<true>(w, bits, static_cast<int>(threadIdx.x) * kEach, kChunk, next, next_bits);
   }
   for (int c = 0; c < num_chunks; ++c) {
     const int64_t first = c * kChunk, left = n - begin - first;
@@ -305,11 +288,11 @@ __device__ __forceinline__ void count_chunks(uint64_t weights, uint64_t mask_add
     const bool more = c + 1 < num_chunks && left >= 2 * kChunk;
     if (left < kChunk || !aligned) {
       const int size = size_of_chunk(n, begin + first);
-      count_chunk<false, true>(chunk, mask, flags, size, false, next, counter, spill);
+      count_chunk<false, true>(chunk, mask, flags, size, false, next, next_bits, counter, spill);
     } else if (bits == nullptr) {
-      count_chunk<true, false>(chunk, mask, flags, kChunk, more, next, counter, spill);
+      count_chunk<true, false>(chunk, mask, flags, kChunk, more, next, next_bits, counter, spill);
     } else {
-      count_chunk<true, true>(chunk, mask, flags, kChunk, more, next, counter, spill);
+      count_chunk<true, true>(chunk, mask, flags, kChunk, more, next, next_bits, counter, spill);
     }
     done(c);
   }

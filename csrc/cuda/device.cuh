@@ -197,6 +197,19 @@ __device__ inline int count_from(int64_t i, int64_t n) {
   return left >= kEach ? kEach : left > 0 ? static_cast<int>(left) : 0;
 }
 
+// The weights and mask bits of eights that are a tile apart, the first of them beginning at index i of `size`; kWhole:
+// see load8. Nothing waits for what is loaded before it is used.
+template <bool kWhole, int kEights, typename T>
+__device__ __forceinline__ void load_eights(const T* weights, const uint8_t* mask, int i, int size,
+                                            T (&raw)[kEights][kEach], unsigned (&bits)[kEights]) {
+#pragma unroll
+  for (int e = 0; e < kEights; ++e) {
+    const int own = i + e * static_cast<int>(kTile), there = kWhole ? kEach : count_from(own, size);
+    load8<kWhole>(weights + own, there, raw[e]);
+    bits[e] = load_bits(mask, own, there);
+  }
+}
+
 // The sum over the warp, for all its lanes.
 template <typename T>
 __device__ __forceinline__ T warp_sum(T value) {

@@ -23,9 +23,9 @@ namespace kernels {
 
 template <int64_t kWords>
 __global__ void __launch_bounds__(kThreads)
-    store(const __grid_constant__ Argument<uint64_t, kWords> given, int64_t count, uint64_t* to) {
+    store(const __grid_constant__ std::array<uint64_t, kWords> given, int64_t count, uint64_t* to) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (i < count) to[i] = given.values[i];
+  if (i < count) to[i] = given[i];
 }
 
 }  // namespace kernels
@@ -34,8 +34,8 @@ namespace {
 
 template <int64_t kWords>
 void store_words(const Launch& launch, const uint64_t* from, int64_t count, uint64_t* to) {
-  Argument<uint64_t, kWords> given;  // what lies behind `count` is never looked at
-  std::memcpy(given.values, from, static_cast<size_t>(count) * sizeof(uint64_t));
+  std::array<uint64_t, kWords> given;  // what lies behind `count` is never looked at
+  std::memcpy(given.data(), from, static_cast<size_t>(count) * sizeof(uint64_t));
   const auto grid = static_cast<unsigned>((count + kThreads - 1) / kThreads);
   GMP_LAUNCH(kernels::store<kWords>, grid, launch, given, count, to);
 }

@@ -2,6 +2,7 @@
 // dtypes are made in bindings.cpp.
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 
@@ -89,11 +90,7 @@ struct TensorRow {
   int64_t dtype;      // a DType: of the weights, or of what there is instead
 };
 
-// Numbers that are an argument of the launch: nothing has to be uploaded for them.
-template <typename T, int64_t kSize>
-struct Argument {
-  T values[kSize];
-};
-using ArgumentConstants = Argument<UpdateConstants<double>, 8>;
+// Constants that are an argument of the launch: nothing has to be uploaded for them.
+using ArgumentConstants = std::array<UpdateConstants<double>, 8>;
 
 }  // namespace gmp::cuda

@@ -12,19 +12,19 @@
 
 namespace gmp::cuda::kernels {
 
-struct Arithmetic {
 #if defined(__CUDACC__)
-  __device__ static float fused(float a, float b, float c) { return __fmaf_rn(a, b, c); }
-  __device__ static double fused(double a, double b, double c) { return __fma_rn(a, b, c); }
-  __device__ static float square_root(float v) { return __fsqrt_rn(v); }
-  __device__ static double square_root(double v) { return __dsqrt_rn(v); }
+__device__ inline float fused(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+__device__ inline double fused(double a, double b, double c) { return __fma_rn(a, b, c); }
+__device__ inline float square_root(float v) { return __fsqrt_rn(v); }
+__device__ inline double square_root(double v) { return __dsqrt_rn(v); }
 #else
-  static float fused(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
-  static double fused(double a, double b, double c) { return __builtin_fma(a, b, c); }
-  static float square_root(float v) { return __builtin_sqrtf(v); }
-  static double square_root(double v) { return __builtin_sqrt(v); }
+inline float fused(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+inline double fused(double a, double b, double c) { return __builtin_fma(a, b, c); }
+inline float square_root(float v) { return __builtin_sqrtf(v); }
+inline double square_root(double v) { return __builtin_sqrt(v); }
 #endif
-};
+
+#include "optim/update_rule.h"
 
 // Only weights of 16 bits come with wider copies.
 template <DType kDType>
@@ -94,7 +94,7 @@ __device__ __forceinline__ void update_tiles(const TensorRow& row, const UpdateC
           for (int k = 0; k < kMostStates<kRule>; ++k) {
             if (states[k] != nullptr) s[k] = state[k][j];
           }
-          update_one<kRule, Arithmetic>(w, static_cast<T>(widened<kDType>(gradient[j])), s, num_states, c);
+          update_one<kRule>(w, static_cast<T>(widened<kDType>(gradient[j])), s, num_states, c);
         }
 #pragma unroll
         for (int k = 0; k < kMostStates<kRule>; ++k) state[k][j] = s[k];
@@ -173,7 +173,7 @@ __device__ __forceinline__ void update_singly(const TensorRow& row, const Update
     for (int u = 0; u < kAtOnce; ++u) {
       const int k = k0 + u * static_cast<int>(kWarpSize);
       if (k >= total) break;
-      update_one<kRule, Arithmetic>(w[u], g[u], s[u], num_states, c);
+      update_one<kRule>(w[u], g[u], s[u], num_states, c);
       if (is_master) store1(master + at[u], w[u]);
       store1(weights + at[u], narrowed<kDType>(w[u]));
 #pragma unroll
@@ -207,7 +207,7 @@ __global__ void __launch_bounds__(kThreads, kUpdaters<kDType>)
       current = static_cast<int>(row.constants);
       __syncthreads();
       if (threadIdx.x == 0) {
-        c = (constants == nullptr ? argument.values[current] : constants[current]).template as<T>();
+        c = (constants == nullptr ? argument[current] : constants[current]).template as<T>();
       }
       __syncthreads();
     }

@@ -1,5 +1,5 @@
-// The optimizers' rules: the state each keeps, the constants they share, and THE arithmetic, one source for CPU vectors
-// and CUDA threads. Adding a rule is a row in GMP_RULES, a function of its name, and the constants that are new.
+// The optimizers' rules: the state each keeps, and the constants they share. Adding a rule is a row in GMP_RULES, a
+// function of its name in update_rule.h, and the constants that are new.
 #pragma once
 
 #include <cstdint>
@@ -79,73 +79,5 @@ struct UpdateConstants {
 #undef GMP_CONSTANT
   }
 };
-
-// The arithmetic, in the order of torch.optim's single-tensor loops, fused where torch's vector loops fuse and nowhere
-// else: compile it with contraction off. V is one value or a vector of them, T the type of a value. Arithmetic has
-// fused(V, V, V), which rounds once, and square_root(V), which rounds right.
-namespace rules {
-
-// torch's lerp: from the nearer end, so that weight 1 gives `to` exactly.
-template <typename Arithmetic, typename T, typename V>
-GMP_INLINE V lerp(V from, V to, T weight) {
-  return weight < T(0.5) ? Arithmetic::fused(to - from, weight + V{}, from)
-                         : Arithmetic::fused(to - from, (weight - T(1)) + V{}, to);
-}
-
-// Both kinds of weight decay, and the factor of the gradient.
-template <typename Arithmetic, typename T, typename V>
-GMP_INLINE void scale(V& w, V& g, const UpdateConstants<T>& c) {
-  if (c.grad_factor != T(1)) g = g * c.grad_factor;
-  if (c.decay != T(1)) w = w * c.decay;
-  if (c.weight_decay != T(0)) g = Arithmetic::fused(w, c.weight_decay + V{}, g);
-}
-
-// State: momentum, or nothing.
-template <typename Arithmetic, typename T, typename V>
-GMP_INLINE void sgd(V& w, V g, V (&state)[kMaxStates], int num_states, const UpdateConstants<T>& c) {
-  scale<Arithmetic>(w, g, c);
-  if (num_states > 0) {
-    V& momentum = state[0];
-    momentum = c.first_step != T(0) ? g : Arithmetic::fused(g, c.one_minus_dampening + V{}, momentum * c.momentum);
-    g = c.nesterov != T(0) ? Arithmetic::fused(momentum, c.momentum + V{}, g) : momentum;
-  }
-  w = Arithmetic::fused(g, -c.lr + V{}, w);
-}
-
-// State: exp_avg, exp_avg_sq, and of AMSGrad max_exp_avg_sq.
-template <typename Arithmetic, typename T, typename V>
-GMP_INLINE void adam(V& w, V g, V (&state)[kMaxStates], int num_states, const UpdateConstants<T>& c) {
-  scale<Arithmetic>(w, g, c);
-  auto& [average, squares, maximum] = state;
-  average = lerp<Arithmetic>(average, g, c.one_minus_beta1);
-  squares = Arithmetic::fused(c.one_minus_beta2 * g, g, squares * c.beta2);
-  V second = squares;
-  if (num_states > 2) {
-    // torch.maximum hands a NaN on, from either side.
-    maximum = ((maximum > squares) | (maximum != maximum)) ? maximum : squares;
-    second = maximum;
-  }
-  const V denominator = Arithmetic::square_root(second) / c.bias_correction2_sqrt + c.eps;
-  w = w + (-c.step_size) * average / denominator;
-}
-
-// An average of weights: the "gradient" is what comes in.
-template <typename Arithmetic, typename T, typename V>
-GMP_INLINE void average(V& w, V g, V (&)[kMaxStates], int, const UpdateConstants<T>& c) {
-  w = lerp<Arithmetic>(w, g, c.one_minus_beta1);
-}
-
-}  // namespace rules
-
-// One step of a weight `w` with gradient `g`, or of a vector of them, by one of the rules. Of the state, the first
-// `num_states` arrays are there.
-template <Rule kRule, typename Arithmetic, typename T, typename V>
-GMP_INLINE void update_one(V& w, V g, V (&state)[kMaxStates], int num_states, const UpdateConstants<T>& c) {
-  static_assert(kMostStates<kRule> <= kMaxStates);
-#define GMP_RULE(name, fewest, most) \
-  if constexpr (kRule == Rule::name) rules::name<Arithmetic>(w, g, state, num_states, c);
-  GMP_RULES(GMP_RULE)
-#undef GMP_RULE
-}
 
 }  // namespace gmp

@@ -75,20 +75,6 @@ int64_t take_bytes(std::vector<uint64_t>& sectors) {
   return bytes;
 }
 
-struct Fiber {
-  std::unique_ptr<char[]> stack{new char[kStackBytes]};
-  void* sp = nullptr;
-  bool done = true;
-  const uint64_t* awaited = nullptr;  // runs again once this is no longer `seen`
-  uint64_t seen = 0;
-};
-
-struct Warp {
-  uint64_t values[2][kWarp];
-  int arrived = 0;
-  uint64_t generation = 0;
-};
-
 // One block at a time, on one host thread.
 class Block {
  public:
@@ -96,16 +82,20 @@ class Block {
     random_.seed(seed + index * 0x9e3779b97f4a7c15ull);
     shuffled_ = seed != 0;
     body_ = &body;
-    fibers_.resize(std::max<size_t>(fibers_.size(), size));
-    warps_.assign(size / kWarp, Warp{});
+    while (stacks_.size() < size) stacks_.emplace_back(new char[kStackBytes]);
+    stack_tops_.resize(size);
+    waiting_.assign(size, false);
+    for (auto& values : values_) values.resize(size);
+    exchanges_.assign(size / kWarp, 0);
+    exchanging_.assign(size / kWarp, 0);
+    at_barrier_ = 0;
     order_.resize(size);
     std::iota(order_.begin(), order_.end(), 0u);
-    arrived_ = 0;
     running_ = size;
     blockIdx = {index, 0, 0, 0};
     gridDim = {grid, 0, 0, 0};
     blockDim = {size, 0, 0, 0};
-    for (unsigned t = 0; t < size; ++t) start(fibers_[t]);
+    for (unsigned t = 0; t < size; ++t) start(t);
     // Shuffled, one warp at a time stays behind until the others can do no more: they may be a barrier ahead.
     const unsigned num_warps = size / kWarp;
     unsigned behind = num_warps;
@@ -116,13 +106,11 @@ class Block {
       }
       bool progress = false, held = false;
       for (unsigned t : order_) {
-        Fiber& fiber = fibers_[t];
-        if (fiber.done || (fiber.awaited != nullptr && *fiber.awaited == fiber.seen)) continue;
+        if (stack_tops_[t] == nullptr || waiting_[t]) continue;
         if (t / kWarp == behind) {
           held = true;
           continue;
         }
-        fiber.awaited = nullptr;
         progress = true;
         resume(t);
       }
@@ -137,27 +125,23 @@ class Block {
   }
 
   void barrier() {
-    const uint64_t generation = generation_;
-    if (++arrived_ == running_) {
-      arrived_ = 0;
-      ++generation_;
-      return;
-    }
-    wait(generation_, generation);
+    ++at_barrier_;
+    if (!open_barrier()) wait();
   }
 
   const uint64_t* exchange(uint64_t value) {
-    Warp& warp = warps_[threadIdx.x / kWarp];
-    const uint64_t generation = warp.generation;
+    const unsigned warp = threadIdx.x / kWarp, first = warp * kWarp;
     // Two sets of values: lanes may bring the next ones while others still read these.
-    warp.values[generation & 1][threadIdx.x % kWarp] = value;
-    if (++warp.arrived == kWarp) {
-      warp.arrived = 0;
-      ++warp.generation;
+    std::vector<uint64_t>& values = values_[exchanges_[warp] % 2];
+    values[threadIdx.x] = value;
+    if (++exchanging_[warp] == kWarp) {
+      exchanging_[warp] = 0;
+      ++exchanges_[warp];
+      std::fill_n(waiting_.begin() + first, kWarp, false);
     } else {
-      wait(warp.generation, generation);
+      wait();
     }
-    return warp.values[generation & 1];
+    return values.data() + first;
   }
 
   void interruption() {
@@ -167,36 +151,38 @@ class Block {
  private:
   static void enter();
 
-  void start(Fiber& fiber) {
-    fiber.done = false;
-    fiber.awaited = nullptr;
+  void start(unsigned t) {
     // Six registers and the address to return to; a function expects its stack 8 bytes off a multiple of 16.
-    void** top = reinterpret_cast<void**>((reinterpret_cast<uintptr_t>(fiber.stack.get()) + kStackBytes) & ~15ull);
+    void** top = reinterpret_cast<void**>((reinterpret_cast<uintptr_t>(stacks_[t].get()) + kStackBytes) & ~15ull);
     *--top = nullptr;
     *--top = reinterpret_cast<void*>(&Block::enter);
     for (int i = 0; i < 6; ++i) *--top = nullptr;
-    fiber.sp = top;
+    stack_tops_[t] = top;
   }
 
   void resume(unsigned t) {
-    running_fiber_ = t;
     threadIdx = {t, 0, 0, 0};
-    switch_stacks(&host_sp_, fibers_[t].sp, fibers_[t].stack.get(), kStackBytes, &host_fake_stack_);
+    switch_stacks(&host_stack_top_, stack_tops_[t], stacks_[t].get(), kStackBytes, &host_fake_stack_);
   }
 
   void yield() {
     const unsigned t = threadIdx.x;
-    Fiber& fiber = fibers_[t];
     void* fake_stack = nullptr;
-    switch_stacks(&fiber.sp, host_sp_, host_stack_, host_stack_bytes_, fiber.done ? nullptr : &fake_stack);
+    switch_stacks(&stack_tops_[t], host_stack_top_, host_stack_, host_stack_bytes_, &fake_stack);
     threadIdx = {t, 0, 0, 0};
   }
 
-  void wait(const uint64_t& generation, uint64_t seen) {
-    Fiber& fiber = fibers_[threadIdx.x];
-    fiber.awaited = &generation;
-    fiber.seen = seen;
+  void wait() {
+    waiting_[threadIdx.x] = true;
     yield();
+  }
+
+  // Those who wait at a barrier wait for the living only.
+  bool open_barrier() {
+    if (at_barrier_ < running_) return false;
+    at_barrier_ = 0;
+    std::fill(waiting_.begin(), waiting_.end(), false);
+    return true;
   }
 
   // The address sanitizer has to be told which stack is in use.
@@ -211,15 +197,19 @@ class Block {
 #endif
   }
 
-  std::vector<Fiber> fibers_;
-  std::vector<Warp> warps_;
+  // By thread. A stack's top is where it was left; nullptr: the thread has returned.
+  std::vector<std::unique_ptr<char[]>> stacks_;
+  std::vector<void*> stack_tops_;
+  std::vector<char> waiting_;
+  std::vector<uint64_t> values_[2];
+  // By warp: how many exchanges are over, and how many lanes have come to the next one.
+  std::vector<unsigned> exchanges_, exchanging_;
+  unsigned at_barrier_ = 0, running_ = 0;
   std::vector<unsigned> order_;
   const std::function<void()>* body_ = nullptr;
   std::mt19937_64 random_;
   bool shuffled_ = false;
-  unsigned arrived_ = 0, running_ = 0, running_fiber_ = 0;
-  uint64_t generation_ = 0;
-  void* host_sp_ = nullptr;
+  void* host_stack_top_ = nullptr;
   void* host_fake_stack_ = nullptr;
   const void* host_stack_ = nullptr;
   size_t host_stack_bytes_ = 0;
@@ -233,15 +223,11 @@ void Block::enter() {
 #endif
   Block& self = block;
   (*self.body_)();
-  Fiber& fiber = self.fibers_[threadIdx.x];
-  fiber.done = true;
   --self.running_;
-  // Those who wait at a barrier wait for the living only.
-  if (self.running_ > 0 && self.arrived_ == self.running_) {
-    self.arrived_ = 0;
-    ++self.generation_;
-  }
-  self.yield();
+  self.open_barrier();
+  self.stack_tops_[threadIdx.x] = nullptr;
+  void* never = nullptr;  // where nobody goes on
+  self.switch_stacks(&never, self.host_stack_top_, self.host_stack_, self.host_stack_bytes_, nullptr);
 }
 
 }  // namespace

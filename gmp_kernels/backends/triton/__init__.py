@@ -44,7 +44,7 @@ from gmp_kernels.errors import CaptureError
 
 T = TypeVar("T")
 
-# Contraction would round once what csrc/optim/rules.h rounds twice.
+# Contraction would round once what csrc/optim/update_rule.h rounds twice.
 OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
 # Of the kernels that read all weights, and count them in columns of as many as a warp has threads: fewer warps leave
 # more weights to the column, and the sums over columns are what takes the time.

@@ -108,8 +108,8 @@ def _lerp(start, end, weight):
     return tl.fma(end - start, tl.where(from_start, weight, weight - 1.0), tl.where(from_start, start, end))
 
 
-# The rules of csrc/optim/rules.h in the same order, fused where they fuse; compiled without contraction. What depends
-# on a constant is selected: branches in between would keep layouts from being simplified.
+# The rules of csrc/optim/update_rule.h in the same order, fused where they fuse; compiled without contraction. What
+# depends on a constant is selected: branches in between would keep layouts from being simplified.
 
 
 @triton.jit
