@@ -302,7 +302,7 @@ class Implementation(Protocol):
 
     @property
     def select(self) -> Select | None:
-        """Operation that finds the cutoff of every layer and only reads; None where ``search.driver`` does, by ``count``.
+        """Operation that finds the cutoff of every layer. It only reads; None where ``search.driver`` uses ``count``.
 
         Parameters
         ----------
