@@ -338,5 +338,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("move_state", &move_state);
   m.def("chunk_offsets", &chunk_offsets);
   m.def("describe", &describe);
-  m.def("isa", [] { return std::string(gmp::cpu::active_kernels().name); });
+  m.def("isa", [] { return std::string(gmp::cpu::active_kernels().front().name); });
 }

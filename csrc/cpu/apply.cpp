@@ -24,7 +24,7 @@ std::pair<std::vector<int64_t>, std::vector<int64_t>> apply(const std::vector<La
     }
     const size_t l = c.tensor;
     const int64_t n = c.end - c.begin;
-    const int64_t kept_before = layer.mask == nullptr ? n : active_kernels().count_bits(layer.mask + c.begin / 8, n);
+    const int64_t kept_before = layer.mask == nullptr ? n : kernels.count_bits(layer.mask + c.begin / 8, n);
     const int64_t kept_now = kernels.apply(layer, c.begin, c.end, kept[l], keys[l], tie_indices[l]);
 #pragma omp atomic
     before[l] += kept_before;

@@ -26,7 +26,7 @@ const KernelSet& pick() {
   for (const auto& [set, runs_here] : candidates) {
     if (wanted == nullptr || *wanted == '\0') {
       if (runs_here) return *set;
-    } else if (std::string(wanted) == set->name) {
+    } else if (std::string(wanted) == set->front().name) {
       if (runs_here) return *set;
       throw std::invalid_argument("GMP_KERNELS_ISA=" + std::string(wanted) + ": this CPU cannot run it; unset it");
     }

@@ -1,6 +1,7 @@
 // The loops that touch every weight, one implementation per instruction set, picked at run time.
 #pragma once
 
+#include <array>
 #include <cstdint>
 
 #include "layers.h"
@@ -13,6 +14,9 @@ inline constexpr int64_t kGatherSlackBytes = 64;
 
 // Loops over the weights [begin, end) of a layer of one dtype; `begin` lies on a byte of the mask.
 struct Kernels {
+  const char* name;  // of the instruction set
+  // Of bits, for every dtype the same.
+  int64_t (*count_bits)(const uint8_t* mask, int64_t n);
   // One read. `gathered` (nullptr: count only) receives the keys inside the bracket in order and needs room for them
   // plus the slack; it may be the weights themselves.
   BracketCounts (*scan)(const LayerView& layer, int64_t begin, int64_t end, const Bracket& bracket, void* gathered);
@@ -30,12 +34,8 @@ struct Kernels {
   double (*sum_squares)(const LayerView& layer, int64_t begin, int64_t end);
 };
 
-// Filled by one translation unit each.
-struct KernelSet {
-  const char* name;
-  int64_t (*count_bits)(const uint8_t* mask, int64_t n);
-  Kernels of[kNumDTypes];  // by DType
-};
+// By DType; filled by one translation unit each.
+using KernelSet = std::array<Kernels, kNumDTypes>;
 
 extern const KernelSet kPortableKernels;
 #if defined(__x86_64__)
@@ -47,6 +47,6 @@ extern const KernelSet kAvx512Kernels;
 // std::invalid_argument when that one is unknown or cannot run here.
 const KernelSet& active_kernels();
 
-inline const Kernels& kernels_of(DType dtype) { return active_kernels().of[static_cast<int>(dtype)]; }
+inline const Kernels& kernels_of(DType dtype) { return active_kernels()[static_cast<size_t>(dtype)]; }
 
 }  // namespace gmp::cpu

@@ -16,7 +16,7 @@ namespace {
 bool offsets_hold(const UpdateTensor& t, const Chunk& c) {
   if (t.chunk_offsets == nullptr) return true;
   const int64_t* const offset = t.chunk_offsets + c.begin / kChunk;
-  return active_kernels().count_bits(t.mask + c.begin / 8, c.end - c.begin) == offset[1] - offset[0];
+  return kernels_of(t.dtype).count_bits(t.mask + c.begin / 8, c.end - c.begin) == offset[1] - offset[0];
 }
 
 void check_offsets(int64_t num_wrong) {
@@ -124,7 +124,8 @@ void move_state(const std::vector<UpdateTensor>& sources, const std::vector<Upda
 std::vector<int64_t> chunk_offsets(const uint8_t* mask, int64_t n) {
   std::vector<int64_t> offsets{0};
   for (int64_t begin = 0; begin < n; begin += kChunk) {
-    offsets.push_back(offsets.back() + active_kernels().count_bits(mask + begin / 8, std::min(kChunk, n - begin)));
+    offsets.push_back(offsets.back() +
+                      active_kernels().front().count_bits(mask + begin / 8, std::min(kChunk, n - begin)));
   }
   return offsets;
 }

@@ -333,8 +333,10 @@ double sum_squares(const LayerView& layer, int64_t begin, int64_t end) {
 }
 
 template <DType kDType>
-constexpr Kernels kernels_for() {
-  return {scan<kDType>,
+constexpr Kernels kernels_for(const char* name) {
+  return {name,
+          count_bits,
+          scan<kDType>,
           apply<kDType>,
           pack<KeyOf<kDType>>,
           unpack<KeyOf<kDType>>,
@@ -347,11 +349,9 @@ constexpr Kernels kernels_for() {
 }
 
 constexpr KernelSet kernel_set(const char* name) {
-  return {name,
-          count_bits,
-          {
-#define GMP_DTYPE(name, key, infinity) kernels_for<DType::name>(),
-              GMP_DTYPES(GMP_DTYPE)
+  return {
+#define GMP_DTYPE(dtype, key, infinity) kernels_for<DType::dtype>(name),
+      GMP_DTYPES(GMP_DTYPE)
 #undef GMP_DTYPE
-          }};
+  };
 }
