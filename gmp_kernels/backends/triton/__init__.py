@@ -256,6 +256,7 @@ class Triton:
                 columns.append(self._columns.get((*key[:2], asked), partial(upload, asked, torch.int64, device)))
             # Everything there has to be memory for is there: from here on weights are written.
             for (kind, positions, (table, owners)), column in zip(tables, columns, strict=True):
+                dtype, num_states, is_compact, has_master, aligned = kind
                 self._launch(
                     "update",
                     len(owners),
@@ -265,14 +266,14 @@ class Triton:
                     len(positions),
                     values,
                     RULE=rule,
-                    STATES=kind.num_states,
-                    COMPACT=kind.is_compact,
-                    HAS_MASTER=kind.has_master,
-                    dtype=k.FLOATS[kind.dtype],
-                    BITS=k.INTEGERS[kind.dtype.itemsize],
-                    T=k.FLOATS[torch.float64 if kind.dtype == torch.float64 else torch.float32],
+                    STATES=num_states,
+                    COMPACT=is_compact,
+                    HAS_MASTER=has_master,
+                    dtype=k.FLOATS[dtype],
+                    BITS=k.INTEGERS[dtype.itemsize],
+                    T=k.FLOATS[torch.float64 if dtype == torch.float64 else torch.float32],
                     BLOCK=BLOCK,
-                    ALIGNED=kind.aligned,
+                    ALIGNED=aligned,
                 )
             at_once(after)
 

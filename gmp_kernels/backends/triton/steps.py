@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
 import torch
 
@@ -15,16 +15,9 @@ from gmp_kernels.backends.uploads import upload
 __all__ = ["Kind", "Row", "constant_table", "row_of", "tables_by_kind"]
 
 
-class Kind(NamedTuple):
-    """Tensors that one launch of the update may serve together."""
-
-    dtype: torch.dtype
-    num_states: int
-    is_compact: bool
-    has_master: bool
-    aligned: bool
-
-
+# Tensors that one launch serves together have the same dtype, number of states, compact state or not, master weights or
+# not, and lie on 16 bytes or not.
+Kind: TypeAlias = tuple[torch.dtype, int, bool, bool, bool]
 # A tensor's row of the table, less its gradient and constants, which may change with every step: kind, number of
 # weights, fields.
 Row: TypeAlias = tuple[Kind, int, tuple[int, ...]]
@@ -36,13 +29,9 @@ def row_of(t: UpdateTensor) -> Row:
         return t.row
     state = list(map(element_address, t.state))
     pointers = [t.weight.data_ptr(), address(t.master), *([] if t.compaction else state)]
-    kind = Kind(
-        t.weight.dtype,
-        len(t.state),
-        t.compaction is not None and bool(state),
-        t.master is not None,
-        all(pointer % 16 == 0 for pointer in pointers),
-    )
+    is_compact = t.compaction is not None and bool(state)
+    aligned = all(pointer % 16 == 0 for pointer in pointers)
+    kind = t.weight.dtype, len(state), is_compact, t.master is not None, aligned
     chunk_offsets = None if t.compaction is None else t.compaction.chunk_offsets
     fields = (
         element_address(t.weight),
@@ -65,7 +54,7 @@ def tables_by_kind(
     positions: dict[Kind, list[int]] = {}
     unaligned = set(unaligned)
     for i, (kind, *_) in enumerate(rows):
-        positions.setdefault(kind._replace(aligned=False) if i in unaligned else kind, []).append(i)
+        positions.setdefault((*kind[:-1], kind[-1] and i not in unaligned), []).append(i)
     return [
         (kind, own, table_of([rows[i][1] for i in own], [rows[i][2] for i in own], device))
         for kind, own in positions.items()
