@@ -24,7 +24,7 @@ void check_offsets(int64_t num_wrong) {
   throw std::invalid_argument("expected the bits by which compact state was laid out, got a mask written since then");
 }
 
-// Packing and unpacking touch up to a vector more than their values: both go through buffers.
+// Packing and unpacking access up to a vector more than their values, so both go through buffers.
 inline constexpr size_t kBufferWords = kChunk + kGatherSlackBytes / sizeof(uint64_t);
 
 // The first value of a tensor's state in a chunk.

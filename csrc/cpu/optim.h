@@ -9,8 +9,8 @@
 
 namespace gmp::cpu {
 
-// Same for all tensors: the rule. Threads take chunks; no bit depends on how many there are. Throws
-// std::invalid_argument, and has written nothing, if a mask does not keep what the offsets of compact state say.
+// The rule is the same for all tensors. Threads take chunks; no bit depends on their number. Throws
+// std::invalid_argument before any write if a mask does not match the offsets of compact state.
 void update(Rule rule, const std::vector<UpdateTensor>& tensors, const std::vector<UpdateConstants<double>>& constants,
             int num_threads);
 

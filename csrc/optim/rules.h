@@ -10,7 +10,7 @@
   GMP_RULE(adam, 2, 3)      \
   GMP_RULE(average, 0, 0)
 
-// GMP_CONSTANT(name, its value where it is absent: without effect). Names follow torch.optim.
+// GMP_CONSTANT(name, value if it is absent, which has no effect). Names follow torch.optim.
 //
 //   grad_factor   gradients are multiplied by it first
 //   weight_decay  times the weight, is added to the gradient
@@ -35,8 +35,8 @@
   GMP_CONSTANT(step_size, 0.0)             \
   GMP_CONSTANT(skip, 0.0)
 
-// Never compiled as a function of its own: what the linker finds in several instruction sets' translation units it
-// merges, and the copy that stays could be one that this CPU cannot run.
+// Always inlined: the linker would merge functions that several instruction sets' translation units define, and the
+// copy that stays could be one that this CPU cannot run.
 #if defined(__CUDACC__)
 #define GMP_INLINE __device__ __forceinline__
 #else

@@ -18,7 +18,7 @@
 #include <sanitizer/common_interface_defs.h>
 #endif
 
-// Saves what a call must preserve on the running stack and goes on where another one was left.
+// Saves the registers that a call must preserve on the running stack, and continues on another stack where it stopped.
 extern "C" void simt_switch(void** from, void* to);
 asm(R"(
 .text
@@ -54,7 +54,7 @@ std::atomic<uint64_t> global_seed{0};
 std::mutex traffic_mutex;
 std::map<std::string, std::array<int64_t, 3>> traffic;
 
-// Sectors that a block has met: as a rule in order, and many more than once.
+// Sectors that a block has accessed: mostly in order, and many of them several times.
 thread_local std::vector<uint64_t> sectors_loaded, sectors_stored;
 constexpr uint64_t kSectorBytes = 32;
 
@@ -116,7 +116,7 @@ class Block {
       }
       if (!progress && held) {
         behind = num_warps;
-        // Time for the blocks of other host threads to get ahead of that warp.
+        // Give the blocks of other host threads time to get ahead of that warp.
         if (random_() % 8 == 0) std::this_thread::sleep_for(std::chrono::microseconds(100));
       } else if (!progress) {
         throw std::runtime_error("a block cannot go on: some of its threads wait where the others never come");
@@ -251,7 +251,7 @@ void launch(const char* kernel, unsigned grid, unsigned size, const std::functio
   }
   std::string error;
   int64_t loaded = 0, stored = 0;
-  // Shuffled, blocks meet others that run, wherever that is possible.
+  // If shuffled, blocks run at the same time as others wherever that is possible.
   const int num_threads = seed != 0 ? std::max(2, omp_get_max_threads()) : omp_get_max_threads();
 #pragma omp parallel for schedule(dynamic, 1) reduction(+ : loaded, stored) num_threads(num_threads) if (grid > 1)
   for (unsigned i = 0; i < grid; ++i) {

@@ -10,17 +10,17 @@ __all__ = ["address", "array_address", "bits_address", "element_address"]
 
 
 def address(tensor: torch.Tensor | None) -> int:
-    """Address of the first element; 0 for None."""
+    """Return the address of the first element; 0 for None."""
     return 0 if tensor is None else tensor.data_ptr()
 
 
 def array_address(tensor: torch.Tensor | None, numel: int, what: str) -> int:
-    """``address``, and ``element_address``, of a tensor that has to have so many elements.
+    """Return the ``element_address`` of a tensor that must have ``numel`` elements.
 
     Raises
     ------
     ValueError
-        It has others: a kernel would walk past its end.
+        It has another number of elements, so that a kernel could walk past its end.
     """
     if tensor is not None and tensor.numel() != numel:
         raise ValueError(f"expected {numel} elements of {what}, got {tensor.numel()}")
@@ -28,17 +28,17 @@ def array_address(tensor: torch.Tensor | None, numel: int, what: str) -> int:
 
 
 def bits_address(mask: torch.Tensor | None, numel: int) -> int:
-    """``array_address`` of the packed bits of so many weights."""
+    """Return the ``array_address`` of the packed bits of ``numel`` weights."""
     return array_address(mask, -(-numel // 8), "a mask")
 
 
 def element_address(tensor: torch.Tensor | None) -> int:
-    """``address`` for kernels whose loads have the type of what they load: elsewhere than on its multiples they fail.
+    """Return the ``address`` for kernels that load whole elements, which fails unless they are aligned to their size.
 
     Raises
     ------
     LayoutError
-        The tensor begins between two of them, as views of raw bytes can.
+        The tensor does not begin at a multiple of its element size, as views of raw bytes may not.
     """
     if tensor is not None and tensor.data_ptr() % tensor.itemsize:
         raise LayoutError(

@@ -1,4 +1,4 @@
-"""The integer keys that magnitudes are ranked by, in Python; csrc/order/magnitude_key.h defines them."""
+"""The integer keys by which magnitudes are ranked, in Python; csrc/order/magnitude_key.h defines them."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def bits_of(weights: torch.Tensor) -> torch.Tensor:
 
 
 def keys_of(weights: torch.Tensor) -> torch.Tensor:
-    """Return the key of every weight, as integers of the same size; contiguous weights."""
+    """Return the keys of contiguous weights, as integers of the same size."""
     bits = bits_of(weights)
     return (bits & torch.iinfo(bits.dtype).max).clamp(max=largest_key(weights.dtype))
 
 
 def keys_of_magnitudes(magnitudes: Sequence[float], dtype: torch.dtype) -> npt.NDArray[np.int64]:
-    """Return the keys of magnitudes that are values of ``dtype``; of what is too large for it, that of Inf."""
+    """Return the keys of magnitudes that are values of ``dtype``; those too large for it get the key of Inf."""
     values, largest = np.abs(np.asarray(magnitudes, np.float64)), largest_key(dtype)
     is_finite = values <= torch.finfo(dtype).max
     keys = _keys_of_finite(np.where(is_finite, values, 0.0), dtype)
@@ -57,12 +57,12 @@ def magnitudes_of_keys(keys: npt.NDArray[np.int64], dtype: torch.dtype) -> npt.N
 
 
 def key_of(magnitude: float, dtype: torch.dtype) -> int:
-    """Return what ``keys_of_magnitudes`` returns, for one."""
+    """Return the key of one magnitude, as ``keys_of_magnitudes`` does."""
     return int(keys_of_magnitudes([magnitude], dtype)[0])
 
 
 def magnitude_of(key: int, dtype: torch.dtype) -> float:
-    """Return what ``magnitudes_of_keys`` returns, for one."""
+    """Return the magnitude of one key, as ``magnitudes_of_keys`` does."""
     return float(magnitudes_of_keys(np.array([key]), dtype)[0])
 
 

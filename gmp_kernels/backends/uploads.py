@@ -23,9 +23,9 @@ def upload(values: Sequence[Any] | npt.NDArray[Any], dtype: torch.dtype, device:
 
 
 def put(module: Any, launch: Any, values: npt.NDArray[Any], table: torch.Tensor) -> None:
-    """Copy eight-byte numbers to the front of a table as ``upload`` does, few of them in launches of _cuda or _simt.
+    """Copy eight-byte numbers to the front of a table as ``upload`` does. A few of them go as arguments of launches.
 
-    Those take less of the host's time than memory that has to be pinned first.
+    Launches (of _cuda or _simt) take less of the host's time than pinning memory.
     """
     device = table.device
     devices.refuse_capture(device)
@@ -37,15 +37,15 @@ def put(module: Any, launch: Any, values: npt.NDArray[Any], table: torch.Tensor)
 
 
 def pinned_like(table: torch.Tensor) -> torch.Tensor:
-    """Host memory for a table, from which its device copies without the host waiting."""
+    """Return host memory for a table, from which its device copies without the host waiting."""
     return torch.empty_like(table, device="cpu", pin_memory=table.device.type == "cuda")
 
 
 class Table:
     """A table that is uploaded only when it changes, so that most steps upload nothing.
 
-    A CUDA graph uploads its own at every replay, from memory that stays as long as ``captured``. While one is captured
-    no memory can be pinned: uploads before set it aside, for ``SPARES`` captures without a step between them.
+    A CUDA graph uploads its own table at every replay, from memory that stays as long as ``captured``. No memory can be
+    pinned during a capture, so earlier uploads set some aside, for ``SPARES`` captures without a step between them.
     """
 
     SPARES = 2
@@ -78,7 +78,7 @@ class Table:
             self._spares = [other for other in self._spares if other is not spare]
             captured.append(spare.copy_(host))
             return spare.to(device, non_blocking=True)
-        # Another stream gets another table: freed memory is used again in the order of its own stream.
+        # Another stream gets another table, because freed memory is reused in the order of its own stream.
         contents = (contents, device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0)
         if self._table is None or self._contents != contents:
             host = torch.from_numpy(make())
