@@ -58,7 +58,7 @@ class SelectionTables(Selection):
     multiprocessors : int
     layers : sequence of Layer
     group_sizes : sequence of int
-        As for ``search.driver.select``.
+        As for ``Implementation.select``.
     selects, prunes : bool
         Whether the tables are for a selection, and whether ``prune`` follows, for which the selection then notes the
         weights that will not change.
@@ -189,7 +189,7 @@ class SelectionTables(Selection):
     ) -> SelectionTables:
         """Return a copy with memory on the device, uploaded on the stream of a launch.
 
-        ``num_prune`` and ``brackets`` are those of ``search.driver.select``, ``found`` the cutoffs of a selection made
+        ``num_prune`` and ``brackets`` are those of ``Implementation.select``, ``found`` the cutoffs of a selection made
         elsewhere.
         """
         made = copy(self)
