@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from functools import cache
 
 import numpy as np
@@ -32,11 +31,13 @@ def keys_of(weights: torch.Tensor) -> torch.Tensor:
     return (bits & torch.iinfo(bits.dtype).max).clamp(max=largest_key(weights.dtype))
 
 
-def keys_of_magnitudes(magnitudes: Sequence[float], dtype: torch.dtype) -> npt.NDArray[np.int64]:
+def keys_of_magnitudes(magnitudes: npt.ArrayLike, dtype: torch.dtype) -> npt.NDArray[np.int64]:
     """Return the keys of magnitudes that are values of ``dtype``; those too large for it get the key of Inf."""
-    values, largest = np.abs(np.asarray(magnitudes, np.float64)), largest_key(dtype)
+    values = np.abs(np.asarray(magnitudes, np.float64))
     is_finite = values <= torch.finfo(dtype).max
-    keys = _keys_of_finite(np.where(is_finite, values, 0.0), dtype)
+    if is_finite.all():
+        return _keys_of_finite(values, dtype)
+    keys, largest = _keys_of_finite(np.where(is_finite, values, 0.0), dtype), largest_key(dtype)
     return np.where(is_finite, keys, np.where(np.isnan(values), largest, largest - 1))
 
 
@@ -86,10 +87,9 @@ def _largest_finite(dtype: torch.dtype) -> int:
 
 def _keys_of_finite(values: npt.NDArray[np.float64], dtype: torch.dtype) -> npt.NDArray[np.int64]:
     fraction_bits, bias = _format(dtype)
-    if dtype == torch.float64:
-        return values.view(np.int64)
-    # Subnormal numbers and zero have the exponent of the smallest normal one.
-    exponents = np.where(values > 0, np.maximum(np.frexp(values)[1] - 1, 1 - bias), 1 - bias)
-    fractions = np.ldexp(values, fraction_bits - exponents).astype(np.int64)
-    keys: npt.NDArray[np.int64] = fractions + ((exponents + bias - 1).astype(np.int64) << fraction_bits)
+    # A normal number has the same fraction and exponent in float64, but for their lengths and the bias.
+    keys: npt.NDArray[np.int64] = (values.view(np.int64) >> 52 - fraction_bits) - (1023 - bias << fraction_bits)
+    if dtype != torch.float64 and (is_subnormal := keys < 1 << fraction_bits).any():
+        units = np.ldexp(np.where(is_subnormal, values, 0.0), fraction_bits + bias - 1)
+        keys = np.where(is_subnormal, units.astype(np.int64), keys)
     return keys

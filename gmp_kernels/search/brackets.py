@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from gmp_kernels.backends.keys import key_of, keys_of_magnitudes, largest_key
+from gmp_kernels.backends.keys import keys_of_magnitudes, largest_key
 from gmp_kernels.backends.types import Brackets, Threshold
 
 __all__ = ["brackets_near", "without_far_below"]
@@ -31,9 +31,9 @@ def brackets_near(
     num_prune, sizes, dtypes : sequences
         Per group: number of weights to prune, number of all weights, their dtype.
     """
-    lo, hi = _around(previous, dtypes)
-    _, below, ties, kept = np.array([last or NOTHING for last in previous]).T
+    values, below, ties, kept = map(np.array, zip(*(last or NOTHING for last in previous), strict=True))
     is_near = (ties > 0) & (np.abs(below + ties - kept - num_prune) <= np.array(sizes) * NEAR)
+    lo, hi = _around(values, dtypes)
     return Brackets(np.where(is_near, lo, 1), np.where(is_near, hi, 0))
 
 
@@ -41,22 +41,21 @@ def without_far_below(
     brackets: Brackets, previous: Sequence[Threshold | None], dtypes: Sequence[torch.dtype]
 ) -> Brackets:
     """Narrow brackets that reach well below the previous thresholds: there are many keys there, but few weights."""
-    lo, _ = _around(previous, dtypes)
+    lo, _ = _around(np.array([0.0 if last is None else last.value for last in previous]), dtypes)
     # Go as far below it as costs nothing: bins are a power of two.
     bits = np.array([max(FEW_BITS, (hi - low).bit_length()) for hi, low in zip(*_lists(brackets.hi, lo), strict=True)])
     narrowed = np.maximum(brackets.lo, brackets.hi - (np.int64(1) << bits) + 1)
     return Brackets(np.where((brackets.lo < lo) & (lo <= brackets.hi), narrowed, brackets.lo), brackets.hi)
 
 
-def _around(previous: Sequence[Threshold | None], dtypes: Sequence[torch.dtype]) -> Brackets:
-    """Return brackets around thresholds; for None, from 0 on."""
-    values = np.array([0.0 if last is None else last.value for last in previous])
-    lo, hi = np.zeros((2, len(values)), np.int64)
-    for dtype in set(dtypes):
-        own = np.array([other == dtype for other in dtypes[: len(values)]])
-        keys, largest = keys_of_magnitudes(values[own], dtype), largest_key(dtype)
-        drift = max(1, int((key_of(2.0, dtype) - key_of(1.0, dtype)) * DRIFT))
-        lo[own], hi[own] = np.maximum(keys - drift, 0), np.minimum(keys + drift, largest)
+def _around(values: np.ndarray, dtypes: Sequence[torch.dtype]) -> Brackets:
+    """Return brackets around thresholds of these values."""
+    lo, hi = np.empty((2, len(values)), np.int64)
+    for dtype in (own_dtypes := set(dtypes)):
+        own = slice(None) if len(own_dtypes) == 1 else np.array([other == dtype for other in dtypes])
+        keys = keys_of_magnitudes(values[own], dtype)
+        drift = max(1, int(DRIFT / torch.finfo(dtype).eps))
+        lo[own], hi[own] = np.maximum(keys - drift, 0), np.minimum(keys + drift, largest_key(dtype))
     return Brackets(lo, hi)
 
 
