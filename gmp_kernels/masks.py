@@ -32,7 +32,7 @@ class BitMask:
 
     Notes
     -----
-    To look at the bits would wait for a GPU. There, bits past the end are cleared instead, in place.
+    Checking bits past the end would wait for a GPU. On a GPU they are cleared instead, in place.
     """
 
     __slots__ = ("packed", "shape")
@@ -52,7 +52,7 @@ class BitMask:
             )
         used = self.numel % 8
         if used and packed.device.type != "cpu":
-            # Outside this mode torch refuses to write to inference tensors.
+            # Outside of this mode, torch refuses to write to inference tensors.
             with torch.inference_mode():
                 packed[-1] &= (1 << used) - 1
         elif used and int(packed[-1]) >> used:
@@ -71,7 +71,7 @@ class BitMask:
 
     @classmethod
     def of(cls, packed: torch.Tensor, shape: torch.Size) -> Self:
-        """Return a mask of bits that are known to be as the constructor wants them, without a look at them."""
+        """Return a mask of bits known to be valid, without the checks of the constructor."""
         mask = cls.__new__(cls)
         mask.packed = packed
         mask.shape = shape
@@ -79,7 +79,7 @@ class BitMask:
 
     @classmethod
     def empty(cls, shape: torch.Size, device: torch.device) -> Self:
-        """Return a mask whose bits a kernel is about to write, tail zeros included; reading it before is undefined."""
+        """Return a mask of undefined bits, all of which a kernel is about to write, the zeros past the end included."""
         return cls.of(torch.empty(-(-shape.numel() // 8), dtype=torch.uint8, device=device), shape)
 
     @classmethod
@@ -96,9 +96,9 @@ class BitMask:
 
     @classmethod
     def from_zeros(cls, weight: torch.Tensor) -> Self:
-        """Return the mask that keeps what is not zero in a tensor of any dtype. Temporary memory: about 4 MB."""
+        """Return the mask that keeps the nonzero elements of a tensor of any dtype. Temporary memory: about 4 MB."""
         flat = weight.detach().reshape(-1)
-        # Slices are whole bytes of the mask.
+        # Each slice fills whole bytes of the mask.
         parts = [cls.from_bool(part != 0).packed for part in torch.split(flat, 1 << 20)]
         return cls.of(torch.cat(parts), weight.shape)
 
@@ -110,7 +110,7 @@ class BitMask:
 
     @property
     def is_packed(self) -> bool:
-        """Whether ``packed`` has the form described above; the bits themselves are not looked at."""
+        """True if ``packed`` has the form described above; the bits themselves are not checked."""
         packed = self.packed
         expected = torch.uint8, 1, -(-self.numel // 8)
         return (packed.dtype, packed.ndim, packed.numel()) == expected and packed.is_contiguous()
@@ -139,7 +139,7 @@ class BitMask:
         return BitMask.of(self.packed.clone(), self.shape)
 
     def to(self, device: torch.device | str) -> BitMask:
-        """Return this mask on ``device``; itself when it is already there, as ``torch.Tensor.to`` does."""
+        """Return this mask on ``device``; if it is already there, return it itself, as ``torch.Tensor.to`` does."""
         packed = self.packed.to(device)
         return self if packed is self.packed else BitMask.of(packed, self.shape)
 

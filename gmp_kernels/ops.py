@@ -1,6 +1,6 @@
 """The public operations: validate once, then straight to a backend.
 
-Everything a user can get wrong is found before any memory is written (``checks``); backends trust what they get.
+All user errors are found before any memory is written (``checks``); backends trust their input.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ class PruneResult(NamedTuple):
     Attributes
     ----------
     masks : list of BitMask
-        1 = kept. The masks passed in, updated in place, where there were any.
+        1 = kept. If masks were passed in, these are the same objects, updated in place.
     thresholds : list of Threshold
         In global scope every entry is the one shared threshold, its counts running over all weights.
     num_pruned : list of int
         Zeros in the mask.
     num_newly_pruned : list of int
-        Those among them that this call added.
+        Zeros that this call added.
     """
 
     masks: list[BitMask]
@@ -76,17 +76,17 @@ def magnitude_threshold(
 ) -> Threshold:
     """Exact magnitude at which ``num_prune`` weights are pruned. Changes nothing.
 
-    The order is: already pruned, then magnitude ascending, then higher flat index first; so of the weights that tie
-    at the threshold those of lowest row-major flat index are kept. -0 equals +0, subnormals are distinct.
+    The order is: already pruned, then magnitude ascending, then higher flat index first. So of the weights that tie
+    at the threshold, those with the lowest row-major flat index are kept. -0 equals +0, subnormals are distinct.
 
     Parameters
     ----------
     weight : torch.Tensor or numpy.ndarray
         Any shape, not empty, contiguous; float32, float64, bfloat16 or float16. Not modified, not copied.
     num_prune : int
-        0 <= num_prune <= n, in weights. Includes those ``mask`` says are pruned already.
+        0 <= num_prune <= n. Includes the weights that ``mask`` marks as pruned already.
     mask : BitMask, optional
-        Weights pruned already; they come first in the order, whatever value is stored there.
+        Marks the weights pruned already; they come first in the order, whatever their stored values.
     nonfinite : {"error", "keep"}
         "keep" ranks Inf above every number and NaN (all NaN being one value) above Inf.
     previous : Threshold, optional
@@ -160,7 +160,7 @@ def prune_(
     masks : BitMask or sequence of BitMask, optional
         Updated in place and returned. Default: nothing is pruned yet.
     scope : {"layer", "global"}
-        Whether each weight tensor is ranked by itself, or all of them together.
+        "layer" ranks each weight tensor by itself, "global" ranks all of them together.
     nonfinite : {"error", "keep"}
         As in ``magnitude_threshold``.
     previous : sequence of Threshold or None, optional
@@ -183,8 +183,8 @@ def prune_(
     Notes
     -----
     Two reads of the weights, one write of the cache lines that change, 1 bit per weight of mask. Temporary memory:
-    under 5% of the largest weight's bytes plus 4 MB; from thousands of tensors or billions of weights on, 300 bytes per
-    tensor and one per 2000 weights where that is more.
+    under 5% of the largest weight's bytes plus 4 MB. With thousands of tensors or billions of weights it can be more:
+    300 bytes per tensor plus one byte per 2000 weights.
 
     References
     ----------
@@ -215,13 +215,13 @@ def begin_prune(
     sparsity: float | Sequence[float] | None = None,
     num_prune: int | Sequence[int] | None = None,
 ) -> Callable[[], PruneResult]:
-    """Do what comes before the first write of ``prune_``, which has the same arguments.
+    """Do everything in ``prune_`` that comes before its first write. Takes the same arguments.
 
     Returns
     -------
     callable
-        Writes, and returns the result. If it is interrupted, another call writes what is missing, and its result has
-        the thresholds of the first; weights pruned by the first count no more as newly pruned.
+        Writes the weights and masks and returns the result. If it is interrupted, call it again to finish the writes.
+        The second result has the same thresholds, but does not count weights pruned by the first call as newly pruned.
     """
     op = "prune_"
     weights_, masks_ = _as_lists(weights, masks)
@@ -246,7 +246,7 @@ def begin_prune(
         brackets = brackets_near(previous[: len(sizes)], counts, sizes, layers.dtypes)
     group_sizes = [len(layers)] if is_global else [1] * len(layers)
     selection = select_with(implementation)(layers, counts, group_sizes, brackets, prunes=True)
-    # While a GPU selects.
+    # This runs while a GPU selects.
     if masks_ is None:
         masks_ = _new_masks(op, layers)
         out: Sequence[torch.Tensor] = [mask.packed for mask in masks_]
@@ -259,12 +259,12 @@ def begin_prune(
 
     def write() -> PruneResult:
         nonlocal is_first
-        # Selecting again would find zeros where the first attempt has pruned. A copy, because a GPU has counted already
-        # in what it was given.
+        # A second attempt reuses the cutoffs, because selecting again would see the zeros of the first. It needs a new
+        # Selection, because a GPU has already counted in the first one.
         chosen = selection if is_first else Selection(selection.cutoffs)
         is_first = False
-        # First, so that no interrupt in between leaves a write that nobody knows of. The write is one call, or all its
-        # launches are.
+        # Versions come first, so that no interrupt can leave a write that autograd does not know of. The write, or all
+        # launches of it, is a single call.
         bump_versions([*layers.weights, *out])
         counted = implementation.prune(layers, chosen, out, finite=nonfinite == "error")
         cutoffs = chosen.cutoffs
@@ -298,8 +298,8 @@ def apply_masks_(
 
     Notes
     -----
-    One read of weights and bits, one write of the cache lines that change. No temporary memory, but on a GPU some 100
-    bytes per tensor that stay for the next call.
+    One read of weights and bits, one write of the cache lines that change. No temporary memory, except on a GPU: about
+    100 bytes per tensor, kept for the next call.
     """
     op = "apply_masks_"
     weights_, masks_ = _as_lists(weights, masks)
@@ -320,7 +320,7 @@ def _as_lists(
 
 
 def _as_list(given: Any) -> list[Any]:
-    """Return a list; what is neither one nor like one becomes its only entry, which the checks then refuse by name."""
+    """Return ``given`` as a list. A single object becomes its only entry; the checks refuse an unsuitable one."""
     if isinstance(given, (list, tuple)):
         return list(given)
     is_one = isinstance(given, (torch.Tensor, np.ndarray, torch.nn.Module, dict, str)) or not hasattr(given, "__iter__")
@@ -334,7 +334,7 @@ def thresholds_of(cutoffs: Cutoffs, dtypes: Sequence[torch.dtype]) -> list[Thres
     else:
         values = list(map(magnitude_of, cutoffs.keys, dtypes))
     columns = values, cutoffs.num_below, cutoffs.num_ties, cutoffs.num_ties_kept
-    # Their own constructor takes twice as long.
+    # Calling Threshold() takes twice as long.
     return list(map(tuple.__new__, repeat(Threshold), zip(*columns, strict=True)))
 
 
@@ -349,7 +349,7 @@ def _new_masks(op: str, layers: Layers) -> list[BitMask]:
         ) from error
 
 
-# -- the same in compiled graphs, where masks are their packed bits ----------------------------------------------------
+# -- the same operations for compiled graphs, which pass masks as packed bits ------------------------------------------
 
 
 def _threshold_as_tensors(
@@ -375,11 +375,11 @@ def _apply_packed(weights: Sequence[torch.Tensor], masks: Sequence[torch.Tensor]
 
 
 def bit_masks(packed: Sequence[torch.Tensor | None], weights: Sequence[torch.Tensor]) -> list[Any]:
-    """Return the masks of these weights, given their packed bits; None where there are none."""
+    """Return the masks of these weights, given their packed bits; None stays None."""
     return [None if bits is None else BitMask.of(bits, w.shape) for bits, w in zip(packed, weights, strict=True)]
 
 
-# SymInt: a num_prune that changes makes a graph dynamic, once, instead of being compiled into it each time.
+# With SymInt, a num_prune that changes makes the graph dynamic once; with int, every new value would recompile it.
 define(
     "magnitude_threshold(Tensor weight, SymInt num_prune, Tensor? mask=None, *, str nonfinite='error', "
     "str? backend=None) -> (Tensor value, Tensor counts)",

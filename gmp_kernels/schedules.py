@@ -1,8 +1,8 @@
-"""Sparsity schedules: which optimizer steps prune, and to which sparsity. Plain numbers, no tensors.
+"""Sparsity schedules: they say which optimizer steps prune, and to which sparsity. Plain numbers, no tensors.
 
-A step is counted as the optimizer steps done before it: 0 at the first ``scheduler.step()``. Before ``begin_step``
-there is no update and sparsity is 0. The first update is at ``begin_step``; the one at ``end_step`` always happens and
-sets exactly ``final_sparsity``, which holds from then on. Pruned weights never come back, so no schedule may fall.
+The number of a step is the number of optimizer steps counted so far: 0 before any. Before ``begin_step`` there is no
+update and sparsity is 0. The first update is at ``begin_step``. The one at ``end_step`` always happens and sets exactly
+``final_sparsity``, which holds from then on. Pruned weights never come back, so no schedule may fall.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ __all__ = [
 
 
 class Schedule(ABC):
-    """Interface of every schedule. Subclass it to write your own; the scheduler asks nothing else.
+    """Interface of every schedule. Subclass it to write your own; the scheduler needs nothing more.
 
     Attributes
     ----------
     begin_step, end_step : int
         First and last update, in optimizer steps.
     final_sparsity : float
-        What the update at ``end_step`` sets, in [0, 1].
+        Sparsity that the update at ``end_step`` sets, in [0, 1].
     """
 
     if TYPE_CHECKING:
-        # For the type checker alone: dataclasses would take an inherited property for the default of their field.
+        # Only the type checker sees these: a dataclass would take an inherited property for the default of its field.
         @property
         def begin_step(self) -> int: ...
         @property
@@ -63,10 +63,10 @@ class Schedule(ABC):
 
     @abstractmethod
     def with_final_sparsity(self, sparsity: float) -> Self:
-        """Return the same schedule aimed at another final sparsity, its update steps unchanged."""
+        """Return the same schedule with another final sparsity and the same update steps."""
 
     def to_dict(self) -> dict[str, object]:
-        """Return the class name and every argument as plain data; equal exactly when the schedules are."""
+        """Return the class name and every argument as plain data. Equal schedules, and only those, give equal dicts."""
         return {"kind": type(self).__name__, **deepcopy(vars(self))}
 
 
@@ -81,19 +81,19 @@ class Ramp(Schedule):
     begin_step, end_step : int
         In optimizer steps, 0 <= begin <= end. If they are equal there is one update, to ``final_sparsity``.
     frequency : int
-        Steps from one update to the next, >= 1, counted from ``begin_step``. By name only, as is all that follows.
+        Steps from one update to the next, >= 1, counted from ``begin_step``. Keyword-only, as is all that follows.
 
     Raises
     ------
     SparsityError
         A sparsity is not a number in [0, 1].
     ScheduleError
-        The steps are no whole numbers in order, or the sparsity would fall.
+        The steps are not whole numbers in ascending order, or the sparsity would fall.
 
     Notes
     -----
-    With p = (step - begin_step) / (end_step - begin_step) a subclass says what part of the way remains, 1 at p = 0 and
-    0 at p = 1; then sparsity = final + (initial - final) * remaining.
+    Let p = (step - begin_step) / (end_step - begin_step). A subclass defines the part of the way that remains at p,
+    falling from 1 at p = 0 to 0 at p = 1. Then sparsity = final + (initial - final) * remaining.
     """
 
     initial_sparsity: float
@@ -143,12 +143,12 @@ class Ramp(Schedule):
         steps_per_epoch : int
             Optimizer steps per epoch.
         **shape : float
-            What else the constructor takes: ``power`` of Polynomial.
+            Other arguments of the constructor: ``power`` of Polynomial.
 
         Raises
         ------
         SparsityError, ScheduleError
-            As the constructor, and for epochs that are negative or not finite.
+            As in the constructor, and for epochs that are negative or not finite.
         """
         op = f"{cls.__name__}.from_epochs"
         return cls(
@@ -163,7 +163,7 @@ class Ramp(Schedule):
     def sparsity_at(self, step: int) -> float:
         if step < self.begin_step:
             return 0.0
-        # Both ends are returned as given, not computed: the arithmetic below is off by a rounding there.
+        # Both ends are returned as given: the arithmetic below would be off by a rounding error there.
         if step >= self.end_step:
             return self.final_sparsity
         if step == self.begin_step:
@@ -192,8 +192,8 @@ class Ramp(Schedule):
 class Polynomial(Ramp):
     """remaining = (1 - p) ** power.
 
-    Steep at first, while there is much to spare, and flat towards the end. With power 3 the schedule of M. Zhu and
-    S. Gupta, "To prune, or not to prune", 2017, arXiv:1710.01878. ``power`` is a number > 0; otherwise as ``Ramp``.
+    Steep at first, while there are many small weights, and flat towards the end. Power 3 gives the schedule of M. Zhu
+    and S. Gupta, "To prune, or not to prune", 2017, arXiv:1710.01878. ``power`` is a number > 0; otherwise as ``Ramp``.
     """
 
     power: float = field(default=3.0, kw_only=True)
@@ -210,7 +210,7 @@ class Polynomial(Ramp):
 
 @dataclass(frozen=True)
 class Linear(Ramp):
-    """remaining = 1 - p: every update prunes as many weights. Arguments as ``Ramp``."""
+    """remaining = 1 - p: every update prunes the same number of weights. Arguments as ``Ramp``."""
 
     def _remaining(self, progress: float) -> float:
         return 1.0 - progress
@@ -248,7 +248,7 @@ class Exponential(Ramp):
 
     def _remaining(self, progress: float) -> float:
         decay = math.log1p((self.final_sparsity - self.initial_sparsity) / (1.0 - self.final_sparsity))
-        if decay == 0.0:  # initial == final: nowhere to go
+        if decay == 0.0:  # initial == final
             return 0.0
         return 1.0 - math.expm1(-decay * progress) / math.expm1(-decay)
 
@@ -289,7 +289,7 @@ class _Staircase(Schedule):
 
 @dataclass(frozen=True)
 class MultiStep(_Staircase):
-    """The sparsity of each milestone from its step on.
+    """A sparsity per milestone, each held from its step on.
 
     Parameters
     ----------
@@ -301,7 +301,7 @@ class MultiStep(_Staircase):
     SparsityError
         A sparsity is not a number in [0, 1].
     ScheduleError
-        No milestones, a step that is no whole number >= 0, or a sparsity that falls.
+        There are no milestones, a step is not a whole number >= 0, or a sparsity falls.
     """
 
     milestones: Mapping[int, float]
@@ -324,12 +324,12 @@ class MultiStep(_Staircase):
 
     @classmethod
     def from_epochs(cls, milestones: Mapping[float, float], *, steps_per_epoch: int) -> Self:
-        """Return the schedule of {epoch: sparsity}, epochs rounded to whole steps that must stay distinct.
+        """Return the schedule of {epoch: sparsity}. Epochs are rounded to whole steps, which must stay distinct.
 
         Raises
         ------
         SparsityError, ScheduleError
-            As the constructor, and for epochs that are negative, not finite, or fall on the same step.
+            As in the constructor, and for epochs that are negative, not finite, or fall on the same step.
         """
         steps = {to_steps("MultiStep.from_epochs: epoch", epoch, steps_per_epoch): epoch for epoch in milestones}
         if len(steps) != len(milestones):
@@ -343,7 +343,7 @@ class MultiStep(_Staircase):
         """Return the same steps with every sparsity scaled so that the last is ``sparsity``."""
         sparsity = _sparsity("MultiStep.with_final_sparsity", sparsity)
         last = self.final_sparsity
-        # value / last comes first: it is at most 1, and exactly 1 for the last, whatever the rounding.
+        # Divide first: value / last is at most 1, and exactly 1 for the last, whatever the rounding.
         scale = {step: value / last if last else 1.0 for step, value in self._values().items()}
         return replace(self, milestones={step: part * sparsity for step, part in scale.items()})
 
@@ -358,7 +358,7 @@ class Constant(_Staircase):
     Parameters
     ----------
     sparsity : float or None
-        In [0, 1]. None: what a run starts with is held, and nothing more is pruned.
+        In [0, 1]. None holds what is pruned at the start and prunes nothing more.
     begin_step : int
         In optimizer steps, >= 0.
 
@@ -390,7 +390,7 @@ class Constant(_Staircase):
 
 @dataclass(frozen=True)
 class OneShot(_Staircase):
-    """All pruning in a single update at ``step``: what gradual pruning is compared with. Otherwise as ``Constant``."""
+    """All pruning in a single update at ``step``, the baseline for gradual pruning. Otherwise as ``Constant``."""
 
     sparsity: float
     step: int = 0
@@ -412,7 +412,7 @@ class OneShot(_Staircase):
 
 
 def to_steps(what: str, epochs: float, steps_per_epoch: int) -> int:
-    """Return ``epochs`` in whole optimizer steps, or raise ScheduleError calling it ``what``."""
+    """Return ``epochs`` in whole optimizer steps; a ScheduleError calls the value ``what``."""
     steps_per_epoch = _whole(f"{what}: steps_per_epoch", steps_per_epoch, 1)
     if not 0.0 <= _real(epochs) < math.inf:
         raise ScheduleError(f"{what}: expected a finite number of epochs >= 0, got {epochs!r}; count from the start")
@@ -430,7 +430,7 @@ def _store(schedule: Schedule, name: str, value: object) -> None:
 
 
 def _real(value: object) -> float:
-    """Return a number as a float; NaN, which no range admits, for anything else."""
+    """Return a number as a float, and anything else as NaN, which is in no range."""
     return float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else math.nan
 
 
