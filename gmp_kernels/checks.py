@@ -44,9 +44,9 @@ Weight: TypeAlias = torch.Tensor | np.ndarray
 
 # Tensors of other types may be anything: shards, wrappers.
 PLAIN = {torch.Tensor, torch.nn.Parameter}
-MOST_LAYERS = 4096  # that are known at a time; about 1 KB each
+MOST_LAYERS = 4096  # known at a time; about 1 KB each
 
-# By kind of call, number and address of weights; the layers without their tensors, which are not kept alive.
+# Keyed by kind of call, number of weights and first address. Layers are stored without tensors, to keep none alive.
 _known: dict[tuple[str, int, int], tuple[list[Any], Layers]] = {}
 
 
@@ -91,10 +91,10 @@ def forget() -> None:
 def _signature(
     weights: list[torch.Tensor], masks: Sequence[BitMask] | None, packed: list[torch.Tensor] | None
 ) -> list[Any] | None:
-    """Return everything that the checks of a call depend on, cheaply; None where they need more than that.
+    """Return everything that the checks of a call depend on, at little cost; None if they need more than that.
 
-    An address tells the device too: no two share one. The size of the storage is part of it, as one that was cut may
-    lie where a larger one was.
+    An address implies the device, because no two devices share one. Storage sizes are part of the signature, because a
+    storage that was cut may lie at the address of a larger one.
     """
     of, in_memory = torch.Tensor, [*weights, *(packed or [])]
     try:
@@ -105,7 +105,7 @@ def _signature(
         if masks is not None:
             signature.append([mask.shape for mask in masks])
     except (RuntimeError, TypeError):
-        return None  # not a tensor, or one without an address; the check of each alone says which
+        return None  # not a tensor, or one without an address; the check of each tensor says which
     return None if None in signature else signature
 
 
@@ -139,7 +139,7 @@ def has_memory(tensor: torch.Tensor) -> bool:
 
 def may_overlap(tensor: torch.Tensor) -> bool:
     """Whether two elements may lie at one address, as in expanded tensors."""
-    reach = 0  # of the dimensions looked at, in elements
+    reach = 0  # of the dimensions so far, in elements
     for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n > 1):
         if stride <= reach:
             return True
@@ -178,7 +178,7 @@ def check_tensors(
 
 
 def check_mask(op: str, mask: object, tensor: torch.Tensor, label: str) -> None:
-    """Refuse what is no mask of this tensor."""
+    """Refuse anything that is not a mask of this tensor."""
     if not isinstance(mask, BitMask):
         raise DTypeError(f"{op}: expected a BitMask for {label}, got {type(mask).__name__}; use BitMask.from_bool(...)")
     if mask.shape != tensor.shape:
@@ -210,7 +210,7 @@ def _tensor(op: str, weight: Weight, label: str) -> torch.Tensor:
             ".data or .filled(0)"
         )
     if isinstance(weight, np.ndarray):
-        # Checked before torch sees it: from_numpy refuses some of these in words of its own, and warns on read-only.
+        # Checked before torch sees it: from_numpy has error messages of its own, and warns about read-only arrays.
         if weight.dtype not in (np.float16, np.float32, np.float64) or not weight.dtype.isnative:
             raise DTypeError(
                 f"{op}: expected float32, float64 or float16 in native byte order for {label}, got {weight.dtype.str}; "
@@ -278,7 +278,7 @@ def _check_kind(op: str, weight: torch.Tensor, label: str) -> None:
 
 
 def _instead_of(given: object) -> str:
-    """Say what to pass instead of an object that holds weights, or is none."""
+    """Say what to pass instead of this object."""
     if isinstance(given, torch.nn.Module):
         return (
             "its weights, such as [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear)], or give the "
@@ -302,7 +302,7 @@ def check_writable(op: str, weights: Sequence[Weight], layers: Sequence[Layer], 
 
 
 def check_disjoint(op: str, what: str, tensors: Sequence[torch.Tensor], names: Sequence[str] | None) -> None:
-    """Refuse tensors that share memory: what is written would depend on the order."""
+    """Refuse tensors that share memory: the result would depend on the order of the writes."""
     spans = sorted((tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes, i) for i, tensor in enumerate(tensors))
     for (_, end, i), (start, _, j) in itertools.pairwise(spans):
         if start < end:
@@ -341,7 +341,7 @@ def counts_to_prune(
         raise ShapeError(f"{op}: expected {expected} of sparsity or num_prune, got {len(given)}")
     if sparsity is None:
         if {int}.issuperset(map(type, given)) and all(map(le, given, sizes)) and min(given, default=0) >= 0:
-            return list(given)  # type: ignore[arg-type]  # as a schedule gives them, while a GPU waits
+            return list(given)  # type: ignore[arg-type]  # fast for the counts of a schedule, as a GPU waits for them
         return [_exact_count(op, value, n) for value, n in zip(given, sizes, strict=True)]
     return [round(check_sparsity(op, value) * n) for value, n in zip(given, sizes, strict=True)]
 
@@ -380,5 +380,5 @@ def check_finite(op: str, nonfinite: Sequence[int], names: Sequence[str] | None)
 
 
 def bump_versions(tensors: Iterable[torch.Tensor]) -> None:
-    """Tell autograd about writes that it cannot see, so that a stale saved tensor raises: no wrong gradients."""
+    """Tell autograd about writes it cannot see: a stale saved tensor then raises instead of giving wrong gradients."""
     torch.autograd.graph.increment_version(tensors)

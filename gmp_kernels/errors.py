@@ -36,7 +36,7 @@ INSIDE = {"gmp_kernels", "torch"}
 
 
 def printable(text: str, *, keep: str = "") -> str:
-    """Return ``text`` with everything escaped that has no glyph: controls, bidi overrides, separators, surrogates.
+    """Return ``text`` with all characters escaped that have no glyph: controls, bidi overrides, surrogates and so on.
 
     Parameters
     ----------
@@ -65,7 +65,7 @@ class GMPError(Exception):
 
 
 class GMPWarning(UserWarning):
-    """Category of every warning of this package: what was repaired, left out, or will not do what it seems to."""
+    """Category of every warning of this package: of repairs, omissions, and settings without the expected effect."""
 
 
 def warn(message: str) -> None:
@@ -134,11 +134,11 @@ class DeviceError(GMPError, RuntimeError):
 
 
 class CaptureError(GMPError, RuntimeError):
-    """A call that a CUDA graph cannot hold, or one that would make a graph that was captured wrong."""
+    """A call that a CUDA graph cannot hold, or that would make the replays of a captured graph wrong."""
 
 
 class DistributedError(GMPError, RuntimeError):
-    """Another process of the run has died, has failed, or does something else."""
+    """Another process of the run has died, has failed, or makes a different call."""
 
 
 class CheckpointError(GMPError, ValueError):

@@ -1,13 +1,13 @@
 """Definitions of operations for ``torch.library``, each of which is one node of a compiled graph.
 
-A module defines the operations that stand for its own functions. A schema says what a call writes, a fake kernel what
-it returns; the kernel validates and goes straight to a backend. Inside a compiled region users call what they call
-outside of it: ``optimizer.step()``, ``apply_masks_``, ``ema_update_`` and ``clip_grad_norm_`` become
-``torch.ops.gmp_kernels.*`` when they are traced. ``prune_`` and ``magnitude_threshold``, which return Python numbers,
-need that name there.
+A module defines the operations that stand for its own functions. The schema says what a call writes, and the fake
+kernel what it returns. The real kernel validates and goes straight to a backend. Inside a compiled region users make
+the same calls as outside: ``optimizer.step()``, ``apply_masks_``, ``ema_update_`` and ``clip_grad_norm_`` become
+``torch.ops.gmp_kernels.*`` when they are traced. ``prune_`` and ``magnitude_threshold`` return Python numbers, so a
+compiled region has to call them by that name.
 
-Eager calls do not come this way: the dispatcher and the masks made from their bits took about a third of the time of
-``apply_masks_`` over 161 small tensors.
+Eager calls bypass these operations: the dispatcher and the masks made from their bits took about a third of the time
+of ``apply_masks_`` over 161 small tensors.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import torch
 
 __all__ = ["define"]
 
-# A CUDA graph would freeze what kernels get from the host: counts, thresholds, learning rates. torch 2.8 does not know
-# the tag.
+# A CUDA graph would freeze the values that kernels get from the host: counts, thresholds, learning rates. torch 2.8 has
+# no such tag.
 _TAGS = tuple(tag for tag in [getattr(torch.Tag, "cudagraph_unsafe", None)] if tag is not None)
 
-# Its definitions live as long as it does.
+# The definitions live as long as this object does.
 _library = torch.library.Library("gmp_kernels", "DEF")  # type: ignore[no-untyped-call]
 
 

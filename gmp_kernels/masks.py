@@ -110,7 +110,7 @@ class BitMask:
 
     @property
     def is_packed(self) -> bool:
-        """True if ``packed`` has the form described above; the bits themselves are not checked."""
+        """Whether ``packed`` has the form described above; the bits themselves are not checked."""
         packed = self.packed
         expected = torch.uint8, 1, -(-self.numel // 8)
         return (packed.dtype, packed.ndim, packed.numel()) == expected and packed.is_contiguous()

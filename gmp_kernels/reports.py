@@ -19,9 +19,9 @@ class LayerReport:
     ----------
     name : str
     threshold : float
-        Largest magnitude this update pruned, 0.0 where nothing more had to go; in global scope over all layers.
+        Largest magnitude this update pruned, 0.0 if it pruned nothing new; in global scope over all layers.
     num_weights, num_pruned, num_newly_pruned : int
-        Weights, zeros in the mask, and those among them that this update added.
+        Numbers of weights, of zeros in the mask, and of zeros that this update added.
     num_ties : int
         Weights of exactly the threshold's magnitude; in global scope over all layers.
     """
@@ -56,9 +56,9 @@ class StepReport:
     num_calls : int
         Calls of ``scheduler.step()``, this one included.
     target_sparsity : float
-        What the schedule asked for, overrides aside.
+        Sparsity of the schedule at this step, overrides aside.
     sparsity : float
-        What was reached over ``layers`` together.
+        Sparsity reached over all ``layers`` together.
     seconds : float
         Wall time of the update.
     layers : tuple of LayerReport
@@ -85,5 +85,5 @@ class StepReport:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> StepReport:
-        """Return the report ``to_dict()`` was taken of."""
+        """Return the report from which ``to_dict()`` made ``data``."""
         return cls(**{**data, "layers": tuple(LayerReport(**layer) for layer in data["layers"])})

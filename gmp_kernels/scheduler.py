@@ -30,75 +30,78 @@ from gmp_kernels.schedules import Schedule
 
 __all__ = ["GMPScheduler", "StepReport"]
 
-PATIENCE = 100  # calls in a row without an optimizer step before a word about it
+PATIENCE = 100  # calls in a row without an optimizer step before a warning
 
 
 class GMPScheduler:
-    """Prunes a model by magnitude while it trains, and keeps what is pruned at zero.
+    """Prunes a model by magnitude while it trains, and keeps pruned weights at zero.
 
     Call ``step()`` after every ``optimizer.step()``. At the schedule's update steps it prunes; between them a hook of
     the optimizer sets pruned weights and their optimizer state (momentum, Adam's averages, whatever has the shape of
-    the weight) back to zero after each step, for as long as the optimizer lives. The model itself carries nothing.
-    With an optimizer of ``gmp_kernels.optim`` the mask is part of the step itself and a hook only checks: both read
-    the same bits, which an update changes in place, so that a CUDA graph of the step stays right. Where it keeps master
-    weights, they are what is ranked.
+    the weight) back to zero after each step, for as long as the optimizer lives. Nothing is added to the model itself.
+    With an optimizer of ``gmp_kernels.optim`` the step itself applies the mask and the hook only checks. Both read the
+    same bits, which an update changes in place, so a captured CUDA graph of the step stays valid. If that optimizer
+    keeps master weights, the scheduler ranks those.
 
     Parameters
     ----------
     model : torch.nn.Module
         May be compiled or wrapped; names are those of ``model.named_parameters()`` without the wrapper.
-        May be sharded (``fully_shard``, tensor parallel, all that makes parameters DTensors) or replicated
-        (``DistributedDataParallel``); its masks are those of one process. Every rank builds a scheduler and steps it.
+        May be sharded (``fully_shard``, tensor parallel, anything that makes parameters DTensors) or replicated
+        (``DistributedDataParallel``); the masks equal those of a run on one process. Every rank builds a scheduler and
+        steps it.
     optimizer : torch.optim.Optimizer
-        Any, over all parameters that are pruned; or a wrapper around one, such as Accelerate's and Lightning's.
+        Any optimizer of all the parameters to prune, or a wrapper around one, such as those of Accelerate and
+        Lightning.
     schedule : gmp_kernels.schedules.Schedule
-        Sparsity against optimizer steps.
+        Gives the sparsity at each optimizer step.
     targets : str, module type or list of them, optional
-        What to prune: exact names of parameters or modules, globs, ``"re:"`` regular expressions, or module types; see
-        ``gmp_kernels.model.targets``. A module means everything in it. Default: every weight of two or more dimensions
-        that multiplies activations: of Linear, Conv, attention, recurrent and expert modules, but no norms, biases,
-        embeddings, routers of experts, low-rank adapters or output heads of language models; ``coverage()`` says what
-        that comes to. A tied parameter is one parameter: it is pruned if one of its names is in ``targets``, and left
-        alone if one of them is ignored or, by default, an embedding.
+        Weights to prune: exact names of parameters or modules, globs, ``"re:"`` regular expressions, or module types;
+        see ``gmp_kernels.model.targets``. A module means everything in it. Default: every weight of two or more
+        dimensions that multiplies activations. These are weights of Linear, Conv, attention, recurrent and expert
+        modules, but not norms, biases, embeddings, routers of experts, low-rank adapters or output heads of language
+        models; ``coverage()`` lists them. A tied parameter is one parameter: it is pruned if one of its names is in
+        ``targets``, and left alone if one of them is ignored or, by default, an embedding.
     ignore : as targets, optional
-        What not to prune.
+        Weights to leave alone.
     overrides : dict, optional
         {entry as in targets: final sparsity or Schedule} for layers that differ. A number keeps the schedule's steps
-        and changes where it ends, 0.0 meaning never pruned. The first entry that reaches a layer decides. Layer scope
-        only.
+        and changes its final sparsity; 0.0 means never pruned. The first entry that matches a layer applies. Layer
+        scope only.
     scope : {"layer", "global"}
-        Whether each layer is ranked for itself, or all together.
+        "layer" ranks each layer by itself, "global" ranks all layers together.
     distribution : {"uniform", "erk"}
-        In layer scope: every layer at the schedule's sparsity, or small layers kept denser after Erdos-Renyi-Kernel,
-        the schedule's sparsity holding for all layers together (those in ``overrides`` aside).
+        For layer scope. "uniform" prunes every layer to the schedule's sparsity. "erk" (Erdos-Renyi-Kernel) keeps small
+        layers denser and reaches the schedule's sparsity over all layers together, except those in ``overrides``.
     start : mapping of str to BitMask, str, path or None
-        What is pruned before the first update. "zeros": the zeros that the model has. A mapping: what its masks say,
-        of layers it does not name nothing. A path: masks that ``gmp-kernels prune --masks`` wrote. None: nothing; but
-        if more than 1 % of the weights are zero at the first step, layers of zeros alone aside, these zeros are held
-        as with "zeros", which is said. Pass {} to let them train. What ``torch.nn.utils.prune`` masks is pruned too,
-        whatever is passed; with None it is then the only thing that is.
+        Weights that are pruned before the first update. "zeros": the zeros of the model. A mapping: the weights that
+        its masks prune; layers it does not name start dense. A path: masks that ``gmp-kernels prune --masks`` wrote.
+        None: nothing. But if more than 1 % of the weights are zero at the first step (not counting layers of zeros
+        only), these zeros are held as with "zeros", with a warning; pass {} to let them train. Weights masked by
+        ``torch.nn.utils.prune`` are pruned whatever is passed; with None they are then the only ones.
     count : {"optimizer_steps", "calls"}
-        Whether ``step()`` advances the schedule when the optimizer has stepped, or at every call: for loops whose
-        optimizer cannot be watched, such as those that replay CUDA graphs.
+        "optimizer_steps" advances the schedule only if the optimizer has stepped since the last ``step()``. "calls"
+        advances it at every ``step()``, for loops whose optimizer cannot be watched, such as those that replay CUDA
+        graphs.
     nonfinite : {"error", "keep"}
-        What NaN or Inf in unpruned weights does at an update; as in ``prune_``.
+        Treatment of NaN or Inf in unpruned weights at an update; as in ``prune_``.
     backend : str, optional
         As in ``prune_``.
 
     Attributes
     ----------
     masks : dict of str to BitMask
-        1 bit per weight, 1 = kept; all ones before the first update, without ``start``. Of a sharded parameter: for
-        the shard held here.
-        To be read: under compact state, an optimizer refuses to step once somebody else has written them.
+        1 bit per weight, 1 = kept; without ``start``, all ones until the first update. The mask of a sharded parameter
+        is that of the local shard. Only read them: with compact state, the optimizer refuses to step after other code
+        has written them.
     history : list of StepReport
-        One per update; its figures are those of whole layers.
+        One per update; the figures are for whole layers, not shards.
 
     Raises
     ------
     TargetError
-        An entry matches nothing that can be pruned, nothing is left to prune, or a parameter named exactly is not among
-        the optimizer's or is one from which a weight is computed in a way that does not keep zeros.
+        An entry matches nothing that can be pruned, or nothing is left to prune. Or a parameter given by its exact name
+        is not in the optimizer, or the model computes a weight from it in a way that does not keep zeros.
     SparsityError
         An override outside [0, 1].
     DTypeError, ShapeError, LayoutError, BackendUnavailableError
@@ -108,7 +111,7 @@ class GMPScheduler:
     -----
     GMPWarning
         The default leaves out more than half of the weights in matrices, most weights are frozen, or the schedule ends
-        with a layer that has no weight left. At an update: a row under weight_norm has none, which makes it NaN.
+        with a layer that has no weight left. At an update: a row under weight_norm has no weight left and becomes NaN.
 
     References
     ----------
@@ -176,7 +179,7 @@ class GMPScheduler:
             backend=backend,
             expects_dense=start is None,
         )
-        # Pruning nothing finds every tensor prune_ would refuse now rather than epochs later.
+        # Pruning nothing finds every tensor that prune_ would refuse, now rather than epochs later.
         prune_nothing(self._held, parameters, **self._options)
         num_pruned = {}
         if has_start:
@@ -186,14 +189,14 @@ class GMPScheduler:
         gap = gap_in(self._coverage, by_default=targets is None)
         for word in filter(None, (gap, warning_of_emptied(self._groups, scope))):
             warn(word)
-        # From here on it has effects, the first of which can be refused.
+        # Side effects begin here. The first of them may still be refused.
         self._held.own()
         try:
             if has_start:
                 self._held.masks_changed(num_pruned)
             optimizer_of_ours = self._held.masked_optimizer
             if has_start or optimizer_of_ours is None or not optimizer_of_ours.compact_state:
-                # Before the first update already, for graphs captured until then.
+                # Masks are set even before the first update, for CUDA graphs captured before it.
                 self._held.apply(parameters, ranked_is_pruned=not has_start)
             self._follow_masks()
         except BaseException:
@@ -206,7 +209,7 @@ class GMPScheduler:
 
     @property
     def optimizer(self) -> Any:
-        """The optimizer that is followed. Assign the new one when a new one takes over; the count of steps goes on."""
+        """The optimizer that is followed. Assign another when it takes over; the step count continues."""
         return self._held.optimizer
 
     @optimizer.setter
@@ -229,13 +232,13 @@ class GMPScheduler:
     def step(self) -> StepReport | None:
         """Prune if an update is due, and make sure that pruned weights are zero; call it after ``optimizer.step()``.
 
-        The update of schedule step ``n`` is due once ``n`` optimizer steps are counted, be it before any training. A
-        call after a step that a GradScaler skipped, or in a micro-batch of an accumulation, does not count.
+        The update of schedule step ``n`` is due once ``n`` optimizer steps are counted, which may be before any
+        training. A call after a step that a GradScaler skipped, or in a micro-batch of an accumulation, does not count.
 
         Returns
         -------
         StepReport or None
-            None where no update was due. Reports are also kept in ``history``.
+            None if no update was due. Reports are also kept in ``history``.
 
         Raises
         ------
@@ -247,23 +250,24 @@ class GMPScheduler:
             A parameter was changed into one that ``prune_`` does not take, or moved to another device.
         StateError
             The ranks differ in arguments, layers, step or masks; on every rank, at the first step or the next update.
-            Or the parameters were let go, by ``remove()`` or to another pruner.
+            Or ``remove()`` or another pruner has released the parameters from this one.
         CaptureError
-            A CUDA graph is being captured, whose replays would not call this.
+            A CUDA graph is being captured; its replays would not call this.
         DistributedError
             A rank does not answer, within the time-out of the process group.
 
         Warns
         -----
         GMPWarning
-            Once for each: something else has written to pruned weights, which are zero again now; the model had zeros,
+            Once for each: other code has written to pruned weights, which are zero again now; the model had zeros,
             which are held from now on; calls keep coming without an optimizer step.
 
         Notes
         -----
-        When it raises nothing has changed, but for pruned weights that were not zero and may be now, and the step is
-        not counted: repair the weights and call it again. (Copies whose weights had drifted apart are the exception:
-        their masks are compared after they were made.) An interrupt while an update writes lets it be finished first.
+        If it raises, nothing has changed and the step is not counted, except that pruned weights that were not zero may
+        be zero now. Repair the weights and call it again. The exception are replicas whose weights have drifted apart:
+        their masks are compared after they were made. An interrupt while an update writes takes effect once the update
+        is finished.
         """
         held = self._held
         held.check_alive("step()")
@@ -288,11 +292,11 @@ class GMPScheduler:
         return report
 
     def coverage(self) -> Coverage:
-        """Return what of the model is pruned, what is left out, and why, as it was when the scheduler was built."""
+        """Return which weights are pruned, which are left out, and why, as of when the scheduler was built."""
         return self._coverage
 
     def __repr__(self) -> str:
-        """Return the schedule, how far it has come, and the table of the coverage."""
+        """Return the schedule, its progress, and the table of the coverage."""
         state = "finished" if self.finished else f"not finished: the last update is due at step {self._end_step}"
         state = "removed" if self._held.is_released else state
         num_calls = self._progress.position.num_calls
@@ -314,7 +318,7 @@ class GMPScheduler:
         return {name: 1.0 - (n - num_pruned[name]) / n for name, n in self._num_weights.items()}
 
     def verify(self) -> dict[str, int]:
-        """Return {name: number of zeros} of all targets, counted from the weights (of a sharded one: those here).
+        """Return {name: number of zeros} of all targets, counted from the weights (for sharded ones, the local shard).
 
         Reads every weight once. Temporary memory: about 4 MB.
 
@@ -326,7 +330,7 @@ class GMPScheduler:
         return self._held.verify()
 
     def remove(self) -> None:
-        """Let go of model and optimizer: what is pruned is zero now, and nothing holds it there any more.
+        """Release model and optimizer: pruned weights are zero now, but nothing keeps them zero any more.
 
         Raises
         ------
@@ -337,12 +341,12 @@ class GMPScheduler:
             self._held.release()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything a bit-exact resume needs beside the model's and the optimizer's own state.
+        """Return everything a bit-exact resume needs besides the model's and the optimizer's own state.
 
-        Copies of the packed masks as uint8 tensors, the rest plain data, which ``torch.load(..., weights_only=True)``
-        reads. Masks of sharded parameters are bool tensors sharded alike (1 byte per weight):
-        ``torch.distributed.checkpoint`` saves the scheduler and loads it on any number of ranks. Of ``history`` the
-        latest 64 reports are there, the layers of the last only: the size does not grow with the number of updates.
+        It holds copies of the packed masks as uint8 tensors, and plain data, so ``torch.load(..., weights_only=True)``
+        reads it. Masks of sharded parameters are bool tensors sharded alike (1 byte per weight), so
+        ``torch.distributed.checkpoint`` saves the scheduler and loads it on any number of ranks. Only the latest 64
+        reports of ``history`` are saved, and layers only for the last, so the size does not grow with the updates.
         """
         saved = Saved(self._progress.state(), self.masks, self._held.num_pruned, self._held.thresholds, self.history)
         return pack(saved, self._held.parameters, deepcopy(self._settings))
@@ -350,20 +354,20 @@ class GMPScheduler:
     def load_state_dict(self, state_dict: Mapping[str, Any], masks_only: bool = False) -> None:
         """Continue where ``state_dict()`` was taken; the masks are applied to weights and optimizer state at once.
 
-        The order in which model, optimizer and pruner are loaded does not matter. Names may have had the prefixes of
-        ``DistributedDataParallel`` and ``torch.compile`` then and not now, or the other way round.
+        The order in which model, optimizer and pruner are loaded does not matter. The prefixes that
+        ``DistributedDataParallel`` and ``torch.compile`` add to names may differ between the two.
 
         Parameters
         ----------
         state_dict : mapping
         masks_only : bool
-            Take the masks over and leave schedule, step count and history as they are here: for a run of another
+            Load the masks only and keep the schedule, step count and history of this scheduler: for a run of another
             length, or with another number of steps per epoch.
 
         Raises
         ------
         StateError
-            It comes from another version, other layers, or other settings. Nothing has been changed.
+            The state is of another version, other layers, or other settings. Nothing has been changed.
         """
         self._held.check_alive("load_state_dict()")
         saved = unpack(state_dict, self._held.parameters, None if masks_only else self._settings)
@@ -382,7 +386,7 @@ class GMPScheduler:
         self._held.apply(self.masks)
 
     def _follow_masks(self) -> None:
-        """Bring weights that the model computes from pruned ones up to date."""
+        """Update the weights that the model computes from pruned ones."""
         if warning := follow_update_(self.model, self._held.parameters):
             self._held.say("computed", warning)
 
@@ -410,7 +414,7 @@ class GMPScheduler:
             }
             held.masks_changed(before | {name: layer.num_pruned for name, layer in layers.items()})
             try:
-                # The state of the optimizer alone can be missing now, and what zeroes it comes back to it.
+                # If this fails, only optimizer state is left to zero, and the code that zeroes it tries again later.
                 held.apply(names, ranked_is_pruned=True, are_checked=True)
             finally:
                 report = StepReport(

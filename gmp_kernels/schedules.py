@@ -1,8 +1,9 @@
 """Sparsity schedules: they say which optimizer steps prune, and to which sparsity. Plain numbers, no tensors.
 
-The number of a step is the number of optimizer steps counted so far: 0 before any. Before ``begin_step`` there is no
-update and sparsity is 0. The first update is at ``begin_step``. The one at ``end_step`` always happens and sets exactly
-``final_sparsity``, which holds from then on. Pruned weights never come back, so no schedule may fall.
+The number of a step is the count of optimizer steps before it: 0 at the first ``scheduler.step()``. Before
+``begin_step`` there is no update and sparsity is 0. The first update is at ``begin_step``. The one at ``end_step``
+always happens and sets exactly ``final_sparsity``, which holds from then on. Pruned weights never come back, so no
+schedule may fall.
 """
 
 from __future__ import annotations

@@ -20,13 +20,13 @@ __all__ = ["Stages"]
 
 Finetuning: TypeAlias = Sequence[float] | Literal["cosine"] | Callable[[Optimizer], LRScheduler] | None
 
-# Where fine-tuning lowers the learning rate by default, as parts of the stage.
+# Default milestones at which fine-tuning lowers the learning rate, as fractions of the stage.
 CUTS = (0.3, 0.65)
 
 
 @dataclass(frozen=True)
 class Stages:
-    """Lengths of the stages, in epochs; every method works in optimizer steps, as schedules do.
+    """Lengths of the stages, in epochs. Every method works in optimizer steps, as schedules do.
 
     Parameters
     ----------
@@ -42,7 +42,7 @@ class Stages:
     Raises
     ------
     ScheduleError
-        A length is negative or not finite, or there is not a single step.
+        A length is negative or not finite, or the run has no step.
 
     Examples
     --------
@@ -172,7 +172,7 @@ class Stages:
         Raises
         ------
         ScheduleError
-            A milestone that is not within fine-tuning, or ``finetuning`` is nothing of the above.
+            A milestone is outside of fine-tuning, or ``finetuning`` is none of the above.
         """
         if finetuning == "cosine" or callable(finetuning):
             steps = max(1, self.total_steps - self.pruning_end_step)
