@@ -285,7 +285,7 @@ class GMPScheduler:
             held.say(
                 "idle",
                 f"step() was called {PATIENCE} times in a row without a step of {held.name}, so that the schedule "
-                f"stays at step {self.step_count}. In the micro-batches of an accumulation that is as it should be. If "
+                f"stays at step {self.step_count}. This is expected for the micro-batches of an accumulation. If "
                 "another optimizer steps these parameters, set pruner.optimizer to it; count='calls' is for loops "
                 "whose optimizer cannot be watched",
             )

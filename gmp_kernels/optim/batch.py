@@ -1,4 +1,4 @@
-"""Checked parameters that step together, their step counts, and a brief look for changes since the latest step."""
+"""Checked parameters that step together, their step counts, and a fast test for changes since the latest step."""
 
 from __future__ import annotations
 
@@ -22,29 +22,29 @@ T = TypeVar("T")
 class Batch:
     """The checked parameters of a step.
 
-    Step counts on the host are made views of one tensor for each group, so that a step is one addition, whatever their
-    number. On a device they stay where they are, because a CUDA graph may hold them.
+    The step counts of a group on the host become views of one tensor, so that one addition counts a step for all. On a
+    device they stay where they are, because a CUDA graph may hold them.
 
     Parameters
     ----------
     members : list of CheckedParameter
         In the order of the groups.
     groups : sequence of int
-        The index of each one's group.
+        Index of each member's group.
     keys : sequence of tuple of str
-        By group: the entries of a state that the rule reads and writes.
+        Per group, the state entries that the rule reads and writes.
     captured : list of torch.Tensor
-        Receives what CUDA graphs of a step read at every replay.
+        Receives the tensors that CUDA graphs of a step read at every replay.
     counts_steps : bool
-        Whether their states have step counts.
+        Whether the states of the members have step counts.
 
     Attributes
     ----------
     members : list of CheckedParameter
     updates : UpdateBatch
-        Those of them that are not empty.
+        The members that are not empty.
     written : list of torch.Tensor
-        All that a step changes of these.
+        All tensors of these that a step changes.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Batch:
         self.written = [tensor for checked in present for tensor in checked.written]
         self._masks = [checked.mask for checked in members if checked.mask is not None]
         self._frozen = [bits for checked in members for bits in checked.frozen]
-        # By the index of a group, its members; and tensors that together hold their step counts, in this order.
+        # By group index: its members, and the tensors that together hold their step counts, in the same order.
         self._parts = {
             index: [checked for _, checked in part]
             for index, part in groupby(zip(groups, members, strict=True), key=itemgetter(0))
@@ -115,9 +115,9 @@ class Batch:
         return snapshot(weights, objects, self._frozen, groups, keys)
 
     def fits(self, gradients: list[torch.Tensor]) -> bool:
-        """Whether a kernel can walk these beside the weights as they are.
+        """Whether a kernel can walk these gradients beside the weights as they are.
 
-        All of them are compared at once: this is most of what a step of many small tensors costs.
+        All are compared at once, because this is most of the cost of a step of many small tensors.
         """
         layouts = plain_layouts(gradients, False)
         return layouts is not None and layouts == self._layouts
@@ -125,7 +125,7 @@ class Batch:
     # -- the step ----------------------------------------------------------------------------------------------------
 
     def present(self, column: Sequence[T]) -> Sequence[T]:
-        """Return the entries of those members that are not empty, of a column that has one for each."""
+        """Return the entries of ``column``, which has one per member, for the members that are not empty."""
         if self._are_all_present:
             return column
         return [entry for entry, is_present in zip(column, self._is_present, strict=True) if is_present]
@@ -133,15 +133,15 @@ class Batch:
     def steps(
         self, groups: Sequence[dict[str, Any]], lazy: Sequence[bool], is_first: Sequence[bool] | None
     ) -> list[tuple[dict[str, Any], list[int] | torch.Tensor]]:
-        """Return, by group, the numbers of the steps that its members are about to take.
+        """Return, per group, the numbers of the steps that its members are about to take.
 
         Parameters
         ----------
         groups : sequence of dict
         lazy : sequence of bool
-            By group: whether the host must not look at its counts. They then go to the parameters' device.
+            Per group, whether the host must not read its step counts. They then go to the parameters' device.
         is_first : sequence of bool, optional
-            By member, where steps are not counted: whether this one is the first; by default none is.
+            For rules without step counts: per member, whether this step is its first. By default none is.
         """
         result: list[tuple[dict[str, Any], list[int] | torch.Tensor]] = []
         firsts = iter(is_first or [False] * len(self.members))

@@ -45,33 +45,33 @@ def snapshot(
     frozen : iterable of torch.Tensor
         Tensors that nobody may write.
     *facts : object
-        What else is compared.
+        Other values to compare.
     """
     return [*objects], [plain_layouts(weights, True), [version_of(tensor) for tensor in frozen], *facts]
 
 
 def is_unchanged(now: Snapshot, before: Snapshot) -> bool:
-    """Whether two snapshots are of the same."""
+    """Whether nothing has changed between two snapshots."""
     is_known = now[1][0] is not None and now[1] == before[1]
     return is_known and len(now[0]) == len(before[0]) and all(map(is_, now[0], before[0]))
 
 
 def plain_layouts(tensors: list[torch.Tensor], with_addresses: bool) -> object | None:
-    """Return ``layouts_of`` the tensors; None also where one negates what is in memory."""
+    """Return ``layouts_of`` the tensors; None also if one is a view that negates its memory."""
     return None if any(map(torch.Tensor.is_neg, tensors)) else layouts_of(tensors, with_addresses)
 
 
 class CheckedParameter:
-    """A parameter that has passed every check, for as long as nothing of it changes.
+    """A parameter that has passed every check, valid as long as nothing about it changes.
 
     Parameters
     ----------
     parameter, weight : torch.Tensor
         The parameter, and the tensor that holds its value here.
     state : dict or None
-        Its entry in the optimizer's state, in the form it is kept in.
+        Its entry in the optimizer's state, in the form the optimizer keeps it in.
     keys : tuple of str
-        The entries that the rule reads and writes.
+        The state entries that the rule reads and writes.
     mask : BitMask or None
 
     Attributes
@@ -82,10 +82,10 @@ class CheckedParameter:
     bits : torch.Tensor or None
         The packed bits that the mask had.
     frozen : list of torch.Tensor
-        These bits, if the step is right for no others: compact state is laid out by them, or they were brought into
-        another order.
+        These bits, if they must not be written: compact state is laid out by them, or the step reads a reordered copy
+        of them.
     written : list of torch.Tensor
-        All that a step changes.
+        All tensors that a step changes.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class CheckedParameter:
         )
         reads_as_they_are = self.tensor.compaction is None and self.tensor.mask is self.bits
         self.frozen = [] if self.bits is None or reads_as_they_are else [self.bits]
-        # A plain parameter and what is detached from it count versions together.
+        # A plain parameter and a tensor detached from it share their version counter.
         own = [parameter] if weight is parameter else [parameter, self.tensor.weight]
         self.written = [t for t in (*own, self.tensor.master, *self.tensor.state) if t is not None]
         self.keys = keys
@@ -121,7 +121,7 @@ class CheckedParameter:
 
     def _snapshot(self, weight: torch.Tensor, state: dict[str, Any] | None) -> Snapshot:
         entries = state or {}
-        # Without the count: those that step together share the memory of theirs, and another batch replaces it.
+        # The step count is left out: a batch joins the counts of its members, so another batch replaces it.
         values = [value for name, value in entries.items() if name != STEP]
         objects = [state, None if self.mask is None else self.mask.packed, *values]
         return snapshot([weight], objects, self.frozen, is_count(entries.get(STEP)))
@@ -136,7 +136,7 @@ def check_weight(optimizer: str, weight: torch.Tensor, mask: BitMask | None, *, 
         raise DTypeError(f"{optimizer}: expected float32, float64, bfloat16 or float16 parameters, got {weight.dtype}")
     if mask is not None:
         check_mask(optimizer, mask, weight, f"a parameter of shape {tuple(weight.shape)}")
-    # Compact state counts in the order of the dimensions; anything else may be in any order.
+    # Compact state counts weights in row-major order; without it, memory may be in any order of dimensions.
     if not (weight.is_contiguous() if is_compact else is_dense(weight)):
         wanted = "contiguous parameters with compact state" if is_compact else "parameters without gaps in memory"
         raise LayoutError(
@@ -166,7 +166,7 @@ def gradient_beside(optimizer: str, weight: torch.Tensor, gradient: torch.Tensor
             "them again after moving a model"
         )
     check_memory(optimizer, gradient)
-    # The kernel walks memory: a gradient laid out differently is brought into the parameter's order.
+    # The kernel walks memory, so a gradient laid out differently is copied into the parameter's order.
     is_beside = gradient.stride() == weight.stride() and not gradient.is_neg()
     return gradient if is_beside else torch.empty_like(weight).copy_(gradient)
 
@@ -181,7 +181,7 @@ def check_memory(optimizer: str, tensor: torch.Tensor) -> None:
 
 
 def _bits_beside(weight: torch.Tensor, mask: BitMask) -> torch.Tensor:
-    """Return the packed bits of a mask in the order of the weight's memory; its own where that is row-major."""
+    """Return the packed bits of a mask in the order of the weight's memory; if that is row-major, the bits it has."""
     if weight.is_contiguous():
         return mask.packed
     strides = weight.stride()
@@ -190,7 +190,7 @@ def _bits_beside(weight: torch.Tensor, mask: BitMask) -> torch.Tensor:
 
 
 def is_dense(p: torch.Tensor) -> bool:
-    """Whether the elements fill their memory without gaps or overlap, in whatever order of dimensions."""
+    """Whether the elements fill their memory without gaps or overlap, in any order of dimensions."""
     expected = 1
     for stride, size in sorted((s, n) for s, n in zip(p.stride(), p.shape, strict=True) if n > 1):
         if stride != expected:

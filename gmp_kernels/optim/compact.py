@@ -1,4 +1,4 @@
-"""A parameter's state in its two forms, dense and compact: which entries it has, and moves between the two."""
+"""A parameter's state in its two forms, dense and compact: its entries, and conversion between the forms."""
 
 from __future__ import annotations
 
@@ -36,16 +36,16 @@ STEP = "step"
 class CompactState(dict[str, Any]):
     """The state of one parameter, stored for the kept weights only, and the bits that tell which those are.
 
-    State and layout are one object, so that whoever replaces the one replaces the other.
+    State and layout are one object, so that both are always replaced together.
 
     Attributes
     ----------
     layout : Compaction
-        Nobody may write its bits meanwhile; if somebody has, they are not at ``version`` any more.
+        Its bits must not be written; a write shows as a version of the bits other than ``version``.
     names : frozenset of str
-        The entries that are laid out by it.
+        The entries that are stored in this layout.
     shape : torch.Size
-        Of what this process holds of the parameter.
+        Shape of the part of the parameter that this process holds.
     version : int
     """
 
@@ -57,7 +57,7 @@ class CompactState(dict[str, Any]):
         self.version = version_of(layout.mask)
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy of the bits counts its versions from 0, and could not tell that they were written before.
+        # A copy of the bits counts its versions from 0, so earlier writes could not be detected later.
         _check_bits("copying an optimizer", self)
         return self.__dict__
 
@@ -67,7 +67,7 @@ class CompactState(dict[str, Any]):
 
 
 def version_of(tensor: torch.Tensor) -> int:
-    """Return how often it was written in place; inference tensors do not count that."""
+    """Return how often a tensor was written in place; 0 for inference tensors, which do not count."""
     return 0 if tensor.is_inference() else tensor._version
 
 
@@ -108,7 +108,7 @@ def state_dtype(p: torch.Tensor) -> torch.dtype:
 
 
 def per_weight(p: torch.Tensor, state: Mapping[str, Any]) -> list[str]:
-    """Return the names of the entries that have a value for each weight or, laid out compactly, each kept one."""
+    """Return the names of the entries that have a value for each weight or, in compact form, for each kept weight."""
     compact = compact_names(state)
     return [
         name
@@ -134,9 +134,9 @@ def is_count(value: object) -> bool:
 
 
 def as_count(value: Any, device: torch.device) -> torch.Tensor:
-    """Return a step count as a float32 tensor without dimensions: one in 16 bits would end at 256 or 2048.
+    """Return a step count as a 0-d float32 tensor, because a 16-bit one would stop at 256 or 2048.
 
-    Itself if it is one.
+    Returns ``value`` itself if it is one already.
     """
     if isinstance(value, torch.Tensor):
         is_one = is_count(value) and value.device == device
@@ -147,7 +147,7 @@ def as_count(value: Any, device: torch.device) -> torch.Tensor:
 def compacted(
     states: Mapping[torch.Tensor, Mapping[str, Any]], masks: Mapping[torch.Tensor, BitMask], backend: str | None
 ) -> dict[torch.Tensor, CompactState]:
-    """Return the states of these parameters laid out for the weights that their masks keep. A GPU is waited for once.
+    """Return the states of these parameters laid out for the weights that their masks keep. Waits for a GPU once.
 
     Master weights stay dense.
     """
@@ -174,7 +174,7 @@ def compacted(
 
 
 def expanded(optimizer: str, p: torch.Tensor, state: Mapping[str, Any], backend: str | None) -> dict[str, Any]:
-    """Return the state as torch has it, with zeros where compact state has no value, having checked its layout."""
+    """Check the layout and return the state in torch's dense form, with zeros where compact state has no value."""
     check_layout(optimizer, p, state)
     layout, names = layout_of(state), compact_names(state) & state.keys()
     spread = {name: torch.empty(local(p).shape, dtype=state[name].dtype, device=p.device) for name in names}

@@ -38,10 +38,10 @@ def constants_of(
     rule : callable
         Maps (parameter group, number of the step) to constants; the number may be a float64 tensor of several.
     steps : iterable of (dict, list of int or torch.Tensor)
-        By group, the number of the step that each of its parameters takes, 1 being the first; a float64 tensor where
-        the host does not look at it.
+        Per group, the number of the step that each of its parameters takes, 1 being the first; a float64 tensor if the
+        host must not read it.
     grad_scale, found_inf : torch.Tensor, optional
-        Of a GradScaler. A step with ``found_inf`` not 0 writes nothing.
+        Attributes that a GradScaler sets. A step with ``found_inf`` not 0 writes nothing.
     """
     factor = 1.0 if grad_scale is None else 1.0 / scalar(grad_scale)
     skip = {} if found_inf is None else {"skip": scalar(found_inf)}

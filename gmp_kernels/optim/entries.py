@@ -1,4 +1,4 @@
-"""Checks of a parameter's state: what its entries must be, whoever put them there."""
+"""Checks of the entries of a parameter's state, whichever code wrote them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def check_state(
     names : sequence of str
         Entries that the optimizer keeps per weight, beside the master weight.
     essential : sequence of str
-        Entries of which there are all or none.
+        Entries that must be all present or all absent.
     """
     _check_complete(optimizer, p, state, essential)
     layout, compact, beside = layout_of(state), compact_names(state), per_weight(p, state)
@@ -68,7 +68,7 @@ def check_state(
 
 
 def _check_complete(optimizer: str, p: torch.Tensor, state: Mapping[str, Any], essential: Sequence[str]) -> None:
-    """Raise StateError for state that lacks entries, or whose step count is none."""
+    """Raise StateError for state that lacks entries, or whose step count is not a number."""
     missing = [name for name in essential if state.get(name) is None]
     if 0 < len(missing) < len(essential):
         raise StateError(
@@ -87,9 +87,9 @@ def _check_complete(optimizer: str, p: torch.Tensor, state: Mapping[str, Any], e
 def loaded_state(
     op: str, index: object, p: torch.Tensor, values: object, essential: Sequence[str], *, is_capturable: bool
 ) -> dict[str, Any]:
-    """Return a copy of what a state_dict says of parameter ``index``, in the form it is kept in.
+    """Return a copy of the state that a state_dict has for parameter ``index``, in the form the optimizer keeps it in.
 
-    With ``is_capturable`` the step count goes to the parameter's device. Raises StateError where the values are no
+    With ``is_capturable`` the step count goes to the parameter's device. Raises StateError if the values are not a
     state of this parameter's weights.
     """
     if not isinstance(values, Mapping):
@@ -116,7 +116,7 @@ def loaded_state(
                     f"{op}: expected '{name}' of parameter {index} as a plain tensor of float32, float64, bfloat16 or "
                     f"float16, got {_described(value)}; convert it first"
                 )
-            # torch casts state to the parameter's dtype, which would round what is kept in float32 on purpose.
+            # torch casts state to the parameter's dtype, which would round state that is float32 on purpose.
             state[name] = torch.empty_like(p, dtype=state_dtype(p)).copy_(value)
         else:
             state[name] = copy.deepcopy(value)
@@ -124,7 +124,7 @@ def loaded_state(
 
 
 def _is_plain_beside(p: torch.Tensor, value: torch.Tensor, *, is_whole: bool) -> bool:
-    """Whether memory can be walked; state of a parameter of another type may be of that type."""
+    """Whether a kernel can walk the memory of ``value``, which may be of the parameter's own tensor subclass."""
     is_known = is_sharded(value) if is_sharded(p) and is_whole else type(value) in PLAIN or type(value) is type(p)
     if not is_known or (is_sharded(value) and value.placements != p.placements):  # type: ignore[attr-defined]
         return False

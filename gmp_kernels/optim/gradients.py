@@ -40,12 +40,12 @@ def clip_grad_norm_(
     Parameters
     ----------
     parameters : iterable of torch.Tensor, or one
-        Those without a gradient are passed over. The norm of sharded ones (``DTensor``) is that over all their shards,
-        so that every rank has to call.
+        Parameters without a gradient are skipped. The norm covers all shards of sharded ones (``DTensor``), so every
+        rank has to make this call.
     max_norm : float
         At least 0.
     masks : sequence of BitMask or None, optional
-        One entry per parameter, for what this process holds of it; None: all of it is kept.
+        One entry per parameter, for the part of it that this process holds. None means that all of it is kept.
     error_if_nonfinite : bool
         Raise when the norm is NaN or Inf, before anything is scaled.
     backend : str, optional
@@ -61,7 +61,7 @@ def clip_grad_norm_(
     ShapeError, DTypeError, LayoutError
         Bad input.
     RuntimeError
-        As torch, with ``error_if_nonfinite``.
+        The norm is NaN or Inf and ``error_if_nonfinite`` is set, as in torch.
     """
     owners = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
     given: Sequence[BitMask | None] = [None] * len(owners) if masks is None else list(masks)
@@ -88,8 +88,8 @@ def clip_gradients_(
     error_if_nonfinite: bool = False,
     backend: str | None = None,
 ) -> torch.Tensor:
-    """``clip_grad_norm_`` on the gradients themselves; ``owners`` tell how each is sharded."""
-    # Those that are sharded alike are summed over the shards together.
+    """Do ``clip_grad_norm_`` on the gradients themselves; ``owners`` tell how each is sharded."""
+    # Gradients that are sharded alike are summed over the shards together.
     alike: dict[object, list[int]] = {}
     for i, owner in enumerate(owners):
         alike.setdefault(sharding_of(owner), []).append(i)
@@ -122,13 +122,13 @@ def clip_gradients_(
 
 
 def _contiguous(gradient: torch.Tensor) -> torch.Tensor:
-    return gradient.contiguous() if gradient.layout is torch.strided else gradient  # which is going to be refused
+    return gradient.contiguous() if gradient.layout is torch.strided else gradient  # which the checks refuse
 
 
 def _scale_(gradients: Sequence[torch.Tensor], factor: torch.Tensor) -> None:
     """Multiply by a 0-d float32 factor, in float32 at least: the same bits on every device.
 
-    All gradients or none; one that several parameters share, once.
+    Scales all gradients or none. A gradient that several parameters share is scaled once.
     """
     unique = list({id(g): g for g in gradients}.values())
     for is_inference in (False, True):
@@ -137,7 +137,7 @@ def _scale_(gradients: Sequence[torch.Tensor], factor: torch.Tensor) -> None:
 
 
 def _scaling(gradients: Sequence[torch.Tensor], factor: torch.Tensor) -> Iterator[Callable[[], object]]:
-    """Yield the calls that scale the gradients. They find all their memory before the first is made."""
+    """Yield the calls that scale the gradients. All memory is allocated before the first call is made."""
     wide = [g for g in gradients if g.dtype in (torch.float32, torch.float64)]
     if wide:
         yield partial(torch._foreach_mul_, wide, factor)
@@ -145,8 +145,8 @@ def _scaling(gradients: Sequence[torch.Tensor], factor: torch.Tensor) -> Iterato
         if g.dtype in (torch.float32, torch.float64):
             continue
         if g.device.type != "cpu":
-            # A GPU converts as it multiplies. With as many dimensions as the other, the factor counts for the dtype of
-            # the product; of a 0-d one torch would keep the 16 bits, and round the factor to them first.
+            # A GPU converts as it multiplies. A factor with as many dimensions as the gradient takes part in type
+            # promotion, so torch multiplies in float32; it would round a 0-d factor to 16 bits first.
             yield partial(g.mul_, factor.reshape([1] * g.ndim))
             continue
         pieces = torch.split(g.as_strided((g.numel(),), (1,)), PIECE) if is_dense(g) else [g]
@@ -167,8 +167,8 @@ def ema_update_(
 ) -> None:
     """Move running averages of the weights towards them: ``average = decay * average + (1 - decay) * weight``.
 
-    Pruned positions become zero in the average: an ordinary average keeps the values of weights that are gone, and so
-    is not sparse.
+    Pruned positions become zero in the average. An ordinary average would keep values of weights that are pruned by
+    now, and so would not be sparse.
 
     Parameters
     ----------
@@ -177,7 +177,7 @@ def ema_update_(
     decay : float
         In [0, 1].
     masks : sequence of BitMask or None, optional
-        One entry per pair; None: all of it is kept.
+        One entry per pair. None means that all of it is kept.
     backend : str, optional
         As in ``gmp_kernels.prune_``.
 
@@ -188,8 +188,8 @@ def ema_update_(
 
     Notes
     -----
-    One read of both, one write of the averages; blocks that are all pruned are not touched, so masks should reach the
-    averages through ``apply_masks_`` once when they change.
+    One read of both, one write of the averages. Blocks that are all pruned are not touched, so call ``apply_masks_`` on
+    the averages once whenever the masks change.
     """
     if not 0.0 <= decay <= 1.0:
         raise SparsityError(f"ema_update_: expected a decay in [0, 1], got {decay!r}")
@@ -231,7 +231,7 @@ def _packed(masks: Sequence[BitMask | None]) -> list[torch.Tensor | None]:
     return [None if mask is None else mask.packed for mask in masks]
 
 
-# -- the same in compiled graphs, where masks are their packed bits ----------------------------------------------------
+# -- the same operations for compiled graphs, which pass masks as packed bits ------------------------------------------
 
 
 def _clip_packed(
@@ -241,7 +241,7 @@ def _clip_packed(
 
 
 def _fake_norm(gradients: Sequence[torch.Tensor], *_: object, **__: object) -> torch.Tensor:
-    # The norm is where the squares were summed. Of empty gradients no backend sums any.
+    # The norm is on the device that sums the squares. Empty gradients are summed by no backend.
     device = next((gradient.device for gradient in gradients if gradient.numel()), torch.device("cpu"))
     return torch.empty((), dtype=torch.float32, device=device)
 

@@ -34,12 +34,12 @@ from gmp_kernels.optim.masking import Masking
 
 __all__ = ["MaskedOptimizer"]
 
-# By parameter, the tensor that holds its value, and its gradient.
+# For each parameter, the tensor that holds its value, and its gradient.
 Given: TypeAlias = Mapping[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]
 
 
 class MaskedOptimizer(Masking):
-    """Mixed into a ``torch.optim`` class, it replaces the step by one pass in which pruned weights cost nothing.
+    """Mixin for a ``torch.optim`` class that replaces its step by one pass in which pruned weights cost nothing.
 
     Subclasses name their rule and the state it keeps, and turn a parameter group into the kernel's constants.
     """
@@ -47,7 +47,7 @@ class MaskedOptimizer(Masking):
     rule: ClassVar[str]
     # torch's GradScaler then hands over the scale and the overflow flag instead of unscaling in passes of its own.
     _step_supports_amp_scaling = True
-    # A compiled graph knows the optimizer by this number: it can hold numbers and tensors, no objects.
+    # A compiled graph knows the optimizer by this number, because it can hold numbers and tensors but no objects.
     handle: int
 
     def __new__(cls, *args: object, **kwargs: object) -> Self:
@@ -57,7 +57,7 @@ class MaskedOptimizer(Masking):
         _optimizers[self.handle] = self
         return self
 
-    # -- what a rule must say ----------------------------------------------------------------------------------------
+    # -- to be defined by each rule ----------------------------------------------------------------------------------
 
     def _state_keys(self, group: dict[str, Any]) -> tuple[str, ...]:
         """Return those of ``state_names`` that this group uses (at most three)."""
@@ -66,13 +66,13 @@ class MaskedOptimizer(Masking):
     def _constants(self, group: dict[str, Any], step: Any) -> dict[str, Any]:
         """Return the kernel's constants for the ``step``-th update (1 is the first) of a parameter of this group.
 
-        ``step`` may be a float64 tensor of several; then so is what depends on it. Where ``essential`` names no step
-        count, it is 1 or 2: only the first step is told from the others.
+        ``step`` may be a float64 tensor of several numbers; constants that depend on it then are tensors too. If
+        ``essential`` names no step count, ``step`` is 1 for a first step and 2 for any other.
         """
         raise AssertionError("a subclass says which")
 
     def _densified(self, gradient: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:
-        """Return a sparse gradient as a dense one, where torch's optimizer takes it."""
+        """Return a sparse gradient as a dense one, if torch's optimizer takes sparse gradients."""
         raise RuntimeError(f"{self._name} does not support sparse gradients, please consider SparseAdam instead")
 
     # -- parameter groups --------------------------------------------------------------------------------------------
@@ -85,7 +85,7 @@ class MaskedOptimizer(Masking):
         DTypeError
             Complex parameters.
         ValueError, TypeError
-            ``differentiable``; and as in torch. Nothing has been added when one is raised.
+            ``differentiable`` is set; and as in torch. Nothing has been added when one is raised.
         """
         super().add_param_group(param_group)
         group = self.param_groups[-1]
@@ -123,23 +123,23 @@ class MaskedOptimizer(Masking):
         Raises
         ------
         RuntimeError
-            Sparse gradients, where torch refuses them; SGD makes them dense.
+            Sparse gradients, if torch refuses them; SGD makes them dense.
         ValueError
-            ``differentiable`` in a group.
+            ``differentiable`` is set in a group.
         DTypeError, LayoutError, ShapeError, StateError
             A parameter or gradient the kernels do not take, or a parameter that was converted or reshaped since its
             mask or state was made.
         CaptureError
-            A step that a CUDA graph cannot hold, while one is captured. Nothing has been updated when one is raised.
+            A CUDA graph is being captured and cannot hold this step. Nothing has been updated when one is raised.
 
         Notes
         -----
-        One pass: weights, gradients and state are read and written once; where all of a block is pruned it is not
-        written, and mostly not read. Blocks are 64 bytes of weights on the CPU and eight weights on a GPU, which writes
-        no pruned weight at all in compact state: what others write under a mask, ``set_masks`` zeroes.
+        One pass: weights, gradients and state are read and written once. A block whose weights are all pruned is not
+        written, and mostly not read. Blocks are 64 bytes of weights on the CPU and eight weights on a GPU. With compact
+        state a GPU writes no pruned weight at all, so values that other code writes there stay until ``set_masks``.
 
         In a ``torch.compile``d region the step is one operation of the graph, which looks up masks, state and
-        hyperparameters when it runs: pruning does not make torch compile again, learning rates that change do once.
+        hyperparameters when it runs. Pruning does not make torch compile again; a changing learning rate does, once.
         """
         loss = None
         if closure is not None:
@@ -162,7 +162,7 @@ class MaskedOptimizer(Masking):
         groups = self.param_groups
         for group in groups:
             self._refuse_differentiable(group)
-        # Values on a GPU stay there: to read them would make the step wait.
+        # Values on a GPU stay there, because reading them would make the step wait.
         waits = is_on_gpu(found_inf)
         lazy = [waits or bool(group.get("capturable")) or is_on_gpu(group["lr"]) for group in groups]
         if found_inf is not None and not all(lazy) and found_inf.item():
@@ -189,7 +189,7 @@ class MaskedOptimizer(Masking):
         created: dict[torch.Tensor, dict[str, Any] | None] = {}
         writes: list[Callable[[], object]] = []
         if self._pending or batch is None or not batch.holds(indices, parameters, weights, states, keys):
-            # Something has changed, or may have: every parameter is checked.
+            # Something has changed, or may have, so every parameter is checked.
             self._settle()
             if not parameters:
                 return
@@ -197,7 +197,7 @@ class MaskedOptimizer(Masking):
             weights = [*weights]
             for i, weight in enumerate(weights):
                 if weight.is_neg():
-                    # A view that negates what is in memory, which is what kernels see.
+                    # The view negates its memory, but kernels read the memory itself.
                     weights[i] = weight.detach().resolve_neg()
                     writes.append(partial(weight.detach().copy_, weights[i]))
             columns = zip(parameters, weights, gradients, indices, strict=True)
@@ -221,15 +221,15 @@ class MaskedOptimizer(Masking):
                 "parameter without; take a step outside of the graph first"
             )
         constants, rows = constants_of(self._constants, batch.steps(groups, lazy, is_first), grad_scale, skips)
-        # New state and counts belong to what the kernel writes: all of it is there, or nothing.
+        # New state and counts take effect together with the writes of the kernel: all of them, or none.
         writes += batch.counting(1 if skips is None else (skips == 0).to(torch.float32).reshape(()))
-        # Before the kernel: a version that no write follows makes no gradient wrong.
+        # Versions are raised before the kernel runs: one that no write follows makes no gradient wrong.
         torch.autograd.graph.increment_version(batch.written)
         choose(self._backend, device).update(
             self.rule, batch.updates, batch.present(gradients), batch.present(rows), constants, after=writes
         )
         if is_captured:
-            # A graph finds the masks there when it is replayed.
+            # Replays of the graph read the masks at these addresses.
             present = batch.present(batch.members)
             self._graph_masks.update((c.parameter, 0 if c.bits is None else c.bits.data_ptr()) for c in present)
 
@@ -262,7 +262,7 @@ class MaskedOptimizer(Masking):
         return gradient_beside(self._name, checked.tensor.weight, dense)
 
     def _completed(self, p: torch.Tensor, weight: torch.Tensor, keys: tuple[str, ...]) -> dict[str, Any] | None:
-        """Return a copy of the state with what it lacks, all in the form it is kept in; itself if it is so already."""
+        """Return a copy of the state, complete and in the form it is kept in; the state itself if it is so already."""
         old, mask = self.state.get(p), self._masks.get(p)
         state: dict[str, Any] = {} if old is None else old
         missing = [name for name in keys if state.get(name) is None]
@@ -272,7 +272,7 @@ class MaskedOptimizer(Masking):
         values: dict[str, Any] = {}
         if STEP in self.essential:
             number = state.get(STEP)
-            # Whatever torch's default device and dtype are.
+            # Explicit, because torch's default device may be another.
             device = number.device if isinstance(number, torch.Tensor) else torch.device("cpu")
             values[STEP] = as_count(0.0 if number is None else number, device)
         if self._master_weights and p.dtype in (torch.bfloat16, torch.float16) and state.get(MASTER) is None:
@@ -284,7 +284,7 @@ class MaskedOptimizer(Masking):
                 if layout is None
                 else torch.zeros(layout.num_kept, dtype=state_dtype(p), device=p.device)
             )
-        # The model went to another memory format: the state follows it.
+        # The state follows a model that was converted to another memory format.
         values.update((name, follow(p, state[name])) for name in per_weight(p, state) if name not in compact)
         if all(state.get(name) is value for name, value in values.items()):
             return old
@@ -295,7 +295,7 @@ class MaskedOptimizer(Masking):
 def _check_together(optimizer: str, parameters: Sequence[torch.Tensor]) -> None:
     """Raise LayoutError for parameters that cannot take a step together."""
     if len(set(map(id, parameters))) < len(parameters):
-        # Its two steps would be taken at once, in one piece of memory.
+        # Its two steps would run at the same time on the same memory.
         raise LayoutError(f"{optimizer}: expected each parameter once, got one twice; remove it from its group")
     devices = {p.device for p in parameters}
     if len(devices) > 1:
@@ -308,7 +308,7 @@ def _check_together(optimizer: str, parameters: Sequence[torch.Tensor]) -> None:
 def _stepping(
     groups: Sequence[dict[str, Any]], given: Given | None
 ) -> tuple[list[int], list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
-    """Return, of each parameter that takes a step: group index, itself, what holds its value here, and gradient."""
+    """Return lists over the parameters that step: group indices, parameters, tensors of their values, and gradients."""
     if given is not None:
         members = [(index, p) for index, group in enumerate(groups) for p in group["params"] if p in given]
         pairs = [given[p] for _, p in members]
@@ -333,9 +333,9 @@ _optimizers: WeakValueDictionary[int, MaskedOptimizer] = WeakValueDictionary()
 def _optimizer_step(
     handle: int, positions: Sequence[int], weights: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor]
 ) -> None:
-    """Take the step of a compiled graph; ``positions`` says which of the optimizer's parameters the weights are.
+    """Take the step of a compiled graph; ``positions`` are those of the weights among the optimizer's parameters.
 
-    They need not be the parameters themselves: a graph may hold the value of one in a buffer and write it back later.
+    Weights need not be the parameters themselves: a graph may hold a value in a buffer and write it back later.
     """
     optimizer = _optimizers.get(handle)
     if optimizer is None:

@@ -1,7 +1,7 @@
-"""An optimizer's masks and state: how both follow the masks, and how they are saved and loaded.
+"""An optimizer's masks and state: how weights and state follow the masks, and how they are saved and loaded.
 
-The masks are the truth. What they say is recorded first, which needs no memory; weights and state follow, and whatever
-an error or an interrupt has kept from following does so before the next step.
+The masks decide. A new mask is recorded first, which needs no memory; then weights and state follow it. If an error or
+an interrupt prevents that, they follow before the next step.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ __all__ = ["Masking"]
 class Masking(torch.optim.Optimizer):
     """The half of ``MaskedOptimizer`` that holds masks and state between steps."""
 
-    # The entries that torch's state of this rule may have per weight.
+    # Entries with a value per weight that torch's state of this rule may have.
     state_names: ClassVar[tuple[str, ...]] = ()
-    # Entries of which torch's state of a parameter that has stepped has all.
+    # Entries that torch's state always has once a parameter has stepped.
     essential: ClassVar[Sequence[str]] = ()
 
     def __init__(
@@ -52,19 +52,20 @@ class Masking(torch.optim.Optimizer):
         self._master_weights = master_weights
         self._backend = backend
         self._masks: dict[torch.Tensor, BitMask] = {}
-        # Parameters whose mask was not applied yet; True: the weight, or its master copy, has to be zeroed too.
+        # Parameters whose mask was not applied yet. True means the weight, or its master copy, has to be zeroed too.
         self._pending: dict[torch.Tensor, bool] = {}
-        self._checked: dict[int, CheckedParameter] = {}  # by the id of the parameter, which it holds
+        self._checked: dict[int, CheckedParameter] = {}  # by the id of the parameter, which the entry keeps alive
         self._batch: Batch | None = None  # of the latest step
-        # What captured graphs read beside parameters, gradients and state. They do not tell when they go.
+        # Tensors that captured graphs read besides parameters, gradients and state. Kept for good, because a graph does
+        # not tell when it is deleted.
         self._graph_memory: list[torch.Tensor] = []
-        self._graph_masks: dict[torch.Tensor, int] = {}  # addresses of packed bits; 0: none
+        self._graph_masks: dict[torch.Tensor, int] = {}  # addresses of packed bits, 0 for no mask
         self._watchers: OrderedDict[int, tuple[Callable[[], None], Callable[..., None]]] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
         # torch's own would drop all but three attributes from copies and pickles.
         ours = ("_compact_state", "_master_weights", "_backend", "_masks", "_pending")
-        # No graph holds a copy, and nobody watches it.
+        # A copy is in no graph and has no watchers.
         anew: dict[str, Any] = {"_checked": {}, "_batch": None, "_graph_memory": [], "_graph_masks": {}}
         kept = {name: getattr(self, name) for name in ours}
         return super().__getstate__() | kept | anew | {"_watchers": OrderedDict()}
@@ -83,15 +84,15 @@ class Masking(torch.optim.Optimizer):
     def set_masks(self, masks: Mapping[torch.Tensor, BitMask]) -> None:
         """Take over masks, zero what they prune in weights and state, and lay out compact state by them.
 
-        Every step reads the mask it was given: bits that ``prune_`` changes in place count from the next step on. State
-        of what they prune is zeroed when the masks are set again. Compact state is laid out by the bits it was given,
-        of which it keeps a copy: there, masks that change have to be set again. Parameters not named keep the mask they
-        have. ``GMPScheduler`` hands over its masks by itself.
+        Every step reads the masks given here, so bits that ``prune_`` changes in place count from the next step on. The
+        state of weights pruned that way is zeroed when the masks are set again. Compact state is laid out by a copy of
+        the bits: with it, masks that change have to be set again. Parameters not named keep the mask they have.
+        ``GMPScheduler`` hands over its masks by itself.
 
         Parameters
         ----------
         masks : mapping of parameter to BitMask
-            Each of the parameter's shape (of a sharded one: of what this process holds of it), on its device.
+            Each of the parameter's shape and on its device; for a sharded parameter, of the local shard's shape.
 
         Raises
         ------
@@ -108,7 +109,7 @@ class Masking(torch.optim.Optimizer):
 
         Notes
         -----
-        Memory: compact state is there twice, in its old and its new layout, until all of it has moved.
+        Memory: compact state exists twice, in its old and its new layout, until all of it has moved.
         """
         before = {"_masks": self._masks, "_pending": self._pending}
         try:
@@ -121,19 +122,19 @@ class Masking(torch.optim.Optimizer):
     def share_masks(
         self, masks: Mapping[torch.Tensor, BitMask], *, ranked_is_pruned: bool = False, are_checked: bool = False
     ) -> None:
-        """``set_masks`` for an owner that gives a mask other bits, in another tensor, rather than write under a layout.
+        """Set masks for an owner that replaces the bits of a mask by another tensor where compact state uses them.
 
-        Masks that pass the checks are set, also where memory runs out or an interrupt comes: weights and state then
-        follow before the next step.
+        Masks that pass the checks are set even if memory runs out or an interrupt comes; weights and state then follow
+        before the next step.
 
         Parameters
         ----------
         masks : mapping of parameter to BitMask
-            As in ``set_masks``; compact state is laid out by their bits themselves.
+            As in ``set_masks``, except that compact state is laid out by these bits, not by a copy.
         ranked_is_pruned : bool
-            What decides about a weight, its master copy or else itself, is zero already where the masks say so.
+            The tensor that is ranked (the master copy if there is one, else the weight) is zero already where pruned.
         are_checked : bool
-            ``check_masks`` has found nothing wrong just now.
+            ``check_masks`` has just accepted these masks.
 
         Raises
         ------
@@ -149,7 +150,7 @@ class Masking(torch.optim.Optimizer):
 
     @torch.no_grad()
     def forget_masks(self, parameters: Iterable[torch.Tensor]) -> None:
-        """Let the masks of these parameters go; their compact state becomes dense. Weights stay as they are.
+        """Drop the masks of these parameters; their compact state becomes dense. Weights stay as they are.
 
         Raises
         ------
@@ -176,7 +177,7 @@ class Masking(torch.optim.Optimizer):
         self._replace(states, masks, pending)
 
     def check_masks(self, masks: Mapping[torch.Tensor, BitMask]) -> None:
-        """Raise what ``set_masks`` would, and StateError where bits by which state is laid out have been written."""
+        """Raise what ``set_masks`` would, and StateError if bits by which state is laid out have been written."""
         owned = {p for group in self.param_groups for p in group["params"]}
         op = f"{self._name}.set_masks"
         for p, mask in masks.items():
@@ -213,8 +214,8 @@ class Masking(torch.optim.Optimizer):
     def _settle(self, checked: Collection[torch.Tensor] = ()) -> None:
         """Bring weights and state up to date with the masks.
 
-        An error leaves both as they were; what is left to do is done the next time, and to do it twice is to do it
-        once. ``checked`` are the parameters whose state was checked just now.
+        An error leaves both as they were, and the next call does the rest; repeating the work changes nothing.
+        ``checked`` are the parameters whose state was checked just now.
         """
         stale = {p: self.state[p] for p in self.state if self._is_stale(p)} if self._compact_state else {}
         behind = {*self._pending, *stale}
@@ -224,7 +225,7 @@ class Masking(torch.optim.Optimizer):
             self._check_state(p)
         if any(capture.is_capturing(p.device) for p in behind):
             self._refuse_capture("masks to be applied first; set masks before capturing")
-        # All that needs memory comes before the first write.
+        # All memory is allocated before the first write.
         states = compacted(stale, self._masks, self._backend)
         zeroed: dict[torch.device, tuple[list[torch.Tensor], list[BitMask]]] = {}
         filled: list[Callable[[], object]] = []
@@ -244,7 +245,7 @@ class Masking(torch.optim.Optimizer):
         self._replace(states, self._masks, {})
 
     def _behind(self, p: torch.Tensor, state: Mapping[str, Any]) -> list[torch.Tensor]:
-        """Return the tensors of a parameter that its mask was not applied to: dense ones, and not empty."""
+        """Return the dense, non-empty tensors of a parameter to which its mask was not applied yet."""
         with_decisive = self._pending.get(p, True)
         names = [name for name in per_weight(p, state) if name not in compact_names(state)]
         found = [p.detach()] if with_decisive or MASTER in state else []
@@ -252,7 +253,7 @@ class Masking(torch.optim.Optimizer):
         return [tensor for tensor in map(local, found) if tensor.numel()]
 
     def _is_stale(self, p: torch.Tensor) -> bool:
-        """Whether compact state is laid out by other bits than those of its mask, or not yet."""
+        """Whether compact state is not laid out by the bits of its mask, or is not laid out yet."""
         state, mask = self.state[p], self._masks.get(p)
         layout = layout_of(state)
         if mask is None or layout is None:
@@ -265,8 +266,8 @@ class Masking(torch.optim.Optimizer):
         masks: dict[torch.Tensor, BitMask],
         pending: dict[torch.Tensor, bool],
     ) -> None:
-        """Have other state, masks and masks to apply from one moment to the next."""
-        # What knows the state before would keep its memory.
+        """Replace state, masks and pending masks in one step that no interrupt can divide."""
+        # Records of the old state would keep its memory.
         replaced = {id(p) for p in states}
         checked = {key: known for key, known in self._checked.items() if key not in replaced}
         batch = self._batch if masks is self._masks and not states else None
@@ -303,7 +304,7 @@ class Masking(torch.optim.Optimizer):
     def follow_weights(self, parameters: Iterable[torch.Tensor]) -> None:
         """Give master weights the values of parameters that something else has written.
 
-        A master that rounds to what its parameter holds stays: it knows the weight better. Temporary memory: about 12
+        A master that rounds to the value of its parameter stays, because it is more precise. Temporary memory: about 12
         bytes per weight of the largest parameter.
         """
         for p in parameters:
@@ -316,9 +317,9 @@ class Masking(torch.optim.Optimizer):
 
     @torch.no_grad()
     def state_dict(self) -> dict[str, Any]:
-        """Return torch's own format, dense whatever the layout here: ``torch.optim`` can load it.
+        """Return the state in torch's own format, always dense, which ``torch.optim`` can load.
 
-        State of pruned weights is zero in it, also where masks have not been applied yet. Master weights are under
+        State of pruned weights is zero in it, even if masks have not been applied yet. Master weights are under
         ``master_weight``. Memory: compact state is expanded.
 
         Raises
@@ -326,7 +327,7 @@ class Masking(torch.optim.Optimizer):
         StateError
             Bits by which state is laid out have been written.
         """
-        # Before the hooks of others, which then see what torch would show them.
+        # It runs before the hooks of others, which then see the dense form, as with torch.
         expand = self.register_state_dict_post_hook(lambda _, saved: self._expand(saved["state"]), prepend=True)
         try:
             return super().state_dict()
@@ -334,11 +335,11 @@ class Masking(torch.optim.Optimizer):
             expand.remove()
 
     def _expand(self, saved: dict[Any, Any]) -> None:
-        """Put the dense state of parameters in place of what torch has found."""
+        """Replace the state that torch has collected by its dense form."""
         for index, p in enumerate(p for group in self.param_groups for p in group["params"]):
             if index not in saved:
                 continue
-            # torch hands out the dictionaries it goes on with: one that is being loaded must not turn compact.
+            # torch returns its live dictionaries. A new one cannot turn compact while somebody loads it.
             dense = saved[index] = expanded(self._name, p, self.state[p], self._backend)
             layout, mask = layout_of(self.state[p]), self._masks.get(p)
             if mask is not None and (p in self._pending or (layout is not None and layout.mask is not mask.packed)):
@@ -350,8 +351,8 @@ class Masking(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict`` of this class or of the ``torch.optim`` class returned.
 
-        State of 16-bit parameters is kept in float32, and so are all step counts. What is loaded is a copy. State of
-        pruned weights is dropped at the next step, or when masks are set, by the masks there are then.
+        State of 16-bit parameters is kept in float32, and so are all step counts. Everything loaded is copied. State of
+        pruned weights is dropped at the next step, or when masks are set, by the masks of that time.
 
         Raises
         ------
@@ -387,7 +388,7 @@ class Masking(torch.optim.Optimizer):
 
     def _loaded_groups(self, state_dict: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Return the parameter groups as torch would load them."""
-        # torch does it on an optimizer that is thrown away: its checks and defaults of groups, without its writes.
+        # torch loads them into a throwaway optimizer, for its checks and defaults of groups without its writes.
         scratch = object.__new__(type(self))
         scratch.__dict__.update(self.__dict__)
         for kind in ("pre", "post"):

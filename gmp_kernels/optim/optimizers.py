@@ -1,4 +1,4 @@
-"""SGD, Adam and AdamW: per optimizer its arguments, the state it keeps and the constants of its rule."""
+"""SGD, Adam and AdamW: the arguments of each, the state it keeps and the constants of its rule."""
 
 from __future__ import annotations
 
@@ -114,6 +114,6 @@ class AdamW(Adam):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        # As in torch.optim.AdamW: state dicts of older versions, and of Adam, do not say so.
+        # As in torch.optim.AdamW: state dicts of older versions, and of Adam, do not set this.
         for group in self.param_groups:
             group["decoupled_weight_decay"] = True
