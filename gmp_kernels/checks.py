@@ -287,7 +287,7 @@ def _instead_of(given: object) -> str:
     if isinstance(given, torch.optim.Optimizer):
         return "the weights it steps, such as [model.fc.weight], or give model and optimizer to GMPScheduler"
     if isinstance(given, dict):
-        return "the tensors of it that shall be pruned, such as [state['fc.weight']]"
+        return "its tensors that are to be pruned, such as [state['fc.weight']]"
     if isinstance(given, tuple):
         return "the tensors without their names"
     return "weights, alone or in a list"

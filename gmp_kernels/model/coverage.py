@@ -23,8 +23,8 @@ __all__ = [
 FROZEN = "frozen"
 NOT_OPTIMIZED = "not in the optimizer"
 NOT_A_TARGET = "not among targets="
-IGNORED = "ignored by"  # and which entry
-ENOUGH = 0.5  # of the matrices, below which a gap is worth a word
+IGNORED = "ignored by"  # the entry follows
+ENOUGH = 0.5  # share of the weights in matrices; targets with less of it are worth a warning
 MOST_NAMED = 3
 
 
@@ -40,7 +40,7 @@ class CoveredTensor:
     reason : str
         Why it is left out; empty for a target.
     can_be_target : bool
-        Whether ``targets=`` would take it if it named it.
+        Whether ``targets=`` would accept its name.
     """
 
     name: str
@@ -70,7 +70,7 @@ class Coverage:
 
     Notes
     -----
-    Memory: names, shapes and words; no tensors.
+    Holds names, shapes and reasons, but no tensors.
     """
 
     targets: tuple[CoveredTensor, ...]
@@ -113,10 +113,10 @@ class Coverage:
 
 
 def gap_in(coverage: Coverage, *, by_default: bool) -> str | None:
-    """Return a warning if most weights in matrices are left out though nobody asked for that.
+    """Return a warning if most weights in matrices are left out although the user has not asked for that.
 
-    Leaving out what ``ignore=`` names was asked for, and so was what explicit targets do not reach, except for frozen
-    parameters.
+    The user has asked to leave out what ``ignore=`` names, and what explicit targets do not reach, but not parameters
+    that are frozen or not in the optimizer.
     """
     silent = [
         tensor

@@ -13,8 +13,8 @@ __all__ = ["named_buffers", "named_modules", "named_parameters", "plain_name"]
 
 _T = TypeVar("_T")
 
-# Of torch.compile, activation checkpointing, Lightning's Fabric and FullyShardedDataParallel. Nobody else has
-# attributes of these names.
+# Attributes in which torch.compile, activation checkpointing, Lightning's Fabric and FullyShardedDataParallel hold a
+# module. No other code uses these names.
 WRAPPED = {"_orig_mod", "_checkpoint_wrapped_module", "_forward_module", "_fsdp_wrapped_module"}
 PARALLEL = (DataParallel, DistributedDataParallel)
 

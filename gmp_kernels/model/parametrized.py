@@ -34,7 +34,8 @@ def reasons_against(model: nn.Module) -> dict[nn.Parameter, str]:
 def kept_by_torch(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
     """Return {name: bool tensor of its shape, True = kept} of the parameters that torch's own pruning masks.
 
-    A parameter that several modules share keeps what one of them keeps. Memory: 1 byte per weight of these parameters.
+    A parameter that several modules share keeps every weight that one of them keeps. Memory: 1 byte per weight of these
+    parameters.
     """
     names = {parameter: name for name, parameter in parameters.items() if name.endswith("_orig")}
     if not names:  # as nearly always
@@ -55,7 +56,7 @@ def kept_by_torch(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> d
 
 
 def follow_update_(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> str | None:
-    """Bring weights that modules compute from these parameters up to date; return a warning if one became NaN.
+    """Update the weights that modules compute from these parameters; return a warning if one became NaN.
 
     Layers under weight_norm are read once. Models without such weights cost nothing.
     """
@@ -63,15 +64,15 @@ def follow_update_(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> 
         return None
     for module in model.modules():
         for hook in module._forward_pre_hooks.values():
-            # The hooks of old-style functions compute the weight before every forward pass. Until then it would be
-            # the weight from before the update.
+            # The hooks of old-style functions compute the weight before every forward pass. Until then the weight
+            # would be the one from before the update.
             if isinstance(hook, SpectralNorm):
                 # The hook itself would take a step of the power iteration.
                 setattr(module, hook.name, hook.compute_weight(module, do_power_iteration=False))
             elif isinstance(hook, (WeightNorm, prune.BasePruningMethod)):
                 hook(module, ())
     names = {parameter: name for name, parameter in parameters.items()}
-    rows = {}  # that are all zero, by the directions that have some
+    rows = {}  # numbers of all-zero rows, by name of the directions
     for directions, _, dim in _weight_norms(model):
         if directions in names and not hasattr(directions, "to_local"):
             lengths = torch.norm_except_dim(directions.detach(), 2, dim)

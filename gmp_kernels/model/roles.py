@@ -65,7 +65,7 @@ PARAMETRIZED = re.compile(r"(?P<path>(?:.*\.)?)parametrizations\.(?P<attribute>[
 
 
 def effective_name(name: str, names: Container[str]) -> str:
-    """Return the name of the weight that is computed from this tensor, one of ``names``; its own if none is."""
+    """Return the name of the weight computed from this tensor, one of ``names``; its own name if there is none."""
     if found := PARAMETRIZED.fullmatch(name):
         return f"{found['path']}{found['attribute']}" if found["rest"].startswith("original") else name
     for suffix, partners in (("_v", ("_g",)), ("_orig", ("_mask", "_u"))):
@@ -101,7 +101,7 @@ class Roles:
     def obstacle(self, name: str) -> str | None:
         """Return the reason why a tensor cannot be pruned at all, as far as names tell; None if there is none.
 
-        It is that a weight is computed from it, other than by the scalings of weight_norm and spectral_norm.
+        The only such reason is that a weight is computed from it, other than by scaling (weight_norm, spectral_norm).
         """
         found = PARAMETRIZED.fullmatch(name)
         if found is None or found["rest"] == "original1":
@@ -150,7 +150,7 @@ class Roles:
     def _parts(self, name: str) -> tuple[str, str, str]:
         """Return the path of the module that owns a tensor, the part of it that names the module, and the attribute.
 
-        That part is the last that is neither a number nor a wrapper's.
+        That part is the last one that is neither a number nor from a wrapper.
         """
         path, _, attribute = effective_name(name, self._shapes).rpartition(".")
         named = (part for part in reversed(path.split(".")) if not part.isdecimal() and not part.startswith("_"))

@@ -1,4 +1,4 @@
-"""Choice of the tensors to prune, of a model or a checkpoint alike: by names, patterns or the default rule."""
+"""Choice of the tensors to prune by names, patterns or the default rule, for models and checkpoints alike."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class TargetIndex(ABC, Generic[E]):
     Parameters
     ----------
     covered : sequence of tuple of CoveredTensor and str or None
-        The tensors in the order of the model or checkpoint, covered by its default targets, each with its obstacle: why
-        only an exact name reaches it, or nothing, whatever its role.
+        The tensors in the order of the model or checkpoint, as the default targets cover them. Each comes with its
+        obstacle: the reason, other than its role, why only an exact name reaches it, or nothing does.
     effective : mapping of str to str
-        {name of a tensor: name of the weight that is computed from it}, equal if none is.
+        {name of a tensor: name of the weight that is computed from it}; the same name if none is.
     """
 
     WORDS: ClassVar[str]  # the entries that it knows, for errors
@@ -49,7 +49,7 @@ class TargetIndex(ABC, Generic[E]):
         return reached
 
     def choose(self, targets: Sequence[E] | None, ignore: Sequence[E] | None) -> tuple[list[str], Coverage]:
-        """Return the names of what ``targets`` reach and ``ignore`` does not, in order, and the coverage by them.
+        """Return the names of tensors that ``targets`` reach and ``ignore`` does not, in order, and the coverage.
 
         ``targets=None`` means ``gmp_kernels.model.roles.DEFAULT_RULE``. In ``targets``, all but exact names leave out
         biases, norms and scales, and what cannot be pruned.
@@ -96,13 +96,13 @@ class TargetIndex(ABC, Generic[E]):
     def _reached_by(self, what: str, entry: E) -> list[str]:
         """Return the names that an entry means.
 
-        They are those of one tensor, of all below a module, or of all that a pattern matches. What is there by that
-        name is never taken for a pattern.
+        They are those of one tensor, of all below a module, or of all that a pattern matches. An entry that is a name
+        there is never taken for a pattern.
 
         Raises
         ------
         TargetError
-            It is no regular expression, though it begins as one.
+            The entry begins with "re:" but is no regular expression.
         """
         assert isinstance(entry, str)
         names = self._effective
@@ -144,7 +144,7 @@ class TargetIndex(ABC, Generic[E]):
 
 
 def shown_entry(entry: object) -> str:
-    """Return an entry as one would write it."""
+    """Return an entry as a user would write it."""
     return entry.__name__ if isinstance(entry, type) else repr(entry)
 
 

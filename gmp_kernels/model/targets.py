@@ -22,7 +22,7 @@ from gmp_kernels.model.selection import TargetIndex, shown_entry
 __all__ = ["Entry", "ParameterIndex", "Place", "check_optimized", "check_present"]
 
 Entry: TypeAlias = str | type[nn.Module]
-# Of a parameter in a model: all parameters of its module. The last part of its name is its key among them.
+# The place of a parameter in a model: all parameters of its module. The last part of its name is its key there.
 Place: TypeAlias = dict[str, nn.Parameter | None]
 
 MULTIPLIERS = (nn.Linear, nn.Bilinear, _ConvNd)
@@ -55,19 +55,19 @@ def check_present(model: nn.Module, parameters: Mapping[str, nn.Parameter], shap
 
 
 class ParameterIndex(TargetIndex[Entry]):
-    """Every name by which the parameters of ``model`` can be meant.
+    """All names by which the parameters of ``model`` can be given.
 
     An entry is one of
 
-    - an exact name of a parameter, whatever it is. A weight that is computed from a parameter (by weight_norm,
+    - an exact name of a parameter of any kind. The name of a weight that is computed from a parameter (by weight_norm,
       spectral_norm, torch's own pruning) is one of that parameter's names;
     - an exact name of a module, meaning everything in it, at any depth;
     - a glob (``*``, ``?``, ``[...]``; case counts, ``*`` crosses dots) or ``"re:"`` and a regular expression that
       matches from the start of the name (``re.match``): names of parameters, or of modules, meaning everything in them;
     - a module type, subclasses included, meaning everything in such modules.
 
-    What is in the model by that name is never taken for a pattern. A tied parameter is reached by each of its names
-    and has one: the first, as in ``model.named_parameters()``.
+    An entry that is a name in the model is never taken for a pattern. A tied parameter is reached by each of its names
+    and listed under the first, as in ``model.named_parameters()``.
 
     Parameters
     ----------
@@ -103,10 +103,10 @@ class ParameterIndex(TargetIndex[Entry]):
     def select(
         self, targets: Entry | Iterable[Entry] | None, ignore: Entry | Iterable[Entry] | None
     ) -> tuple[dict[str, nn.Parameter], Coverage]:
-        """Return {first name: parameter} of what ``targets`` reach and ``ignore`` does not, and the coverage of all.
+        """Return {first name: parameter} of all that ``targets`` reach and ``ignore`` does not, and the coverage.
 
-        As ``choose``, for entries as users give them. Modules, patterns and types in ``targets`` leave out frozen
-        parameters too. What cannot be pruned may not be named exactly.
+        Like ``choose``, for entries as users give them. Modules, patterns and types in ``targets`` leave out frozen
+        parameters too. A parameter that cannot be pruned must not be named exactly.
 
         Raises
         ------
@@ -171,7 +171,7 @@ class ParameterIndex(TargetIndex[Entry]):
         frozen = None if parameter.requires_grad else FROZEN
         refusal = self._refusals.get(name) or (None if is_held else frozen or NOT_OPTIMIZED)
         obstacle = "empty" if not is_uninitialized and parameter.numel() == 0 else refusal or frozen
-        # The type of a parametrization says more than that there is one.
+        # A refusal names the type of the parametrization, which says more than the role.
         reason = self._refusals.get(name, role) if role == PARAMETRIZATION else role or obstacle
         shape, dtype = () if is_uninitialized else tuple(parameter.shape), str(parameter.dtype).removeprefix("torch.")
         return CoveredTensor(name, shape, dtype, reason or "", role != SMALL and refusal is None), obstacle
@@ -197,7 +197,7 @@ class ParameterIndex(TargetIndex[Entry]):
         return (self._modules[".".join(parts[:depth])] for depth in range(len(parts)))
 
     def _named(self, reached: list[str]) -> list[str]:
-        # Of what a weight is computed from, its name means the part that decides its zeros.
+        # The name of a computed weight means the parameter that decides its zeros.
         reached = [name for name in reached if name not in self._refusals] or reached
         self._refuse(reached[0])
         return reached
@@ -221,7 +221,7 @@ class ParameterIndex(TargetIndex[Entry]):
         return [name for name in self._covered if self._is_free(name)]
 
     def _near(self, what: str, entry: Entry) -> str:
-        # What would be refused is no advice.
+        # Names that would be refused are not suggested.
         names = self._free() if what == "targets" else list(self._parameters)
         if isinstance(entry, type):
             return "module types here: " + ", ".join(sorted({type(m).__name__ for n in names for m in self._above(n)}))

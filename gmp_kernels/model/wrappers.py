@@ -39,7 +39,7 @@ def optimizer_chain(optimizer: Any) -> list[Any]:
     chain = [optimizer]
     while (inner := _wrapped(chain[-1])) is not None and not any(inner is known for known in chain):
         if not _steps_all_of(inner, chain[-1]):
-            # Copies of the parameters, or a part of them: only the wrapper writes all of them.
+            # It steps copies of the parameters, or a part of them; only the wrapper writes all of them.
             break
         chain.append(inner)
     # Learning rate schedulers hold an optimizer too, and no parameters.

@@ -24,46 +24,46 @@ from gmp_kernels.pruner.zeroing import state_beside, zero_all_where_pruned_
 
 __all__ = ["Enforcement", "write_despite_interrupts"]
 
-# Of all weights: more of them are not zero by accident.
+# A share of all weights: more zeros than this are no accident.
 MANY_ZEROS = 0.01
 
 _T = TypeVar("_T")
 
 
 def write_despite_interrupts(write: Callable[[], _T], shards: Shards | None) -> _T:
-    """Call what writes; an interrupt in between is raised once it was called again, which changes nothing twice."""
+    """Call ``write``. After an interrupt call it again, which finishes the work, and then raise the interrupt."""
     try:
         return write()
     except Exception:
         raise
     except BaseException:
-        # Other ranks would not take part.
+        # Other ranks would not take part in a second call.
         if shards is None:
             write()
         raise
 
 
 class Enforcement:
-    """Layers of a pruner, held at what their masks say whenever something has written to them.
+    """Layers of a pruner, whose masks are enforced whenever something has written to the weights.
 
-    A hook of the optimizer applies the masks after every step; under an optimizer of ``gmp_kernels.optim``, whose step
-    applies them itself, it only looks. ``check`` looks for what was written in between. The hooks keep this alive, not
-    the pruner: what it has pruned stays zero when it is gone.
+    A hook of the optimizer applies the masks after every step. The step of an optimizer of ``gmp_kernels.optim``
+    applies them itself, so there the hook only checks. ``check`` detects writes in between. The hooks keep this object
+    alive, but not the pruner: pruned weights stay zero when the pruner is gone.
 
     Parameters
     ----------
     masks : mapping of str to BitMask
         Shared with the pruner, which changes their bits.
     optimizer : object
-        Perhaps a wrapper. Followed from ``own`` on.
+        May be a wrapper. Followed from ``own`` on.
     progress : Progress
         Counts the steps of the innermost optimizer.
     shards : Shards, optional
-        Where parameters are shards or copies of those of other ranks.
+        Given if parameters are shards or copies of those of other ranks.
     settings : dict of str to object
-        What has to be the same on every rank.
+        Settings that have to be the same on every rank.
     expects_dense : bool
-        Whether zeros that the model has before its first step are worth a word.
+        Whether to hold zeros that the model has before its first step, with a warning, if there are many.
 
     Attributes
     ----------
@@ -72,19 +72,19 @@ class Enforcement:
     num_pruned : dict of str to int
         Pruned weights of the whole layers.
     thresholds : dict of str to Threshold
-        Of the latest update of each layer.
+        Threshold of the latest update of each layer.
     have_agreed : bool
         Whether all ranks have found that they are in the same run.
     watch : Watch
-        Tells what others have written.
+        Detects writes by other code.
     pruner : callable
         A weak reference to the pruner.
     is_released : bool
-        Whether the parameters are let go.
+        Whether the parameters are released.
     """
 
-    # All that hold parameters. References to the parameters, weak ones too, would keep torch from swapping them when a
-    # model is converted.
+    # All instances that hold parameters. References to the parameters themselves, even weak ones, would keep torch from
+    # swapping them when a model is converted.
     holders: ClassVar[WeakSet[Enforcement]] = WeakSet()
 
     def __init__(
@@ -115,7 +115,7 @@ class Enforcement:
         self._pruned: list[str] = []  # targets that have pruned weights
         self.have_agreed = False
         self._said: set[str] = set()
-        self._has_repaired = False  # since the step that is under way began
+        self._has_repaired = False  # since the current step began
         self.is_released = False
         self.pruner: Callable[[], object | None] = lambda: None
         self._choose(optimizer)
@@ -123,7 +123,7 @@ class Enforcement:
         self._hooks: list[Any] = []
 
     def __getstate__(self) -> dict[str, Any]:
-        # The optimizer's hooks, and versions, belong to the objects of the original.
+        # Hooks and versions belong to the optimizer and the parameters of the original.
         return {name: value for name, value in self.__dict__.items() if name not in ("watch", "_hooks", "pruner")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -141,28 +141,28 @@ class Enforcement:
         return type(self._innermost).__name__
 
     def say(self, what: str, message: str) -> None:
-        """Warn once for each kind of thing."""
+        """Warn once for each ``what``."""
         if what not in self._said:
             self._said.add(what)
             warn(f"GMPScheduler: {message}")
 
-    # -- who holds what ----------------------------------------------------------------------------------------------
+    # -- holding and releasing ---------------------------------------------------------------------------------------
 
     def follow(self, optimizer: Any) -> None:
-        """Follow this optimizer, and no longer the one before; nothing has changed when it raises.
+        """Follow this optimizer instead of the previous one; if it raises, nothing has changed.
 
         Raises
         ------
         TargetError
             Its steps cannot be watched.
         StateError, CaptureError
-            It cannot take the masks over, or the one before cannot let them go.
+            It cannot take over the masks, or the previous one cannot drop them.
         """
         innermost, before = optimizer_chain(optimizer)[-1], self.masked_optimizer
         if isinstance(innermost, MaskedOptimizer):
             innermost.check_masks(self._masks_of(self.parameters))
         if before is not None and before is not innermost:
-            # Their bits are written in place from now on, and nobody would tell it.
+            # The bits of the masks are written in place from now on, and the previous optimizer would not notice.
             before.forget_masks(self.parameters.values())
         self._unhook()
         self._choose(optimizer)
@@ -173,7 +173,7 @@ class Enforcement:
         self.masked_optimizer = self._innermost if isinstance(self._innermost, MaskedOptimizer) else None
 
     def _attach(self) -> None:
-        # A wrapper may write the weights itself once the step inside it is over.
+        # A wrapper may write the weights itself after the step inside it.
         wrappers = with_own_hooks(optimizer_chain(self.optimizer))[:-1]
         hooks: list[Any] = [(wrapper.register_step_post_hook, self._after_wrapper) for wrapper in wrappers]
         if self.masked_optimizer is not None:
@@ -182,7 +182,7 @@ class Enforcement:
             hooks.append((self._innermost.register_step_pre_hook, self._before_step))
             hooks.append((self._innermost.register_step_post_hook, self._after_step))
         for register, hook in hooks:
-            # Hooks depend on the masks: compiled with the step, they would be compiled again at every update.
+            # Hooks depend on the masks. Compiled with the step, they would be compiled again at every update.
             self._hooks.append(register(torch.compiler.disable(hook)))  # type: ignore[no-untyped-call]
 
     def _unhook(self) -> None:
@@ -191,7 +191,7 @@ class Enforcement:
         self._hooks.clear()
 
     def own(self) -> None:
-        """Begin to hold the parameters; a pruner that held them, and no others, lets go.
+        """Begin to hold the parameters; a pruner that held these and no others releases them.
 
         Raises
         ------
@@ -207,13 +207,13 @@ class Enforcement:
                     f"'{left[0]}', which this one leaves out; call remove() on that one first"
                 )
         for other, shared in others.items():
-            # Where the pruner is gone, those left out stay held: nobody could let go of them by name.
+            # If that pruner is gone, its other parameters stay held, because nobody could release them by name.
             other.release(shared)
         self.holders.add(self)
         self._attach()
 
     def _others(self) -> dict[Enforcement, list[str]]:
-        """Return all others that hold some of these parameters, and the names that these have there."""
+        """Return all other instances that hold some of these parameters, with the names they use for them."""
         mine = set(map(id, self.parameters.values()))
         shared = {
             other: [name for name, p in other.parameters.items() if id(p) in mine]
@@ -223,7 +223,7 @@ class Enforcement:
         return {other: names for other, names in shared.items() if names}
 
     def release(self, names: Iterable[str] | None = None) -> None:
-        """Let parameters go, by default all, with the zeros they have.
+        """Release parameters, by default all; they keep the zeros they have.
 
         Raises
         ------
@@ -242,7 +242,7 @@ class Enforcement:
         self.masks_changed({name: self.num_pruned[name] for name in kept})
 
     def detach(self) -> None:
-        """Let the parameters go, and leave their masks to the optimizer."""
+        """Release the parameters, and leave their masks to the optimizer."""
         self._unhook()
         self.is_released = True
         self.holders.discard(self)
@@ -250,22 +250,22 @@ class Enforcement:
     # -- masks -------------------------------------------------------------------------------------------------------
 
     def check_masks(self, names: Iterable[str]) -> None:
-        """Raise what keeps an optimizer that applies masks itself from taking those of these targets over."""
+        """Raise the error of an optimizer that applies masks itself, if it cannot take over those of these targets."""
         if self.masked_optimizer is not None:
             self.masked_optimizer.check_masks(self._masks_of(names))
 
     def masks_changed(self, num_pruned: dict[str, int]) -> None:
-        """Go on with masks that have changed, of which so many weights are pruned."""
+        """Take note that masks have changed; ``num_pruned`` counts the pruned weights of every layer."""
         self.num_pruned = num_pruned
         self._pruned = [name for name in self.parameters if num_pruned[name]]
         self._expects_dense = False
         self.watch.forget_samples()
 
     def apply(self, names: Iterable[str], *, ranked_is_pruned: bool = False, are_checked: bool = False) -> None:
-        """Zero what is pruned of these targets and of their optimizer state.
+        """Zero the pruned places of these targets and of their optimizer state.
 
-        With ``ranked_is_pruned`` the tensor whose magnitudes decided, the master copy or else the weight, is zero there
-        already; with ``are_checked`` an optimizer that applies masks itself has just checked them.
+        With ``ranked_is_pruned`` the tensor that was ranked (the master copy if there is one, else the weight) is zero
+        there already. With ``are_checked`` an optimizer that applies masks itself has just checked them.
         """
         masks = self._masks_of(names)
         self.watch.distrust()
@@ -276,7 +276,7 @@ class Enforcement:
         self.watch.record()
 
     def _zero(self, weights: Iterable[torch.Tensor], masks: Mapping[torch.Tensor, BitMask]) -> None:
-        """Zero what is pruned of these weights, and of the state of all parameters in ``masks``."""
+        """Zero the pruned places of these weights, and of the state of all parameters in ``masks``."""
         entries = [("weight", p.detach(), masks[p]) for p in weights]
         for optimizer in inside(self._innermost):
             for p, mask in masks.items():
@@ -313,30 +313,30 @@ class Enforcement:
         if is_direct:
             self.watch.record()
         elif not self._has_repaired:
-            # What stands in for a parameter in a compiled step is written back to it later. If the parameter had to be
-            # repaired the other was not, and that write is looked at like any.
+            # A compiled step may write to a stand-in, which is copied to the parameter later. If the parameter had to
+            # be repaired, the stand-in was not, so that copy is checked like any other write.
             self.watch.expect_writes()
 
     def _after_wrapper(self, *_: object) -> None:
         self.apply(self._pruned)
 
     def refuse_capture(self, what: str, use: str) -> None:
-        """Raise CaptureError while a CUDA graph is captured, whose replays do not run what Python does here."""
+        """Raise CaptureError while a CUDA graph is captured, because its replays would not run this Python code."""
         if capture.is_capturing(next(iter(self.parameters.values())).device):
             raise CaptureError(f"expected nothing that a CUDA graph would leave out, got {what}; use {use}")
 
-    # -- what others wrote -------------------------------------------------------------------------------------------
+    # -- writes by other code ----------------------------------------------------------------------------------------
 
     def check(self, *, sample: bool = False) -> None:
         """Repair what contradicts a mask, if anything but the optimizer has written to the parameters.
 
-        Reads no weights unless something was written, and then those; with ``sample`` also a few others, for writes
-        that leave no trace. What is found is said once, as ``GMPWarning``.
+        Reads only weights that were written; with ``sample`` also a few others, for writes that leave no trace. Warns
+        of each kind of finding once, as ``GMPWarning``.
 
         Raises
         ------
         TargetError
-            A parameter is not the model's any more.
+            A parameter is not in the model any more.
         """
         written = self.watch.written()
         if self._expects_dense:
@@ -347,7 +347,7 @@ class Enforcement:
             if self.masked_optimizer is not None:
                 self.masked_optimizer.follow_weights([self.parameters[name] for name in written])
             self._compare(written)
-            # Only now: what an interrupt comes before is looked at again.
+            # Recorded last, so that after an interrupt the weights are checked again.
             self.watch.record()
 
     def verify(self) -> dict[str, int]:
@@ -370,7 +370,7 @@ class Enforcement:
         return zeros
 
     def check_alive(self, what: str) -> None:
-        """Raise StateError if the parameters are let go."""
+        """Raise StateError if the parameters are released."""
         if self.is_released:
             reason = "a newer one holds; use that one" if self._others() else "were let go by remove(); build a new one"
             raise StateError(
@@ -387,9 +387,9 @@ class Enforcement:
         self.have_agreed = True
 
     def _compare(self, names: Iterable[str]) -> None:
-        """Compare targets with their masks, and repair those that hold what they should not."""
+        """Compare targets with their masks, and repair those whose pruned weights are not all zero."""
         if "repair" in self._said:
-            # It happens at every step, perhaps: to count first would double the cost.
+            # This may happen at every step, and counting first would double the cost.
             self.watch.check_shapes()
             self._has_repaired = True
             self.apply([name for name in self._pruned if name in names])
@@ -397,7 +397,7 @@ class Enforcement:
         found = self.watch.contradictions(names, self.masks)
         damaged = {name: alive for name, (alive, _) in found.items() if alive}
         sizes = {name: self.masks[name].numel for name in found}
-        # Layers that start as zeros alone are another thing.
+        # Layers of zeros only do not count: some start that way.
         zeros = sum(zeros for name, (_, zeros) in found.items() if zeros < sizes[name])
         share = zeros / max(1, sum(sizes.values()))
         if damaged:
@@ -421,11 +421,11 @@ class Enforcement:
             )
 
     def _look_for_zeros(self) -> None:
-        """Hold the zeros of a model that was pruned before, on all ranks alike: nobody else knows of them."""
+        """Hold the zeros of a model that was pruned before, on all ranks alike."""
         self.agree()
         found = self.watch.contradictions(self.parameters, self.masks)
         zeros = {name: int(sum_over_shards(here, self.parameters[name])) for name, (_, here) in found.items()}
-        # Layers that start as zeros alone are another thing.
+        # Layers of zeros only do not count: some start that way.
         zeros = {name: number for name, number in zeros.items() if 0 < number < self.parameters[name].numel()}
         share = sum(zeros.values()) / sum(p.numel() for p in self.parameters.values())
         if share <= MANY_ZEROS:

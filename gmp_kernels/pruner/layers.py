@@ -19,21 +19,21 @@ __all__ = ["begin", "overwrite_masks", "prune_nothing"]
 def begin(
     held: Enforcement, names: Sequence[str], num_prune: Sequence[int], *, step: int, scope: Scope, nonfinite: NonFinite
 ) -> Callable[[], dict[str, tuple[Threshold, int]]]:
-    """Do what comes before the first write of an update: one call of ``prune_`` per device.
+    """Do everything in an update that comes before its first write: one call of ``prune_`` per device.
 
-    ``num_prune`` has one count per name, or a single one in global scope; ``step`` is what ranks compare; the rest is
-    as in ``prune_``.
+    ``num_prune`` has one count per name, or a single one in global scope. Ranks compare ``step``. The rest is as in
+    ``prune_``.
 
     Returns
     -------
     callable
         Prunes the layers and returns their thresholds, and how many weights of each are pruned. May be called again if
-        it is interrupted, unless there are other ranks. Masks are changed in place; under compact state, whose layout
+        it is interrupted, unless there are other ranks. Masks are changed in place. With compact state, whose layout
         needs the old bits, their ``packed`` is replaced.
     """
     batches = _by_device(held, names, scope)
     if len(batches) > 1:
-        # Let each call find its NaN before the first one writes.
+        # Each call must find its NaN before the first one writes.
         prune_nothing(held, names, scope=scope, nonfinite=nonfinite)
     counts = dict(zip(names, num_prune, strict=scope == "layer"))
     calls = []
@@ -67,7 +67,7 @@ def prune_nothing(held: Enforcement, names: Iterable[str], *, scope: Scope, nonf
     for batch in _by_device(held, names, scope):
         if held.shards is not None:
             batch = [name for name in batch if held.masks[name].numel]
-            # One rank must not fail where the others go on: together they look at the first update.
+            # One rank must not fail while others go on. All look for NaN together, at the first update.
             nonfinite = "keep"
         prune_(
             [_ranked(held, name) for name in batch],
@@ -90,8 +90,8 @@ def _by_device(held: Enforcement, names: Iterable[str], scope: Scope) -> list[li
 
 
 def overwrite_masks(held: Enforcement, masks: Mapping[str, BitMask]) -> None:
-    """Give the masks other bits."""
-    # Memory can run out here alone, where nothing is written yet.
+    """Replace the bits of the masks."""
+    # Memory can run out only here, before anything is written.
     written = {name: _writable_mask(held, name) for name in masks}
     for name, mask in masks.items():
         written[name].packed.copy_(mask.packed)
@@ -99,13 +99,13 @@ def overwrite_masks(held: Enforcement, masks: Mapping[str, BitMask]) -> None:
 
 
 def _writable_mask(held: Enforcement, name: str) -> BitMask:
-    """Return a mask whose bits may be written; a copy where compact state is laid out by the bits there are."""
+    """Return a mask whose bits may be written; a copy if compact state is laid out by the present bits."""
     mask, optimizer = held.masks[name], held.masked_optimizer
     return mask.clone() if optimizer is not None and optimizer.compact_state else mask
 
 
 def _ranked(held: Enforcement, name: str) -> torch.Tensor:
-    """Return the tensor whose magnitudes decide: the master copy where the optimizer keeps one."""
+    """Return the tensor that is ranked: the master copy if the optimizer keeps one, else the weight."""
     parameter, optimizer = held.parameters[name], held.masked_optimizer
     master = None if optimizer is None else optimizer.master_weight(parameter)
     return local(parameter) if master is None else master

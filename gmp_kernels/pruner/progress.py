@@ -18,13 +18,13 @@ class Position(NamedTuple):
     Attributes
     ----------
     num_steps : int
-        Steps counted by then, those that a GPU may have skipped included.
+        Steps counted by then, including those that a GPU may have skipped.
     skipped : torch.Tensor or None
-        How many of them a GPU has skipped; None if all are known.
+        How many of them a GPU has skipped; None if there is nothing to subtract.
     made : int
         The last step whose updates are made.
     num_calls : int
-        Calls of ``step()``, those without an optimizer step included.
+        Calls of ``step()``, including those without an optimizer step.
     num_idle : int
         Latest calls in a row that found no step of the optimizer.
     """
@@ -37,7 +37,7 @@ class Position(NamedTuple):
 
 
 class Progress:
-    """Optimizer steps counted so far, and which of the updates that are due by then have been made.
+    """Count of optimizer steps, and of the updates that have been made for them.
 
     The update of step ``n`` is due once ``n`` steps are counted, whether or not the next one has been taken. Where
     several steps were taken since the last call, the latest update among them is made.
@@ -50,7 +50,7 @@ class Progress:
     Attributes
     ----------
     position : Position
-        To be replaced by what ``due`` returned.
+        The caller replaces it by the one that ``due`` returned.
     """
 
     def __init__(self, *, counts_calls: bool) -> None:
@@ -64,7 +64,7 @@ class Progress:
 
         Notes
         -----
-        A flag on a GPU is added up there. Whoever needs the sum waits for it, not the step.
+        Flags on a GPU are added up there. Only code that needs the sum waits for it; the step does not.
         """
         if self.counts_calls:
             return
@@ -77,7 +77,7 @@ class Progress:
 
     @property
     def step_count(self) -> int:
-        """Optimizer steps counted at the latest call. Waits for a GPU that decides about steps."""
+        """Optimizer steps counted at the latest call. Waits for a GPU if that decides which steps are skipped."""
         self._settle()
         return self.position.num_steps
 
@@ -93,12 +93,12 @@ class Progress:
         }
 
     def restore(self, *, step_count: int, num_uncounted: int, num_calls: int, is_current: int) -> None:
-        """Continue where ``state`` was taken, be it for the steps that the latest call had not counted yet."""
+        """Continue where ``state`` was taken, including steps that the latest call had not counted yet."""
         position = Position(step_count, None, step_count if is_current else step_count - 1, num_calls)
         self.__dict__.update(position=position, _num_steps=step_count + num_uncounted, _skipped=None)
 
     def due(self, schedules: Sequence[Schedule]) -> tuple[list[int | None], Position]:
-        """Return the step of the update that each schedule is due for, and the position once they are made."""
+        """Return the step of the update due in each schedule, and the position once these are made."""
         steps = self._open_steps()
         due = [_latest(schedule, steps) for schedule in schedules]
         if self._skipped is not None and any(step is not None for step in due):
@@ -112,17 +112,17 @@ class Progress:
         return due, Position(num_steps, self._skipped, made, before.num_calls + 1, num_idle)
 
     def _counted(self) -> int:
-        """Return the number of steps at a call that is under way, those that a GPU may have skipped included."""
+        """Return the number of steps at the current call, including those that a GPU may have skipped."""
         return self.position.num_steps + 1 if self.counts_calls else self._num_steps
 
     def _open_steps(self) -> range:
-        """Return the steps whose updates have to have been made after this call, and are not."""
+        """Return the steps whose updates are still to be made by this call."""
         num_steps = self._counted()
         has_stepped = num_steps > self.position.num_steps
         return range(self.position.made + 1, num_steps if has_stepped else num_steps + 1)
 
     def _settle(self) -> None:
-        """Subtract the steps that a GPU has skipped, which waits for it."""
+        """Subtract the steps that a GPU has skipped. Waits for it."""
         if self._skipped is None:
             return
         before = self.position

@@ -22,7 +22,7 @@ Start: TypeAlias = Mapping[str, BitMask] | str | PathLike[str] | None
 
 STATE_VERSION = 3
 PROGRESS = ("step_count", "num_uncounted", "num_calls", "is_current")
-MOST_REPORTS = 64  # that a checkpoint keeps, the latest, and layer by layer only the last
+MOST_REPORTS = 64  # latest ones that a checkpoint keeps; only the last of them keeps its layers
 
 
 class Saved(NamedTuple):
@@ -31,7 +31,7 @@ class Saved(NamedTuple):
     Attributes
     ----------
     progress : dict of str to int
-        As ``Progress.state`` returns it; empty where only the masks are taken.
+        As ``Progress.state`` returns it; empty if only the masks are taken.
     masks : mapping of str to BitMask
     num_pruned : dict of str to int
         Of whole layers.
@@ -51,7 +51,7 @@ def pack(saved: Saved, parameters: Mapping[str, torch.Tensor], settings: Mapping
     reports = [report.to_dict() for report in saved.history[-MOST_REPORTS:]]
     for report in reports[:-1]:
         report["layers"] = ()
-    # Tuples are what torch.distributed.checkpoint stores as they are, whatever they hold.
+    # torch.distributed.checkpoint stores tuples as they are, whatever they hold.
     return {
         "version": STATE_VERSION,
         "settings": tuple(settings.items()),
@@ -70,7 +70,7 @@ def pack(saved: Saved, parameters: Mapping[str, torch.Tensor], settings: Mapping
 
 
 def unpack(state: Any, parameters: Mapping[str, torch.Tensor], settings: Mapping[str, Any] | None) -> Saved:
-    """Return what ``pack`` was given, for these parameters and a run of these settings; of None the masks alone.
+    """Return the contents of a state for these parameters and settings; if the settings are None, only the masks.
 
     Raises
     ------
@@ -126,7 +126,7 @@ def _layers(state: Any, parameters: Mapping[str, torch.Tensor]) -> dict[str, Any
 
 
 def _names_here(names: Iterable[str], known: Iterable[str]) -> dict[str, str]:
-    """Return {name: name here}: wrappers prefix names, and may have been there when they were saved but not now."""
+    """Return {saved name: name here}, since names may have been saved with prefixes of wrappers that are gone now."""
     names, known = list(names), set(known)
     plain = {name: plain_name(name) for name in names}
     if not known.intersection(plain.values()):
@@ -147,10 +147,10 @@ def starting_masks(
     start
         As in ``GMPScheduler``.
     model : torch.nn.Module
-        Where else a name may be from, for errors.
+        Tells errors whether it has a parameter of an unknown name.
     parameters : mapping of str to Parameter
     kept : mapping of str to Tensor
-        As ``kept_by_torch`` returns it. What is not kept there is pruned, whatever ``start`` says.
+        As ``kept_by_torch`` returns it. Weights not kept there are pruned, whatever ``start`` says.
 
     Raises
     ------
@@ -177,7 +177,7 @@ def starting_masks(
 def _masks_given(
     start: Mapping[str, BitMask] | str | PathLike[str], model: nn.Module, parameters: Mapping[str, torch.Tensor]
 ) -> dict[str, BitMask]:
-    """Return copies, as the pruner writes its masks, of what this process holds of those in a mapping or a file."""
+    """Return the masks of a mapping or a file, for what this process holds; copies, because the pruner writes them."""
     if isinstance(start, (str, PathLike)):
         # Reading files takes the safetensors package, which nothing else here needs.
         from gmp_kernels.checkpoints.masks import read_masks

@@ -1,4 +1,4 @@
-"""Telling, without reading the weights, whether parameters are what they were."""
+"""Detection of changes to parameters without reading their weights."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from gmp_kernels.pruner.zeroing import slices
 
 __all__ = ["Watch", "compare"]
 
-CANDIDATES = 1024  # weights of a layer among which brief looks choose pruned ones
-SAMPLE = 32  # about so many are chosen, where that does not wait for a GPU
-GPU_INTERVAL = 16  # of so many brief looks at weights on a GPU, one is taken
+CANDIDATES = 1024  # weights of a layer from which a quick check picks pruned ones
+SAMPLE = 32  # about so many are picked, if that does not wait for a GPU
+GPU_INTERVAL = 16  # a quick check of weights on a GPU is made once in so many calls
 STRIDE = 0x9E3779B1  # odd, and near the golden ratio of 2^32: multiples spread evenly over any layer
 
 _version, _shape = attrgetter("_version"), attrgetter("shape")
@@ -45,7 +45,7 @@ def compare(weight: torch.Tensor, mask: BitMask) -> torch.Tensor:
     """
     found = torch.zeros(2, dtype=torch.int64, device=weight.device)
     for part, kept in slices(weight.detach(), mask):
-        # Both are wrong where only one of "zero" and "pruned" is true.
+        # A weight contradicts its mask if it is either zero or pruned, but not both.
         is_zero = part == 0
         differs = is_zero == kept
         found += torch.stack([differs.logical_and(is_zero.logical_not()).sum(), differs.logical_and_(is_zero).sum()])
@@ -63,7 +63,7 @@ class Watch:
         self._versions: list[int] | None = None
         self._num_looks = 0
         self._samples: dict[str, tuple[torch.Tensor, torch.Tensor | None]] = {}
-        # A GPU's answer to a brief look, and the event after which it is there.
+        # A GPU's answer to a quick check, and the event after which it is there.
         self._answer: tuple[torch.cuda.Event, torch.Tensor] | None = None
         by_key: dict[str, list[str]] = {}
         for name in parameters:
@@ -79,7 +79,7 @@ class Watch:
     def check_present(self) -> None:
         """Raise TargetError for a parameter that was removed from the model, replaced or reshaped."""
         try:
-            # Modules are equal where they are the same.
+            # Modules are equal only if they are the same object.
             are_in_place = self._way == self._modules and all(
                 all(map(is_, map(get, holders), held)) for get, holders, held in self._held
             )
@@ -87,7 +87,7 @@ class Watch:
             are_in_place = False
         if not are_in_place:
             self._compare_with_model()
-            # It is the first look, or another module leads to the same parameters now.
+            # This is the first check, or another module leads to the same parameters now.
             self._way = _way_to(self._holders, self._model)
             self._modules = [dict(modules) for modules in self._way]
 
@@ -99,7 +99,7 @@ class Watch:
     def contradictions(self, names: Iterable[str], masks: Mapping[str, BitMask]) -> dict[str, tuple[int, int]]:
         """Return, by parameter, how many pruned weights are not zero here and how many kept ones are."""
         self.check_shapes()
-        # All are compared before a GPU is waited for.
+        # All comparisons are launched before the first result is waited for.
         found = {name: compare(local(self._by_name[name]), masks[name]) for name in names}
         return {name: tuple(counts.tolist()) for name, counts in found.items()}
 
@@ -129,15 +129,15 @@ class Watch:
         return [name for name, old, new in versions if old != new]
 
     def forget_samples(self) -> None:
-        """Have brief looks choose other weights, after masks have changed."""
+        """Make quick checks pick other weights, after masks have changed."""
         self._samples.clear()
         self._answer = None
 
     def sees_life(self, names: Sequence[str], masks: Mapping[str, BitMask]) -> bool:
-        """Whether a sample of weights of one of these parameters, another at every call, holds any that should be zero.
+        """Whether any pruned weight in a sample of one parameter is not zero; each call takes another parameter.
 
-        Shows writes that leave no trace in versions: through ``.data``, by memory that others share. On a GPU the
-        answer is that of an earlier call, and most calls do not look.
+        Detects writes that leave no trace in versions: through ``.data``, or by shared memory. On a GPU the answer is
+        that of an earlier call, and most calls do not check.
         """
         if not names:
             return False
@@ -180,7 +180,7 @@ def _way_to(holders: set[int], module: nn.Module) -> list[dict[str, nn.Module | 
 def _sample_of(mask: BitMask, offset: int) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return flat indices spread over the layer, and which of them are pruned: None if all are.
 
-    On a GPU the pruned ones are not chosen, as that would wait for it.
+    On a GPU the pruned ones are not picked out, because that would wait for it.
     """
     device = mask.packed.device
     if device.type == "cpu":
@@ -193,12 +193,12 @@ def _sample_of(mask: BitMask, offset: int) -> tuple[torch.Tensor, torch.Tensor |
 
 
 def _pruned_among(mask: BitMask, offset: int) -> torch.Tensor:
-    """Return flat indices of pruned weights, of bytes that are spread over the mask.
+    """Return flat indices of pruned weights from bytes that are spread over the mask.
 
-    By numpy, in a tenth of the time that torch takes for so few numbers: the first steps after an update come here.
+    numpy takes a tenth of the time of torch for so few numbers, which matters in the first steps after an update.
     """
     packed = mask.packed.numpy()
-    # Strides are odd, so that in a layer of 2^n columns they do not stay in one of them.
+    # Strides are odd, so that in a layer of 2^n columns a sample does not stay in one column.
     stride = packed.size // (CANDIDATES // 8) | 1
     first = offset % stride
     places = np.flatnonzero(np.unpackbits(packed[first::stride], bitorder="little") == 0)

@@ -17,11 +17,11 @@ from gmp_kernels.ops import apply_masks_
 __all__ = ["slices", "state_beside", "zero_all_where_pruned_", "zero_where_pruned_"]
 
 SLICE = 1 << 20  # elements whose bits are unpacked at a time
-MOST_ROUNDING = 1 / 8  # by how much the norm of what is kept may move when it is quantized again
+MOST_ROUNDING = 1 / 8  # relative change, in norm, that kept values may have when they are quantized again
 
 
 def state_beside(p: torch.Tensor, state: Mapping[torch.Tensor, Mapping[str, Any]]) -> list[tuple[str, torch.Tensor]]:
-    """Return what an optimizer keeps of a parameter in its shape: momentum, averages of gradients."""
+    """Return an optimizer's state of a parameter that has its shape: momentum, averages of gradients."""
     return [
         (key, value)
         for key, value in state.get(p, {}).items()
@@ -31,12 +31,12 @@ def state_beside(p: torch.Tensor, state: Mapping[torch.Tensor, Mapping[str, Any]
 
 
 def zero_all_where_pruned_(tensors: Sequence[tuple[torch.Tensor, BitMask]], *, backend: str | None = None) -> list[int]:
-    """Set tensors to zero wherever their mask bits are 0: by kernels, one call per device, where these take them.
+    """Set tensors to zero wherever their mask bits are 0. Those that kernels take need one call per device.
 
     Parameters
     ----------
     tensors : sequence of (torch.Tensor, BitMask)
-        As in ``zero_where_pruned_``; what is here of sharded ones may be empty.
+        As in ``zero_where_pruned_``; the local part of a sharded one may be empty.
     backend : str, optional
         As in ``apply_masks_``.
 
@@ -67,21 +67,22 @@ def zero_where_pruned_(tensor: torch.Tensor, mask: BitMask) -> bool:
     Parameters
     ----------
     tensor : torch.Tensor
-        Floating or complex, of any strides, on any device. Of a sharded one, what is here. A subclass that keeps its
-        values elsewhere, as quantized state does, is written by its ``copy_``: operations in place may act on a
-        temporary there. What it keeps is then rounded again as it rounds.
+        Floating or complex, of any strides, on any device. Of a sharded one, the local part is set. A subclass that
+        keeps its values elsewhere, as quantized state does, is written by its ``copy_``, because its in-place
+        operations may act on a temporary. Its kept values are then rounded once more.
     mask : BitMask
         Of its shape, on any device.
 
     Returns
     -------
     bool
-        Whether every pruned place is zero now. If not, nothing has changed: codes whose zero is not 0, elements that
-        share memory, memory that was freed, and subclasses that cannot be read back or do not hold what was written.
+        Whether every pruned place is zero now. If not, nothing has changed. That is so for codes whose zero is not 0,
+        elements that share memory, freed memory, and subclasses that cannot be read back or do not hold what was
+        written.
 
     Notes
     -----
-    Temporary memory: 2 MB and a copy of the bits on another device; of a subclass three times its plain values.
+    Temporary memory: 2 MB, and a copy of the bits if on another device; for a subclass three times its plain values.
     """
     tensor = local(tensor)
     if tensor.is_nested or tensor.layout != torch.strided or tensor.device.type == "meta" or tensor.is_quantized:
@@ -94,11 +95,11 @@ def zero_where_pruned_(tensor: torch.Tensor, mask: BitMask) -> bool:
 
 
 def _zero_plain(tensor: torch.Tensor, mask: BitMask) -> bool:
-    zero = torch.zeros((), dtype=tensor.dtype, device="cpu")  # of float8_e8m0fnu there is none
+    zero = torch.zeros((), dtype=tensor.dtype, device="cpu")  # float8_e8m0fnu has none
     if bool(zero.to(torch.complex64).abs() != 0) or may_overlap(tensor) or not has_memory(tensor):
         return False
     with torch.inference_mode(tensor.is_inference()):
-        # torch has few operations for float8; as bytes it has all, and 0 is 0.
+        # torch has few operations for float8, but all for bytes, and 0 has the same bits in both.
         values = tensor.detach().view(torch.uint8) if tensor.itemsize == 1 else tensor.detach()
         for piece, kept in slices(values, mask):
             piece.masked_fill_(kept.logical_not_(), 0)
@@ -106,7 +107,7 @@ def _zero_plain(tensor: torch.Tensor, mask: BitMask) -> bool:
 
 
 def slices(tensor: torch.Tensor, mask: BitMask) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Cut a tensor into views of at most ``SLICE`` elements, each with a bool tensor of which of them are kept."""
+    """Cut a tensor into views of at most ``SLICE`` elements, each with a bool tensor that says which are kept."""
     packed = mask.packed.to(tensor.device)
     for piece, start in _slices(tensor, 0):
         first, end = start // 8, start + piece.numel()
@@ -138,7 +139,7 @@ def _zero_wrapped(tensor: torch.Tensor, mask: BitMask) -> bool:
         return False
     pruned = mask.to_bool().to(before.device).logical_not_()
     if not before[pruned].any():
-        return True  # to round again what is right would let it drift
+        return True  # rounding correct values again would let them drift
     saved = [part.clone() for _, part in inner]
     holds = False
     try:
@@ -157,7 +158,7 @@ def _zero_wrapped(tensor: torch.Tensor, mask: BitMask) -> bool:
 
 
 def _inner(tensor: torch.Tensor) -> list[tuple[str, torch.Tensor]] | None:
-    """Return the plain tensors that a subclass keeps its values in, by name; None if it does not tell."""
+    """Return the plain tensors in which a subclass keeps its values, by name; None if it does not tell them."""
     if not hasattr(tensor, "__tensor_flatten__"):
         return None
     names, _ = tensor.__tensor_flatten__()
@@ -178,7 +179,7 @@ def _plain(tensor: torch.Tensor) -> torch.Tensor | None:
 
 
 def _holds(before: torch.Tensor, after: torch.Tensor, pruned: torch.Tensor) -> bool:
-    """Whether what is pruned is zero, and the rest is as it was but for rounding."""
+    """Whether pruned values are zero and all others are as they were, except for rounding."""
     if after[pruned].any():
         return False
     kept = before.masked_fill(pruned, 0).double()
