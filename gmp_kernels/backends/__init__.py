@@ -1,4 +1,4 @@
-"""Backends: what one has to offer (``types``), which one runs a call (``registry``), and the backends themselves."""
+"""Backends: their common interface (``types``), the choice of one (``registry``), and the backends themselves."""
 
 from gmp_kernels.backends.registry import Backend, available, choose, register
 from gmp_kernels.backends.types import (

@@ -1,4 +1,4 @@
-"""Helpers of backends that hand layers to kernels: names of dtypes, addresses, one call per dtype, GPU errors."""
+"""Tools for backends to hand layers to kernels: names of dtypes, addresses, one call per dtype, GPU errors."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ __all__ = [
 
 
 def address(tensor: torch.Tensor | None) -> int:
-    """Address of the first element; 0 for None."""
+    """Return the address of the first element; 0 for None."""
     return 0 if tensor is None else tensor.data_ptr()
 
 
 def array_address(tensor: torch.Tensor | None, numel: int, what: str) -> int:
-    """``address``, and ``element_address``, of a tensor that has to have so many elements.
+    """Return the ``element_address`` of a tensor that must have ``numel`` elements.
 
     Raises
     ------
     ValueError
-        It has others: a kernel would walk past its end.
+        It has another number of elements, so that a kernel could walk past its end.
     """
     if tensor is not None and tensor.numel() != numel:
         raise ValueError(f"expected {numel} elements of {what}, got {tensor.numel()}")
@@ -44,17 +44,17 @@ def array_address(tensor: torch.Tensor | None, numel: int, what: str) -> int:
 
 
 def bits_address(mask: torch.Tensor | None, numel: int) -> int:
-    """``array_address`` of the packed bits of so many weights."""
+    """Return the ``array_address`` of the packed bits of ``numel`` weights."""
     return array_address(mask, -(-numel // 8), "a mask")
 
 
 def element_address(tensor: torch.Tensor | None) -> int:
-    """``address`` for kernels whose loads have the type of what they load: elsewhere than on its multiples they fail.
+    """Return the ``address`` for kernels that load whole elements, which fails unless they are aligned to their size.
 
     Raises
     ------
     LayoutError
-        The tensor begins between two of them, as views of raw bytes can.
+        The tensor does not begin at a multiple of its element size, as views of raw bytes may not.
     """
     if tensor is not None and tensor.data_ptr() % tensor.itemsize:
         raise LayoutError(
@@ -65,12 +65,12 @@ def element_address(tensor: torch.Tensor | None) -> int:
 
 
 def dtype_name(tensor: torch.Tensor) -> str:
-    """Return the name of its dtype in csrc/order/dtypes.h."""
+    """Return the name of the tensor's dtype in csrc/order/dtypes.h."""
     return DTYPES[tensor.dtype].name
 
 
 def by_dtype(layers: Sequence[Layer]) -> dict[str, list[int]]:
-    """Positions of the layers of each dtype: one call per dtype nearly always means one call."""
+    """Return the positions of the layers of each dtype. Most calls have one dtype."""
     positions: dict[str, list[int]] = defaultdict(list)
     for i, layer in enumerate(layers):
         positions[dtype_name(layer.weight)].append(i)
@@ -78,7 +78,7 @@ def by_dtype(layers: Sequence[Layer]) -> dict[str, list[int]]:
 
 
 def group_positions(positions: Sequence[int], group_sizes: Sequence[int]) -> Sequence[int]:
-    """Return which groups the layers at these positions make up; each has layers of one dtype."""
+    """Return the groups that the layers at these positions make up; each group has layers of one dtype."""
     if len(group_sizes) == 1 or max(group_sizes) == 1:
         return range(1) if len(group_sizes) == 1 else positions
     firsts, wanted = accumulate(group_sizes[:-1], initial=0), set(positions)
@@ -87,7 +87,7 @@ def group_positions(positions: Sequence[int], group_sizes: Sequence[int]) -> Seq
 
 @contextmanager
 def on_device(device: torch.device, what: str) -> Iterator[None]:
-    """Make a GPU current and give its errors a name; the host needs neither."""
+    """Make a GPU current and turn its errors into DeviceError; do nothing for the CPU."""
     if device.type == "cpu":
         yield
         return

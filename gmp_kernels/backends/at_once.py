@@ -12,7 +12,7 @@ __all__ = ["at_once"]
 def at_once(calls: Iterable[Callable[[], object]]) -> None:
     """Make the calls one after another; an interrupt comes before the first or after the last.
 
-    Python raises KeyboardInterrupt between two of its own instructions. There are none in between as long as the calls
-    are C functions, or ``functools.partial`` of them. The first that raises ends it.
+    Python raises KeyboardInterrupt only between two Python instructions. No such instruction runs here while the calls
+    are C functions, or ``functools.partial`` of them. The first call that raises ends the sequence.
     """
     deque(map(call, [*calls]), maxlen=0)

@@ -8,7 +8,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-# Before _C: the process then has one OpenMP runtime, torch's, and our loops run on the threads torch keeps warm.
+# Imported before _C, so that the process has one OpenMP runtime, torch's, and our loops run on its warm threads.
 import torch
 
 from gmp_kernels.backends.addresses import dtype_name
@@ -41,7 +41,7 @@ State: TypeAlias = tuple[Array, Array, Array]
 
 
 def _array(tensor: torch.Tensor | None) -> Array:
-    """Address and number of elements, which C++ holds against each other; zeros for None."""
+    """Return address and number of elements, so that C++ can check sizes; zeros for None."""
     return (0, 0) if tensor is None else (tensor.data_ptr(), tensor.numel())
 
 
@@ -62,7 +62,7 @@ def _layers(layers: Sequence[Layer]) -> _C.Layers:
 
 
 def _known(layers: Sequence[Layer]) -> _C.Layers:
-    """Make their rows, once."""
+    """Make the rows of the layers, once."""
     return prepared(layers, "cpu", partial(_layers, layers))
 
 
@@ -82,7 +82,7 @@ def _prepared(t: UpdateTensor) -> _C.UpdateTensor:
 
 
 class Cpu:
-    """Implementation with one call of C for all layers."""
+    """Implementation with one C call for all layers."""
 
     capturable = False
 

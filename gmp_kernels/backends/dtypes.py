@@ -19,11 +19,12 @@ class _Row(NamedTuple):
     stored : str
         As in safetensors files.
     integer : torch.dtype
-        Of the same size, for its bits.
+        Integer dtype of the same size, for its bits.
     fraction_bits : int
-        Low bits, without the leading one of normal numbers. The bits above them and below the sign are the exponent.
+        Number of low bits that hold the fraction, without the leading one of normal numbers. The bits between them and
+        the sign are the exponent.
     bias : int
-        What the exponent of 1.0 is stored as.
+        Stored exponent of 1.0.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""The integer keys that magnitudes are ranked by, in Python; csrc/order/magnitude_key.h defines them."""
+"""The integer keys by which magnitudes are ranked, in Python; csrc/order/magnitude_key.h defines them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["bits_of", "key_of", "keys_of", "keys_of_magnitudes", "largest_key", 
 
 @cache
 def largest_key(dtype: torch.dtype) -> int:
-    """Return the key of every NaN: the one right above that of Inf, which not every dtype has."""
+    """Return the key of every NaN: the one right above the key of Inf, which is reserved even in dtypes without Inf."""
     nan = int(bits_of(torch.tensor([math.nan], dtype=dtype, device="cpu"))) & torch.iinfo(DTYPES[dtype].integer).max
     return min(nan, _largest_finite(dtype) + 2)
 
@@ -28,13 +28,13 @@ def bits_of(weights: torch.Tensor) -> torch.Tensor:
 
 
 def keys_of(weights: torch.Tensor) -> torch.Tensor:
-    """Return the key of every weight, as integers of the same size; contiguous weights."""
+    """Return the keys of contiguous weights, as integers of the same size."""
     bits = bits_of(weights)
     return (bits & torch.iinfo(bits.dtype).max).clamp(max=largest_key(weights.dtype))
 
 
 def keys_of_magnitudes(magnitudes: Sequence[float], dtype: torch.dtype) -> npt.NDArray[np.int64]:
-    """Return the keys of magnitudes that are values of ``dtype``; of what is too large for it, that of Inf."""
+    """Return the keys of magnitudes that are values of ``dtype``; those too large for it get the key of Inf."""
     values, largest = np.abs(np.asarray(magnitudes, np.float64)), largest_key(dtype)
     is_finite = values <= torch.finfo(dtype).max
     keys = _keys_of_finite(np.where(is_finite, values, 0.0), dtype)
@@ -42,14 +42,14 @@ def keys_of_magnitudes(magnitudes: Sequence[float], dtype: torch.dtype) -> npt.N
 
 
 def magnitudes_of_keys(keys: npt.NDArray[np.int64], dtype: torch.dtype) -> npt.NDArray[np.float64]:
-    """Return the magnitudes whose keys these are, exactly, even where the CPU takes subnormal numbers for zero."""
+    """Return the exact magnitudes of these keys, even if the CPU treats subnormal numbers as zero."""
     row, largest = DTYPES[dtype], largest_key(dtype)
     if dtype == torch.float64:
         magnitudes = keys.view(np.float64)
     else:
         exponents, fractions = keys >> row.fraction_bits, keys & ((1 << row.fraction_bits) - 1)
         fractions = fractions + ((exponents > 0).astype(np.int64) << row.fraction_bits)
-        # Powers of two by their bits: a normal float64 for every value of the others.
+        # Powers of two are made from bits. They are normal float64 numbers for every value of the smaller dtypes.
         powers = (np.maximum(exponents, 1) - row.bias - row.fraction_bits + 1023 << 52).view(np.float64)
         magnitudes = fractions * powers
     if keys.max(initial=0) <= (finite := _largest_finite(dtype)):
@@ -58,12 +58,12 @@ def magnitudes_of_keys(keys: npt.NDArray[np.int64], dtype: torch.dtype) -> npt.N
 
 
 def key_of(magnitude: float, dtype: torch.dtype) -> int:
-    """Return what ``keys_of_magnitudes`` returns, for one."""
+    """Return the key of one magnitude, as ``keys_of_magnitudes`` does."""
     return int(keys_of_magnitudes([magnitude], dtype)[0])
 
 
 def magnitude_of(key: int, dtype: torch.dtype) -> float:
-    """Return what ``magnitudes_of_keys`` returns, for one."""
+    """Return the magnitude of one key, as ``magnitudes_of_keys`` does."""
     return float(magnitudes_of_keys(np.array([key]), dtype)[0])
 
 

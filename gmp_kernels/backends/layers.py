@@ -1,7 +1,7 @@
-"""Many layers as one thing, which ``ops`` hands to backends in one call.
+"""Many layers as one object, which ``ops`` hands to backends in one call.
 
-A backend takes any sequence of layers. This one saves the time that 291 small layers take as objects of their own: a
-GPU would wait for it.
+A backend takes any sequence of layers. This one saves the time to make an object per layer, for which a GPU would wait
+if there are hundreds of small layers.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ T = TypeVar("T")
 
 
 class Layers(Sequence[Layer]):
-    """Validated layers of one call, and what follows from their addresses, shapes and dtypes alone.
+    """Validated layers of one call, and data derived from their addresses, shapes and dtypes alone.
 
-    With ``known``, layers of an earlier call of which these are the same, the latter is shared.
+    ``known`` are the layers of an earlier call with the same addresses, shapes and dtypes; they share that data.
 
     Attributes
     ----------
     weights : sequence of torch.Tensor
-        Not detached yet: a kernel that gets their addresses never asks.
+        Not detached yet, which kernels that get addresses do not need.
     masks : sequence of torch.Tensor or None
-        Packed bits; None where nothing is pruned yet.
+        Packed bits; None if nothing is pruned yet.
     sizes : list of int
     dtypes : list of torch.dtype
     device : torch.device
     prepared : dict
-        What backends make of addresses, shapes and dtypes: rows, templates of tables. Never memory that a call writes,
-        as calls may run in several threads or on several streams.
+        Made by backends from addresses, shapes and dtypes: rows, templates of tables. Never memory that a call writes,
+        because calls may run in several threads or on several streams.
     """
 
     __slots__ = ("device", "dtypes", "masks", "prepared", "sizes", "weights")
@@ -63,12 +63,12 @@ class Layers(Sequence[Layer]):
 
 
 def device_of(layers: Sequence[Layer]) -> torch.device:
-    """Return the device that all of them are on."""
+    """Return the device of the layers, which is one."""
     return layers.device if isinstance(layers, Layers) else layers[0].weight.device
 
 
 def prepared(layers: Sequence[Layer], key: Hashable, make: Callable[[], T]) -> T:
-    """Return what ``make`` makes of the layers' addresses, sizes and dtypes: made once for as long as these stay."""
+    """Return the result of ``make``, called once as long as the layers' addresses, sizes and dtypes stay."""
     if not isinstance(layers, Layers):
         return make()
     known = layers.prepared
@@ -78,7 +78,7 @@ def prepared(layers: Sequence[Layer], key: Hashable, make: Callable[[], T]) -> T
 
 
 def merged(positions: Sequence[Sequence[int]], pieces: Sequence[list[T]]) -> list[T]:
-    """Return a column of all layers, given that of each part and the positions of its layers."""
+    """Return a column of all layers, given the column of each part and the positions of its layers."""
     if len(pieces) == 1:
         return pieces[0]
     found = dict(zip(chain.from_iterable(positions), chain.from_iterable(pieces), strict=True))

@@ -1,4 +1,4 @@
-"""Layouts of tensors, to tell whether those of a call are those of an earlier one, as cheaply as can be."""
+"""Layouts of tensors, for a fast test of whether the tensors of a call are those of an earlier one."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ _dtype, _shape = attrgetter("dtype"), attrgetter("shape")
 
 
 def by_getters(tensors: list[torch.Tensor], with_addresses: bool) -> list[list[Any]] | None:
-    """Return device, dtype, shape and strides of all tensors, and perhaps their addresses.
+    """Return device, dtype, shape and strides of all tensors and, ``with_addresses``, their addresses.
 
-    None where one has elements and no address.
+    Returns None if a tensor has elements but no address.
     """
     of = torch.Tensor
     try:
         addresses = list(map(of.data_ptr, tensors))
     except (RuntimeError, TypeError):
-        return None  # sparse ones have no memory of their own; or it is no tensor
+        return None  # a sparse tensor, which has no memory of its own, or no tensor at all
     if not all(addresses) and any(tensor.numel() for tensor in tensors if not tensor.data_ptr()):
         return None
     layouts: list[list[Any]] = [list(map(f, tensors)) for f in (of.get_device, _dtype, _shape, of.stride)]
@@ -37,9 +37,9 @@ def by_getters(tensors: list[torch.Tensor], with_addresses: bool) -> list[list[A
 
 
 def _by_dlpack() -> Layouts | None:
-    """Return what tells the same in a third of the time, from torch 2.10 on; None where it cannot be had.
+    """Return a function that does the same in a third of the time (from torch 2.10 on); None if there is none.
 
-    To it torch's integers of 1 to 7 bits are those of 8, whose bytes they lie in.
+    It does not distinguish torch's integers of 1 to 7 bits from those of 8 bits, in which they are stored.
     """
     exchange = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
     if describe is None or exchange is None or describe(exchange, [torch.ones(1, device="cpu")], True) is None:

@@ -1,8 +1,8 @@
 """The oracle: the contract spelled out in numpy with a stable sort in float64.
 
-Written from the definition of the order and sharing no trick with the kernels, so that the two cannot share a bug.
-Also what runs where the compiled extension is missing; expect seconds per 10 million weights and 40 bytes of
-temporary memory per weight.
+It is written from the definition of the order and shares no trick with the kernels, so that they cannot share a bug.
+It also runs where the compiled extension is missing; expect seconds per 10 million weights and 40 bytes of temporary
+memory per weight.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from gmp_kernels.backends.types import (
 
 
 def _magnitude(weight: torch.Tensor) -> np.ndarray:
-    """|w| in float64, exact for every dtype taken; all NaN are one value, after Inf."""
+    """Return |w| in float64, exact for every dtype taken; all NaN are one value, after Inf."""
     magnitude: np.ndarray = np.abs(weight.reshape(-1).to(torch.float64).numpy())
     return magnitude
 
@@ -64,7 +64,7 @@ class Reference:
         return Selection(Cutoffs.of(rows))
 
     def _select_group(self, layers: Sequence[Layer], num_prune: int) -> list[tuple[int, ...]]:
-        """A row of ``Cutoffs`` for each layer."""
+        """Return a row of ``Cutoffs`` for each layer."""
         magnitude = np.concatenate([_magnitude(layer.weight) for layer in layers])
         kept = np.concatenate([_kept(layer) for layer in layers])
         sizes = [layer.weight.numel() for layer in layers]
@@ -195,10 +195,10 @@ class Reference:
 def _count(
     layer: Layer, lo: int, hi: int, shift: int, candidates: torch.Tensor | None, num_bins: int
 ) -> tuple[int, int, int, int, np.ndarray]:
-    """A row of ``BracketCounts``."""
+    """Return a row of ``BracketCounts``."""
     magnitude, kept, dtype = _magnitude(layer.weight), _kept(layer), layer.weight.dtype
     nonfinite = _first(kept & ~np.isfinite(magnitude))
-    # Of sorted magnitudes, NaN at the end, those below any key are the first ones.
+    # Magnitudes are sorted with NaN at the end, so that those below a key come first.
     ranked = np.sort(magnitude[kept])
     ends = [min(lo + ((b + 1) << shift), hi + 1) for b in range(num_bins)]
     below, *until = (_num_below(ranked, key, dtype) for key in (lo, *ends))
@@ -258,8 +258,8 @@ def _first(where: np.ndarray) -> int:
 
 
 def _write(weights: Sequence[tuple[torch.Tensor, np.ndarray]], after: Sequence[Callable[[], object]] = ()) -> None:
-    """Zero the bits, which is +0.0, of what is not kept of each weight, and make the calls ``after``."""
-    # Outside this mode torch refuses to write to inference tensors, which kernels do not mind.
+    """Zero the bits (+0.0) of all weights that are not kept, and make the calls ``after``."""
+    # Outside of this mode torch refuses to write to inference tensors; kernels do not.
     with torch.inference_mode():
         zeroing = [
             partial(bits_of(weight).view(-1).masked_fill_, torch.from_numpy(~kept), 0) for weight, kept in weights

@@ -1,6 +1,6 @@
-"""The registry of backends, and which one runs a call.
+"""The registry of backends, and the choice of the one that runs a call.
 
-One file or folder per backend, which ends in ``register(...)``. The choice is ``backend=``, then the environment
+Each backend is a file or folder that ends in ``register(...)``. The choice is ``backend=``, then the environment
 variable ``GMP_KERNELS_BACKEND``, then the highest priority whose ``probe`` and ``supports`` pass.
 """
 
@@ -33,11 +33,11 @@ class Backend:
     ----------
     name : str
     priority : int
-        The highest usable one runs when nobody names one.
+        If no backend is named, the usable one of highest priority runs.
     probe : callable
-        Returns None when usable on this machine, else a sentence saying why not and what to do.
+        Returns None if the backend is usable on this machine, else a sentence saying why not and what to do.
     supports : callable
-        Returns None when it can take tensors of this device, else a sentence.
+        Returns None if it can take tensors of this device, else a sentence.
     load : callable
         Returns the implementation; called once.
     """
@@ -60,7 +60,7 @@ def register(backend: Backend) -> None:
 
 @cache
 def available() -> tuple[Backend, ...]:
-    """Every registered backend, highest priority first; its file or folder beside this one is imported on first use."""
+    """Return all backends, highest priority first; the first call imports the files and folders beside this one."""
     for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
         importlib.import_module(f"{__package__}.{module.name}")
     return tuple(sorted(_REGISTRY.values(), key=lambda backend: -backend.priority))
@@ -110,7 +110,7 @@ def _choose(name: str | None, device: torch.device) -> Implementation:
         if reason := _why_not(backend, device):
             reasons.append(f"{backend.name}: {reason}")
             continue
-        # Only a backend made for this device that is missing is worth a word; "cuda" on a CPU tensor is not.
+        # A missing backend is worth a warning only if it is for this device: "cuda" for a CPU tensor is not.
         missed = [b for b in available() if b.priority > backend.priority and b.supports(device) is None]
         for other in missed:
             _say_once(f"using backend '{backend.name}': '{other.name}' cannot run ({_probe(other)})")

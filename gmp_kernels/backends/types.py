@@ -1,4 +1,4 @@
-"""Types that go into a backend and come out of it, and the operations that it has to offer."""
+"""Types that go into a backend and come out of it, and the operations that it has to provide."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ __all__ = [
 class Layer(NamedTuple):
     """One weight as every backend gets it: validated, detached, contiguous, not empty.
 
-    ``mask`` holds the packed bits on the weight's device, or is None where nothing is pruned yet.
+    ``mask`` holds the packed bits on the weight's device, or is None if nothing is pruned yet.
     """
 
     weight: torch.Tensor
@@ -47,11 +47,11 @@ class Threshold(NamedTuple):
         The num_prune-th smallest magnitude; 0.0 when nothing more has to be pruned (num_prune is 0, or not above the
         number already pruned).
     num_below : int
-        Weights ordered before all those that tie at ``value``: the already pruned ones and the smaller magnitudes.
+        Weights that come before the ties in the order: the already pruned ones and those of smaller magnitude.
     num_ties : int
         Unpruned weights of exactly that magnitude (0 when nothing more has to be pruned).
     num_ties_kept : int
-        How many of them stay: those of lowest flat index.
+        How many of the ties stay: those of lowest flat index.
     """
 
     value: float
@@ -68,14 +68,14 @@ class Threshold(NamedTuple):
 class Cutoffs(NamedTuple):
     """Cutoffs of layers, column by column: every list has one entry per layer.
 
-    Pruned are a layer's weights of keys below its entry in ``keys`` (see ``keys.py``), and of those whose key it is the
-    ones at flat index >= its entry in ``tie_indices``.
+    A weight of a layer is pruned if its key (see ``keys.py``) is below the layer's entry in ``keys``, or equal to it
+    while its flat index is >= the layer's entry in ``tie_indices``.
 
     Attributes
     ----------
     keys, num_below, num_ties, num_ties_kept : list of int
-        The key of a threshold and its counts; those of all layers together where these are ranked together. The key is
-        0 where nothing more has to be pruned.
+        The key of a threshold and its counts; layers that are ranked together share them. The key is 0 if nothing more
+        has to be pruned.
     tie_indices : list of int
     nonfinite : list of int
         Flat index of the first unpruned NaN or Inf, -1 if there is none.
@@ -151,7 +151,7 @@ class BracketCounts(NamedTuple):
     nonfinite : numpy.ndarray
         int64: flat index of the first unpruned NaN or Inf, -1 if there is none.
     bins : numpy.ndarray
-        int64, a row per layer: of the keys inside, how many have which ``(key - lo) >> shift``.
+        int64, a row per layer: number of the keys inside for each ``(key - lo) >> shift``.
     """
 
     below: npt.NDArray[np.int64]
@@ -167,20 +167,20 @@ class BracketCounts(NamedTuple):
         return cls(below, inside, pruned, np.full(num_layers, -1), np.zeros((num_layers, num_bins), np.int64))
 
     def put(self, rows: Sequence[int] | int, counts: Iterable[object]) -> None:
-        """Replace some rows, or one, by other columns."""
+        """Replace some rows, or one, by these columns."""
         for column, part in zip(self, counts, strict=True):
             column[rows] = part  # type: ignore[call-overload]
 
 
 class PruneCounts(NamedTuple):
-    """Per layer, zeros in its mask after ``prune``, and those among them that are new."""
+    """Per layer, the number of zeros in its mask after ``prune``, and how many of them are new."""
 
     num_pruned: list[int]
     num_newly_pruned: list[int]
 
     @classmethod
     def from_kept(cls, sizes: Sequence[int], before: Sequence[int], now: Sequence[int]) -> PruneCounts:
-        """Return them for layers of these sizes, given how many weights each kept before, and keeps now."""
+        """Return the counts for layers of these sizes, given how many weights each kept before, and keeps now."""
         return cls(list(map(sub, sizes, now)), list(map(sub, before, now)))
 
 
@@ -192,7 +192,7 @@ class Compaction(NamedTuple):
     mask : torch.Tensor
         Packed bits; never written while state is laid out by it.
     chunk_offsets : torch.Tensor
-        int64: kept weights before each chunk, in a chunk size that the backend knows.
+        int64: kept weights before each chunk, whose size is the backend's choice.
     num_kept : int
     """
 
@@ -202,9 +202,9 @@ class Compaction(NamedTuple):
 
 
 class StateMove(NamedTuple):
-    """One tensor of optimizer state on its way from one layout to another; a layout of None is dense.
+    """A move of one tensor of optimizer state from one layout to another; a layout of None is dense.
 
-    Values kept before but not after are dropped, those kept after but not before become zero.
+    Values of weights that are kept before but not after are dropped; those kept after but not before become zero.
     """
 
     source: torch.Tensor
@@ -216,21 +216,21 @@ class StateMove(NamedTuple):
 
 @dataclass(eq=False, slots=True)
 class UpdateTensor:
-    """One parameter as optimizer steps see it, for as long as its tensors stay. All fill memory in the same order.
+    """One parameter as optimizer steps see it, valid as long as its tensors stay, which all have one memory order.
 
     Attributes
     ----------
     weight : torch.Tensor
-        Written.
+        Written by a step.
     master : torch.Tensor or None
-        float32 copy that the arithmetic runs on, written too.
+        float32 copy that the arithmetic runs on, written by a step too.
     state : tuple of torch.Tensor
-        What the rule keeps per weight, float32 (float64 for float64 weights); compact if ``compaction`` is given.
+        Values of the rule per weight, float32 (float64 for float64 weights); compact if ``compaction`` is given.
     mask : torch.Tensor or None
         Packed bits. Weight and state are zero already wherever a bit is 0.
     compaction : Compaction or None
     row : object
-        What a backend makes of the others and would rather not make again.
+        Made by a backend from the other attributes, and kept for the next step.
     """
 
     weight: torch.Tensor
@@ -243,16 +243,16 @@ class UpdateTensor:
 
 @dataclass(eq=False, slots=True)
 class UpdateBatch:
-    """Parameters that step together, for as long as their tensors stay.
+    """Parameters that step together, valid as long as their tensors stay.
 
     Attributes
     ----------
     tensors : list of UpdateTensor
     captured : list
-        Receives what CUDA graphs of a step read at every replay. It lives as long as the tensors have an owner, which
-        is as long as a replay makes sense.
+        Receives the tensors that CUDA graphs of a step read at every replay. It lives as long as the tensors have an
+        owner, which is as long as a replay makes sense.
     prepared : object
-        What a backend makes of the tensors and would rather not make again.
+        Made by a backend from the tensors, and kept for the next step.
     """
 
     tensors: list[UpdateTensor]
@@ -261,22 +261,22 @@ class UpdateBatch:
 
 
 class Constants(NamedTuple):
-    """Numbers of a step, in rows; each tensor uses one of them.
+    """Numbers of a step, in rows; each tensor uses one row.
 
     Attributes
     ----------
     blocks : list of (mapping of str to float, int)
-        Runs of that many equal rows. Absent constants change nothing.
+        A row, and how many times it is repeated. Absent constants change nothing.
     on_device : list of (str, int, int, torch.Tensor)
-        Name, first row, row after the last, and float64 values (0-d, or one per row) that replace what the blocks say
-        and that the host does not look at.
+        Name, first row, row after the last, and float64 values (0-d, or one per row) that replace those of the blocks
+        and that the host must not read.
     """
 
     blocks: list[tuple[Mapping[str, float], int]]
     on_device: list[tuple[str, int, int, torch.Tensor]]
 
     def on_host(self) -> list[Mapping[str, float]]:
-        """Return one mapping per row, for kernels on the host; waits for what is on a device."""
+        """Return one mapping per row, for kernels on the host; waits for values that are on a device."""
         if not self.on_device:
             return [given for given, count in self.blocks for _ in range(count)]
         rows = [dict(given) for given, count in self.blocks for _ in range(count)]
@@ -306,13 +306,13 @@ class Select(Protocol):
         num_prune : sequence of int
             One per group.
         group_sizes : sequence of int
-            How many layers each group has: the next ones in order, of one dtype. They are ranked together, the flat
-            index running through them.
+            Number of layers of each group, which follow each other and have one dtype. The layers of a group are ranked
+            together, and the flat index runs through them.
         brackets : Brackets, optional
-            One per group: where its threshold is expected, empty where that is not known. They may save work and never
+            One per group, in which its threshold is expected; empty if that is not known. They may save work and never
             change the answer.
         prunes : bool
-            ``prune`` follows, which may be spared weights that it would find unchanged.
+            Whether ``prune`` follows. The selection may then note which weights it will not change.
         """
         ...
 
@@ -344,18 +344,18 @@ class Implementation(Protocol):
     ) -> BracketCounts:
         """Count each layer against its bracket. Reads only.
 
-        ``num_bins`` is a power of two. Where ``candidates``, 1-d and of the layer's dtype and device, have place for
-        all of them, they receive the magnitudes inside, in any order.
+        ``num_bins`` is a power of two. ``candidates`` are 1-d and of the layer's dtype and device. If they have room
+        for all magnitudes inside the bracket, they receive these, in any order.
         """
         ...
 
     def prune(
         self, layers: Sequence[Layer], selection: Selection, out: Sequence[torch.Tensor], *, finite: bool = False
     ) -> PruneCounts | None:
-        """Zero what lies below the cutoffs and write the new packed bits, zeros after the last weight, to ``out``.
+        """Zero the weights below the cutoffs and write the new packed bits, zeros after the last weight, to ``out``.
 
         ``out[i]`` may be ``layers[i].mask`` itself. With ``finite``, nothing is written if a NaN or Inf was found, and
-        the answer is None. A selection made of these very ``layers`` need not have been looked at.
+        the answer is None. A selection made from this same ``layers`` object may still be lazy.
         """
         ...
 
@@ -376,21 +376,21 @@ class Implementation(Protocol):
         """Take one optimizer step. ``rule`` is "sgd", "adam" or "average".
 
         ``gradients`` and ``rows`` (of the constants) have one entry per tensor of the batch; a gradient is laid out as
-        its weight is. "skip" not 0: nothing is written. ``after`` are C functions called once all is written or
-        launched, with no Python between the two where a step is one call.
+        its weight is. If the constant "skip" is not 0, nothing is written. ``after`` are C functions that are called
+        once all is written or launched, with no Python between the two if a step is one call.
 
         Pruned weights and their state stay zero whatever their gradient; the arithmetic is that of torch.optim.
         """
         ...
 
     def sum_squares(self, gradients: Sequence[Layer]) -> float | torch.Tensor:
-        """Sum of the squares of the kept elements of all tensors, in float64; on a GPU a 0-d tensor."""
+        """Return the sum of the squares of the kept elements of all tensors, in float64; on a GPU a 0-d tensor."""
         ...
 
     def compactions(self, masks: Sequence[tuple[torch.Tensor, int]]) -> list[Compaction]:
-        """Address compact state by packed bits, each of so many weights. A GPU is waited for once."""
+        """Return layouts of compact state for packed bits and their numbers of weights. Waits for a GPU once."""
         ...
 
     def move_state(self, moves: Sequence[StateMove]) -> None:
-        """Copy state from layout to layout."""
+        """Copy state from one layout to another."""
         ...

@@ -16,9 +16,9 @@ __all__ = ["Table", "current", "pinned_like", "put", "refuse_capture", "upload"]
 
 
 def current(device: torch.device) -> AbstractContextManager[object]:
-    """Make a device current: launches and copies do so, and torch's would stay another one.
+    """Make a device current for launches and copies, unless it is so already.
 
-    To make current what is so already takes longer than to ask.
+    Asking first takes less time than making it current again.
     """
     if device.type == "cpu" or torch.cuda.current_device() == device.index:
         return nullcontext()
@@ -26,7 +26,7 @@ def current(device: torch.device) -> AbstractContextManager[object]:
 
 
 def refuse_capture(device: torch.device) -> None:
-    """Raise CaptureError while a CUDA graph is captured: its replays would find the numbers of this call."""
+    """Raise CaptureError while a CUDA graph is captured, because its replays would use the numbers of this call."""
     if capture.is_capturing(device):
         raise CaptureError(
             "expected an operation that a CUDA graph can hold, got one that uploads numbers of this call; call it "
@@ -35,17 +35,17 @@ def refuse_capture(device: torch.device) -> None:
 
 
 def upload(values: Sequence[Any] | npt.NDArray[Any], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Copy numbers to a device without waiting for it. Torch keeps the memory copied from until that is done."""
+    """Copy numbers to a device without waiting for it. Torch keeps the source memory until the copy is done."""
     refuse_capture(device)
-    # The host whatever torch's default device is.
+    # Explicit, because torch's default device may be another.
     host = torch.as_tensor(values, dtype=dtype, device="cpu")
     return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
 
 
 def put(module: Any, launch: Any, values: npt.NDArray[Any], table: torch.Tensor) -> None:
-    """Copy eight-byte numbers to the front of a table as ``upload`` does, few of them in launches of _cuda or _simt.
+    """Copy eight-byte numbers to the front of a table as ``upload`` does. A few of them go as arguments of launches.
 
-    Those take less of the host's time than memory that has to be pinned first.
+    Launches (of _cuda or _simt) take less of the host's time than pinning memory.
     """
     device = table.device
     refuse_capture(device)
@@ -57,15 +57,15 @@ def put(module: Any, launch: Any, values: npt.NDArray[Any], table: torch.Tensor)
 
 
 def pinned_like(table: torch.Tensor) -> torch.Tensor:
-    """Host memory for a table, from which its device copies without the host waiting."""
+    """Return host memory for a table, from which its device copies without the host waiting."""
     return torch.empty_like(table, device="cpu", pin_memory=table.device.type == "cuda")
 
 
 class Table:
     """A table that is uploaded only when it changes, so that most steps upload nothing.
 
-    A CUDA graph uploads its own at every replay, from memory that stays as long as ``captured``. While one is captured
-    no memory can be pinned: uploads before set it aside, for ``SPARES`` captures without a step between them.
+    A CUDA graph uploads its own table at every replay, from memory that stays as long as ``captured``. No memory can be
+    pinned during a capture, so earlier uploads set some aside, for ``SPARES`` captures without a step between them.
     """
 
     SPARES = 2
@@ -84,10 +84,10 @@ class Table:
         module: Any,
         launch: Any,
     ) -> torch.Tensor:
-        """Return the table that ``make`` returns on the host, and that is the same for as long as ``contents`` is."""
+        """Return the table that ``make`` makes on the host, uploaded again only if ``contents`` has changed."""
         if capture.is_capturing(device):
-            # Even if nothing has changed: what another graph uploads is there after its replays only, and what the
-            # caller writes to the table of other steps has to stay out of the graph.
+            # Even an unchanged table is uploaded: the table of another graph is there only after its replays, and
+            # values that the caller writes to the table of other steps must stay out of this graph.
             host = torch.from_numpy(make())
             spare = next((spare for spare in self._spares if spare.shape == host.shape), None)
             if spare is None:
@@ -98,7 +98,7 @@ class Table:
             self._spares = [other for other in self._spares if other is not spare]
             captured.append(spare.copy_(host))
             return spare.to(device, non_blocking=True)
-        # Another stream gets another table: freed memory is used again in the order of its own stream.
+        # Another stream gets another table, because freed memory is reused in the order of its own stream.
         contents = (contents, device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0)
         if self._table is None or self._contents != contents:
             host = torch.from_numpy(make())

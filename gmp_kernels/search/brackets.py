@@ -1,4 +1,4 @@
-"""Brackets in which a threshold is expected because the last one of the same weights is known."""
+"""Brackets in which a threshold is expected, given an earlier threshold of the same weights."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from gmp_kernels.backends.types import Brackets, Threshold
 
 __all__ = ["brackets_near", "without_far_below"]
 
-DRIFT = 1 / 64  # of an octave to each side, that a threshold is expected to move between two updates
-# A count that has moved by more than this part of the weights would often miss, and a miss costs a read.
+DRIFT = 1 / 64  # of an octave: the most a threshold is expected to move, up or down, between two updates
+# If the count has changed by more than this part of the weights, the bracket would often miss, which costs a read.
 NEAR = 1 / 1024
 NOTHING = Threshold(0.0, 0, 0, 0)
-FEW_BITS = 9  # of the key, that one round tells apart at least
+FEW_BITS = 9  # of the key, the fewest that one round tells apart
 
 
 def brackets_near(
     previous: Sequence[Threshold | None], num_prune: Sequence[int], sizes: Sequence[int], dtypes: Sequence[torch.dtype]
 ) -> Brackets:
-    """Return one bracket per group, in which its threshold is likely to lie; empty where it is not worth trying.
+    """Return one bracket per group, in which its threshold is likely to lie; empty if it is not worth trying.
 
     Parameters
     ----------
     previous : sequence of Threshold or None
-        Of an earlier selection.
+        Per group, the threshold of an earlier selection.
     num_prune, sizes, dtypes : sequences
-        Per group: weights to prune, weights there are, their dtype.
+        Per group: number of weights to prune, number of all weights, their dtype.
     """
     lo, hi = _around(previous, dtypes)
     _, below, ties, kept = np.array([last or NOTHING for last in previous]).T
@@ -40,16 +40,16 @@ def brackets_near(
 def without_far_below(
     brackets: Brackets, previous: Sequence[Threshold | None], dtypes: Sequence[torch.dtype]
 ) -> Brackets:
-    """Leave out what lies well below the previous thresholds: unpruned weights are rare there, but keys are many."""
+    """Narrow brackets that reach well below the previous thresholds: there are many keys there, but few weights."""
     lo, _ = _around(previous, dtypes)
-    # As far below it as costs nothing: the keys of a bracket are counted in a power of two.
+    # Go as far below it as costs nothing: bins are a power of two.
     bits = np.array([max(FEW_BITS, (hi - low).bit_length()) for hi, low in zip(*_lists(brackets.hi, lo), strict=True)])
     narrowed = np.maximum(brackets.lo, brackets.hi - (np.int64(1) << bits) + 1)
     return Brackets(np.where((brackets.lo < lo) & (lo <= brackets.hi), narrowed, brackets.lo), brackets.hi)
 
 
 def _around(previous: Sequence[Threshold | None], dtypes: Sequence[torch.dtype]) -> Brackets:
-    """Return brackets around thresholds; of none, from 0 on."""
+    """Return brackets around thresholds; for None, from 0 on."""
     values = np.array([0.0 if last is None else last.value for last in previous])
     lo, hi = np.zeros((2, len(values)), np.int64)
     for dtype in set(dtypes):

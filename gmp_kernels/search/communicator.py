@@ -1,4 +1,4 @@
-"""Processes that work on one thing together, and what they tell each other."""
+"""Communication between processes that work on one call together."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["Communicator", "of_torchrun"]
 
 T = TypeVar("T")
 
-# Smallest first: what a sum is sent as is chosen by what it cannot exceed.
+# Smallest first: a sum is sent as the first one that holds its upper bound.
 DTYPES = (torch.uint8, torch.int32, torch.int64)
 
 
@@ -28,12 +28,12 @@ class Communicator:
     group : ProcessGroup or None
         None: no process but this one.
     call, advice : str
-        For errors: what all ranks are in, and why one of them may not answer.
+        For errors: the call that all ranks are in, and why one of them may not answer.
 
     Attributes
     ----------
     size, rank : int
-        Number of processes, and which of them this one is.
+        Number of processes, and the position of this one.
     num_collectives, num_bytes : int
         Reductions so far, and the bytes of their results.
     """
@@ -71,7 +71,7 @@ class Communicator:
         return values
 
     def together(self, work: Callable[[], T]) -> T:
-        """Do the work of this rank; if it fails on any, raise on every rank what it raised on the first of them."""
+        """Do the work of this rank. If any rank fails, raise on every rank the error of the first that did."""
         if self._group is None:
             return work()
         result, error = None, None
@@ -113,7 +113,7 @@ def of_torchrun(call: str, advice: str) -> Iterator[Communicator]:
     Raises
     ------
     DistributedError
-        The environment speaks of others that cannot be reached.
+        The environment names other processes that cannot be reached.
     """
     size = os.environ.get("WORLD_SIZE", "1")
     if size == "1":

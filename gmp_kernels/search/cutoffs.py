@@ -1,9 +1,9 @@
 """Exact cutoffs from counts alone, for layers that no single call sees whole: shards, pieces of a file.
 
 Each round counts every piece against one bracket per group of layers, and the counts are added up. The sums prove in
-which bin of the bracket the wanted key lies; the next round looks at that bin only, until it holds one key. Whatever
-the pieces are, the answer is that of ``Implementation.select`` on the whole. Of ties, the flat index is found in the
-same way, as if it were a key.
+which bin of the bracket the wanted key lies. The next round counts in that bin only, until a bin holds one key.
+Whatever the pieces are, the answer is that of ``Implementation.select`` on the whole. The tie index is found in the
+same way, with flat indices as keys.
 
 Source: Floyd and Rivest, CACM 18(3), 1975, for the first bracket; then radix selection on what is left.
 """
@@ -22,14 +22,14 @@ from gmp_kernels.errors import StateError
 __all__ = ["Count", "GroupCutoffs", "Integers", "find_cutoffs"]
 
 Integers: TypeAlias = npt.NDArray[np.int64]
-# Counts some groups, given their positions and brackets, and what no bin can exceed; all their pieces are added up.
-# Returns a row per group: (below, pruned, nonfinite), which only matters in the first round; and bins, a power of two.
-# From the second round on, weights outside all earlier brackets may be left out.
+# Counts some groups, summed over all their pieces, given their positions, their brackets and the most that a bin can
+# hold. Returns a row per group, (below, pruned, nonfinite), which is used in the first round only, and a row of bins,
+# whose number is a power of two. From the second round on, weights outside of all earlier brackets may be left out.
 Count: TypeAlias = Callable[[Integers, Brackets, int], tuple[Integers, Integers]]
 
 
 class GroupCutoffs(NamedTuple):
-    """Keys and counts of thresholds, as in ``Cutoffs``, column by column; what was pruned before; where a NaN is."""
+    """Keys and counts of thresholds, as columns of ``Cutoffs``; weights pruned before; groups that hold NaN or Inf."""
 
     keys: Integers
     num_below: Integers
@@ -51,9 +51,9 @@ def find_cutoffs(
     Parameters
     ----------
     num_prune, sizes, largest_keys : sequence of int
-        Per group, over all its pieces: weights to prune, weights there are, the key of NaN.
+        Per group, over all its pieces: number of weights to prune, number of all weights, the key of NaN.
     brackets : Brackets
-        Where the thresholds are expected: they save rounds and never change the answer.
+        Expected places of the thresholds. They save rounds and never change the answer.
     count : Count
 
     Raises
@@ -74,7 +74,7 @@ def find_cutoffs(
             is_first = False
         until = bins.cumsum(axis=1)
         inside, ranks = until[:, -1], (wanted - pruned - lower)[groups]
-        # The bin of the wanted key, if it is in any.
+        # The bin of the wanted key, if the key is inside the bracket.
         crossing = np.minimum((until < ranks[:, None]).sum(axis=1), bins.shape[1] - 1)
         rows = np.arange(len(groups))
         ties, shifts = bins[rows, crossing], Brackets(at, to).shifts(bins.shape[1])

@@ -1,7 +1,7 @@
-"""THE driver in Python: thresholds of layers of which each rank holds a piece, or that a backend only counts.
+"""The driver in Python: thresholds of layers whose pieces lie on several ranks, or that a backend can only count.
 
-All layers share each round: a bracket from samples, counts against it until it holds one key, then ties. Ranks draw the
-same conclusions from the same sums.
+All layers share each round: a bracket from samples, counts against it until it holds one key, then ties. All ranks get
+the same sums, and so come to the same results.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from gmp_kernels.search.ties import TiedPiece, tie_indices
 
 __all__ = ["Search", "select_with"]
 
-# Bits of the key by which a round narrows a bracket, at most. Counts are sent as int32 at first, 8 KB for each layer at
-# most, and soon as uint8, when few weights are left inside.
+# Most bits of the key by which a round narrows a bracket. Counts are sent as int32 at first, at most 8 KB per layer,
+# and soon as uint8, when few weights are left inside.
 MOST_BITS = 11
-# Memory of a selection, within what a prune step may take: bins of all pieces together, and the candidates of the first
-# bracket, which get another 1 / CANDIDATE_PART of the largest piece.
+# Memory of a selection, within the limit of a prune step: the bins of all pieces together, and the candidates of the
+# first bracket, to which 1 / CANDIDATE_PART of the largest piece is added.
 BIN_BYTES, CANDIDATE_BYTES, CANDIDATE_PART = 1 << 20, 2 << 20, 40
 
 T = TypeVar("T")
@@ -36,30 +36,30 @@ Read = Callable[..., BracketCounts]
 
 
 class Search:
-    """The search for the thresholds of groups of layers, of which this process holds pieces.
+    """Search for the thresholds of groups of layers, of which this process holds pieces.
 
     Parameters
     ----------
     communicator : Communicator
     implementation : Implementation
     layers : sequence of Layer or None
-        The pieces here, one of each layer; None where this rank holds nothing: a layer may have fewer rows than there
-        are ranks. Where ``read`` is given, whatever that reads.
+        The local pieces, one of each layer; None if this rank holds nothing of a layer, which may have fewer rows than
+        there are ranks. If ``read`` is given, any objects that it reads.
     dtypes : sequence of torch.dtype
     placements : sequence of Placement
     group_sizes : sequence of int
-        How many layers each group has, the next ones in order: they are ranked together, the flat index running through
-        them.
+        Number of layers of each group, which follow each other. The layers of a group are ranked together, and the flat
+        index runs through them.
     num_prune : sequence of int
         Per group, of the whole layers.
     read : callable, optional
-        Counts pieces as ``Implementation.count`` counts layers, which is the default. It may fail on one rank alone,
-        and may put candidates of its own in the list that it gets in the first round.
+        Counts pieces as ``Implementation.count`` (the default) counts layers. It may fail on one rank alone, and may
+        put candidates of its own in the list that it gets in the first round.
 
     Attributes
     ----------
     num_ties, num_ties_kept : numpy.ndarray
-        Per piece: weights in it that tie at the threshold, and those of them that stay.
+        Per piece: weights in it that tie at the threshold, and how many of them stay.
     tie_indices : numpy.ndarray
         Per piece: flat index in it from which on ties are pruned.
     nonfinite : numpy.ndarray
@@ -82,7 +82,7 @@ class Search:
         self._read: Read = implementation.count if read is None else read
         # Every rank takes part in every round, whether it has anything to read or not.
         self._together = _alone if read is None else communicator.together
-        # A sequence of its own kind, of which backends know more, may take its time to make a layer.
+        # Backends take a ``Layers`` faster as it is, and making a layer from it takes time.
         self._all, self._layers, self._dtypes, self._placements = layers, list(layers), dtypes, placements
         self._num_prune = num_prune
         self._firsts = np.cumsum([0, *group_sizes])[:-1]
@@ -92,7 +92,7 @@ class Search:
         self._slots = np.array([placement.slot for placement in placements])
         self._num_slots = np.array([len(placement.starts or [0]) for placement in placements])
         self._is_primary = np.array([placement.is_primary for placement in placements])
-        # The bracket of each group that its candidates are from, and the last one.
+        # The bracket of each group from which its candidates come, and its latest bracket.
         self._held: Brackets | None = None
         self._last = Brackets(*np.zeros((2, len(group_sizes)), np.int64))
         self._bins: list[Integers | None] = [None] * len(layers)  # of each piece, in the last round
@@ -103,9 +103,10 @@ class Search:
         self.nonfinite = np.full(len(layers), -1)
 
     def estimate(self, num_pruned: Sequence[int | None]) -> Brackets:
-        """Bracket the thresholds by a sample of the pieces here; empty brackets where there are none.
+        """Bracket the thresholds by a sample of the local pieces; brackets of groups without any are empty.
 
-        ``num_pruned``: weights of the whole layers that are pruned already, per group; None where that is not known.
+        ``num_pruned`` has the number of weights of the whole layers that are pruned already, per group; None if not
+        known.
         """
         pieces = [i for i, layer in enumerate(self._layers) if layer is not None]
         groups, firsts, counts = np.unique(self._group_of[pieces], return_index=True, return_counts=True)
@@ -125,7 +126,7 @@ class Search:
         bins_of_keys = (cutoffs.keys - self._last.lo)[self._group_of].tolist()
         has_ties = cutoffs.num_ties[self._group_of] > 0
         for i in np.flatnonzero(has_ties).tolist():
-            # The last round had a bin for each key.
+            # The last round had one bin per key.
             bins = self._bins[i]
             self.num_ties[i] = 0 if bins is None else bins[bins_of_keys[i]]
         return cutoffs
@@ -133,16 +134,16 @@ class Search:
     def share_ties(self, cutoffs: GroupCutoffs) -> tuple[Integers, Integers]:
         """Find how many ties stay in which piece.
 
-        Returns, per piece, how many ties there are and how many of them stay: of it alone if it is a run of the flat
-        index, else of its whole layer. One sum over the ranks, if any ties have to be told apart that runs, or groups
-        of several layers, hold.
+        Returns, per piece, how many ties there are and how many of them stay. If the piece is a run of flat indices
+        these are its own, else those of its whole layer. Takes one sum over the ranks, if some ties stay and others do
+        not that runs, or groups of several layers, hold.
         """
         group_of = self._group_of
         ties, stay = cutoffs.num_ties[group_of], cutoffs.num_ties_kept[group_of]
         is_alone = np.bincount(group_of)[group_of] == 1
         divided = np.flatnonzero((stay > 0) & (self._is_run | ~is_alone))
         if len(divided):
-            # A slot for each run; a single one for a layer without runs.
+            # One slot per run; a single one for a layer without runs.
             counts = self._num_slots[divided]
             firsts = counts.cumsum() - counts
             own = firsts + self._slots[divided]
@@ -157,7 +158,7 @@ class Search:
         return ties, stay
 
     def locate_ties(self, cutoffs: GroupCutoffs) -> None:
-        """Find how many ties stay in which piece, and the flat index in it from which on they go."""
+        """Find how many ties stay in which piece, and the flat index in it from which on they are pruned."""
         ties, stay = self.share_ties(cutoffs)
         keys = cutoffs.keys[self._group_of].tolist()
         numels = np.array([placement.region.numel for placement in self._placements])
@@ -185,7 +186,7 @@ class Search:
         return [-1 if index == none else index for index in first]
 
     def cutoffs(self, found: GroupCutoffs) -> Cutoffs:
-        """Return the cutoff of every piece here."""
+        """Return the cutoff of every local piece."""
         keys, below, ties, kept = (column[self._group_of].tolist() for column in found[:4])
         return Cutoffs(keys, below, ties, kept, self.tie_indices.tolist(), self.nonfinite.tolist())
 
@@ -217,7 +218,7 @@ class Search:
             for i, inside in zip(pieces.tolist(), counts.inside.tolist(), strict=True):
                 place = self._candidates[i]
                 self._candidates[i] = place[:inside] if place is not None and inside <= len(place) else None
-        # All that hold a NaN say so, also copies.
+        # Every rank that holds a NaN reports it, even for a copy.
         copies = np.flatnonzero(~self._is_primary[pieces])
         numbers[copies, :2] = 0
         sent = np.concatenate((numbers, bins), axis=1) if is_first else bins.copy() if len(copies) else bins
@@ -229,7 +230,7 @@ class Search:
         return sums[:, :-num_bins], sums[:, -num_bins:]
 
     def _counted(self, pieces: Sequence[int], brackets: Brackets, num_bins: int, is_first: bool) -> BracketCounts:
-        """Count the pieces here, from their candidates where these suffice."""
+        """Count the local pieces, from their candidates if these suffice."""
         found = BracketCounts.nothing(len(pieces), num_bins)
         lists = {row: place for row, i in enumerate(pieces) if (place := self._candidates[i]) is not None}
         read = [row for row, i in enumerate(pieces) if self._layers[i] is not None and (is_first or row not in lists)]
@@ -247,7 +248,7 @@ class Search:
         return found
 
     def _make_candidates(self, pieces: Integers, brackets: Brackets, num_bins: int) -> None:
-        """Make room for a quarter more weights than are expected inside, where there will be another round."""
+        """Make room for a quarter more weights than are expected inside, if there will be another round."""
         expected = self._densities[pieces] * (brackets.hi - brackets.lo + 1.0)
         left = -1
         for i, share, shift in zip(pieces.tolist(), expected.tolist(), brackets.shifts(num_bins).tolist(), strict=True):
@@ -264,7 +265,7 @@ class Search:
 
 
 def select_with(implementation: Implementation) -> Select:
-    """Return the ``select`` of a backend; if it only counts, one for which the host waits for the device each round."""
+    """Return the ``select`` of a backend; if it only counts, one in which the host waits for the device each round."""
     return implementation.select or partial(_select, implementation)
 
 
@@ -299,7 +300,7 @@ def _alone(work: Callable[[], T]) -> T:
 
 
 def _bits(width: int) -> int:
-    """Return by how many bits of the key to narrow a bracket: in as few rounds as possible, the first the smallest."""
+    """Return by how many bits of the key to narrow a bracket: few rounds, of which the first narrows least."""
     bits = max(0, width).bit_length()
     rounds = max(1, -(-bits // MOST_BITS))
     return min(bits, max(FEW_BITS, bits - (rounds - 1) * MOST_BITS))

@@ -1,4 +1,4 @@
-"""Placement of a divided layer: boxes of a tensor, and the part that belongs to this rank."""
+"""Placement of a divided layer: boxes of a tensor, and the part that this rank holds."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ __all__ = ["Placement", "Region"]
 
 
 class Region(NamedTuple):
-    """A box of a tensor, as ``DTensor`` cuts them: whatever the mesh, each dimension gives one range.
+    """A box of a tensor, as ``DTensor`` cuts them: on any mesh, it is one range of each dimension.
 
-    The row-major order of the box's elements is their order in the whole tensor, so that an order by flat index means
-    the same in both, and a cut through the one is a cut through the other.
+    The elements have the same row-major order in the box as in the whole tensor. So ordering by flat index means the
+    same in both, and a cut at a flat index of one is a cut at a flat index of the other.
 
     Attributes
     ----------
     shape : tuple of int
-        Of the whole tensor.
+        Shape of the whole tensor.
     offsets, sizes : tuple of int
-        Where the box begins and what it spans, by dimension.
+        First index and length of the box, per dimension.
     """
 
     shape: tuple[int, ...]
@@ -38,14 +38,14 @@ class Region(NamedTuple):
 
     @property
     def flat_range(self) -> tuple[int, int] | None:
-        """First flat index in the whole tensor and the one after the last, if nothing of others lies between."""
+        """First flat index in the whole tensor and the one after the last; None if the box is no single run."""
         if self.numel == 0:
             return 0, 0
         start, end = self.to_global(0), self.to_global(self.numel - 1) + 1
         return (start, end) if end - start == self.numel else None
 
     def to_global(self, index: int) -> int:
-        """Turn a flat index of the box into the one of the whole tensor."""
+        """Convert a flat index of the box to one of the whole tensor."""
         result, stride = 0, 1
         for whole, offset, size in zip(*map(reversed, (self.shape, self.offsets, self.sizes)), strict=True):
             index, place = divmod(index, size)
@@ -54,7 +54,7 @@ class Region(NamedTuple):
         return result
 
     def to_local(self, indices: np.ndarray) -> np.ndarray:
-        """Count, for each of some flat indices of the whole tensor, the elements of the box that come before it."""
+        """Count the elements of the box that come before each of these flat indices of the whole tensor."""
         rest, outer = indices, math.prod(self.shape)
         inner = self.numel
         before = np.where(rest >= outer, inner, 0)
@@ -64,7 +64,7 @@ class Region(NamedTuple):
             place, rest = np.divmod(rest, outer) if outer > 1 else (rest, np.zeros_like(rest))
             place = place - offset
             before += np.where(is_open, np.clip(place, 0, size) * inner, 0)
-            # Only inside the range of this dimension do the next ones decide.
+            # The next dimensions decide only inside the range of this one.
             is_open &= (place >= 0) & (place < size)
         return before
 
@@ -79,15 +79,15 @@ class Placement:
     size : int
         Number of weights of the whole layer.
     num_parts : int
-        Different parts of it.
+        Number of distinct parts of it.
     num_copies : int
-        Other ranks that hold the same part.
+        Number of other ranks that hold the same part.
     is_primary : bool
-        Whether this is the lowest rank that holds the part; it counts for all of them.
+        Whether this is the lowest rank that holds the part; it counts the part for all of them.
     has_copies : bool
         Whether any part of the layer is held more than once.
     starts : list of int or None
-        Flat indices at which the parts begin, if each is a run of them; else None.
+        Flat indices at which the parts begin, if each part is a run of flat indices; else None.
     slot : int
         Position of this rank's part in ``starts``.
 

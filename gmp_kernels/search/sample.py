@@ -1,4 +1,4 @@
-"""THE sample of the Python driver: brackets for thresholds, from a few thousand unpruned weights."""
+"""The sample of the Python driver: brackets for thresholds, from a few thousand unpruned weights."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from gmp_kernels.backends.types import Brackets, Layer
 
 __all__ = ["estimate"]
 
-LINE = 64  # bytes: what the memory brings anyway is looked at as a whole
+LINE = 64  # bytes that a read brings from memory anyway, so all of them are sampled
 LEAST, MOST = 1 << 10, 1 << 16  # weights to sample of a group; n^(2/3) in between, as in csrc/cpu/sample.h
 BATCH_BYTES = 1 << 19  # of weights that are sampled at a time
-MISS = NormalDist().cdf(-4)  # how often a threshold may lie above the union of all brackets, or below it
+MISS = NormalDist().cdf(-4)  # probability that a threshold lies above the union of all brackets, and of below
 
 
 def estimate(
@@ -28,24 +28,24 @@ def estimate(
     sizes: Sequence[int],
     num_parts: Sequence[int],
 ) -> tuple[Brackets, np.ndarray]:
-    """Bracket a threshold per group by a sample. Where it finds nothing unpruned, the bracket is empty.
+    """Bracket a threshold per group by a sample. If the sample has no unpruned weight, the bracket is empty.
 
     Parameters
     ----------
     groups : sequence of sequences of Layer
-        Each is ranked together; of whole layers, or of the parts of them that are here.
+        The layers of a group are ranked together. They are whole layers, or the local parts of them.
     num_prune, num_pruned, sizes : sequences of int
-        Per group, of the whole layers: weights to prune, those pruned already (None: unknown), and all of them.
+        Per group, of the whole layers: weights to prune, weights pruned already (None: unknown), and all weights.
     num_parts : sequence of int
-        Per group: how many ranks sample other parts of it. The union of their brackets holds the threshold, nearly
-        always.
+        Per group, how many ranks sample different parts of it. The union of their brackets nearly always holds the
+        threshold.
 
     Returns
     -------
     Brackets
         One per group.
     numpy.ndarray
-        Per group, which fraction of its weights lies on each key around the threshold.
+        Per group, the average fraction of its weights per key around the threshold.
     """
     alike: dict[tuple[torch.dtype, int, tuple[int, ...]], list[int]] = defaultdict(list)
     strides = []
@@ -55,7 +55,7 @@ def estimate(
         lines, wanted = sum(numels) // width, min(max(LEAST, round(sum(numels) ** (2 / 3))), MOST) // width
         # With few keys around a threshold there is little to gain from a narrow bracket.
         wanted //= 2 if dtype.itemsize == 2 else 1
-        # Odd, lest it be in step with rows: their lengths are even.
+        # The stride is odd, so that it does not keep in step with rows, whose lengths are even.
         strides.append(max(1, (lines // wanted - 1) | 1))
         alike[dtype, width, tuple(-(-(n // width) // strides[i]) for n in numels)].append(i)
     found, densities = Brackets(*np.zeros((2, len(groups)), np.int64)), np.zeros(len(groups))
@@ -77,7 +77,7 @@ def estimate(
 
 
 def _spread(layer: Layer, num_lines: int, width: int, stride: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Every ``stride``-th line of a layer, as far as there are ``num_lines``, and the bytes of its mask."""
+    """Return every ``stride``-th line of a layer, ``num_lines`` in all, and the bytes of its mask."""
     weight, mask = layer
     num_bytes = -(-width // 8)
     if mask is None:
@@ -90,7 +90,7 @@ def _spread(layer: Layer, num_lines: int, width: int, stride: int) -> tuple[torc
 
 @cache
 def _sigmas(num_parts: int) -> float:
-    """Half the width of a bracket. The union misses on one side only if each of them does: they need not be wide."""
+    """Return half the width of a bracket, which shrinks with more parts: the union misses only if all brackets do."""
     return max(0.0, -NormalDist().inv_cdf(MISS ** (1 / num_parts)))
 
 
@@ -103,7 +103,7 @@ def _brackets(
     sizes: np.ndarray,
     sigmas: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Estimate ends and densities from a row of sampled weights, and of the bytes of their masks, per group."""
+    """Estimate ends and densities; each group has a row of sampled weights, and one of the bytes of their masks."""
     largest = largest_key(weights.dtype)
     keys = bits_of(weights).numpy()
     keys &= np.iinfo(keys.dtype).max
@@ -111,7 +111,7 @@ def _brackets(
     keys.sort(axis=1)
     size = keys.shape[1]
     unpruned = np.unpackbits(masks, axis=1).sum(axis=1, dtype=np.int64)
-    # Of the unpruned weights, or if it is not known how many these are, of all.
+    # Ranks are among the unpruned weights or, if their number is not known, among all weights.
     shares = np.clip((num_prune - num_pruned) / np.maximum(1, sizes - num_pruned), 0.0, 1.0)
     ranked = np.where(is_known, unpruned, size)
     ranks = shares * ranked - (ranked - unpruned) * ~is_known
@@ -125,7 +125,7 @@ def _brackets(
 
     lo = np.where(unpruned == 0, largest, np.where(low < 1, 0, keys_at(low)))
     hi = np.where(unpruned == 0, 0, np.where(high > unpruned, largest, keys_at(high)))
-    # From further around: the few ranks inside would tell less.
+    # The density comes from a wider range, because the few ranks inside would tell less.
     first, last = (np.clip(ends, 1, np.maximum(1, unpruned)) for ends in (low - (high - low), high + (high - low)))
     density = (last - first + 1) / (size * (keys_at(last) - keys_at(first).astype(float) + 1))
     return lo, hi, density

@@ -1,4 +1,4 @@
-"""Ties that stay: those of lowest flat index. Their last one is found as thresholds are, the index being the key."""
+"""Ties that stay: those of lowest flat index. The last one is found as thresholds are, with the index as the key."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ __all__ = ["TiedPiece", "piece_of", "tie_indices"]
 
 CHUNK = 1 << 17  # weights that are searched for ties at a time
 MOST_HELD = 1 << 14  # flat indices of ties that are kept between rounds, for each piece
-# Half the width of the window in which a tie is looked for first, in standard deviations. A tie outside of it costs a
-# look at the rest of the layer and another sum over the ranks.
+# Half the width of the window that is searched first for a tie, in standard deviations. A tie outside of it costs a
+# search of the rest of the layer and another sum over the ranks.
 SIGMAS = 4
-# A window of flat indices is divided into so many slots to count ties in: 1 KB as int32 or, where counts are small, as
-# uint8.
+# Number of slots into which a window of flat indices is divided to count ties: 1 KB as int32 or, if counts are small,
+# as uint8.
 SLOTS, SMALL, MOST_SLOTS = 256, 255, 1024
 
 
 class TiedPiece(NamedTuple):
-    """Piece of a layer of whose ties some stay and others do not.
+    """Piece of a layer some of whose ties stay while others do not.
 
     Attributes
     ----------
     layer : Layer
-        Of no matter where there are no ties.
+        Not used if there are no ties.
     key : int
-        Of the ties.
+        Key of the ties.
     num_ties : int
-        In the piece.
+        Number of ties in the piece.
     region : Region
-        The piece in its layer.
+        Place of the piece in its layer.
     is_counted : bool
-        Whether this rank counts it, and not another one that holds the same.
+        Whether this rank counts the piece, rather than another one that holds the same.
     """
 
     layer: Layer
@@ -59,7 +59,7 @@ def tie_indices(
     num_ties: Sequence[int] | Integers,
     num_kept: Sequence[int] | Integers,
 ) -> list[int]:
-    """Return, for each layer, its flat index from which on ties are pruned.
+    """Return, for each layer, the flat index from which on its ties are pruned.
 
     Parameters
     ----------
@@ -72,7 +72,7 @@ def tie_indices(
 
     Notes
     -----
-    Reads a window and, of what lies to its sides, the shorter part. Two or three sums over the ranks for most windows.
+    Reads a window and the shorter of the two parts beside it. Most windows take two or three sums over the ranks.
     """
     sizes = np.array([math.prod(p.region.shape) for p in pieces], np.int64)
     kept, ties = np.array(num_kept, np.int64), np.array(num_ties, np.int64)
@@ -80,7 +80,7 @@ def tie_indices(
     held: list[np.ndarray | None] | None = None
 
     def count(groups: Integers, brackets: Brackets, most: int) -> tuple[Integers, Integers]:
-        """Count the ties in slots of the brackets; the first time, also those before them."""
+        """Count the ties in slots of the brackets and, the first time, those before them."""
         nonlocal held
         num_slots = MOST_SLOTS if most <= SMALL else SLOTS
         steps = np.arange(num_slots + 1) << brackets.shifts(num_slots)[:, None]
@@ -118,16 +118,16 @@ def piece_of(layer: Layer, begin: int, end: int) -> Layer:
 
 
 def _windows(rank: Integers, num_ties: Integers, size: Integers) -> Brackets:
-    """Return the flat indices between which tie number ``rank``, from 0, lies if chance has spread them."""
+    """Return the flat indices between which tie number ``rank`` (from 0) lies if ties are spread at random."""
     share = (rank + 0.5) / num_ties
-    # Near the ends ties are spread like Poisson's: the last term makes up for their longer tail.
+    # Near the ends the distribution is Poisson; the last term makes up for its longer tail.
     half = SIGMAS * np.sqrt(share * (1 - share) / num_ties) + SIGMAS**2 / 2 / num_ties
     begin, end = size * np.maximum(0, share - half), np.ceil(size * np.minimum(1, share + half))
     return Brackets(begin.astype(np.int64), np.minimum(end.astype(np.int64), size - 1))
 
 
 def _local_places(pieces: Sequence[TiedPiece], indices: Integers) -> Integers:
-    """Count the elements of each piece that come before some flat indices of its layer: most pieces are alike."""
+    """Count the elements of each piece that come before some flat indices of its layer; most have equal regions."""
     alike: dict[Region, list[int]] = defaultdict(list)
     for i, p in enumerate(pieces):
         alike[p.region].append(i)
@@ -138,14 +138,14 @@ def _local_places(pieces: Sequence[TiedPiece], indices: Integers) -> Integers:
 
 
 def _window_of(places: Integers) -> tuple[Integers, Integers]:
-    """Return where to begin and to end reading what lies between the inner ones of some places in a piece."""
+    """Return where to begin and end reading a piece, to cover all that lies between its inner places."""
     return places[:, 1] // 8 * 8, np.minimum(-(-places[:, -2] // 8) * 8, places[:, -1])
 
 
 def _count_between(pieces: Sequence[TiedPiece], places: Integers) -> tuple[Integers, list[np.ndarray | None]]:
-    """Count the ties of each piece between neighbouring places in it; returns also their flat indices if these are few.
+    """Count the ties of each piece between neighbouring places; return also their flat indices if these are few.
 
-    The ends of a piece are places too. Beside the others, no ties are counted.
+    The first and last place are the ends of the piece. Ties before and after the inner places are not counted.
     """
     here = np.zeros((len(pieces), places.shape[1] - 1), np.int64)
     found: list[np.ndarray | None] = [np.zeros(0, np.int64)] * len(pieces)
@@ -160,7 +160,7 @@ def _count_between(pieces: Sequence[TiedPiece], places: Integers) -> tuple[Integ
 def _count_beside(
     implementation: Implementation, pieces: Sequence[TiedPiece], places: Integers, num_inside: Integers
 ) -> Integers:
-    """Count the ties of each piece before and after its window, of which the shorter part is read."""
+    """Count the ties of each piece before and after its window, and read only the shorter of the two parts."""
     here = np.zeros((len(pieces), places.shape[1] - 1), np.int64)
     begins, ends = _window_of(places)
     sizes = places[:, -1]
@@ -179,7 +179,7 @@ def _count_beside(
 
 
 def _ties(pieces: Sequence[TiedPiece], begins: Integers, ends: Integers) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield the ties of each piece in [begin, end), a multiple of 8 and another one or the end, run by run.
+    """Yield the ties of each piece in [begin, end), chunk by chunk. Both are multiples of 8, or the end of the piece.
 
     Yields the position of the piece, and flat indices in it.
     """
