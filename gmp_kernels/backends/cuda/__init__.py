@@ -1,7 +1,7 @@
-"""The CUDA kernels (csrc/cuda) on NVIDIA GPUs; and, for the tests, the same kernels run on the host (csrc/simt).
+"""The CUDA kernels (csrc/cuda) on NVIDIA GPUs and, for the tests, the same kernels run on the host (csrc/simt).
 
-A call is a few tables of rows in device memory and a fixed number of launches on torch's current stream. What it finds
-stays on the device until it is needed. Workspace comes from torch's allocator.
+A call is a few tables of rows in device memory and a fixed number of launches on torch's current stream. Results stay
+on the device until they are needed. Workspace comes from torch's allocator.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ except ImportError as error:
     _missing["simt"] = str(error)
 
 LOWEST_CAPABILITY = (8, 0)  # what csrc/cuda is compiled for
-_MOST_BINS = 2048  # that layers are counted in at once
+_MOST_BINS = 2048  # per layer in one call of count
 
 
 class Launches:
@@ -67,7 +67,7 @@ class Launches:
 
     @contextmanager
     def _on(self, device: torch.device, what: str) -> Iterator[Any]:
-        """Have ``device`` current, and give what launches need of it. Errors get a name."""
+        """Make ``device`` current and yield the argument that launches take; turn its errors into ours."""
         try:
             with current(device):
                 yield self._launch(device)
@@ -102,7 +102,7 @@ class Launches:
         selects: bool = True,
         prunes: bool = False,
     ) -> SelectionTables:
-        """Return the tables of these groups, or of layers on their own, as they are laid out."""
+        """Return the tables of these groups, by default of one layer each, laid out but without memory."""
         sizes = [1] * len(layers) if group_sizes is None else group_sizes
 
         def make() -> SelectionTables:
@@ -186,7 +186,7 @@ class Launches:
         device = device_of(layers)
         with self._on(device, "apply_masks_") as launch:
             refuse_capture(device)
-            # Without `out` apply writes nothing to them, so the next call on this stream needs no others.
+            # Without `out`, apply writes nothing to the tables, so the next call on this stream can use them again.
             found = prepared(
                 layers,
                 (self, "apply", launch.stream),
@@ -226,11 +226,11 @@ class Launches:
             upload_to = device, batch.captured, self._module, launch
             at = table.at((addresses, sizes, rows), fill, *upload_to).data_ptr()
             given, uploaded = self._constants(constants, values, *upload_to)
-            # Everything there has to be memory for is there: this writes weights, all of them or none.
+            # All memory is allocated. This writes weights: all of them or none.
             at_once([partial(self._module.update, launch, rule, at, parts, address(uploaded), given), *after])
 
     def _steps(self, tensors: Sequence[UpdateTensor]) -> _Steps:
-        """Return what the steps of these tensors have in common."""
+        """Return the data that all steps of these tensors share."""
         self._describe([t for t in tensors if not isinstance(t.row, bytes)])
         rows = np.frombuffer(b"".join([cast("bytes", t.row) for t in tensors]), self._module.TENSOR_ROW)
         order = rows["dtype"].argsort(kind="stable")
@@ -243,7 +243,7 @@ class Launches:
         return order, parts, rows, Table(), Table()
 
     def _describe(self, tensors: Sequence[UpdateTensor]) -> None:
-        """Make the tensors' rows, once; what changes with every step, or with the batch, is 0."""
+        """Make the tensors' rows, once; fields that change with every step, or with the batch, are 0."""
         sizes = [t.weight.numel() for t in tensors]
         rows = np.zeros(len(tensors), self._module.TENSOR_ROW)
         rows["n"] = sizes
@@ -261,7 +261,7 @@ class Launches:
         states: Sequence[tuple[Sequence[torch.Tensor], Compaction | None]],
         sizes: Sequence[int],
     ) -> None:
-        """Fill in where the state of tensors of these sizes lies, and where it is compact how it is laid out."""
+        """Fill in the addresses of the state of tensors of these sizes and, for compact state, of its layout."""
         for i, (state, layout) in enumerate(states):
             num_values = sizes[i]
             if layout is not None:
@@ -273,9 +273,9 @@ class Launches:
                 rows["state"][i, k] = array_address(values, num_values, "state")
 
     def _constants(self, constants: Constants, table: Table, *upload_to: Any) -> tuple[bytes, torch.Tensor | None]:
-        """Return the constants as an argument of the launch; or, where they are too many or on the device, a table.
+        """Return the constants as an argument of the launch or, if they are too many or on the device, as a table.
 
-        Those on the device do not leave it.
+        Constants on the device do not leave it.
         """
         names: Mapping[str, float] = self._module.CONSTANTS
 
@@ -316,7 +316,7 @@ class Launches:
         device = masks[0][0].device
         with self._on(device, "compactions") as launch:
             chunks = [-(-numel // self._module.CHUNK) for _, numel in masks]
-            # What each mask with weights keeps in all, then the chunk offsets of one mask after the other.
+            # The number of kept weights of each nonempty mask, then the chunk offsets of one mask after the other.
             buffer = torch.zeros(len(masks) + sum(chunks) + len(masks), dtype=torch.int64, device=device)
             offsets = torch.split(buffer[len(masks) :], [n + 1 for n in chunks])
             present = [i for i, n in enumerate(chunks) if n > 0]
@@ -346,12 +346,12 @@ class Launches:
 
 
 def _words(rows: Rows) -> npt.NDArray[np.int64]:
-    """Return rows of csrc/cuda/tables.h as they are uploaded."""
+    """Return rows of csrc/cuda/tables.h as the integers that are uploaded."""
     return rows.reshape(-1).view(np.int64)
 
 
-# Of a batch: which tensors its rows are for, those of one dtype together; of each dtype its code, first row, and
-# numbers of rows and of chunks; the rows; and both tables of a step.
+# Data of a batch: the tensor that each row is for, with those of one dtype together; per dtype its code, first row,
+# number of rows and number of chunks; the rows; and both tables of a step.
 _Steps: TypeAlias = tuple[npt.NDArray[np.int64], list[tuple[int, int, int, int]], Rows, Table, Table]
 
 
@@ -386,7 +386,7 @@ def _supports_simt(device: torch.device) -> str | None:
 
 
 register(Backend("cuda", priority=30, probe=_probe, supports=_supports, load=lambda: Launches(_modules["cuda"])))
-# Behind the reference: nobody gets it without naming it.
+# Its priority is below that of the reference, so that it runs only if it is named.
 register(
     Backend("simt", priority=-10, probe=_probe_simt, supports=_supports_simt, load=lambda: Launches(_modules["simt"]))
 )

@@ -19,19 +19,19 @@ __all__ = ["DTYPE_CODES", "NO_INDEX", "Rows", "SelectionTables", "fill_chunks"]
 
 DTYPE_CODES = {dtype: code for code, dtype in enumerate(DTYPES)}
 NO_INDEX = (1 << 63) - 1
-# For the workspace of a selection, and a share of the largest layer. Promised are 4e6 bytes and that share; with all of
-# them planned for, an H200 used 1.00 to 1.04 of it, because torch's allocator rounds sizes up and leaves blocks unsplit
-# that are up to 1 MB too large.
+# Limits of the workspace of a selection: so many bytes, and a share of the largest layer. The promise is 4e6 bytes and
+# that share. With all of that planned for, an H200 used 1.00 to 1.04 times as much, because torch's allocator rounds
+# sizes up and leaves blocks unsplit that are up to 1 MB too large.
 MEMORY_BYTES = 3 << 20
 MEMORY_SHARE = 0.05
-ALIGNMENT = 128  # bytes, of what follows the rows: a cache line
-LEAST_CAPACITY = 256  # keys per chunk that come before the flags of what is touched: a list that overflows costs a read
+ALIGNMENT = 128  # bytes, of the workspace behind the rows: a cache line
+LEAST_CAPACITY = 256  # keys per chunk; memory for them comes before flags, because a list that overflows costs a read
 
 Rows = npt.NDArray[Any]
 
 
 def fill_chunks(rows: Rows, sizes: Sequence[int] | Rows, chunk: int) -> int:
-    """Number the chunks of tensors of these sizes through, in their rows of csrc/cuda/tables.h; return how many."""
+    """Number the chunks of all tensors consecutively, in their rows of csrc/cuda/tables.h; return their total."""
     rows["n"] = sizes
     chunks = -(-rows["n"] // chunk)
     ends = chunks.cumsum()
@@ -44,10 +44,10 @@ def _rounded_up(places: int, alignment: int) -> int:
 
 
 class SelectionTables(Selection):
-    """Cutoffs whose numbers stay on the device until somebody looks at them; then all are read at once.
+    """Cutoffs whose numbers stay on the device until the first access, which reads all of them at once.
 
-    An object that is made lays the tables of its layers out, by their addresses, sizes and dtypes alone: it holds no
-    tensor. ``filled`` returns a copy of it with memory on the device.
+    The constructor lays out the tables of the layers by their addresses, sizes and dtypes alone; it keeps no tensor.
+    ``filled`` returns a copy with memory on the device.
 
     Parameters
     ----------
@@ -58,21 +58,21 @@ class SelectionTables(Selection):
     group_sizes : sequence of int
         As for ``Implementation.select``.
     selects, prunes : bool
-        Whether there is something to select, and whether that is applied afterwards: what this will not change is then
-        noted down for it.
+        Whether the tables are for a selection, and whether ``prune`` follows, for which the selection then notes the
+        weights that will not change.
 
     Attributes
     ----------
     sizes : list of int
         Of the layers.
     rows : numpy.ndarray
-        int64: all rows, as a call uploads them. ``view`` tells them apart.
+        int64: all rows, as a call uploads them. ``view`` returns them as records.
     tables : numpy.ndarray
-        int64, what launches take: rows of TABLES, one per dtype. Numpy is ten times faster with plain integers.
+        int64, the argument of launches: rows of TABLES, one per dtype. Numpy is ten times faster with plain integers.
     layer_order, group_order : numpy.ndarray
-        Which layer or group each row is for: those of one dtype come together.
+        The layer or group that each row is for; those of one dtype come together.
     buffer : torch.Tensor
-        Of a copy: the rows on the device, and the workspace behind them.
+        In copies only: the rows on the device, and the workspace behind them.
     """
 
     is_lazy = True
@@ -89,7 +89,7 @@ class SelectionTables(Selection):
         prunes: bool = False,
     ) -> None:
         self._module = module
-        self.layers: Sequence[Layer] | None = None  # those that `prune` may take these for, as they are
+        self.layers: Sequence[Layer] | None = None  # the layers for which `prune` may use these tables as they are
         self._launch: Any = None
         self._read: Rows | None = None
         self._found: Cutoffs | None = None
@@ -105,7 +105,7 @@ class SelectionTables(Selection):
             ("nonfinite", np.int64),  # set once a NaN or Inf is found
             ("layers", module.LAYER_ROW, (len(ordered),)),
             ("groups", module.GROUP_ROW, (len(group_sizes),)),
-            ("out", np.int64, (len(ordered),)),  # where the new bits go: to the masks, unless there are none
+            ("out", np.int64, (len(ordered),)),  # addresses of the new bits: the masks, if there are any
         ]
         self._record = np.dtype(record)
         self.rows: Rows = np.zeros(self._record.itemsize // 8, np.int64)
@@ -144,7 +144,7 @@ class SelectionTables(Selection):
         self._place_workspace(tables, rows, multiprocessors, selects, prunes)
 
     def _place_workspace(self, tables: Rows, rows: Rows, multiprocessors: int, selects: bool, prunes: bool) -> None:
-        """Divide what there is memory for: bins, a count per chunk in either list, the rows; flags; candidates."""
+        """Divide the workspace: first bins, rows and counts per chunk of both lists, then flags, then candidates."""
         module = self._module
         item_sizes = np.array([list(DTYPES)[code].itemsize for code in tables["dtype"]])
         num_groups = len(self.group_order)
@@ -169,7 +169,7 @@ class SelectionTables(Selection):
             table["tie_counts"] = counts + 4 * num_chunks
             if selects:
                 end = counts + 8 * num_chunks
-        # One dtype after the other counts in these, and clears them first.
+        # The dtypes use these bins one after the other, and each clears them first.
         tables["bins"] = _rounded_up(end, 8)
         self._num_words = _rounded_up(end, 8) // 8 + (num_bins if selects else 0)
 
@@ -185,10 +185,10 @@ class SelectionTables(Selection):
         brackets: Brackets | None = None,
         found: Cutoffs | None = None,
     ) -> SelectionTables:
-        """Return these with memory on the device, uploaded on the stream of a launch.
+        """Return a copy with memory on the device, uploaded on the stream of a launch.
 
-        ``num_prune`` and ``brackets`` are those of ``Implementation.select``, ``found`` the cutoffs of a selection made
-        elsewhere.
+        ``num_prune`` and ``brackets`` are those of ``Implementation.select``; ``found`` are the cutoffs of another
+        selection.
         """
         made = copy(self)
         made.layers, made._launch = layers, launch
@@ -201,7 +201,7 @@ class SelectionTables(Selection):
             if num_prune:
                 groups["num_prune"] = np.array(num_prune)[self.group_order]
             if brackets is not None:
-                is_given = brackets.lo <= brackets.hi  # 0 and 0 where not: a sample gives one
+                is_given = brackets.lo <= brackets.hi  # others become 0 and 0, for which the kernel takes a sample
                 groups["lo"], groups["hi"] = (np.where(is_given, ends, 0)[self.group_order] for ends in brackets)
             if found is not None:
                 view["layers"]["cut"] = np.array(found.tie_indices)[self.layer_order]
@@ -212,7 +212,7 @@ class SelectionTables(Selection):
         return made
 
     def write_to(self, addresses: torch.Tensor | None, *, finite: bool) -> Rows:
-        """Return the tables of an application that writes the new bits to these addresses; None are those of the masks.
+        """Return the tables for writing the new bits to these addresses; None means those of the masks.
 
         With ``finite``, nothing is written if a NaN or Inf was found.
         """
@@ -233,7 +233,7 @@ class SelectionTables(Selection):
         return self._read
 
     def forget(self, launch: Any) -> None:
-        """Read again next time, behind what has been launched now."""
+        """Read the rows again at the next access, after what has been launched up to now."""
         self._launch, self._read = launch, None
 
     @property
@@ -258,7 +258,7 @@ class SelectionTables(Selection):
         """The cutoffs on the host; waits for the device the first time."""
         if self._found is None:
             layers, groups = self.read()["layers"], self.read()["groups"]
-            # What belongs to a group is repeated for each of its layers.
+            # The values of a group are repeated for each of its layers.
             of_groups = ("key", "num_below", "num_ties", "num_ties_kept")
             nonfinite = np.where(layers["nonfinite"] == NO_INDEX, -1, layers["nonfinite"])
             columns = [*(groups[name][self._groups] for name in of_groups), layers["cut"], nonfinite]

@@ -1,9 +1,9 @@
-"""Triton kernels: the GPU path where no CUDA compiler was at hand, and for AMD.
+"""Triton kernels: the GPU path for AMD, and for installations without a CUDA compiler.
 
-A call is a few tables of rows in device memory, which most calls find as the last one left them, and a launch per dtype
-on torch's current stream. Thresholds come from counts (see ``gmp_kernels.search``), which the host waits for.
-With ``TRITON_INTERPRET=1`` in the environment the same kernels run on the host, for the tests: milliseconds for 16384
-weights.
+A call is a few tables of rows in device memory, which most calls can reuse from the last one, and a launch per dtype on
+torch's current stream. Thresholds come from counts (see ``gmp_kernels.search``), for which the host waits.
+With ``TRITON_INTERPRET=1`` in the environment the same kernels run on the host, for the tests. They then take
+milliseconds for 16384 weights.
 """
 
 from __future__ import annotations
@@ -43,28 +43,28 @@ from gmp_kernels.errors import CaptureError
 
 T = TypeVar("T")
 
-# Contraction would round once what csrc/optim/rules.h rounds twice.
+# Fusion would round once where csrc/optim/rules.h rounds twice.
 OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
-# Of the kernels that read all weights, and count them in columns of as many as a warp has threads: fewer warps leave
-# more weights to the column, and the sums over columns are what takes the time.
+# For the kernels that read all weights and count them by columns, one per thread: with fewer warps there are fewer
+# columns, and the sums over columns take most of the time.
 COUNT_OPTIONS = OPTIONS | {"num_warps": 4}
 THREADS = 32 * COUNT_OPTIONS["num_warps"]
-# Programs that share a read of all weights: so many more than a GPU holds that the last ones keep few of the others
-# waiting, and yet each has enough to do. Under the interpreter so few that each gets a run of chunks too.
+# Programs that share a read of all weights. There are many more than a GPU runs at once, so that the last ones delay
+# the end little, yet few enough that each has work. Under the interpreter each has to get a run of chunks too.
 PROGRAMS = 3 if INTERPRETED else 4096
-MAX_SLOTS = 32  # that neighbouring chunks add to in turn
+MAX_SLOTS = 32  # to which neighbouring chunks add in turn
 COUNTERS, ANSWER_FIELDS = 4, 2  # of the kernels
 NO_INDEX = (1 << 63) - 1
 
 
 def options_of(name: str) -> dict[str, Any]:
-    """Return what a kernel is compiled with."""
+    """Return the options with which a kernel is compiled."""
     return COUNT_OPTIONS if name == "count" else OPTIONS
 
 
 @contextmanager
 def _on(device: torch.device, what: str) -> Iterator[None]:
-    """Make the device current and name its errors; refuse what no CUDA graph could replay."""
+    """Make the device current and turn its errors into ours; refuse to run while a CUDA graph is captured."""
     if capture.is_capturing(device):
         raise CaptureError(
             f"{what}: expected an operation that a CUDA graph can hold, got one of backend 'triton', which makes its "
@@ -88,12 +88,12 @@ class Part(NamedTuple):
 
     @property
     def slots(self) -> int:
-        """Slots of each of a layer's sums: many where there are few of them, for then each is added to often."""
+        """Slots of each of a layer's sums. Fewer layers get more slots, because each is then added to more often."""
         return max(1, min(MAX_SLOTS, 4096 // len(self.numels), -(-max(self.numels) // BLOCK)))
 
 
 def _parts_of(layers: Sequence[Layer]) -> list[Part]:
-    """Split layers by dtype, and upload what of them stays as long as their addresses do."""
+    """Split layers by dtype, and upload the data that stays the same as long as their addresses do."""
     by_dtype: dict[torch.dtype, list[int]] = {}
     for i, layer in enumerate(layers):
         by_dtype.setdefault(layer.weight.dtype, []).append(i)
@@ -122,7 +122,7 @@ class Triton:
     select = None
 
     def __init__(self) -> None:
-        # Not before somebody wants it: importing triton takes longer than importing all of this package.
+        # Imported on first use, because importing triton takes longer than importing all of this package.
         from gmp_kernels.backends.triton import kernels
         from gmp_kernels.backends.triton.update import CONSTANTS
 
@@ -208,7 +208,7 @@ class Triton:
                 size = len(part.numels) * part.slots * COUNTERS
                 counts = torch.zeros(size, dtype=torch.int64, device=part.device)
                 requests.append((upload(asked, torch.int64, part.device), counts))
-            # Everything there has to be memory for is there: from here on weights are written.
+            # All memory is allocated; from here on weights are written.
             for part, request in zip(parts, requests, strict=True):
                 self._apply(part, *request, SELECTED=True)
             kept = [
@@ -231,7 +231,7 @@ class Triton:
     def apply(self, layers: Sequence[Layer]) -> None:
         with _on(device_of(layers), "apply_masks_"):
             for part in self._parts(layers):
-                nothing = part.table.rows  # for the masks say it all
+                nothing = part.table.rows  # any address will do, as only the masks are read
                 self._apply(part, nothing, nothing, SELECTED=False)
 
     def update(
@@ -252,7 +252,7 @@ class Triton:
             if not isinstance(batch.prepared, list):
                 batch.prepared = [row_of(t) for t in batch.tensors]
             addresses = list(map(torch.Tensor.data_ptr, gradients))
-            # Few gradients are not aligned; those that are not get launches of their own.
+            # The few gradients that are not aligned get launches of their own.
             unaligned = [i for i, pointer in enumerate(addresses) if pointer & 15]
             key = (device, stream_of(device), unaligned, batch.prepared)
             tables = self._step_tables.get(key, partial(tables_by_kind, batch.prepared, unaligned, device))
@@ -261,7 +261,7 @@ class Triton:
             for _, own, _ in tables:
                 asked = [*taken(addresses, own), *taken(rows, own)]
                 columns.append(self._columns.get((*key[:2], asked), partial(upload, asked, torch.int64, device)))
-            # Everything there has to be memory for is there: from here on weights are written.
+            # All memory is allocated; from here on weights are written.
             for (kind, positions, table), column in zip(tables, columns, strict=True):
                 self._launch(
                     "update",
@@ -299,7 +299,7 @@ class Triton:
             return sum(totals[1:], totals[0])
 
     def compactions(self, masks: Sequence[tuple[torch.Tensor, int]]) -> list[Compaction]:
-        """Address compact state by these packed bits; waits for the device once."""
+        """Return layouts of compact state for these packed bits. Waits for the device once."""
         if not masks:
             return []
         device = masks[0][0].device
@@ -358,5 +358,5 @@ def _supports(device: torch.device) -> str | None:
     return f"it takes CUDA or ROCm tensors, got {device}; move them with .cuda()"
 
 
-# Before cpu on a GPU; under the interpreter, which is for tests, nobody gets it without naming it.
+# Under the interpreter, which is for tests, it runs only if it is named.
 register(Backend("triton", priority=-5 if INTERPRETED else 20, probe=_probe, supports=_supports, load=Triton))

@@ -1,4 +1,4 @@
-"""The kernel that writes what was selected: zeros and mask bits."""
+"""The kernel that applies a selection: it writes zeros and mask bits."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def _apply(
         place = begin // 8 + tl.arange(0, BLOCK // 8)
         out = tl.load(asked + OUT * num_layers + layer).to(tl.pointer_type(tl.uint8))
         tl.store(out + place, packed.to(tl.uint8), mask=place * 8 < n)
-        # Sums of one address wait for one another: neighbours add to different ones.
+        # Atomic sums at one address wait for one another, so neighbouring chunks add to different ones.
         counters = counts + (layer * slots + chunk % slots) * COUNTERS
         tl.atomic_add(counters, tl.sum(kept.to(tl.int32)).to(tl.int64))
         tl.atomic_add(counters + 1, tl.sum(stays.to(tl.int32)).to(tl.int64))
@@ -59,9 +59,9 @@ def apply(
     table, owners, asked, num_layers, counts, slots,
     BITS: tl.constexpr, INFINITY: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr, SELECTED: tl.constexpr,
 ):  # fmt: skip
-    """Zero what lies below the cutoffs, in the rows where that changes something, and write the new bits.
+    """Zero the weights below the cutoffs, in rows that this changes, and write the new bits.
 
-    Without SELECTED the masks alone say what stays.
+    Without SELECTED the masks alone decide.
     """
     chunk = tl.program_id(0).to(tl.int64)
     row, begin = row_of(table, owners, chunk, BLOCK)

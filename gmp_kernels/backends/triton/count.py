@@ -1,4 +1,4 @@
-"""THE counter of Triton: one read of the weights, each layer against its bracket."""
+"""The counter of Triton: one read of the weights, each layer against its bracket."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from gmp_kernels.backends.triton.tiles import (
     row_of,
 )
 
-# Columns of what is asked, each with an entry per layer, and behind the bins and counters of a layer's answer.
+# Columns of a request, each with an entry per layer; and fields of a layer's answer, behind its bins and counters.
 LO, HI, SHIFT, CANDIDATES, CAPACITY = map(tl.constexpr, range(5))
 CURSOR, NONFINITE, ANSWER_FIELDS = map(tl.constexpr, range(3))
 
 
 @triton.jit
 def _row_offsets(BLOCK: tl.constexpr, THREADS: tl.constexpr):
-    """Beginnings of the rows of a chunk's tile; its columns are a thread's each.
+    """Beginnings of the rows of a chunk's tile; each of its columns belongs to one thread.
 
-    Then sums over columns cost no exchange, and what is loaded is listed by the same thread: layouts that load 16 bytes
-    at once would have the keys, their places and the conditions brought to another thread each to be stored. Added to
-    the pointers of the first row, these are constants of the loads.
+    So sums over columns cost no exchange, and the thread that loads a weight also lists it. With layouts that load 16
+    bytes at once, keys, their places and the conditions would have to move to other threads before they are stored.
+    Added to the pointers of the first row, these are constants of the loads.
     """
     return tl.arange(0, BLOCK // THREADS)[:, None] * THREADS
 
@@ -63,13 +63,13 @@ def _raw(
 
 @triton.jit
 def _everywhere(condition, THREADS: tl.constexpr):
-    """A condition for all columns, as loads take it under the interpreter too."""
+    """One condition for all columns, in a form that loads take under the interpreter too."""
     return (tl.arange(0, THREADS) < tl.where(condition, THREADS, 0))[None, :]
 
 
 @triton.jit
 def _there(begin, n, BLOCK: tl.constexpr, THREADS: tl.constexpr):
-    """Mask of the weights of a chunk that are there."""
+    """Mask of the weights of a chunk that exist."""
     offsets = _row_offsets(BLOCK, THREADS) + tl.arange(0, THREADS)[None, :]
     return offsets < tl.minimum(n - begin, BLOCK).to(tl.int32)
 
@@ -79,7 +79,7 @@ def _keys(
     raw, bytes, begin, n, INFINITY: tl.constexpr, BLOCK: tl.constexpr, THREADS: tl.constexpr, MASKED: tl.constexpr,
     FULL: tl.constexpr,
 ):  # fmt: skip
-    """Keys of a chunk's weights; of those that are pruned or not there -1, which lies below every bracket."""
+    """Keys of a chunk's weights; pruned or missing ones get -1, which lies below every bracket."""
     keys = magnitude_keys(raw, INFINITY)
     if MASKED:
         keys = tl.where((bytes >> (tl.arange(0, THREADS) % 8)[None, :]) & 1 != 0, keys, -1)
@@ -107,7 +107,7 @@ def _take(
         column = tl.sum(flags, axis=0)
         first = tl.atomic_add(cursor, tl.sum(column).to(tl.int64))
         place = first + (tl.cumsum(column, 0) - column)[None, :] + tl.cumsum(flags, 0) - flags
-        # In one dimension, for which all versions of triton choose the layout that the keys have.
+        # Stored in one dimension, for which all versions of triton choose the layout that the keys have.
         listed = tl.reshape(inside & (place < capacity), [BLOCK])
         tl.store(candidates + tl.reshape(place, [BLOCK]), tl.reshape(keys, [BLOCK]), mask=listed)
     return kept, below, top
@@ -118,7 +118,7 @@ def _read(
     row, chunk, end, lo, hi, shift, bins, candidates, capacity, cursor,
     BITS: tl.constexpr, INFINITY: tl.constexpr, BLOCK: tl.constexpr, THREADS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Read a segment: how many keys lie below the bracket, how many are pruned, and the largest there is."""
+    """Read a segment; return how many keys lie below the bracket, how many are pruned, and the largest."""
     WIDE: tl.constexpr = tl.int64 if BITS.primitive_bitwidth == 64 else tl.int32
     lo, size, shift = lo.to(WIDE), tl.maximum(hi - lo + 1, 0).to(WIDE), shift.to(WIDE)
     n, first = tl.load(row + N), tl.load(row + FIRST)
@@ -126,7 +126,7 @@ def _read(
     whole = tl.minimum(end, first + n // BLOCK)
     kept = tl.zeros([THREADS], tl.int32)
     below, top = kept, kept.to(WIDE)
-    # The next chunk is under way while one is counted; with a mask, of which more is kept in registers, it is not.
+    # The next chunk is loaded while one is counted, but not with a mask, which takes more registers.
     begin = (chunk - first) * BLOCK
     ahead = chunk if MASKED else whole
     raw = _raw(weights, begin, n, 0, chunk < ahead, BLOCK, THREADS, False, True)
@@ -159,7 +159,7 @@ def _first_nonfinite(
     row, chunk, end, BITS: tl.constexpr, INFINITY: tl.constexpr, BLOCK: tl.constexpr, THREADS: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Index of the first NaN or Inf in a segment that has one: it is read again, chunk by chunk."""
+    """Index of the first NaN or Inf in a segment that has one, which is read again, chunk by chunk."""
     n, weights = tl.load(row + N), tl.load(row + WEIGHTS).to(tl.pointer_type(BITS))
     mask = tl.load(row + MASK)
     index = _row_offsets(BLOCK, THREADS) + tl.arange(0, THREADS)[None, :]
@@ -182,7 +182,7 @@ def count(
     table, owners, num_chunks, run, asked, num_layers, answers, num_bins, slots,
     BITS: tl.constexpr, INFINITY: tl.constexpr, BLOCK: tl.constexpr, THREADS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Count each layer's keys against its bracket; those inside by bin, and listed in no particular order."""
+    """Count each layer's keys against its bracket; count those inside by bin, and list them in any order."""
     program = tl.program_id(0).to(tl.int64)
     chunk = program * run
     while chunk < tl.minimum((program + 1) * run, num_chunks):
@@ -198,12 +198,12 @@ def count(
             row, chunk, end, lo, hi, tl.load(own + SHIFT * num_layers), bins, candidates,
             tl.load(own + CAPACITY * num_layers), fields + CURSOR, BITS, INFINITY, BLOCK, THREADS, MASKED,
         )  # fmt: skip
-        # Sums of one address wait for one another: neighbours add to different ones.
+        # Atomic sums at one address wait for one another, so neighbouring programs add to different ones.
         counters = bins + num_bins + program % slots * COUNTERS
         tl.atomic_add(counters, below, mask=below > 0)
         tl.atomic_add(counters + 1, pruned, mask=pruned > 0)
         if top >= INFINITY:
             first = _first_nonfinite(row, chunk, end, BITS, INFINITY, BLOCK, THREADS, MASKED)
-            # So that zeros say there is none.
+            # Stored so that 0 means there is none.
             tl.atomic_max(fields + NONFINITE, -first + NO_INDEX)
         chunk = end

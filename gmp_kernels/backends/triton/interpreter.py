@@ -1,4 +1,4 @@
-"""Triton's interpreter put right: it rounds a fused multiply-add twice, which no GPU does, and is slower than need be.
+"""Fixes of Triton's interpreter, which rounds a fused multiply-add twice, unlike any GPU, and is slower than need be.
 
 Source: S. Boldo and G. Melquiond, "Emulation of FMA and correctly rounded sums: proved algorithms using rounding to
 odd", IEEE Trans. Computers 57(4), 2008; products and sums with their errors after Dekker and Knuth.
@@ -36,7 +36,7 @@ def _two_product(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _sum_to_odd(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """The exact sum if it is a float64, else of its two neighbours the one whose last bit is 1."""
+    """The exact sum if it is a float64, else the one of its two neighbours whose last bit is 1."""
     total, error = _two_sum(a, b)
     bits = total.view(np.int64)
     inexact = (error != 0) & np.isfinite(error) & (bits & 1 == 0)
@@ -46,7 +46,7 @@ def _sum_to_odd(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def _fma(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
-    """a * b + c rounded once, of float32 and, but for errors below 2^-1022, float64."""
+    """a * b + c rounded once, for float32 and, except for errors below 2^-1022, for float64."""
     with np.errstate(all="ignore"):
         if c.dtype == np.float32:
             exact = a.astype(np.float64) * b.astype(np.float64)
@@ -69,13 +69,13 @@ def put_right() -> None:
 
     interpreter.InterpreterBuilder.create_fma = create_fma
 
-    # What else is here makes it bearable: by default the language is patched anew by every launch, and by every call
-    # of a jitted function in it.
+    # The rest is for speed: by default every launch patches the language anew, and so does every call of a jitted
+    # function in it.
     @functools.cache
     def patch_once(function: Any) -> Any:
         patch(function)
         return interpreter._LangPatchScope()
 
     patch, interpreter._patch_lang = interpreter._patch_lang, patch_once
-    # Checks of integer overflow that nothing looks at.
+    # Turn off checks of integer overflow whose results nothing uses.
     interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)

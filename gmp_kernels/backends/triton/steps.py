@@ -25,13 +25,13 @@ class Kind(NamedTuple):
     aligned: bool
 
 
-# A tensor's row of the table, less its gradient and constants, which may change with every step: kind, number of
-# weights, fields.
+# A tensor's row of the table (kind, number of weights, fields), without gradient and constants, which may change with
+# every step.
 Row: TypeAlias = tuple[Kind, int, tuple[int, ...]]
 
 
 def row_of(t: UpdateTensor) -> Row:
-    """Make the tensor's row, once."""
+    """Return the tensor's row, made once."""
     if isinstance(t.row, tuple):
         return t.row
     state = list(map(element_address, t.state))
@@ -58,9 +58,9 @@ def row_of(t: UpdateTensor) -> Row:
 def tables_by_kind(
     rows: Sequence[Row], unaligned: Iterable[int], device: torch.device
 ) -> list[tuple[Kind, list[int], Table]]:
-    """Split a step by what a launch is compiled for: of each kind the positions of its rows, and their table.
+    """Split a step by the kinds for which launches are compiled; return each with the positions and table of its rows.
 
-    ``unaligned`` are the positions of gradients that do not lie on 16 bytes.
+    ``unaligned`` are the positions of gradients that are not aligned to 16 bytes.
     """
     positions: dict[Kind, list[int]] = {}
     unaligned = set(unaligned)
@@ -75,10 +75,10 @@ def tables_by_kind(
 def constant_table(
     constants: Constants, absent: Mapping[str, float], device: torch.device, recent: Recent[torch.Tensor]
 ) -> torch.Tensor:
-    """Return a step's constants on the device, row after row; those that are there already are not looked at.
+    """Return a step's constants on the device, row after row, without reading those that are there already.
 
-    ``absent`` has the names in the order of the columns, with the values of constants that are not given. What was
-    uploaded for the same numbers is found among ``recent``.
+    ``absent`` has the names in the order of the columns, with the values of constants that are not given. ``recent``
+    keeps uploads for steps with the same numbers.
     """
     where = (device, stream_of(device))
 

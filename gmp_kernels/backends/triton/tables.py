@@ -1,4 +1,4 @@
-"""Tables in device memory that the Triton kernels read; most steps find those of the last one."""
+"""Tables in device memory that the Triton kernels read; most steps reuse those of the last one."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from gmp_kernels.backends.uploads import upload
 __all__ = ["BLOCK", "INTERPRETED", "Recent", "Table", "stream_of", "table_of"]
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
-# Weights per chunk: as many as registers hold; under the interpreter a program takes milliseconds of whatever size,
-# and the tests' sizes lie around this one.
+# Weights per chunk: as many as registers hold. Under the interpreter a program of any size takes milliseconds, and the
+# tests' sizes lie around this one.
 BLOCK = 16384 if INTERPRETED else 2048
-FIELDS = 9  # of a table's rows, as in _triton_tiles.py
+FIELDS = 9  # of a table's rows, as in tiles.py
 
 T = TypeVar("T")
 
 
 class Recent(Generic[T]):
-    """The latest few things made, by what they were made of."""
+    """A cache of the latest few results, by the key they were made for."""
 
     def __init__(self, size: int = 8) -> None:
         self._size = size
         self._entries: list[tuple[object, T]] = []  # replaced, never changed: other threads may be reading
 
     def get(self, key: object, make: Callable[[], T]) -> T:
-        """Return what was made of an equal key, or make it."""
+        """Return the result for an equal key, or make it."""
         entries = self._entries
         for entry in entries:
             if entry[0] == key:
@@ -42,12 +42,12 @@ class Recent(Generic[T]):
 
 
 def stream_of(device: torch.device) -> int:
-    """Identify the stream that uploads run on: another one would have to wait for them."""
+    """Identify the stream of uploads, because another stream would have to wait for them."""
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
 class Table(NamedTuple):
-    """Rows in device memory, and whose row each chunk is; chunks of all rows are numbered through."""
+    """Rows in device memory, and the owner (a row) of each chunk; chunks are numbered across all rows."""
 
     rows: torch.Tensor
     owners: torch.Tensor
@@ -55,7 +55,7 @@ class Table(NamedTuple):
 
 
 def table_of(sizes: Sequence[int], fields: Sequence[Sequence[int]], device: torch.device) -> Table:
-    """Upload the table of tensors of these sizes, with what its rows hold behind them and their first chunks."""
+    """Upload the table of tensors of these sizes; a row holds the size, the first chunk and then ``fields``."""
     rows, chunks, total = [], [], 0
     for n, given in zip(sizes, fields, strict=True):
         rows.append([n, total, *given, *[0] * (FIELDS - 2 - len(given))])

@@ -1,4 +1,4 @@
-"""Tiles that every Triton kernel is made of: whose a chunk is, its weights, their mask bits and keys.
+"""Functions on tiles, shared by all Triton kernels: the row of a chunk, its weights, their mask bits and keys.
 
 A tile is one chunk of BLOCK weights of one tensor, as rows of eight whose mask bits are one byte.
 """
@@ -8,14 +8,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Fields of a table's rows, eight-byte integers: of every tensor, of a layer, of an UpdateTensor and of a StateMove.
+# Fields of a table's rows, eight-byte integers: those of every row, of a layer, of an UpdateTensor and of a StateMove.
 N, FIRST, WEIGHTS, MASK = map(tl.constexpr, range(4))
 MASTER, STATE, CHUNK_OFFSETS = map(tl.constexpr, (4, 5, 8))
 SOURCE, SOURCE_MASK, SOURCE_OFFSETS, TARGET, TARGET_MASK, TARGET_OFFSETS = map(tl.constexpr, range(2, 8))
 FIELDS = tl.constexpr(9)
 
 NO_INDEX = tl.constexpr((1 << 63) - 1)
-COUNTERS = tl.constexpr(4)  # of which two are used: a cache sector to the slot
+COUNTERS = tl.constexpr(4)  # per slot, to fill a cache sector; two are used
 
 
 @triton.jit
@@ -27,7 +27,7 @@ def row_of(table, owners, chunk, BLOCK: tl.constexpr):
 
 @triton.jit
 def end_of_segment(row, chunk, run, BLOCK: tl.constexpr):
-    """The end of the chunks that are both of this chunk's layer and of its run of ``run`` chunks."""
+    """The end of the chunks in both this chunk's layer and its run of ``run`` chunks."""
     return tl.minimum((chunk // run + 1) * run, tl.load(row + FIRST) + (tl.load(row + N) + BLOCK - 1) // BLOCK)
 
 
@@ -47,7 +47,7 @@ def places(begin, BLOCK: tl.constexpr):
 
 @triton.jit
 def mask_bytes(address, begin, n, BLOCK: tl.constexpr, FULL: tl.constexpr):
-    """Mask bits of a chunk, a row to the byte; all ones where there is no mask. FULL: the tensor does not end here."""
+    """Mask bits of a chunk, a byte per row; all ones without a mask. FULL: the tensor does not end in this chunk."""
     place = begin // 8 + tl.arange(0, BLOCK // 8)
     if address != 0:
         pointer = address.to(tl.pointer_type(tl.uint8)) + place
@@ -59,14 +59,14 @@ def mask_bytes(address, begin, n, BLOCK: tl.constexpr, FULL: tl.constexpr):
 
 @triton.jit
 def spread(bits, index, n, FULL: tl.constexpr):
-    """Bytes to booleans, one per weight."""
+    """Booleans from mask bytes, one per weight."""
     flags = (bits[:, None] >> tl.arange(0, 8)[None, :]) & 1 != 0
     return flags if FULL else flags & (index < n)
 
 
 @triton.jit
 def load_rows(pointer, index, n, rows, FULL: tl.constexpr):
-    """The weights of the rows that are asked for, zeros for the others; in vectors if FULL."""
+    """The weights of the rows in ``rows``, zeros for the others; loaded as vectors if FULL."""
     return tl.load(pointer + index, mask=rows[:, None] if FULL else rows[:, None] & (index < n), other=0)
 
 
@@ -77,7 +77,7 @@ def store_rows(pointer, index, n, rows, values, FULL: tl.constexpr):
 
 @triton.jit
 def magnitude_keys(raw, INFINITY: tl.constexpr):
-    """csrc/order/magnitude_key.h: bits without the sign, all NaN being one key; in 32 bits where they fit."""
+    """Keys as in csrc/order/magnitude_key.h: bits without the sign, one key for all NaN; in 32 bits if they fit."""
     if raw.dtype == tl.int64:
         keys = raw & 0x7FFFFFFFFFFFFFFF
     elif raw.dtype == tl.int32:

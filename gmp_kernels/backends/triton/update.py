@@ -1,4 +1,4 @@
-"""The kernels of the optimizers: the masked step, the gradients' norm, and compact state on its way between layouts."""
+"""The kernels of the optimizers: the masked step, the gradients' norm, and moves of compact state between layouts."""
 
 from __future__ import annotations
 
@@ -56,13 +56,13 @@ def _column_of(name):
 
 @triton.jit
 def _constant(c, NAME: tl.constexpr, T: tl.constexpr):
-    """One of a row of constants, in the type of the arithmetic."""
+    """One constant of a row, in the type of the arithmetic."""
     return tl.load(c + _column_of(NAME)).to(T)
 
 
 @triton.jit
 def _widen(raw, dtype: tl.constexpr):
-    """Bits of a weight to what is computed with."""
+    """Bits of a weight as a number of the type of the arithmetic."""
     if dtype == tl.bfloat16:
         values = (raw.to(tl.int32) << 16).to(tl.float32, bitcast=True)
     elif dtype == tl.float16:
@@ -74,7 +74,7 @@ def _widen(raw, dtype: tl.constexpr):
 
 @triton.jit
 def _narrow(values, dtype: tl.constexpr):
-    """The way back, rounded to nearest even; of NaN the bits that the CPU's conversions give."""
+    """Back to the bits of a weight, rounded to nearest even; NaN gets the bits that the CPU's conversions give."""
     if dtype == tl.bfloat16:
         wide = values.to(tl.int32, bitcast=True)
         rounded = (wide + 0x7FFF + ((wide >> 16) & 1)) >> 16
@@ -103,13 +103,13 @@ def _quotient(a, b):
 
 @triton.jit
 def _lerp(start, end, weight):
-    """torch's: from the nearer end, so that weight 1 gives ``end`` exactly."""
+    """Interpolate as torch does, from the nearer end, so that weight 1 gives ``end`` exactly."""
     from_start = weight < 0.5
     return tl.fma(end - start, tl.where(from_start, weight, weight - 1.0), tl.where(from_start, start, end))
 
 
-# The rules of csrc/optim/rules.h in the same order, fused where they fuse; compiled without contraction. What depends
-# on a constant is selected: branches in between would keep layouts from being simplified.
+# The rules of csrc/optim/rules.h, with the same order of operations and the same fused ones; compiled without further
+# fusion. Constants select values instead of branches, which would keep layouts from being simplified.
 
 
 @triton.jit
@@ -138,7 +138,7 @@ def _adam(w, g, average, squares, maximum, c, STATES: tl.constexpr, T: tl.conste
     squares = tl.fma(_constant(c, "one_minus_beta2", T) * g, g, squares * _constant(c, "beta2", T))
     second = squares
     if STATES > 2:
-        maximum = tl.where((maximum > squares) | (maximum != maximum), maximum, squares)  # hands a NaN on
+        maximum = tl.where((maximum > squares) | (maximum != maximum), maximum, squares)  # passes NaN on
         second = maximum
     root = _quotient(_square_root(second), _constant(c, "bias_correction2_sqrt", T))
     step = _quotient(-_constant(c, "step_size", T) * average, root + _constant(c, "eps", T))
@@ -147,7 +147,7 @@ def _adam(w, g, average, squares, maximum, c, STATES: tl.constexpr, T: tl.conste
 
 @triton.jit
 def _step(w, g, s0, s1, s2, c, RULE: tl.constexpr, STATES: tl.constexpr, T: tl.constexpr):
-    """Take one step by a rule; it returns weights and state."""
+    """Take one step by a rule; return weights and state."""
     if RULE == "sgd":
         w, s0 = _sgd(w, g, s0, c, STATES, T)
     elif RULE == "adam":
@@ -216,10 +216,10 @@ def update(
     RULE: tl.constexpr, STATES: tl.constexpr, COMPACT: tl.constexpr, HAS_MASTER: tl.constexpr,
     dtype: tl.constexpr, BITS: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """The masked step; of rows of eight weights that are all pruned only the mask is read.
+    """The masked step. For eight weights in a row that are all pruned, only the mask is read.
 
     ``steps`` has the gradients of all rows and then the constants of all rows. Compact state holds the values of the
-    kept weights, ``CHUNK_OFFSETS`` how many come before each chunk.
+    kept weights, and ``CHUNK_OFFSETS`` how many of them come before each chunk.
     """
     chunk = tl.program_id(0).to(tl.int64)
     row, begin = row_of(table, owners, chunk, BLOCK)
@@ -231,7 +231,7 @@ def update(
         elif COMPACT:
             _update(row, begin, grads, c, RULE, STATES, COMPACT, HAS_MASTER, dtype, BITS, T, BLOCK, ALIGNED, False)
         else:
-            # In pieces: loads weight by weight take more registers than others, and every program has to have them.
+            # In pieces, because loads weight by weight take more registers, which every program then has to have.
             PIECE: tl.constexpr = BLOCK // 4
             for at in range(begin, tl.load(row + N), PIECE):
                 _update(row, at, grads, c, RULE, STATES, COMPACT, HAS_MASTER, dtype, BITS, T, PIECE, ALIGNED, False)
@@ -261,7 +261,7 @@ def _layout(mask, offsets, index, begin, n, BLOCK: tl.constexpr):
 
 @triton.jit
 def move_state(table, owners, BITS: tl.constexpr, BLOCK: tl.constexpr):
-    """State on its way from layout to layout."""
+    """Move state from one layout to another."""
     row, begin = row_of(table, owners, tl.program_id(0).to(tl.int64), BLOCK)
     n = tl.load(row + N)
     index = places(begin, BLOCK)
@@ -286,7 +286,7 @@ def _squares(row, begin, dtype: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.cons
 def sum_squares(
     table, owners, sums, dtype: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr
 ):  # fmt: skip
-    """Of the kept gradients of each chunk."""
+    """Sum the squares of the kept gradients of each chunk."""
     row, begin = row_of(table, owners, tl.program_id(0).to(tl.int64), BLOCK)
     if begin + BLOCK <= tl.load(row + N):
         total = _squares(row, begin, dtype, BITS, BLOCK, ALIGNED, True)
