@@ -22,13 +22,13 @@ from gmp_kernels.search.sample import estimate
 
 __all__ = ["Decision", "check_finite", "decide"]
 
-# What is read for a first guess: so many blocks, evenly spread, each of a few pages.
+# Sample for a first estimate: so many blocks, evenly spread, each of a few pages.
 SAMPLE_BLOCKS = 64
 SAMPLE_BLOCK_BYTES = 1 << 14
 
 
 class Decision(NamedTuple):
-    """Cut of one tensor: pruned are keys below ``key``, and of the ``num_ties`` equal to it all but the first few.
+    """Cut of one tensor: keys below ``key`` are pruned, and all but the first ``num_ties_kept`` of ``num_ties`` at it.
 
     ``threshold`` is that of all tensors that were ranked together.
     """
@@ -68,10 +68,10 @@ def decide(
     stream : Stream
     num_prune : int
     mine : container of Path
-        The files that this rank reads; each file is one rank's.
+        The files that this rank reads; each file is read by one rank.
     ranks : Communicator
     progress : callable
-        Told the bytes read, the first time they are.
+        Called with the number of bytes read, but not for second reads.
 
     Raises
     ------
@@ -100,7 +100,7 @@ def decide(
                         total[row] += part[0]
                     if places is not None:
                         progress(weights.nbytes)
-            # Kept between rounds, so that nearly always files are read once.
+            # Candidates are kept between rounds, so that files are nearly always read once.
             if places is not None and used <= len(candidates):
                 places[row] = candidates[first:used]
         return counted
@@ -123,7 +123,7 @@ def _placement(numel: int, is_mine: bool) -> Placement:
 
 
 def _estimate(tensors: Sequence[TensorInfo], num_prune: int, dtype: torch.dtype) -> Brackets:
-    """Bracket the threshold by a sample of the whole group, on every rank the same."""
+    """Bracket the threshold by a sample of the whole group, the same on every rank."""
     ends = list(accumulate(tensor.nbytes for tensor in tensors))
     itemsize = dtype.itemsize
     sample = torch.empty(SAMPLE_BLOCKS * SAMPLE_BLOCK_BYTES, dtype=torch.uint8, device="cpu")

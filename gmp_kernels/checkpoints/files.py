@@ -1,7 +1,7 @@
 """Safetensors checkpoints on disk: the place of every tensor in their files, and checks that the files agree.
 
-The safetensors library checks each header against its file: bounds, overlaps, holes, shapes, dtypes. It does not tell
-where a tensor lies, so the offsets are read from the same header once it has passed.
+The safetensors library checks each header against its file: bounds, overlaps, holes, shapes, dtypes. It does not return
+the place of a tensor, so the offsets are read from the same header once it has passed.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ __all__ = ["DTYPES", "LENGTH_BYTES", "Checkpoint", "FileShard", "TensorInfo", "o
 
 # The dtypes whose magnitudes have an order here, by their names in the format.
 DTYPES = {row.stored: dtype for dtype, row in dtypes.DTYPES.items()}
-LENGTH_BYTES = 8  # of the header's length, in front of it
+LENGTH_BYTES = 8  # that hold the length of the header, in front of it
 
 
 class TensorInfo(NamedTuple):
-    """Tensor of the file ``path``, whose ``nbytes`` bytes begin at byte ``begin`` of the file."""
+    """Tensor of the file ``path``; its ``nbytes`` bytes begin at byte ``begin`` of the file."""
 
     path: Path
     name: str
@@ -45,7 +45,7 @@ class TensorInfo(NamedTuple):
 
     @property
     def span(self) -> range:
-        """Bytes of the file that it takes."""
+        """Bytes of the file that the tensor takes."""
         return range(self.begin, self.begin + self.nbytes)
 
 
@@ -59,10 +59,10 @@ class FileShard:
     name : str
         Relative to the checkpoint's folder.
     tensors : tuple of TensorInfo
-        In the order of their bytes, without holes between them.
+        Tensors in the order of their bytes, without holes between them.
     metadata : dict of str to str or None
     data_begin : int
-        Bytes of the header, its length included.
+        Bytes of the header, including its length.
     identity : dict
         Size, time of the last change and hash of the header. While these stay, the file counts as unchanged.
     """
@@ -82,7 +82,7 @@ class FileShard:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Safetensors file, or a folder of them with all that lies beside them.
+    """Safetensors file, or a folder of such files with the other files in it.
 
     Attributes
     ----------
@@ -95,7 +95,7 @@ class Checkpoint:
     index : str or None
         The one among ``others`` that maps tensors to shards.
     left_out : dict of str to str
-        {path relative to the folder: kind of file} of those that do not belong to the model.
+        {path relative to the folder: kind of file} of the files that do not belong to the model.
     tied : tuple of str
         Names in the index of tensors that are stored under another name.
     """
@@ -118,7 +118,7 @@ class Checkpoint:
         return sum(shard.num_bytes for shard in self.shards)
 
     def identity(self) -> dict[str, Any]:
-        """Return facts of all files that stay while none of them changes."""
+        """Return facts of all files that stay the same as long as no file changes."""
         others = {name: _size_and_time(path) for name, path in self.others.items()}
         return {"shards": {shard.name: shard.identity for shard in self.shards}, "others": others}
 
@@ -139,10 +139,10 @@ def open_checkpoint(path: Path, *, copy_others: bool = False) -> Checkpoint:
     Parameters
     ----------
     path : Path
-        A ``.safetensors`` file, or a folder that holds some: those its ``*.safetensors.index.json`` names, or those at
-        its top level that make up one model.
+        A ``.safetensors`` file, or a folder of them. From a folder come the files that its ``*.safetensors.index.json``
+        names or, without an index, those at its top level that make up one model.
     copy_others : bool
-        Whatever else lies in the folder belongs to the checkpoint too, ``left_out`` is empty.
+        All other files in the folder belong to the checkpoint too, and ``left_out`` is empty.
 
     Raises
     ------

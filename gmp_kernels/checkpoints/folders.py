@@ -1,8 +1,8 @@
 """Contents of a checkpoint's folder: the files of the model, those that belong to it, and those that do not.
 
-A pruned model must not come with the dense one beside it, in another format or under another name, nor with the state
-of an optimizer or masks that do not fit it any more. So files that may hold weights and are not the model are left out,
-told by their names.
+A pruned model must not come with a dense copy of it in another format or under another name, nor with optimizer state
+or masks that do not fit it any more. So files that, by their names, may hold weights but are not the model are left
+out.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SUFFIX = ".safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
 PIPELINE = "model_index.json"
 MOST_LISTED = 4  # names in an error
-MAIN = ("model", "diffusion_pytorch_model")  # as the libraries call the model that they load
+MAIN = ("model", "diffusion_pytorch_model")  # names that the libraries give the model that they load
 NUMBERED = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<total>\d{5})\.safetensors")
 
 FORMATS = (
@@ -43,7 +43,7 @@ KINDS = {
     }.items()
 }
 SIDECARS = KINDS.keys() - {"other weights"}
-# Names of tensors that are often another one: of such a pair only one is stored; some indices name both.
+# Names of tensors that are often tied to another one. Only one of such a pair is stored, but some indices name both.
 TIED = re.compile(
     r"(.*\.)?(lm_head|embed_out|embed_tokens|word_embeddings|output_embeddings|wte|shared|decoder)\.(weight|bias)"
 )
@@ -55,16 +55,16 @@ def look_into(root: Path, *, everything: bool) -> tuple[dict[str, Path], dict[st
     Returns
     -------
     shards, others : dict of str to Path
-        The model, and what belongs to it, by their paths relative to the folder.
+        The files of the model, and those that belong to it, by their paths relative to the folder.
     index : str or None
         The one among ``others`` that maps tensors to shards.
     left_out : dict of str to str
-        {file, or hidden folder: what it is} of everything else.
+        {file, or hidden folder: kind} of everything else.
 
     Raises
     ------
     CheckpointError
-        There is no model, or more than one; a file is missing, is none, or cannot be reached.
+        There is no model, or more than one; a file is missing, is not a regular file, or cannot be reached.
     """
     files = _walk(root)
     top = [name for name in files if "/" not in name]
@@ -120,14 +120,14 @@ def unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _walk(root: Path) -> dict[str, Path]:
-    """Return {relative path: file} of all files below ``root``, following symbolic links."""
+    """Return {relative path: file} of all files below ``root``; follow symbolic links."""
 
     def fail(error: OSError) -> None:
         raise CheckpointError(f"{error.filename}: cannot be read: {error.strerror}") from None
 
     files, seen = {}, set()
     for folder, folders, names in os.walk(root, followlinks=True, onerror=fail):
-        # A link to a folder above would never end.
+        # A link to a folder above would be followed for ever.
         seen.add(os.path.realpath(folder))
         folders[:] = sorted(name for name in folders if os.path.realpath(Path(folder, name)) not in seen)
         for name in sorted(names):
@@ -137,7 +137,7 @@ def _walk(root: Path) -> dict[str, Path]:
 
 
 def _kind_of(name: str, chosen: Iterable[str]) -> str | None:
-    """Return the one of ``KINDS`` that a file is; None if it belongs to the model."""
+    """Return the kind of a file, one of ``KINDS``; None if it belongs to the model."""
     kind = next((kind for kind, pattern in KINDS.items() if pattern.fullmatch(name.lower())), None)
     # The config of an adapter belongs to it.
     return None if kind == "adapters" and any(_kind_of(other, ()) == kind for other in chosen) else kind
@@ -173,7 +173,7 @@ def _choose_shards(root: Path, top: Iterable[str]) -> list[str]:
             sets[match["stem"], int(match["total"])].append(name)
     if sets:
         return _whole_set(root, sets)
-    # The same in another precision, such as weights.fp16.safetensors, or in the layout of another library.
+    # Copies of the model in another precision, such as weights.fp16.safetensors, or in the layout of another library.
     variants = {
         name for name in found for short in [f"{name.split('.')[0]}{SUFFIX}"] if short != name and short in found
     }

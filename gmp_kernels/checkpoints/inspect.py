@@ -22,7 +22,7 @@ from gmp_kernels.masks import BitMask
 __all__ = ["BINS_PER_OCTAVE", "TensorStatistics", "inspect_checkpoint", "total_of"]
 
 PIECE_BYTES = 1 << 22  # so that a piece and its keys stay in the caches
-NUM_BUFFERS = 2  # one to count in, one to read into
+NUM_BUFFERS = 2  # one is counted while the other is read into
 BINS_PER_OCTAVE = 4
 
 # Float8 is counted in float32, which holds all its values.
@@ -45,21 +45,21 @@ class TensorStatistics:
     name, dtype : str
         As in the file.
     kind : {"weight", "mask", "other"}
-        A mask belongs to a weight: bits as ``gmp-kernels prune --masks`` writes them, or one that
-        ``torch.nn.utils.prune`` keeps beside the original. Others are counters, quantized, or anything else of a dtype
-        that is no floating-point one.
+        A mask belongs to a weight: packed bits that ``gmp-kernels prune --masks`` writes, or a mask that
+        ``torch.nn.utils.prune`` keeps beside the original. "other" is every other tensor whose dtype is not a
+        floating-point one, such as counters and quantized weights.
     shape : tuple of int
-        Of packed bits that of the weight, one bit being one element.
+        For packed bits the shape of the weight, with one bit as one element.
     numel : int
     num_zeros : int or None
-        -0 included; None for a dtype whose values are not looked at (complex, below 8 bits).
+        Includes -0. None for a dtype whose values are not read (complex, below 8 bits).
     num_nan, num_inf : int or None
         None unless the dtype is a floating-point one.
     largest, smallest : float or None
         Largest finite magnitude, and smallest that is not zero; None if there is none.
     histogram : dict of int to int
-        If asked for: {b: how many magnitudes lie in [2^(b/4), 2^((b+1)/4))}, finite ones that are not zero, the bounds
-        within an octave being those of the first two bits of the mantissa.
+        If requested: {b: number of finite, nonzero magnitudes in [2^(b/4), 2^((b+1)/4))}. Within an octave, the bounds
+        are those of the first two bits of the mantissa.
     """
 
     name: str
@@ -76,7 +76,7 @@ class TensorStatistics:
 
     @property
     def sparsity(self) -> float | None:
-        """Fraction of zeros; None where they are not counted, or where there is nothing."""
+        """Fraction of zeros; None if they are not counted or the tensor is empty."""
         return None if self.num_zeros is None or not self.numel else self.num_zeros / self.numel
 
     def to_dict(self) -> dict[str, Any]:
@@ -98,13 +98,13 @@ def inspect_checkpoint(
     Parameters
     ----------
     checkpoint : Path or Checkpoint
-        A path, or what ``open_checkpoint`` has made of it.
+        A path, or the result of ``open_checkpoint`` for it.
     only : sequence of str, optional
         Names, globs or ``re:`` patterns of tensors or modules. Default: all tensors.
     histogram : bool
-        Also count magnitudes by size, which takes longer than all else.
+        Also count magnitudes by size, which takes longer than everything else.
     progress : callable
-        Called with the bytes read, and all there are.
+        Called with the number of bytes read and their total.
 
     Raises
     ------
@@ -142,7 +142,7 @@ def inspect_checkpoint(
 
 
 def total_of(found: Sequence[TensorStatistics]) -> TensorStatistics:
-    """Return the statistics of all weights as of a single one; masks and counters are none."""
+    """Return the statistics of all weights as if they were one; masks and other tensors are not weights."""
     weights = [t for t in found if t.kind == "weight" and t.num_zeros is not None]
     magnitudes = [m for t in weights for m in (t.smallest, t.largest) if m is not None]
     numel = sum(t.numel for t in weights)
@@ -157,7 +157,7 @@ def total_of(found: Sequence[TensorStatistics]) -> TensorStatistics:
 
 
 def _packed_masks(shard: FileShard) -> dict[str, tuple[int, ...]]:
-    """Return {name of a packed mask: shape of its weight} as the metadata of a file has it."""
+    """Return {name of a packed mask: shape of its weight} from the metadata of a file."""
     try:
         shapes = shapes_in(shard.metadata)
     except (KeyError, TypeError, ValueError, RecursionError):
@@ -215,7 +215,7 @@ def _add(total: TensorStatistics, piece: torch.Tensor, *, histogram: bool) -> No
     total.largest = largest if total.largest is None else max(total.largest, largest)
     if histogram:
         bits = keys[keys > 0]
-        # The exponent and the first bits of the mantissa: four bins an octave, from that of 1 on.
+        # The exponent and the first bits of the mantissa give four bins per octave; bin 0 begins at 1.
         one, two = key_of(1.0, dtype), key_of(2.0, dtype)
         shift = ((two - one) // BINS_PER_OCTAVE).bit_length() - 1
         counts = torch.bincount(bits >> shift)

@@ -20,13 +20,13 @@ MASK_SUFFIX = ".mask"
 
 
 def mask_metadata(shapes: Mapping[str, Sequence[int]]) -> dict[str, str]:
-    """Describe masks stored as uint8 tensors ``<name>.mask`` beside or apart from the weights of these shapes."""
+    """Describe masks of weights of these shapes, stored as uint8 tensors ``<name>.mask``."""
     description = {
         "suffix": MASK_SUFFIX,
         "packing": "1 bit per weight, little bit order, 1 = kept",
         "shapes": {name: list(shape) for name, shape in shapes.items()},
     }
-    # A single entry, as the safetensors library writes several in an order that changes from run to run.
+    # A single entry, because the safetensors library writes several in an order that changes from run to run.
     return {"masks": json.dumps(description)}
 
 
@@ -36,7 +36,7 @@ def shapes_in(metadata: Mapping[str, str] | None) -> dict[str, Any]:
     Raises
     ------
     ValueError, KeyError, TypeError, RecursionError
-        It did not write this metadata.
+        ``mask_metadata`` did not write this metadata.
     """
     shapes = json.loads((metadata or {})["masks"])["shapes"]
     if not isinstance(shapes, dict):
@@ -45,7 +45,7 @@ def shapes_in(metadata: Mapping[str, str] | None) -> dict[str, Any]:
 
 
 def is_file_of_masks(path: Path) -> bool:
-    """Whether a file holds such masks and nothing else, by its header."""
+    """Whether a file, by its header, holds such masks and nothing else."""
     try:
         with safe_open(path, "numpy") as stored:
             return {f"{name}{MASK_SUFFIX}" for name in shapes_in(stored.metadata())} == set(stored.keys())

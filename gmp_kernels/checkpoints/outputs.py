@@ -1,6 +1,6 @@
 """The place of an output: checks of it, permissions like those of the input, and renames that replace nothing else.
 
-A private checkpoint stays private. A name is given in one step where the file system has one.
+A private checkpoint stays private. Renaming is a single step where the file system supports that.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def check_named(target: Path) -> None:
 
 
 def check_target(target: Path, inputs: Sequence[Path], *, root: Path, force: bool) -> None:
-    """Refuse an output that is there, or that would lie in or above the input.
+    """Refuse an output that exists already, or that would lie in or above the input.
 
     Raises
     ------
@@ -57,8 +57,8 @@ def check_target(target: Path, inputs: Sequence[Path], *, root: Path, force: boo
 def keep_permissions(descriptor: int, origin: os.stat_result, *, least: int = 0) -> None:
     """Give an open file or folder the permissions and, where that is allowed, the group of its ``origin``.
 
-    Where the group cannot be given, the new group may do only what everybody may. ``least`` is granted in any case. A
-    file system without permissions keeps its own.
+    If the group cannot be given, the group that the file has gets only the permissions of everybody. ``least`` is
+    granted in any case. On a file system without permissions, nothing changes.
     """
     mode = origin.st_mode & 0o777
     if os.fstat(descriptor).st_gid != origin.st_gid:
@@ -85,7 +85,7 @@ def keep_folder_permissions(folder: Path, root: Path) -> None:
 
 
 def rename_new(source: Path, target: Path) -> None:
-    """Move a file or folder to a name that is free; raise FileExistsError if it is taken, even at the last moment."""
+    """Move a file or folder to a free name; raise FileExistsError if the name is taken, even at the last moment."""
     if _rename(source, target, RENAME_NOREPLACE):
         return
     if source.is_dir():
@@ -98,11 +98,11 @@ def rename_new(source: Path, target: Path) -> None:
 
 
 def rename_over(source: Path, target: Path) -> None:
-    """Move a file or folder over one of the same kind, which is gone afterwards or lies where the new one was."""
+    """Move a file or folder over one of the same kind, which is then gone or has the old name of the new one."""
     if not source.is_dir():
         source.replace(target)
     elif not _rename(source, target, RENAME_EXCHANGE):
-        # The file system has no single step. Stopped between these two, the old output is found under this name.
+        # The file system has no single step. If a run is stopped between the two renames, the old output has this name.
         old = target.with_name(f".{target.name}.replaced")
         if os.path.lexists(old):
             raise FileExistsError(errno.EEXIST, f"{old.name} beside it is in the way")
@@ -143,7 +143,7 @@ def _is_safetensors(path: Path) -> bool:
 
 
 def _rename(source: Path, target: Path, flags: int) -> bool:
-    """Rename with flags of Linux; return False if the file system does not know them."""
+    """Rename with flags of Linux; return False if the file system does not support them."""
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.renameat2(AT_FDCWD, os.fsencode(source), AT_FDCWD, os.fsencode(target), flags) == 0:
         return True

@@ -1,4 +1,4 @@
-"""Prune a checkpoint on its way from disk to disk, in memory that does not depend on its size."""
+"""Pruning of a checkpoint from disk to disk, in memory that does not depend on its size."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class PruneReport:
     layers : tuple of LayerReport
         One per pruned tensor, in the order of the checkpoint.
     num_bytes : int
-        Of the input's shards.
+        Size of the input's shards.
     seconds : float
         Wall time of this run.
     """
@@ -57,7 +57,7 @@ class PruneReport:
 
     @property
     def sparsity(self) -> float:
-        """Fraction of pruned weights, of those of ``layers``."""
+        """Fraction of pruned weights over all ``layers``."""
         return sum(layer.num_pruned for layer in self.layers) / sum(layer.num_weights for layer in self.layers)
 
 
@@ -73,8 +73,8 @@ class PruneJob:
     sparsity : float
         Fraction of each target (scope "layer") or of all of them together ("global") to prune, in [0, 1].
     scope : {"layer", "global"}
-        In global scope all targets have one dtype; of those that tie the ones of lowest flat index stay, which runs
-        through the shards in the order of their names and through each in the order of its bytes.
+        In global scope all targets must have one dtype. Ties keep the lowest flat index, which runs through the shards
+        in the order of their names, and through each shard in the order of its bytes.
     targets, ignore : sequence of str, optional
         See ``TensorIndex``. Default: ``DEFAULT_RULE``.
     dtype : torch.dtype, optional
@@ -84,26 +84,26 @@ class PruneJob:
         Also write the packed masks: ``<target>.masks.safetensors`` beside a file (without the file's own suffix),
         ``masks/<shard>`` in a folder.
     force : bool
-        An output that is there is replaced, once the new one is whole. Masks beside a file go with it.
+        Replace an existing output, once the new one is complete. Masks beside a replaced file are removed with it.
     copy_others : bool
-        What lies in the folder and is not of the model is copied as it is: weights in other formats, adapters, states
-        of optimizers. Default: it is left out.
+        Also copy files in the folder that do not belong to the model, unchanged: weights in other formats, adapters,
+        states of optimizers. Default: they are left out.
 
     Attributes
     ----------
     checkpoint : Checkpoint
-        Its ``left_out`` tells what is not copied, and why.
+        Its ``left_out`` lists the files that are not copied, and why.
     tensors : list of TensorInfo
         The targets.
     coverage : Coverage
-        Of the checkpoint by its targets.
+        Coverage of the checkpoint by its targets.
 
     Raises
     ------
     CheckpointError
         The input is corrupt or contradicts itself.
     OutputError
-        The output is there, or lies where it must not, or what lies beside it where it would grow is not ours.
+        The output exists already or lies where it must not, or the folder beside it, where it would grow, is not ours.
     SparsityError, TargetError, DTypeError, ShapeError
     """
 
@@ -134,7 +134,7 @@ class PruneJob:
                 "use scope='layer', or leave the others out"
             )
         self._target = target
-        # Where the masks of an output that is a file go.
+        # The place of the masks, if the output is a file.
         self._beside = target.with_name(f"{target.stem}.{MASKS}.safetensors")
         self._scope = scope
         self._dtype = dtype
@@ -149,7 +149,7 @@ class PruneJob:
             staging.join()
 
     def num_prune(self) -> list[int]:
-        """Return how many weights go: one count per target in layer scope, one for all in global scope."""
+        """Return how many weights to prune: one count per target in layer scope, one for all in global scope."""
         sizes = [tensor.numel for tensor in self.tensors]
         return [round(self._sparsity * n) for n in (sizes if self._scope == "layer" else [sum(sizes)])]
 
@@ -158,7 +158,7 @@ class PruneJob:
         return Staging(self._target).is_begun()
 
     def kept_beside(self) -> Path | None:
-        """Return a file in the place of the output's masks, if this run writes none; after the run, one it has kept."""
+        """Return the file in the place of the output's masks, if this run writes none; after it, one it has kept."""
         has_own = self._masks or not self.checkpoint.root.is_file()
         return None if has_own or not os.path.lexists(self._beside) else self._beside
 
@@ -178,14 +178,14 @@ class PruneJob:
         resume : bool
             Go on after the last shard that an interrupted run with the same input and settings has finished.
         max_memory : int
-            Bytes for weights, candidates and masks at a time, beside what Python and torch take themselves.
+            Bytes for weights, candidates and masks at a time, in addition to the memory of Python and torch themselves.
         progress : callable
-            Called with the bytes done by this process, and all it has to do.
+            Called with the number of bytes done by this process and its total.
 
         Raises
         ------
         CheckpointError
-            The input cannot be read, or changed meanwhile.
+            The input cannot be read, or has changed during the run.
         OutputError
             The output cannot be written.
         NonFiniteError
@@ -193,18 +193,18 @@ class PruneJob:
         StateError
             The run to resume had another input or other settings.
         DTypeError
-            A value of the checkpoint is beyond the range of the dtype asked for.
+            A value of the checkpoint is beyond the range of the requested dtype.
 
         Notes
         -----
-        Tensors of up to 0.47 of ``max_memory`` are read once, of less with ``dtype``; larger ones, and in global
-        scope all, twice. Shards and the output have reached the disk before they are called finished.
+        Tensors of up to 0.47 of ``max_memory`` (less with ``dtype``) are read once. Larger ones, and in global scope
+        all, are read twice. Shards and the output have reached the disk before they count as finished.
         """
         start = time.perf_counter()
         self._check_targets(resume=resume)
         if max_memory <= 0:
             raise DeviceError(f"prune: expected memory to work in, got max_memory={max_memory}; give some MB")
-        # No more than this checkpoint has a use for.
+        # Take no more than this checkpoint can use.
         max_memory = min(max_memory, LEAST_MEMORY + 4 * self.checkpoint.num_bytes)
         with (
             of_torchrun("prune", "a process has died; run again with --resume") as ranks,
@@ -213,7 +213,7 @@ class PruneJob:
         ):
             ranks.together(lambda: staging.begin(self._settings(), resume=resume) if ranks.rank == 0 else None)
             ranks.together(staging.join)
-            # All look before any can finish another shard: they must divide the same ones.
+            # All ranks look before any can finish another shard, because they must divide the same ones.
             owned = _divide(self.checkpoint.shards, ranks, ranks.together(staging.finished))
             with _stream(max_memory, self._dtype, self._scope) as stream:
                 advance = self._advance(stream.num_bytes, owned, staging, progress)
@@ -225,16 +225,16 @@ class PruneJob:
         return PruneReport(layers, self.checkpoint.num_bytes, time.perf_counter() - start)
 
     def _renames(self) -> dict[str, Path]:
-        """Return {path in the staging folder: the name it gets}, in the order in which they get them."""
+        """Return {path in the staging folder: final path}, in the order of the renames."""
         if self.checkpoint.root.is_dir():
             return {"files": self._target}
         name = self.checkpoint.root.name
         masks = {f"files/{MASKS}/{name}": self._beside}
-        # The masks come first, so that an output that is there has its masks.
+        # The masks come first, so that an output never exists without its masks.
         return (masks if self._masks else {}) | {f"files/{name}": self._target}
 
     def _check_targets(self, *, resume: bool) -> None:
-        """Refuse outputs that are there, unless the run to resume has put them there itself."""
+        """Refuse existing outputs, unless the run to resume has put them there itself."""
         staging = Staging(self._target)
         inputs = [shard.path for shard in self.checkpoint.shards] + list(self.checkpoint.others.values())
         for path in self._renames().values():
@@ -257,7 +257,7 @@ class PruneJob:
         self, held_bytes: float, owned: Mapping[int, FileShard], staging: Staging, progress: Callable[[int, int], None]
     ) -> Callable[[int], None]:
         """Return a function that adds bytes to those done and tells ``progress``."""
-        # Tensors that are not held as a whole are counted first.
+        # Tensors that are not held as a whole are read once more, to be counted.
         held_bytes = held_bytes if self._scope == "layer" else 0 if staging.noted("decisions") is None else math.inf
         mine = {shard.path for shard in owned.values()}
         counted = sum(tensor.nbytes for tensor in self.tensors if tensor.path in mine and tensor.nbytes > held_bytes)
@@ -278,7 +278,7 @@ class PruneJob:
         ranks: Communicator,
         progress: Callable[[int], None],
     ) -> dict[str, int | Decision]:
-        """Return {name: how many weights go, or in global scope which}, counted or as noted by the run resumed."""
+        """Return {name: how many weights to prune or, in global scope, which}, counted or noted by the resumed run."""
         pruned: Sequence[int | Decision]
         if self._scope == "layer":
             pruned = self.num_prune()
@@ -301,7 +301,7 @@ class PruneJob:
         ranks: Communicator,
         progress: Callable[[int], None],
     ) -> None:
-        """Write this rank's shards, and on the first rank what else belongs to the output."""
+        """Write this rank's shards and, on the first rank, the other files of the output."""
         if staging.noted(PLACED) is not None:
             return  # a run that was stopped at its end
         with output_errors(self._target):
@@ -311,19 +311,19 @@ class PruneJob:
                 reports = write_shard(shard, targets, stream, path, masks, self._dtype, progress)
                 staging.finish(i, [asdict(report) for report in reports])
             if ranks.rank == 0:
-                # Masks of an earlier run do not replace our own.
+                # Masks in the input, from an earlier run, do not replace our own.
                 own_masks = {f"{MASKS}/{shard.name}" for shard in self.checkpoint.shards} if self._masks else set()
                 copy_others(self.checkpoint, stream, staging.files, self._dtype, apart_from=own_masks)
 
     def _conclude(self, staging: Staging) -> None:
         self.checkpoint.check_unchanged()
         if self._force:
-            # It replaces checkpoints only, and another file may have taken the name meanwhile.
+            # Only checkpoints are replaced, and another file may have taken the name during the run.
             self._check_targets(resume=True)
         if self.checkpoint.root.is_dir():
             with output_errors(self._target):
                 keep_folder_permissions(staging.files, self.checkpoint.root)
-        # The masks of an earlier output of that name fit the new one no more.
+        # Masks of an earlier output of that name do not fit the new one.
         old = self.kept_beside() if self._force else None
         if old is not None and (not is_file_of_masks(old) or old.samefile(self.checkpoint.root)):
             old = None
@@ -331,7 +331,7 @@ class PruneJob:
 
 
 def _stream(max_memory: int, dtype: torch.dtype | None, scope: Scope) -> Stream:
-    """Take the memory of a run: buffers, and room for candidates."""
+    """Allocate the memory of a run: buffers, and room for candidates."""
     try:
         return Stream(*_buffers(max_memory, dtype, scope), max_memory // 2 // PIECE_UNIT * PIECE_UNIT)
     except (RuntimeError, MemoryError) as error:
@@ -340,10 +340,10 @@ def _stream(max_memory: int, dtype: torch.dtype | None, scope: Scope) -> Stream:
 
 def _buffers(max_memory: int, dtype: torch.dtype | None, scope: Scope) -> tuple[int, int]:
     """Return the bytes of a piece and the number of buffers."""
-    # A piece stays in the caches from reading to writing.
+    # A piece is small enough to stay in the caches from reading to writing.
     piece_bytes = max(PIECE_UNIT, min(LARGEST_PIECE, max_memory // 32) // PIECE_UNIT * PIECE_UNIT)
-    # Half of the memory is for candidates, the other half for pieces, each with its mask and converted copy. A piece
-    # holds the most weights where they take two bytes each.
+    # Half of the memory is for candidates, the other half for pieces, each with its mask and converted copy. The worst
+    # case is weights of two bytes, of which a piece holds the most.
     bits_per_weight = 16 + 1 + (0 if dtype is None else 8 * dtype.itemsize)
     num_buffers = max(2, max_memory // 2 * 16 // bits_per_weight // piece_bytes)
     # Global scope holds no tensor as a whole, and the contents of few buffers stay in the caches.
@@ -354,7 +354,7 @@ def _buffers(max_memory: int, dtype: torch.dtype | None, scope: Scope) -> tuple[
 def _cores_to_spare() -> Iterator[None]:
     """Leave one core to the thread that writes and one to the system's writing to the disk.
 
-    A thread of a kernel that has nothing to do spins until the next call, which would take that core from them.
+    An idle kernel thread spins until the next call, and would take that core from them.
     """
     num_threads = torch.get_num_threads()
     torch.set_num_threads(max(1, num_threads - 2))
@@ -365,7 +365,7 @@ def _cores_to_spare() -> Iterator[None]:
 
 
 def _divide(shards: Sequence[FileShard], ranks: Communicator, finished: Container[int]) -> dict[int, FileShard]:
-    """Return {position: shard} of what is left to this rank: the largest first, each to the rank with the least."""
+    """Return {position: shard} that this rank has to do: each shard, from the largest on, goes to the least loaded."""
     loads = [0] * ranks.size
     owned = {}
     for i in sorted(range(len(shards)), key=lambda i: -shards[i].num_bytes):

@@ -1,18 +1,18 @@
-"""The folder where a new checkpoint grows before it gets its name, so that its name never stands for half of one.
+"""The folder where a new checkpoint grows before it gets its name, so that the name never stands for half of one.
 
-Beside the output ``NAME`` there is, for as long as a run is not over, a folder ``.NAME.partial``, for its owner alone:
+As long as a run is not over, there is a folder ``.NAME.partial`` beside the output ``NAME``, for its owner alone:
 
-- ``gmp_kernels.lock``: held by the run; made first, so that it marks the folder as ours,
+- ``gmp_kernels.lock``: held by the run; made first, to mark the folder as ours,
 - ``files/``: the output as it grows,
 - ``run.json``: the settings of the run and the identity of its input,
 - ``decisions.json``: the cutoff of each tensor in global scope, once it is counted,
-- ``finished/``: a report on each shard that is complete, and on the disk, in ``files/``,
+- ``finished/``: a report on each shard in ``files/`` that is complete and on the disk,
 - ``placed.json``: the files that the run was about to give their names,
-- ``replaced``: masks of an output that is being replaced by one without.
+- ``replaced``: masks of an output that is being replaced by one without masks.
 
-The last act of a run is a rename. Whatever stops it before leaves the name as it was, and the folder to go on from. A
-folder of that name without the lock, or with anything else in it, is somebody else's: it is refused, never emptied.
-Once it is known for ours it is reached by a descriptor, so that nobody can put another in its place.
+The last act of a run is a rename. If the run is stopped before, the name is as it was, and the folder is there to
+resume from. A folder of that name without the lock, or with anything else in it, is not ours: it is refused, and never
+emptied. A folder that has passed this check is reached by its descriptor, so that nobody can replace it by another.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ LOCK = "gmp_kernels.lock"
 RUN = "run.json"
 PLACED = "placed"
 OWN = re.compile(r"gmp_kernels\.lock|files|finished|(run|decisions|placed)\.json(\.new)?|replaced|owner\..*")
-# Errors that another run with the same input and settings would end in again.
+# Errors that would come again in another run with the same input and settings.
 HOPELESS = (DTypeError, NonFiniteError)
 
 
 @contextlib.contextmanager
 def output_errors(target: Path) -> Iterator[None]:
-    """Turn errors of the operating system in writing into ones that name the output."""
+    """Turn errors of the operating system while writing into ones that name the output."""
     try:
         yield
     except OutputError:
@@ -82,11 +82,11 @@ class Staging:
 
     @property
     def files(self) -> Path:
-        """The folder that will be the output, or holds it; ``join`` or ``begin`` comes first."""
+        """The folder that will be the output, or holds it; call ``join`` or ``begin`` first."""
         return self._inside / "files"
 
     def begin(self, settings: Mapping[str, Any], *, resume: bool) -> None:
-        """Make the folder ready for a run with these settings: as it was left if ``resume``, empty otherwise.
+        """Make the folder ready for a run with these settings: kept as it was left if ``resume``, emptied otherwise.
 
         Raises
         ------
@@ -109,7 +109,7 @@ class Staging:
             _write_durably(run, settings)
 
     def join(self) -> None:
-        """Reach the folder that another process has begun, if there is one.
+        """Open the folder that another process has begun, if there is one.
 
         Raises
         ------
@@ -121,7 +121,7 @@ class Staging:
                 self._open()
 
     def finish(self, shard: int, record: Any) -> None:
-        """Note that a shard lies complete in ``files``, with a report on it."""
+        """Note that a shard is complete in ``files``, with a report on it."""
         self.note(f"finished/{shard:05}", record)
 
     def finished(self) -> dict[int, Any]:
@@ -145,13 +145,13 @@ class Staging:
         """Whether ``target`` was placed by a run that was stopped right after, and has not changed since."""
         with contextlib.suppress(OSError, StateError):
             placed = self.noted(PLACED)
-            # Without its settings that run is over.
+            # A run without its settings is over.
             is_open = (self._inside / RUN).exists()
             return is_open and isinstance(placed, dict) and placed.get(target.name) == _identity(target)
         return False
 
     def commit(self, renames: Mapping[str, Path], *, force: bool, old: Path | None = None) -> None:
-        """Give the files their names, {path in the folder: name}, each at once, and remove the folder.
+        """Rename the files, {path in the folder: final path}, each in one step, and remove the folder.
 
         A file that is not in the folder got its name already, in a run that was stopped right here. ``old`` is a file
         to remove with the output that is replaced.
@@ -159,7 +159,7 @@ class Staging:
         Raises
         ------
         OutputError
-            Without ``force``, a name has been taken meanwhile. What has it stays, and what is finished too.
+            Without ``force``, a name has been taken during the run. The file there stays, and so do finished shards.
         """
         with output_errors(self.target):
             for folder, _, _ in os.walk(self.files):
@@ -171,7 +171,7 @@ class Staging:
             done: list[tuple[Path, Path]] = []
             try:
                 if old is not None:
-                    # First, and on the disk: it must not be found beside what it does not belong to.
+                    # Moved first, through to the disk, so that it never lies beside an output it does not belong to.
                     aside = self._inside / "replaced"
                     old.rename(aside)
                     done.append((old, aside))
@@ -179,7 +179,7 @@ class Staging:
                 for source, target in moves:
                     self._place(source, target, force=force)
                     done.append((source, target))
-            except OSError:  # an OutputError too
+            except OSError:  # includes OutputError
                 for source, target in done:
                     target.rename(source)
                 raise
@@ -200,8 +200,8 @@ class Staging:
                     "what is finished: --resume --force replaces it"
                 ) from None
             if source.is_dir():
-                # Once they are swapped, the old output lies here until it is removed. A run that was stopped
-                # meanwhile must not take it for its own: without its settings it begins anew.
+                # After the swap the old output lies here until it is removed. If this run is stopped until then, a
+                # resumed one must not take it for its own work. Without settings it begins anew.
                 (self._inside / RUN).unlink(missing_ok=True)
                 sync(self._inside)
             rename_over(source, target)
@@ -209,7 +209,7 @@ class Staging:
 
     @property
     def _inside(self) -> Path:
-        """The folder by its descriptor, even if its name is another's by now; by name where /proc is missing."""
+        """The folder by its descriptor, even if another folder has its name by now; by name if there is no /proc."""
         path = Path(f"/proc/self/fd/{self._descriptor}")
         return path if self._descriptor is not None and path.exists() else self.folder
 
@@ -217,7 +217,7 @@ class Staging:
         return sorted((self._inside / "finished").glob(f"{'[0-9]' * 5}.json"))
 
     def _open(self) -> bool:
-        """Open the folder, but not through a link, and check that it is ours; return False if there is none."""
+        """Open the folder, never through a link, and check that it is ours; return False if there is none."""
         try:
             self._descriptor = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         except FileNotFoundError:
@@ -240,7 +240,7 @@ class Staging:
         )
 
     def _hold(self) -> bool:
-        """Make and lock the folder; return False if a run that was ending has removed it meanwhile."""
+        """Make and lock the folder; return False if a run that was ending has just removed it."""
         self._let_go()
         try:
             self.folder.mkdir(mode=0o700)
@@ -274,9 +274,9 @@ class Staging:
                 os.close(lock)
 
     def _check_owner(self, descriptor: int) -> None:
-        """Refuse a folder that another user has made, who could put anything in the place of what we write.
+        """Refuse a folder that another user has made, who could replace the files that we write.
 
-        Over a network, what a user makes can belong to another one, hence the look at a file just made.
+        On a network file system, a user's files may belong to another user, so the owner of a new file is compared.
         """
         owner = os.fstat(descriptor).st_uid
         if owner != os.geteuid():
@@ -284,11 +284,11 @@ class Staging:
                 if os.fstat(probe.fileno()).st_uid != owner:
                     self._refuse(f"a folder of the user {owner}")
         with contextlib.suppress(PermissionError):
-            # It is as private as its file system allows.
+            # The folder is as private as its file system allows.
             os.fchmod(descriptor, 0o700)
 
     def _clear(self) -> None:
-        """Remove everything that runs have made but the lock; the settings first, as nothing resumes without them."""
+        """Remove all that runs have made, except the lock; settings first, since nothing resumes without them."""
         assert self._descriptor is not None
         with os.scandir(self._descriptor) as found:
             entries = sorted(found, key=lambda entry: entry.name != RUN)
@@ -303,10 +303,10 @@ class Staging:
     def _remove(self) -> None:
         assert self._descriptor is not None
         self._clear()
-        # The lock goes last: until then the folder is held.
+        # The lock goes last, so that the folder is held until then.
         os.unlink(LOCK, dir_fd=self._descriptor)
         with contextlib.suppress(OSError):
-            # It stays if somebody has put something in it.
+            # The folder stays if it holds files that are not ours.
             self.folder.rmdir()
         self._let_go()
 

@@ -1,7 +1,7 @@
 """Streams of files through a few buffers: threads read the next and write the last while one is worked on.
 
-Reading and writing are calls, not memory maps. A map of a file that shrinks, or of a disk that is full or fails, kills
-the process by a signal, and the pages that it has touched count as memory of the process.
+Files are read and written by calls, not memory maps. With a memory map, a file that shrinks or a disk that is full or
+fails would kill the process by a signal, and touched pages would count as memory of the process.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from gmp_kernels.errors import CheckpointError
 
 __all__ = ["PIECE_UNIT", "Piece", "Stream", "opened", "read_into", "write_whole"]
 
-# Bytes of 8 elements of the widest dtype: no piece begins within a byte of a packed mask.
+# Bytes of 8 elements of the widest dtype, so that no piece begins within a byte of a packed mask.
 PIECE_UNIT = 64
 # Bytes per call. The page cache takes memory in blocks as large as the call. Large free blocks are rare, and a virtual
 # machine often has none before they are touched, which can make writing five times slower.
 WRITE_BYTES = 1 << 18
-# Bytes after which the disk is told to begin, so that it works while more is read and computed.
+# Bytes after which a sync starts, so that the disk works while more is read and computed.
 SYNC_BYTES = 1 << 28
 # Errors of a kernel that cannot copy between these two files itself.
 NO_KERNEL_COPY = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP}
-# Of work that nobody has to wait for.
+# The future of work that is done.
 DONE: Future[None] = Future()
 DONE.set_result(None)
 
@@ -58,7 +58,7 @@ def read_into(buffer: torch.Tensor, source: FileIO, offset: int) -> None:
     Raises
     ------
     CheckpointError
-        The file ends before, or cannot be read.
+        The file ends too early, or cannot be read.
     """
     view = buffer.numpy().data
     try:
@@ -77,7 +77,7 @@ class Piece(NamedTuple):
     Attributes
     ----------
     begin : int
-        Its place in the range, counted in elements of ``data``.
+        Offset in the range, in elements of ``data``.
     data : torch.Tensor
     buffer : int
         Number of the stream's buffer that holds it.
@@ -89,23 +89,23 @@ class Piece(NamedTuple):
 
 
 class Stream:
-    """Buffers and threads that files pass through; a context manager.
+    """Buffers and threads through which files pass; a context manager.
 
     Parameters
     ----------
     piece_bytes : int
-        Of each buffer; a multiple of PIECE_UNIT.
+        Size of each buffer; a multiple of PIECE_UNIT.
     num_buffers : int
-        At least 2. They take turns: a piece stays until as many others have been read.
+        At least 2. They take turns, so a piece stays until as many others have been read.
     room_bytes : int
-        A multiple of PIECE_UNIT.
+        Size of ``room``; a multiple of PIECE_UNIT.
 
     Attributes
     ----------
     num_bytes : int
-        Of all buffers.
+        Size of all buffers together.
     room : torch.Tensor
-        uint8, aligned: holds candidates between the rounds of counting, so that nearly always files are read once.
+        uint8, aligned. It holds candidates between the rounds of counting, so that files are nearly always read once.
     """
 
     def __init__(self, piece_bytes: int, num_buffers: int, room_bytes: int = 0) -> None:
@@ -113,10 +113,10 @@ class Stream:
         self.room = torch.empty(room_bytes, dtype=torch.uint8, device="cpu")
         self._piece_bytes = piece_bytes
         self._buffers = [torch.empty(piece_bytes, dtype=torch.uint8, device="cpu") for _ in range(num_buffers)]
-        # The last write of each buffer, and the last sync; at first one that is over.
+        # The last write of each buffer; at the beginning, work that is done.
         self._writes = [DONE] * num_buffers
         self._next = 0
-        # Reads of one range at most, begun before it was asked for.
+        # Reads of at most one range, begun before the range was requested.
         self._ahead: dict[tuple[FileIO, range], list[Future[Piece]]] = {}
         self._reader = ThreadPoolExecutor(1, "gmp-kernels-reader")
         self._writer = ThreadPoolExecutor(1, "gmp-kernels-writer")
@@ -135,10 +135,10 @@ class Stream:
     def created(self, path: Path, origin: FileIO) -> Iterator[int]:
         """Create a file with the permissions of ``origin``, and its folder; yield its descriptor.
 
-        Unless the block raises, everything is written and has reached the disk at its end.
+        At the end of the block, unless it raises, everything is written and has reached the disk.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
-        # What an interrupted run has left may be read-only.
+        # A file left by an interrupted run may be read-only.
         path.unlink(missing_ok=True)
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         try:
@@ -149,15 +149,16 @@ class Stream:
             self._wait_for_sync()
             os.fsync(descriptor)
         finally:
-            # Nothing may write to a descriptor that is closed: the number can be that of another file by then.
+            # Nothing may write to a closed descriptor, because its number may by then be that of another file.
             wait([*self._writes, self._sync])
             os.close(descriptor)
 
     def pieces(self, source: FileIO, span: range, following: range = range(0)) -> Iterator[Piece]:
         """Read a range of a file; yield each piece, of uint8.
 
-        A piece may be changed and written until the next one is requested, and all pieces of a range of up to
-        ``num_bytes`` until the next range is. ``following`` is that range: buffers left over read it ahead.
+        A piece may be changed and written until the next one is requested. If the range is at most ``num_bytes`` long,
+        all its pieces may be, until the next range is requested. ``following`` is that next range, which is read ahead
+        into buffers that are left over.
         """
         reads = self._ahead.pop((source, span), [])
         self._ahead.clear()
@@ -178,7 +179,7 @@ class Stream:
     def write(self, descriptor: int, tensor: torch.Tensor, offset: int, buffer: int) -> None:
         """Write the bytes of ``tensor`` at ``offset``, in the background; a later call raises its error.
 
-        ``buffer`` is that of the piece it is, or was made of. Nothing else is read into that before it is written.
+        ``buffer`` holds the piece that ``tensor`` is, or was made from. Nothing is read into it before the write ends.
         """
         self._writes[buffer] = self._writer.submit(_write, descriptor, tensor, offset, self._writes[buffer])
         self._unsynced += tensor.nbytes
@@ -192,7 +193,7 @@ class Stream:
             while nbytes:
                 count = os.copy_file_range(source.fileno(), descriptor, nbytes, begin, offset)
                 if not count:
-                    break  # reading says what is wrong
+                    break  # the read below raises the error
                 begin, offset, nbytes = begin + count, offset + count, nbytes - count
         except OSError as error:
             if error.errno not in NO_KERNEL_COPY:
@@ -201,7 +202,7 @@ class Stream:
             self.write(descriptor, piece.data, offset + piece.begin, piece.buffer)
 
     def _begin_reads(self, reads: list[Future[Piece]], source: FileIO, span: range, until: int) -> None:
-        """Append reads of the next pieces of a range to ``reads``, until it has ``until`` of them or all."""
+        """Append reads of the next pieces of a range to ``reads``, until it has ``until`` or all of them."""
         for begin in range(len(span))[:: self._piece_bytes][len(reads) : until]:
             reads.append(self._reader.submit(self._read, source, span, begin, self._next))
             self._next = (self._next + 1) % len(self._buffers)
@@ -214,16 +215,16 @@ class Stream:
 
     def _wait_for_sync(self) -> None:
         pending, self._sync = self._sync, DONE
-        pending.result()  # the system tells of each failure once, so it must not get lost here
+        pending.result()  # the system reports each failure once, so it must not get lost here
 
 
 def _write(descriptor: int, tensor: torch.Tensor, offset: int, before: Future[None]) -> None:
-    before.result()  # for its error: nothing that comes after it counts
+    before.result()  # raises its error, after which no later write counts
     write_whole(descriptor, tensor.view(torch.uint8).numpy().data, offset)
 
 
 def write_whole(descriptor: int, data: bytes | memoryview, offset: int) -> None:
-    """Write all of ``data``, even where the system takes it in parts."""
+    """Write all of ``data``, even if the system takes it in parts."""
     view = memoryview(data)
     while view:
         count = os.pwrite(descriptor, view[:WRITE_BYTES], offset)

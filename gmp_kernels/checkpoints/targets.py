@@ -1,4 +1,4 @@
-"""Choice of the tensors of a checkpoint to prune. Only names, dtypes and shapes are known there, no module types."""
+"""Choice of the tensors of a checkpoint to prune, from their names, dtypes and shapes: it has no module types."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PACKED = {"I8", "U8", "I16", "U16", "I32", "U32"}
 
 
 class TensorIndex(TargetIndex[str]):
-    """Every name by which the tensors of a checkpoint can be meant.
+    """All names by which the tensors of a checkpoint can be given.
 
     Entries are names of tensors or modules, globs, or ``re:`` patterns, as ``GMPScheduler`` takes them. Modules and
     patterns in ``targets`` leave out biases, norms and scales, and dtypes without a magnitude order.

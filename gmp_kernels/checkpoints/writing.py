@@ -1,4 +1,4 @@
-"""Write the files of a pruned checkpoint: its shards, targets pruned and all else copied, and what lies beside them."""
+"""Writing of a pruned checkpoint: its shards, with targets pruned and all else copied, and the files beside them."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def write_shard(
 ) -> list[LayerReport]:
     """Write a shard to ``path`` and its packed masks to ``masks``, through to the disk; report on its targets.
 
-    Floating-point tensors get ``dtype``; None: each keeps its own. ``targets`` holds, by name and in order, how many
-    weights go of each target of the checkpoint, or which. ``progress`` is told the bytes done.
+    Floating-point tensors get ``dtype``, or keep their own if it is None. ``targets`` says, by name and in order, how
+    many weights to prune of each target of the checkpoint, or which. ``progress`` is called with the bytes done.
 
     Raises
     ------
@@ -50,7 +50,7 @@ def write_shard(
     reports: list[LayerReport] = []
     positions = {name: i for i, name in enumerate(targets)}
     masked = [tensor for tensor in shard.tensors if tensor.name in targets]
-    # Read ahead, unless it is going to be counted first.
+    # The next target is read ahead, unless it has to be counted first.
     following = {t.name: after for t, after in pairwise(masked) if after.nbytes <= stream.num_bytes}
     with contextlib.ExitStack() as stack:
         source = stack.enter_context(opened(shard.path))
@@ -86,9 +86,9 @@ def write_shard(
 def copy_others(
     checkpoint: Checkpoint, stream: Stream, folder: Path, dtype: torch.dtype | None, *, apart_from: Container[str]
 ) -> None:
-    """Copy to ``folder`` all that belongs to a checkpoint but its shards, and what ``apart_from`` names.
+    """Copy to ``folder`` all that belongs to a checkpoint, except its shards and the files in ``apart_from``.
 
-    Where ``dtype`` changes the sizes of the tensors, the index is told.
+    If ``dtype`` changes the sizes of the tensors, the index is adapted.
 
     Raises
     ------
@@ -111,7 +111,7 @@ def copy_others(
 def _pruned(
     cut: Iterable[tuple[Piece, Cutoffs]], tensor: TensorInfo, reports: list[LayerReport]
 ) -> Iterator[tuple[Piece, torch.Tensor]]:
-    """Yield the pieces of a target, in order, pruned, each with its packed mask; at the end report on all of it."""
+    """Yield the pruned pieces of a target, in order, each with its packed mask; at the end add a report on it."""
     implementation = choose(None, torch.device("cpu"))
     num_pruned = key = num_ties = 0
     for piece, cutoffs in cut:
@@ -133,7 +133,7 @@ def _cut(
     stream: Stream,
     progress: Callable[[int], None],
 ) -> Iterator[tuple[Piece, Cutoffs]]:
-    """Yield the pieces of a target, in order, each with what to prune of it."""
+    """Yield the pieces of a target, in order, each with its cutoffs."""
     implementation = choose(None, stream.room.device)
     if isinstance(pruned, int) and tensor.nbytes <= stream.num_bytes:
         held = list(pieces)
@@ -158,7 +158,7 @@ def _cut(
             below_here, ties_here = (int(column[0]) for column in implementation.count([layer], at_key, 1)[:2])
             tie_index = n
             if kept_left < ties_here:
-                # In the piece alone, the same key is the threshold of so many.
+                # Within the piece, pruning this many weights has the same key as its threshold.
                 own = select_with(implementation)([layer], [below_here + ties_here - kept_left], [1], at_key)
                 tie_index = own.cutoffs.tie_indices[0]
             ties_left, kept_left = ties_left - ties_here, kept_left - min(ties_here, kept_left)
@@ -181,14 +181,14 @@ def _write(
 
 
 def _converted(tensor: TensorInfo, dtype: torch.dtype | None) -> TensorInfo:
-    """Return a tensor as it is in an output of this dtype, apart from its place there."""
+    """Return a tensor as it is in an output of this dtype, except for its place there."""
     if dtype is None or tensor.dtype not in DTYPES:
         return tensor
     return tensor._replace(dtype=dtypes.DTYPES[dtype].stored, nbytes=tensor.numel * dtype.itemsize)
 
 
 def _bits_of(tensor: TensorInfo) -> TensorInfo:
-    """Return the packed mask of a tensor, apart from its place."""
+    """Return the packed mask of a tensor, except for its place."""
     num_bytes = -(-tensor.numel // 8)
     return tensor._replace(name=tensor.name + MASK_SUFFIX, dtype="U8", shape=(num_bytes,), nbytes=num_bytes)
 
@@ -200,7 +200,7 @@ def _write_header(output: int, tensors: Sequence[TensorInfo], metadata: Mapping[
     for tensor, offsets in zip(tensors, pairwise(ends), strict=True):
         entries[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": offsets}
     text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
-    # Spaces, so that the data begins at a multiple of 8, as the format wants it.
+    # Padded with spaces, so that the data begins at a multiple of 8, as the format wants it.
     text += b" " * (-len(text) % 8)
     header = len(text).to_bytes(LENGTH_BYTES, "little") + text
     write_whole(output, header, 0)

@@ -1,9 +1,9 @@
-"""Pruning a model whose parameters are sharded or replicated over processes: the masks one process would have made.
+"""Pruning of a model whose parameters are sharded or replicated over processes, with the masks of a single process.
 
-Counts add up, so that the exact threshold of a sharded layer takes a few kilobytes on the wire, whatever its size: an
-interval that should hold it (one maximum over the ranks), then rounds of counts against the interval (one sum each),
-then, where equal magnitudes have to be told apart, counts of those. All layers share each collective. Every rank
-draws the same conclusions from the same sums, and writes when there is nothing left that could go wrong.
+Counts add up, so that the exact threshold of a sharded layer takes a few kilobytes on the wire, whatever its size. The
+ranks first agree on a bracket that should hold it (one maximum over the ranks). Rounds of counts against the bracket
+follow (one sum each) and, if some ties stay and others do not, counts of ties. All layers share each collective. Every
+rank comes to the same results from the same sums, and writes only when nothing can go wrong any more.
 """
 
 from gmp_kernels.distributed.shards import Shards, refuse_flattened

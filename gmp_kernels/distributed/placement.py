@@ -1,4 +1,4 @@
-"""Sharded parameters: the part that this process holds, and where it lies in the whole."""
+"""Sharded parameters: the part that this process holds, and its place in the whole."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def is_sharded(tensor: torch.Tensor) -> bool:
-    """Whether this is a ``DTensor``, of which a process holds a part only."""
+    """Whether this is a ``DTensor``, of which a process holds only a part."""
     return type(tensor) not in _PLAIN and hasattr(tensor, "to_local")
 
 
@@ -36,27 +36,27 @@ def _held(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
-    """Return what this process holds of a ``DTensor``, in its own memory; any other tensor as it is."""
+    """Return the part of a ``DTensor`` that this process holds, sharing its memory; other tensors as they are."""
     return _held(tensor) if is_sharded(tensor) else tensor
 
 
 def local_grad(parameter: torch.Tensor) -> torch.Tensor:
-    """Return ``local`` of the gradient, brought to where the parameter's elements are if it is laid out otherwise."""
+    """Return ``local`` of the gradient, redistributed like the parameter if it is laid out differently."""
     grad = parameter.grad
     assert grad is not None
     if is_sharded(grad) and grad.placements != parameter.placements:  # type: ignore[attr-defined]
-        # Autograd leaves the sum over processes that share a replicated parameter to whoever needs it.
+        # Autograd does not sum the gradient over processes that share a replicated parameter; this does.
         grad = grad.redistribute(placements=parameter.placements)  # type: ignore[attr-defined]
     return local(grad)
 
 
 def region_of(name: str, tensor: torch.Tensor) -> Region:
-    """Return where ``local(tensor)`` lies in ``tensor``.
+    """Return the region of ``tensor`` that ``local(tensor)`` is.
 
     Raises
     ------
     LayoutError
-        Sums that are still to be added up over processes (``Partial``) are no weights.
+        The tensor is still to be summed over processes (``Partial``), so its local part is no weights.
     """
     shape = tuple(tensor.shape)
     if not is_sharded(tensor):
@@ -66,13 +66,13 @@ def region_of(name: str, tensor: torch.Tensor) -> Region:
             f"GMPScheduler: expected '{name}' sharded or replicated, got placements "
             f"{tensor.placements}; redistribute it"  # type: ignore[attr-defined]
         )
-    # What torch.distributed.checkpoint saves by: it knows every kind of placement.
+    # torch.distributed.checkpoint uses the same method, which knows every kind of placement.
     (chunk,) = tensor.__create_chunk_list__()  # type: ignore[attr-defined]
     return Region(shape, tuple(chunk.offsets), tuple(chunk.sizes))
 
 
 def sharding_of(tensor: torch.Tensor) -> object:
-    """Return what tells how a tensor is sharded: equal for those sharded alike; None for plain ones."""
+    """Return a key of how a tensor is sharded, equal for tensors sharded alike; None for plain ones."""
     return (tensor.device_mesh, tensor.placements) if is_sharded(tensor) else None  # type: ignore[attr-defined]
 
 
@@ -88,7 +88,7 @@ def sum_over_shards(value: float | torch.Tensor, tensor: torch.Tensor) -> float 
 
 
 def sharded_like(values: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """Return ``values``, which are for what this process holds of ``parameter``, as a tensor of all of it."""
+    """Return values for the local part of ``parameter`` as a tensor that is sharded like it."""
     if not is_sharded(parameter):
         return values
     from torch.distributed.tensor import DTensor
@@ -105,9 +105,10 @@ def sharded_like(values: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
 
 
 def whole_mask(mask: BitMask, parameter: torch.Tensor) -> torch.Tensor:
-    """Return a copy of what this process holds of a mask, as a checkpoint has it.
+    """Return a copy of this process's part of a mask, in the form that checkpoints hold.
 
-    Packed bits for a plain parameter; for a ``DTensor`` bool in its shape, sharded like it, which can be resharded.
+    It is packed bits for a plain parameter. For a ``DTensor`` it is a bool tensor of its shape, sharded like it, which
+    can be resharded.
     """
     return sharded_like(mask.to_bool(), parameter) if is_sharded(parameter) else mask.packed.clone()
 
@@ -118,7 +119,7 @@ def local_mask(stored: torch.Tensor, parameter: torch.Tensor) -> BitMask:
     Raises
     ------
     StateError
-        It is of another shape, or sharded in another way than the parameter is now.
+        The mask has another shape, or is sharded in another way than the parameter is now.
     """
     held = local(parameter)
     if not is_sharded(stored):

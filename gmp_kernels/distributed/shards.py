@@ -1,4 +1,4 @@
-"""Shards that all ranks hold of the parameters to be pruned: that they agree about it, and the update itself."""
+"""Shards that all ranks hold of the parameters to be pruned: agreement about them, and the update itself."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Shards:
 
     @classmethod
     def of(cls, model: nn.Module, parameters: Mapping[str, torch.Tensor]) -> Shards | None:
-        """Return the shards or copies that the parameters of ``model`` are; None if they are just tensors."""
+        """Return the shards of a model whose parameters are sharded or replicated; None for plain tensors."""
         if not (dist.is_available() and dist.is_initialized()):
             return None
         group = _group(model, list(parameters.values()))
@@ -67,12 +67,12 @@ class Shards:
         return bool(placements) and all(placement.num_copies == self.communicator.size - 1 for placement in placements)
 
     def agree(self, facts: Mapping[str, object]) -> None:
-        """Make sure that all ranks mean the same run, and learn who holds what.
+        """Make sure that all ranks are in the same run, and exchange which rank holds which parts.
 
         Raises
         ------
         StateError
-            On every rank, naming what differs.
+            The ranks differ. Raised on every rank, naming the difference.
         LayoutError
             The ranks do not hold each layer between them.
         """
@@ -96,15 +96,15 @@ class Shards:
         previous: Sequence[Threshold | None],
         backend: str | None,
     ) -> PruneResult:
-        """Do what ``gmp_kernels.prune_`` does, to layers of which ``weights`` and ``masks`` are this rank's pieces.
+        """Prune like ``gmp_kernels.prune_``, where ``weights`` and ``masks`` are this rank's pieces of layers.
 
         Parameters
         ----------
         weights, masks : sequences
         num_prune : sequence of int
-            Of the whole layers, or one of all together.
+            Counts of the whole layers, or one count of all together.
         names, step
-            Which layers, at which step.
+            Names of the layers, and the step of the update.
         scope, nonfinite, previous, backend
             As in ``gmp_kernels.prune_``.
 
@@ -118,14 +118,14 @@ class Shards:
         NonFiniteError, StateError
             The same on every rank.
         GMPError
-            What is wrong with the tensors of this rank; the others raise DistributedError.
+            A tensor of this rank cannot be pruned; the other ranks raise DistributedError.
         DistributedError
             A rank does not answer.
 
         Notes
         -----
-        Collectives: one maximum, two sums for most brackets, and a sum for ties that have to be told apart, or two if
-        the ranks' pieces interleave. One more where there are copies, or a global scope.
+        Collectives: one maximum, two sums for most brackets and, if some ties stay and others do not, one sum, or two
+        if the ranks' pieces interleave. One more if there are copies, or in global scope.
         """
         failure = None
         layers: list[Layer | None] = [None] * len(weights)
@@ -192,9 +192,9 @@ class Shards:
         nonfinite: Sequence[int],
         brackets: Brackets | None,
     ) -> Brackets:
-        """Stop everywhere if one rank has to, or is elsewhere; return the union of the brackets of all.
+        """Raise on all ranks if one has failed or is at another update; return the union of all brackets.
 
-        What is sent has the same size whatever the update, lest ranks at different steps misread each other.
+        The message has the same size for every update, so that ranks at different steps do not misread each other.
         """
         digest = zlib.crc32(repr(facts).encode())
         ends = [] if brackets is None else [*(-brackets.lo).tolist(), *brackets.hi.tolist()]
@@ -222,7 +222,7 @@ class Shards:
         return Brackets(-lo, hi)
 
     def _compare(self, facts: Mapping[str, object]) -> None:
-        """Raise the same StateError on every rank if these are not the same on all that know them."""
+        """Raise the same StateError on every rank if a fact differs between ranks that have it."""
         gathered = self.communicator.gather({name: repr(value) for name, value in facts.items()})
         differences = []
         for name in dict.fromkeys(name for of_rank in gathered for name in of_rank):
@@ -246,11 +246,11 @@ class Shards:
         names: Sequence[str],
         counts: Sequence[Sequence[int]],
     ) -> tuple[list[int], list[int]]:
-        """Add up what was pruned, layer by layer, and make sure that copies have the same masks."""
+        """Sum the counts of pruned weights, layer by layer, and make sure that copies have the same masks."""
         digests = [zlib.crc32(mask.packed.cpu().numpy().tobytes()) for mask in masks]
         rows = []
         for placement, digest, (num_pruned, num_new) in zip(placements, digests, counts, strict=True):
-            # The primary sets its digest against those of all other copies: equal ones cancel.
+            # The primary subtracts its digest once for each other copy, so that equal ones cancel.
             own = [num_pruned, num_new, -placement.num_copies * digest] if placement.is_primary else [0, 0, digest]
             rows.append(own)
         sums = self.communicator.total(torch.tensor(rows, device="cpu"), torch.iinfo(torch.int64).max)
@@ -266,7 +266,7 @@ def _ranks(ranks: Sequence[int]) -> str:
 
 
 def _group(model: nn.Module, parameters: Sequence[torch.Tensor]) -> dist.ProcessGroup | None:
-    """Return the group of those who take part: all processes that hold parts or copies of one of the parameters."""
+    """Return the group of all processes that hold parts or copies of one of the parameters."""
     group: dist.ProcessGroup | None
     meshes = {parameter.device_mesh for parameter in parameters if is_sharded(parameter)}  # type: ignore[attr-defined]
     members = {tuple(sorted(mesh.mesh.flatten().tolist())): mesh for mesh in meshes}
