@@ -1,1 +1,1 @@
-"""The stages of ``benchmarks/gpu_check.py``: how they are run and recorded, and the programs that some of them are."""
+"""The stages of ``benchmarks/gpu_check.py``: code that runs and records them, and the programs of some stages."""

@@ -1,4 +1,4 @@
-"""Stage ``bench``: the rows of the speed table, told one by one.
+"""Stage ``bench``: the rows of the speed table, reported one by one.
 
 The cases and the way they are measured are those of ``gmp-kernels bench --device cuda``, which needs more packages.
 """
@@ -17,7 +17,7 @@ from gpu_stages.facts import tell
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure; a row that fails does not keep the next from being measured, but the stage has failed then."""
+    """Measure all rows. If one fails, the others are still measured, but the stage has failed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--backends", nargs=2, default=("cuda", "triton"), metavar=("CUDA", "TRITON"))

@@ -1,4 +1,4 @@
-"""Stage ``build``: the extensions of a carried build, or else built in place for this GPU alone."""
+"""Stage ``build``: install the extensions of a carried build, or else build them in place for this GPU alone."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gpu_stages.facts import tell
 from gpu_stages.running import ROOT
 
 PACKAGE = ROOT / "gmp_kernels"
-# Why a backend cannot run, or nothing; and an exit code for the first that matters.
+# Prints for each backend why it cannot run, if so; the exit code is 1 if one of the needed backends cannot.
 PROBE = """
 import sys, torch
 from gmp_kernels import backends
@@ -26,25 +26,25 @@ sys.exit(any(reasons[name] for name in sys.argv[1:]))
 
 
 def probe(*needed: str) -> tuple[bool, str]:
-    """Whether the backends that are needed can run in a process that has just begun; and what all of them say."""
+    """Return whether the needed backends can run in a new process, and the state of all backends as text."""
     done = subprocess.run([sys.executable, "-c", PROBE, *needed], cwd=ROOT, capture_output=True, text=True, check=False)
     return done.returncode == 0, (done.stdout.strip() or done.stderr.strip()[-400:])
 
 
 def capability() -> str:
-    """Compute capability of the GPU as nvcc writes it; empty where there is none."""
+    """Return the compute capability of the GPU as nvcc writes it; empty if there is no GPU."""
     import torch
 
     return "".join(map(str, torch.cuda.get_device_capability())) if torch.cuda.is_available() else ""
 
 
 def build_command() -> list[str]:
-    """Command that builds in place."""
+    """Return the command that builds in place."""
     return [sys.executable, "setup.py", "-q", "build_ext", "--inplace", "--force", "--parallel", "2"]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Take the carried build if it works here; build otherwise."""
+    """Use the carried build if it works here; build otherwise."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pack", type=Path, default=pack.FOLDER)
     options = parser.parse_args(arguments)

@@ -1,7 +1,7 @@
 """Stage ``ncu``: the hardware's counters for every kernel of one call, read by Nsight Compute.
 
-Started without arguments it starts ncu, which starts it again with ``--work`` and writes a table for it to read. Clocks
-are left as they are: the card is not ours to set.
+Without arguments, the program starts ncu, which starts it again with ``--work``; then it reads the table that ncu has
+written. Clocks are left as they are, because the card's settings are not ours.
 """
 
 from __future__ import annotations
@@ -25,26 +25,26 @@ BASE = {
     "sm__throughput.avg.pct_of_peak_sustained_elapsed": "SM %",
     "launch__registers_per_thread": "registers",
 }
-# Some chips have no such counters, and then ncu reads none at all.
+# Some chips do not have these counters; if they are requested there, ncu reads none at all.
 MORE = {
     "sm__warps_active.avg.pct_of_peak_sustained_active": "warps %",
     "smsp__average_warps_issue_stalled_long_scoreboard_per_issue_active.ratio": "waiting for memory",
     "smsp__average_warps_issue_stalled_barrier_per_issue_active.ratio": "waiting at barriers",
 }
-SHRINK = 4  # a quarter of the weights: every kernel runs once for every group of counters, after its memory is restored
+SHRINK = 4  # a quarter of the weights, as each kernel runs, with its memory restored, once for every group of counters
 UNITS = {"byte": 1.0, "Kbyte": 1e3, "Mbyte": 1e6, "Gbyte": 1e9, "ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1.0}
 UNITS |= {"nsecond": 1e-9, "usecond": 1e-6, "msecond": 1e-3, "second": 1.0}
 
 
 def ncu(metrics: Sequence[str], log: Path) -> list[str]:
-    """Command that reads ``metrics`` of this project's kernels."""
+    """Return the command that reads ``metrics`` of this project's kernels."""
     command = ["ncu", "--clock-control", "none", "--csv", "--page", "raw", "--log-file", str(log)]
     command += ["--kernel-name-base", "demangled", "--kernel-name", "regex:gmp::", "--metrics", ",".join(metrics)]
     return [*command, sys.executable, "-m", "gpu_stages.counters", "--work"]
 
 
 def rows(report: str) -> Iterator[tuple[str, dict[str, float]]]:
-    """Kernels and what was counted of each, in base units, from ncu's table with its row of units."""
+    """Yield the kernels and their counts, in base units, from ncu's table with its row of units."""
     lines = report.splitlines()
     first = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), None)
     if first is None:
@@ -63,7 +63,7 @@ def rows(report: str) -> Iterator[tuple[str, dict[str, float]]]:
 
 
 def described(counted: dict[str, float]) -> str:
-    """One line of numbers."""
+    """Return the counts as one line of text."""
     parts = []
     for metric, name in (BASE | MORE).items():
         if metric not in counted:
@@ -79,7 +79,7 @@ def described(counted: dict[str, float]) -> str:
 
 
 def work(device_name: str, backend: str, shrink: int) -> int:
-    """Make every call once: what ncu looks into."""
+    """Make every call once, for ncu to observe."""
     import torch
 
     from gpu_stages.work import Work
@@ -94,7 +94,7 @@ def work(device_name: str, backend: str, shrink: int) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Read the counters, without those that not every chip has if it must be."""
+    """Read the counters; if that fails, leave out those that not every chip has."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", action="store_true", help="make the calls")
     parser.add_argument("--device", default="cuda")

@@ -1,9 +1,9 @@
-"""Facts: what the program of a stage has found out, told to ``gpu_check.py`` as soon as it is known.
+"""Facts: findings of the program of a stage, passed to ``gpu_check.py`` as soon as they are known.
 
-A fact is a line of standard output that holds a JSON object. Its ``text``, where there is one, is what people read: it
-is shown at once and stands in the summary. ``gpu_check.py`` needs no other entry but keeps them all; of them it knows
-``machine`` (a mapping, of which ``gpu`` names the files that are written), and ``case`` with ``cells`` (a row of the
-benchmark table: its numbers, and how they are printed).
+A fact is a line of standard output that holds a JSON object. Its ``text``, if any, is for people: it is shown at once
+and repeated in the summary. ``gpu_check.py`` needs no other entry but keeps them all. It knows ``machine`` (a mapping,
+whose ``gpu`` names the files that are written), and ``case`` with ``cells`` (a row of the benchmark table: its numbers,
+and how they are printed).
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ LISTENING = "GMP_GPU_CHECK_FACTS"  # set by gpu_check.py for the programs it sta
 
 
 def tell(text: str = "", **data: Any) -> None:
-    """Print a fact; only its text, where nobody but a person is there to read it."""
+    """Print a fact; if ``gpu_check.py`` is not listening, print only its text."""
     print(as_line(text, **data), flush=True)
 
 
 def as_line(text: str, **data: Any) -> str:
-    """Return what is printed of a fact."""
+    """Return the line to print for a fact."""
     if not os.environ.get(LISTENING):
         return text
-    # The line break keeps it apart from whatever was printed before without one.
+    # The line break keeps it apart from earlier output that did not end in one.
     return f"\n{MARK}{json.dumps({'text': text, **data})}"
 
 

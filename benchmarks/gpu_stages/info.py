@@ -1,4 +1,4 @@
-"""Stage ``info``: what this machine is, and how fast its memory is copied and read."""
+"""Stage ``info``: a description of this machine, and how fast its memory is copied and read."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ GIGABYTE = 1 << 30
 
 
 def tool_version(command: tuple[str, ...]) -> str:
-    """The line of its output that names a version, or that it is missing."""
+    """Return the line of a tool's output that names its version, or "missing"."""
     if shutil.which(command[0]) is None:
         return "missing"
     try:
@@ -34,7 +34,7 @@ def tool_version(command: tuple[str, ...]) -> str:
 
 
 def package_version(name: str) -> str:
-    """Version of a package, or that it is missing."""
+    """Return the version of a package, or "missing"."""
     try:
         return str(getattr(__import__(name), "__version__", "there"))
     except ImportError:
@@ -42,7 +42,7 @@ def package_version(name: str) -> str:
 
 
 def main() -> int:
-    """Tell the machine first: the names of all files depend on it."""
+    """Report the machine first, because the names of all files depend on it."""
     try:
         import numpy
         import torch
@@ -56,7 +56,7 @@ def main() -> int:
     tell(
         f"{properties.name}, {properties.total_memory / GIGABYTE:.0f} GiB, {properties.multi_processor_count} SMs",
         machine={
-            # As gmp-kernels bench describes it, without what has to be built first.
+            # The entries of gmp-kernels bench, except those that need a built extension.
             "gpu": properties.name,
             "device": platform.processor() or platform.machine(),
             "cores": os.cpu_count(),
@@ -82,7 +82,7 @@ def main() -> int:
 
 
 def measure_bandwidth() -> None:
-    """Copy and read 4 GiB: the floors that everything else is set against."""
+    """Copy and read 4 GiB: the floors with which everything else is compared."""
     import torch
 
     source = torch.empty(GIGABYTE, dtype=torch.float32, device="cuda").normal_()

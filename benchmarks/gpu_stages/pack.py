@@ -1,4 +1,4 @@
-"""A build to carry: the extensions for Python 3.12, made where there are a compiler and time."""
+"""A build to carry: the extensions for Python 3.12, made on a machine that has a compiler and time."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import Any
 from gpu_stages.running import ROOT
 
 FOLDER = ROOT / "build/gpu-pack"
-PYTHON = "3.12"  # what GPU images have at present
+PYTHON = "3.12"  # the version in GPU images at present
 REQUIREMENTS = ("setuptools>=77", "pybind11>=2.13")
 MOST_BYTES = 40_000_000
 
@@ -27,7 +27,7 @@ class PackError(Exception):
 
 
 def sources_digest() -> str:
-    """Hash of everything that decides what is built."""
+    """Return a hash of everything that the build depends on."""
     digest = hashlib.sha256()
     sources = [path for path in (ROOT / "csrc").rglob("*") if path.is_file() and path.suffix != ".pyc"]
     for path in sorted([ROOT / "setup.py", *sources]):
@@ -88,7 +88,7 @@ def build(scratch: Path) -> dict[str, Any]:
 
 
 def suffix_of(path: Path) -> str:
-    """Return what follows the first dot of an extension's name: the Python and the machine that it is for."""
+    """Return the part of an extension's name after its first dot, which names its Python and machine."""
     return path.name.partition(".")[2]
 
 
@@ -109,21 +109,21 @@ def python_to_build_for() -> Path:
 
 
 def candidates() -> Iterator[Path]:
-    """Pythons that may be of the right version."""
+    """Yield Pythons that may be of the right version."""
     yield Path(sys.executable)
     if found := shutil.which(f"python{PYTHON}"):
-        yield Path(found)  # may be a shim that only says where to look
+        yield Path(found)  # may be a shim that fails to run
     pyenv = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv")
     yield from sorted(pyenv.glob(f"versions/{PYTHON}.*/bin/python"), reverse=True)
 
 
 def with_requirements(python: Path, scratch: Path) -> Path:
-    """Return ``python`` if it has what a build needs; else a throw-away environment of its kind that does.
+    """Return ``python`` if it has the packages that a build needs, else that of a temporary environment with them.
 
     Raises
     ------
     PackError
-        They cannot be installed.
+        The packages cannot be installed.
     """
     check = "import pybind11, setuptools, sys; sys.exit(int(setuptools.__version__.split('.')[0]) < 77)"
     if subprocess.run([python, "-c", check], capture_output=True, check=False).returncode == 0:
@@ -142,7 +142,7 @@ def run(command: list[str], message: str, **options: Any) -> str:
     Raises
     ------
     PackError
-        It failed; with the end of its output.
+        The command failed; the message has the end of its output.
     """
     done = subprocess.run(
         command,
@@ -160,7 +160,7 @@ def run(command: list[str], message: str, **options: Any) -> str:
 
 
 def check_place(folder: Path) -> None:
-    """See that a pack may be put there, before the minutes that making one takes.
+    """Check that a pack may be put there, before the minutes that making one takes.
 
     Raises
     ------
@@ -175,7 +175,7 @@ def check_place(folder: Path) -> None:
 
 
 def replace(folder: Path, built: Path, description: dict[str, Any]) -> None:
-    """Put the extensions and their description where the last pack was, which stays until the new one is whole."""
+    """Replace the last pack by the extensions and their description; it stays until the new one is complete."""
     check_place(folder)
     folder = folder.resolve()
     new, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{age}") for age in ("new", "old"))
@@ -195,7 +195,7 @@ def replace(folder: Path, built: Path, description: dict[str, Any]) -> None:
 
 
 def install(folder: Path, package: Path, suffix: str) -> list[Path]:
-    """Put copies of a pack's extensions into the package, and return them; a process that uses the last keeps those.
+    """Put copies of a pack's extensions into the package and return them; running processes keep the old ones.
 
     Raises
     ------

@@ -1,7 +1,7 @@
-"""Stage ``profile``: the time of every kernel launch; and how long a call takes on the host, and until all is done.
+"""Stage ``profile``: the time of every kernel launch, and the time of a call until it returns and until all is done.
 
-A profiler that watches the host makes it several times slower. So calls are timed without one, and then profiled for
-what the device does alone.
+A profiler that watches the host makes it several times slower. So calls are timed without a profiler first, and then
+profiled on the device only.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from gmp_kernels.tools.bench.measurement import Timed
 from gpu_stages.facts import tell
 from gpu_stages.work import Work
 
-CALLS = 7  # that are timed
+CALLS = 7  # timed ones
 LONGEST_NAME = 60
 
 
@@ -32,7 +32,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def on_the_host(work: Timed, device: torch.device) -> tuple[float, float]:
-    """Microseconds until a call returns, and until the device has done all of it: medians."""
+    """Return the median microseconds until a call returns, and until the device has done all of it."""
     returned, done = [], []
     for _ in range(CALLS):
         work.prepare()
@@ -46,7 +46,7 @@ def on_the_host(work: Timed, device: torch.device) -> tuple[float, float]:
 
 
 def on_the_device(work: Timed, device: torch.device) -> dict[str, list[float]]:
-    """Microseconds of every kernel and copy of one call, by name."""
+    """Return the microseconds of every kernel and copy of one call, by name."""
     work.prepare()
     synchronize(device)
     # Without a GPU there would be nothing to watch.
@@ -56,14 +56,14 @@ def on_the_device(work: Timed, device: torch.device) -> dict[str, list[float]]:
         synchronize(device)
     kernels: dict[str, list[float]] = defaultdict(list)
     for event in trace.events() or []:
-        # What torch calls a step of an optimizer lies over its kernels and is none.
+        # torch's annotation of an optimizer step spans its kernels but is no kernel.
         if event.device_type == DeviceType.CUDA and not event.is_user_annotation:
             kernels[event.name].append(event.time_range.end - event.time_range.start)
     return kernels
 
 
 def short(name: str) -> str:
-    """A kernel's name without namespaces and parameters."""
+    """Return a kernel's name without namespaces and parameters."""
     name = name.replace("(anonymous namespace)::", "").removeprefix("void ").partition("(")[0]
     for namespace in ("gmp::cuda::kernels::", "gmp::cuda::", "gmp::"):
         name = name.replace(namespace, "")
@@ -71,7 +71,7 @@ def short(name: str) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Profile everything; what fails is told, and the rest goes on."""
+    """Profile everything; report failures and go on with the rest."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--backend", default="cuda")
@@ -83,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, make in work.all().items():
         try:
             call = make()
-            for _ in range(2):  # what is loaded or allocated at first use
+            for _ in range(2):  # the first calls load and allocate
                 call.prepare()
                 call.run()
             returned, done = on_the_host(call, device)

@@ -1,7 +1,7 @@
 """Stage ``ptx``: the kernels as the driver compiles them for a GPU that this build has no code for.
 
-Newer GPUs than the newest that nvcc knew take this way. Here a build for sm_80 alone stands in for it: on a later
-generation only its PTX can run. The smoke test then runs with that build.
+GPUs newer than the newest that nvcc knew work this way. Here a build for sm_80 alone stands in for that case, because
+on a later generation only its PTX can run. The smoke test then runs with that build.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ SMOKE = (sys.executable, "-m", "gpu_stages.smoke", "--few")
 
 
 def package_in(folder: Path) -> None:
-    """Put the package there without the extensions that it runs with elsewhere."""
+    """Copy the package into a folder, without its built extensions."""
     shutil.copytree(PACKAGE, folder / "gmp_kernels", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
 
 
 def main() -> int:
-    """Build for the oldest GPUs, in a folder to throw away, and run the smoke test with that."""
+    """Build for the oldest GPUs in a temporary folder, and run the smoke test with that build."""
     gpu = capability()
     if gpu.startswith(OLDEST[0]):
         tell(f"code for sm_{OLDEST} runs on sm_{gpu} as it is: nothing to compile")

@@ -1,6 +1,6 @@
-"""A pytest plugin: tells every failure as it happens, selects what has a backend's name, and starts with the longest.
+"""A pytest plugin that reports every failure at once, selects the tests of a backend, and runs the longest first.
 
-pytest prints failures at the end; a run that is ended before then would have found nothing.
+pytest prints failures at the end, so a run that is stopped before would have reported nothing.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import pytest
 
 from gpu_stages.facts import as_line, tell
 
-# Of the tests' names, where one takes long; the shorter ones then fill the gaps between the processes.
+# Words in the names of tests that take long. The shorter tests run later, and fill the gaps between the processes.
 LONGEST = ("hundred_times", "hypothesis", "properties", "large", "many", "every", "training", "process", "memory")
 MOST_CHARACTERS = 400
 
@@ -38,7 +38,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def message(report: pytest.TestReport | pytest.CollectReport) -> str:
-    """Say what went wrong in a line: the exception's message, or the end of what there is."""
+    """Return one line that says what went wrong: the exception's message, or the end of the report."""
     crash = getattr(report.longrepr, "reprcrash", None)
     text = str(crash.message) if crash is not None else str(report.longrepr or "")[-MOST_CHARACTERS:]
     return " ".join(text.split())[:MOST_CHARACTERS]
@@ -70,20 +70,20 @@ class Facts:
         tell(self.counts(), counts=dict(self._counts))
 
     def end_early(self, number: int, _frame: object) -> None:
-        """Say how far it came, at once: the test that is running is not waited for, and what it prints is captured."""
+        """Report the progress and exit at once. Writes past pytest, which captures the output of the running test."""
         text = "then the time was over; before that " + self.counts()
         os.write(self._stdout, f"{as_line(text)}\n".encode())
         os._exit(128 + number)
 
     def counts(self) -> str:
-        """Describe what became of the tests so far, and which took longest."""
+        """Return the results of the tests so far as text, and which took longest."""
         longest = sorted(self._seconds.items(), key=lambda entry: -entry[1])[:5]
         times = "".join(f"\n  {seconds:.1f} s {test}" for test, seconds in longest if seconds > 1)
         return (", ".join(f"{number} {result}" for result, number in self._counts.items()) or "no tests") + times
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if not hasattr(config, "workerinput"):  # a process of xdist's: the one that prints hears of its tests
+    if not hasattr(config, "workerinput"):  # not in processes of xdist, whose results reach the one that prints
         facts = Facts()
         config.pluginmanager.register(facts, "gpu_stages_facts")
         signal.signal(signal.SIGTERM, facts.end_early)

@@ -1,4 +1,4 @@
-"""The record of a run: on disk after every fact, and as the summary that ends a run."""
+"""The record of a run: files that are updated after every fact, and the summary at the end."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from typing import Any
 
 from gpu_stages.running import ROOT, Outcome
 
-MOST_CHARACTERS = 12_000  # of a summary: what one sees of a long output is often its end
+MOST_CHARACTERS = 12_000  # of a summary: of a long output often only the end is shown
 LONGEST_TEXT = 600
-AS_TEXT: Any = {"encoding": "utf-8", "errors": "backslashreplace"}  # whatever the locale, and whatever is told
+AS_TEXT: Any = {"encoding": "utf-8", "errors": "backslashreplace"}  # for every locale and every text
 HEADINGS = ("ours", "median", "baseline", "median", "ratio", "must", "aim", "verdict", "GB/s")
 
 
 @dataclass
 class StageRecord:
-    """Facts that a stage has told, and how it ended once it has."""
+    """Facts that a stage has reported and, once it has ended, its outcome."""
 
     name: str
     outcome: Outcome | None = None
@@ -29,11 +29,11 @@ class StageRecord:
 
     @property
     def result(self) -> str:
-        """The outcome in a word."""
+        """The outcome as text."""
         return self.outcome.result if self.outcome else "running"
 
     def lines(self) -> list[str]:
-        """Its text for people: that of its facts; of a stage that failed the end of its output as well."""
+        """Return the text for people: that of the facts and, if the stage failed, the end of its output."""
         texts = [short(fact["text"]) for fact in self.facts if fact.get("text")]
         failed = self.outcome is not None and not self.outcome.passed
         if failed and self.outcome.last_lines:
@@ -42,7 +42,7 @@ class StageRecord:
 
 
 def short(text: Any) -> str:
-    """A text that no other has to make room for."""
+    """Return the text, cut to a length that leaves room for others."""
     text = str(text)
     return text if len(text) <= LONGEST_TEXT else text[:LONGEST_TEXT] + " ..."
 
@@ -50,8 +50,8 @@ def short(text: Any) -> str:
 class Record:
     """All facts and outcomes of a run, in ``<name>.json``, ``<name>.md`` and ``<name>.log``.
 
-    The first two are replaced after every fact, as whole files; the log grows. Until the device is known, and on a
-    machine where it never is, the files have the name that is given here.
+    The first two are replaced as whole files after every fact; the log grows. Until the device is known, the files have
+    the name that is given here.
     """
 
     def __init__(self, folder: Path, name: str) -> None:
@@ -68,7 +68,7 @@ class Record:
         self._log.close()
 
     def discard(self) -> None:
-        """Remove the files: there was nothing to record."""
+        """Remove the files, because there was nothing to record."""
         self._log.close()
         for kind in ("json", "md", "log"):
             self._path(kind).unlink(missing_ok=True)
@@ -77,12 +77,12 @@ class Record:
         return self._folder / f"{self._name}.{kind}"
 
     def log(self, text: str) -> None:
-        """Add to the log alone."""
+        """Add text to the log only."""
         self._log.write(text)
         self._log.flush()
 
     def say(self, text: str) -> None:
-        """Print, and add to the log. Where nobody reads any more, the files are still worth writing."""
+        """Print text and add it to the log. If nobody reads the output any more, the files are still written."""
         try:
             print(text, flush=True)
         except BrokenPipeError:
@@ -90,13 +90,13 @@ class Record:
         self.log(text + "\n")
 
     def begin(self, stage: str) -> None:
-        """Facts are those of ``stage`` from here on."""
+        """Record all following facts as those of ``stage``."""
         self.stages.append(StageRecord(stage))
 
     def fact(self, fact: dict[str, Any]) -> None:
-        """Take a fact of the stage that is running, and write all files."""
+        """Record a fact of the running stage, and write all files."""
         if fact.get("text"):
-            # Records are published: paths are those in the repository, not in this machine.
+            # Records are published, so paths are relative to the repository.
             fact = {**fact, "text": str(fact["text"]).replace(f"{ROOT}/", "")}
             self.say("  " + short(fact["text"]).replace("\n", "\n  "))
         if isinstance(fact.get("machine"), dict):
@@ -106,7 +106,7 @@ class Record:
         self.save()
 
     def end(self, outcome: Outcome) -> None:
-        """Take how the stage that was running has ended, and write all files."""
+        """Record the outcome of the running stage, and write all files."""
         self.stages[-1].outcome = outcome
         self.save()
 
@@ -165,9 +165,9 @@ class Record:
         return rows
 
     def summary(self, most: int = MOST_CHARACTERS) -> str:
-        """One line per stage, then what each has found; a stage that found too much for ``most`` is cut short.
+        """Return one line per stage, then the findings of each, cut to ``most`` characters in all.
 
-        Every stage has the same room; what one does not use is the others'.
+        Every stage has the same room. Room that one stage does not need goes to the others.
         """
         table = aligned([("stage", "result", "seconds"), *self._stage_rows()])
         files = ", ".join(str(self._path(kind)) for kind in ("json", "md", "log"))
@@ -184,7 +184,7 @@ class Record:
 
 
 def shared(room: int, wanted: Sequence[int]) -> list[int]:
-    """Divide ``room`` evenly; who wants less leaves the rest to the others."""
+    """Divide ``room`` evenly; an entry that wants less leaves the rest to the others."""
     given = [0] * len(wanted)
     by_want = sorted(range(len(wanted)), key=wanted.__getitem__)
     for position, index in enumerate(by_want):
@@ -194,7 +194,7 @@ def shared(room: int, wanted: Sequence[int]) -> list[int]:
 
 
 def _cut(lines: Sequence[str], room: int) -> str:
-    """The first lines that fit, and how many did not."""
+    """Return the first lines that fit, and a line with the number of the others."""
     text = "\n".join(lines) + "\n"
     if len(text) <= room:
         return text
@@ -208,7 +208,7 @@ def _cut(lines: Sequence[str], room: int) -> str:
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Columns of text."""
+    """Return the rows as aligned columns of text."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "".join("  ".join(map(str.ljust, row, widths)).rstrip() + "\n" for row in rows)
 

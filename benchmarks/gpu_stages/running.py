@@ -1,4 +1,4 @@
-"""Runs the command of a stage: within its time, with bounded output, and leaving no process behind."""
+"""Runs the command of a stage within its time and with bounded output, and leaves no process behind."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ROOT = Path(__file__).parent.parent.parent
 GRACE = 2.0  # seconds between SIGTERM and SIGKILL
 LONGEST_LINE = 1 << 16
 HEAD, TAIL = 1 << 17, 1 << 16  # bytes of a stage's output that the log keeps
-LAST_LINES = 15  # that the summary shows of a stage that failed
+LAST_LINES = 15  # of a failed stage, in the summary
 MOST_FACTS = 400
 PR_SET_PDEATHSIG = 1
 
@@ -35,20 +35,20 @@ class Stage:
     Attributes
     ----------
     name : str
-        By which the command line selects it.
+        Name by which the command line selects it.
     seconds : float
-        After which it is ended.
+        Time after which it is ended.
     command : sequence of str
     environment : mapping of str to str
         Added to that of this process.
     least : float
-        It is not begun with less time than this, in which it could find out nothing.
+        It is not begun with less time than this, which would be too short for any finding.
     tool : str
         Program that must be on the PATH.
     gate : bool
-        No other stage runs once this one has failed.
+        If this stage fails, no other runs afterwards.
     diagnosis : Stage, optional
-        Runs when this one has failed.
+        Stage that runs if this one fails.
     """
 
     name: str
@@ -84,7 +84,7 @@ class Stopped(BaseException):
 
 
 class Output:
-    """Takes what a stage prints: facts are handed on, of everything else the beginning and the end are kept."""
+    """Output of a stage: facts are handed on; the beginning and the end of everything else are logged."""
 
     def __init__(self, log: Callable[[str], None], fact: Callable[[dict[str, Any]], None]) -> None:
         self._log, self._fact = log, fact
@@ -104,7 +104,7 @@ class Output:
             self._partial = self._partial[LONGEST_LINE:]
 
     def close(self) -> tuple[str, ...]:
-        """Write what was held back; return the last lines."""
+        """Log the end of the output; return the last lines."""
         if self._partial:
             self._line(self._partial)
         if self._left_out:
@@ -144,7 +144,7 @@ def run(
     Raises
     ------
     Stopped
-        Raised by a signal handler meanwhile; the stage has ended then, too.
+        Raised by a signal handler during the run; the stage has ended then, too.
     """
     if stage.tool and shutil.which(stage.tool) is None:
         return Outcome(f"not run: {stage.tool} is not on the PATH", 0.0, limit)
@@ -160,7 +160,7 @@ def run(
     }
     start = time.monotonic()
     try:
-        # A group of its own, to be ended as a whole; not a session, which would outlive the end of ours.
+        # The stage is a process group, which can be ended as a whole. A session would outlive the end of ours.
         process = subprocess.Popen(
             stage.command,
             cwd=ROOT,
@@ -181,9 +181,9 @@ def run(
             _signal(process, signal.SIGTERM)
             _follow(process, output, time.monotonic() + GRACE)
     finally:
-        # Before the exit status is collected: until then no other process can get this group's number.
+        # The signal comes before the exit status is collected: until then no other process can get this group's number.
         _signal(process, signal.SIGKILL)
-        with suppress(subprocess.TimeoutExpired):  # a driver that hangs keeps it
+        with suppress(subprocess.TimeoutExpired):  # a driver that hangs keeps the process
             process.wait(GRACE)
         if process.returncode is None:
             log(f"process {process.pid} is still there {GRACE:g} s after SIGKILL\n")
@@ -194,7 +194,7 @@ def run(
 
 
 def _ending_with(parent: int) -> Callable[[], None] | None:
-    """Return what a child calls first to be killed when its parent ends, in whatever way; None where there is none."""
+    """Return a function that a child calls first, to be killed when its parent ends; None if the system has none."""
     try:
         prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
     except (OSError, AttributeError):
@@ -202,7 +202,7 @@ def _ending_with(parent: int) -> Callable[[], None] | None:
 
     def end_with_parent() -> None:
         prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
-        if os.getppid() != parent:  # it has ended already
+        if os.getppid() != parent:  # the parent has ended already
             os._exit(1)
 
     return end_with_parent if prctl else None
@@ -234,7 +234,7 @@ def _follow(process: subprocess.Popen[bytes], output: Output, end: float) -> boo
             output.feed(data)
             is_open = bool(data)
             continue
-        # Its children may hold the pipe open for longer than it lives itself.
+        # Children of the process may hold the pipe open after it has ended.
         if os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
             return True
         if not is_open:
@@ -243,7 +243,7 @@ def _follow(process: subprocess.Popen[bytes], output: Output, end: float) -> boo
 
 
 def _drain(process: subprocess.Popen[bytes], output: Output) -> None:
-    """Hand on what is in the pipe, without waiting for a process that left the group and still holds it open."""
+    """Hand on the contents of the pipe, without waiting for a process that left the group and still holds it open."""
     for _ in range(64):  # more than a pipe holds
         if not select.select([process.stdout], [], [], 0)[0] or not (data := os.read(process.stdout.fileno(), 1 << 16)):
             return

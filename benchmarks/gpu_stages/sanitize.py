@@ -10,18 +10,18 @@ from collections.abc import Sequence
 from gpu_stages.facts import tell
 
 ERROR_EXIT_CODE = 9
-MOST_ERRORS = 10  # that are told; the log has more
+MOST_ERRORS = 10  # reported ones; the log has more
 FILTERS = ("--kernel-name", "--kernel-regex")  # the option's name differs between versions
 
 
 def kernel_filter(help_text: str) -> list[str]:
-    """Option that leaves torch's kernels alone, each of which would take many times as long; none if there is none."""
+    """Return the option that leaves out torch's kernels, each of which would take many times as long, if it exists."""
     option = next((name for name in FILTERS if re.search(rf"{name}\b(?!-)", help_text)), None)
     return [option, "kns=gmp"] if option else []
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Sanitize with the tool that the first argument names; the others are the smoke test's."""
+    """Run the tool that the first argument names; the other arguments go to the smoke test."""
     tool, *options = sys.argv[1:] if arguments is None else arguments
     done = subprocess.run(["compute-sanitizer", "--help"], capture_output=True, text=True, check=False)
     chosen = kernel_filter(done.stdout + done.stderr)

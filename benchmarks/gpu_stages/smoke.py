@@ -1,7 +1,8 @@
-"""Stages ``smoke`` and ``triton``: the kernels run, and every bit is the CPU's.
+"""Stages ``smoke`` and ``triton``: a test that the kernels run and give the same bits as the CPU.
 
-Prunes, steps and a captured step, each from the same start on the device and on the CPU. One wrong bit ends it with a
-message that says where. ``sanitize.py`` runs it with fewer weights, because a sanitizer slows every access down.
+It makes prunes, steps and a captured step, each from the same start on the device and on the CPU. A wrong bit fails a
+check, with a message that says where. ``sanitize.py`` runs it with fewer weights, because a sanitizer slows every
+access down.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from gmp_kernels.tools.testing import assert_bitwise_equal
 from gpu_stages.facts import tell
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-# Around the edges of chunks and samples; one tensor of less than a vector.
+# Sizes around the edges of chunks and samples, and one of less than a vector.
 SIZES, FEW_SIZES = (3_000_017, 70_001, 3 * 16384 + 5, 7), (40_003, 16384 + 5, 7)
 STEPS = 20
 CPU = torch.device("cpu")
@@ -47,12 +48,12 @@ EXPECTED = Side(CPU, "cpu")
 
 @cache
 def random(size: int, seed: int) -> torch.Tensor:
-    """Random numbers that are made once: making them takes longer than everything else here."""
+    """Return random numbers, made once, because that takes longer than everything else here."""
     return torch.randn(size, generator=torch.Generator().manual_seed(seed))
 
 
 def tensors(sizes: Sequence[int], dtype: torch.dtype, seed: int) -> list[torch.Tensor]:
-    """The same weights or gradients every time, on the CPU."""
+    """Return weights or gradients on the CPU, the same every time."""
     return [random(size, seed).to(dtype, copy=True) for size in sizes]
 
 
@@ -63,7 +64,7 @@ def assert_same(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor],
 
 
 def pruned(side: Side, sizes: Sequence[int], dtype: torch.dtype) -> list[torch.Tensor]:
-    """Weights, masks and thresholds of two updates, one in global scope and one of weights that came back."""
+    """Return weights, masks and thresholds after two prunes, one in global scope, and after masks are applied."""
     weights = [tensor.to(side.device) for tensor in tensors(sizes, dtype, 0)]
     options = {"backend": side.backend}
     first = prune_(weights, sparsity=0.7, scope="global", **options)
@@ -77,7 +78,7 @@ def pruned(side: Side, sizes: Sequence[int], dtype: torch.dtype) -> list[torch.T
 
 
 def trained(side: Side, sizes: Sequence[int], dtype: torch.dtype, compact: bool, steps: int) -> list[torch.Tensor]:
-    """Weights and state after AdamW steps, with an update of the masks halfway."""
+    """Return weights and state after AdamW steps, with updates of the masks in between."""
     params = [nn.Parameter(tensor.to(side.device)) for tensor in tensors(sizes, dtype, 0)]
     optimizer = optim.AdamW(params, lr=0.01, weight_decay=0.1, compact_state=compact, backend=side.backend)
     masks: dict[torch.Tensor, BitMask] = {}
@@ -102,9 +103,9 @@ def updated(
 
 
 def replayed(side: Side, sizes: Sequence[int]) -> list[torch.Tensor]:
-    """Weights after captured steps with prunes between the replays; without a GPU, after the same plain steps.
+    """Return weights after captured steps with prunes between the replays; without a GPU, after the same plain steps.
 
-    The graph holds addresses. Where an update moved a mask, the next replay would bring pruned weights back.
+    The graph holds addresses. If an update moved a mask, the next replay would bring pruned weights back.
     """
     params = [nn.Parameter(tensor.to(side.device)) for tensor in tensors(sizes, torch.float32, 0)]
     gradients = [tensors(sizes, torch.float32, 200 + step) for step in range(6)]
@@ -137,7 +138,7 @@ def replayed(side: Side, sizes: Sequence[int]) -> list[torch.Tensor]:
 
 
 def check(name: str, side: Side, compute: Callable[[Side], list[torch.Tensor]]) -> bool:
-    """Compute something on both sides and compare; tell what happened."""
+    """Compute something on both sides, compare, and report the result."""
     start = time.monotonic()
     try:
         assert_same(compute(side), compute(EXPECTED), name)
@@ -149,14 +150,14 @@ def check(name: str, side: Side, compute: Callable[[Side], list[torch.Tensor]]) 
 
 
 def name_of(dtype: torch.dtype) -> str:
-    """Its name on the command line and in what is told."""
+    """Return the name of a dtype on the command line and in reports."""
     return str(dtype).removeprefix("torch.")
 
 
 def checks(
     sizes: Sequence[int], steps: int, graph: bool, dtypes: Sequence[torch.dtype]
 ) -> dict[str, Callable[[Side], list[torch.Tensor]]]:
-    """Everything that is compared, by name."""
+    """Return the computations to compare, by name."""
     found: dict[str, Callable[[Side], list[torch.Tensor]]] = {}
     for dtype in dtypes:
         name = name_of(dtype)
@@ -172,7 +173,7 @@ def checks(
 
 
 def passed_on(command: Sequence[str]) -> int:
-    """Run a process and print its lines as they come, each as a whole; return its exit code."""
+    """Run a process and print its lines as they come, never mixed with others; return its exit code."""
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         for line in process.stdout:
@@ -182,7 +183,7 @@ def passed_on(command: Sequence[str]) -> int:
 
 
 def in_processes(arguments: Sequence[str]) -> int:
-    """Run the checks of all dtypes side by side: what is compiled for one is of no use to another."""
+    """Run the checks of all dtypes side by side, because kernels compiled for one are of no use to another."""
     command = [sys.executable, "-m", "gpu_stages.smoke", *arguments]
     with ThreadPoolExecutor(len(DTYPES)) as threads:
         codes = list(threads.map(lambda dtype: passed_on([*command, "--dtype", name_of(dtype)]), DTYPES))
@@ -190,7 +191,7 @@ def in_processes(arguments: Sequence[str]) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run every check, even after one that failed: which fail together says what is wrong."""
+    """Run every check, even after a failure, because the set of failures shows what is wrong."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda")

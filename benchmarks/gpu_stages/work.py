@@ -13,11 +13,11 @@ from gmp_kernels.tools.bench.gpu import llama_8b_sizes, resnet50_sizes
 from gmp_kernels.tools.bench.measurement import Timed
 
 LARGE = 1 << 28
-FEWER = 256  # times the weights of Llama 8B: of its tensors the number counts here
+FEWER = 256  # divides the weights of Llama 8B, because only the number of its tensors matters here
 
 
 class Work:
-    """The calls, on one device and by one backend; ``shrink`` divides the number of weights."""
+    """Calls to profile, on one device and by one backend; ``shrink`` divides the number of weights."""
 
     def __init__(self, device: torch.device, backend: str, shrink: int = 1) -> None:
         self._device, self._backend, self._shrink = device, backend, shrink
