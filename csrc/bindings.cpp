@@ -1,7 +1,7 @@
 // The only file that knows Python: integers in, integers out. Pointers come as addresses whose owners the caller keeps
-// alive, each with the size of the tensor it was taken from, so that what does not belong together is refused here
-// rather than walked past its end. The GIL is released while weights are read or written, and before the first write
-// all that is returned has its memory.
+// alive, each with the size of the tensor it was taken from, so that sizes that do not match are refused here and no
+// kernel walks past an end. The GIL is released while weights are read or written. All memory for results is allocated
+// before the first write.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -20,8 +20,8 @@ namespace py = pybind11;
 
 using gmp::cpu::LayerView;
 using gmp::cpu::UpdateTensor;
-using Layers = std::vector<LayerView>;          // checked and converted once for as many calls as they stay
-using UpdateBatch = std::vector<UpdateTensor>;  // tensors that step together, less their gradients
+using Layers = std::vector<LayerView>;          // checked and converted once, for all calls until they change
+using UpdateBatch = std::vector<UpdateTensor>;  // tensors that step together, without their gradients
 PYBIND11_MAKE_OPAQUE(Layers)                    // stay here from call to call, as classes
 PYBIND11_MAKE_OPAQUE(UpdateBatch)
 
@@ -29,7 +29,7 @@ namespace {
 
 using gmp::dtype_of;
 
-// Address of a tensor, and how many elements it has; 0 and 0: not there.
+// Address and number of elements of a tensor; 0 and 0 for none.
 using Array = std::pair<uintptr_t, int64_t>;
 
 template <typename T = void>
@@ -37,7 +37,7 @@ T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-// Only what could corrupt memory is checked again here; ops.py has explained everything else.
+// Only errors that could corrupt memory are checked again here; Python has reported all others.
 template <typename T = void>
 T* checked(const Array& array, int64_t expected, const char* what) {
   if (array.first == 0 || array.second != expected) {
@@ -47,7 +47,7 @@ T* checked(const Array& array, int64_t expected, const char* what) {
   return pointer<T>(array.first);
 }
 
-// nullptr where it is not there.
+// Returns nullptr for no tensor.
 template <typename T = void>
 T* optional(const Array& array, int64_t expected, const char* what) {
   return array.first == 0 && array.second == 0 ? nullptr : checked<T>(array, expected, what);
@@ -75,12 +75,12 @@ Layers layers_of(const std::vector<LayerTuple>& given) {
 
 using BracketTuple = std::pair<uint64_t, uint64_t>;
 
-// By column, one entry per layer: key, num_below, num_ties, num_ties_kept, tie index, nonfinite. All but the last two
-// are those of its group.
+// Columns with an entry per layer: key, num_below, num_ties, num_ties_kept, tie index, nonfinite. All but the last two
+// are those of the layer's group.
 using CutoffColumns = std::tuple<std::vector<uint64_t>, std::vector<int64_t>, std::vector<int64_t>,
                                  std::vector<int64_t>, std::vector<int64_t>, std::vector<int64_t>>;
 
-// num_prune and group_sizes, in layers: one per group; brackets: one per group, empty where a sample is to say, or none
+// num_prune, group_sizes (in layers): one per group; brackets: one per group, empty if a sample is to give one, or none
 // at all.
 CutoffColumns select_cutoffs(const Layers& layers, const std::vector<int64_t>& num_prune,
                              const std::vector<size_t>& group_sizes, const std::vector<BracketTuple>& brackets,
@@ -157,10 +157,10 @@ std::vector<CountsTuple> count(const Layers& layers, const std::vector<BracketTu
   return result;
 }
 
-// Weights kept before, and now, by layer.
+// Weights kept before, and now, per layer.
 using KeptColumns = std::pair<std::vector<int64_t>, std::vector<int64_t>>;
 
-// The key and tie index of each layer, and where its bits go: if there are no such places, to its mask.
+// The key and tie index of each layer, and the place for its new bits; if `places` is empty, that is its mask.
 KeptColumns prune(const Layers& layers, const std::vector<uint64_t>& keys, const std::vector<int64_t>& tie_indices,
                   const std::vector<Array>& out, int num_threads) {
   check_threads(num_threads);
@@ -184,7 +184,7 @@ void apply_masks(const Layers& layers, int num_threads) {
   gmp::cpu::apply(layers, {}, {}, {}, num_threads);
 }
 
-// How compact state is addressed, checked: kept weights before each chunk, and their number.
+// Checked chunk offsets of compact state: kept weights before each chunk, and their total.
 const int64_t* offsets_of(const Array& chunk_offsets, int64_t n, int64_t num_kept) {
   const int64_t num_chunks = (n + gmp::cpu::kChunk - 1) / gmp::cpu::kChunk;
   const int64_t* const offsets = optional<const int64_t>(chunk_offsets, num_chunks + 1, "chunk offsets");
@@ -197,7 +197,7 @@ const int64_t* offsets_of(const Array& chunk_offsets, int64_t n, int64_t num_kep
   return offsets;
 }
 
-// Checked and converted once for as many steps as it stays where it is; without its gradient.
+// Checked and converted once, for all steps until an address changes; without the gradient.
 UpdateTensor update_tensor(const std::string& dtype, const Array& weights, const Array& master,
                            const std::vector<Array>& state, const Array& mask, const Array& chunk_offsets,
                            int64_t num_kept) {
@@ -216,7 +216,7 @@ UpdateTensor update_tensor(const std::string& dtype, const Array& weights, const
   if (t.chunk_offsets != nullptr && t.mask == nullptr) throw std::invalid_argument("compact state needs a mask");
   const int64_t num_values = t.chunk_offsets == nullptr ? n : num_kept;
   for (const Array& values : state) {
-    // What keeps nothing has no address.
+    // State of a tensor that keeps no weight has no address.
     t.state[t.num_states] = optional(values, num_values, "state");
     if (t.state[t.num_states++] == nullptr && num_values != 0) throw std::invalid_argument("state needs an address");
   }
@@ -264,7 +264,7 @@ double sum_squares(const Layers& gradients, int num_threads) {
   return gmp::cpu::sum_squares(gradients, num_threads);
 }
 
-// values; of compact state their mask and chunk offsets
+// values and, for compact state, their mask and chunk offsets
 using StateTuple = std::tuple<Array, Array, Array>;
 // source, target, number of weights, bytes per value
 using MoveTuple = std::tuple<StateTuple, StateTuple, int64_t, int>;
@@ -299,8 +299,8 @@ std::vector<int64_t> chunk_offsets(const Array& mask, int64_t n) {
   return gmp::cpu::chunk_offsets(bits, n);
 }
 
-// Of all tensors one after the other: equal answers are of tensors that lie in the same way and, with addresses, in the
-// same place. None where one has elements and no address. `exchange` is the capsule that the tensors' type has.
+// Describes all tensors one after the other. Equal results mean equal layouts and, with addresses, equal places. None
+// if a tensor has elements but no address. `exchange` is the capsule of the tensors' type.
 py::object describe(const py::capsule& exchange, const py::list& tensors, bool with_addresses) {
   const auto* const table = gmp::dlpack::understood(exchange.get_pointer<gmp::dlpack::Exchange>());
   if (table == nullptr) return py::none();
@@ -308,7 +308,7 @@ py::object describe(const py::capsule& exchange, const py::list& tensors, bool w
   bytes.reserve(tensors.size() * 96);  // four dimensions each
   for (const py::handle tensor : tensors) {
     if (gmp::dlpack::describe(*table, tensor.ptr(), with_addresses, bytes)) continue;
-    // The caller finds out what it is instead; but an interrupt goes on.
+    // The caller finds out what the object is, but an interrupt is passed on.
     if (PyErr_Occurred() != nullptr && !PyErr_ExceptionMatches(PyExc_Exception)) throw py::error_already_set();
     PyErr_Clear();
     return py::none();
@@ -319,8 +319,8 @@ py::object describe(const py::capsule& exchange, const py::list& tensors, bool w
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  // Without constructors: pybind11 registers what they have made where nothing catches, and so ends the process when
-  // there is no memory for that. What a function returns it registers before it catches.
+  // No constructors: pybind11 registers their objects outside of any try block, so running out of memory there would
+  // end the process. It registers objects returned by functions inside one.
   py::class_<UpdateTensor>(m, "UpdateTensor");
   py::class_<Layers>(m, "Layers");
   py::class_<UpdateBatch>(m, "UpdateBatch");

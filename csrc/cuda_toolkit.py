@@ -1,6 +1,6 @@
-"""Questions of setup.py to the CUDA toolkit: which GPUs its compiler knows, and where its runtime lies.
+"""Facts about the CUDA toolkit for setup.py: the GPUs that its compiler knows, and the place of its runtime.
 
-Apart from setup.py, which cannot be imported without what builds need; this needs only Python.
+It is a file of its own because it needs only Python, while setup.py cannot be imported without the build's packages.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import subprocess
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-# Each stands for every GPU of its generation with the same or a higher minor version.
+# Code for one of these runs on every GPU of its generation with the same or a higher minor version.
 ARCHS = (80, 90, 100, 120)
 RUNTIME = "libcudart_static.a"
 
@@ -28,17 +28,17 @@ def runs_on(gpu: int, archs: Iterable[int]) -> bool:
 
 
 def ptx_for(archs: Sequence[int], known: Sequence[int]) -> int:
-    """Choose the newest of ``archs`` whose PTX leaves out no GPU that is newer than the oldest of them.
+    """Choose the newest of ``archs`` whose PTX serves every GPU that is newer than the oldest of them.
 
-    PTX runs on the GPU it was made for and on all newer ones, so with the very newest those in between that no code
-    runs on would have none: sm_110 has PTX of compute_100 to compile, but could not take that of compute_120.
+    PTX runs on the GPU it was made for and on all newer ones. PTX for the very newest would leave out GPUs in between
+    for which there is no code: sm_110 can compile PTX of compute_100, but not that of compute_120.
     """
     without_code = [gpu for gpu in known if gpu > min(archs) and not runs_on(gpu, archs)]
     return max(arch for arch in archs if all(arch <= gpu for gpu in without_code))
 
 
 def known_archs(nvcc: str) -> list[int]:
-    """GPUs that ``nvcc`` makes code for, such as 90 for sm_90."""
+    """Return the GPUs that ``nvcc`` makes code for, such as 90 for sm_90."""
     listed = _run(nvcc, "--list-gpu-code")
     return sorted(int(number) for number in re.findall(r"^sm_(\d+)$", listed, re.MULTILINE))
 
@@ -51,7 +51,7 @@ def gencode(nvcc: str, chosen: str = "") -> list[str]:
     nvcc : str
         Path of the compiler.
     chosen : str
-        Such as "90" or "80,90", to compile for these alone; empty for every one of ``ARCHS`` that ``nvcc`` knows.
+        GPUs to compile for, such as "90" or "80,90"; if empty, all of ``ARCHS`` that ``nvcc`` knows.
 
     Raises
     ------
@@ -75,7 +75,7 @@ def gencode(nvcc: str, chosen: str = "") -> list[str]:
 
 
 def runtime_library(nvcc: str) -> Path:
-    """Find the static CUDA runtime: where ``nvcc`` itself links from, or where toolkits of every packaging keep it.
+    """Find the static CUDA runtime, in the folders that ``nvcc`` itself links from or in the usual ones of toolkits.
 
     Raises
     ------
@@ -95,7 +95,7 @@ def runtime_library(nvcc: str) -> Path:
 
 
 def _run(*command: str) -> str:
-    """Both outputs of a command: nvcc prints a dry run to the second."""
+    """Return both outputs of a command, because nvcc prints a dry run to the second."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError as error:

@@ -1,6 +1,5 @@
-// What tensors say of themselves through the C exchange API of DLPack: one call of C each, where Python asks four
-// times. Source: DLPack 1.3, https://dmlc.github.io/dlpack/latest/c_api.html; the layouts are those of its ABI's
-// version 1.
+// Descriptions of tensors through the C exchange API of DLPack: one C call per tensor, where Python needs four calls.
+// Source: DLPack 1.3, https://dmlc.github.io/dlpack/latest/c_api.html; the layouts are those of its ABI's version 1.
 #pragma once
 
 #include <algorithm>
@@ -28,7 +27,7 @@ struct Exchange {
   int (*describe)(void* object, Tensor* into);  // may be missing
 };
 
-// The version of a table that is understood here, if there is one that can describe tensors.
+// Returns the table whose version is known here and that can describe tensors, if there is one.
 inline const Exchange* understood(const Exchange* table) {
   while (table != nullptr && table->major != kMajor) table = table->older;
   return table != nullptr && table->describe != nullptr ? table : nullptr;
@@ -38,8 +37,9 @@ inline bool is_empty(const Tensor& tensor) {
   return std::any_of(tensor.shape, tensor.shape + tensor.num_dimensions, [](int64_t size) { return size == 0; });
 }
 
-// Adds device, dtype, shape and strides of a tensor, and perhaps its address; returns whether it told all of them, and
-// has an address if it has elements. One whose storage was freed has an address that is no more than its offset.
+// Adds device, dtype, shape and strides of a tensor, and perhaps its address. Returns whether all of them are known,
+// and the address is not null if there are elements. The address of a tensor whose storage was freed is only its
+// offset.
 inline bool describe(const Exchange& table, void* object, bool with_address, std::string& bytes) {
   Tensor tensor{};
   if (table.describe(object, &tensor) != 0 || tensor.strides == nullptr) return false;

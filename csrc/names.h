@@ -1,4 +1,4 @@
-// What Python calls dtypes, rules and constants.
+// Python's names of dtypes, rules and constants.
 #pragma once
 
 #include <map>
@@ -27,7 +27,7 @@ inline Rule rule_of(const std::string& name) {
   throw std::invalid_argument("unknown rule '" + name + "'");
 }
 
-// Constants in order, and their values where they are absent.
+// Constants in order, with the values that absent ones have.
 inline constexpr std::pair<const char*, double> kConstants[] = {
 #define GMP_CONSTANT(name, absent) {#name, absent},
     GMP_CONSTANTS(GMP_CONSTANT)

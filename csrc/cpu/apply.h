@@ -1,4 +1,4 @@
-// Writing what a selection decided, and enforcing masks.
+// Applies a selection to weights and masks, and enforces masks.
 #pragma once
 
 #include <cstdint>
@@ -10,9 +10,9 @@
 namespace gmp::cpu {
 
 // Zeroes the pruned weights of layers, writes the bits of the kept ones to kept[i] (which may be layers[i].mask), and
-// returns how many each layer kept before, and keeps now. Pruned are the keys below keys[i], and of those equal to it
-// the ones from index tie_indices[i] on. `keys`, `tie_indices` and `kept` are empty where masks are enforced and no
-// more. Once the first weight is written, nothing can fail.
+// returns how many each layer kept before, and keeps now. It prunes keys below keys[i], and keys equal to it from index
+// tie_indices[i] on. `keys`, `tie_indices` and `kept` are empty if masks are only enforced. Once the first weight is
+// written, nothing can fail.
 std::pair<std::vector<int64_t>, std::vector<int64_t>> apply(const std::vector<LayerView>& layers,
                                                             const std::vector<uint64_t>& keys,
                                                             const std::vector<int64_t>& tie_indices,

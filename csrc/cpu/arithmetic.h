@@ -1,5 +1,5 @@
-// What the optimizers' arithmetic needs beyond operators. Machines with AVX-512 take AVX as well: their wide divisions
-// and square roots take twice as long as two of these.
+// Operations of the optimizers' arithmetic that are not operators. Machines with AVX-512 use AVX too, because one of
+// their wide divisions or square roots takes twice as long as two narrow ones.
 //
 // Included inside an anonymous namespace: see kernels_impl.h.
 

@@ -1,7 +1,7 @@
 // The concatenation of all tensors, cut into chunks: the unit that threads take work in.
 //
-// Splitting by chunk and not by tensor keeps every thread busy whatever the mix of sizes, and a chunk stays in L2 while
-// what follows from it is settled. Chunks begin on a byte of the mask.
+// Splitting by chunk instead of tensor keeps every thread busy for any mix of sizes, and a chunk stays in L2 until all
+// work on it is done. Chunks begin at the beginning of a mask byte.
 #pragma once
 
 #include <algorithm>
@@ -15,7 +15,7 @@ namespace gmp::cpu {
 struct Chunk {
   size_t tensor;
   int64_t begin, end;  // elements of that tensor
-  // What a count has found: how many keys of it are inside, and behind how many candidates of its group they are.
+  // Results of a count: how many of its keys are inside, and how many candidates of its group come before them.
   int64_t inside = 0, offset = 0;
 };
 

@@ -19,7 +19,7 @@ int64_t find_match(const LayerView& layer, int64_t begin, int64_t end, const Bra
       begin = middle;
     }
   }
-  // Fewer than nine left: a prefix first holds rank + 1 matches where it ends with the match itself.
+  // Fewer than nine weights are left. The shortest prefix with rank + 1 matches ends with the match itself.
   for (int64_t i = begin; i < end; ++i) {
     if (kernels.scan(layer, begin, i + 1, bracket, nullptr).inside > rank) return i;
   }
@@ -28,7 +28,7 @@ int64_t find_match(const LayerView& layer, int64_t begin, int64_t end, const Bra
 
 std::vector<Chunk> count(const std::vector<LayerView>& layers, const std::vector<Group*>& groups, int64_t num_bins,
                          std::vector<int64_t>& nonfinite, int num_threads) {
-  // All memory first: an exception in a thread of a parallel region ends the process.
+  // All memory is allocated first, because an exception in a thread of a parallel region ends the process.
   std::vector<Chunk> chunks;
   std::vector<Group*> group_of(layers.size());
   bool wants_bins = false;
@@ -83,7 +83,7 @@ std::vector<Chunk> count(const std::vector<LayerView>& layers, const std::vector
       with_dtype(layer.dtype, [&](auto infinity) {
         using Key = decltype(infinity);
         const Key* const keys = static_cast<const Key*>(gathered);
-        // Past the capacity nothing is stored: more keys inside than that say so.
+        // Nothing is stored past the capacity; the caller sees that more keys are inside.
         if (chunk.offset + chunk.inside <= group.capacity) {
           std::copy_n(keys, chunk.inside, static_cast<Key*>(group.candidates) + chunk.offset);
         }

@@ -1,4 +1,4 @@
-// Which instruction set runs: asked once, at the first call.
+// Choice of the instruction set, made once, at the first call.
 #include <cstdlib>
 #include <stdexcept>
 #include <string>

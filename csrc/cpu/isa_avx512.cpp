@@ -9,9 +9,9 @@ namespace {
 
 #include "arithmetic.h"
 #include "lanes_portable.h"
-// It falls back to the plain ones.
+// Lanes fall back to the plain ones.
 #include "lanes_avx512.h"
-// Order matters.
+// The order of these matters.
 #include "kernels_impl.h"
 #include "update_impl.h"
 

@@ -1,4 +1,4 @@
-// Plain C++, for every CPU: compilers turn the small inner loops into whatever vectors there are.
+// Plain C++, for every CPU: compilers turn the small inner loops into vectors of the machine.
 #include "kernels.h"
 #include "order/magnitude_key.h"
 #include "vectors.h"
@@ -12,7 +12,7 @@ namespace {
 template <typename Key>
 using Lanes = PlainLanes<Key>;
 
-// Order matters.
+// The order of these matters.
 #include "kernels_impl.h"
 #include "update_impl.h"
 

@@ -1,4 +1,4 @@
-// The loops that touch every weight, one implementation per instruction set, picked at run time.
+// The loops over every weight, one implementation per instruction set, picked at run time.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +11,7 @@ namespace gmp::cpu {
 // A vector store may write this many bytes past the last key gathered.
 inline constexpr int64_t kGatherSlackBytes = 64;
 
-// Loops over the weights [begin, end) of a layer of one dtype; `begin` lies on a byte of the mask.
+// Loops over the weights [begin, end) of a layer of one dtype; `begin` is at the beginning of a mask byte.
 struct Kernels {
   // One read. `gathered` (nullptr: count only) receives the keys inside the bracket in order and needs room for them
   // plus the slack; it may be the weights themselves.
@@ -22,7 +22,8 @@ struct Kernels {
   int64_t (*apply)(const LayerView& layer, int64_t begin, int64_t end, uint8_t* kept, uint64_t key, int64_t tie_index);
   // Moves the kept elements of n to the front of dst, which has room for kGatherSlackBytes more; returns how many.
   int64_t (*pack)(const void* src, const uint8_t* mask, int64_t n, void* dst);
-  // Spreads them out again; pruned places get zero. src must be readable for kGatherSlackBytes more.
+  // The inverse: spreads elements out to the kept places; pruned places get zero. src must be readable for
+  // kGatherSlackBytes more.
   void (*unpack)(const void* src, const uint8_t* mask, int64_t n, void* dst);
   // An optimizer step, by Rule.
   void (*update[kNumRules])(const UpdateTensor& tensor, int64_t begin, int64_t end, const UpdateConstants<double>& c);

@@ -1,5 +1,5 @@
-// A register of keys in plain C++: compilers turn the small inner loops into whatever vectors there are. Also for keys
-// that an instruction set has no lanes of its own for.
+// A register of keys in plain C++: compilers turn the small inner loops into vectors of the machine. Instruction sets
+// also use it for keys for which they have no lanes of their own.
 template <typename Key>
 struct PlainLanes {
   Key lane[8];

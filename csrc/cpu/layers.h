@@ -1,4 +1,4 @@
-// Layers as every loop gets them.
+// Layers in the form that all loops get.
 #pragma once
 
 #include <cstddef>

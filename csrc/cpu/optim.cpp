@@ -12,7 +12,7 @@
 namespace gmp::cpu {
 namespace {
 
-// Bits that somebody has written since the offsets were counted would lead a kernel past the end of the state.
+// If the bits were written after the offsets were counted, a kernel would walk past the end of the state.
 bool offsets_hold(const uint8_t* mask, const int64_t* chunk_offsets, const Chunk& c) {
   if (chunk_offsets == nullptr) return true;
   const int64_t* const offset = chunk_offsets + c.begin / kChunk;
@@ -24,7 +24,7 @@ void check_offsets(int64_t num_wrong) {
   throw std::invalid_argument("expected the bits by which compact state was laid out, got a mask written since then");
 }
 
-// Packing and unpacking touch up to a vector more than their values: both go through buffers.
+// Packing and unpacking access up to a vector more than their values, so both go through buffers.
 inline constexpr size_t kBufferWords = kChunk + kGatherSlackBytes / sizeof(uint64_t);
 
 template <typename Bits>

@@ -9,16 +9,17 @@
 
 namespace gmp::cpu {
 
-// Same for all tensors: the rule. Threads take chunks; no bit depends on how many there are. Throws
-// std::invalid_argument, and has written nothing, if a mask does not keep what the offsets of compact state say.
+// The rule is the same for all tensors. Threads take chunks; no bit depends on their number. Throws
+// std::invalid_argument before any write if a mask does not match the offsets of compact state.
 void update(Rule rule, const std::vector<UpdateTensor>& tensors, const std::vector<UpdateConstants<double>>& constants,
             int num_threads);
 
 // Sum of the squares of the kept gradients; the order of the additions is fixed.
 double sum_squares(const std::vector<LayerView>& gradients, int num_threads);
 
-// State of a tensor on its way from one layout, [0], to another: dense (no mask: n values), or compact (the kept values
-// only, in order). A value that is kept before but not after is dropped, one kept after but not before becomes zero.
+// A move of the state of a tensor from one layout, [0], to another. A layout is dense (no mask, n values) or compact
+// (the kept values only, in order). A value kept before but not after is dropped; one kept after but not before becomes
+// zero.
 struct StateMove {
   void* values[2];
   const uint8_t* masks[2];

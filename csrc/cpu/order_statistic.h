@@ -1,4 +1,4 @@
-// Small exact selections made of the scan kernel alone: quickselect whose pivot is the middle of the key range.
+// Small exact selections that use only the scan kernel: quickselect whose pivot is the middle of the key range.
 #pragma once
 
 #include <algorithm>

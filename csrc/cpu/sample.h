@@ -1,4 +1,4 @@
-// The bracket that a sample of the keys of a group suggests.
+// The bracket estimated from a sample of the keys of a group.
 #pragma once
 
 #include <algorithm>
@@ -18,13 +18,13 @@ constexpr int64_t kSampleBytes = 1 << 18;  // a larger sample costs more than th
 template <typename Key>
 constexpr int64_t kMaxSample = kSampleBytes / static_cast<int64_t>(sizeof(Key));
 
-// Three in a row are what a bracket is guessed in, and a threshold found among candidates.
+// Three buffers in a row, in which a bracket is estimated, or a threshold is found among candidates.
 constexpr int64_t kBufferBytes = kSampleBytes + kGatherSlackBytes;
 template <typename Key>
 constexpr int64_t kBufferKeys = kBufferBytes / static_cast<int64_t>(sizeof(Key));
 
-// Whole cache lines at pseudo-random places, one per stride: evenly spread, and in step with no period of the data.
-// Looks at `wanted` weights at most, writes the keys of the unpruned ones to `sample`, and counts these as inside.
+// Whole cache lines at pseudo-random places, one per stride: evenly spread, but not in step with any period of the
+// data. Reads at most `wanted` weights, writes the keys of the unpruned ones to `sample`, and counts these as inside.
 // Layers get their share by size; a layer smaller than its share is taken whole.
 template <typename Key>
 BracketCounts draw_sample(const std::vector<LayerView>& layers, const Group& group, int64_t wanted, Key infinity,
@@ -53,7 +53,7 @@ BracketCounts draw_sample(const std::vector<LayerView>& layers, const Group& gro
     }
     const int64_t lines = share / kLine;
     const double stride = static_cast<double>(layer.n) / static_cast<double>(std::max<int64_t>(lines, 1));
-    // In batches: all lines of one are asked for before the first is read.
+    // In batches, whose lines are all prefetched before the first is read.
     int64_t begins[kBatch];
     for (int64_t line = 0; line < lines;) {
       int batch = 0;
@@ -87,7 +87,7 @@ void guess_bracket(const std::vector<LayerView>& layers, Group& group, Key infin
   const int64_t wanted = std::clamp<int64_t>(static_cast<int64_t>(root * root), 1024, kMaxSample<Key>);
   if (wanted >= group.n) return;  // all weights would be the sample
   const auto [_, n, pruned, nonfinite] = draw_sample(layers, group, wanted, infinity, sample);
-  if (n == 0) return;  // there are many tiny layers, none with a whole line to its share; or all are pruned
+  if (n == 0) return;  // many tiny layers, whose shares are less than a line; or all weights are pruned
   // Among the sampled weights the pruned ones come first.
   const double size = static_cast<double>(n + pruned);
   const double share = static_cast<double>(group.num_prune) / static_cast<double>(group.n);
@@ -95,7 +95,7 @@ void guess_bracket(const std::vector<LayerView>& layers, Group& group, Key infin
   const int64_t low = static_cast<int64_t>(std::floor(rank - half)) - pruned;
   const int64_t high = static_cast<int64_t>(std::ceil(rank + half)) - pruned;
 
-  // The keys around both ranks: a small sample of the sample points to them, and where it misses, they are all keys.
+  // Take the keys around both ranks, estimated from a small sample of the sample. If that misses, take all keys.
   constexpr int64_t kSmall = 1024, kMargin = 96;  // six standard deviations of a rank among 1024
   Bracket near = all;
   if (n >= 16 * kSmall) {

@@ -5,9 +5,9 @@
 //   refine   where the counts prove the bracket, the threshold is an order statistic of the gathered
 //   ties     the gathered keys, kept per chunk, tell in which chunk the last tie that stays lies
 //
-// What the counts do not prove falls back to a bracket that must hold. Candidates that would not fit the memory allowed
-// are not gathered: the bracket is cut into 2048 bins that are counted, so every further read narrows the keys by 11
-// bits. Nothing depends on the number of threads but the order in which candidates are stored.
+// If the counts do not prove a bracket, the next one is sure to hold. If candidates would not fit the memory limit,
+// they are not gathered: the bracket is cut into 2048 bins that are counted, so every further read narrows the keys by
+// 11 bits. Only the order in which candidates are stored depends on the number of threads.
 //
 // Source: Floyd and Rivest, "Expected time bounds for selection", CACM 18(3), 1975; the count as proof and the
 // streaming gather follow the practice of GPU top-k.
@@ -24,10 +24,10 @@ namespace {
 
 constexpr int64_t kBins = 2048;
 constexpr int64_t kWaveBytes = 3 << 19;  // candidates of one wave: this plus 3 % of the largest layer
-constexpr int64_t kSlack = 64;           // keys that there is room for beyond those expected
+constexpr int64_t kSlack = 64;           // keys for which there is room beyond those expected
 constexpr int kMaxSolvers = 4;           // threads with buffers of their own
 
-// After a count: whether the group is settled; if not, its bracket is that of the next read.
+// Called after a count; returns whether the group is settled. If not, its bracket is set for the next read.
 template <typename Key>
 bool resolve(const std::vector<LayerView>& layers, Group& group, const std::vector<Chunk>& chunks, Key infinity,
              Key* buffers, std::vector<int64_t>& tie_indices) {

@@ -1,5 +1,5 @@
-// Exact selection of magnitude thresholds for many layers at once, and the counts that selections elsewhere are made
-// of.
+// Exact selection of magnitude thresholds for many layers at once, and the counts for selections that are made
+// elsewhere.
 #pragma once
 
 #include <algorithm>
@@ -10,8 +10,8 @@
 
 namespace gmp::cpu {
 
-// Layers [first_layer, first_layer + num_layers), all of one dtype, that are ranked together, and how far the search
-// for their threshold has come.
+// Layers [first_layer, first_layer + num_layers), all of one dtype, that are ranked together, and the state of the
+// search for their threshold.
 struct Group {
   size_t first_layer, num_layers;
   int64_t num_prune;
@@ -35,19 +35,19 @@ inline int64_t num_ties_kept(const Group& group) {
                   group.counts.pruned + group.counts.below + group.counts.inside - group.num_prune);
 }
 
-// Finds where each group is cut: its threshold, the counts relative to it, and by layer the index from which on weights
-// on the threshold are pruned; and the first unpruned NaN or Inf of each layer, or -1. Reads only.
+// Finds the cutoff of each group: its threshold, the counts relative to it and, per layer, the index from which on ties
+// are pruned; also the first unpruned NaN or Inf of each layer, or -1. Reads only.
 void select(const std::vector<LayerView>& layers, std::vector<Group>& groups, std::vector<int64_t>& tie_indices,
             std::vector<int64_t>& nonfinite, int num_threads);
 
-// THE counter: one read of the layers of some groups, each against the bracket of its own. Sets their counts, adds to
-// their bins, and lowers nonfinite[l], where it is not -1, to the first unpruned NaN or Inf of a layer. Returns the
-// chunks, with where their candidates are; those of a group are next to each other, in the order of the flat index.
+// The counter: one read of the layers of some groups, each against the bracket of its group. Sets their counts, adds to
+// their bins, and lowers nonfinite[l], unless it is -1, to the first unpruned NaN or Inf of a layer. Returns the
+// chunks, with the places of their candidates; those of a group are next to each other, in the order of the flat index.
 std::vector<Chunk> count(const std::vector<LayerView>& layers, const std::vector<Group*>& groups, int64_t num_bins,
                          std::vector<int64_t>& nonfinite, int num_threads);
 
 // Index of the match number `rank` (0-based) among the unpruned keys of weights [begin, end) that are in a bracket; -1
-// if there are not that many. `begin` lies on a byte of the mask.
+// if there are not that many. `begin` is at the beginning of a mask byte.
 int64_t find_match(const LayerView& layer, int64_t begin, int64_t end, const Bracket& bracket, int64_t rank);
 
 }  // namespace gmp::cpu

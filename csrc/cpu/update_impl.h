@@ -6,8 +6,8 @@
 // sets and all numbers of threads give the same bits. The order of operations is that of torch.optim's single-tensor
 // loops.
 //
-// A pruned weight costs nothing: blocks whose mask bits are all zero are skipped (what they hold is zero already), and
-// with compact state the kept weights and gradients of a tile are first packed together, so that the arithmetic runs on
+// A pruned weight costs nothing: blocks whose mask bits are all zero are skipped (their values are zero already). With
+// compact state, the kept weights and gradients of a tile are first packed together, so that the arithmetic runs on
 // kept weights only and the state is read in one piece.
 
 template <typename T>
@@ -21,7 +21,7 @@ inline void store_vector(T* p, Vec<T> v) {
   __builtin_memcpy(p, &v, sizeof(v));
 }
 
-// How weights of a dtype become vectors and vectors weights: floats and doubles are stored as they are computed.
+// Conversion of weights to vectors and back: floats and doubles are stored as they are computed.
 template <DType kDType>
 inline Vec<ComputeOf<kDType>> load_weights(const KeyOf<kDType>* p) {
   if constexpr (kDType == DType::bfloat16) {
@@ -62,8 +62,8 @@ inline Vec<T> zero_unless(uint64_t bits, Vec<T> v) {
   return (Vec<T>)((Mask)v & ((static_cast<int32_t>(bits) & lane) != 0));
 }
 
-// The arrays of a tensor, at one of its weights. How many of them there are is known to the compiler, so that no block
-// asks.
+// The arrays of a tensor, at one of its weights. Their number is known to the compiler, so that no block has to test
+// it.
 template <DType kDType, int kNumStates, bool kHasMaster>
 struct Arrays {
   using T = ComputeOf<kDType>;
@@ -92,7 +92,7 @@ struct Arrays {
     there.advance_state(i);
     return there;
   }
-  // always_inline, or else GCC finds that it has no effect, and drops it.
+  // always_inline, because otherwise GCC finds that it has no effect, and drops it.
   __attribute__((always_inline)) void fetch(int64_t i) const {
     __builtin_prefetch(grads + i);
     __builtin_prefetch(weights + i, 1);
@@ -101,7 +101,7 @@ struct Arrays {
   }
 };
 
-// One block of weights, gradients and state in memory; `bits`: lanes that are kept.
+// One step of a block of weights, gradients and state in memory; `bits` are the lanes that are kept.
 template <Rule kRule, bool kMasked, DType kDType, int kNumStates, bool kHasMaster>
 inline void update_block(const Arrays<kDType, kNumStates, kHasMaster>& a, uint64_t bits,
                          const UpdateConstants<ComputeOf<kDType>>& c) {
@@ -149,9 +149,9 @@ void update_partial(const Arrays<kDType, kNumStates, kHasMaster>& a, uint64_t bi
   for (int k = 0; k < kNumStates; ++k) __builtin_memcpy(a.state[k], s[k], n * sizeof(T));
 }
 
-// The blocks of kLanes weights, up to kMostBlocks of them, in which anything is kept. Collected ahead of the work,
-// without a branch: at 95 % every other block is dead, in no order a predictor could learn, and what comes next must be
-// known to be fetched early, since the hardware only fetches ahead of even strides.
+// The blocks of kLanes weights, at most kMostBlocks, in which any weight is kept. They are collected ahead of the work,
+// without a branch: at 95 % sparsity every other block is dead, in an order that no predictor learns. The next blocks
+// must also be known early to be fetched early, because the hardware fetches ahead only at even strides.
 inline constexpr int64_t kMostBlocks = 2048;
 
 template <int kLanes>
@@ -164,8 +164,8 @@ int64_t live_blocks(const uint8_t* mask, int64_t num_blocks, uint16_t* blocks) {
   return count;
 }
 
-// How many blocks ahead memory is asked for: the fewer, the more streams a block has. Hardware prefetchers stop at the
-// end of a page, and follow no stream with holes in it.
+// How many blocks ahead memory is prefetched: the more streams a block has, the fewer. Hardware prefetchers stop at the
+// end of a page, and do not follow a stream with holes.
 inline constexpr int64_t kDenseAhead = 32, kCompactAhead = 24;
 
 // The weights [begin, begin + n) of a tensor with compact state.
@@ -241,7 +241,7 @@ void update_compact(const Arrays<kDType, kNumStates, kHasMaster>& a, const uint8
   unpack<Bits>(w, mask, rest, a.weights + i);
 }
 
-// The same with dense state, or, not kMasked, without a mask.
+// The same with dense state and, if not kMasked, without a mask.
 template <Rule kRule, bool kMasked, DType kDType, int kNumStates, bool kHasMaster>
 void update_dense(const Arrays<kDType, kNumStates, kHasMaster>& a, const uint8_t* mask, int64_t n,
                   const UpdateConstants<ComputeOf<kDType>> c) {
@@ -250,8 +250,8 @@ void update_dense(const Arrays<kDType, kNumStates, kHasMaster>& a, const uint8_t
   uint16_t blocks[kMasked ? kMostBlocks + 1 : 1];
   int64_t num_live = num_blocks;
   if constexpr (kMasked) num_live = live_blocks<kLanes>(mask, num_blocks, blocks);
-  // Up to one dead block in three, fetching the dead ones as well is faster than leaping over them: uneven strides lose
-  // the hardware's prefetchers, and with them more than the lines that are saved.
+  // With up to one dead block in three, it is faster to fetch the dead ones too than to skip them: uneven strides stop
+  // the hardware's prefetchers, which costs more than the skipped lines save.
   if (num_live * 3 > num_blocks * 2) {
     for (int64_t i = 0; i < num_blocks * kLanes; i += kLanes) {
       a.fetch(i + kDenseAhead * kLanes);
@@ -296,7 +296,7 @@ void update(const UpdateTensor& t, int64_t begin, int64_t end, const UpdateConst
   }
 }
 
-// Sum of the squares of the kept gradients, in double and in an order that depends on their number alone.
+// Sum of the squares of the kept gradients, in double and in an order that depends only on their number.
 template <DType kDType>
 double sum_squares(const LayerView& layer, int64_t begin, int64_t end) {
   using T = ComputeOf<kDType>;

@@ -1,5 +1,5 @@
-// The optimizers' rules: the state each keeps, the constants they share, and THE arithmetic, one source for CPU vectors
-// and CUDA threads. Adding a rule is a row in GMP_RULES, a function of its name, and the constants that are new.
+// The optimizers' rules: the state each keeps, the constants they share, and the arithmetic, one source for CPU vectors
+// and CUDA threads. A new rule takes a row in GMP_RULES, a function of its name, and its new constants.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +10,7 @@
   GMP_RULE(adam, 2, 3)      \
   GMP_RULE(average, 0, 0)
 
-// GMP_CONSTANT(name, its value where it is absent: without effect). Names follow torch.optim.
+// GMP_CONSTANT(name, value if it is absent, which has no effect). Names follow torch.optim.
 //
 //   grad_factor   gradients are multiplied by it first
 //   weight_decay  times the weight, is added to the gradient
@@ -35,8 +35,8 @@
   GMP_CONSTANT(step_size, 0.0)             \
   GMP_CONSTANT(skip, 0.0)
 
-// Never compiled as a function of its own: what the linker finds in several instruction sets' translation units it
-// merges, and the copy that stays could be one that this CPU cannot run.
+// Always inlined: the linker would merge functions that several instruction sets' translation units define, and the
+// copy that stays could be one that this CPU cannot run.
 #if defined(__CUDACC__)
 #define GMP_INLINE __device__ __forceinline__
 #else
@@ -82,10 +82,10 @@ struct UpdateConstants {
 
 // The arithmetic, in the order of torch.optim's single-tensor loops, fused where torch's vector loops fuse and nowhere
 // else: compile it with contraction off. V is one value or a vector of them, T the type of a value. Arithmetic has
-// fused(V, V, V), which rounds once, and square_root(V), which rounds right.
+// fused(V, V, V), which rounds once, and square_root(V), which rounds correctly.
 namespace rules {
 
-// torch's lerp: from the nearer end, so that weight 1 gives `to` exactly.
+// Interpolates as torch does, from the nearer end, so that weight 1 gives `to` exactly.
 template <typename Arithmetic, typename T, typename V>
 GMP_INLINE V lerp(V from, V to, T weight) {
   return weight < T(0.5) ? Arithmetic::fused(to - from, weight + V{}, from)
@@ -121,7 +121,7 @@ GMP_INLINE void adam(V& w, V g, V (&state)[kMaxStates], int num_states, const Up
   squares = Arithmetic::fused(c.one_minus_beta2 * g, g, squares * c.beta2);
   V second = squares;
   if (num_states > 2) {
-    // torch.maximum hands a NaN on, from either side.
+    // torch.maximum passes NaN on, from either side.
     maximum = ((maximum > squares) | (maximum != maximum)) ? maximum : squares;
     second = maximum;
   }
@@ -129,7 +129,7 @@ GMP_INLINE void adam(V& w, V g, V (&state)[kMaxStates], int num_states, const Up
   w = w + (-c.step_size) * average / denominator;
 }
 
-// An average of weights: the "gradient" is what comes in.
+// A running average of weights: the "gradient" is the new weight.
 template <typename Arithmetic, typename T, typename V>
 GMP_INLINE void average(V& w, V g, V (&)[kMaxStates], int, const UpdateConstants<T>& c) {
   w = lerp<Arithmetic>(w, g, c.one_minus_beta1);
@@ -137,8 +137,8 @@ GMP_INLINE void average(V& w, V g, V (&)[kMaxStates], int, const UpdateConstants
 
 }  // namespace rules
 
-// One step of a weight `w` with gradient `g`, or of a vector of them, by one of the rules. Of the state, the first
-// `num_states` arrays are there.
+// One step of a weight `w` with gradient `g`, or of a vector of them, by one of the rules. The first `num_states`
+// arrays of the state exist.
 template <Rule kRule, typename Arithmetic, typename T, typename V>
 GMP_INLINE void update_one(V& w, V g, V (&state)[kMaxStates], int num_states, const UpdateConstants<T>& c) {
   static_assert(kMostStates<kRule> <= kMaxStates);

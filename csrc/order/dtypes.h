@@ -1,5 +1,5 @@
-// One row per dtype; adding a dtype is adding a row: GMP_DTYPE(name, key type, bits of +Inf). A dtype that is no float
-// or double also needs its conversions to float, in cpu/update_impl.h and cuda/formats.cuh, for optimizers.
+// One row per dtype: GMP_DTYPE(name, key type, bits of +Inf). A new dtype takes a new row. If it is neither float nor
+// double, optimizers also need its conversions to float, in cpu/update_impl.h and cuda/formats.cuh.
 #pragma once
 
 #include <cstdint>
@@ -25,7 +25,7 @@ enum class DType : int {
 inline constexpr int kNumDTypes = GMP_DTYPES(GMP_DTYPE);
 #undef GMP_DTYPE
 
-// +Inf as a key of a dtype known to the compiler.
+// The key of +Inf, for a dtype known to the compiler.
 template <DType kDType>
 constexpr auto infinity_of() {
 #define GMP_DTYPE(name, Key, infinity) \
@@ -40,7 +40,7 @@ using KeyOf = decltype(infinity_of<kDType>());
 template <DType kDType>
 using ComputeOf = std::conditional_t<sizeof(KeyOf<kDType>) == 8, double, float>;
 
-// Calls visit(+Inf as a key of the dtype) and returns what it does.
+// Calls visit(key of +Inf) for the dtype and returns its result.
 template <typename Visit>
 auto with_dtype(DType dtype, Visit visit) {
   switch (dtype) {

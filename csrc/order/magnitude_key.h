@@ -1,10 +1,10 @@
-// THE order of magnitudes, shared by every kernel.
+// The order of magnitudes, shared by every kernel.
 //
 // The key of a weight is its bit pattern without the sign, read as an unsigned integer: for IEEE formats that integer
 // grows exactly with |w|, so -0 equals +0, subnormals are distinct, and no compare depends on flush-to-zero modes.
 // Every NaN gets the one key right above Inf: payloads differ between machines, and ties are settled by index.
 //
-// Of the weights whose key equals the threshold, those of lowest flat index are kept. Weights whose mask bit is 0 are
+// Among weights whose key equals the threshold, those of lowest flat index are kept. Weights whose mask bit is 0 are
 // pruned already: they come before every key and are counted, never compared.
 #pragma once
 

@@ -1,5 +1,5 @@
-// The proof that every exact selection rests on, for the host and for a GPU: only counts say whether a bracket of keys
-// holds the wanted one, and which bracket comes next. Counts add up, so it does not matter who has counted what.
+// The proof behind every exact selection, for the host and for a GPU: only counts say whether a bracket of keys holds
+// the wanted one, and which bracket comes next. Counts add up, so they may come from many threads, ranks or reads.
 #pragma once
 
 #include <cstdint>
@@ -17,7 +17,7 @@ struct Bracket {
   uint64_t lo, hi;
 };
 
-// Of unpruned weights relative to a bracket, but for the mask bits that are 0; and whether one of them is NaN or Inf.
+// Counts of unpruned weights relative to a bracket, and of mask bits that are 0; and whether a weight is NaN or Inf.
 struct BracketCounts {
   int64_t below = 0, inside = 0, pruned = 0;
   bool nonfinite = false;
@@ -44,7 +44,7 @@ GMP_HOST_DEVICE inline Proof prove(int64_t wanted, int64_t below, int64_t inside
   return wanted > below + inside ? Proof::kTooLow : Proof::kHolds;
 }
 
-// What is left of all keys on the side where the wanted one must be.
+// All keys on the side of the bracket where the wanted one must be.
 GMP_HOST_DEVICE inline Bracket beside(const Bracket& bracket, Proof proof, uint64_t largest_key) {
   return proof == Proof::kTooHigh ? Bracket{0, bracket.lo - 1} : Bracket{bracket.hi + 1, largest_key};
 }

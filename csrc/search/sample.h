@@ -8,14 +8,14 @@
 
 namespace gmp {
 
-// How far the wanted key may lie from `rank` in a sample, to either side: so many standard deviations of the number of
-// sampled keys before it, and two ranks for rounding. `share` is the fraction of all keys that come before it.
+// How many ranks the wanted key may lie from `rank` in a sample, to either side: `sigmas` standard deviations of the
+// number of sampled keys before it, and two for rounding. `share` is the fraction of all keys that come before it.
 template <typename Real>
 GMP_HOST_DEVICE Real rank_margin(Real rank, Real share, Real deviations) {
   return Real(2) + deviations * std::sqrt(rank * (Real(1) - share));
 }
 
-// A number that a count expected to be `expected` hardly ever exceeds: its standard deviation is the root of that.
+// A bound that a count with mean `expected` hardly ever exceeds; its standard deviation is the root of its mean.
 template <typename Real>
 GMP_HOST_DEVICE Real highest_count(Real expected, Real deviations) {
   return expected + deviations * std::sqrt(expected);

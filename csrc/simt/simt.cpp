@@ -18,7 +18,7 @@
 #include <sanitizer/common_interface_defs.h>
 #endif
 
-// Saves what a call must preserve on the running stack and goes on where another one was left.
+// Saves the registers that a call must preserve on the running stack, and continues on another stack where it stopped.
 extern "C" void simt_switch(void** from, void* to);
 asm(R"(
 .text
@@ -54,7 +54,7 @@ std::atomic<uint64_t> global_seed{0};
 std::mutex traffic_mutex;
 std::map<std::string, std::array<int64_t, 3>> traffic;
 
-// Sectors that a block has met: as a rule in order, and many more than once.
+// Sectors that a block has accessed: mostly in order, and many of them several times.
 thread_local std::vector<uint64_t> sectors_loaded, sectors_stored;
 constexpr uint64_t kSectorBytes = 32;
 
@@ -106,7 +106,7 @@ class Block {
     gridDim = {grid, 0, 0, 0};
     blockDim = {size, 0, 0, 0};
     for (unsigned t = 0; t < size; ++t) start(fibers_[t]);
-    // Shuffled, one warp at a time stays behind until the others can do no more: they may be a barrier ahead.
+    // If shuffled, one warp at a time stays behind until the others cannot go on; they may be a barrier ahead.
     const unsigned num_warps = size / kWarp;
     unsigned behind = num_warps;
     while (running_ > 0) {
@@ -128,7 +128,7 @@ class Block {
       }
       if (!progress && held) {
         behind = num_warps;
-        // Time for the blocks of other host threads to get ahead of that warp.
+        // Give the blocks of other host threads time to get ahead of that warp.
         if (random_() % 8 == 0) std::this_thread::sleep_for(std::chrono::microseconds(100));
       } else if (!progress) {
         throw std::runtime_error("a block cannot go on: some of its threads wait where the others never come");
@@ -149,7 +149,7 @@ class Block {
   const uint64_t* exchange(uint64_t value) {
     Warp& warp = warps_[threadIdx.x / kWarp];
     const uint64_t generation = warp.generation;
-    // Two sets of values: lanes may bring the next ones while others still read these.
+    // There are two sets of values, because lanes may bring the next ones while others still read these.
     warp.values[generation & 1][threadIdx.x % kWarp] = value;
     if (++warp.arrived == kWarp) {
       warp.arrived = 0;
@@ -170,7 +170,7 @@ class Block {
   void start(Fiber& fiber) {
     fiber.done = false;
     fiber.awaited = nullptr;
-    // Six registers and the address to return to; a function expects its stack 8 bytes off a multiple of 16.
+    // The stack holds six registers and the return address; a function expects it 8 bytes off a multiple of 16.
     void** top = reinterpret_cast<void**>((reinterpret_cast<uintptr_t>(fiber.stack.get()) + kStackBytes) & ~15ull);
     *--top = nullptr;
     *--top = reinterpret_cast<void*>(&Block::enter);
@@ -199,7 +199,7 @@ class Block {
     yield();
   }
 
-  // The address sanitizer has to be told which stack is in use.
+  // The address sanitizer must know which stack is in use.
   void switch_stacks(void** from, void* to, [[maybe_unused]] const void* stack, [[maybe_unused]] size_t bytes,
                      [[maybe_unused]] void** fake_stack) {
 #if defined(__SANITIZE_ADDRESS__)
@@ -236,7 +236,7 @@ void Block::enter() {
   Fiber& fiber = self.fibers_[threadIdx.x];
   fiber.done = true;
   --self.running_;
-  // Those who wait at a barrier wait for the living only.
+  // Threads at a barrier wait only for threads that have not ended.
   if (self.running_ > 0 && self.arrived_ == self.running_) {
     self.arrived_ = 0;
     ++self.generation_;
@@ -265,7 +265,7 @@ void launch(const char* kernel, unsigned grid, unsigned size, const std::functio
   }
   std::string error;
   int64_t loaded = 0, stored = 0;
-  // Shuffled, blocks meet others that run, wherever that is possible.
+  // If shuffled, blocks run at the same time as others wherever that is possible.
   const int num_threads = seed != 0 ? std::max(2, omp_get_max_threads()) : omp_get_max_threads();
 #pragma omp parallel for schedule(dynamic, 1) reduction(+ : loaded, stored) num_threads(num_threads) if (grid > 1)
   for (unsigned i = 0; i < grid; ++i) {

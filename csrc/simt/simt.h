@@ -1,10 +1,10 @@
 // A small host execution layer for the CUDA kernels: the same sources, compiled by g++ and run block by block, so that
 // they are tested, under sanitizers too, where there is no GPU.
 //
-// Every thread of a block is a fiber on one stack each; a barrier or a warp operation hands over to another fiber until
-// all have come. Blocks run in any order, on as many host threads as there are, and each to its end before its thread
-// takes the next: a kernel that waits for another block would hang here, as it may on a GPU. With a seed the order of
-// blocks and fibers is shuffled, and fibers stop in between, which lets a missing barrier show.
+// Every thread of a block is a fiber with its own stack. A barrier or a warp operation switches to another fiber until
+// all have arrived. Blocks run in any order, on all host threads, and each runs to its end before its host thread takes
+// the next: a kernel that waits for another block would hang here, as it may on a GPU. With a seed, the order of blocks
+// and fibers is shuffled, and fibers also stop in between, which reveals a missing barrier.
 #pragma once
 
 #include <cstdint>
@@ -21,14 +21,14 @@
 #define __launch_bounds__(...)
 #define __maxnreg__(...)
 #define __grid_constant__
-// One host thread runs one block at a time. What a block finds in it is whatever the last one left, as on a GPU.
+// A host thread runs one block at a time. As on a GPU, a block finds the data that the last one left.
 #define __shared__ static thread_local
 #define __restrict__ __restrict
 
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
-// Of the fiber that runs now. Not thread_local, which has every use ask whether they are there yet.
+// Those of the fiber that runs now. Not thread_local, which would check at every use whether they are initialized.
 extern __thread uint4 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace simt {
@@ -38,19 +38,19 @@ inline constexpr int kWarp = 32;
 // Runs body() for every thread of every block. Throws std::runtime_error if a block cannot go on.
 void launch(const char* kernel, unsigned grid, unsigned block, const std::function<void()>& body);
 
-// 0: blocks and fibers in order; else shuffled by it.
+// 0: blocks and fibers run in order. Otherwise it is the seed by which they are shuffled.
 void set_seed(uint64_t seed);
 
-// Kernel, launches, bytes loaded and bytes stored since the last call, through load and store of device.cuh: whole
-// sectors of 32 bytes, one that a block meets again in a launch only once.
+// Per kernel: launches, bytes loaded and bytes stored since the last call, through load and store of device.cuh. Whole
+// sectors of 32 bytes count, each once per block and launch.
 std::vector<std::tuple<std::string, int64_t, int64_t, int64_t>> take_traffic();
 void count_load(const void* address, int64_t bytes);
 void count_store(const void* address, int64_t bytes);
 
 void barrier();
-// Every lane's value, once all lanes of the warp have brought theirs.
+// Returns the values of all lanes, once every lane of the warp has brought its own.
 const uint64_t* exchange(uint64_t value);
-// Where another thread could come in between.
+// A point at which another thread may run in between.
 void interruption();
 
 template <typename T>
@@ -114,7 +114,7 @@ T atomicMin(T* p, T value) {
   }
   return found;
 }
-// Past the caches of this multiprocessor: what other blocks wrote.
+// Loads past the caches of this multiprocessor, to see what other blocks wrote.
 template <typename T>
 T __ldcg(const T* p) {
   return __atomic_load_n(p, __ATOMIC_RELAXED);
