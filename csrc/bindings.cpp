@@ -160,7 +160,7 @@ std::vector<CountsTuple> count(const Layers& layers, const std::vector<BracketTu
 // Weights kept before, and now, per layer.
 using KeptColumns = std::pair<std::vector<int64_t>, std::vector<int64_t>>;
 
-// The key and tie index of each layer, and the place for its new bits; if `places` is empty, that is its mask.
+// The key and tie index of each layer, and the place for its new bits; if `out` is empty, that is its mask.
 KeptColumns prune(const Layers& layers, const std::vector<uint64_t>& keys, const std::vector<int64_t>& tie_indices,
                   const std::vector<Array>& out, int num_threads) {
   check_threads(num_threads);

@@ -1,5 +1,5 @@
-// Comparisons of all the keys that a thread holds with the same key, answered by one bit each in one word: what is done
-// with the answers costs the same for one as for all.
+// Comparisons of all keys that a thread holds with one key. The answers are the bits of one word, so that work on them
+// costs the same for one key as for all.
 #pragma once
 
 #include <type_traits>
@@ -8,9 +8,9 @@
 
 namespace gmp::cuda {
 
-// A key with its sign bit set, less another key, keeps that bit if it is no smaller. Keys of 16 bits are compared two
-// to a register: neither half borrows from the other. Bit k of a word is about the k-th key, but for 16 bits: there the
-// even keys come first.
+// A key with its sign bit set, minus another key, keeps that bit if it is not smaller. 16-bit keys are compared in
+// pairs, two in a register, and neither half borrows from the other. Bit k of a word is for the k-th key, except that
+// for 16-bit keys the even ones come first.
 template <typename Key>
 struct Answers {
   static constexpr bool kPaired = sizeof(Key) == 2;
@@ -51,7 +51,7 @@ struct Answers {
 
   static __device__ __forceinline__ int key_of(int bit) { return kPaired ? bit % 16 * 2 + bit / 16 : bit; }
 
-  // A bit for each key, in the order of the keys, put into that of the answers.
+  // Puts bits, one per key in the order of the keys, into the order of the answers.
   static __device__ __forceinline__ unsigned arranged(unsigned bits) {
     if (!kPaired) return bits;
     const auto swap = [&](unsigned mask, int shift) {

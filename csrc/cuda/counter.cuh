@@ -1,4 +1,4 @@
-// Keys counted against a bracket, by a block, a chunk of one layer after another.
+// Counting of keys against a bracket by a block, chunk by chunk of one layer.
 #pragma once
 
 #include "answers.cuh"
@@ -6,11 +6,11 @@
 namespace gmp::cuda::kernels {
 
 inline constexpr int64_t kNoIndex = INT64_MAX;
-inline constexpr int64_t kMostBins = 2048;     // that a block counts in
+inline constexpr int64_t kMostBins = 2048;     // in which a block counts
 inline constexpr unsigned kMostCounted = 384;  // keys with a counter of their own: see Counter::aim
 static_assert(kMostCounted <= kBins && kMostCounted <= kListCapacity);
 
-// What the threads of a block share.
+// Memory that the threads of a block share.
 template <typename Key>
 struct Counts {
   unsigned bins[kMostBins];
@@ -23,14 +23,14 @@ struct Counts {
   unsigned appended[3];
 };
 
-// What each thread has found.
+// Results of each thread.
 template <typename Key>
 class Counter {
  public:
   using Ask = Answers<Key>;
   using Word = typename Ask::Operand;
 
-  // The whole block comes here, to aim(), to end_chunk(), to add_sums() and to move_bins().
+  // The whole block must call this, aim(), end_chunk(), add_sums() and move_bins().
   __device__ Counter(Counts<Key>& shared, int64_t capacity, Key infinity)
       : shared_(shared), capacity_(static_cast<unsigned>(capacity)), infinity_(infinity) {
     for (int64_t b = threadIdx.x; b < kMostBins; b += kThreads) shared_.bins[b] = 0;
@@ -42,7 +42,7 @@ class Counter {
   // enough for that: of 16-bit keys so many are alike that lists of them overflow.
   __device__ void aim(uint64_t lo, uint64_t hi, int64_t shift, bool may_count_each) {
     lo_ = static_cast<Word>(lo);
-    // Above every number all NaN are alike, whatever their bits.
+    // Above every number, all NaN are equal, whatever their bits.
     const uint64_t last = hi > infinity_ ? static_cast<Key>(~kSignBit<Key>) : hi;
     size_ = static_cast<Word>(lo <= last ? last - lo + 1 : 0);
     shift_ = static_cast<int>(shift);
@@ -66,7 +66,7 @@ class Counter {
     const Word lo = Ask::all(lo_), past = Ask::all(lo_ + size_), infinity = Ask::all(infinity_);
     const unsigned reach_lo = Ask::ask(raw, [&](Word w) { return Ask::guarded(w) - lo; });
     const unsigned reach_past = Ask::ask(raw, [&](Word w) { return Ask::guarded(w) - past; });
-    Word reach_infinity = 0;  // it says only whether any does
+    Word reach_infinity = 0;  // says only whether any key does
 #pragma unroll
     for (const Word w : raw) reach_infinity |= Ask::guarded(w) - infinity;
     below += count_bits(present & ~reach_lo);
@@ -80,8 +80,8 @@ class Counter {
     if (is_inside(key)) add(key);
   }
 
-  // Puts the first NaN or Inf that this thread has seen in the chunk that begins at `begin` where the smallest index is
-  // kept; returns whether there was one.
+  // Lowers the smallest index to that of the first NaN or Inf that this thread has seen in the chunk that begins at
+  // `begin`; returns whether there was one.
   __device__ bool report_nonfinite(int64_t* first, int64_t begin) {
     if (nonfinite_ == kNowhere) return false;
     atomicMin(counter_at(first), static_cast<unsigned long long>(begin + nonfinite_));
@@ -94,7 +94,7 @@ class Counter {
   // there; 0 is returned. The next chunk may be begun by some threads while others are still here.
   template <typename Store>
   __device__ __forceinline__ unsigned end_chunk(Store store) {
-    __syncthreads();  // all of the chunk's keys are there; and those of the chunk before are done with
+    __syncthreads();  // all keys of the chunk are there, and those of the chunk before are no longer needed
     const unsigned appended = shared_.appended[third_];
     if (counts_each()) {
       for (unsigned b = threadIdx.x; b < size_; b += kThreads) {
@@ -117,7 +117,7 @@ class Counter {
     return appended;
   }
 
-  // Gives a bin of the block, and empties it.
+  // Returns a bin of the block, and empties it.
   __device__ unsigned take_bin(int64_t bin) {
     const unsigned count = shared_.bins[bin];
     shared_.bins[bin] = 0;
@@ -133,7 +133,7 @@ class Counter {
     }
   }
 
-  // Adds what the block has found since aim() to a row.
+  // Adds the counts of the block since aim() to a row.
   template <typename Row>
   __device__ void add_sums(Row& row) const {
     const auto sum_below = block_sum(static_cast<unsigned long long>(below));
@@ -174,7 +174,7 @@ class Counter {
       }
       return;
     }
-    // In no order: the lists are used as sets.
+    // In any order, because the lists are used as sets.
     const unsigned mine = count_bits(inside), base = atomicAdd(&shared_.appended[third_], mine);
     if (base + mine <= capacity_) {
       unsigned place = base;
@@ -204,7 +204,7 @@ class Counter {
   int nonfinite_ = kNowhere;       // index in the chunk
 };
 
-// What a thread takes of some tiles of a layer. Nothing waits for what is loaded before it is used.
+// A thread's part of some tiles of a layer. Nothing waits for a load until its values are used.
 template <typename Key>
 struct Strip {
   using Ask = Answers<Key>;
@@ -224,15 +224,15 @@ struct Strip {
   }
 };
 
-// Counts a strip of which the thread's first weight is at `weights`, and `i` is its index in the chunk. What a warp
-// leaves at `touched` is about its first eights, and so on.
+// Counts a strip. The thread's first weight is at `weights` and has the index `i` in the chunk. The word of a warp at
+// `touched` is for its first eights; those of its next eights follow.
 //
 // `touched`, if given, receives a bit per eight weights of a layer with a mask: whether apply can have anything to do
-// there. That is so where an unpruned key is not above the bracket, or where something other than +0 lies under a
-// pruned bit. It is never too few: the threshold is a key of the bracket of the last read, because a bracket is moved
-// only by reading all weights again, which writes all bits again, and from then on becomes only narrower; all layers of
-// a group are read against one bracket; a layer that has enough pruned already gets a threshold of 0, below which is
-// nothing; above Inf, where all NaN tie, the bracket ends at the last of them.
+// there. That is so if an unpruned key is not above the bracket, or if a pruned weight is not +0. No bit is missing,
+// because the threshold is a key of the bracket of the last read. A bracket moves only when all weights are read again,
+// which writes all bits again; otherwise it only gets narrower. All layers of a group are read against one bracket. A
+// layer that has enough pruned already gets a threshold of 0, below which there is no key. Above Inf, where all NaN
+// tie, the bracket ends at the last of them.
 template <bool kWhole, bool kMasked, typename Key, typename Spill>
 __device__ __forceinline__ void count_strip(const Strip<Key>& strip, const Key* weights, unsigned* touched, int i,
                                             int size, Counter<Key>& counter, Spill spill) {
@@ -262,8 +262,8 @@ __device__ __forceinline__ void count_strip(const Strip<Key>& strip, const Key* 
   }
 }
 
-// A chunk of `size` weights. Whole ones (see load8) have each strip under way while the one before is counted, and find
-// their first in `next`; behind their last, with `more`, comes the first of the next chunk.
+// A chunk of `size` weights. In a whole one (see load8) each strip is loaded while the one before is counted. Its first
+// strip is in `next` already and, with `more`, the first of the next chunk is loaded after its last.
 template <bool kWhole, bool kMasked, typename Key, typename Spill>
 __device__ __forceinline__ void count_chunk(const Key* weights, const uint8_t* mask, unsigned* touched, int size,
                                             bool more, Strip<Key>& next, Counter<Key>& counter, Spill spill) {

@@ -8,7 +8,7 @@
 
 namespace gmp {
 
-// How many ranks the wanted key may lie from `rank` in a sample, to either side: `sigmas` standard deviations of the
+// How many ranks the wanted key may lie from `rank` in a sample, to either side: so many standard deviations of the
 // number of sampled keys before it, and two for rounding. `share` is the fraction of all keys that come before it.
 template <typename Real>
 GMP_HOST_DEVICE Real rank_margin(Real rank, Real share, Real deviations) {
