@@ -265,7 +265,7 @@ class GMPScheduler:
         Notes
         -----
         If it raises, nothing has changed and the step is not counted, except that pruned weights that were not zero may
-        be zero now. Repair the weights and call it again. The exception are replicas whose weights have drifted apart:
+        be zero now. Repair the weights and call it again. Replicas whose weights have drifted apart are an exception:
         their masks are compared after they were made. An interrupt while an update writes takes effect once the update
         is finished.
         """

@@ -14,7 +14,7 @@ static_assert(kMostCounted <= kBins && kMostCounted <= kListCapacity);
 template <typename Key>
 struct Counts {
   unsigned bins[kMostBins];
-  // Of one chunk while the next is read already; of three in turn, one can be set back while two are in use.
+  // Two sets, because the next chunk may be read already. Of three numbers, one can be reset while two are in use.
   union {
     Key staged[2][kListCapacity];
     unsigned each[2][kMostCounted];
@@ -143,7 +143,7 @@ class Counter {
     atomicAdd(counter_at(&row.pruned), sum_pruned);
   }
 
-  // Of this thread since aim(). A block would have to take 10^12 weights for more.
+  // Counts of this thread since aim(). They would overflow only if a block took 10^12 weights.
   unsigned below = 0, pruned = 0;
 
  private:

@@ -61,8 +61,8 @@ struct Tables {
   uint64_t nonfinite;                // int64_t, set once there is an unpruned NaN or Inf in any layer
   int64_t num_layers, num_groups, num_chunks, capacity;
   int64_t dtype;  // a DType
-  // Of an application: the addresses of the new bits, one per layer, and a number that stops it if it is not 0. Either
-  // may be 0.
+  // For an application: places of the addresses of the new bits, one per layer, and of a number that stops it if it is
+  // not 0. Either may be 0.
   uint64_t out, stop;
 };
 

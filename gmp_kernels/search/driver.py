@@ -97,7 +97,7 @@ class Search:
         self._last = Brackets(*np.zeros((2, len(group_sizes)), np.int64))
         self._bins: list[Integers | None] = [None] * len(layers)  # of each piece, in the last round
         self._densities = np.zeros(len(layers))
-        # Of each piece: magnitudes inside the first bracket, if there was memory for them.
+        # Per piece: magnitudes inside the first bracket, if there was memory for them.
         self._candidates: list[torch.Tensor | None] = [None] * len(layers)
         self.num_ties, self.num_ties_kept, self.tie_indices = np.zeros((3, len(layers)), np.int64)
         self.nonfinite = np.full(len(layers), -1)

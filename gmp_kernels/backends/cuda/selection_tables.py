@@ -64,7 +64,7 @@ class SelectionTables(Selection):
     Attributes
     ----------
     sizes : list of int
-        Of the layers.
+        Sizes of the layers.
     rows : numpy.ndarray
         int64: all rows, as a call uploads them. ``view`` returns them as records.
     tables : numpy.ndarray
@@ -151,7 +151,7 @@ class SelectionTables(Selection):
         num_bins = module.BINS * min(module.num_counting_blocks(multiprocessors), num_groups)
         end = _rounded_up(self.rows.nbytes, ALIGNMENT)
         largest = int((rows["n"] * item_sizes.repeat(tables["num_layers"])).max())
-        # Where candidates have to end.
+        # The place where candidates have to end.
         room = MEMORY_BYTES + int(MEMORY_SHARE * largest) - 8 * num_bins - 8 * int(tables["num_chunks"].sum())
         key_bytes = int((tables["num_chunks"] * item_sizes).sum())
         if prunes:
