@@ -15,8 +15,8 @@ namespace gmp::cpu {
 struct Group {
   size_t first_layer, num_layers;
   int64_t num_prune;
-  // Holds the expected threshold; empty if a sample is to give one. In the end it holds only the threshold, or is {0, 0}
-  // if nothing more has to be pruned.
+  // Holds the expected threshold; empty if a sample is to give one. In the end it holds only the threshold, or is
+  // {0, 0} if nothing more has to be pruned.
   Bracket bracket;
   // Counts of one read, relative to the bracket.
   BracketCounts counts = {};
