@@ -80,7 +80,7 @@ using BracketTuple = std::pair<uint64_t, uint64_t>;
 using CutoffColumns = std::tuple<std::vector<uint64_t>, std::vector<int64_t>, std::vector<int64_t>,
                                  std::vector<int64_t>, std::vector<int64_t>, std::vector<int64_t>>;
 
-// num_prune and group_sizes, in layers: one per group; brackets: one per group, empty where a sample is to say, or none
+// num_prune, group_sizes (in layers): one per group; brackets: one per group, empty if a sample is to give one, or none
 // at all.
 CutoffColumns select_cutoffs(const Layers& layers, const std::vector<int64_t>& num_prune,
                              const std::vector<size_t>& group_sizes, const std::vector<BracketTuple>& brackets,

@@ -167,7 +167,7 @@ def prune_(
     previous : sequence of Threshold or None, optional
         Thresholds of an earlier call on the same weights; they may save a pass, and never change the result.
     names : sequence of str, optional
-        What error messages call the weights; default "weights[i]".
+        Names of the weights in error messages; default "weights[i]".
     backend : str, optional
         As in ``magnitude_threshold``.
 

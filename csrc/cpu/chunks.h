@@ -23,7 +23,7 @@ inline void add_chunks(std::vector<Chunk>& chunks, size_t tensor, int64_t n) {
   for (int64_t begin = 0; begin < n; begin += kChunk) chunks.push_back({tensor, begin, std::min(begin + kChunk, n)});
 }
 
-// Of things that have an n, in this order.
+// Chunks of things that have an n, in this order.
 template <typename Tensors>
 std::vector<Chunk> chunks_of(const Tensors& tensors) {
   std::vector<Chunk> chunks;

@@ -15,21 +15,21 @@ namespace gmp::cpu {
 struct Group {
   size_t first_layer, num_layers;
   int64_t num_prune;
-  // Where the threshold is expected; empty: a sample says. In the end the threshold and nothing else, or {0, 0} where
-  // nothing more is to be pruned.
+  // Holds the expected threshold; empty if a sample is to give one. In the end it holds only the threshold, or is
+  // {0, 0} if nothing more has to be pruned.
   Bracket bracket;
-  // Of one read, relative to the bracket.
+  // Counts of one read, relative to the bracket.
   BracketCounts counts = {};
   int64_t* bins = nullptr;     // adds the keys inside up by bin; nullptr: not wanted
   void* candidates = nullptr;  // receives them, in the order of each chunk, as far as they fit
   int64_t capacity = 0;        // of the candidates, in keys
   size_t first_chunk = 0;
-  // Before it.
+  // Set before the read.
   int64_t n = 0;                // weights
   int64_t expected_inside = 0;  // candidates that there should be
 };
 
-// Of weights whose key is the threshold.
+// Number of weights that stay among those whose key is the threshold.
 inline int64_t num_ties_kept(const Group& group) {
   return std::min(group.counts.inside,
                   group.counts.pruned + group.counts.below + group.counts.inside - group.num_prune);

@@ -1,31 +1,31 @@
-// Zeroes what lies below the cut and writes the new mask, in one read and as few writes as there are changes.
+// Zeroes the weights below the cut and writes the new mask, in one read, writing only where something changes.
 #pragma once
 
 #include "device.cuh"
 
 namespace gmp::cuda::kernels {
 
-// Whether a weight stays is one comparison: of ties those of index >= cut need a larger key.
+// A single comparison decides whether a weight stays: from the cut on, the smallest key that stays is one larger.
 template <typename Key>
 struct Cut {
-  Key before, after;                       // the smallest key that stays, in front of the index and from it on
-  unsigned kept_before = 0, kept_now = 0;  // weights, of what this thread has looked at
+  Key before, after;                       // the smallest key that stays, before the index and from it on
+  unsigned kept_before = 0, kept_now = 0;  // numbers of weights, among those that this thread has read
 
   __device__ Cut(uint64_t threshold, Key infinity) : before(static_cast<Key>(threshold)) {
-    // All NaN tie, and nothing lies above them.
+    // All NaN tie, and no key lies above them.
     after = threshold > infinity ? static_cast<Key>(~Key{0}) : static_cast<Key>(threshold + 1);
   }
 };
 
-// Zeroes what goes of eight weights, of which `num_before` are in front of the cut. Takes their old bits, leaves the
-// new ones; returns whether any weight has changed.
+// Zeroes the pruned ones of eight weights, of which `num_before` are before the cut. Takes their old bits, leaves the
+// new ones, and returns whether any weight has changed.
 template <typename Key>
 __device__ __forceinline__ bool prune_eight(Key (&raw)[kEach], unsigned& bits, const Cut<Key>& cut, int num_before) {
   const Key least = num_before > 0 ? cut.before : cut.after;
   unsigned above = 0;
 #pragma unroll
   for (int j = 0; j < kEach; ++j) above |= static_cast<unsigned>(magnitude_bits(raw[j]) >= least) << j;
-  if (num_before > 0 && num_before < kEach) {  // the one eight that the cut goes through
+  if (num_before > 0 && num_before < kEach) {  // the cut lies within this eight
 #pragma unroll
     for (int j = 0; j < kEach; ++j) {
       if (j >= num_before && magnitude_bits(raw[j]) < cut.after) above &= ~(1u << j);
@@ -45,7 +45,7 @@ __device__ __forceinline__ bool prune_eight(Key (&raw)[kEach], unsigned& bits, c
 template <bool kWhole, typename Key>
 __device__ __forceinline__ void apply_chunk(Key* weights, const uint8_t* mask, uint8_t* out, int size, Cut<Key>& cut,
                                             int cut_index) {
-  constexpr int kEights = kWhole && sizeof(Key) < 8 ? 8 / sizeof(Key) : 1;  // four loads of 16 bytes are under way
+  constexpr int kEights = kWhole && sizeof(Key) < 8 ? 8 / sizeof(Key) : 1;  // four loads of 16 bytes at a time
 #pragma unroll 1
   for (int first = static_cast<int>(threadIdx.x) * kEach; first < size; first += kEights * static_cast<int>(kTile)) {
     Key raw[kEights][kEach];
@@ -63,20 +63,20 @@ __device__ __forceinline__ void apply_chunk(Key* weights, const uint8_t* mask, u
   }
 }
 
-// Chunks whose eights that can change are looked up together, so that there is work for all threads.
+// Number of chunks whose changing eights are collected together, so that there is work for all threads.
 inline constexpr int kTogether = 4;
 
-// The eights of `num_chunks` whole chunks that are marked in `touched` (see count_strip); the bits are written
-// where they were. `places` is shared by the block.
+// Does the eights of `num_chunks` whole chunks that are marked in `touched` (see count_strip); the bits are written
+// in place. `places` is shared by the block.
 template <typename Key>
 __device__ __forceinline__ void apply_touched(Key* weights, uint8_t* mask, const unsigned* touched, int num_chunks,
                                               uint16_t* places, Cut<Key>& cut, int64_t cut_index) {
-  constexpr int kWords = kChunk / kTouchedBy;  // of flags, to the chunk
+  constexpr int kWords = kChunk / kTouchedBy;  // of flags, per chunk
   constexpr int kAtOnce = 8 / sizeof(Key);
   static_assert(kTogether * kWords == kThreads && kTogether * kChunk / kEach <= 1 << 16);
   const bool is_one = threadIdx.x < static_cast<unsigned>(num_chunks * kWords);
   unsigned flags = is_one ? load1(touched + threadIdx.x) : 0;
-  unsigned here = 0;  // that are kept, of the 256 weights whose flags these are
+  unsigned here = 0;  // kept weights, of the 256 whose flags these are
   if (is_one) {
 #pragma unroll
     for (unsigned v = 0; v < kTouchedBy / 8 / sizeof(uint4); ++v) {
@@ -91,7 +91,7 @@ __device__ __forceinline__ void apply_touched(Key* weights, uint8_t* mask, const
   for (; flags != 0; flags &= flags - 1) {
     places[place++] = static_cast<uint16_t>(threadIdx.x * kWarpSize + lowest_bit(flags));
   }
-  __syncthreads();  // all places are there, and all of the mask has been read
+  __syncthreads();  // all places are written, and all of the mask has been read
 #pragma unroll 1
   for (int first = static_cast<int>(threadIdx.x); first < total; first += kAtOnce * static_cast<int>(kThreads)) {
     Key raw[kAtOnce][kEach];

@@ -1,5 +1,5 @@
-// The launches as a Python module of their own, _cuda, or _simt where the kernels run on the host: addresses and
-// numbers in, nothing out. Tables are in memory that the caller keeps alive.
+// The launches as a Python module of their own: _cuda, or _simt if the kernels run on the host. Addresses and numbers
+// go in, nothing comes out. Tables are in memory that the caller keeps alive.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -20,7 +20,7 @@ namespace {
 
 using gmp::cuda::Launch;
 
-// A field of a row: its name, and the place and number of its eight-byte integers.
+// A field of a row: its name, and the offset and number of its eight-byte integers.
 #define GMP_FIELD(Row, name) {#name, offsetof(gmp::cuda::Row, name), sizeof(gmp::cuda::Row::name) / sizeof(int64_t)}
 
 // The dtype of a row of so many bytes, for numpy.
@@ -34,7 +34,7 @@ py::dtype row_of(size_t size, const std::vector<std::tuple<const char*, size_t, 
   return py::dtype(names, formats, offsets, static_cast<py::ssize_t>(size));
 }
 
-// All tables in one call: between two of them Python must not take its turn, and raise what somebody has sent.
+// All tables in one call, because between two calls Python could raise an interrupt.
 template <typename Launcher>
 void for_each_of(const Launch& launch, const py::buffer& tables, Launcher launcher) {
   const py::buffer_info given = tables.request();
@@ -45,7 +45,7 @@ void for_each_of(const Launch& launch, const py::buffer& tables, Launcher launch
 
 void update(const Launch& launch, const std::string& rule, uint64_t rows,
             const std::vector<gmp::cuda::UpdatePart>& parts, uint64_t constants, const py::buffer& values) {
-  // Only without an address are the values looked at.
+  // The values are used only if there is no address.
   gmp::cuda::ArgumentConstants argument{};
   if (constants == 0) {
     const py::buffer_info given = values.request();
@@ -81,7 +81,7 @@ PYBIND11_MODULE(GMP_MODULE, m) {
   m.attr("MAX_ARGUMENT_CONSTANTS") = gmp::cuda::ArgumentConstants{}.size();
   m.attr("TOUCHED_BY") = gmp::cuda::kTouchedBy;
   m.attr("MOST_STORED") = gmp::cuda::most_stored();
-  // Names in order, and the values of those that are absent.
+  // Names in order, with the values that absent ones have.
   py::dict constants;
   for (const auto& [name, value] : gmp::kConstants) constants[name] = value;
   m.attr("CONSTANTS") = constants;
@@ -111,7 +111,7 @@ PYBIND11_MODULE(GMP_MODULE, m) {
       row_of(sizeof(gmp::cuda::TensorRow), {F(weights), F(grads), F(master), F(state), F(mask), F(chunk_offsets), F(n),
                                             F(first_chunk), F(constants), F(dtype)});
 #undef F
-  // Local to the module: _cuda and _simt may be in one process. Without a constructor, as in ../bindings.cpp.
+  // Local to the module, because _cuda and _simt may be in one process. No constructor, as in ../bindings.cpp.
   py::class_<Launch>(m, "Launch", py::module_local()).def_readonly("stream", &Launch::stream);
   m.def("launch_on",
         [](uint64_t stream, int device, unsigned multiprocessors) { return Launch{stream, device, multiprocessors}; });

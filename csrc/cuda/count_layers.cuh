@@ -1,4 +1,4 @@
-// Counts layers against brackets of the caller's, for selections that no single call sees whole.
+// Counts layers against the caller's brackets, for selections of which no single call sees all weights.
 #pragma once
 
 #include "counter.cuh"

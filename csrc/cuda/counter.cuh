@@ -1,4 +1,4 @@
-// Keys counted against a bracket, by a block, a chunk of one layer after another.
+// Counting of keys against a bracket by a block, chunk by chunk of one layer.
 #pragma once
 
 #include "answers.cuh"
@@ -6,15 +6,15 @@
 namespace gmp::cuda::kernels {
 
 inline constexpr int64_t kNoIndex = INT64_MAX;
-inline constexpr int64_t kMostBins = 2048;     // that a block counts in
+inline constexpr int64_t kMostBins = 2048;     // in which a block counts
 inline constexpr unsigned kMostCounted = 384;  // keys with a counter of their own: see Counter::aim
 static_assert(kMostCounted <= kBins && kMostCounted <= kListCapacity);
 
-// What the threads of a block share.
+// Memory that the threads of a block share.
 template <typename Key>
 struct Counts {
   unsigned bins[kMostBins];
-  // Of one chunk while the next is read already; of three in turn, one can be set back while two are in use.
+  // Two sets, because the next chunk may be read already. Of three numbers, one can be reset while two are in use.
   union {
     Key staged[2][kListCapacity];
     unsigned each[2][kMostCounted];
@@ -23,13 +23,13 @@ struct Counts {
   unsigned appended[3];
 };
 
-// What each thread has found.
+// Results of each thread.
 template <typename Key>
 class Counter {
  public:
   using Word = answers::Operand<Key>;
 
-  // The whole block comes here, to aim(), to end_chunk(), to add_sums() and to move_bins().
+  // The whole block must call this, aim(), end_chunk(), add_sums() and move_bins().
   __device__ Counter(Counts<Key>& shared, int64_t capacity, Key infinity)
       : shared_(shared), capacity_(static_cast<unsigned>(capacity)), infinity_(infinity) {
     for (int64_t b = threadIdx.x; b < kMostBins; b += kThreads) shared_.bins[b] = 0;
@@ -41,7 +41,7 @@ class Counter {
   // enough for that: of 16-bit keys so many are alike that lists of them overflow.
   __device__ void aim(uint64_t lo, uint64_t hi, int64_t shift, bool may_count_each) {
     lo_ = static_cast<Word>(lo);
-    // Above every number all NaN are alike, whatever their bits.
+    // Above every number, all NaN are equal, whatever their bits.
     const uint64_t last = hi > infinity_ ? static_cast<Key>(~kSignBit<Key>) : hi;
     size_ = static_cast<Word>(lo <= last ? last - lo + 1 : 0);
     shift_ = static_cast<int>(shift);
@@ -80,8 +80,8 @@ class Counter {
     if (is_inside(key)) add(key);
   }
 
-  // Puts the first NaN or Inf that this thread has seen in the chunk that begins at `begin` where the smallest index is
-  // kept; returns whether there was one.
+  // Lowers the smallest index to that of the first NaN or Inf that this thread has seen in the chunk that begins at
+  // `begin`; returns whether there was one.
   __device__ bool report_nonfinite(int64_t* first, int64_t begin) {
     if (nonfinite_ == kNowhere) return false;
     atomicMin(counter_at(first), static_cast<unsigned long long>(begin + nonfinite_));
@@ -94,7 +94,7 @@ class Counter {
   // there; 0 is returned. The next chunk may be begun by some threads while others are still here.
   template <typename Store>
   __device__ __forceinline__ unsigned end_chunk(Store store) {
-    __syncthreads();  // all of the chunk's keys are there; and those of the chunk before are done with
+    __syncthreads();  // all keys of the chunk are there, and those of the chunk before are no longer needed
     const unsigned appended = shared_.appended[third_];
     if (counts_each()) {
       for (unsigned b = threadIdx.x; b < size_; b += kThreads) {
@@ -117,7 +117,7 @@ class Counter {
     return appended;
   }
 
-  // Gives a bin of the block, and empties it.
+  // Returns a bin of the block, and empties it.
   __device__ unsigned take_bin(int64_t bin) {
     const unsigned count = shared_.bins[bin];
     shared_.bins[bin] = 0;
@@ -133,7 +133,7 @@ class Counter {
     }
   }
 
-  // Adds what the block has found since aim() to a row.
+  // Adds the counts of the block since aim() to a row.
   template <typename Row>
   __device__ void add_sums(Row& row) const {
     const auto sum_below = block_sum(static_cast<unsigned long long>(below));
@@ -143,7 +143,7 @@ class Counter {
     atomicAdd(counter_at(&row.pruned), sum_pruned);
   }
 
-  // Of this thread since aim(). A block would have to take 10^12 weights for more.
+  // Counts of this thread since aim(). They would overflow only if a block took 10^12 weights.
   unsigned below = 0, pruned = 0;
 
  private:
@@ -174,7 +174,7 @@ class Counter {
       }
       return;
     }
-    // In no order: the lists are used as sets.
+    // In any order, because the lists are used as sets.
     const unsigned mine = count_bits(inside), base = atomicAdd(&shared_.appended[third_], mine);
     if (base + mine <= capacity_) {
       unsigned place = base;

@@ -1,4 +1,4 @@
-// What the kernels are made of: memory in eights, sums and scans over a block, walks over chunks.
+// Building blocks of the kernels: access to memory in eights, sums and scans over a block, walks over chunks.
 //
 // A thread takes eight consecutive weights, whose mask bits are one byte. Everything that touches weights goes through
 // load8 and store8, which the host execution layer counts.
@@ -18,7 +18,7 @@ inline constexpr int kEach = 8;  // weights per thread and tile
 inline constexpr int64_t kTile = kThreads * kEach;
 static_assert(kChunk % (4 * kTile) == 0, "whole chunks are read several tiles at a time");
 
-// Blocks of the kernels that read weights which a multiprocessor holds at once, and so the size of the grids.
+// Blocks that a multiprocessor holds at once, for the kernels that read weights; it gives the size of the grids.
 inline constexpr unsigned kReaders = 3;
 
 #if defined(__CUDACC__)
@@ -37,7 +37,7 @@ __device__ __forceinline__ T* pointer(uint64_t address) {
 #endif
 }
 
-// A field of a row as what atomic operations take.
+// A field of a row in the type that atomic operations take.
 __device__ inline unsigned long long* counter_at(int64_t* field) {
   return reinterpret_cast<unsigned long long*>(field);
 }
@@ -47,8 +47,8 @@ __device__ bool is_aligned(const T* p) {
   return (reinterpret_cast<uint64_t>(p) & 15) == 0;
 }
 
-// The first `count` of eight values; the others are zero. Views may be unaligned, tensors end anywhere; kWhole says
-// that here neither is the case, unless count is 0.
+// The first `count` of eight values; the others are zero. Views may be unaligned, and tensors may end anywhere. kWhole
+// says that neither is the case here, unless count is 0.
 template <bool kWhole = false, typename T>
 __device__ __forceinline__ void load8(const T* p, int count, T (&values)[kEach]) {
 #if defined(__CUDACC__)
@@ -105,7 +105,7 @@ __device__ void store1(T* p, T value) {
   *p = value;
 }
 
-// A key whose NaNs still differ.
+// A key, except that NaNs still differ.
 template <typename Key>
 __device__ __forceinline__ Key magnitude_bits(Key raw) {
   return raw & static_cast<Key>(~kSignBit<Key>);
@@ -128,7 +128,7 @@ __device__ inline int lowest_bit(unsigned bits) {
 #endif
 }
 
-// The mask bits of eight weights of which `count` are there; a layer without a mask keeps all.
+// The mask bits of eight weights, of which `count` exist; a layer without a mask keeps all.
 __device__ inline unsigned load_bits(const uint8_t* mask, int64_t i, int count) {
   if (count == 0) return 0;
   unsigned bits = 0xff;
@@ -152,7 +152,7 @@ __device__ inline void store_bits(uint8_t* mask, int64_t i, unsigned bits) {
 #endif
 }
 
-// The mask bits of the 64 weights from a multiple of eight on, of which `count` are there, or fewer than none.
+// The mask bits of the 64 weights from a multiple of eight on, of which `count` exist; none if it is negative.
 __device__ __forceinline__ uint64_t load_word(const uint8_t* mask, int64_t i, int count) {
   if (count <= 0) return 0;
   uint64_t word = ~uint64_t{0};
@@ -191,7 +191,7 @@ __device__ __forceinline__ uint4 load_words(const uint8_t* mask, unsigned v) {
 
 static_assert(kTouchedBy == kWarpSize * kEach, "the lanes of a warp make a word");
 
-// How many of the eight weights from `i` on are there.
+// How many of the eight weights from `i` on exist.
 __device__ inline int count_from(int64_t i, int64_t n) {
   const int64_t left = n - i;
   return left >= kEach ? kEach : left > 0 ? static_cast<int>(left) : 0;
@@ -229,7 +229,7 @@ __device__ __forceinline__ T warp_scan(T value, T& total) {
   return inclusive - value;
 }
 
-// All threads of the block take part in what follows, and all get the answer.
+// All threads of the block have to call the next functions, and all get the result.
 template <typename T>
 __device__ __forceinline__ T block_sum(T value) {
   __shared__ T partial[kWarps];
@@ -281,8 +281,9 @@ __device__ __forceinline__ void find_crossing(const Count (&counts)[kCount], Cou
   if (found >= 0) visit(found, sum, count);
 }
 
-// The row that a chunk belongs to: the last one that begins at or before it. Rows are never empty. With padding, what
-// is looked up is a place, and so many places lie before the chunks of each row but the first, and belong to it.
+// The row that a chunk belongs to: the last one that begins at or before it. Rows are never empty. With padding, a
+// place is looked up instead of a chunk. Each row but the first then has `padding` more places before those of its
+// chunks.
 template <typename Row>
 __device__ int64_t row_of(const Row* rows, int64_t num_rows, int64_t chunk, int64_t padding = 0) {
   int64_t low = 0, high = num_rows - 1;
@@ -302,9 +303,9 @@ __device__ inline int size_of_chunk(int64_t n, int64_t begin) {
   return static_cast<int>(n - begin < kChunk ? n - begin : kChunk);
 }
 
-// Calls visit(row number, first chunk, last chunk) for what each row from `row` on has of [first, last); the last is
-// not included, and each row's beginning takes `padding` from it. Rows and chunks are numbered in 32 bits, because
-// registers are scarce: 2^31 chunks are 2^45 weights.
+// Calls visit(row number, first chunk, last chunk) for the part of [first, last) in each row from `row` on. The last
+// chunk is not included, and each row's beginning takes `padding` from it. Rows and chunks are numbered in 32 bits,
+// because registers are scarce: 2^31 chunks are 2^45 weights.
 template <typename Row, typename Visit>
 __device__ __forceinline__ void for_each_run_from(const Row* rows, int64_t num_rows, int row, int first, int last,
                                                   int padding, Visit visit) {
@@ -328,7 +329,7 @@ __device__ __forceinline__ void for_each_run(const Row* rows, int64_t num_rows, 
                static_cast<int>(first_chunk_of(blockIdx.x + 1, num_chunks)), visit);
 }
 
-// Calls visit(row number, chunk, begin, end) for each chunk of this block: where in its row it begins and ends.
+// Calls visit(row number, chunk, begin, end) for each chunk of this block; it is [begin, end) of its row.
 template <typename Row, typename Visit>
 __device__ __forceinline__ void for_each_chunk(const Row* rows, int64_t num_rows, int64_t num_chunks, Visit visit) {
   for_each_run(rows, num_rows, num_chunks, [&](int r, int first, int last) {
@@ -339,7 +340,7 @@ __device__ __forceinline__ void for_each_chunk(const Row* rows, int64_t num_rows
   });
 }
 
-// Whether this block is the last of `expected` to get here; then it sees what the others wrote.
+// Whether this block is the last of `expected` to arrive; if so, it sees the writes of the others.
 __device__ __forceinline__ bool is_last_block(int64_t* arrived, int64_t expected) {
   __shared__ bool last;
   __threadfence();

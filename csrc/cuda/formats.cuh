@@ -1,4 +1,4 @@
-// How weights are stored, and the type they are computed in; bit for bit what the CPU's vectors do.
+// Formats in which weights are stored, and the types in which they are computed; bit for bit as in the CPU's vectors.
 #pragma once
 
 #include "device.cuh"
@@ -47,7 +47,7 @@ __device__ Stored<kDType> narrowed(ComputeOf<kDType> v) {
     if ((bits & 0x7fffffff) > 0x7f800000) return 0x7fc0;
     return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
   } else if constexpr (kDType == DType::float16) {
-    // Converters agree on numbers but not on which NaN comes out.
+    // Conversions agree on numbers, but not on the bits of NaN.
     if (v != v) {
       uint32_t wide;
       memcpy(&wide, &v, sizeof(v));

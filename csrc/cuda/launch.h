@@ -29,8 +29,8 @@ inline void check(const char* what, cudaError_t error = cudaGetLastError()) {
 }
 #endif
 
-// What comes before the first launch of a call. The runtime linked into this module has a current device of its own;
-// and errors stay until somebody asks: whose they are shows only if nobody's are left.
+// Called before the first launch of a call. The runtime linked into this module has a current device of its own. Errors
+// stay until they are read, so earlier ones are read first, to tell them from those of this call.
 inline void prepare(const Launch& launch) {
 #if defined(__CUDACC__)
   check("before this call");
@@ -41,7 +41,7 @@ inline void prepare(const Launch& launch) {
 }
 
 #if defined(__CUDACC__)
-// Makes a call that loads modules: a graph that this thread captures does not mind it meanwhile.
+// Makes a call that loads modules, in a mode that allows it while this thread captures a graph.
 template <typename Call>
 void call_while_capturing(const char* what, Call call) {
   cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
@@ -52,7 +52,7 @@ void call_while_capturing(const char* what, Call call) {
 }
 #endif
 
-// Has a kernel loaded, which otherwise happens at its first launch: too late while a graph is captured.
+// Loads a kernel. Otherwise its first launch would, which is too late while a graph is captured.
 template <typename Kernel>
 void load([[maybe_unused]] Kernel kernel) {
 #if defined(__CUDACC__)
@@ -68,10 +68,10 @@ Row* rows_at(uint64_t address) {
   return reinterpret_cast<Row*>(address);
 }
 
-// Blocks to a multiprocessor where every warp works alone and threads need few registers.
+// Blocks per multiprocessor for kernels whose warps work alone and whose threads need few registers.
 inline constexpr unsigned kBlocksOfWarps = 6;
 
-// Blocks for so many chunks: as many as the device holds at once, at most.
+// Number of blocks for so many chunks; at most as many as the device holds at once.
 inline unsigned grid_of(const Launch& launch, unsigned per_multiprocessor, int64_t num_chunks) {
   const unsigned most = launch.multiprocessors * per_multiprocessor;
   return num_chunks < most ? static_cast<unsigned>(num_chunks) : most;

@@ -1,4 +1,4 @@
-// Everything but the optimizer step.
+// All operations except the optimizer step.
 #include <algorithm>
 #include <cstring>
 
@@ -10,8 +10,8 @@
 
 namespace gmp::cuda {
 
-// Words that one launch takes as an argument: those of most calls, and as many as there can be. More than 4 KB need a
-// driver that only toolkits from 13.0 on insist on.
+// Words that one launch takes as an argument: enough for most calls, and the most possible. More than 4 KB need a
+// driver that only toolkits from 13.0 on require.
 inline constexpr int64_t kFewWords = 480;
 #if defined(CUDART_VERSION) && CUDART_VERSION >= 13000
 inline constexpr int64_t kManyWords = 4080;
@@ -58,7 +58,7 @@ void select(const Launch& launch, const Tables& places) {
   const unsigned grid = grid_of(launch, kReaders, tables.num_chunks);
   with_dtype(static_cast<DType>(tables.dtype), [&](auto infinity) {
     using Key = decltype(infinity);
-    // A bracket that fails leaves all bits of a key to be told apart, 9 in each read.
+    // After a bracket that fails, all bits of a key are still to be found, 9 in each read.
     constexpr int kBits = 9, kPasses = 1 + (static_cast<int>(sizeof(Key)) * 8 - 1 + kBits - 1) / kBits;
     static_assert(int64_t{1} << kBits == kBins);
     const auto num_groups = static_cast<unsigned>(tables.num_groups);

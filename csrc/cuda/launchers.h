@@ -22,8 +22,8 @@ struct Launch {
 // How many blocks of a selection need bins at most.
 unsigned num_counting_blocks(unsigned multiprocessors);
 
-// All of these throw std::runtime_error if a launch fails, or if an earlier one of anybody has: then nothing is
-// launched.
+// All of these throw std::runtime_error if a launch fails. They also do so if any earlier launch in this process has
+// failed, and then launch nothing.
 
 void select(const Launch& launch, const Tables& tables);
 void apply(const Launch& launch, const Tables& tables);
@@ -34,7 +34,7 @@ void count(const Launch& launch, int64_t dtype, uint64_t rows, int64_t num_rows,
 
 // dtype, first row, number of rows, and of chunks, which each part numbers anew
 using UpdatePart = std::tuple<int64_t, int64_t, int64_t, int64_t>;
-// constants: the address of UpdateConstants<double>; where it is 0, they are those of the argument.
+// constants: the address of UpdateConstants<double>; if it is 0, those in `argument` are used.
 void update(const Launch& launch, const std::string& rule, uint64_t rows, const std::vector<UpdatePart>& parts,
             uint64_t constants, const ArgumentConstants& argument);
 void move_state(const Launch& launch, uint64_t rows, int64_t num_rows, int64_t num_chunks);
@@ -43,15 +43,15 @@ void chunk_offsets(const Launch& launch, uint64_t rows, int64_t num_rows, int64_
 // sums: double, one per chunk, and one more, which receives the total.
 void sum_squares(const Launch& launch, uint64_t rows, int64_t num_rows, int64_t num_chunks, uint64_t sums);
 
-// Words of eight bytes that `store` takes; a copy of more from pinned memory takes less time.
+// Most words of eight bytes that `store` takes; for more of them, a copy from pinned memory takes less time.
 int64_t most_stored();
-// `from` has been read when it returns: it travels in the launches themselves, so no copy is under way that its owner
-// would have to wait for.
+// `from` has been read when `store` returns: the words travel as arguments of the launches, so there is no copy for
+// which the owner of `from` would have to wait.
 void store(const Launch& launch, const uint64_t* from, int64_t count, uint64_t to);
 void fetch(const Launch& launch, uint64_t from, size_t bytes, void* to);
 
-// Loads all kernels for a device, so that none has to be at its first launch, and returns how many multiprocessors it
-// has. May be called while a graph is captured. Throws std::runtime_error if there is no such device.
+// Loads all kernels for a device, so that no first launch has to, and returns the number of its multiprocessors. May be
+// called while a graph is captured. Throws std::runtime_error if there is no such device.
 unsigned load_kernels(int device);
 void load_steps();  // a part of that
 

@@ -7,21 +7,21 @@
 
 namespace gmp::cuda::kernels {
 
-// A larger sample gives a narrower bracket, and so shorter lists: worth its time where the lists are many, or where
-// those of a smaller one would overflow.
+// A larger sample gives a narrower bracket, and so shorter lists. It is worth its time if there are many lists, or if
+// those of a smaller sample would overflow.
 inline constexpr int64_t kSampleEights = 2048, kLargeSampleEights = 8192;  // at most
 inline constexpr int64_t kLargeSampleFrom = int64_t{1} << 28;              // weights
-inline constexpr int64_t kSampleShare = 4;  // beyond the first 2048, a sample has at most one of so many eights
-// Standard deviations of the wanted key's rank in the sample that lie between it and the edges of the bracket: random
-// weights fail in 3 selections of 1000, or 6 of 100000. Many groups get the wider bracket, because one that fails is
-// read again by the few blocks that it belongs to while all others wait.
+inline constexpr int64_t kSampleShare = 4;  // beyond the first 2048, a sample has at most one in so many eights
+// Distance of the wanted key's rank in the sample from the edges of the bracket, in standard deviations: for random
+// weights 3 selections in 1000 fail, or 6 in 100000. With many groups the wider bracket is used, because a group that
+// fails is read again by its few blocks while all others wait.
 inline constexpr float kDeviations = 3.0f, kDeviationsOfMany = 4.0f;
 inline constexpr unsigned kMany = 16;
-// Beyond the keys that a chunk is expected to have in the bracket, a list is to have room for so many square roots of
-// them. Their number has a standard deviation of one root, what is expected of another at most, and the bracket's ends
-// are interpolated: together of less than 1.5 roots, so that 8 are more than 5 deviations.
+// A list needs room for the number of keys that a chunk is expected to have in the bracket, and for so many square
+// roots of that number more. The actual number has a standard deviation of one root, the expectation one of at most
+// another, and the bracket's ends are interpolated: together less than 1.5 roots, so that 8 are more than 5 deviations.
 inline constexpr float kSpareRoots = 8.0f;
-inline constexpr float kUnevenLayers = 2.0f;  // keys inside, per chunk: the layer with most of them over the average
+inline constexpr float kUnevenLayers = 2.0f;  // keys inside per chunk, in the layer with most of them, over the average
 
 // Keys in 2048 bins that saturate: 64 to the octave from 2^-24 on for wide keys, one per key from 2^-13 on for
 // bfloat16.
@@ -49,21 +49,21 @@ struct SampleBins {
   __device__ Key upper(int64_t bin, Key largest) const {
     if (bin == kMostBins - 1) return largest;
     const Key last = static_cast<Key>(lower(bin + 1) - 1);
-    return last < largest ? last : largest;  // that of NaN: the bin goes on to bit patterns that are no keys
+    return last < largest ? last : largest;  // the key of NaN, as the bin also has bit patterns that are no keys
   }
 };
 
-// Where the blocks that count a group add their bins up: there is a place for each group, or, where groups are more
-// than blocks, for each block that a group begins in. No two groups that go on in another block begin in the same one,
-// because the later one begins behind all chunks of the earlier one.
+// The place where the blocks that count a group add up their bins. There is one place per group or, if there are more
+// groups than blocks, one per block in which a group begins. Two groups that continue in another block never begin in
+// the same one, because the later group begins after all chunks of the earlier one.
 __device__ inline unsigned long long* bins_of(const Tables& tables, const GroupRow& group, int64_t g, const Deal& deal,
                                               int64_t num_blocks) {
   const int64_t place = tables.num_groups <= num_blocks ? g : deal.block_of(group.first_chunk, g);
   return pointer<unsigned long long>(tables.bins) + place * kBins;
 }
 
-// Whether the lists have room for what a chunk is likely to have between two ranks of the sample. What is pruned comes
-// first there, and is in no list.
+// Whether the lists have room for the keys that a chunk is likely to have between two ranks of the sample. Pruned
+// weights come first in the sample, and are in no list.
 __device__ inline bool fits(const GroupRow& group, float first, float last, unsigned pruned, unsigned sampled,
                             int64_t capacity) {
   const float all = static_cast<float>(sampled);
@@ -73,7 +73,7 @@ __device__ inline bool fits(const GroupRow& group, float first, float last, unsi
   return highest_count(expected, kSpareRoots) <= static_cast<float>(capacity);
 }
 
-// One block per group. With room for more of them to a multiprocessor, the compiler would have registers spilled.
+// One block per group. With more blocks per multiprocessor, the compiler would spill registers.
 template <typename Key>
 __global__ void __launch_bounds__(kThreads, 2) begin(Tables tables, int64_t num_counting, Key infinity) {
   constexpr int kPerThread = kMostBins / kThreads;
@@ -94,17 +94,18 @@ __global__ void __launch_bounds__(kThreads, 2) begin(Tables tables, int64_t num_
     if (threadIdx.x < 2) edges[threadIdx.x] = threadIdx.x == 0 ? Key(0) : static_cast<Key>(infinity + 1);
     __syncthreads();
 
-    // Eights at pseudo-random places of evenly spread chunks: in step with no period of the weights. All that a thread
-    // asks for at a time is under way together.
+    // Eights at pseudo-random places of evenly spread chunks, which are not in step with any period of the weights. A
+    // thread starts several loads before it uses the first.
     constexpr int kAtOnce = 32 / sizeof(Key);
     const float wanted = static_cast<float>(static_cast<double>(group.num_prune) / static_cast<double>(group.n));
-    // A group of one chunk is looked at in full: its bracket is a bin or two then, where that of a sample is wide.
+    // A group of one chunk is read in full: its bracket is then a bin or two, while that of a sample would be wide.
     const bool is_whole = group.num_chunks == 1;
     const int64_t all = (group.n + kEach - 1) / kEach;
     const int64_t share = all / kSampleShare < kLargeSampleEights ? all / kSampleShare : kLargeSampleEights;
     const int64_t small = all < kSampleEights ? all : kSampleEights;
     const int64_t most = share > small ? share : small;
-    // Keys of 16 bits get no smaller sample: a wider bracket has more of them counted one by one, which takes longer.
+    // 16-bit keys get no smaller sample: with a wider bracket, more of them would be counted one by one, which is
+    // slower.
     int64_t taken = 0, eights = group.n >= kLargeSampleFrom ? most : small;
     unsigned sampled = 0, pruned = 0;
     float rank, half;
@@ -158,7 +159,7 @@ __global__ void __launch_bounds__(kThreads, 2) begin(Tables tables, int64_t num_
       const float edge = side == 0 ? rank - half : rank + half;
       if (edge < static_cast<float>(pruned) || edge >= static_cast<float>(sampled)) continue;
       find_crossing(counts, before, static_cast<unsigned>(edge), [&](int b, unsigned sum, unsigned count) {
-        // As if the keys of a bin were evenly spread in it: bins are wider than brackets are to be.
+        // Interpolates as if the keys of a bin were evenly spread, because bins are wider than brackets should be.
         const int bin = static_cast<int>(threadIdx.x) * kPerThread + b;
         const Key lower = bins.lower(bin), upper = bins.upper(bin, largest);
         const bool is_bounded = !is_whole && bin > 0 && bin < kMostBins - 1;
@@ -172,7 +173,7 @@ __global__ void __launch_bounds__(kThreads, 2) begin(Tables tables, int64_t num_
     __syncthreads();
     lo = edges[0];
     hi = edges[1];
-    if (rank + half < static_cast<float>(pruned)) hi = bins.upper(0, largest);  // all that is wanted is pruned
+    if (rank + half < static_cast<float>(pruned)) hi = bins.upper(0, largest);  // enough is pruned already
   }
   if (threadIdx.x > 0) return;
   group.lo = lo;

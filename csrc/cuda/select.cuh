@@ -1,12 +1,12 @@
 // Exact selection for all layers in a fixed number of launches: begin, count (some times), ties.
 //
 //   begin  a sample of each group's keys gives the bracket [lo, hi], unless the caller did
-//   count  the first one reads every weight once: how many keys lie below the bracket, a histogram of those inside, and
-//          the keys themselves in a short list per chunk, or, of 16-bit keys in a narrow bracket, how often each is
-//          there. The last block of a group checks the proof, below < wanted <= below + inside, and narrows the bracket
-//          to the bin with the wanted key. Further ones read the lists; where the proof failed or a list overflowed,
-//          all weights again; where all is done, nothing.
-//   ties   finds the index at which the tied weights that stay end
+//   count  the first one reads every weight once: it counts the keys below the bracket, makes a histogram of those
+//          inside, and lists these in a short list per chunk (for 16-bit keys in a narrow bracket, it lists how often
+//          each occurs). The last block of a group checks the proof, below < wanted <= below + inside, and narrows the
+//          bracket to the bin with the wanted key. Further ones read the lists, or all weights again if the proof
+//          failed or a list overflowed, or nothing if all is done.
+//   ties   finds the index from which on tied weights are pruned
 //
 // Nothing here depends on the order in which blocks run: all sums are of integers, lists are used as sets.
 // Source: Floyd and Rivest, CACM 18(3), 1975, as streamed by GPU top-k selections; histograms as in radix selection.
@@ -16,14 +16,14 @@
 
 namespace gmp::cuda::kernels {
 
-// Gives a bin that other blocks have added to, and empties it.
+// Returns a bin to which other blocks have added, and empties it.
 __device__ inline unsigned long long take_bin(unsigned long long* bin) {
   const unsigned long long count = __ldcg(bin);
   *bin = 0;
   return count;
 }
 
-// Proves the bracket of a group by what was counted, and narrows it. take(bin) gives a count and sets it to zero.
+// Proves the bracket of a group by its counts, and narrows it. take(bin) returns a count and sets it to zero.
 template <typename Key, typename Take>
 __device__ void narrow(LayerRow* rows, GroupRow& group, bool counts_each, Key infinity, Take take) {
   constexpr int kPerThread = kBins / kThreads;
@@ -86,7 +86,7 @@ __device__ void narrow(LayerRow* rows, GroupRow& group, bool counts_each, Key in
   }
 }
 
-// Ends a chunk that has been read; `number` is the chunk's.
+// Ends a chunk that has been read; `number` is the number of the chunk.
 template <typename Key>
 __device__ __forceinline__ void end_chunk(Counter<Key>& counter, LayerRow& layer, int64_t begin, GroupRow& group,
                                           const Tables& tables, int number) {
@@ -98,12 +98,12 @@ __device__ __forceinline__ void end_chunk(Counter<Key>& counter, LayerRow& layer
   if (inside > tables.capacity) atomicOr(counter_at(&group.overflow), 1ull);
 }
 
-// Calls visit(key, l) for all that is listed of the chunks [first, last), and done(chunk, l) behind the last key of
-// each. A warp takes a run of chunks, of which it looks up 32 sizes at once; kLists lists are under way together, by l.
+// Calls visit(key, l) for all listed keys of the chunks [first, last), and done(chunk, l) after the last key of each. A
+// warp takes a run of chunks, and reads 32 of their sizes at once. It loads kLists lists at the same time, numbered l.
 inline constexpr int kLists = 4;
 template <typename Key, typename Visit, typename Done>
 __device__ __forceinline__ void for_each_listed(const Tables& tables, int first, int last, Visit visit, Done done) {
-  constexpr int kParts = 4;  // keys of each list that a lane has under way
+  constexpr int kParts = 4;  // keys of each list that a lane loads at the same time
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize, warps = kWarps;
   const int until = first + static_cast<int>(int64_t{warp + 1} * (last - first) / warps);
   for (int base = first + static_cast<int>(int64_t{warp} * (last - first) / warps); base < until; base += kWarpSize) {

@@ -1,11 +1,11 @@
-// What walks over optimizer state and gradients besides the step itself.
+// Kernels on optimizer state and gradients, other than the step itself.
 #pragma once
 
 #include "formats.cuh"
 
 namespace gmp::cuda::kernels {
 
-// One value per kept weight on its way from layout to layout.
+// Moves state, one value per kept weight, from one layout to another.
 template <typename Bits>
 __device__ void move_chunk(const TensorRow& source, const TensorRow& target, int64_t begin, int64_t end) {
   const uint8_t* const masks[2] = {pointer<const uint8_t>(source.mask), pointer<const uint8_t>(target.mask)};
@@ -54,7 +54,7 @@ __global__ void __maxnreg__(48) move_state(const TensorRow* sources, int64_t num
   });
 }
 
-// How many weights each chunk keeps: a warp to the chunk, 64 bytes of its mask to the lane.
+// Counts the kept weights of each chunk; a warp takes a chunk, and a lane 64 bytes of its mask.
 __global__ void __launch_bounds__(kThreads) count_kept(const TensorRow* rows, int64_t num_rows, int64_t num_chunks) {
   constexpr int64_t kBytes = kChunk / 8 / kWarpSize;
   static_assert(kBytes % sizeof(uint4) == 0);
@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(kThreads) count_kept(const TensorRow* rows, in
   }
 }
 
-// Turns those counts into what comes before each chunk, a block to the row; the totals are left in one place too.
+// Turns those counts into the kept weights before each chunk; a block takes a row. The totals are also stored together.
 __global__ void __launch_bounds__(kThreads) scan_kept(const TensorRow* rows, int64_t* totals) {
   const TensorRow& row = rows[blockIdx.x];
   int64_t* const offsets = pointer<int64_t>(row.chunk_offsets);
@@ -116,7 +116,7 @@ __device__ double sum_squares_of(const TensorRow& row, int64_t begin, int64_t en
   return sum;
 }
 
-// Sums of the chunks, added up by `total` in an order that depends on their number alone.
+// Sums of the chunks, which `total` adds up in an order that depends only on their number.
 __global__ void __launch_bounds__(kThreads)
     sum_squares(const TensorRow* rows, int64_t num_rows, int64_t num_chunks, double* sums) {
   for_each_chunk(rows, num_rows, num_chunks, [&](int64_t r, int64_t chunk, int64_t begin, int64_t end) {

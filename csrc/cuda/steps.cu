@@ -8,7 +8,7 @@
 namespace gmp::cuda {
 namespace {
 
-// Calls visit(rule, dtype), each a constant, for all of them.
+// Calls visit(rule, dtype), both constants, for all combinations.
 template <typename Visit>
 void for_each_kernel(Visit visit) {
   const auto with_rule = [&](auto rule) {

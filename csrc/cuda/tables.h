@@ -1,5 +1,5 @@
-// What host and device hand each other: rows of eight-byte fields. Python fills and reads them as numpy arrays, whose
-// dtypes are made in bindings.cpp.
+// Rows of eight-byte fields that host and device exchange. Python fills and reads them as numpy arrays, whose dtypes
+// are made in bindings.cpp.
 #pragma once
 
 #include <array>
@@ -11,18 +11,18 @@
 namespace gmp::cuda {
 
 inline constexpr int64_t kChunk = 16384;       // weights that a block takes at a time; a multiple of 8 * kThreads
-inline constexpr int64_t kListCapacity = 768;  // candidates kept per chunk, at most: 4.7 % of it
+inline constexpr int64_t kListCapacity = 768;  // most candidates kept per chunk: 4.7 % of it
 inline constexpr int64_t kBins = 512;
 inline constexpr int64_t kTouchedBy = 256;  // weights whose flags are one word (see LayerRow), a bit for each eight
 
-// A layer in a selection or an application. Chunks of all layers are numbered through.
+// A layer in a selection or an application. Chunks are numbered across all layers.
 struct LayerRow {
   uint64_t weights, mask;  // addresses; mask: 0 if nothing is pruned yet
   int64_t n, first_chunk, group;
-  int64_t cut;                // selection's answer: of the weights that tie, those from this index on go
+  int64_t cut;                // selection's answer: ties from this index on are pruned
   int64_t nonfinite;          // selection's answer: first unpruned NaN or Inf, INT64_MAX if there is none
-  int64_t kept_before, kept;  // what apply counted
-  int64_t touched;  // place: which eights apply has to look at, a bit for each (see count_strip); 0: at all of them
+  int64_t kept_before, kept;  // counts of apply
+  int64_t touched;  // place of a bit per eight weights that says if apply has to read them (see count_strip); 0: all
 };
 
 enum Mode : int64_t {
@@ -51,8 +51,8 @@ struct GroupRow {
   int64_t num_below, num_ties, num_ties_kept;
 };
 
-// The layers of one dtype in a selection or an application, their groups, and where kernels leave what the next one
-// needs. All of it lies in one buffer: Python gives places, in bytes from its beginning, and kernels get addresses.
+// The layers of one dtype in a selection or an application, their groups, and the places of results that one kernel
+// leaves for the next. All of it lies in one buffer: Python gives offsets in bytes, and kernels get addresses.
 struct Tables {
   uint64_t buffer;
   uint64_t layers, groups;           // rows
@@ -62,12 +62,12 @@ struct Tables {
   uint64_t nonfinite;                // int64_t, set once there is an unpruned NaN or Inf in any layer
   int64_t num_layers, num_groups, num_chunks, capacity;
   int64_t dtype;  // a DType
-  // Of an application: the addresses of the new bits, one per layer, and a number that stops it if it is not 0. Either
-  // may be 0.
+  // For an application: places of the addresses of the new bits, one per layer, and of a number that stops it if it is
+  // not 0. Either may be 0.
   uint64_t out, stop;
 };
 
-// A layer that is counted against a bracket of the caller's (see BracketCounts in backends/types.py).
+// A layer that is counted against the caller's bracket (see BracketCounts in backends/types.py).
 struct CountRow {
   uint64_t weights, mask;
   int64_t n, first_chunk;
@@ -80,11 +80,10 @@ struct CountRow {
   int64_t below, inside, pruned, nonfinite;  // the answer
 };
 
-// A tensor in an optimizer step; or a gradient, a mask, or an array of state that belongs to it: then what does not
-// is 0.
+// A tensor in an optimizer step; or only its gradient, its mask, or an array of its state, with all other fields 0.
 struct TensorRow {
   uint64_t weights, grads, master, state[kMaxStates], mask;
-  uint64_t chunk_offsets;  // of compact state: how many weights before each chunk are kept, and how many in all
+  uint64_t chunk_offsets;  // of compact state: kept weights before each chunk, and their total
   int64_t n, first_chunk;
   int64_t constants;  // which row of them
   int64_t dtype;      // a DType: of the weights, or of what there is instead

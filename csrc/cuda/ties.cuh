@@ -1,16 +1,16 @@
-// Of the weights that tie with a threshold, the one from which on they go.
+// Finds, among the weights that tie with a threshold, the one from which on they are pruned.
 #pragma once
 
 #include "select.cuh"
 
 namespace gmp::cuda::kernels {
 
-// Where a running sum of counts first exceeds `rank`, which is less than their sum; the whole block comes here. Gives
-// the position, and takes what comes before it from the rank; -1 if the sum is no larger.
+// Returns the position where a running sum of counts first exceeds `rank`, and subtracts the sum before it from the
+// rank; -1 if the whole sum does not exceed it. The whole block must call it.
 template <typename CountAt>
 __device__ int64_t find_crossing_of_all(int64_t size, int64_t& rank, CountAt count_at) {
   __shared__ int64_t crossing, left;
-  constexpr int kCounts = 8;  // of each thread at a time
+  constexpr int kCounts = 8;  // per thread at a time
   if (threadIdx.x == 0) crossing = -1;
   __syncthreads();
   for (int64_t first = 0; crossing < 0 && first < size; first += kCounts * kThreads) {
@@ -32,7 +32,7 @@ __device__ int64_t find_crossing_of_all(int64_t size, int64_t& rank, CountAt cou
   return found;
 }
 
-// Which of the 64 weights from `begin` on, or fewer, tie.
+// Bits of the (at most) 64 weights from `begin` on that tie.
 template <typename Key>
 __device__ uint64_t ties_of(const LayerRow& layer, int64_t begin, Key threshold, Key infinity) {
   const int64_t left = layer.n - begin;
@@ -50,7 +50,7 @@ __device__ uint64_t ties_of(const LayerRow& layer, int64_t begin, Key threshold,
   return ties & load_word(pointer<const uint8_t>(layer.mask), begin, size);
 }
 
-// The last block of a group: the block, the chunk and the weight from which on ties go.
+// Done by the last block of a group: finds the block, the chunk and the weight from which on ties are pruned.
 template <typename Key>
 __device__ void place_cut(LayerRow* rows, const GroupRow& group, int64_t g, const Deal& deal,
                           const unsigned* block_ties, const unsigned* tie_counts, Key infinity) {
@@ -82,7 +82,7 @@ __device__ void place_cut(LayerRow* rows, const GroupRow& group, int64_t g, cons
   }
 }
 
-// How many weights of the chunk that begins at `begin` tie; a warp comes here.
+// How many weights of the chunk that begins at `begin` tie; a whole warp calls it.
 template <typename Key>
 __device__ __forceinline__ unsigned ties_in(const LayerRow& layer, int64_t begin, Key threshold, Key infinity) {
   const Key* const weights = pointer<const Key>(layer.weights) + begin;
@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(kThreads, kReaders) ties(Tables tables, Key in
     if (group.num_ties_kept == 0) return;
     LayerRow* const rows = pointer<LayerRow>(tables.layers) + group.first_layer;
     const Key threshold = static_cast<Key>(group.key);
-    unsigned sum = 0;  // no GPU has memory for more weights to the block
+    unsigned sum = 0;  // no GPU has memory for more weights per block
     const auto leave = [&](int chunk, unsigned matches) {
       matches = warp_sum(matches);
       if (threadIdx.x % kWarpSize != 0) return;
@@ -137,7 +137,7 @@ __global__ void __launch_bounds__(kThreads, kReaders) ties(Tables tables, Key in
         leave(chunk, ties_in(layer, (chunk - layer.first_chunk) * kChunk, threshold, infinity));
       }
     }
-    // The lists have been read: the size of the first one of this block makes place for what it has found.
+    // The lists have been read, so the size of this block's first one is replaced by its result.
     sum = block_sum(sum);
     unsigned* const block_ties = pointer<unsigned>(tables.list_counts);
     if (threadIdx.x == 0) block_ties[first] = sum;

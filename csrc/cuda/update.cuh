@@ -1,10 +1,10 @@
 // The masked optimizer step for all tensors in one launch.
 //
-// Whole tiles of tensors with dense state go by eights: a thread whose eight weights are all pruned reads their mask
-// byte and nothing else. Everything else goes weight by weight: compact state, which holds the values of kept weights
-// only, and what is left over at the end of a tensor or does not lie on 16 bytes. There a warp lists the places of the
-// kept weights in its part of a chunk and takes 32 of them at a time, so that no lane idles over pruned ones, and
-// compact state is read and written in a row.
+// Whole tiles of tensors with dense state are done in eights: a thread whose eight weights are all pruned reads only
+// their mask byte. Everything else is done weight by weight: compact state, which holds the values of kept weights
+// only, the rest at the end of a tensor, and tensors that are not aligned to 16 bytes. There a warp lists the places of
+// the kept weights in its part of a chunk and takes 32 of them at a time. So no lane idles over pruned weights, and
+// compact state is read and written contiguously.
 #pragma once
 
 #include "formats.cuh"
@@ -30,7 +30,7 @@ inline double square_root(double v) { return __builtin_sqrt(v); }
 template <DType kDType>
 inline constexpr bool kMasters = kConverts<kDType>;
 
-// Arrays of state that there are.
+// Number of arrays of state.
 template <Rule kRule>
 __device__ __forceinline__ int num_states_of(const TensorRow& row) {
   int num_states = kFewestStates<kRule>;
@@ -39,7 +39,7 @@ __device__ __forceinline__ int num_states_of(const TensorRow& row) {
   return num_states;
 }
 
-// The first tiles of a chunk, all of them whole and on 16 bytes; the state is dense.
+// The first tiles of a chunk, all of them whole and aligned to 16 bytes; the state is dense.
 template <Rule kRule, DType kDType>
 __device__ __forceinline__ void update_tiles(const TensorRow& row, const UpdateConstants<ComputeOf<kDType>>& c,
                                              int64_t begin, int num_tiles) {
@@ -48,7 +48,7 @@ __device__ __forceinline__ void update_tiles(const TensorRow& row, const UpdateC
   constexpr int kTiles = kChunk / kTile;
   static_assert(kTiles == 8, "the mask bytes of a thread are one word");
   const int64_t first = begin + threadIdx.x * kEach;
-  // Copies: what is in a table is read again after every store.
+  // Copies, because fields of a table would be read again after every store.
   Bits* const weights = pointer<Bits>(row.weights);
   const Bits* const grads = pointer<const Bits>(row.grads);
   T* const master = pointer<T>(row.master);
@@ -56,7 +56,7 @@ __device__ __forceinline__ void update_tiles(const TensorRow& row, const UpdateC
 #pragma unroll
   for (int k = 0; k < kMostStates<kRule>; ++k) states[k] = pointer<T>(row.state[k]);
   const int num_states = num_states_of<kRule>(row);
-  // All bytes of the mask at once: otherwise each tile would wait for memory twice.
+  // All bytes of the mask are loaded at once, because otherwise each tile would wait for memory twice.
   uint64_t kept_of = ~uint64_t{0};
   if (row.mask != 0) {
     kept_of = 0;
@@ -70,7 +70,7 @@ __device__ __forceinline__ void update_tiles(const TensorRow& row, const UpdateC
     const int64_t i = first + t * kTile;
     const unsigned bits = static_cast<unsigned>(kept_of >> (t * kEach)) & 0xff;
     if (bits != 0) {
-      // Given values whether they need them or not: undefined ones send nvcc 13.0's optimizer round in circles.
+      // Always initialized, because with undefined values the optimizer of nvcc 13.0 does not terminate.
       Bits raw[kEach] = {}, gradient[kEach] = {};
       T wide[kEach] = {}, state[kMostStates<kRule> + 1][kEach] = {};
       const bool is_master = kMasters<kDType> && master != nullptr;
@@ -111,10 +111,10 @@ __device__ __forceinline__ void update_tiles(const TensorRow& row, const UpdateC
   }
 }
 
-// Where a warp's kept weights are, counted from the first that it looks at.
+// Places of a warp's kept weights, counted from the first weight that it reads.
 using Places = uint16_t[kChunk / kWarps];
 
-// The weights [first, size) of a chunk that begins at `begin`. The whole block comes here; warps need not keep step.
+// The weights [first, size) of a chunk that begins at `begin`. The whole block calls it; warps need not keep step.
 template <Rule kRule, DType kDType>
 __device__ __forceinline__ void update_singly(const TensorRow& row, const UpdateConstants<ComputeOf<kDType>>& c,
                                               int64_t begin, int first, int size, Places* places) {
@@ -124,12 +124,13 @@ __device__ __forceinline__ void update_singly(const TensorRow& row, const Update
   constexpr int kAtOnce = sizeof(T) == 4 ? 2 : 1;
   const unsigned lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   const uint8_t* const mask = pointer<const uint8_t>(row.mask);
-  // Each warp takes as many words as the others.
+  // All warps take the same number of words.
   const int run = (size - first + kWord * static_cast<int>(kWarps) - 1) / (kWord * static_cast<int>(kWarps)) * kWord;
   const int start = first + static_cast<int>(warp) * run;
   int64_t compact = 0;
   if (row.chunk_offsets != 0) {
-    // The words of the warps before this one say where its state begins; the chunk is compact from its first weight on.
+    // The words of the warps before this one tell where its state begins, as the chunk is compact from its first
+    // weight.
     int before = 0;
     for (int i = static_cast<int>(lane) * kWord; i < start && i < size; i += kWarpSize * kWord) {
       before += count_word(load_word(mask, begin + i, size - i));
@@ -182,10 +183,10 @@ __device__ __forceinline__ void update_singly(const TensorRow& row, const Update
       }
     }
   }
-  __syncwarp();  // the places are written again: shuffles hold lanes together, and order no memory
+  __syncwarp();  // the places are written again; shuffles synchronize lanes but do not order memory
 }
 
-// Blocks that a multiprocessor holds at once: 128 registers are enough for a thread but in double.
+// Blocks that a multiprocessor holds at once: except in double, 128 registers are enough for a thread.
 template <DType kDType>
 inline constexpr unsigned kUpdaters = sizeof(ComputeOf<kDType>) == 4 ? 2 : 1;
 
@@ -196,7 +197,7 @@ __global__ void __launch_bounds__(kThreads, kUpdaters<kDType>)
   using T = ComputeOf<kDType>;
   __shared__ UpdateConstants<T> c;
   __shared__ Places places[kWarps];
-  // In 32 bits: registers are scarce here.
+  // In 32 bits, because registers are scarce here.
   int chunk = static_cast<int>(first_chunk_of(blockIdx.x, num_chunks)), current = -1;
   const int last = static_cast<int>(first_chunk_of(blockIdx.x + 1, num_chunks));
   int r = static_cast<int>(row_of(rows, num_rows, chunk));

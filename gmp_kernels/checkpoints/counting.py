@@ -101,7 +101,7 @@ def decide(
                         total[row] += part[0]
                     if places is not None:
                         progress(weights.nbytes)
-            # Kept between rounds, so that nearly always files are read once.
+            # Candidates are kept between rounds, so that files are nearly always read once.
             if places is not None and used <= len(candidates):
                 places[row] = candidates[first:used]
         return counted

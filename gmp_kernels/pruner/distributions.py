@@ -1,4 +1,4 @@
-"""Counts of weights that each layer gives up so that together they reach one sparsity."""
+"""Numbers of weights to prune per layer, so that all layers together reach one sparsity."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def erk(sparsity: float, shapes: Sequence[Sequence[int]]) -> list[int]:
     """Return num_prune per layer with densities after Erdos-Renyi-Kernel: small layers keep more of their weights.
 
     The density of a layer is proportional to sum(dims) / prod(dims), so the number of weights it keeps is
-    proportional to sum(dims), and never more than it has: what would exceed that is kept by the other layers instead.
+    proportional to sum(dims). If that is more than it has, the other layers keep the excess instead.
     The total is exactly round(sparsity * N), N being all weights of all layers.
 
     Parameters
@@ -52,10 +52,10 @@ def erk(sparsity: float, shapes: Sequence[Sequence[int]]) -> list[int]:
 
     Notes
     -----
-    Whole numbers come from Webster's divisor method, each layer capped at its size: of the shares
-    (j - 1/2) / sum(dims), for the j-th weight a layer would keep, the smallest are granted, the earlier layer first
-    where they tie. Unlike the rounding by largest remainders it never prunes less of a layer when more is pruned in
-    total, and pruned weights cannot come back.
+    Whole numbers come from Webster's divisor method, with each layer capped at its size. The j-th weight that a layer
+    would keep has the share (j - 1/2) / sum(dims). The smallest shares are granted; ties go to the earlier layer.
+    Pruned weights cannot come back, so no layer may lose less when more is pruned in total. This method ensures that,
+    unlike rounding by largest remainders.
 
     References
     ----------
@@ -65,7 +65,7 @@ def erk(sparsity: float, shapes: Sequence[Sequence[int]]) -> list[int]:
     sizes = [math.prod(shape) for shape in shapes]
     dims = [sum(shape) for shape in shapes]
     num_keep = sum(sizes) - round(sparsity * sum(sizes))
-    # Rounded down with one weight per layer held back nobody has too much yet; the shares then settle the rest.
+    # One weight per layer is held back and the rest rounded down, so no layer has too many yet; shares settle the rest.
     level = _water_level(max(0, num_keep - len(sizes)), sizes, dims)
     kept = [min(n, math.floor(level * d)) for n, d in zip(sizes, dims, strict=True)]
     shares = [(Fraction(2 * k + 1, d), i) for i, (k, n, d) in enumerate(zip(kept, sizes, dims, strict=True)) if k < n]

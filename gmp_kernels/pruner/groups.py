@@ -24,9 +24,9 @@ class Group(NamedTuple):
     ----------
     schedule : Schedule
     shapes : dict of str to torch.Size
-        Of the layers, in the order of the model.
+        Shapes of the layers, in the order of the model.
     distribute : Distribution
-        How the sparsity is divided among them.
+        Divides the sparsity among them.
     """
 
     schedule: Schedule
@@ -47,7 +47,7 @@ def groups_of(
     overrides: Mapping[Entry, float | Schedule],
     scope: str,
 ) -> tuple[Group, list[Group]]:
-    """Divide the targets of a pruner among its schedule and the overrides of it, of which the first decides.
+    """Divide the targets of a pruner among its schedule and the overrides; the first that matches a layer applies.
 
     ``shapes`` are those of the targets, in the order of the model of ``index``; the rest is as in ``GMPScheduler``.
 
@@ -56,7 +56,7 @@ def groups_of(
     Group
         Layers that follow the schedule itself, perhaps none.
     list of Group
-        Those of the overrides, none empty.
+        Groups of the overrides, none empty.
 
     Raises
     ------
@@ -98,13 +98,13 @@ def groups_of(
 
 
 def warning_of_emptied(groups: Sequence[Group], scope: str) -> str | None:
-    """Return a warning if the schedules, where they end, leave a layer without a weight."""
+    """Return a warning if the final sparsities leave a layer without a weight."""
     emptied: list[str] = []
     for group in groups:
         sizes = list(map(math.prod, group.shapes.values()))
         counts = group.num_prune(group.schedule.final_sparsity)
         if scope == "global":
-            # Any layer may lose more than its share; only when all lose everything is it known before.
+            # Ranking decides how much each layer loses. It is known before only if all lose everything.
             counts = sizes if counts == [sum(sizes)] else [0] * len(sizes)
         emptied += emptied_layers(list(group.shapes), sizes, counts)
     if not emptied:

@@ -34,7 +34,7 @@ class Saved(NamedTuple):
         As ``Progress.state`` returns it; empty if only the masks are taken.
     masks : mapping of str to BitMask
     num_pruned : dict of str to int
-        Of whole layers.
+        Pruned weights of whole layers.
     thresholds : dict of str to Threshold
     history : list of StepReport
     """

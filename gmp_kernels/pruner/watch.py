@@ -30,9 +30,9 @@ def compare(weight: torch.Tensor, mask: BitMask) -> torch.Tensor:
     Parameters
     ----------
     weight : torch.Tensor
-        Of any dtype and strides, on any device.
+        A tensor of any dtype and strides, on any device.
     mask : BitMask
-        Of its shape.
+        A mask of its shape.
 
     Returns
     -------

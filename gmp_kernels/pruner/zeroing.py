@@ -71,7 +71,7 @@ def zero_where_pruned_(tensor: torch.Tensor, mask: BitMask) -> bool:
         keeps its values elsewhere, as quantized state does, is written by its ``copy_``, because its in-place
         operations may act on a temporary. Its kept values are then rounded once more.
     mask : BitMask
-        Of its shape, on any device.
+        A mask of its shape, on any device.
 
     Returns
     -------

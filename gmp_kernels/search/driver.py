@@ -53,8 +53,8 @@ class Search:
     num_prune : sequence of int
         Per group, of the whole layers.
     read : callable, optional
-        Counts pieces as ``Implementation.count`` counts layers, which is the default. It may fail on one rank alone,
-        and may put candidates of its own in the list that it gets in the first round.
+        Counts pieces as ``Implementation.count`` (the default) counts layers. It may fail on one rank alone, and may
+        put candidates of its own in the list that it gets in the first round.
 
     Attributes
     ----------
@@ -97,7 +97,7 @@ class Search:
         self._last = Brackets(*np.zeros((2, len(group_sizes)), np.int64))
         self._bins: list[Integers | None] = [None] * len(layers)  # of each piece, in the last round
         self._densities = np.zeros(len(layers))
-        # Of each piece: magnitudes inside the first bracket, if there was memory for them.
+        # Per piece: magnitudes inside the first bracket, if there was memory for them.
         self._candidates: list[torch.Tensor | None] = [None] * len(layers)
         self.num_ties, self.num_ties_kept, self.tie_indices = np.zeros((3, len(layers)), np.int64)
         self.nonfinite = np.full(len(layers), -1)
@@ -218,7 +218,7 @@ class Search:
             for i, inside in zip(pieces.tolist(), counts.inside.tolist(), strict=True):
                 place = self._candidates[i]
                 self._candidates[i] = place[:inside] if place is not None and inside <= len(place) else None
-        # All that hold a NaN say so, also copies.
+        # Every rank that holds a NaN reports it, even for a copy.
         copies = np.flatnonzero(~self._is_primary[pieces])
         numbers[copies, :2] = 0
         sent = np.concatenate((numbers, bins), axis=1) if is_first else bins.copy() if len(copies) else bins

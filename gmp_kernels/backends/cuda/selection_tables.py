@@ -66,7 +66,7 @@ class SelectionTables(Selection):
     Attributes
     ----------
     sizes : list of int
-        Of the layers.
+        Sizes of the layers.
     rows : numpy.ndarray
         int64: all rows, as a call uploads them. ``view`` returns them as records.
     tables : numpy.ndarray
@@ -153,7 +153,7 @@ class SelectionTables(Selection):
         num_bins = module.BINS * min(module.num_counting_blocks(multiprocessors), num_groups)
         end = _rounded_up(self.rows.nbytes, ALIGNMENT)
         largest = int((rows["n"] * item_sizes.repeat(tables["num_layers"])).max())
-        # Where candidates have to end.
+        # The place where candidates have to end.
         room = MEMORY_BYTES + int(MEMORY_SHARE * largest) - 8 * num_bins - 8 * int(tables["num_chunks"].sum())
         key_bytes = int((tables["num_chunks"] * item_sizes).sum())
         if prunes:
@@ -189,8 +189,8 @@ class SelectionTables(Selection):
     ) -> SelectionTables:
         """Return a copy with memory on the device, uploaded on the stream of a launch.
 
-        ``num_prune`` and ``brackets`` are those of ``Implementation.select``, ``found`` the cutoffs of a selection made
-        elsewhere.
+        ``num_prune`` and ``brackets`` are those of ``Implementation.select``; ``found`` are the cutoffs of another
+        selection.
         """
         made = copy(self)
         made.layers, made._launch = layers, launch
