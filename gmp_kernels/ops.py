@@ -36,6 +36,8 @@ __all__ = ["PruneResult", "Threshold", "apply_masks_", "magnitude_threshold", "p
 Scope: TypeAlias = Literal["layer", "global"]
 NonFinite: TypeAlias = Literal["error", "keep"]
 
+FEW = 16  # layers, for which numpy takes longer than Python
+
 
 class PruneResult(NamedTuple):
     """Result of ``prune_``; every list has one entry per weight, in the order given.
@@ -123,7 +125,7 @@ def magnitude_threshold(
     assert layers is not None
     check_choice(op, "nonfinite", nonfinite, ("error", "keep"))
     counts = counts_to_prune(op, layers.sizes, None, num_prune, "layer")
-    brackets = brackets_near([previous], counts, layers.sizes, layers.dtypes)
+    brackets = None if previous is None else brackets_near([previous], counts, layers.sizes, layers.dtypes)
     found = select_with(choose(backend, layers.device))(layers, counts, [1], brackets).cutoffs
     if nonfinite == "error":
         check_finite(op, found.nonfinite, None)
@@ -330,7 +332,7 @@ def _as_list(given: Any) -> list[Any]:
 
 def thresholds_of(cutoffs: Cutoffs, dtypes: Sequence[torch.dtype]) -> list[Threshold]:
     """Return the threshold of every layer."""
-    if len(set(dtypes)) == 1:
+    if len(dtypes) > FEW and len(set(dtypes)) == 1:
         values: list[float] = magnitudes_of_keys(np.array(cutoffs.keys), dtypes[0]).tolist()
     else:
         values = list(map(magnitude_of, cutoffs.keys, dtypes))
