@@ -13,6 +13,7 @@ namespace {
 #include "lanes_avx2.h"
 // The order of these matters.
 #include "kernels_impl.h"
+#define GMP_RULE_FUNCTIONS
 #include "optim/update_rule.h"
 #include "update_impl.h"
 

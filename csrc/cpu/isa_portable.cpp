@@ -14,6 +14,7 @@ using Lanes = PlainLanes<Key>;
 
 // The order of these matters.
 #include "kernels_impl.h"
+#define GMP_RULE_FUNCTIONS
 #include "optim/update_rule.h"
 #include "update_impl.h"
 

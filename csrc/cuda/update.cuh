@@ -24,6 +24,7 @@ inline float square_root(float v) { return __builtin_sqrtf(v); }
 inline double square_root(double v) { return __builtin_sqrt(v); }
 #endif
 
+#define GMP_RULE_FUNCTIONS
 #include "optim/update_rule.h"
 
 // Only weights of 16 bits come with wider copies.

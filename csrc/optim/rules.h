@@ -1,39 +1,9 @@
-// The optimizers' rules: the state each keeps, and the constants they share. Adding a rule is a row in GMP_RULES, a
-// function of its name in update_rule.h, and the constants that are new.
+// The optimizers' rules for everybody: what follows from the rows of update_rule.h.
 #pragma once
 
 #include <cstdint>
 
-// GMP_RULE(name, fewest arrays of state per weight, most).
-#define GMP_RULES(GMP_RULE) \
-  GMP_RULE(sgd, 0, 1)       \
-  GMP_RULE(adam, 2, 3)      \
-  GMP_RULE(average, 0, 0)
-
-// GMP_CONSTANT(name, value if it is absent, which has no effect). Names follow torch.optim.
-//
-//   grad_factor   gradients are multiplied by it first
-//   weight_decay  times the weight, is added to the gradient
-//   decay         weights are multiplied by it first (decoupled weight decay)
-//   lr .. first_step              of sgd; the last two are 0 or 1
-//   one_minus_beta1 .. step_size  of adam; `average` moves the weight towards the "gradient" by one_minus_beta1
-//   skip          not 0: nothing is written
-#define GMP_CONSTANTS(GMP_CONSTANT)        \
-  GMP_CONSTANT(grad_factor, 1.0)           \
-  GMP_CONSTANT(weight_decay, 0.0)          \
-  GMP_CONSTANT(decay, 1.0)                 \
-  GMP_CONSTANT(lr, 0.0)                    \
-  GMP_CONSTANT(momentum, 0.0)              \
-  GMP_CONSTANT(one_minus_dampening, 1.0)   \
-  GMP_CONSTANT(nesterov, 0.0)              \
-  GMP_CONSTANT(first_step, 0.0)            \
-  GMP_CONSTANT(one_minus_beta1, 0.0)       \
-  GMP_CONSTANT(beta2, 0.0)                 \
-  GMP_CONSTANT(one_minus_beta2, 0.0)       \
-  GMP_CONSTANT(bias_correction2_sqrt, 1.0) \
-  GMP_CONSTANT(eps, 0.0)                   \
-  GMP_CONSTANT(step_size, 0.0)             \
-  GMP_CONSTANT(skip, 0.0)
+#include "update_rule.h"
 
 // Always inlined: the linker would merge functions that several instruction sets' translation units define, and the
 // copy that stays could be one that this CPU cannot run.

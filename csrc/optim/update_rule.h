@@ -1,8 +1,46 @@
-// THE arithmetic of the optimizers' rules, one source for CPU vectors and CUDA threads. It is in the order of
-// torch.optim's single-tensor loops, fused where torch's vector loops fuse and nowhere else: compile it with
-// contraction off. V is one value or a vector of them, T the type of a value.
+// THE optimizers' rules, one source for CPU vectors and CUDA threads: their rows, and with GMP_RULE_FUNCTIONS their
+// arithmetic. Adding a rule is a row in GMP_RULES, a function of its name, and the constants that are new.
+#ifndef GMP_RULES
+
+// GMP_RULE(name, fewest arrays of state per weight, most).
+#define GMP_RULES(GMP_RULE) \
+  GMP_RULE(sgd, 0, 1)       \
+  GMP_RULE(adam, 2, 3)      \
+  GMP_RULE(average, 0, 0)
+
+// GMP_CONSTANT(name, value if it is absent, which has no effect). Names follow torch.optim.
+//
+//   grad_factor   gradients are multiplied by it first
+//   weight_decay  times the weight, is added to the gradient
+//   decay         weights are multiplied by it first (decoupled weight decay)
+//   lr .. first_step              of sgd; the last two are 0 or 1
+//   one_minus_beta1 .. step_size  of adam; `average` moves the weight towards the "gradient" by one_minus_beta1
+//   skip          not 0: nothing is written
+#define GMP_CONSTANTS(GMP_CONSTANT)        \
+  GMP_CONSTANT(grad_factor, 1.0)           \
+  GMP_CONSTANT(weight_decay, 0.0)          \
+  GMP_CONSTANT(decay, 1.0)                 \
+  GMP_CONSTANT(lr, 0.0)                    \
+  GMP_CONSTANT(momentum, 0.0)              \
+  GMP_CONSTANT(one_minus_dampening, 1.0)   \
+  GMP_CONSTANT(nesterov, 0.0)              \
+  GMP_CONSTANT(first_step, 0.0)            \
+  GMP_CONSTANT(one_minus_beta1, 0.0)       \
+  GMP_CONSTANT(beta2, 0.0)                 \
+  GMP_CONSTANT(one_minus_beta2, 0.0)       \
+  GMP_CONSTANT(bias_correction2_sqrt, 1.0) \
+  GMP_CONSTANT(eps, 0.0)                   \
+  GMP_CONSTANT(step_size, 0.0)             \
+  GMP_CONSTANT(skip, 0.0)
+
+#endif
+
+// The arithmetic is in the order of torch.optim's single-tensor loops, fused where torch's vector loops fuse and
+// nowhere else: compile it with contraction off. V is one value or a vector of them, T the type of a value.
 //
 // Included inside a namespace that has fused(V, V, V), which rounds once, and square_root(V), which rounds right.
+#ifdef GMP_RULE_FUNCTIONS
+#undef GMP_RULE_FUNCTIONS
 
 namespace rules {
 
@@ -67,3 +105,5 @@ GMP_INLINE void update_one(V& w, V g, V (&state)[kMaxStates], int num_states, co
   GMP_RULES(GMP_RULE)
 #undef GMP_RULE
 }
+
+#endif

@@ -28,7 +28,7 @@ from gmp_kernels.backends.triton.tiles import (
     store_rows,
 )
 
-# The constants of a step, with the values that change nothing: those of csrc/optim/rules.h, in any order.
+# The constants of a step, with the values that change nothing: those of csrc/optim/update_rule.h, in any order.
 CONSTANTS = {
     "grad_factor": 1.0,
     "decay": 1.0,
