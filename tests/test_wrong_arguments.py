@@ -20,7 +20,7 @@ INSTEAD = {
     "modules": ([MODEL[0]], "Linear; pass its weights"),
     "optimizer": (torch.optim.SGD(MODEL.parameters(), 0.1), "SGD; pass the weights it steps"),
     "state": (MODEL.state_dict(), "OrderedDict; pass its tensors that are to be pruned"),
-    "dict": ({"w": WEIGHT}, "dict; pass the tensors of it"),
+    "dict": ({"w": WEIGHT}, "dict; pass its tensors that are to be pruned"),
     "named": (list(MODEL.named_parameters()), "tuple; pass the tensors without their names"),
     "iterator_of_named": (MODEL.named_parameters(), "tuple; pass the tensors without their names"),
     "name": ("0.weight", "str; pass weights, alone or in a list"),
