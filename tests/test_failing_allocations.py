@@ -34,4 +34,4 @@ def test_whichever_allocation_fails_nothing_has_changed(shim: Path, threads: str
     failed = dict(line.rsplit(": ", 1) for line in done.stdout.splitlines())
     assert list(failed) == list(CALLS)
     # Those that are not counted would not be tested.
-    assert all(int(number) > 10 for number in failed.values()), failed
+    assert all(int(number) > 5 for number in failed.values()), failed
