@@ -18,14 +18,13 @@ std::pair<std::vector<int64_t>, std::vector<int64_t>> apply(const std::vector<La
     const Chunk& c = chunks[static_cast<size_t>(i)];
     const LayerView& layer = layers[c.tensor];
     const Kernels& kernels = kernels_of(layer.dtype);
+    int64_t kept_before = 0;
     if (keys.empty()) {
-      kernels.apply(layer, c.begin, c.end, nullptr, 0, layer.n);
+      kernels.apply(layer, c.begin, c.end, nullptr, 0, layer.n, kept_before);
       continue;
     }
     const size_t l = c.tensor;
-    const int64_t n = c.end - c.begin;
-    const int64_t kept_before = layer.mask == nullptr ? n : kernels.count_bits(layer.mask + c.begin / 8, n);
-    const int64_t kept_now = kernels.apply(layer, c.begin, c.end, kept[l], keys[l], tie_indices[l]);
+    const int64_t kept_now = kernels.apply(layer, c.begin, c.end, kept[l], keys[l], tie_indices[l], kept_before);
 #pragma omp atomic
     before[l] += kept_before;
 #pragma omp atomic

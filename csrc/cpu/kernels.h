@@ -21,9 +21,11 @@ struct Kernels {
   // plus the slack; it may be the weights themselves.
   BracketCounts (*scan)(const LayerView& layer, int64_t begin, int64_t end, const Bracket& bracket, void* gathered);
   // Zeroes (+0) every weight whose mask bit is 0, whose key is < key, or is equal to it from tie_index on. Writes the
-  // new bits of the layer to `kept` (nullptr: not wanted; may be its mask) and returns how many weights are kept. Cache
-  // lines in which nothing changes are not written.
-  int64_t (*apply)(const LayerView& layer, int64_t begin, int64_t end, uint8_t* kept, uint64_t key, int64_t tie_index);
+  // new bits of the layer to `kept` (nullptr: not wanted; may be its mask) and returns how many weights are kept. Adds
+  // the number of those that the mask kept before to `kept_before`, which costs nothing here: the loop has these bits.
+  // Cache lines in which nothing changes are not written.
+  int64_t (*apply)(const LayerView& layer, int64_t begin, int64_t end, uint8_t* kept, uint64_t key, int64_t tie_index,
+                   int64_t& kept_before);
   // Moves the kept elements of n to the front of dst, which has room for kGatherSlackBytes more; returns how many.
   int64_t (*pack)(const void* src, const uint8_t* mask, int64_t n, void* dst);
   // The inverse: spreads elements out to the kept places; pruned places get zero. src must be readable for

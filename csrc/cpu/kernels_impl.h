@@ -104,12 +104,12 @@ BracketCounts scan(const LayerView& layer, int64_t begin, int64_t end, const Bra
 // Keeps the keys >= limit in all whole registers of the weights [i, end).
 template <DType kDType>
 inline int64_t apply_lanes(KeyOf<kDType>* weights, const uint8_t* mask, uint8_t* kept_bits, int64_t i, int64_t end,
-                           KeyOf<kDType> limit) {
+                           KeyOf<kDType> limit, int64_t& kept_before) {
   using Key = KeyOf<kDType>;
   constexpr int kCount = kNumLanes<Key>;
   const auto limit_lanes = broadcast(limit);
   const auto nan = broadcast(static_cast<Key>(infinity_of<kDType>() + 1));
-  int64_t num_kept = 0;
+  int64_t num_kept = 0, num_before = 0;
   for (; i + kCount <= end; i += kCount) {
     const uint64_t before = mask == nullptr ? kAllLanes<Key> : load_mask_bits<kCount>(mask, i);
     prefetch_ahead(weights + i);
@@ -117,13 +117,16 @@ inline int64_t apply_lanes(KeyOf<kDType>* weights, const uint8_t* mask, uint8_t*
     const uint64_t kept = before & ~less(min(magnitude(raw), nan), limit_lanes);
     if (any_set(raw, ~kept)) store_lanes(weights + i, zero_unless(kept, raw));
     if (kept_bits != nullptr) __builtin_memcpy(kept_bits + i / 8, &kept, kCount / 8);
+    num_before += __builtin_popcountll(before);
     num_kept += __builtin_popcountll(kept);
   }
+  kept_before += num_before;
   return num_kept;
 }
 
 template <DType kDType>
-int64_t apply(const LayerView& layer, int64_t begin, int64_t end, uint8_t* kept_bits, uint64_t key, int64_t tie_index) {
+int64_t apply(const LayerView& layer, int64_t begin, int64_t end, uint8_t* kept_bits, uint64_t key, int64_t tie_index,
+              int64_t& kept_before) {
   using Key = KeyOf<kDType>;
   constexpr Key zero = 0;
   Key* const weights = static_cast<Key*>(layer.weights);
@@ -132,12 +135,15 @@ int64_t apply(const LayerView& layer, int64_t begin, int64_t end, uint8_t* kept_
   for (int side = 0; side < 2; ++side) {
     const int64_t until = side == 1 || tie_index > end ? end : tie_index;
     if (i >= until) continue;
-    num_kept += apply_lanes<kDType>(weights, layer.mask, kept_bits, i, until, static_cast<Key>(key + (side == 1)));
+    num_kept +=
+        apply_lanes<kDType>(weights, layer.mask, kept_bits, i, until, static_cast<Key>(key + (side == 1)), kept_before);
     for (i += (until - i) / kNumLanes<Key> * kNumLanes<Key>; i < until; i += 8) {
       unsigned byte = 0;
       for (int64_t j = i; j < end && j < i + 8; ++j) {
         const Key own = magnitude_key(load_one(weights + j), infinity_of<kDType>());
-        const bool kept = mask_bit(layer.mask, j) && own >= key + (j >= tie_index);
+        const bool before = mask_bit(layer.mask, j);
+        const bool kept = before && own >= key + (j >= tie_index);
+        kept_before += before;
         if (!kept) __builtin_memcpy(weights + j, &zero, sizeof(Key));
         byte |= static_cast<unsigned>(kept) << (j - i);
       }

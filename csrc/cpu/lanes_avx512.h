@@ -17,7 +17,7 @@
   }                                                                                                                  \
   inline uint64_t less(Keys##bits a, Keys##bits b) { return _mm512_cmplt_epu##bits##_mask((__m512i)a, (__m512i)b); } \
   inline bool any_set(Keys##bits r, uint64_t where) {                                                                \
-    return (uint64_t{_mm512_test_epi##bits##_mask((__m512i)r, (__m512i)r)} & where) != 0;                            \
+    return _mm512_mask_test_epi##bits##_mask(static_cast<Bits>(where), (__m512i)r, (__m512i)r) != 0;                 \
   }                                                                                                                  \
   inline void compress(uint##bits##_t* out, Keys##bits r, uint64_t chosen) {                                         \
     _mm512_storeu_si512(out, _mm512_maskz_compress_epi##bits(static_cast<Bits>(chosen), (__m512i)r));                \
