@@ -67,7 +67,7 @@ def measure(rank: int, store: str, options: argparse.Namespace, dtype: str, plac
             seconds["one process"].append(time.perf_counter() - start)
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // options.ranks))
         dist.barrier()
-        ranks = shards._shards.communicator
+        ranks = shards._held.shards.communicator
         before = ranks.num_collectives, ranks.num_bytes
         start = time.perf_counter()
         shards.step()
