@@ -43,5 +43,11 @@ def test_a_checkpoint_goes_on_on_another_number_of_ranks(tmp_path):
     passes(run_python(JOBS / "resume.py", tmp_path, OMP_NUM_THREADS="1"))
 
 
+@pytest.mark.thorough
+def test_the_benchmark_of_ranks_runs():
+    small = ("--ranks", "2", "--layers", "2", "--rows", "64", "--columns", "64")
+    passes(run_python(JOBS.parents[1] / "benchmarks" / "distributed.py", *small, OMP_NUM_THREADS="1"))
+
+
 def test_what_goes_wrong_on_one_rank_all_ranks_say(tmp_path):
     passes(run_python(JOBS / "faults.py", tmp_path, OMP_NUM_THREADS="1"))

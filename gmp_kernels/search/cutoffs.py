@@ -45,6 +45,8 @@ def find_cutoffs(
     largest_keys: Sequence[int] | Integers,
     brackets: Brackets,
     count: Count,
+    *,
+    separates: bool = False,
 ) -> GroupCutoffs:
     """Find the threshold of each group of layers.
 
@@ -55,6 +57,9 @@ def find_cutoffs(
     brackets : Brackets
         Expected places of the thresholds. They save rounds and never change the answer.
     count : Count
+    separates : bool
+        Find no more than a key that separates the wanted one from those before it: above them, and at most the wanted.
+        A round is saved where a bin holds none of them.
 
     Raises
     ------
@@ -94,7 +99,8 @@ def find_cutoffs(
         lower[groups] = np.where(is_lower, 0, lower[groups] + skipped)
         is_inside = ~(is_lower | is_higher)
         num_ties[groups] = np.where(is_none, 0, ties)
-        is_open = ~is_none & ~(is_inside & (shifts == 0))
+        is_found = (shifts == 0) | (separates & (lower[groups] + 1 == (wanted - pruned)[groups]))
+        is_open = ~is_none & ~(is_inside & is_found)
         most = largest_size if (is_open & ~is_inside).any() else ties[is_open].max(initial=0)
         groups = groups[is_open]
     is_none = wanted <= pruned

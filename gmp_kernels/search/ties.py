@@ -59,7 +59,7 @@ def tie_indices(
     num_ties: Sequence[int] | Integers,
     num_kept: Sequence[int] | Integers,
 ) -> list[int]:
-    """Return, for each layer, the flat index from which on its ties are pruned.
+    """Return, for each layer, a flat index behind the ties that stay and before all others: from it on they are pruned.
 
     Parameters
     ----------
@@ -102,12 +102,14 @@ def tie_indices(
             held = [None] * len(pieces)
             for i, indices in zip(read, found, strict=True):
                 held[i] = indices
-        here *= [[p.is_counted] for p in own]
-        sums = communicator.total(torch.from_numpy(here), int(ties.max())).numpy()
-        below, nothing = sums[:, 0], np.zeros(len(own), np.int64)
-        return np.stack((below, nothing, nothing), axis=1), sums[:, 1:-1]
+        else:
+            here[:, 0] = 0  # known since the first time
+        sent = here[:, :-1] * [[p.is_counted] for p in own]
+        sums = communicator.total(torch.from_numpy(sent), most).numpy()
+        nothing = np.zeros(len(own), np.int64)
+        return np.stack((sums[:, 0], nothing, nothing), axis=1), sums[:, 1:]
 
-    found: list[int] = find_cutoffs(kept + 1, ties, sizes - 1, windows, count).keys.tolist()
+    found: list[int] = find_cutoffs(kept + 1, ties, sizes - 1, windows, count, separates=True).keys.tolist()
     return found
 
 
