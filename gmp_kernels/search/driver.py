@@ -171,9 +171,8 @@ class Search:
                 region = _whole(numels[i].item()).region if is_run else self._placements[i].region
                 is_counted = is_run or self._placements[i].is_primary
                 pieces.append(TiedPiece(self._layers[i], keys[i], int(self.num_ties[i]), region, is_counted))
-            found = tie_indices(communicator, self._implementation, pieces, ties[positions], stay[positions])
-            for i, p, index in zip(positions, pieces, found, strict=True):
-                self.tie_indices[i] = p.region.to_local(np.array([index]))[0]
+            own = ties[positions], stay[positions]
+            self.tie_indices[positions] = tie_indices(communicator, self._implementation, pieces, *own)
 
     def first_nonfinite(self) -> list[int]:
         """Return per layer the flat index of the first unpruned NaN or Inf in it, -1 if there is none."""

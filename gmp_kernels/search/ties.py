@@ -58,8 +58,8 @@ def tie_indices(
     pieces: Sequence[TiedPiece],
     num_ties: Sequence[int] | Integers,
     num_kept: Sequence[int] | Integers,
-) -> list[int]:
-    """Return, for each layer, a flat index behind the ties that stay and before all others: from it on they are pruned.
+) -> Integers:
+    """Return, for each piece, a flat index in it that separates the ties that stay from those that are pruned.
 
     Parameters
     ----------
@@ -109,8 +109,8 @@ def tie_indices(
         nothing = np.zeros(len(own), np.int64)
         return np.stack((sums[:, 0], nothing, nothing), axis=1), sums[:, 1:]
 
-    found: list[int] = find_cutoffs(kept + 1, ties, sizes - 1, windows, count, separates=True).keys.tolist()
-    return found
+    found = find_cutoffs(kept + 1, ties, sizes - 1, windows, count, separates=True).keys
+    return _local_places(pieces, found[:, None])[:, 0]
 
 
 def piece_of(layer: Layer, begin: int, end: int) -> Layer:
