@@ -27,48 +27,43 @@ constexpr int64_t kBufferKeys = kBufferBytes / static_cast<int64_t>(sizeof(Key))
 // data. Reads at most `wanted` weights, writes the keys of the unpruned ones to `sample`, and counts these as inside.
 // Layers get their share by size; a layer smaller than its share is taken whole.
 template <typename Key>
-BracketCounts draw_sample(const std::vector<LayerView>& layers, const Group& group, int64_t wanted, Key infinity,
+BracketCounts draw_sample(const std::vector<LayerView>& layers, const Group& group, int64_t wanted, const Bracket& all,
                           Key* sample) {
   constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(Key));
   constexpr int kBatch = 32;
-  int64_t size = 0, inside = 0;
+  uint8_t mask[kMaxSample<Key> / 8];  // of the lines
+  BracketCounts drawn;
   uint64_t random = 0x9e3779b97f4a7c15ull;  // xorshift64
   for (size_t l = group.first_layer; l < group.first_layer + group.num_layers; ++l) {
     const LayerView& layer = layers[l];
-    const Key* const weights = static_cast<const Key*>(layer.weights);
-    const auto take = [&](int64_t begin, int64_t end) {
-      size += end - begin;
-      for (int64_t i = begin; i < end; ++i) {
-        Key bits;
-        __builtin_memcpy(&bits, weights + i, sizeof(Key));
-        sample[inside] = magnitude_key(bits, infinity);
-        inside += layer.mask == nullptr || (layer.mask[i / 8] >> (i % 8) & 1);
-      }
-    };
+    Key* const keys = sample + drawn.inside;
     const double fraction = static_cast<double>(layer.n) / static_cast<double>(group.n);
     const int64_t share = group.num_layers == 1 ? wanted : static_cast<int64_t>(static_cast<double>(wanted) * fraction);
-    if (layer.n <= share) {
-      take(0, layer.n);
-      continue;
-    }
-    const int64_t lines = share / kLine;
+    const int64_t lines = layer.n <= share ? 0 : share / kLine;
     const double stride = static_cast<double>(layer.n) / static_cast<double>(std::max<int64_t>(lines, 1));
     // In batches, whose lines are all prefetched before the first is read.
-    int64_t begins[kBatch];
+    const Key* begins[kBatch];
     for (int64_t line = 0; line < lines;) {
-      int batch = 0;
-      for (; batch < kBatch && line < lines; ++batch, ++line) {
+      const int64_t first = line;
+      for (; line < std::min(first + kBatch, lines); ++line) {
         random ^= random << 13;
         random ^= random >> 7;
         random ^= random << 17;
         const double jitter = static_cast<double>(random >> 11) * 0x1p-53 * (stride - static_cast<double>(kLine));
-        begins[batch] = static_cast<int64_t>(static_cast<double>(line) * stride + jitter) / kLine * kLine;
-        __builtin_prefetch(weights + begins[batch]);
+        const int64_t begin = static_cast<int64_t>(static_cast<double>(line) * stride + jitter) / kLine * kLine;
+        begins[line - first] = static_cast<const Key*>(layer.weights) + begin;
+        __builtin_prefetch(begins[line - first]);
+        if (layer.mask != nullptr) __builtin_memcpy(mask + line * kLine / 8, layer.mask + begin / 8, kLine / 8);
       }
-      for (int b = 0; b < batch; ++b) take(begins[b], begins[b] + kLine);
+      for (int64_t i = first; i < line; ++i) __builtin_memcpy(keys + i * kLine, begins[i - first], 64);
     }
+    const LayerView copied{layer.dtype, keys, lines * kLine, layer.mask == nullptr ? nullptr : mask};
+    const LayerView& taken = layer.n <= share ? layer : copied;
+    const BracketCounts counts = kernels_of(layer.dtype).scan(taken, 0, taken.n, all, keys);
+    drawn.inside += counts.inside;
+    drawn.pruned += counts.pruned;
   }
-  return {0, inside, size - inside};
+  return drawn;
 }
 
 // Sets the bracket of a group, and how many keys should be inside.
@@ -86,7 +81,7 @@ void guess_bracket(const std::vector<LayerView>& layers, Group& group, Key infin
   const double root = std::cbrt(static_cast<double>(group.n));
   const int64_t wanted = std::clamp<int64_t>(static_cast<int64_t>(root * root), 1024, kMaxSample<Key>);
   if (wanted >= group.n) return;  // all weights would be the sample
-  const auto [_, n, pruned, nonfinite] = draw_sample(layers, group, wanted, infinity, sample);
+  const auto [_, n, pruned, nonfinite] = draw_sample(layers, group, wanted, all, sample);
   if (n == 0) return;  // many tiny layers, whose shares are less than a line; or all weights are pruned
   // Among the sampled weights the pruned ones come first.
   const double size = static_cast<double>(n + pruned);
