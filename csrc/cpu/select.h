@@ -46,8 +46,4 @@ void select(const std::vector<LayerView>& layers, std::vector<Group>& groups, st
 std::vector<Chunk> count(const std::vector<LayerView>& layers, const std::vector<Group*>& groups, int64_t num_bins,
                          std::vector<int64_t>& nonfinite, int num_threads);
 
-// Index of the match number `rank` (0-based) among the unpruned keys of weights [begin, end) that are in a bracket; -1
-// if there are not that many. `begin` is at the beginning of a mask byte.
-int64_t find_match(const LayerView& layer, int64_t begin, int64_t end, const Bracket& bracket, int64_t rank);
-
 }  // namespace gmp::cpu
