@@ -11,8 +11,7 @@ from typing import NamedTuple
 import torch
 
 from gmp_kernels.backends import choose
-from gmp_kernels.backends.keys import magnitude_of
-from gmp_kernels.backends.types import BracketCounts, Brackets, Layer, Threshold
+from gmp_kernels.backends.types import BracketCounts, Brackets, Layer
 from gmp_kernels.checkpoints.files import DTYPES, TensorInfo
 from gmp_kernels.checkpoints.stream import Stream, opened, read_into
 from gmp_kernels.errors import NonFiniteError
@@ -29,15 +28,17 @@ SAMPLE_BLOCK_BYTES = 1 << 14
 
 
 class Decision(NamedTuple):
-    """Cut of one tensor: keys below ``key`` are pruned, and all but the first ``num_ties_kept`` of ``num_ties`` at it.
+    """Cut of one tensor: keys below ``key`` are pruned, and all but the first ``own_ties_kept`` of ``own_ties`` at it.
 
-    ``threshold`` is that of all tensors that were ranked together.
+    The other counts are those of all tensors that were ranked together.
     """
 
     key: int
-    threshold: Threshold
+    num_below: int
     num_ties: int
     num_ties_kept: int
+    own_ties: int
+    own_ties_kept: int
 
 
 def check_finite(name: str, layer: int, begin: int, index: int) -> None:
@@ -112,10 +113,9 @@ def decide(
     search = Search(ranks, implementation, here, dtypes, placements, sizes, [num_prune], read)
     cutoffs = search.find(ranks.together(lambda: _estimate(list(group.values()), num_prune, dtype)))
     search.share_ties(cutoffs)
-    key, *counts = (int(column[0]) for column in cutoffs[:4])
-    threshold = Threshold(magnitude_of(key, dtype), *counts)
+    shared = [int(column[0]) for column in cutoffs[:4]]
     ties = zip(search.num_ties.tolist(), search.num_ties_kept.tolist(), strict=True)
-    return {i: Decision(key, threshold, *own) for i, own in zip(group, ties, strict=True)}
+    return {i: Decision._make([*shared, *own]) for i, own in zip(group, ties, strict=True)}
 
 
 def _placement(numel: int, is_mine: bool) -> Placement:

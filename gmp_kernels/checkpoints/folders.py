@@ -11,18 +11,18 @@ import json
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from gmp_kernels.errors import CheckpointError
+from gmp_kernels.model.coverage import shown_names
 
 __all__ = ["SUFFIX", "TIED", "look_into", "read_index", "unique_names"]
 
 SUFFIX = ".safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
 PIPELINE = "model_index.json"
-MOST_LISTED = 4  # names in an error
 MAIN = ("model", "diffusion_pytorch_model")  # names that the libraries give the model that they load
 NUMBERED = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<total>\d{5})\.safetensors")
 
@@ -71,7 +71,7 @@ def look_into(root: Path, *, everything: bool) -> tuple[dict[str, Path], dict[st
     if PIPELINE in top:
         parts = sorted({name.split("/")[0] for name in files if "/" in name and name.endswith(SUFFIX)})
         raise CheckpointError(
-            f"{root}: expected the folder of one model, got a pipeline of {_listed(parts) or 'none here'} "
+            f"{root}: expected the folder of one model, got a pipeline of {shown_names(parts) or 'none here'} "
             f"({PIPELINE} tells); name one of its folders, such as {root / (parts or ['unet'])[0]}"
         )
     index = _choose_index(root, top)
@@ -148,7 +148,7 @@ def _choose_index(root: Path, top: Iterable[str]) -> str | None:
     main = [name for name in indices if name.removesuffix(INDEX_SUFFIX) in MAIN]
     chosen = main if len(main) == 1 else indices
     if len(chosen) > 1:
-        raise CheckpointError(f"{root}: expected one index, got {_listed(chosen)}; name the folder of one model")
+        raise CheckpointError(f"{root}: expected one index, got {shown_names(chosen)}; name the folder of one model")
     return chosen[0] if chosen else None
 
 
@@ -186,7 +186,7 @@ def _whole_set(root: Path, sets: Mapping[tuple[str, int], list[str]]) -> list[st
     chosen = [key for key in sets if key[0] in MAIN] or list(sets)
     if len(chosen) > 1:
         stems = [f"{stem}-*-of-{total:05}{SUFFIX}" for stem, total in chosen]
-        raise CheckpointError(f"{root}: expected one set of shards, got {_listed(stems)}; leave one in the folder")
+        raise CheckpointError(f"{root}: expected one set of shards, got {shown_names(stems)}; leave one in the folder")
     (stem, total), names = chosen[0], sets[chosen[0]]
     for number in range(1, total + 1):
         name = f"{stem}-{number:05}-of-{total:05}{SUFFIX}"
@@ -198,14 +198,8 @@ def _whole_set(root: Path, sets: Mapping[tuple[str, int], list[str]]) -> list[st
 def _without_weights(root: Path, files: Iterable[str]) -> str:
     below = sorted({name.rpartition("/")[0] for name in files if name.endswith(SUFFIX)})
     if below:
-        return (
-            f"{root}: expected {SUFFIX} files at its top level, got some in {_listed(below)} only; name such a folder"
-        )
+        found = f"got some in {shown_names(below)} only"
+        return f"{root}: expected {SUFFIX} files at its top level, {found}; name such a folder"
     others = sorted(name for name in files if _kind_of(name, ()) == "other weights")
-    found = f"got only {_listed(others)}" if others else "got none"
+    found = f"got only {shown_names(others)}" if others else "got none"
     return f"{root}: expected a folder with {SUFFIX} files, {found}; convert other formats first"
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - MOST_LISTED} more" if len(names) > MOST_LISTED else ""
-    return ", ".join(map(repr, names[:MOST_LISTED])) + more

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from gmp_kernels.backends.types import Threshold
 from gmp_kernels.checkpoints.counting import Decision, decide
 from gmp_kernels.checkpoints.files import FileShard, open_checkpoint
 from gmp_kernels.checkpoints.masks import is_file_of_masks
@@ -283,7 +282,7 @@ class PruneJob:
         if self._scope == "layer":
             pruned = self.num_prune()
         elif (noted := staging.noted("decisions")) is not None:
-            pruned = [Decision(key, Threshold(*threshold), *ties) for key, threshold, *ties in noted]
+            pruned = [Decision(*one) for one in noted]
         else:
             mine = {shard.path for shard in owned.values()}
             found = decide(dict(enumerate(self.tensors)), stream, self.num_prune()[0], mine, ranks, progress)

@@ -147,17 +147,13 @@ def _cut(
         return
     if isinstance(pruned, int):
         pruned = decide({position: tensor}, stream, pruned, {tensor.path}, ALONE, progress)[position]
-    key, (_, below, ties, kept), ties_left, kept_left = pruned
+    key, below, ties, kept, ties_left, kept_left = pruned
     for piece in pieces:
         layer, n = Layer(piece.data, None), len(piece.data)
-        if not ties or kept_left == ties_left:
-            tie_index = n
-        elif not kept_left:
-            tie_index = 0
-        else:
+        tie_index = 0 if ties_left and not kept_left else n
+        if 0 < kept_left < ties_left:
             at_key = Brackets.of([key], [key])
             below_here, ties_here = (int(column[0]) for column in implementation.count([layer], at_key, 1)[:2])
-            tie_index = n
             if kept_left < ties_here:
                 # Within the piece, pruning this many weights has the same key as its threshold.
                 own = select_with(implementation)([layer], [below_here + ties_here - kept_left], [1], at_key)
