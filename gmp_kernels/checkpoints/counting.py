@@ -93,7 +93,7 @@ def decide(
             tensor = group[i]
             bracket = Brackets(brackets.lo[row : row + 1], brackets.hi[row : row + 1])
             with opened(tensor.path) as source:
-                for begin, weights, _buffer in stream.weights(source, tensor, dtype):
+                for begin, weights, _buffer in stream.pieces(source, tensor.span, dtype):
                     place = candidates[used:] if places is not None and used <= len(candidates) else None
                     found = implementation.count([Layer(weights, None)], bracket, num_bins, [place])
                     check_finite(tensor.name, i, begin, int(found.nonfinite[0]))

@@ -125,8 +125,7 @@ class Checkpoint:
     def check_unchanged(self) -> None:
         """Raise CheckpointError if a shard has changed since the checkpoint was opened."""
         for shard in self.shards:
-            now = _size_and_time(shard.path)
-            if any(shard.identity[key] != now[key] for key in now):
+            if not _size_and_time(shard.path).items() <= shard.identity.items():
                 raise CheckpointError(
                     f"{shard.path}: expected the file that was opened, got another size or time of change; "
                     "run again when nothing writes to it"

@@ -10,8 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ SUFFIX = ".safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
 PIPELINE = "model_index.json"
 MAIN = ("model", "diffusion_pytorch_model")  # names that the libraries give the model that they load
-NUMBERED = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<total>\d{5})\.safetensors")
+NUMBERED = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<total>\d{5})\.safetensors")
 
 FORMATS = (
     "safetensors|bin|pth?|pt2|ptl|pte|ckpt|distcp|pkl|pickle|joblib|msgpack|h5|hdf5|keras|npz|gguf|ggml|onnx|onnx_data|tflite|"
@@ -75,9 +74,15 @@ def look_into(root: Path, *, everything: bool) -> tuple[dict[str, Path], dict[st
             f"({PIPELINE} tells); name one of its folders, such as {root / (parts or ['unet'])[0]}"
         )
     index = _choose_index(root, top)
-    names = _named_by(root / index, files) if index is not None else _choose_shards(root, top)
+    if index is not None:
+        names = sorted(set(read_index(root / index)["weight_map"].values()))
+    else:
+        names = _choose_shards(root, top)
     if not names:
         raise CheckpointError(_without_weights(root, files))
+    missing = next((name for name in names if name not in files), None)
+    if missing is not None:
+        raise CheckpointError(f"{root}: expected {len(names)} shards, got none called {missing!r}; download it")
     shards, others, left_out = {name: files[name] for name in names}, {}, {}
     for name, path in files.items():
         if name in shards:
@@ -152,27 +157,20 @@ def _choose_index(root: Path, top: Iterable[str]) -> str | None:
     return chosen[0] if chosen else None
 
 
-def _named_by(index: Path, files: Mapping[str, Path]) -> list[str]:
-    names = sorted(set(read_index(index)["weight_map"].values()))
-    for name in names:
-        if name not in files:
-            raise CheckpointError(f"{index}: names the shard {name!r}, which is not there; download it")
-    return names
-
-
 def _choose_shards(root: Path, top: Iterable[str]) -> list[str]:
-    """Return the files of the model, by their names alone."""
+    """Return the files of the model, by their names alone; some of a set may be missing."""
     found = sorted(name for name in top if name.endswith(SUFFIX))
     found = [name for name in found if _kind_of(name, ()) not in SIDECARS] or found
     main = [name for name in found if name.removesuffix(SUFFIX) in MAIN]
     if main:
         return main
-    sets: dict[tuple[str, int], list[str]] = defaultdict(list)
-    for name in found:
-        if match := NUMBERED.fullmatch(name):
-            sets[match["stem"], int(match["total"])].append(name)
-    if sets:
-        return _whole_set(root, sets)
+    sets = {(match["stem"], int(match["total"])) for match in map(NUMBERED.fullmatch, found) if match}
+    sets = {one for one in sets if one[0] in MAIN} or sets
+    if len(sets) > 1:
+        stems = [f"{stem}-*-of-{total:05}{SUFFIX}" for stem, total in sorted(sets)]
+        raise CheckpointError(f"{root}: expected one set of shards, got {shown_names(stems)}; leave one in the folder")
+    for stem, total in sets:
+        return [f"{stem}-{number:05}-of-{total:05}{SUFFIX}" for number in range(1, total + 1)]
     # Copies of the model in another precision, such as weights.fp16.safetensors, or in the layout of another library.
     variants = {
         name for name in found for short in [f"{name.split('.')[0]}{SUFFIX}"] if short != name and short in found
@@ -180,19 +178,6 @@ def _choose_shards(root: Path, top: Iterable[str]) -> list[str]:
     originals = {name for name in found if name.startswith("consolidated")}
     rest = [name for name in found if name not in variants]
     return [name for name in rest if name not in originals] or rest
-
-
-def _whole_set(root: Path, sets: Mapping[tuple[str, int], list[str]]) -> list[str]:
-    chosen = [key for key in sets if key[0] in MAIN] or list(sets)
-    if len(chosen) > 1:
-        stems = [f"{stem}-*-of-{total:05}{SUFFIX}" for stem, total in chosen]
-        raise CheckpointError(f"{root}: expected one set of shards, got {shown_names(stems)}; leave one in the folder")
-    (stem, total), names = chosen[0], sets[chosen[0]]
-    for number in range(1, total + 1):
-        name = f"{stem}-{number:05}-of-{total:05}{SUFFIX}"
-        if name not in names:
-            raise CheckpointError(f"{root}: expected {total} shards, got none called {name!r}; download it")
-    return names
 
 
 def _without_weights(root: Path, files: Iterable[str]) -> str:

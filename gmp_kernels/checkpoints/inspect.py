@@ -175,10 +175,10 @@ def _count(total: TensorStatistics, stream: Stream, source: FileIO, tensor: Tens
         total.num_zeros = max(0, total.numel - kept)
     elif tensor.dtype in FLOATS:
         total.num_zeros = total.num_nan = total.num_inf = 0
-        for piece in stream.weights(source, tensor, FLOATS[tensor.dtype]):
+        for piece in stream.pieces(source, tensor.span, FLOATS[tensor.dtype]):
             _add(total, piece.data if tensor.dtype in DTYPES else piece.data.float(), histogram=histogram)
     elif tensor.dtype in INTEGERS:
-        pieces = stream.weights(source, tensor, INTEGERS[tensor.dtype])
+        pieces = stream.pieces(source, tensor.span, INTEGERS[tensor.dtype])
         total.num_zeros = tensor.numel - sum(int(piece.data.count_nonzero()) for piece in pieces)
 
 

@@ -168,14 +168,11 @@ class Staging:
             moves = [(source, target) for source, target in moves if os.path.lexists(source)]
             placed = self.noted(PLACED) or {}
             self.note(PLACED, placed | {target.name: _identity(source) for source, target in moves})
+            if old is not None:
+                # Moved first, through to the disk, so that it never lies beside an output it does not belong to.
+                moves.insert(0, (old, self._inside / "replaced"))
             done: list[tuple[Path, Path]] = []
             try:
-                if old is not None:
-                    # Moved first, through to the disk, so that it never lies beside an output it does not belong to.
-                    aside = self._inside / "replaced"
-                    old.rename(aside)
-                    done.append((old, aside))
-                    sync(old.parent)
                 for source, target in moves:
                     self._place(source, target, force=force)
                     done.append((source, target))
@@ -205,7 +202,8 @@ class Staging:
                 (self._inside / RUN).unlink(missing_ok=True)
                 sync(self._inside)
             rename_over(source, target)
-        sync(target.parent)
+        for folder in {source.parent, target.parent}:
+            sync(folder)
 
     @property
     def _inside(self) -> Path:

@@ -49,10 +49,11 @@ def write_shard(
     CheckpointError, NonFiniteError, DTypeError, OSError
     """
     reports: list[LayerReport] = []
+    implementation = choose(None, torch.device("cpu"))
     positions = {name: i for i, name in enumerate(targets)}
     masked = [tensor for tensor in shard.tensors if tensor.name in targets]
     # The next target is read ahead, unless it has to be counted first.
-    following = {t.name: after for t, after in pairwise(masked) if after.nbytes <= stream.num_bytes}
+    following = {t.name: after.span for t, after in pairwise(masked) if after.nbytes <= stream.num_bytes}
     with contextlib.ExitStack() as stack:
         source = stack.enter_context(opened(shard.path))
         output = stack.enter_context(stream.created(path, source))
@@ -68,15 +69,23 @@ def write_shard(
         for tensor in shard.tensors:
             name, begin = tensor.name, begins[tensor.name]
             if name in targets:
-                pieces = stream.weights(source, tensor, DTYPES[tensor.dtype], following.get(name))
-                cut = _cut(pieces, tensor, positions[name], targets[name], stream, progress)
-                for piece, packed in _pruned(cut, tensor, reports):
+                weights = DTYPES[tensor.dtype]
+                pieces = stream.pieces(source, tensor.span, weights, following.get(name, range(0)))
+                num_pruned = 0
+                for piece, cutoffs in _cut(pieces, tensor, positions[name], targets[name], stream, progress):
+                    packed = torch.empty(-(-len(piece.data) // 8), dtype=torch.uint8, device="cpu")
+                    counts = implementation.prune([Layer(piece.data, None)], Selection(cutoffs), [packed])
+                    assert counts is not None
+                    num_pruned += counts.num_pruned[0]
+                    key, num_ties = cutoffs.keys[0], cutoffs.num_ties[0]
                     _write(stream, tensor, piece, output, begin, dtype)
                     if masks is not None:
                         place = bit_begins[name + MASK_SUFFIX] + piece.begin // 8
                         stream.write(bits, packed, place, piece.buffer)
+                threshold = magnitude_of(key, weights)
+                reports.append(LayerReport(name, threshold, tensor.numel, num_pruned, num_pruned, num_ties))
             elif _converted(tensor, dtype).dtype != tensor.dtype:
-                for piece in stream.weights(source, tensor, DTYPES[tensor.dtype]):
+                for piece in stream.pieces(source, tensor.span, DTYPES[tensor.dtype]):
                     _write(stream, tensor, piece, output, begin, dtype)
             else:
                 stream.copy(source, tensor.begin, tensor.nbytes, output, begin)
@@ -107,23 +116,6 @@ def copy_others(
                 write_whole(output, json.dumps(document, indent=2).encode(), 0)
             else:
                 stream.copy(source, 0, os.fstat(source.fileno()).st_size, output, 0)
-
-
-def _pruned(
-    cut: Iterable[tuple[Piece, Cutoffs]], tensor: TensorInfo, reports: list[LayerReport]
-) -> Iterator[tuple[Piece, torch.Tensor]]:
-    """Yield the pruned pieces of a target, in order, each with its packed mask; at the end add a report on it."""
-    implementation = choose(None, torch.device("cpu"))
-    num_pruned = key = num_ties = 0
-    for piece, cutoffs in cut:
-        packed = torch.empty(-(-len(piece.data) // 8), dtype=torch.uint8, device="cpu")
-        counts = implementation.prune([Layer(piece.data, None)], Selection(cutoffs), [packed])
-        assert counts is not None
-        num_pruned += counts.num_pruned[0]
-        key, num_ties = cutoffs.keys[0], cutoffs.num_ties[0]
-        yield piece, packed
-    threshold = magnitude_of(key, DTYPES[tensor.dtype])
-    reports.append(LayerReport(tensor.name, threshold, tensor.numel, num_pruned, num_pruned, num_ties))
 
 
 def _cut(
