@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
@@ -59,7 +59,6 @@ def decide(
     num_prune: int,
     mine: Container[Path],
     ranks: Communicator,
-    progress: Callable[[int], None],
 ) -> dict[int, Decision]:
     """Rank all weights of a group of tensors together and return what is pruned of each.
 
@@ -68,12 +67,11 @@ def decide(
     group : mapping of int to TensorInfo
         {position in the list of all targets: tensor}, of one dtype, in the order of the flat index.
     stream : Stream
+        Advances by the bytes read, but not by second reads.
     num_prune : int
     mine : container of Path
         The files that this rank reads; each file is read by one rank.
     ranks : Communicator
-    progress : callable
-        Called with the number of bytes read, but not for second reads.
 
     Raises
     ------
@@ -101,7 +99,7 @@ def decide(
                     for total, part in zip(counted, found._replace(nonfinite=0 * found.nonfinite), strict=True):
                         total[row] += part[0]
                     if places is not None:
-                        progress(weights.nbytes)
+                        stream.advance(weights.nbytes)
             # Candidates are kept between rounds, so that files are nearly always read once.
             if places is not None and used <= len(candidates):
                 places[row] = candidates[first:used]

@@ -240,11 +240,8 @@ class Staging:
     def _hold(self) -> bool:
         """Make and lock the folder; return False if a run that was ending has just removed it."""
         self._let_go()
-        try:
+        with contextlib.suppress(FileExistsError):
             self.folder.mkdir(mode=0o700)
-            made = True
-        except FileExistsError:
-            made = False
         if not self._open():
             return False
         assert self._descriptor is not None
@@ -255,7 +252,7 @@ class Staging:
         except FileNotFoundError:
             return False
         except OSError:
-            if made:
+            with contextlib.suppress(OSError):  # the folder stays if there is anything in it
                 self.folder.rmdir()
             raise
         try:

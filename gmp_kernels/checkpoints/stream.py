@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from io import FileIO
 from pathlib import Path
@@ -105,7 +105,11 @@ class Stream:
         Size of all buffers together.
     room : torch.Tensor
         uint8, aligned. It holds candidates between the rounds of counting, so that files are nearly always read once.
+    advance : callable
+        Called with the number of bytes whenever some are done; does nothing unless another is assigned.
     """
+
+    advance: Callable[[int], None] = staticmethod(lambda num_bytes: None)
 
     def __init__(self, piece_bytes: int, num_buffers: int, room_bytes: int = 0) -> None:
         self.num_bytes = num_buffers * piece_bytes

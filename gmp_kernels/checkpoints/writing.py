@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
@@ -37,12 +37,11 @@ def write_shard(
     path: Path,
     masks: Path | None,
     dtype: torch.dtype | None,
-    progress: Callable[[int], None],
 ) -> list[LayerReport]:
     """Write a shard to ``path`` and its packed masks to ``masks``, through to the disk; report on its targets.
 
     Floating-point tensors get ``dtype``, or keep their own if it is None. ``targets`` says, by name and in order, how
-    many weights to prune of each target of the checkpoint, or which. ``progress`` is called with the bytes done.
+    many weights to prune of each target of the checkpoint, or which.
 
     Raises
     ------
@@ -72,7 +71,7 @@ def write_shard(
                 weights = DTYPES[tensor.dtype]
                 pieces = stream.pieces(source, tensor.span, weights, following.get(name, range(0)))
                 num_pruned = 0
-                for piece, cutoffs in _cut(pieces, tensor, positions[name], targets[name], stream, progress):
+                for piece, cutoffs in _cut(pieces, tensor, positions[name], targets[name], stream):
                     packed = torch.empty(-(-len(piece.data) // 8), dtype=torch.uint8, device="cpu")
                     counts = implementation.prune([Layer(piece.data, None)], Selection(cutoffs), [packed])
                     assert counts is not None
@@ -89,7 +88,7 @@ def write_shard(
                     _write(stream, tensor, piece, output, begin, dtype)
             else:
                 stream.copy(source, tensor.begin, tensor.nbytes, output, begin)
-            progress(tensor.nbytes)
+            stream.advance(tensor.nbytes)
     return reports
 
 
@@ -119,12 +118,7 @@ def copy_others(
 
 
 def _cut(
-    pieces: Iterable[Piece],
-    tensor: TensorInfo,
-    position: int,
-    pruned: int | Decision,
-    stream: Stream,
-    progress: Callable[[int], None],
+    pieces: Iterable[Piece], tensor: TensorInfo, position: int, pruned: int | Decision, stream: Stream
 ) -> Iterator[tuple[Piece, Cutoffs]]:
     """Yield the pieces of a target, in order, each with its cutoffs."""
     implementation = choose(None, stream.room.device)
@@ -138,7 +132,7 @@ def _cut(
             yield piece, Cutoffs.of([tuple(column[i] for column in found)])
         return
     if isinstance(pruned, int):
-        pruned = decide({position: tensor}, stream, pruned, {tensor.path}, ALONE, progress)[position]
+        pruned = decide({position: tensor}, stream, pruned, {tensor.path}, ALONE)[position]
     key, below, ties, kept, ties_left, kept_left = pruned
     for piece in pieces:
         layer, n = Layer(piece.data, None), len(piece.data)

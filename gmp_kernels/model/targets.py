@@ -86,7 +86,7 @@ class ParameterIndex(TargetIndex):
         self._optimizer = optimizer
         tensors = named_parameters(model, buffers=True)
         effective = {name: effective_name(name, tensors) for name in tensors}
-        roles = self._find_roles(_roles(model, self._modules, tensors, effective))
+        roles = self._find_roles(model, tensors, effective)
         held = set(self._first_names) if optimizer is None else _held(optimizer)
         parametrized = reasons_against(model)
         covered = []
@@ -130,8 +130,22 @@ class ParameterIndex(TargetIndex):
         """Return where in the model the parameters of these names are."""
         return {name: self._modules[name.rpartition(".")[0]]._parameters for name in names}
 
-    def _find_roles(self, roles: Roles) -> dict[str, str | None]:
+    def _find_roles(
+        self, model: nn.Module, tensors: Mapping[str, torch.Tensor], effective: Mapping[str, str]
+    ) -> dict[str, str | None]:
         """Return {first name: reason against it as a default target}, where any of its names gives one."""
+        heads = _output_embeddings(model)
+        shapes, types = {}, {}
+        for name, tensor in tensors.items():
+            path, _, attribute = effective[name].rpartition(".")
+            owner = self._modules[path]
+            kind = _kind(owner, attribute)
+            if kind != "embedding" and any(tensor is head for head in heads):
+                kind = "head"
+            # A lazy tensor has no shape yet, though its module says what it will be.
+            shapes[name] = ((0, 0) if kind == "weight" else (0,)) if is_lazy(tensor) else tuple(tensor.shape)
+            types[name] = type(owner).__name__, kind
+        roles = Roles(shapes, types)
         found: dict[str, str | None] = {}
         for name, parameter in self._parameters.items():
             reason, first = roles.reason_against(name), self._first_names[parameter]
@@ -176,27 +190,6 @@ def _as_list(entries: Entry | Iterable[Entry] | None) -> Sequence[Entry] | None:
     if entries is None:
         return None
     return [entries] if isinstance(entries, (str, type)) else list(entries)
-
-
-def _roles(
-    model: nn.Module,
-    modules: Mapping[str, nn.Module],
-    tensors: Mapping[str, torch.Tensor],
-    effective: Mapping[str, str],
-) -> Roles:
-    """Return the roles of all parameters and buffers, by every name they have."""
-    heads = _output_embeddings(model)
-    shapes, types = {}, {}
-    for name, tensor in tensors.items():
-        path, _, attribute = effective[name].rpartition(".")
-        owner = modules[path]
-        kind = _kind(owner, attribute)
-        if kind != "embedding" and any(tensor is head for head in heads):
-            kind = "head"
-        # A lazy tensor has no shape yet, though its module says what it will be.
-        shapes[name] = ((0, 0) if kind == "weight" else (0,)) if is_lazy(tensor) else tuple(tensor.shape)
-        types[name] = type(owner).__name__, kind
-    return Roles(shapes, types)
 
 
 def _kind(owner: nn.Module, attribute: str) -> str:
