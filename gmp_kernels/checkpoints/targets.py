@@ -30,17 +30,16 @@ class TensorIndex(TargetIndex):
         roles = Roles(shapes, {})
         covered = []
         for tensor in tensors:
-            role, refusal = roles.reason_against(tensor.name), _refusal(tensor)
-            obstacle = refusal or roles.obstacle(tensor.name)
-            reason = (role if role == SMALL else obstacle or role) or ""
-            can_be_target = role != SMALL and obstacle is None
+            role, refusal = roles.reason_against(tensor.name), _refusal(tensor) or roles.obstacle(tensor.name)
+            reason = (role if role == SMALL else refusal or role) or ""
+            can_be_target = role != SMALL and refusal is None
             shown = CoveredTensor(tensor.name, tensor.shape, tensor.dtype, reason, can_be_target)
-            covered.append((shown, obstacle, refusal))
+            covered.append((shown, refusal, refusal))
         super().__init__(covered, {name: effective_name(name, shapes) for name in shapes})
 
 
 def _refusal(tensor: TensorInfo) -> str | None:
-    """Return why a tensor cannot be pruned at all."""
+    """Return why a tensor of this dtype and size cannot be pruned at all."""
     if tensor.dtype in DTYPES:
         return None if tensor.numel else EMPTY
     if tensor.dtype.startswith("C"):

@@ -62,18 +62,18 @@ class TargetIndex:
         ------
         TargetError
             An entry reaches nothing that can be pruned, or nothing is left.
-        DTypeError, ShapeError
-            A target named exactly, or the largest matrix if nothing can be pruned, has a dtype without a magnitude
-            order, such as float8, or is empty.
+        TargetError, DTypeError, ShapeError
+            A target named exactly, or the largest matrix where none can be pruned: a weight is computed from it, it has
+            a dtype without a magnitude order, such as float8, or it is empty.
         """
         meant: set[str] = set()
         reached = {name for name, tensor in self._covered.items() if targets is None and not tensor.reason}
         for entry in targets or ():
             found = self.find("targets", entry)
             meant.update(found)
-            if self._is_exact(entry):
+            if entry in self._effective or entry in self._effective.values():
                 # The name of a computed weight means the tensor that decides its zeros.
-                name = next((name for name in found if self._refusals[name] is None), found[0])
+                name = min(found, key=lambda n: (self._refusals[n] is not None, self._covered[n].reason == SMALL))
                 self._refuse(name)
                 reached.add(name)
             elif free := [name for name in found if self._is_free(name)]:
@@ -125,10 +125,6 @@ class TargetIndex:
             return []
         pattern = _compile(what, entry)
         return [n for n, weight in names.items() if _matches(n, pattern) or (weight != n and _matches(weight, pattern))]
-
-    def _is_exact(self, entry: Entry) -> bool:
-        """Whether an entry is the name of one tensor."""
-        return entry in self._covered
 
     def _refuse(self, name: str) -> None:
         """Raise for a tensor that is named exactly and cannot be pruned."""

@@ -167,10 +167,6 @@ class ParameterIndex(TargetIndex):
             reached = super()._reached_by(what, entry)
         return list(dict.fromkeys(self._first_names[self._parameters[name]] for name in reached))
 
-    def _is_exact(self, entry: Entry) -> bool:
-        """Whether an entry is the name of a parameter, or of a weight that is computed from some."""
-        return entry in self._parameters or entry in self._effective.values()
-
     def _above(self, name: str) -> Iterator[nn.Module]:
         parts = name.split(".")
         return (self._modules[".".join(parts[:depth])] for depth in range(len(parts)))
