@@ -43,7 +43,11 @@ def check_target(target: Path, inputs: Sequence[Path], *, root: Path, force: boo
     OutputError
     """
     try:
-        _check_place(target, inputs, root)
+        place = target.resolve()
+        if not place.parent.is_dir():
+            raise OutputError(f"{target}: expected its folder to be there, got none; create {target.parent}")
+        if place.is_relative_to(root.resolve()) or any(p.resolve().is_relative_to(place) for p in (root, *inputs)):
+            raise OutputError(f"{target}: expected an output apart from the input {root}, got one in or above it")
         if os.path.lexists(target):
             _check_replaced(target, is_folder=root.is_dir(), force=force)
     except OutputError:
@@ -108,14 +112,6 @@ def rename_over(source: Path, target: Path) -> None:
         target.rename(old)
         source.rename(target)
         shutil.rmtree(old)
-
-
-def _check_place(target: Path, inputs: Sequence[Path], root: Path) -> None:
-    place = target.resolve()
-    if not place.parent.is_dir():
-        raise OutputError(f"{target}: expected its folder to be there, got none; create {target.parent}")
-    if place.is_relative_to(root.resolve()) or any(path.resolve().is_relative_to(place) for path in (root, *inputs)):
-        raise OutputError(f"{target}: expected an output apart from the input {root}, got one in or above it")
 
 
 def _check_replaced(target: Path, *, is_folder: bool, force: bool) -> None:

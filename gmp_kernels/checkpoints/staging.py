@@ -168,11 +168,14 @@ class Staging:
             moves = [(source, target) for source, target in moves if os.path.lexists(source)]
             placed = self.noted(PLACED) or {}
             self.note(PLACED, placed | {target.name: _identity(source) for source, target in moves})
-            if old is not None:
-                # Moved first, through to the disk, so that it never lies beside an output it does not belong to.
-                moves.insert(0, (old, self._inside / "replaced"))
             done: list[tuple[Path, Path]] = []
             try:
+                if old is not None:
+                    # Moved first, through to the disk, so that it never lies beside an output it does not belong to.
+                    aside = self._inside / "replaced"
+                    old.rename(aside)
+                    done.append((old, aside))
+                    sync(old.parent)
                 for source, target in moves:
                     self._place(source, target, force=force)
                     done.append((source, target))
@@ -202,8 +205,7 @@ class Staging:
                 (self._inside / RUN).unlink(missing_ok=True)
                 sync(self._inside)
             rename_over(source, target)
-        for folder in {source.parent, target.parent}:
-            sync(folder)
+        sync(target.parent)
 
     @property
     def _inside(self) -> Path:
@@ -240,8 +242,11 @@ class Staging:
     def _hold(self) -> bool:
         """Make and lock the folder; return False if a run that was ending has just removed it."""
         self._let_go()
-        with contextlib.suppress(FileExistsError):
+        try:
             self.folder.mkdir(mode=0o700)
+            made = True
+        except FileExistsError:
+            made = False
         if not self._open():
             return False
         assert self._descriptor is not None
@@ -252,7 +257,7 @@ class Staging:
         except FileNotFoundError:
             return False
         except OSError:
-            with contextlib.suppress(OSError):  # the folder stays if there is anything in it
+            if made:
                 self.folder.rmdir()
             raise
         try:
