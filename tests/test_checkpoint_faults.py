@@ -158,7 +158,7 @@ def broken_link(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (drop_shard, f"names the shard '{SHARD}', which is not there"),
+        (drop_shard, f"shards, got none called '{SHARD}'; download it"),
         (truncate_shard, f"{SHARD}: expected a whole .safetensors file"),
         (swap_shards, f"'layers.0.q.weight' in {SHARD}, but it is in model-00001-of-00003"),
         (invent_tensor, "'layers.9.q.weight' in .*, but it is nowhere"),

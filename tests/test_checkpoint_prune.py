@@ -248,12 +248,16 @@ def test_embeddings_norms_and_heads_are_no_default_targets(tmp_path: Path, name:
 @pytest.mark.parametrize(
     ("targets", "error", "message"),
     [
-        (["layers.7"], TargetError, "targets: .* got 'layers.7', which matches nothing; there are e.g."),
-        (["layers.0.q.weigth"], TargetError, "e.g. 'layers.0.q.weight'"),
-        (["*.bias"], TargetError, "which matches only others"),
+        (["layers.7"], TargetError, "targets: .* got 'layers.7', which matches nothing; did you mean 'layers.2"),
+        (["layers.0.q.weigth"], TargetError, "did you mean 'layers.0.q.weight'"),
+        (
+            ["*.bias"],
+            TargetError,
+            "which matches only biases, norms or scales; name those exactly if you mean them, such as",
+        ),
         (["re:("], TargetError, "expected a regular expression"),
-        (["packed.weight"], DTypeError, "for 'packed.weight', got F8_E4M3; prune before quantizing"),
-        (["steps"], DTypeError, "got I64"),
+        (["packed.weight"], DTypeError, "got 'packed.weight' of F8_E4M3; prune before quantizing"),
+        (["steps"], DTypeError, "'steps' of I64"),
     ],
 )
 def test_targets_that_cannot_be_pruned(

@@ -198,7 +198,7 @@ def test_complex_weights_are_left_out_or_refused_at_construction():
     assert list(pruner.masks) == ["layer.weight"]
     assert reasons(pruner.coverage())["spectral.weight"] == "complex"
     for refused, options in ((model, {"targets": "spectral.weight"}), (build({"spectral": model.spectral}), {})):
-        with pytest.raises(DTypeError, match=r"expected real weights, got 'spectral\.weight' of torch\.complex64"):
+        with pytest.raises(DTypeError, match=r"expected real weights, got 'spectral\.weight' of complex64"):
             schedule(refused, **options)
     with pytest.raises(TargetError, match="is ignored by 'layer'"):
         schedule(model, ignore="layer")
@@ -286,9 +286,9 @@ def test_a_checkpoint_refuses_what_cannot_be_pruned_by_its_reason():
     for entry, reason in [("packed", "'packed.qweight' of dtype I32.*quantized"), ("waves", "complex")]:
         with pytest.raises(TargetError, match=reason):
             TensorIndex(infos).choose([entry], None)
-    with pytest.raises(TargetError, match=r"heads of language models; 'waves\.weight' is left out: complex$"):
+    with pytest.raises(DTypeError, match=r"got 'packed\.qweight' of I32; prune before quantizing"):
         TensorIndex(infos[1:]).choose(None, None)
-    with pytest.raises(TargetError, match=r"there are e\.g\. 'layer\.weight'$"):
+    with pytest.raises(TargetError, match=r"did you mean 'layer\.weight'$"):
         TensorIndex(infos).choose(["packed.qweigth"], None)
 
 

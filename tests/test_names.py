@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from gmp_kernels.model.names import named_buffers, named_modules, named_parameters, plain_name
+from gmp_kernels.model.names import named_modules, named_parameters, plain_name
 
 
 class Net(nn.Module):
@@ -75,9 +75,10 @@ def test_names_are_those_without_wrappers(wrappers: list[Callable[[nn.Module], n
         model = wrap(model)
     assert list(named_parameters(model)) == PARAMETERS
     assert all(named_parameters(model)[name] is parameter for name, parameter in parameters.items())
-    assert list(named_buffers(model)) == BUFFERS
-    assert all(named_buffers(model)[name] is buffer for name, buffer in buffers.items())
-    modules = dict(named_modules(model))
+    tensors = named_parameters(model, buffers=True)
+    assert sorted(tensors) == sorted(PARAMETERS + BUFFERS)
+    assert all(tensors[name] is tensor for name, tensor in (parameters | buffers).items())
+    modules = named_modules(model)
     assert set(modules) == {"", "module", "module.0", "module.1", "head"}
     # By a name that wrapper and wrapped share, the one that has the parameters is found.
     assert "weight" in modules["head"]._parameters and len(modules["module"]._modules) == 2

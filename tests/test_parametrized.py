@@ -120,6 +120,9 @@ def test_other_parametrizations_are_left_out_and_refused_by_name(wrap, kind):
     assert list(ParameterIndex(model).select("*", None)[0]) == ["1.weight"]
     if kind == "Orthogonal":
         assert TensorIndex(tensors_of(model)).choose(None, None)[0] == ["1.weight"]
+        for name in ("0.weight", "0.parametrizations.weight.original"):
+            with pytest.raises(TargetError, match="which is part of a parametrization; leave it out, or remove"):
+                TensorIndex(tensors_of(model)).choose([name], None)
 
 
 @pytest.mark.parametrize("kind", ["weight_norm", "old weight_norm"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
@@ -11,8 +11,7 @@ from typing import NamedTuple
 import torch
 
 from gmp_kernels.backends import choose
-from gmp_kernels.backends.keys import magnitude_of
-from gmp_kernels.backends.types import BracketCounts, Brackets, Layer, Threshold
+from gmp_kernels.backends.types import BracketCounts, Brackets, Layer
 from gmp_kernels.checkpoints.files import DTYPES, TensorInfo
 from gmp_kernels.checkpoints.stream import Stream, opened, read_into
 from gmp_kernels.errors import NonFiniteError
@@ -29,15 +28,17 @@ SAMPLE_BLOCK_BYTES = 1 << 14
 
 
 class Decision(NamedTuple):
-    """Cut of one tensor: keys below ``key`` are pruned, and all but the first ``num_ties_kept`` of ``num_ties`` at it.
+    """Cut of one tensor: keys below ``key`` are pruned, and all but the first ``own_ties_kept`` of ``own_ties`` at it.
 
-    ``threshold`` is that of all tensors that were ranked together.
+    The other counts are those of all tensors that were ranked together.
     """
 
     key: int
-    threshold: Threshold
+    num_below: int
     num_ties: int
     num_ties_kept: int
+    own_ties: int
+    own_ties_kept: int
 
 
 def check_finite(name: str, layer: int, begin: int, index: int) -> None:
@@ -58,7 +59,6 @@ def decide(
     num_prune: int,
     mine: Container[Path],
     ranks: Communicator,
-    progress: Callable[[int], None],
 ) -> dict[int, Decision]:
     """Rank all weights of a group of tensors together and return what is pruned of each.
 
@@ -67,12 +67,11 @@ def decide(
     group : mapping of int to TensorInfo
         {position in the list of all targets: tensor}, of one dtype, in the order of the flat index.
     stream : Stream
+        Advances by the bytes read, but not by second reads.
     num_prune : int
     mine : container of Path
         The files that this rank reads; each file is read by one rank.
     ranks : Communicator
-    progress : callable
-        Called with the number of bytes read, but not for second reads.
 
     Raises
     ------
@@ -92,7 +91,7 @@ def decide(
             tensor = group[i]
             bracket = Brackets(brackets.lo[row : row + 1], brackets.hi[row : row + 1])
             with opened(tensor.path) as source:
-                for begin, weights, _buffer in stream.weights(source, tensor, dtype):
+                for begin, weights, _buffer in stream.pieces(source, tensor.span, dtype):
                     place = candidates[used:] if places is not None and used <= len(candidates) else None
                     found = implementation.count([Layer(weights, None)], bracket, num_bins, [place])
                     check_finite(tensor.name, i, begin, int(found.nonfinite[0]))
@@ -100,7 +99,7 @@ def decide(
                     for total, part in zip(counted, found._replace(nonfinite=0 * found.nonfinite), strict=True):
                         total[row] += part[0]
                     if places is not None:
-                        progress(weights.nbytes)
+                        stream.advance(weights.nbytes)
             # Candidates are kept between rounds, so that files are nearly always read once.
             if places is not None and used <= len(candidates):
                 places[row] = candidates[first:used]
@@ -112,10 +111,9 @@ def decide(
     search = Search(ranks, implementation, here, dtypes, placements, sizes, [num_prune], read)
     cutoffs = search.find(ranks.together(lambda: _estimate(list(group.values()), num_prune, dtype)))
     search.share_ties(cutoffs)
-    key, *counts = (int(column[0]) for column in cutoffs[:4])
-    threshold = Threshold(magnitude_of(key, dtype), *counts)
+    shared = [int(column[0]) for column in cutoffs[:4]]
     ties = zip(search.num_ties.tolist(), search.num_ties_kept.tolist(), strict=True)
-    return {i: Decision(key, threshold, *own) for i, own in zip(group, ties, strict=True)}
+    return {i: Decision._make([*shared, *own]) for i, own in zip(group, ties, strict=True)}
 
 
 def _placement(numel: int, is_mine: bool) -> Placement:

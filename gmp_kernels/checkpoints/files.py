@@ -125,8 +125,7 @@ class Checkpoint:
     def check_unchanged(self) -> None:
         """Raise CheckpointError if a shard has changed since the checkpoint was opened."""
         for shard in self.shards:
-            now = _size_and_time(shard.path)
-            if any(shard.identity[key] != now[key] for key in now):
+            if not _size_and_time(shard.path).items() <= shard.identity.items():
                 raise CheckpointError(
                     f"{shard.path}: expected the file that was opened, got another size or time of change; "
                     "run again when nothing writes to it"
@@ -163,8 +162,7 @@ def open_checkpoint(path: Path, *, copy_others: bool = False) -> Checkpoint:
         raise CheckpointError(f"{path}: expected a {SUFFIX} file or a folder of them, got a device or a pipe")
     files, others, index, left_out = look_into(path, everything=copy_others)
     shards = tuple(_read_shard(file, name) for name, file in files.items())
-    found = _shards_of_tensors(path, shards)
-    tied = () if index is None else _check_index(path, read_index(path / index)["weight_map"], found)
+    tied = _check_names(path, shards, None if index is None else read_index(path / index)["weight_map"])
     return Checkpoint(path, shards, others, index, left_out, tied)
 
 
@@ -201,8 +199,8 @@ def _read_shard(path: Path, name: str) -> FileShard:
     return FileShard(path, name, tuple(tensors), metadata, data_begin, identity)
 
 
-def _shards_of_tensors(root: Path, shards: Sequence[FileShard]) -> dict[str, str]:
-    """Return {tensor: name of its shard}, each once."""
+def _check_names(root: Path, shards: Sequence[FileShard], weight_map: Mapping[str, str] | None) -> tuple[str, ...]:
+    """Compare the files, and an index with them; return its names of tensors that are stored under another name."""
     found: dict[str, str] = {}
     for shard in shards:
         for tensor in shard.tensors:
@@ -212,11 +210,8 @@ def _shards_of_tensors(root: Path, shards: Sequence[FileShard]) -> dict[str, str
                     "remove the file that does not belong"
                 )
             found[tensor.name] = shard.name
-    return found
-
-
-def _check_index(root: Path, weight_map: Mapping[str, str], found: Mapping[str, str]) -> tuple[str, ...]:
-    """Compare an index with the files; return its names of tensors that are stored under another name."""
+    if weight_map is None:
+        return ()
     tied = []
     for name, shard_name in weight_map.items():
         if name not in found and TIED.fullmatch(name):

@@ -10,21 +10,20 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from gmp_kernels.errors import CheckpointError
+from gmp_kernels.model.coverage import shown_names
 
 __all__ = ["SUFFIX", "TIED", "look_into", "read_index", "unique_names"]
 
 SUFFIX = ".safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
 PIPELINE = "model_index.json"
-MOST_LISTED = 4  # names in an error
 MAIN = ("model", "diffusion_pytorch_model")  # names that the libraries give the model that they load
-NUMBERED = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<total>\d{5})\.safetensors")
+NUMBERED = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<total>\d{5})\.safetensors")
 
 FORMATS = (
     "safetensors|bin|pth?|pt2|ptl|pte|ckpt|distcp|pkl|pickle|joblib|msgpack|h5|hdf5|keras|npz|gguf|ggml|onnx|onnx_data|tflite|"
@@ -71,13 +70,19 @@ def look_into(root: Path, *, everything: bool) -> tuple[dict[str, Path], dict[st
     if PIPELINE in top:
         parts = sorted({name.split("/")[0] for name in files if "/" in name and name.endswith(SUFFIX)})
         raise CheckpointError(
-            f"{root}: expected the folder of one model, got a pipeline of {_listed(parts) or 'none here'} "
+            f"{root}: expected the folder of one model, got a pipeline of {shown_names(parts) or 'none here'} "
             f"({PIPELINE} tells); name one of its folders, such as {root / (parts or ['unet'])[0]}"
         )
     index = _choose_index(root, top)
-    names = _named_by(root / index, files) if index is not None else _choose_shards(root, top)
+    if index is not None:
+        names = sorted(set(read_index(root / index)["weight_map"].values()))
+    else:
+        names = _choose_shards(root, top)
     if not names:
         raise CheckpointError(_without_weights(root, files))
+    missing = next((name for name in names if name not in files), None)
+    if missing is not None:
+        raise CheckpointError(f"{root}: expected {len(names)} shards, got none called {missing!r}; download it")
     shards, others, left_out = {name: files[name] for name in names}, {}, {}
     for name, path in files.items():
         if name in shards:
@@ -148,31 +153,24 @@ def _choose_index(root: Path, top: Iterable[str]) -> str | None:
     main = [name for name in indices if name.removesuffix(INDEX_SUFFIX) in MAIN]
     chosen = main if len(main) == 1 else indices
     if len(chosen) > 1:
-        raise CheckpointError(f"{root}: expected one index, got {_listed(chosen)}; name the folder of one model")
+        raise CheckpointError(f"{root}: expected one index, got {shown_names(chosen)}; name the folder of one model")
     return chosen[0] if chosen else None
 
 
-def _named_by(index: Path, files: Mapping[str, Path]) -> list[str]:
-    names = sorted(set(read_index(index)["weight_map"].values()))
-    for name in names:
-        if name not in files:
-            raise CheckpointError(f"{index}: names the shard {name!r}, which is not there; download it")
-    return names
-
-
 def _choose_shards(root: Path, top: Iterable[str]) -> list[str]:
-    """Return the files of the model, by their names alone."""
+    """Return the files of the model, by their names alone; some of a set may be missing."""
     found = sorted(name for name in top if name.endswith(SUFFIX))
     found = [name for name in found if _kind_of(name, ()) not in SIDECARS] or found
     main = [name for name in found if name.removesuffix(SUFFIX) in MAIN]
     if main:
         return main
-    sets: dict[tuple[str, int], list[str]] = defaultdict(list)
-    for name in found:
-        if match := NUMBERED.fullmatch(name):
-            sets[match["stem"], int(match["total"])].append(name)
-    if sets:
-        return _whole_set(root, sets)
+    sets = {(match["stem"], int(match["total"])) for match in map(NUMBERED.fullmatch, found) if match}
+    sets = {one for one in sets if one[0] in MAIN} or sets
+    if len(sets) > 1:
+        stems = [f"{stem}-*-of-{total:05}{SUFFIX}" for stem, total in sorted(sets)]
+        raise CheckpointError(f"{root}: expected one set of shards, got {shown_names(stems)}; leave one in the folder")
+    for stem, total in sets:
+        return [f"{stem}-{number:05}-of-{total:05}{SUFFIX}" for number in range(1, total + 1)]
     # Copies of the model in another precision, such as weights.fp16.safetensors, or in the layout of another library.
     variants = {
         name for name in found for short in [f"{name.split('.')[0]}{SUFFIX}"] if short != name and short in found
@@ -182,30 +180,11 @@ def _choose_shards(root: Path, top: Iterable[str]) -> list[str]:
     return [name for name in rest if name not in originals] or rest
 
 
-def _whole_set(root: Path, sets: Mapping[tuple[str, int], list[str]]) -> list[str]:
-    chosen = [key for key in sets if key[0] in MAIN] or list(sets)
-    if len(chosen) > 1:
-        stems = [f"{stem}-*-of-{total:05}{SUFFIX}" for stem, total in chosen]
-        raise CheckpointError(f"{root}: expected one set of shards, got {_listed(stems)}; leave one in the folder")
-    (stem, total), names = chosen[0], sets[chosen[0]]
-    for number in range(1, total + 1):
-        name = f"{stem}-{number:05}-of-{total:05}{SUFFIX}"
-        if name not in names:
-            raise CheckpointError(f"{root}: expected {total} shards, got none called {name!r}; download it")
-    return names
-
-
 def _without_weights(root: Path, files: Iterable[str]) -> str:
     below = sorted({name.rpartition("/")[0] for name in files if name.endswith(SUFFIX)})
     if below:
-        return (
-            f"{root}: expected {SUFFIX} files at its top level, got some in {_listed(below)} only; name such a folder"
-        )
+        found = f"got some in {shown_names(below)} only"
+        return f"{root}: expected {SUFFIX} files at its top level, {found}; name such a folder"
     others = sorted(name for name in files if _kind_of(name, ()) == "other weights")
-    found = f"got only {_listed(others)}" if others else "got none"
+    found = f"got only {shown_names(others)}" if others else "got none"
     return f"{root}: expected a folder with {SUFFIX} files, {found}; convert other formats first"
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - MOST_LISTED} more" if len(names) > MOST_LISTED else ""
-    return ", ".join(map(repr, names[:MOST_LISTED])) + more

@@ -13,8 +13,8 @@ from typing import Any, Literal
 import torch
 
 from gmp_kernels.backends.keys import key_of, keys_of, largest_key, magnitude_of
-from gmp_kernels.checkpoints.files import DTYPES, Checkpoint, FileShard, TensorInfo, open_checkpoint
-from gmp_kernels.checkpoints.masks import MASK_SUFFIX, shapes_in
+from gmp_kernels.checkpoints.files import DTYPES, Checkpoint, TensorInfo, open_checkpoint
+from gmp_kernels.checkpoints.masks import masks_in
 from gmp_kernels.checkpoints.stream import Stream, opened
 from gmp_kernels.checkpoints.targets import TensorIndex
 from gmp_kernels.masks import BitMask
@@ -129,7 +129,7 @@ def inspect_checkpoint(
     done, found = 0, []
     with Stream(PIECE_BYTES, NUM_BUFFERS) as stream:
         for shard in checkpoint.shards:
-            packed = _packed_masks(shard)
+            packed = masks_in(shard.metadata) or {}
             with opened(shard.path) as source:
                 for tensor in shard.tensors:
                     if tensor.name in chosen:
@@ -156,19 +156,6 @@ def total_of(found: Sequence[TensorStatistics]) -> TensorStatistics:
     return total
 
 
-def _packed_masks(shard: FileShard) -> dict[str, tuple[int, ...]]:
-    """Return {name of a packed mask: shape of its weight} from the metadata of a file."""
-    try:
-        shapes = shapes_in(shard.metadata)
-    except (KeyError, TypeError, ValueError, RecursionError):
-        return {}
-    return {
-        name + MASK_SUFFIX: tuple(shape)
-        for name, shape in shapes.items()
-        if isinstance(shape, list) and all(type(size) is int and size >= 0 for size in shape)
-    }
-
-
 def _new_statistics(
     tensor: TensorInfo, shapes: Mapping[str, Sequence[int]], packed: Mapping[str, tuple[int, ...]]
 ) -> TensorStatistics:
@@ -188,10 +175,10 @@ def _count(total: TensorStatistics, stream: Stream, source: FileIO, tensor: Tens
         total.num_zeros = max(0, total.numel - kept)
     elif tensor.dtype in FLOATS:
         total.num_zeros = total.num_nan = total.num_inf = 0
-        for piece in stream.weights(source, tensor, FLOATS[tensor.dtype]):
+        for piece in stream.pieces(source, tensor.span, FLOATS[tensor.dtype]):
             _add(total, piece.data if tensor.dtype in DTYPES else piece.data.float(), histogram=histogram)
     elif tensor.dtype in INTEGERS:
-        pieces = stream.weights(source, tensor, INTEGERS[tensor.dtype])
+        pieces = stream.pieces(source, tensor.span, INTEGERS[tensor.dtype])
         total.num_zeros = tensor.numel - sum(int(piece.data.count_nonzero()) for piece in pieces)
 
 

@@ -6,7 +6,6 @@ import json
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -14,7 +13,7 @@ from gmp_kernels.checkpoints.folders import SUFFIX
 from gmp_kernels.errors import CheckpointError
 from gmp_kernels.masks import BitMask
 
-__all__ = ["MASK_SUFFIX", "is_file_of_masks", "mask_metadata", "read_masks", "shapes_in"]
+__all__ = ["MASK_SUFFIX", "is_file_of_masks", "mask_metadata", "masks_in", "read_masks"]
 
 MASK_SUFFIX = ".mask"
 
@@ -30,26 +29,24 @@ def mask_metadata(shapes: Mapping[str, Sequence[int]]) -> dict[str, str]:
     return {"masks": json.dumps(description)}
 
 
-def shapes_in(metadata: Mapping[str, str] | None) -> dict[str, Any]:
-    """Return {name of the weight: its shape, unchecked} as ``mask_metadata`` wrote it.
-
-    Raises
-    ------
-    ValueError, KeyError, TypeError, RecursionError
-        ``mask_metadata`` did not write this metadata.
-    """
-    shapes = json.loads((metadata or {})["masks"])["shapes"]
-    if not isinstance(shapes, dict):
-        raise TypeError("its masks have no shapes by name")
-    return shapes
+def masks_in(metadata: Mapping[str, str] | None) -> dict[str, tuple[int, ...]] | None:
+    """Return {name of a packed mask: shape of its weight}; None if ``mask_metadata`` did not write this metadata."""
+    try:
+        shapes = json.loads((metadata or {})["masks"])["shapes"]
+        masks = {name + MASK_SUFFIX: tuple(shape) for name, shape in shapes.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+    are_sizes = all(type(size) is int and size >= 0 for shape in masks.values() for size in shape)
+    return masks if are_sizes else None
 
 
 def is_file_of_masks(path: Path) -> bool:
     """Whether a file, by its header, holds such masks and nothing else."""
     try:
         with safe_open(path, "numpy") as stored:
-            return {f"{name}{MASK_SUFFIX}" for name in shapes_in(stored.metadata())} == set(stored.keys())
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError):
+            masks = masks_in(stored.metadata())
+            return masks is not None and masks.keys() == set(stored.keys())
+    except (SafetensorError, OSError):
         return False
 
 
@@ -78,9 +75,11 @@ def read_masks(path: str | PathLike[str]) -> dict[str, BitMask]:
     for file in files:
         try:
             with safe_open(file, "pt") as stored:
-                for name, shape in shapes_in(stored.metadata()).items():
-                    masks[name] = BitMask(stored.get_tensor(f"{name}{MASK_SUFFIX}"), shape)
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+                if (found := masks_in(stored.metadata())) is None:
+                    raise ValueError("it describes no masks")
+                for name, shape in found.items():
+                    masks[name.removesuffix(MASK_SUFFIX)] = BitMask(stored.get_tensor(name), shape)
+        except (SafetensorError, OSError, ValueError, TypeError) as error:
             raise CheckpointError(
                 f"{file}: expected masks that 'gmp-kernels prune --masks' wrote, got something else ({error!r}); give "
                 "the path of its masks, or of the folder that holds them"

@@ -13,9 +13,8 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-
-from gmp_kernels.errors import OutputError
+from gmp_kernels.checkpoints.files import open_checkpoint
+from gmp_kernels.errors import CheckpointError, OutputError
 
 __all__ = ["check_named", "check_target", "keep_folder_permissions", "keep_permissions", "rename_new", "rename_over"]
 
@@ -44,7 +43,11 @@ def check_target(target: Path, inputs: Sequence[Path], *, root: Path, force: boo
     OutputError
     """
     try:
-        _check_place(target, inputs, root)
+        place = target.resolve()
+        if not place.parent.is_dir():
+            raise OutputError(f"{target}: expected its folder to be there, got none; create {target.parent}")
+        if place.is_relative_to(root.resolve()) or any(p.resolve().is_relative_to(place) for p in (root, *inputs)):
+            raise OutputError(f"{target}: expected an output apart from the input {root}, got one in or above it")
         if os.path.lexists(target):
             _check_replaced(target, is_folder=root.is_dir(), force=force)
     except OutputError:
@@ -111,14 +114,6 @@ def rename_over(source: Path, target: Path) -> None:
         shutil.rmtree(old)
 
 
-def _check_place(target: Path, inputs: Sequence[Path], root: Path) -> None:
-    place = target.resolve()
-    if not place.parent.is_dir():
-        raise OutputError(f"{target}: expected its folder to be there, got none; create {target.parent}")
-    if place.is_relative_to(root.resolve()) or any(path.resolve().is_relative_to(place) for path in (root, *inputs)):
-        raise OutputError(f"{target}: expected an output apart from the input {root}, got one in or above it")
-
-
 def _check_replaced(target: Path, *, is_folder: bool, force: bool) -> None:
     if not force:
         raise OutputError(f"{target}: expected a new output, got one that is there; replace it with --force")
@@ -130,16 +125,13 @@ def _check_replaced(target: Path, *, is_folder: bool, force: bool) -> None:
         )
     if is_folder and any(target.iterdir()) and not any(path.is_file() for path in target.glob("*.safetensors")):
         raise OutputError(f"{target}: expected a checkpoint to replace, got a folder without any; remove it yourself")
-    if not is_folder and target.stat().st_size and not _is_safetensors(target):
-        raise OutputError(f"{target}: expected a checkpoint to replace, got another file; remove it yourself")
-
-
-def _is_safetensors(path: Path) -> bool:
-    try:
-        with safe_open(path, "numpy"):
-            return True
-    except (SafetensorError, OSError):
-        return False
+    if not is_folder and target.stat().st_size:
+        try:
+            open_checkpoint(target)
+        except CheckpointError:
+            raise OutputError(
+                f"{target}: expected a checkpoint to replace, got another file; remove it yourself"
+            ) from None
 
 
 def _rename(source: Path, target: Path, flags: int) -> bool:

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from gmp_kernels.backends.types import Threshold
 from gmp_kernels.checkpoints.counting import Decision, decide
 from gmp_kernels.checkpoints.files import FileShard, open_checkpoint
 from gmp_kernels.checkpoints.masks import is_file_of_masks
@@ -216,9 +215,9 @@ class PruneJob:
             # All ranks look before any can finish another shard, because they must divide the same ones.
             owned = _divide(self.checkpoint.shards, ranks, ranks.together(staging.finished))
             with _stream(max_memory, self._dtype, self._scope) as stream:
-                advance = self._advance(stream.num_bytes, owned, staging, progress)
-                targets = self._decide(stream, owned, staging, ranks, advance)
-                ranks.together(lambda: self._write(stream, owned, targets, staging, ranks, advance))
+                stream.advance = self._advance(stream.num_bytes, owned, staging, progress)
+                targets = self._decide(stream, owned, staging, ranks)
+                ranks.together(lambda: self._write(stream, owned, targets, staging, ranks))
             records = ranks.together(staging.finished)
             ranks.together(lambda: self._conclude(staging) if ranks.rank == 0 else None)
         layers = tuple(LayerReport(**row) for shard in sorted(records) for row in records[shard])
@@ -271,22 +270,17 @@ class PruneJob:
         return advance
 
     def _decide(
-        self,
-        stream: Stream,
-        owned: Mapping[int, FileShard],
-        staging: Staging,
-        ranks: Communicator,
-        progress: Callable[[int], None],
+        self, stream: Stream, owned: Mapping[int, FileShard], staging: Staging, ranks: Communicator
     ) -> dict[str, int | Decision]:
         """Return {name: how many weights to prune or, in global scope, which}, counted or noted by the resumed run."""
         pruned: Sequence[int | Decision]
         if self._scope == "layer":
             pruned = self.num_prune()
         elif (noted := staging.noted("decisions")) is not None:
-            pruned = [Decision(key, Threshold(*threshold), *ties) for key, threshold, *ties in noted]
+            pruned = [Decision(*one) for one in noted]
         else:
             mine = {shard.path for shard in owned.values()}
-            found = decide(dict(enumerate(self.tensors)), stream, self.num_prune()[0], mine, ranks, progress)
+            found = decide(dict(enumerate(self.tensors)), stream, self.num_prune()[0], mine, ranks)
             pruned = list(found.values())
             if ranks.rank == 0:
                 staging.note("decisions", pruned)
@@ -299,7 +293,6 @@ class PruneJob:
         targets: Mapping[str, int | Decision],
         staging: Staging,
         ranks: Communicator,
-        progress: Callable[[int], None],
     ) -> None:
         """Write this rank's shards and, on the first rank, the other files of the output."""
         if staging.noted(PLACED) is not None:
@@ -308,7 +301,7 @@ class PruneJob:
             for i, shard in owned.items():
                 masks = staging.files / MASKS / shard.name if self._masks else None
                 path = staging.files / shard.name
-                reports = write_shard(shard, targets, stream, path, masks, self._dtype, progress)
+                reports = write_shard(shard, targets, stream, path, masks, self._dtype)
                 staging.finish(i, [asdict(report) for report in reports])
             if ranks.rank == 0:
                 # Masks in the input, from an earlier run, do not replace our own.

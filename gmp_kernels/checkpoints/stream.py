@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from io import FileIO
 from pathlib import Path
@@ -17,7 +17,6 @@ from typing import NamedTuple, Self
 
 import torch
 
-from gmp_kernels.checkpoints.files import TensorInfo
 from gmp_kernels.checkpoints.outputs import keep_permissions
 from gmp_kernels.errors import CheckpointError
 
@@ -106,7 +105,11 @@ class Stream:
         Size of all buffers together.
     room : torch.Tensor
         uint8, aligned. It holds candidates between the rounds of counting, so that files are nearly always read once.
+    advance : callable
+        Called with the number of bytes whenever some are done; does nothing unless another is assigned.
     """
+
+    advance: Callable[[int], None] = staticmethod(lambda num_bytes: None)
 
     def __init__(self, piece_bytes: int, num_buffers: int, room_bytes: int = 0) -> None:
         self.num_bytes = num_buffers * piece_bytes
@@ -153,8 +156,10 @@ class Stream:
             wait([*self._writes, self._sync])
             os.close(descriptor)
 
-    def pieces(self, source: FileIO, span: range, following: range = range(0)) -> Iterator[Piece]:
-        """Read a range of a file; yield each piece, of uint8.
+    def pieces(
+        self, source: FileIO, span: range, dtype: torch.dtype = torch.uint8, following: range = range(0)
+    ) -> Iterator[Piece]:
+        """Read a range of a file; yield each piece, of this dtype.
 
         A piece may be changed and written until the next one is requested. If the range is at most ``num_bytes`` long,
         all its pieces may be, until the next range is requested. ``following`` is that next range, which is read ahead
@@ -165,16 +170,10 @@ class Stream:
         num_buffers, num_pieces = len(self._buffers), -(-len(span) // self._piece_bytes)
         for i in range(num_pieces):
             self._begin_reads(reads, source, span, i + num_buffers)
-            yield reads[i].result()
+            begin, data, buffer = reads[i].result()
+            yield Piece(begin // dtype.itemsize, data.view(dtype), buffer)
         ahead = self._ahead[source, following] = []
         self._begin_reads(ahead, source, following, max(0, num_buffers - num_pieces))
-
-    def weights(
-        self, source: FileIO, tensor: TensorInfo, dtype: torch.dtype, following: TensorInfo | None = None
-    ) -> Iterator[Piece]:
-        """Read a tensor; yield pieces of it, flat, each with the flat index of its first element."""
-        for begin, data, buffer in self.pieces(source, tensor.span, following.span if following else range(0)):
-            yield Piece(begin // dtype.itemsize, data.view(dtype), buffer)
 
     def write(self, descriptor: int, tensor: torch.Tensor, offset: int, buffer: int) -> None:
         """Write the bytes of ``tensor`` at ``offset``, in the background; a later call raises its error.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
@@ -37,22 +37,22 @@ def write_shard(
     path: Path,
     masks: Path | None,
     dtype: torch.dtype | None,
-    progress: Callable[[int], None],
 ) -> list[LayerReport]:
     """Write a shard to ``path`` and its packed masks to ``masks``, through to the disk; report on its targets.
 
     Floating-point tensors get ``dtype``, or keep their own if it is None. ``targets`` says, by name and in order, how
-    many weights to prune of each target of the checkpoint, or which. ``progress`` is called with the bytes done.
+    many weights to prune of each target of the checkpoint, or which.
 
     Raises
     ------
     CheckpointError, NonFiniteError, DTypeError, OSError
     """
     reports: list[LayerReport] = []
+    implementation = choose(None, torch.device("cpu"))
     positions = {name: i for i, name in enumerate(targets)}
     masked = [tensor for tensor in shard.tensors if tensor.name in targets]
     # The next target is read ahead, unless it has to be counted first.
-    following = {t.name: after for t, after in pairwise(masked) if after.nbytes <= stream.num_bytes}
+    following = {t.name: after.span for t, after in pairwise(masked) if after.nbytes <= stream.num_bytes}
     with contextlib.ExitStack() as stack:
         source = stack.enter_context(opened(shard.path))
         output = stack.enter_context(stream.created(path, source))
@@ -68,19 +68,27 @@ def write_shard(
         for tensor in shard.tensors:
             name, begin = tensor.name, begins[tensor.name]
             if name in targets:
-                pieces = stream.weights(source, tensor, DTYPES[tensor.dtype], following.get(name))
-                cut = _cut(pieces, tensor, positions[name], targets[name], stream, progress)
-                for piece, packed in _pruned(cut, tensor, reports):
+                weights = DTYPES[tensor.dtype]
+                pieces = stream.pieces(source, tensor.span, weights, following.get(name, range(0)))
+                num_pruned = 0
+                for piece, cutoffs in _cut(pieces, tensor, positions[name], targets[name], stream):
+                    packed = torch.empty(-(-len(piece.data) // 8), dtype=torch.uint8, device="cpu")
+                    counts = implementation.prune([Layer(piece.data, None)], Selection(cutoffs), [packed])
+                    assert counts is not None
+                    num_pruned += counts.num_pruned[0]
+                    key, num_ties = cutoffs.keys[0], cutoffs.num_ties[0]
                     _write(stream, tensor, piece, output, begin, dtype)
                     if masks is not None:
                         place = bit_begins[name + MASK_SUFFIX] + piece.begin // 8
                         stream.write(bits, packed, place, piece.buffer)
+                threshold = magnitude_of(key, weights)
+                reports.append(LayerReport(name, threshold, tensor.numel, num_pruned, num_pruned, num_ties))
             elif _converted(tensor, dtype).dtype != tensor.dtype:
-                for piece in stream.weights(source, tensor, DTYPES[tensor.dtype]):
+                for piece in stream.pieces(source, tensor.span, DTYPES[tensor.dtype]):
                     _write(stream, tensor, piece, output, begin, dtype)
             else:
                 stream.copy(source, tensor.begin, tensor.nbytes, output, begin)
-            progress(tensor.nbytes)
+            stream.advance(tensor.nbytes)
     return reports
 
 
@@ -109,30 +117,8 @@ def copy_others(
                 stream.copy(source, 0, os.fstat(source.fileno()).st_size, output, 0)
 
 
-def _pruned(
-    cut: Iterable[tuple[Piece, Cutoffs]], tensor: TensorInfo, reports: list[LayerReport]
-) -> Iterator[tuple[Piece, torch.Tensor]]:
-    """Yield the pruned pieces of a target, in order, each with its packed mask; at the end add a report on it."""
-    implementation = choose(None, torch.device("cpu"))
-    num_pruned = key = num_ties = 0
-    for piece, cutoffs in cut:
-        packed = torch.empty(-(-len(piece.data) // 8), dtype=torch.uint8, device="cpu")
-        counts = implementation.prune([Layer(piece.data, None)], Selection(cutoffs), [packed])
-        assert counts is not None
-        num_pruned += counts.num_pruned[0]
-        key, num_ties = cutoffs.keys[0], cutoffs.num_ties[0]
-        yield piece, packed
-    threshold = magnitude_of(key, DTYPES[tensor.dtype])
-    reports.append(LayerReport(tensor.name, threshold, tensor.numel, num_pruned, num_pruned, num_ties))
-
-
 def _cut(
-    pieces: Iterable[Piece],
-    tensor: TensorInfo,
-    position: int,
-    pruned: int | Decision,
-    stream: Stream,
-    progress: Callable[[int], None],
+    pieces: Iterable[Piece], tensor: TensorInfo, position: int, pruned: int | Decision, stream: Stream
 ) -> Iterator[tuple[Piece, Cutoffs]]:
     """Yield the pieces of a target, in order, each with its cutoffs."""
     implementation = choose(None, stream.room.device)
@@ -146,18 +132,14 @@ def _cut(
             yield piece, Cutoffs.of([tuple(column[i] for column in found)])
         return
     if isinstance(pruned, int):
-        pruned = decide({position: tensor}, stream, pruned, {tensor.path}, ALONE, progress)[position]
-    key, (_, below, ties, kept), ties_left, kept_left = pruned
+        pruned = decide({position: tensor}, stream, pruned, {tensor.path}, ALONE)[position]
+    key, below, ties, kept, ties_left, kept_left = pruned
     for piece in pieces:
         layer, n = Layer(piece.data, None), len(piece.data)
-        if not ties or kept_left == ties_left:
-            tie_index = n
-        elif not kept_left:
-            tie_index = 0
-        else:
+        tie_index = 0 if ties_left and not kept_left else n
+        if 0 < kept_left < ties_left:
             at_key = Brackets.of([key], [key])
             below_here, ties_here = (int(column[0]) for column in implementation.count([layer], at_key, 1)[:2])
-            tie_index = n
             if kept_left < ties_here:
                 # Within the piece, pruning this many weights has the same key as its threshold.
                 own = select_with(implementation)([layer], [below_here + ties_here - kept_left], [1], at_key)

@@ -29,15 +29,12 @@ def is_sharded(tensor: torch.Tensor) -> bool:
     return type(tensor) not in _PLAIN and hasattr(tensor, "to_local")
 
 
-@torch.no_grad()
-def _held(tensor: torch.Tensor) -> torch.Tensor:
-    held: torch.Tensor = tensor.to_local()  # type: ignore[attr-defined]
-    return held
-
-
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """Return the part of a ``DTensor`` that this process holds, sharing its memory; other tensors as they are."""
-    return _held(tensor) if is_sharded(tensor) else tensor
+    if is_sharded(tensor):
+        with torch.no_grad():
+            tensor = tensor.to_local()  # type: ignore[attr-defined]
+    return tensor
 
 
 def local_grad(parameter: torch.Tensor) -> torch.Tensor:

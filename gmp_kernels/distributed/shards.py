@@ -153,7 +153,7 @@ class Shards:
                 group_sizes = [len(checked)] if is_global else [1] * len(checked)
                 near = brackets_near(hints, num_prune, sizes, dtypes)
                 found = select_with(implementation)(checked, num_prune, group_sizes, near, prunes=True).cutoffs
-            thresholds, chosen = thresholds_of(found, dtypes) if checked and failure is None else [], found
+            thresholds, chosen = thresholds_of(found, dtypes) if failure is None else [], found
             facts["thresholds"] = [(*t, index) for t, index in zip(thresholds, found.tie_indices, strict=True)]
             self._begin(facts, failure, names, found.nonfinite if nonfinite == "error" else [], None)
         else:

@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import TypeVar
-
-import torch
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-__all__ = ["named_buffers", "named_modules", "named_parameters", "plain_name"]
-
-_T = TypeVar("_T")
+__all__ = ["named_modules", "named_parameters", "plain_name"]
 
 # Attributes in which torch.compile, activation checkpointing, Lightning's Fabric and FullyShardedDataParallel hold a
 # module. No other code uses these names.
@@ -29,8 +23,9 @@ def plain_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in WRAPPED)
 
 
-def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield every module under every name it has, as if nothing were wrapped; a wrapper comes before what it wraps."""
+def named_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Return every module under every name it has, as if nothing were wrapped."""
+    modules = {}
     inside: set[str] = set()  # names of what data parallel wrappers hold, as the model has them
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, PARALLEL):
@@ -39,23 +34,16 @@ def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             parts = name.split(".")
             prefixes = (".".join(parts[: i + 1]) for i in range(len(parts)))
             name = ".".join(part for part, prefix in zip(parts, prefixes, strict=True) if prefix not in inside)
-        yield plain_name(name), module
+        modules[plain_name(name)] = module  # a wrapper comes before what it wraps, which replaces it
+    return modules
 
 
-def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return every parameter under every name it has, as if nothing were wrapped."""
-    return _named_members(model, lambda module: module._parameters)
-
-
-def named_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return every buffer under every name it has, as if nothing were wrapped."""
-    return _named_members(model, lambda module: module._buffers)
-
-
-def _named_members(model: nn.Module, members: Callable[[nn.Module], Mapping[str, _T | None]]) -> dict[str, _T]:
+def named_parameters(model: nn.Module, *, buffers: bool = False) -> dict[str, nn.Parameter]:
+    """Return every parameter, and buffer if asked for, under every name it has, as if nothing were wrapped."""
     return {
         f"{path}.{key}" if path else key: member
-        for path, module in named_modules(model)
-        for key, member in members(module).items()
+        for path, module in named_modules(model).items()
+        for kind in (["_parameters", "_buffers"] if buffers else ["_parameters"])
+        for key, member in getattr(module, kind).items()
         if member is not None
     }

@@ -17,6 +17,7 @@ __all__ = [
     "COMPLEX",
     "DEFAULT_RULE",
     "EMBEDDING",
+    "EMPTY",
     "HEAD",
     "NO_WEIGHTS",
     "PARAMETRIZATION",
@@ -38,6 +39,7 @@ HEAD = "output head"
 ADAPTER = "low-rank adapter"
 SMALL = "norm, bias, scale or constant"
 PARAMETRIZATION = "part of a parametrization"
+EMPTY = "empty"
 COMPLEX = "complex"
 QUANTIZED = "quantized"
 NO_WEIGHTS = "index or mask"

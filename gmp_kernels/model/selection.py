@@ -5,28 +5,29 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import re
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import ClassVar, Generic, TypeVar
+from typing import ClassVar, TypeAlias
 
-from gmp_kernels.errors import TargetError
+from torch import nn
+
+from gmp_kernels.errors import DTypeError, ShapeError, TargetError
 from gmp_kernels.model.coverage import IGNORED, NOT_A_TARGET, Coverage, CoveredTensor
-from gmp_kernels.model.roles import SMALL
+from gmp_kernels.model.roles import COMPLEX, EMPTY, NO_WEIGHTS, QUANTIZED, SMALL
 
-__all__ = ["TargetIndex", "shown_entry"]
+__all__ = ["Entry", "TargetIndex", "shown_entry"]
 
-E = TypeVar("E")
+Entry: TypeAlias = str | type[nn.Module]
 
 
-class TargetIndex(ABC, Generic[E]):
+class TargetIndex:
     """All names that reach tensors of a model or checkpoint, and the reasons against pruning them.
 
     Parameters
     ----------
-    covered : sequence of tuple of CoveredTensor and str or None
-        The tensors in the order of the model or checkpoint, as the default targets cover them. Each comes with its
-        obstacle: the reason, other than its role, why only an exact name reaches it, or nothing does.
+    covered : sequence of (CoveredTensor, obstacle, refusal)
+        The tensors in the order of the model or checkpoint, as the default targets cover them. The obstacle is the
+        reason, other than its role, why only an exact name reaches a tensor, and the refusal why nothing does, or None.
     effective : mapping of str to str
         {name of a tensor: name of the weight that is computed from it}; the same name if none is.
     """
@@ -34,12 +35,15 @@ class TargetIndex(ABC, Generic[E]):
     WORDS: ClassVar[str]  # the entries that it knows, for errors
     NOUN: ClassVar[str]  # its tensors, for errors
 
-    def __init__(self, covered: Sequence[tuple[CoveredTensor, str | None]], effective: Mapping[str, str]) -> None:
-        self._covered = {tensor.name: tensor for tensor, _ in covered}
-        self._obstacles = {tensor.name: obstacle for tensor, obstacle in covered}
+    def __init__(
+        self, covered: Sequence[tuple[CoveredTensor, str | None, str | None]], effective: Mapping[str, str]
+    ) -> None:
+        self._covered = {tensor.name: tensor for tensor, _, _ in covered}
+        self._obstacles = {tensor.name: obstacle for tensor, obstacle, _ in covered}
+        self._refusals = {tensor.name: refusal for tensor, _, refusal in covered}
         self._effective = effective
 
-    def find(self, what: str, entry: E) -> list[str]:
+    def find(self, what: str, entry: Entry) -> list[str]:
         """Return the names ``entry`` reaches; raise TargetError calling it an entry of ``what`` if there are none."""
         reached = self._reached_by(what, entry)
         if not reached:
@@ -48,7 +52,7 @@ class TargetIndex(ABC, Generic[E]):
             )
         return reached
 
-    def choose(self, targets: Sequence[E] | None, ignore: Sequence[E] | None) -> tuple[list[str], Coverage]:
+    def choose(self, targets: Sequence[Entry] | None, ignore: Sequence[Entry] | None) -> tuple[list[str], Coverage]:
         """Return the names of tensors that ``targets`` reach and ``ignore`` does not, in order, and the coverage.
 
         ``targets=None`` means ``gmp_kernels.model.roles.DEFAULT_RULE``. In ``targets``, all but exact names leave out
@@ -58,19 +62,25 @@ class TargetIndex(ABC, Generic[E]):
         ------
         TargetError
             An entry reaches nothing that can be pruned, or nothing is left.
+        TargetError, DTypeError, ShapeError
+            A target named exactly, or the largest matrix where none can be pruned: a weight is computed from it, it has
+            a dtype without a magnitude order, such as float8, or it is empty.
         """
         meant: set[str] = set()
         reached = {name for name, tensor in self._covered.items() if targets is None and not tensor.reason}
         for entry in targets or ():
             found = self.find("targets", entry)
             meant.update(found)
-            if self._is_exact(entry):
-                reached.update(self._named(found))
+            if entry in self._effective or entry in self._effective.values():
+                # The name of a computed weight means the tensor that decides its zeros.
+                name = min(found, key=lambda n: (self._refusals[n] is not None, self._covered[n].reason == SMALL))
+                self._refuse(name)
+                reached.add(name)
             elif free := [name for name in found if self._is_free(name)]:
                 reached.update(free)
             else:
                 raise TargetError(f"targets: expected {self._reason_against(entry, found)}")
-        ignored: dict[str, E] = {}
+        ignored: dict[str, Entry] = {}
         for entry in ignore or ():
             ignored = dict.fromkeys(self.find("ignore", entry), entry) | ignored
         chosen, left_out = list[CoveredTensor](), list[CoveredTensor]()
@@ -93,7 +103,7 @@ class TargetIndex(ABC, Generic[E]):
         """Whether a module or a pattern in ``targets`` takes a tensor."""
         return self._covered[name].reason != SMALL and self._obstacles[name] is None
 
-    def _reached_by(self, what: str, entry: E) -> list[str]:
+    def _reached_by(self, what: str, entry: Entry) -> list[str]:
         """Return the names that an entry means.
 
         They are those of one tensor, of all below a module, or of all that a pattern matches. An entry that is a name
@@ -116,31 +126,72 @@ class TargetIndex(ABC, Generic[E]):
         pattern = _compile(what, entry)
         return [n for n, weight in names.items() if _matches(n, pattern) or (weight != n and _matches(weight, pattern))]
 
-    def _is_exact(self, entry: E) -> bool:
-        """Whether an entry is the name of one tensor."""
-        return entry in self._covered
+    def _refuse(self, name: str) -> None:
+        """Raise for a tensor that is named exactly and cannot be pruned."""
+        tensor, reason = self._covered[name], self._refusals[name]
+        if reason == COMPLEX:
+            raise DTypeError(
+                f"targets: expected real weights, got '{name}' of {tensor.dtype}; leave it out, or hold its real and "
+                f"imaginary parts as two {self.NOUN}s, which are ranked as any others"
+            )
+        if reason in (QUANTIZED, NO_WEIGHTS):
+            raise DTypeError(
+                f"targets: expected float32, float64, bfloat16 or float16, got '{name}' of {tensor.dtype}; prune "
+                "before quantizing, or leave it out"
+            )
+        if reason == EMPTY:
+            raise ShapeError(f"targets: expected weights in '{name}', got shape {tensor.shape}; leave it out")
+        if reason is not None:
+            raise TargetError(
+                f"targets: expected {self.NOUN}s whose zeros are zeros of the weight, got '{name}', which is {reason}; "
+                "leave it out, or remove the parametrization first"
+            )
 
-    @abstractmethod
-    def _named(self, reached: list[str]) -> list[str]:
-        """Return the tensors that an exact name stands for, of those it reaches; refuse any that cannot be pruned."""
-
-    def _near(self, what: str, entry: E) -> str:
+    def _near(self, what: str, entry: Entry) -> str:
         """Suggest names for an entry that reaches nothing."""
-        names = [name for name in self._covered if what != "targets" or self._is_free(name)]
-        near = difflib.get_close_matches(str(entry).removeprefix("re:"), names, n=3, cutoff=0.5) or names[:3]
-        return f"there are e.g. {', '.join(map(repr, near))}"
+        # Names that would be refused are not suggested.
+        names = self._free() if what == "targets" else list(self._effective)
+        paths = {".".join(parts[:depth]) for parts in (n.split(".") for n in names) for depth in range(1, len(parts))}
+        called = [self._effective[name] for name in names]
+        near = difflib.get_close_matches(str(entry).removeprefix("re:"), [*called, *sorted(paths)], n=3, cutoff=0.5)
+        return "did you mean " + " or ".join(f"'{name}'" for name in near) if near else self._examples()
 
-    def _reason_against(self, entry: E, reached: Sequence[str]) -> str:
+    def _reason_against(self, entry: Entry, reached: Sequence[str]) -> str:
         """Say what was expected of a target, and why nothing it reaches can be pruned."""
-        largest = max((self._covered[name] for name in reached), key=lambda tensor: tensor.num_weights)
+        shown, weights = shown_entry(entry), [name for name in reached if self._covered[name].reason != SMALL]
+        if weights:
+            name = weights[0]
+            return (
+                f"{self.NOUN}s that can be pruned, got {shown}, which matches none; '{name}' of dtype "
+                f"{self._covered[name].dtype} is {self._obstacles[name]}; {self._examples()}"
+            )
+        named = [name for name in reached if self._obstacles[name] is None]
+        advice = f"name those exactly if you mean them, such as '{named[0]}'" if named else self._examples()
         return (
-            f"floating-point weights of two or more dimensions, got {entry!r}, which matches only others; "
-            f"'{largest.name}' of dtype {largest.dtype}, for one, is {self._obstacles[largest.name] or largest.reason}"
+            f"{self.NOUN}s of two or more dimensions, got {shown}, which matches only biases, norms or scales; {advice}"
         )
 
-    @abstractmethod
+    def _free(self) -> list[str]:
+        return [name for name in self._covered if self._is_free(name)]
+
+    def _examples(self) -> str:
+        examples = ", ".join(f"'{self._effective[name]}'" for name in self._free()[:3])
+        return f"name e.g. {examples}" if examples else "there is nothing that can be pruned"
+
     def _advice(self, coverage: Coverage) -> str:
         """Say what to do where nothing is left to prune."""
+        if (largest := coverage.largest_left_out(1)) and not any(t.can_be_target for t in coverage.left_out):
+            self._refuse(largest[0].name)
+        ignored = [tensor for tensor in coverage.left_out if tensor.reason.startswith(IGNORED)]
+        others = [tensor for tensor in coverage.left_out if tensor.can_be_target and tensor not in ignored]
+        if ignored:
+            return f"'{ignored[0].name}' is {ignored[0].reason}, for one: drop that entry of ignore="
+        if others:
+            names = " or ".join(f"'{self._effective[tensor.name]}' ({tensor.reason})" for tensor in others[:3])
+            return f"name what you mean in targets=, such as {names}"
+        if largest:
+            return f"'{largest[0].name}', the largest matrix, is left out as {largest[0].reason}"
+        return "there are no matrices"
 
 
 def shown_entry(entry: object) -> str:

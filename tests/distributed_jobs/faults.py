@@ -131,14 +131,18 @@ def copies_that_differ() -> None:
 
 
 def unfit_on_one_rank() -> None:
-    pruner = pruner_of(sharded())
-    pruner.step()
-    parameter = pruner.model["first"]
-    if dist.get_rank() == 1:
-        parameter._local_tensor = parameter._local_tensor.t().contiguous().t()
-    error = [gmp.DistributedError, gmp.LayoutError][dist.get_rank()]
-    with pytest.raises(error, match="expected a contiguous tensor for 'first'"):
+    shards, copies = pruner_of(sharded()), pruner_of(DistributedDataParallel(model_of(weights())))
+    for pruner in (shards, copies):
         pruner.step()
+    if dist.get_rank() == 1:
+        parameter = shards.model["first"]
+        parameter._local_tensor = parameter._local_tensor.t().contiguous().t()
+        parameter = copies.model.module["first"]
+        parameter.data = parameter.data.t().contiguous().t()
+    error = [gmp.DistributedError, gmp.LayoutError][dist.get_rank()]
+    for pruner in (shards, copies):
+        with pytest.raises(error, match="expected a contiguous tensor for 'first'"):
+            pruner.step()
 
 
 def parameters_without_shape() -> None:
