@@ -170,7 +170,6 @@ class GMPScheduler:
         self._held = Enforcement(
             model,
             parameters,
-            index.places(parameters),
             self.masks,
             optimizer,
             self._progress,

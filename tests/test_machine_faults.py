@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.thorough, pytest.mark.filterwarnings("ignore::gmp_kern
 
 def _unhooked(self: Enforcement, state: dict[str, Any]) -> None:
     self.__dict__.update(state)
-    self.watch, self._hooks = Watch(self._model, self.parameters, self._places), []
+    self.watch, self._hooks = Watch(self._model, self.parameters), []
 
 
 def _recorded_at_once(self: Watch) -> list[str]:

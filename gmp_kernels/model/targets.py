@@ -19,11 +19,9 @@ from gmp_kernels.model.parametrized import reasons_against
 from gmp_kernels.model.roles import COMPLEX, EMBEDDING, PARAMETRIZATION, QUANTIZED, SMALL, Roles, effective_name
 from gmp_kernels.model.selection import TargetIndex, shown_entry
 
-__all__ = ["Entry", "ParameterIndex", "Place", "check_optimized", "check_present"]
+__all__ = ["Entry", "ParameterIndex", "check_optimized", "check_present"]
 
 Entry: TypeAlias = str | type[nn.Module]
-# The place of a parameter in a model: all parameters of its module. The last part of its name is its key there.
-Place: TypeAlias = dict[str, nn.Parameter | None]
 
 MULTIPLIERS = (nn.Linear, nn.Bilinear, _ConvNd)
 SEVERAL_WEIGHTS = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
@@ -122,10 +120,6 @@ class ParameterIndex(TargetIndex[Entry]):
                     f"targets: expected initialized parameters, got '{name}' without a shape; run a forward pass first"
                 )
         return {name: self._parameters[name] for name in names}, coverage
-
-    def places(self, names: Iterable[str]) -> dict[str, Place]:
-        """Return where in the model the parameters of these names are."""
-        return {name: self._modules[name.rpartition(".")[0]]._parameters for name in names}
 
     def _refuse(self, name: str) -> None:
         """Raise for a parameter that is named exactly and cannot be pruned."""

@@ -14,7 +14,6 @@ from gmp_kernels.distributed import Shards
 from gmp_kernels.distributed.placement import local, sum_over_shards
 from gmp_kernels.errors import CaptureError, StateError, TargetError, warn
 from gmp_kernels.masks import BitMask
-from gmp_kernels.model.targets import Place
 from gmp_kernels.model.wrappers import inside, optimizer_chain, with_own_hooks
 from gmp_kernels.ops import Threshold
 from gmp_kernels.optim.masked import MaskedOptimizer
@@ -91,7 +90,6 @@ class Enforcement:
         self,
         model: nn.Module,
         parameters: Mapping[str, nn.Parameter],
-        places: Mapping[str, Place],
         masks: Mapping[str, BitMask],
         optimizer: Any,
         progress: Progress,
@@ -103,7 +101,6 @@ class Enforcement:
     ) -> None:
         self._model = model
         self.parameters = dict(parameters)
-        self._places = places
         self.masks = masks
         self._progress = progress
         self.shards = shards
@@ -119,7 +116,7 @@ class Enforcement:
         self.is_released = False
         self.pruner: Callable[[], object | None] = lambda: None
         self._choose(optimizer)
-        self.watch = Watch(self._model, self.parameters, self._places)
+        self.watch = Watch(self._model, self.parameters)
         self._hooks: list[Any] = []
 
     def __getstate__(self) -> dict[str, Any]:
@@ -128,7 +125,7 @@ class Enforcement:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.watch = Watch(self._model, self.parameters, self._places)
+        self.watch = Watch(self._model, self.parameters)
         self.watch.record()
         self._hooks = []
         self.pruner = lambda: None
@@ -238,7 +235,7 @@ class Enforcement:
             self.detach()
             return
         self.parameters = kept
-        self.watch = Watch(self._model, kept, self._places)
+        self.watch = Watch(self._model, kept)
         self.masks_changed({name: self.num_pruned[name] for name in kept})
 
     def detach(self) -> None:

@@ -122,14 +122,11 @@ def _slices(tensor: torch.Tensor, start: int) -> Iterator[tuple[torch.Tensor, in
         return
     if tensor.is_contiguous():
         tensor = tensor.view(-1)
-    row = tensor[0].numel()
-    if row > SLICE:
-        for i, part in enumerate(tensor.unbind()):
-            yield from _slices(part, start + i * row)
-        return
-    rows = SLICE // row
-    for i in range(0, len(tensor), rows):
-        yield tensor[i : i + rows], start + i * row
+    # The halves follow each other if no dimension before this one has several places.
+    dimension = next(i for i, size in enumerate(tensor.shape) if size > 1)
+    for half in tensor.tensor_split(2, dimension):
+        yield from _slices(half, start)
+        start += half.numel()
 
 
 def _zero_wrapped(tensor: torch.Tensor, mask: BitMask) -> bool:
