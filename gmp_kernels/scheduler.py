@@ -396,14 +396,12 @@ class GMPScheduler:
         held.watch.check_shapes()
         updates = [(group, step) for group, step in zip(self._groups, due, strict=True) if step is not None]
         step = max(step for _, step in updates)
-        due_layers = [name for group, _ in updates for name in group.shapes]
-        counts = [n for group, at in updates for n in group.num_prune(group.schedule.sparsity_at(at))]
-        is_global = self._scope == "global"
-        num_prune = dict.fromkeys(due_layers, 0) if is_global else dict(zip(due_layers, counts, strict=True))
-        names = [name for name in self.masks if name in num_prune]
+        counts: dict[str, int] = {}
+        for group, at in updates:
+            counts |= group.num_prune(group.schedule.sparsity_at(at))
+        names = [name for name in self.masks if name in counts]
         held.check_masks(names)
-        own = counts if is_global else [num_prune[name] for name in names]
-        prune = begin(held, names, own, step=step, **self._options)
+        prune = begin(held, {name: counts[name] for name in names}, step=step, **self._options)
         sizes, before, num_reports = self._num_weights, held.num_pruned, len(self.history)
 
         def write() -> StepReport:
@@ -432,7 +430,7 @@ class GMPScheduler:
         report = write_despite_interrupts(write, held.shards)
         self._follow_masks()
         emptied = [layer.name for layer in report.layers if layer.sparsity == 1.0]
-        if is_global and emptied:
+        if self._scope == "global" and emptied:
             held.say(
                 "emptied",
                 f"ranking all layers together has left {shown_names(emptied)} without a weight; prune less, use "
