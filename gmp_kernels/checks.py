@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import numbers
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from operator import le
 from typing import Any, Literal, TypeAlias
 
@@ -23,15 +23,14 @@ from gmp_kernels.backends.layouts import layouts_of
 from gmp_kernels.backends.types import Layer
 from gmp_kernels.errors import DTypeError, LayoutError, NonFiniteError, ShapeError, SparsityError
 from gmp_kernels.masks import BitMask
+from gmp_kernels.schedules import check_sparsity
 
 __all__ = [
     "Weight",
-    "bump_versions",
     "check_choice",
     "check_disjoint",
     "check_finite",
     "check_mask",
-    "check_sparsity",
     "check_tensors",
     "check_writable",
     "checked_layers",
@@ -346,17 +345,6 @@ def counts_to_prune(
     return [round(check_sparsity(op, value) * n) for value, n in zip(given, sizes, strict=True)]
 
 
-def check_sparsity(op: str, value: object) -> float:
-    """Return ``value`` as a float if it is a sparsity, i.e. a real number in [0, 1]."""
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, (float, int, np.number, numbers.Real))
-        or not 0.0 <= float(value) <= 1.0
-    ):
-        raise SparsityError(f"{op}: expected a sparsity in [0, 1] (a fraction, not a percentage), got {value!r}")
-    return float(value)
-
-
 def _exact_count(op: str, value: object, n: int) -> int:
     if isinstance(value, bool) or not isinstance(value, (int, np.integer, numbers.Integral)):
         raise SparsityError(f"{op}: expected an integer num_prune, got {value!r}; a fraction goes in sparsity=")
@@ -377,8 +365,3 @@ def check_finite(op: str, nonfinite: Sequence[int], names: Sequence[str] | None)
                 layer=layer,
                 index=index,
             )
-
-
-def bump_versions(tensors: Iterable[torch.Tensor]) -> None:
-    """Tell autograd about writes it cannot see: a stale saved tensor then raises instead of giving wrong gradients."""
-    torch.autograd.graph.increment_version(tensors)

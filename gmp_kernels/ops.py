@@ -18,7 +18,6 @@ from gmp_kernels.backends.layers import Layers
 from gmp_kernels.backends.types import Cutoffs, Selection, Threshold
 from gmp_kernels.checks import (
     Weight,
-    bump_versions,
     check_choice,
     check_finite,
     checked_layers,
@@ -268,7 +267,7 @@ def begin_prune(
         is_first = False
         # Versions come first, so that no interrupt can leave a write that autograd does not know of. The write, or all
         # launches of it, is a single call.
-        bump_versions([*layers.weights, *out])
+        torch.autograd.graph.increment_version([*layers.weights, *out])
         counted = implementation.prune(layers, chosen, out, finite=nonfinite == "error")
         cutoffs = chosen.cutoffs
         if counted is None:
@@ -312,7 +311,7 @@ def apply_masks_(
     layers = checked_layers(op, weights_, masks_, None, writes="weights")
     if layers is not None:
         implementation = choose(backend, layers.device)
-        bump_versions(layers.weights)  # first, as in prune_
+        torch.autograd.graph.increment_version(layers.weights)  # first, as in prune_
         implementation.apply(layers)
 
 

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gmp_kernels.backends import choose
 from gmp_kernels.backends.types import Brackets, Cutoffs, Layer, Selection, Threshold
-from gmp_kernels.checks import bump_versions, check_disjoint, check_finite, check_tensors, check_writable
+from gmp_kernels.checks import check_disjoint, check_finite, check_tensors, check_writable
 from gmp_kernels.distributed.placement import is_sharded, region_of
 from gmp_kernels.errors import DistributedError, GMPError, LayoutError, StateError
 from gmp_kernels.masks import BitMask
@@ -173,7 +173,7 @@ class Shards:
         counts = [(0, 0)] * len(layers)
         if checked:
             out = [mask.packed for mask in own[1]]
-            bump_versions([*(layer.weight for layer in checked), *out])
+            torch.autograd.graph.increment_version([*(layer.weight for layer in checked), *out])
             written = implementation.prune(checked, Selection(chosen), out)
             assert written is not None
             for i, num_pruned_now, num_new in zip(present, *written, strict=True):
