@@ -128,11 +128,8 @@ def is_wrapper(tensor: torch.Tensor) -> bool:
 
 def has_memory(tensor: torch.Tensor) -> bool:
     """Whether the storage reaches the tensor's last element: sharded training frees it between steps."""
-    if tensor.is_contiguous():
-        needed = (tensor.storage_offset() + tensor.numel()) * tensor.itemsize
-    else:
-        last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-        needed = (tensor.storage_offset() + last + 1) * tensor.itemsize
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    needed = (tensor.storage_offset() + last + 1) * tensor.itemsize
     return tensor.numel() == 0 or tensor.untyped_storage().nbytes() >= needed
 
 

@@ -226,7 +226,8 @@ def begin_prune(
         The second result has the same thresholds, but does not count weights pruned by the first call as newly pruned.
     """
     op = "prune_"
-    weights_, masks_ = _as_lists(weights, masks)
+    weights_ = _as_list(weights)
+    masks_ = None if masks is None else _as_list(masks)
     names = checked_names(op, names, len(weights_))
     layers = checked_layers(op, weights_, masks_, names, writes="weights and masks")
     check_choice(op, "scope", scope, ("layer", "global"))
@@ -304,21 +305,15 @@ def apply_masks_(
     100 bytes per tensor, kept for the next call.
     """
     op = "apply_masks_"
-    weights_, masks_ = _as_lists(weights, masks)
+    weights_, masks_ = _as_list(weights), _as_list(masks)
     if weights_ and torch.compiler.is_compiling():
-        torch.ops.gmp_kernels.apply_masks_(weights_, [mask.packed for mask in masks_ or []], backend=backend)
+        torch.ops.gmp_kernels.apply_masks_(weights_, [mask.packed for mask in masks_], backend=backend)
         return
     layers = checked_layers(op, weights_, masks_, None, writes="weights")
     if layers is not None:
         implementation = choose(backend, layers.device)
         torch.autograd.graph.increment_version(layers.weights)  # first, as in prune_
         implementation.apply(layers)
-
-
-def _as_lists(
-    weights: Weight | Sequence[Weight], masks: BitMask | Sequence[BitMask] | None
-) -> tuple[list[Weight], list[BitMask] | None]:
-    return _as_list(weights), None if masks is None else _as_list(masks)
 
 
 def _as_list(given: Any) -> list[Any]:

@@ -405,11 +405,13 @@ class GMPScheduler:
         sizes, before, num_reports = self._num_weights, held.num_pruned, len(self.history)
 
         def write() -> StepReport:
-            layers = {
-                name: LayerReport(name, threshold.value, sizes[name], n, n - before[name], threshold.num_ties)
-                for name, (threshold, n) in prune().items()
-            }
-            held.masks_changed(before | {name: layer.num_pruned for name, layer in layers.items()})
+            num_pruned = prune()
+            found = [(name, held.thresholds[name], num_pruned[name]) for name in names]
+            layers = tuple(
+                LayerReport(name, threshold.value, sizes[name], n, n - before[name], threshold.num_ties)
+                for name, threshold, n in found
+            )
+            held.masks_changed(before | num_pruned)
             try:
                 # If this fails, only optimizer state is left to zero, and the code that zeroes it tries again later.
                 held.apply(names, ranked_is_pruned=True, are_checked=True)
@@ -418,10 +420,9 @@ class GMPScheduler:
                     step=step,
                     num_calls=position.num_calls,
                     target_sparsity=self.schedule.sparsity_at(step),
-                    sparsity=sum(layer.num_pruned for layer in layers.values())
-                    / sum(layer.num_weights for layer in layers.values()),
+                    sparsity=sum(num_pruned.values()) / sum(layer.num_weights for layer in layers),
                     seconds=time.perf_counter() - start,
-                    layers=tuple(layers[name] for name in names),
+                    layers=layers,
                 )
                 self.history[num_reports:] = [report]
                 self._progress.position = position

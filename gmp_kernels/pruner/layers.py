@@ -10,7 +10,7 @@ import torch
 
 from gmp_kernels.distributed.placement import local
 from gmp_kernels.masks import BitMask
-from gmp_kernels.ops import NonFinite, PruneResult, Scope, Threshold, begin_prune, prune_
+from gmp_kernels.ops import NonFinite, PruneResult, Scope, begin_prune, prune_
 from gmp_kernels.pruner.enforcement import Enforcement
 
 __all__ = ["begin", "overwrite_masks", "prune_nothing"]
@@ -18,7 +18,7 @@ __all__ = ["begin", "overwrite_masks", "prune_nothing"]
 
 def begin(
     held: Enforcement, num_prune: Mapping[str, int], *, step: int, scope: Scope, nonfinite: NonFinite
-) -> Callable[[], dict[str, tuple[Threshold, int]]]:
+) -> Callable[[], dict[str, int]]:
     """Do everything in an update that comes before its first write: one call of ``prune_`` per device.
 
     ``num_prune`` has one count per layer, of which global scope takes the sum. Ranks compare ``step``. The rest is as
@@ -27,8 +27,8 @@ def begin(
     Returns
     -------
     callable
-        Prunes the layers and returns their thresholds, and how many weights of each are pruned. May be called again if
-        it is interrupted, unless there are other ranks. Masks are changed in place. With compact state, whose layout
+        Prunes the layers, stores their thresholds, and returns how many weights of each are pruned. May be called again
+        if it is interrupted, unless there are other ranks. Masks are changed in place. With compact state, whose layout
         needs the old bits, their ``packed`` is replaced.
     """
     batches = _by_device(held, num_prune, scope)
@@ -44,15 +44,15 @@ def begin(
         shards = held.shards
         calls.append((batch, begin_prune(**given) if shards is None else partial(shards.prune_, step=step, **given)))
 
-    def write() -> dict[str, tuple[Threshold, int]]:
-        found: dict[str, tuple[Threshold, int]] = {}
+    def write() -> dict[str, int]:
+        num_pruned: dict[str, int] = {}
         for batch, prune in calls:
             result = prune()
             for name, mask in zip(batch, result.masks, strict=True):
                 held.masks[name].packed = mask.packed
             held.thresholds.update(zip(batch, result.thresholds, strict=True))
-            found.update(zip(batch, zip(result.thresholds, result.num_pruned, strict=True), strict=True))
-        return found
+            num_pruned.update(zip(batch, result.num_pruned, strict=True))
+        return num_pruned
 
     return write
 
