@@ -102,9 +102,9 @@ class Enforcement:
         self._model = model
         self.parameters = dict(parameters)
         self.masks = masks
-        self._progress = progress
+        self.progress = progress
         self.shards = shards
-        self._settings = settings
+        self.settings = settings
         self.backend = backend
         self._expects_dense = expects_dense
         self.num_pruned = dict.fromkeys(parameters, 0)
@@ -295,18 +295,18 @@ class Enforcement:
         if self.masked_optimizer is None:
             self.refuse_capture(f"a step of {self.name} after which masks are applied from Python", "gmp_kernels.optim")
             self.watch.check_shapes()
-        elif not self._progress.counts_calls:
+        elif not self.progress.counts_calls:
             what = f"a step of {self.name} that the pruner counts, whose replays would not tell it"
             self.refuse_capture(what, "count='calls'")
         self._has_repaired = False
         self.check()
 
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
-        self._progress.add(getattr(optimizer, "found_inf", None))
+        self.progress.add(getattr(optimizer, "found_inf", None))
         self._after_wrapper()
 
     def _after_masked_step(self, found_inf: torch.Tensor | None, *, is_direct: bool) -> None:
-        self._progress.add(found_inf)
+        self.progress.add(found_inf)
         if is_direct:
             self.watch.record()
         elif not self._has_repaired:
@@ -380,7 +380,7 @@ class Enforcement:
         if self.shards is None or self.have_agreed:
             return
         thresholds = {f"threshold of '{name}'": value for name, value in self.thresholds.items()}
-        self.shards.agree({**self._settings, "step": self._progress.step_count, **thresholds})
+        self.shards.agree({**self.settings, "step": self.progress.step_count, **thresholds})
         self.have_agreed = True
 
     def _compare(self, names: Iterable[str]) -> None:
