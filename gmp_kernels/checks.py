@@ -34,7 +34,6 @@ __all__ = [
     "check_tensors",
     "check_writable",
     "checked_layers",
-    "checked_names",
     "counts_to_prune",
     "forget",
 ]
@@ -58,6 +57,8 @@ def checked_layers(
     writes: Literal["nothing", "weights", "weights and masks"],
 ) -> Layers | None:
     """Check the tensors of a call and return them in the form backends take, not copied; None if there are none."""
+    if names is not None and len(names) != len(weights):
+        raise ShapeError(f"{op}: expected one name per weight, got {len(names)} names for {len(weights)} weights")
     packed, signature = None, None
     if weights and PLAIN.issuperset(map(type, weights)) and {BitMask}.issuperset(map(type, masks or ())):
         packed = None if masks is None else [mask.packed for mask in masks]
@@ -106,12 +107,6 @@ def _signature(
     except (RuntimeError, TypeError):
         return None  # not a tensor, or one without an address; the check of each tensor says which
     return None if None in signature else signature
-
-
-def checked_names(op: str, names: Sequence[str] | None, num_weights: int) -> list[str] | None:
-    if names is not None and len(names) != num_weights:
-        raise ShapeError(f"{op}: expected one name per weight, got {len(names)} names for {num_weights} weights")
-    return None if names is None else list(names)
 
 
 def _label(names: Sequence[str] | None, i: int) -> str:

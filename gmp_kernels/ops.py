@@ -21,7 +21,6 @@ from gmp_kernels.checks import (
     check_choice,
     check_finite,
     checked_layers,
-    checked_names,
     counts_to_prune,
 )
 from gmp_kernels.errors import DeviceError, DTypeError, ShapeError
@@ -228,7 +227,6 @@ def begin_prune(
     op = "prune_"
     weights_ = _as_list(weights)
     masks_ = None if masks is None else _as_list(masks)
-    names = checked_names(op, names, len(weights_))
     layers = checked_layers(op, weights_, masks_, names, writes="weights and masks")
     check_choice(op, "scope", scope, ("layer", "global"))
     check_choice(op, "nonfinite", nonfinite, ("error", "keep"))

@@ -13,7 +13,7 @@ from gmp_kernels.masks import BitMask
 from gmp_kernels.ops import NonFinite, PruneResult, Scope, begin_prune, prune_
 from gmp_kernels.pruner.enforcement import Enforcement
 
-__all__ = ["begin", "overwrite_masks", "prune_nothing"]
+__all__ = ["begin", "prune_nothing", "writable_mask"]
 
 
 def begin(
@@ -71,7 +71,7 @@ def _layers(held: Enforcement, names: list[str]) -> dict[str, Any]:
     """Return what ``prune_`` is given of these layers, for any count."""
     return {
         "weights": [_ranked(held, name) for name in names],
-        "masks": [_writable_mask(held, name) for name in names],
+        "masks": [writable_mask(held, name) for name in names],
         "names": names,
         "backend": held.backend,
     }
@@ -86,16 +86,7 @@ def _by_device(held: Enforcement, names: Iterable[str], scope: Scope) -> list[li
     return list(batches.values())
 
 
-def overwrite_masks(held: Enforcement, masks: Mapping[str, BitMask]) -> None:
-    """Replace the bits of the masks."""
-    # Memory can run out only here, before anything is written.
-    written = {name: _writable_mask(held, name) for name in masks}
-    for name, mask in masks.items():
-        written[name].packed.copy_(mask.packed)
-        held.masks[name].packed = written[name].packed
-
-
-def _writable_mask(held: Enforcement, name: str) -> BitMask:
+def writable_mask(held: Enforcement, name: str) -> BitMask:
     """Return a mask whose bits may be written; a copy if compact state is laid out by the present bits."""
     mask, optimizer = held.masks[name], held.masked_optimizer
     return mask.clone() if optimizer is not None and optimizer.compact_state else mask

@@ -16,7 +16,7 @@ from gmp_kernels.masks import BitMask
 from gmp_kernels.model.names import named_parameters, plain_name
 from gmp_kernels.ops import Threshold
 from gmp_kernels.pruner.enforcement import Enforcement
-from gmp_kernels.pruner.layers import overwrite_masks
+from gmp_kernels.pruner.layers import writable_mask
 from gmp_kernels.reports import StepReport
 
 __all__ = ["Start", "begin_load", "pack", "starting_masks"]
@@ -92,7 +92,10 @@ def begin_load(state: Any, held: Enforcement, history: list[StepReport], *, mask
         ) from error
 
     def load() -> None:
-        overwrite_masks(held, masks)
+        # Memory can run out only here, before anything is written.
+        written = {name: writable_mask(held, name) for name in masks}
+        for name, mask in masks.items():
+            held.masks[name].packed = written[name].packed.copy_(mask.packed)
         held.thresholds = thresholds
         held.have_agreed = False
         if not masks_only:
