@@ -191,22 +191,11 @@ def prune_(
     ----------
     M. Zhu and S. Gupta, "To prune, or not to prune", 2017, arXiv:1710.01878.
     """
-    return begin_prune(
-        weights,
-        sparsity=sparsity,
-        num_prune=num_prune,
-        masks=masks,
-        scope=scope,
-        nonfinite=nonfinite,
-        previous=previous,
-        names=names,
-        backend=backend,
-    )()
+    return begin_prune(weights, masks, scope, nonfinite, previous, names, backend, sparsity, num_prune)()
 
 
 def begin_prune(
     weights: Weight | Sequence[Weight],
-    *,
     masks: BitMask | Sequence[BitMask] | None,
     scope: Scope,
     nonfinite: NonFinite,

@@ -15,7 +15,7 @@ from gmp_kernels.distributed import Shards, refuse_flattened
 from gmp_kernels.distributed.placement import sum_over_shards
 from gmp_kernels.errors import warn
 from gmp_kernels.model.coverage import Coverage, gap_in, shown_names
-from gmp_kernels.model.parametrized import follow_update_, kept_by_torch
+from gmp_kernels.model.parametrized import follow_update_
 from gmp_kernels.model.targets import Entry, ParameterIndex, check_optimized
 from gmp_kernels.model.wrappers import optimizer_chain
 from gmp_kernels.ops import NonFinite, Scope
@@ -160,9 +160,7 @@ class GMPScheduler:
             "scope": scope,
             "distribution": distribution,
         }
-        kept = kept_by_torch(model, parameters)
-        has_start = start is not None or bool(kept)
-        self.masks = starting_masks(start, model, parameters, kept)
+        self.masks, has_start = starting_masks(start, model, parameters)
         self.history: list[StepReport] = []
         self._held = Enforcement(
             model,
@@ -173,7 +171,7 @@ class GMPScheduler:
             shards=Shards.of(model, parameters),
             settings=settings,
             backend=backend,
-            expects_dense=start is None,
+            expects_dense=not has_start,
         )
         # Pruning nothing finds every tensor that prune_ would refuse, now rather than epochs later.
         prune_nothing(self._held, parameters, **self._options)

@@ -14,6 +14,7 @@ from gmp_kernels.distributed.placement import local, local_mask, whole_mask
 from gmp_kernels.errors import ShapeError, StateError, TargetError
 from gmp_kernels.masks import BitMask
 from gmp_kernels.model.names import named_parameters, plain_name
+from gmp_kernels.model.parametrized import kept_by_torch
 from gmp_kernels.ops import Threshold
 from gmp_kernels.pruner.enforcement import Enforcement
 from gmp_kernels.pruner.layers import writable_mask
@@ -140,19 +141,19 @@ def _names_here(names: Iterable[str], known: Iterable[str]) -> dict[str, str]:
 
 
 def starting_masks(
-    start: Start, model: nn.Module, parameters: Mapping[str, torch.Tensor], kept: Mapping[str, torch.Tensor]
-) -> dict[str, BitMask]:
-    """Return the masks that a run of these parameters starts with; those of parameters not named keep everything.
+    start: Start, model: nn.Module, parameters: Mapping[str, nn.Parameter]
+) -> tuple[dict[str, BitMask], bool]:
+    """Return the masks that a run of these parameters starts with, and whether anything gave some.
+
+    Masks of parameters not named keep everything, except that weights masked by torch's own pruning are always pruned.
 
     Parameters
     ----------
     start
         As in ``GMPScheduler``.
     model : torch.nn.Module
-        Tells errors whether it has a parameter of an unknown name.
+        Also tells errors whether it has a parameter of an unknown name.
     parameters : mapping of str to Parameter
-    kept : mapping of str to Tensor
-        As ``kept_by_torch`` returns it. Weights not kept there are pruned, whatever ``start`` says.
 
     Raises
     ------
@@ -171,9 +172,10 @@ def starting_masks(
             name: given[name] if name in given else BitMask.ones(local(p).shape, p.device)
             for name, p in parameters.items()
         }
+    kept = kept_by_torch(model, parameters)
     for name, places in kept.items():
         masks[name].packed &= local_mask(places, parameters[name]).packed
-    return masks
+    return masks, start is not None or bool(kept)
 
 
 def _masks_given(
