@@ -14,7 +14,6 @@ import torch
 
 from gmp_kernels.backends import choose
 from gmp_kernels.backends.keys import magnitude_of, magnitudes_of_keys
-from gmp_kernels.backends.layers import Layers
 from gmp_kernels.backends.types import Cutoffs, Selection, Threshold
 from gmp_kernels.checks import (
     Weight,
@@ -238,7 +237,13 @@ def begin_prune(
     selection = select_with(implementation)(layers, counts, group_sizes, brackets, prunes=True)
     # This runs while a GPU selects.
     if masks_ is None:
-        masks_ = _new_masks(op, layers)
+        try:
+            masks_ = [BitMask.empty(weight.shape, layers.device) for weight in layers.weights]
+        except torch.OutOfMemoryError as error:
+            raise DeviceError(
+                f"{op}: no memory left on {layers.device} for the masks, nothing was changed ({error}); free some, or "
+                "prune fewer layers at a time"
+            ) from error
         out: Sequence[torch.Tensor] = [mask.packed for mask in masks_]
     else:
         assert layers.masks is not None
@@ -320,17 +325,6 @@ def thresholds_of(cutoffs: Cutoffs, dtypes: Sequence[torch.dtype]) -> list[Thres
     columns = values, cutoffs.num_below, cutoffs.num_ties, cutoffs.num_ties_kept
     # Calling Threshold() takes twice as long.
     return list(map(tuple.__new__, repeat(Threshold), zip(*columns, strict=True)))
-
-
-def _new_masks(op: str, layers: Layers) -> list[BitMask]:
-    device = layers.device
-    try:
-        return [BitMask.empty(weight.shape, device) for weight in layers.weights]
-    except torch.OutOfMemoryError as error:
-        raise DeviceError(
-            f"{op}: no memory left on {device} for the masks, nothing was changed ({error}); free some, or prune fewer "
-            "layers at a time"
-        ) from error
 
 
 # -- the same operations for compiled graphs, which pass masks as packed bits ------------------------------------------

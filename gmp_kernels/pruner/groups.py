@@ -10,6 +10,7 @@ from typing import NamedTuple, TypeAlias
 
 import torch
 
+from gmp_kernels.checks import check_choice
 from gmp_kernels.errors import TargetError
 from gmp_kernels.model.coverage import shown_names
 from gmp_kernels.model.targets import Entry, ParameterIndex
@@ -152,10 +153,7 @@ def groups_of(
     ValueError
         An unknown distribution; in global scope any but "uniform".
     """
-    if distribution not in DISTRIBUTIONS:
-        raise ValueError(
-            f"GMPScheduler: expected distribution to be one of {tuple(DISTRIBUTIONS)}, got {distribution!r}"
-        )
+    check_choice("GMPScheduler", "distribution", distribution, tuple(DISTRIBUTIONS))
     if scope == "global" and distribution != "uniform":
         raise ValueError(
             f"GMPScheduler: expected distribution='uniform' with scope='global', got {distribution!r}; ranking all "
