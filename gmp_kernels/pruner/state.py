@@ -143,7 +143,7 @@ def _names_here(names: Iterable[str], known: Iterable[str]) -> dict[str, str]:
 def starting_masks(
     start: Start, model: nn.Module, parameters: Mapping[str, nn.Parameter]
 ) -> tuple[dict[str, BitMask], bool]:
-    """Return the masks that a run of these parameters starts with, and whether anything gave some.
+    """Return the masks that a run of these parameters starts with, and whether any were given.
 
     Masks of parameters not named keep everything, except that weights masked by torch's own pruning are always pruned.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from operator import attrgetter, eq, getitem, is_
+from operator import attrgetter, getitem, is_
 from typing import Any
 
 import numpy as np
@@ -75,7 +75,8 @@ class Watch:
         """Raise TargetError for a parameter that was removed from the model, replaced or reshaped."""
         with suppress(KeyError):
             # Modules are equal only if they are the same object.
-            if self._found and eq(*self._way) and all(map(is_, map(getitem, *self._found[:2]), self._found[2])):
+            is_way_known = self._found and self._way[0] == self._way[1]
+            if is_way_known and all(map(is_, map(getitem, *self._found[:2]), self._found[2])):
                 return
         self._compare_with_model()
         # This is the first check, or another module leads to the same parameters now.
