@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import numbers
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from operator import le
 from typing import Any, Literal, TypeAlias
 
@@ -23,19 +23,17 @@ from gmp_kernels.backends.layouts import layouts_of
 from gmp_kernels.backends.types import Layer
 from gmp_kernels.errors import DTypeError, LayoutError, NonFiniteError, ShapeError, SparsityError
 from gmp_kernels.masks import BitMask
+from gmp_kernels.schedules import check_sparsity
 
 __all__ = [
     "Weight",
-    "bump_versions",
     "check_choice",
     "check_disjoint",
     "check_finite",
     "check_mask",
-    "check_sparsity",
     "check_tensors",
     "check_writable",
     "checked_layers",
-    "checked_names",
     "counts_to_prune",
     "forget",
 ]
@@ -59,6 +57,8 @@ def checked_layers(
     writes: Literal["nothing", "weights", "weights and masks"],
 ) -> Layers | None:
     """Check the tensors of a call and return them in the form backends take, not copied; None if there are none."""
+    if names is not None and len(names) != len(weights):
+        raise ShapeError(f"{op}: expected one name per weight, got {len(names)} names for {len(weights)} weights")
     packed, signature = None, None
     if weights and PLAIN.issuperset(map(type, weights)) and {BitMask}.issuperset(map(type, masks or ())):
         packed = None if masks is None else [mask.packed for mask in masks]
@@ -109,12 +109,6 @@ def _signature(
     return None if None in signature else signature
 
 
-def checked_names(op: str, names: Sequence[str] | None, num_weights: int) -> list[str] | None:
-    if names is not None and len(names) != num_weights:
-        raise ShapeError(f"{op}: expected one name per weight, got {len(names)} names for {num_weights} weights")
-    return None if names is None else list(names)
-
-
 def _label(names: Sequence[str] | None, i: int) -> str:
     return f"weights[{i}]" if names is None else f"'{names[i]}'"
 
@@ -129,11 +123,8 @@ def is_wrapper(tensor: torch.Tensor) -> bool:
 
 def has_memory(tensor: torch.Tensor) -> bool:
     """Whether the storage reaches the tensor's last element: sharded training frees it between steps."""
-    if tensor.is_contiguous():
-        needed = (tensor.storage_offset() + tensor.numel()) * tensor.itemsize
-    else:
-        last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-        needed = (tensor.storage_offset() + last + 1) * tensor.itemsize
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    needed = (tensor.storage_offset() + last + 1) * tensor.itemsize
     return tensor.numel() == 0 or tensor.untyped_storage().nbytes() >= needed
 
 
@@ -346,17 +337,6 @@ def counts_to_prune(
     return [round(check_sparsity(op, value) * n) for value, n in zip(given, sizes, strict=True)]
 
 
-def check_sparsity(op: str, value: object) -> float:
-    """Return ``value`` as a float if it is a sparsity, i.e. a real number in [0, 1]."""
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, (float, int, np.number, numbers.Real))
-        or not 0.0 <= float(value) <= 1.0
-    ):
-        raise SparsityError(f"{op}: expected a sparsity in [0, 1] (a fraction, not a percentage), got {value!r}")
-    return float(value)
-
-
 def _exact_count(op: str, value: object, n: int) -> int:
     if isinstance(value, bool) or not isinstance(value, (int, np.integer, numbers.Integral)):
         raise SparsityError(f"{op}: expected an integer num_prune, got {value!r}; a fraction goes in sparsity=")
@@ -377,8 +357,3 @@ def check_finite(op: str, nonfinite: Sequence[int], names: Sequence[str] | None)
                 layer=layer,
                 index=index,
             )
-
-
-def bump_versions(tensors: Iterable[torch.Tensor]) -> None:
-    """Tell autograd about writes it cannot see: a stale saved tensor then raises instead of giving wrong gradients."""
-    torch.autograd.graph.increment_version(tensors)

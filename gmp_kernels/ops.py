@@ -14,15 +14,12 @@ import torch
 
 from gmp_kernels.backends import choose
 from gmp_kernels.backends.keys import magnitude_of, magnitudes_of_keys
-from gmp_kernels.backends.layers import Layers
 from gmp_kernels.backends.types import Cutoffs, Selection, Threshold
 from gmp_kernels.checks import (
     Weight,
-    bump_versions,
     check_choice,
     check_finite,
     checked_layers,
-    checked_names,
     counts_to_prune,
 )
 from gmp_kernels.errors import DeviceError, DTypeError, ShapeError
@@ -193,22 +190,11 @@ def prune_(
     ----------
     M. Zhu and S. Gupta, "To prune, or not to prune", 2017, arXiv:1710.01878.
     """
-    return begin_prune(
-        weights,
-        sparsity=sparsity,
-        num_prune=num_prune,
-        masks=masks,
-        scope=scope,
-        nonfinite=nonfinite,
-        previous=previous,
-        names=names,
-        backend=backend,
-    )()
+    return begin_prune(weights, masks, scope, nonfinite, previous, names, backend, sparsity, num_prune)()
 
 
 def begin_prune(
     weights: Weight | Sequence[Weight],
-    *,
     masks: BitMask | Sequence[BitMask] | None,
     scope: Scope,
     nonfinite: NonFinite,
@@ -227,8 +213,8 @@ def begin_prune(
         The second result has the same thresholds, but does not count weights pruned by the first call as newly pruned.
     """
     op = "prune_"
-    weights_, masks_ = _as_lists(weights, masks)
-    names = checked_names(op, names, len(weights_))
+    weights_ = _as_list(weights)
+    masks_ = None if masks is None else _as_list(masks)
     layers = checked_layers(op, weights_, masks_, names, writes="weights and masks")
     check_choice(op, "scope", scope, ("layer", "global"))
     check_choice(op, "nonfinite", nonfinite, ("error", "keep"))
@@ -251,7 +237,13 @@ def begin_prune(
     selection = select_with(implementation)(layers, counts, group_sizes, brackets, prunes=True)
     # This runs while a GPU selects.
     if masks_ is None:
-        masks_ = _new_masks(op, layers)
+        try:
+            masks_ = [BitMask.empty(weight.shape, layers.device) for weight in layers.weights]
+        except torch.OutOfMemoryError as error:
+            raise DeviceError(
+                f"{op}: no memory left on {layers.device} for the masks, nothing was changed ({error}); free some, or "
+                "prune fewer layers at a time"
+            ) from error
         out: Sequence[torch.Tensor] = [mask.packed for mask in masks_]
     else:
         assert layers.masks is not None
@@ -268,7 +260,7 @@ def begin_prune(
         is_first = False
         # Versions come first, so that no interrupt can leave a write that autograd does not know of. The write, or all
         # launches of it, is a single call.
-        bump_versions([*layers.weights, *out])
+        torch.autograd.graph.increment_version([*layers.weights, *out])
         counted = implementation.prune(layers, chosen, out, finite=nonfinite == "error")
         cutoffs = chosen.cutoffs
         if counted is None:
@@ -305,21 +297,15 @@ def apply_masks_(
     100 bytes per tensor, kept for the next call.
     """
     op = "apply_masks_"
-    weights_, masks_ = _as_lists(weights, masks)
+    weights_, masks_ = _as_list(weights), _as_list(masks)
     if weights_ and torch.compiler.is_compiling():
-        torch.ops.gmp_kernels.apply_masks_(weights_, [mask.packed for mask in masks_ or []], backend=backend)
+        torch.ops.gmp_kernels.apply_masks_(weights_, [mask.packed for mask in masks_], backend=backend)
         return
     layers = checked_layers(op, weights_, masks_, None, writes="weights")
     if layers is not None:
         implementation = choose(backend, layers.device)
-        bump_versions(layers.weights)  # first, as in prune_
+        torch.autograd.graph.increment_version(layers.weights)  # first, as in prune_
         implementation.apply(layers)
-
-
-def _as_lists(
-    weights: Weight | Sequence[Weight], masks: BitMask | Sequence[BitMask] | None
-) -> tuple[list[Weight], list[BitMask] | None]:
-    return _as_list(weights), None if masks is None else _as_list(masks)
 
 
 def _as_list(given: Any) -> list[Any]:
@@ -339,17 +325,6 @@ def thresholds_of(cutoffs: Cutoffs, dtypes: Sequence[torch.dtype]) -> list[Thres
     columns = values, cutoffs.num_below, cutoffs.num_ties, cutoffs.num_ties_kept
     # Calling Threshold() takes twice as long.
     return list(map(tuple.__new__, repeat(Threshold), zip(*columns, strict=True)))
-
-
-def _new_masks(op: str, layers: Layers) -> list[BitMask]:
-    device = layers.device
-    try:
-        return [BitMask.empty(weight.shape, device) for weight in layers.weights]
-    except torch.OutOfMemoryError as error:
-        raise DeviceError(
-            f"{op}: no memory left on {device} for the masks, nothing was changed ({error}); free some, or prune fewer "
-            "layers at a time"
-        ) from error
 
 
 # -- the same operations for compiled graphs, which pass masks as packed bits ------------------------------------------

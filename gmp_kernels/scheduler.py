@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
-from copy import deepcopy
 from typing import Any, Literal
 
 import torch
@@ -16,15 +15,15 @@ from gmp_kernels.distributed import Shards, refuse_flattened
 from gmp_kernels.distributed.placement import sum_over_shards
 from gmp_kernels.errors import warn
 from gmp_kernels.model.coverage import Coverage, gap_in, shown_names
-from gmp_kernels.model.parametrized import follow_update_, kept_by_torch
+from gmp_kernels.model.parametrized import follow_update_
 from gmp_kernels.model.targets import Entry, ParameterIndex, check_optimized
 from gmp_kernels.model.wrappers import optimizer_chain
 from gmp_kernels.ops import NonFinite, Scope
 from gmp_kernels.pruner.enforcement import Enforcement, write_despite_interrupts
 from gmp_kernels.pruner.groups import groups_of, warning_of_emptied
-from gmp_kernels.pruner.layers import begin, overwrite_masks, prune_nothing
+from gmp_kernels.pruner.layers import begin, prune_nothing
 from gmp_kernels.pruner.progress import Position, Progress
-from gmp_kernels.pruner.state import Saved, Start, pack, starting_masks, unpack
+from gmp_kernels.pruner.state import Start, begin_load, pack, starting_masks
 from gmp_kernels.reports import LayerReport, StepReport
 from gmp_kernels.schedules import Schedule
 
@@ -144,7 +143,6 @@ class GMPScheduler:
         refuse_flattened(model)
         self.model = model
         self.schedule = schedule
-        self._scope = scope
         self._options: dict[str, Any] = {"scope": scope, "nonfinite": nonfinite}
         index = ParameterIndex(model, optimizer_chain(optimizer)[-1])
         parameters, self._coverage = index.select(targets, ignore)
@@ -156,28 +154,24 @@ class GMPScheduler:
         self._groups = [main, *others] if main.shapes else others
         self._schedules = [group.schedule for group in self._groups]
         self._end_step = max(schedule.end_step for schedule in self._schedules)
-        self._settings = {
+        settings = {
             "schedule": schedule.to_dict(),
             "overrides": {name: group.schedule.to_dict() for group in others for name in group.shapes},
             "scope": scope,
             "distribution": distribution,
         }
-        kept = kept_by_torch(model, parameters)
-        has_start = start is not None or bool(kept)
-        self.masks = starting_masks(start, model, parameters, kept)
+        self.masks, has_start = starting_masks(start, model, parameters)
         self.history: list[StepReport] = []
-        self._progress = Progress(counts_calls=count == "calls")
         self._held = Enforcement(
             model,
             parameters,
-            index.places(parameters),
             self.masks,
             optimizer,
-            self._progress,
+            Progress(counts_calls=count == "calls"),
             shards=Shards.of(model, parameters),
-            settings=self._settings,
+            settings=settings,
             backend=backend,
-            expects_dense=start is None,
+            expects_dense=not has_start,
         )
         # Pruning nothing finds every tensor that prune_ would refuse, now rather than epochs later.
         prune_nothing(self._held, parameters, **self._options)
@@ -222,12 +216,12 @@ class GMPScheduler:
     @property
     def step_count(self) -> int:
         """Optimizer steps counted by ``step()`` so far; calls, with ``count="calls"``."""
-        return self._progress.step_count
+        return self._held.progress.step_count
 
     @property
     def finished(self) -> bool:
         """Whether the last update has been made."""
-        return self._progress.position.made >= self._end_step
+        return self._held.progress.position.made >= self._end_step
 
     def step(self) -> StepReport | None:
         """Prune if an update is due, and make sure that pruned weights are zero; call it after ``optimizer.step()``.
@@ -275,12 +269,12 @@ class GMPScheduler:
         held.watch.check_present()
         held.agree()
         held.check(sample=True)
-        due, position = self._progress.due(self._schedules)
+        due, position = self._held.progress.due(self._schedules)
         report = None
         if any(step is not None for step in due):
             report = self._update(due, position)
         else:
-            self._progress.position = position
+            self._held.progress.position = position
         if position.num_idle == PATIENCE:
             held.say(
                 "idle",
@@ -299,9 +293,9 @@ class GMPScheduler:
         """Return the schedule, its progress, and the table of the coverage."""
         state = "finished" if self.finished else f"not finished: the last update is due at step {self._end_step}"
         state = "removed" if self._held.is_released else state
-        num_calls = self._progress.position.num_calls
+        num_calls = self._held.progress.position.num_calls
         return (
-            f"{type(self).__name__}({self.schedule!r}, scope={self._scope!r})\n"
+            f"{type(self).__name__}({self.schedule!r}, scope={self._options['scope']!r})\n"
             f"step {self.step_count} after {num_calls} calls, sparsity {self.sparsity:.4f}, {state}\n"
             f"{self._coverage}"
         )
@@ -348,8 +342,7 @@ class GMPScheduler:
         ``torch.distributed.checkpoint`` saves the scheduler and loads it on any number of ranks. Only the latest 64
         reports of ``history`` are saved, and layers only for the last, so the size does not grow with the updates.
         """
-        saved = Saved(self._progress.state(), self.masks, self._held.num_pruned, self._held.thresholds, self.history)
-        return pack(saved, self._held.parameters, deepcopy(self._settings))
+        return pack(self._held, self.history)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], masks_only: bool = False) -> None:
         """Continue where ``state_dict()`` was taken; the masks are applied to weights and optimizer state at once.
@@ -370,20 +363,10 @@ class GMPScheduler:
             The state is of another version, other layers, or other settings. Nothing has been changed.
         """
         self._held.check_alive("load_state_dict()")
-        saved = unpack(state_dict, self._held.parameters, None if masks_only else self._settings)
+        load = begin_load(state_dict, self._held, self.history, masks_only=masks_only)
         self._held.check_masks(self.masks)
-        write_despite_interrupts(lambda: self._load(saved), self._held.shards)
+        write_despite_interrupts(load, self._held.shards)
         self._follow_masks()
-
-    def _load(self, saved: Saved) -> None:
-        overwrite_masks(self._held, saved.masks)
-        self._held.thresholds = saved.thresholds
-        self._held.have_agreed = False
-        if saved.progress:
-            self.history[:] = saved.history
-            self._progress.restore(**saved.progress)
-        self._held.masks_changed(saved.num_pruned)
-        self._held.apply(self.masks)
 
     def _follow_masks(self) -> None:
         """Update the weights that the model computes from pruned ones."""
@@ -397,22 +380,22 @@ class GMPScheduler:
         held.watch.check_shapes()
         updates = [(group, step) for group, step in zip(self._groups, due, strict=True) if step is not None]
         step = max(step for _, step in updates)
-        due_layers = [name for group, _ in updates for name in group.shapes]
-        counts = [n for group, at in updates for n in group.num_prune(group.schedule.sparsity_at(at))]
-        is_global = self._scope == "global"
-        num_prune = dict.fromkeys(due_layers, 0) if is_global else dict(zip(due_layers, counts, strict=True))
-        names = [name for name in self.masks if name in num_prune]
+        counts: dict[str, int] = {}
+        for group, at in updates:
+            counts |= group.num_prune(group.schedule.sparsity_at(at))
+        names = [name for name in self.masks if name in counts]
         held.check_masks(names)
-        own = counts if is_global else [num_prune[name] for name in names]
-        prune = begin(held, names, own, step=step, **self._options)
+        prune = begin(held, {name: counts[name] for name in names}, step=step, **self._options)
         sizes, before, num_reports = self._num_weights, held.num_pruned, len(self.history)
 
         def write() -> StepReport:
-            layers = {
-                name: LayerReport(name, threshold.value, sizes[name], n, n - before[name], threshold.num_ties)
-                for name, (threshold, n) in prune().items()
-            }
-            held.masks_changed(before | {name: layer.num_pruned for name, layer in layers.items()})
+            num_pruned = prune()
+            found = [(name, held.thresholds[name], num_pruned[name]) for name in names]
+            layers = tuple(
+                LayerReport(name, threshold.value, sizes[name], n, n - before[name], threshold.num_ties)
+                for name, threshold, n in found
+            )
+            held.masks_changed(before | num_pruned)
             try:
                 # If this fails, only optimizer state is left to zero, and the code that zeroes it tries again later.
                 held.apply(names, ranked_is_pruned=True, are_checked=True)
@@ -421,19 +404,18 @@ class GMPScheduler:
                     step=step,
                     num_calls=position.num_calls,
                     target_sparsity=self.schedule.sparsity_at(step),
-                    sparsity=sum(layer.num_pruned for layer in layers.values())
-                    / sum(layer.num_weights for layer in layers.values()),
+                    sparsity=sum(num_pruned.values()) / sum(layer.num_weights for layer in layers),
                     seconds=time.perf_counter() - start,
-                    layers=tuple(layers[name] for name in names),
+                    layers=layers,
                 )
                 self.history[num_reports:] = [report]
-                self._progress.position = position
+                self._held.progress.position = position
             return report
 
         report = write_despite_interrupts(write, held.shards)
         self._follow_masks()
         emptied = [layer.name for layer in report.layers if layer.sparsity == 1.0]
-        if is_global and emptied:
+        if self._options["scope"] == "global" and emptied:
             held.say(
                 "emptied",
                 f"ranking all layers together has left {shown_names(emptied)} without a weight; prune less, use "

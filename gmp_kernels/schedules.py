@@ -31,6 +31,8 @@ __all__ = [
     "Polynomial",
     "Ramp",
     "Schedule",
+    "check_sparsity",
+    "to_steps",
 ]
 
 
@@ -106,7 +108,7 @@ class Ramp(Schedule):
     def __post_init__(self) -> None:
         kind = type(self).__name__
         for name in ("initial_sparsity", "final_sparsity"):
-            _store(self, name, _sparsity(f"{kind}: {name}", getattr(self, name)))
+            _store(self, name, check_sparsity(f"{kind}: {name}", getattr(self, name)))
         for name, least in (("begin_step", 0), ("end_step", 0), ("frequency", 1)):
             _store(self, name, _whole(f"{kind}: {name}", getattr(self, name), least))
         if self.end_step < self.begin_step:
@@ -181,7 +183,7 @@ class Ramp(Schedule):
 
     def with_final_sparsity(self, sparsity: float) -> Self:
         """Return the same ramp to ``sparsity``, starting no higher than that."""
-        sparsity = _sparsity(f"{type(self).__name__}.with_final_sparsity", sparsity)
+        sparsity = check_sparsity(f"{type(self).__name__}.with_final_sparsity", sparsity)
         return replace(self, initial_sparsity=min(self.initial_sparsity, sparsity), final_sparsity=sparsity)
 
     @abstractmethod
@@ -287,6 +289,9 @@ class _Staircase(Schedule):
     def is_update_step(self, step: int) -> bool:
         return step in self._values()
 
+    def with_final_sparsity(self, sparsity: float) -> Self:
+        return replace(self, sparsity=sparsity)  # type: ignore[type-var]  # subclasses are dataclasses
+
 
 @dataclass(frozen=True)
 class MultiStep(_Staircase):
@@ -309,7 +314,7 @@ class MultiStep(_Staircase):
 
     def __post_init__(self) -> None:
         milestones = {
-            _whole("MultiStep: step", step, 0): _sparsity(f"MultiStep: sparsity at step {step}", sparsity)
+            _whole("MultiStep: step", step, 0): check_sparsity(f"MultiStep: sparsity at step {step}", sparsity)
             for step, sparsity in self.milestones.items()
         }
         if not milestones:
@@ -342,7 +347,7 @@ class MultiStep(_Staircase):
 
     def with_final_sparsity(self, sparsity: float) -> Self:
         """Return the same steps with every sparsity scaled so that the last is ``sparsity``."""
-        sparsity = _sparsity("MultiStep.with_final_sparsity", sparsity)
+        sparsity = check_sparsity("MultiStep.with_final_sparsity", sparsity)
         last = self.final_sparsity
         # Divide first: value / last is at most 1, and exactly 1 for the last, whatever the rounding.
         scale = {step: value / last if last else 1.0 for step, value in self._values().items()}
@@ -374,16 +379,13 @@ class Constant(_Staircase):
 
     def __post_init__(self) -> None:
         if self.sparsity is not None:
-            _store(self, "sparsity", _sparsity("Constant: sparsity", self.sparsity))
+            _store(self, "sparsity", check_sparsity("Constant: sparsity", self.sparsity))
         _store(self, "begin_step", _whole("Constant: begin_step", self.begin_step, 0))
 
     @classmethod
     def from_epochs(cls, sparsity: float | None, *, begin: float = 0, steps_per_epoch: int) -> Self:
         """Return the schedule that begins after ``begin`` epochs, rounded to whole steps."""
         return cls(sparsity, to_steps("Constant.from_epochs: begin", begin, steps_per_epoch))
-
-    def with_final_sparsity(self, sparsity: float) -> Self:
-        return replace(self, sparsity=sparsity)
 
     def _values(self) -> dict[int, float]:
         return {} if self.sparsity is None else {self.begin_step: self.sparsity}
@@ -397,16 +399,13 @@ class OneShot(_Staircase):
     step: int = 0
 
     def __post_init__(self) -> None:
-        _store(self, "sparsity", _sparsity("OneShot: sparsity", self.sparsity))
+        _store(self, "sparsity", check_sparsity("OneShot: sparsity", self.sparsity))
         _store(self, "step", _whole("OneShot: step", self.step, 0))
 
     @classmethod
     def from_epochs(cls, sparsity: float, *, epoch: float = 0, steps_per_epoch: int) -> Self:
         """Return the schedule that prunes after ``epoch`` epochs, rounded to whole steps."""
         return cls(sparsity, to_steps("OneShot.from_epochs: epoch", epoch, steps_per_epoch))
-
-    def with_final_sparsity(self, sparsity: float) -> Self:
-        return replace(self, sparsity=sparsity)
 
     def _values(self) -> dict[int, float]:
         return {self.step: self.sparsity}
@@ -435,10 +434,11 @@ def _real(value: object) -> float:
     return float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else math.nan
 
 
-def _sparsity(what: str, value: object) -> float:
+def check_sparsity(what: str, value: object) -> float:
+    """Return ``value``, a real number in [0, 1], as a float; a SparsityError calls it ``what``."""
     number = _real(value)
     if not 0.0 <= number <= 1.0:
-        raise SparsityError(f"{what}: expected a number in [0, 1], got {value!r}; give a fraction, not a percentage")
+        raise SparsityError(f"{what}: expected a sparsity in [0, 1] (a fraction, not a percentage), got {value!r}")
     return number
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gmp_kernels.pruner.distributions import erk, uniform
+from gmp_kernels.pruner.groups import erk, uniform
 
 SHAPES = st.lists(st.lists(st.integers(1, 40), min_size=1, max_size=4), min_size=1, max_size=12)
 SPARSITY = st.floats(0.0, 1.0)

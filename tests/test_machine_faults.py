@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.thorough, pytest.mark.filterwarnings("ignore::gmp_kern
 
 def _unhooked(self: Enforcement, state: dict[str, Any]) -> None:
     self.__dict__.update(state)
-    self.watch, self._hooks = Watch(self._model, self.parameters, self._places), []
+    self.watch, self._hooks = Watch(self._model, self.parameters), []
 
 
 def _recorded_at_once(self: Watch) -> list[str]:
@@ -43,7 +43,7 @@ FAULTS: dict[str, tuple[Any, str, Callable[..., Any]]] = {
     "every module is in its place": (Watch, "check_present", lambda self: None),
     "shapes are not looked at": (Watch, "check_shapes", lambda self: None),
     "skipped steps count": (Progress, "add", lambda self, found_inf=None: ADD(self)),
-    "nothing follows a step": (Enforcement, "_after_step", lambda self, *_: self._progress.add()),
+    "nothing follows a step": (Enforcement, "_after_step", lambda self, *_: self.progress.add()),
     "state is left as it is": (Enforcement, "_zero", _weights_alone),
     "copies are left alone": (Enforcement, "__setstate__", _unhooked),
     "what is interrupted is not finished": (scheduler, "write_despite_interrupts", lambda write, shards: write()),

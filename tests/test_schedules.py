@@ -236,7 +236,7 @@ def test_what_is_no_sparsity(sparsity: object) -> None:
         lambda: MultiStep({0: 0.5}).with_final_sparsity(sparsity),
         lambda: OneShot(0.5).with_final_sparsity(sparsity),
     ):
-        with pytest.raises(SparsityError, match=r"expected a number in \[0, 1\], got .*fraction"):
+        with pytest.raises(SparsityError, match=r"expected a sparsity in \[0, 1\] \(a fraction, .*got"):
             make()
 
 

@@ -169,5 +169,5 @@ def test_learning_rate_that_is_none(finetuning: Any, message: str) -> None:
 
 
 def test_a_sparsity_that_is_none_is_named() -> None:
-    with pytest.raises(SparsityError, match="final_sparsity: expected a number in"):
+    with pytest.raises(SparsityError, match="final_sparsity: expected a sparsity in"):
         Stages(steps_per_epoch=2).schedule(final_sparsity=90)

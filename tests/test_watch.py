@@ -145,7 +145,7 @@ def test_samples_are_spread_and_chosen_anew() -> None:
     weight = nn.Parameter(torch.ones(n))
     upper = BitMask.from_bool(torch.arange(n) < n // 2)
     model = nn.ParameterDict({"weight": weight})
-    watch = Watch(model, {"weight": weight}, {"weight": model._parameters})
+    watch = Watch(model, {"weight": weight})
     assert watch.sees_life(["weight"], {"weight": upper})
     with torch.no_grad():
         weight[n // 2 :] = 0.0

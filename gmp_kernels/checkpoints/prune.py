@@ -21,10 +21,10 @@ from gmp_kernels.checkpoints.staging import PLACED, Staging, output_errors
 from gmp_kernels.checkpoints.stream import PIECE_UNIT, Stream
 from gmp_kernels.checkpoints.targets import TensorIndex
 from gmp_kernels.checkpoints.writing import copy_others, write_shard
-from gmp_kernels.checks import check_sparsity
 from gmp_kernels.errors import DeviceError, DTypeError, OutputError
 from gmp_kernels.ops import Scope
 from gmp_kernels.reports import LayerReport
+from gmp_kernels.schedules import check_sparsity
 from gmp_kernels.search.communicator import Communicator, of_torchrun
 
 __all__ = ["DEFAULT_MEMORY", "PruneJob", "PruneReport"]

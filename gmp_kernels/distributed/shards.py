@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gmp_kernels.backends import choose
 from gmp_kernels.backends.types import Brackets, Cutoffs, Layer, Selection, Threshold
-from gmp_kernels.checks import bump_versions, check_disjoint, check_finite, check_tensors, check_writable
+from gmp_kernels.checks import check_finite, checked_layers
 from gmp_kernels.distributed.placement import is_sharded, region_of
 from gmp_kernels.errors import DistributedError, GMPError, LayoutError, StateError
 from gmp_kernels.masks import BitMask
@@ -129,13 +129,12 @@ class Shards:
         or three if the ranks' pieces interleave. One more if there are copies, or in global scope.
         """
         failure = None
+        checked: Sequence[Layer] = []
         layers: list[Layer | None] = [None] * len(weights)
         present = [i for i, weight in enumerate(weights) if weight.numel()]
         own = [weights[i] for i in present], [masks[i] for i in present], [names[i] for i in present]
         try:
-            checked = check_tensors(STEP, *own)
-            check_writable(STEP, own[0], checked, own[2])
-            check_disjoint(STEP, "masks", [mask.packed for mask in own[1]], own[2])
+            checked = checked_layers(STEP, *own, writes="weights and masks") or []
             for i, layer in zip(present, checked, strict=True):
                 layers[i] = layer
         except GMPError as error:
@@ -149,11 +148,11 @@ class Shards:
         num_before: list[int] | None = None
         if self.are_copies:
             found = Cutoffs.of([])
-            if failure is None:
+            if checked:
                 group_sizes = [len(checked)] if is_global else [1] * len(checked)
                 near = brackets_near(hints, num_prune, sizes, dtypes)
                 found = select_with(implementation)(checked, num_prune, group_sizes, near, prunes=True).cutoffs
-            thresholds, chosen = thresholds_of(found, dtypes) if failure is None else [], found
+            thresholds, chosen = thresholds_of(found, dtypes) if checked else [], found
             facts["thresholds"] = [(*t, index) for t, index in zip(thresholds, found.tie_indices, strict=True)]
             self._begin(facts, failure, names, found.nonfinite if nonfinite == "error" else [], None)
         else:
@@ -173,7 +172,7 @@ class Shards:
         counts = [(0, 0)] * len(layers)
         if checked:
             out = [mask.packed for mask in own[1]]
-            bump_versions([*(layer.weight for layer in checked), *out])
+            torch.autograd.graph.increment_version([*(layer.weight for layer in checked), *out])
             written = implementation.prune(checked, Selection(chosen), out)
             assert written is not None
             for i, num_pruned_now, num_new in zip(present, *written, strict=True):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TypeAlias
 
 import torch
 from torch import nn
@@ -18,10 +17,7 @@ from gmp_kernels.model.parametrized import reasons_against
 from gmp_kernels.model.roles import COMPLEX, EMBEDDING, EMPTY, PARAMETRIZATION, QUANTIZED, SMALL, Roles, effective_name
 from gmp_kernels.model.selection import Entry, TargetIndex
 
-__all__ = ["Entry", "ParameterIndex", "Place", "check_optimized", "check_present"]
-
-# The place of a parameter in a model: all parameters of its module. The last part of its name is its key there.
-Place: TypeAlias = dict[str, nn.Parameter | None]
+__all__ = ["Entry", "ParameterIndex", "check_optimized", "check_present"]
 
 MULTIPLIERS = (nn.Linear, nn.Bilinear, _ConvNd)
 SEVERAL_WEIGHTS = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
@@ -125,10 +121,6 @@ class ParameterIndex(TargetIndex):
         if self._optimizer is not None:
             check_optimized(self._optimizer, parameters)
         return parameters, coverage
-
-    def places(self, names: Iterable[str]) -> dict[str, Place]:
-        """Return where in the model the parameters of these names are."""
-        return {name: self._modules[name.rpartition(".")[0]]._parameters for name in names}
 
     def _find_roles(
         self, model: nn.Module, tensors: Mapping[str, torch.Tensor], effective: Mapping[str, str]

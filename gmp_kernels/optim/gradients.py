@@ -11,7 +11,7 @@ import torch
 from gmp_kernels.backends import choose
 from gmp_kernels.backends.at_once import at_once
 from gmp_kernels.backends.types import Constants, UpdateBatch, UpdateTensor
-from gmp_kernels.checks import bump_versions, check_tensors, check_writable, may_overlap
+from gmp_kernels.checks import check_tensors, check_writable, may_overlap
 from gmp_kernels.distributed.placement import local_grad, sharding_of, sum_over_shards
 from gmp_kernels.errors import LayoutError, ShapeError, SparsityError
 from gmp_kernels.library import define
@@ -218,7 +218,7 @@ def ema_update_(
                 f"{source.weight.device}; move one of them"
             )
     implementation = choose(backend, targets[0].weight.device)
-    bump_versions([target.weight for target in targets])  # first, as in prune_
+    torch.autograd.graph.increment_version([target.weight for target in targets])  # first, as in prune_
     implementation.update(
         "average",
         UpdateBatch([UpdateTensor(t.weight, mask=t.mask) for t in targets]),

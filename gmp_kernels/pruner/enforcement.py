@@ -14,7 +14,6 @@ from gmp_kernels.distributed import Shards
 from gmp_kernels.distributed.placement import local, sum_over_shards
 from gmp_kernels.errors import CaptureError, StateError, TargetError, warn
 from gmp_kernels.masks import BitMask
-from gmp_kernels.model.targets import Place
 from gmp_kernels.model.wrappers import inside, optimizer_chain, with_own_hooks
 from gmp_kernels.ops import Threshold
 from gmp_kernels.optim.masked import MaskedOptimizer
@@ -91,7 +90,6 @@ class Enforcement:
         self,
         model: nn.Module,
         parameters: Mapping[str, nn.Parameter],
-        places: Mapping[str, Place],
         masks: Mapping[str, BitMask],
         optimizer: Any,
         progress: Progress,
@@ -103,11 +101,10 @@ class Enforcement:
     ) -> None:
         self._model = model
         self.parameters = dict(parameters)
-        self._places = places
         self.masks = masks
-        self._progress = progress
+        self.progress = progress
         self.shards = shards
-        self._settings = settings
+        self.settings = settings
         self.backend = backend
         self._expects_dense = expects_dense
         self.num_pruned = dict.fromkeys(parameters, 0)
@@ -119,7 +116,7 @@ class Enforcement:
         self.is_released = False
         self.pruner: Callable[[], object | None] = lambda: None
         self._choose(optimizer)
-        self.watch = Watch(self._model, self.parameters, self._places)
+        self.watch = Watch(self._model, self.parameters)
         self._hooks: list[Any] = []
 
     def __getstate__(self) -> dict[str, Any]:
@@ -128,7 +125,7 @@ class Enforcement:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.watch = Watch(self._model, self.parameters, self._places)
+        self.watch = Watch(self._model, self.parameters)
         self.watch.record()
         self._hooks = []
         self.pruner = lambda: None
@@ -238,7 +235,7 @@ class Enforcement:
             self.detach()
             return
         self.parameters = kept
-        self.watch = Watch(self._model, kept, self._places)
+        self.watch = Watch(self._model, kept)
         self.masks_changed({name: self.num_pruned[name] for name in kept})
 
     def detach(self) -> None:
@@ -298,18 +295,18 @@ class Enforcement:
         if self.masked_optimizer is None:
             self.refuse_capture(f"a step of {self.name} after which masks are applied from Python", "gmp_kernels.optim")
             self.watch.check_shapes()
-        elif not self._progress.counts_calls:
+        elif not self.progress.counts_calls:
             what = f"a step of {self.name} that the pruner counts, whose replays would not tell it"
             self.refuse_capture(what, "count='calls'")
         self._has_repaired = False
         self.check()
 
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
-        self._progress.add(getattr(optimizer, "found_inf", None))
+        self.progress.add(getattr(optimizer, "found_inf", None))
         self._after_wrapper()
 
     def _after_masked_step(self, found_inf: torch.Tensor | None, *, is_direct: bool) -> None:
-        self._progress.add(found_inf)
+        self.progress.add(found_inf)
         if is_direct:
             self.watch.record()
         elif not self._has_repaired:
@@ -383,7 +380,7 @@ class Enforcement:
         if self.shards is None or self.have_agreed:
             return
         thresholds = {f"threshold of '{name}'": value for name, value in self.thresholds.items()}
-        self.shards.agree({**self._settings, "step": self._progress.step_count, **thresholds})
+        self.shards.agree({**self.settings, "step": self.progress.step_count, **thresholds})
         self.have_agreed = True
 
     def _compare(self, names: Iterable[str]) -> None:

@@ -99,27 +99,18 @@ class Progress:
 
     def due(self, schedules: Sequence[Schedule]) -> tuple[list[int | None], Position]:
         """Return the step of the update due in each schedule, and the position once these are made."""
-        steps = self._open_steps()
-        due = [_latest(schedule, steps) for schedule in schedules]
+        before = self.position
+        # Steps that a GPU may have skipped are counted here.
+        num_steps = before.num_steps + 1 if self.counts_calls else self._num_steps
+        num_idle = 0 if num_steps > before.num_steps else before.num_idle + 1
+        # Open are the steps whose updates are still to be made, the next one too if the optimizer has not stepped.
+        open_steps = range(before.made + 1, num_steps + (num_idle > 0))
+        due = [_latest(schedule, open_steps) for schedule in schedules]
         if self._skipped is not None and any(step is not None for step in due):
             self._settle()
-            steps = self._open_steps()
-            due = [_latest(schedule, steps) for schedule in schedules]
-        before = self.position
-        num_steps = self._counted()
-        num_idle = 0 if num_steps > before.num_steps else before.num_idle + 1
-        made = max(before.made, steps.stop - 1)
+            return self.due(schedules)
+        made = max(before.made, open_steps.stop - 1)
         return due, Position(num_steps, self._skipped, made, before.num_calls + 1, num_idle)
-
-    def _counted(self) -> int:
-        """Return the number of steps at the current call, including those that a GPU may have skipped."""
-        return self.position.num_steps + 1 if self.counts_calls else self._num_steps
-
-    def _open_steps(self) -> range:
-        """Return the steps whose updates are still to be made by this call."""
-        num_steps = self._counted()
-        has_stepped = num_steps > self.position.num_steps
-        return range(self.position.made + 1, num_steps if has_stepped else num_steps + 1)
 
     def _settle(self) -> None:
         """Subtract the steps that a GPU has skipped. Waits for it."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import deepcopy
 from os import PathLike
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -13,10 +14,13 @@ from gmp_kernels.distributed.placement import local, local_mask, whole_mask
 from gmp_kernels.errors import ShapeError, StateError, TargetError
 from gmp_kernels.masks import BitMask
 from gmp_kernels.model.names import named_parameters, plain_name
+from gmp_kernels.model.parametrized import kept_by_torch
 from gmp_kernels.ops import Threshold
+from gmp_kernels.pruner.enforcement import Enforcement
+from gmp_kernels.pruner.layers import writable_mask
 from gmp_kernels.reports import StepReport
 
-__all__ = ["Saved", "Start", "pack", "starting_masks", "unpack"]
+__all__ = ["Start", "begin_load", "pack", "starting_masks"]
 
 Start: TypeAlias = Mapping[str, BitMask] | str | PathLike[str] | None
 
@@ -25,84 +29,83 @@ PROGRESS = ("step_count", "num_uncounted", "num_calls", "is_current")
 MOST_REPORTS = 64  # latest ones that a checkpoint keeps; only the last of them keeps its layers
 
 
-class Saved(NamedTuple):
-    """Contents of a state, for the parameters of this process.
-
-    Attributes
-    ----------
-    progress : dict of str to int
-        As ``Progress.state`` returns it; empty if only the masks are taken.
-    masks : mapping of str to BitMask
-    num_pruned : dict of str to int
-        Pruned weights of whole layers.
-    thresholds : dict of str to Threshold
-    history : list of StepReport
-    """
-
-    progress: dict[str, int]
-    masks: Mapping[str, BitMask]
-    num_pruned: dict[str, int]
-    thresholds: dict[str, Threshold]
-    history: list[StepReport]
-
-
-def pack(saved: Saved, parameters: Mapping[str, torch.Tensor], settings: Mapping[str, Any]) -> dict[str, Any]:
+def pack(held: Enforcement, history: Sequence[StepReport]) -> dict[str, Any]:
     """Return copies of the masks and plain data, whose size does not grow with the number of updates."""
-    reports = [report.to_dict() for report in saved.history[-MOST_REPORTS:]]
+    reports = [report.to_dict() for report in history[-MOST_REPORTS:]]
     for report in reports[:-1]:
         report["layers"] = ()
+    thresholds = held.thresholds
     # torch.distributed.checkpoint stores tuples as they are, whatever they hold.
     return {
         "version": STATE_VERSION,
-        "settings": tuple(settings.items()),
-        **saved.progress,
+        "settings": tuple(deepcopy(held.settings).items()),
+        **held.progress.state(),
         "history": tuple(reports),
         "layers": {
             name: {
                 "shape": tuple(parameter.shape),
-                "mask": whole_mask(saved.masks[name], parameter),
-                "num_pruned": saved.num_pruned[name],
-                "threshold": list(saved.thresholds[name]) if name in saved.thresholds else None,
+                "mask": whole_mask(held.masks[name], parameter),
+                "num_pruned": held.num_pruned[name],
+                "threshold": list(thresholds[name]) if name in thresholds else None,
             }
-            for name, parameter in parameters.items()
+            for name, parameter in held.parameters.items()
         },
     }
 
 
-def unpack(state: Any, parameters: Mapping[str, torch.Tensor], settings: Mapping[str, Any] | None) -> Saved:
-    """Return the contents of a state for these parameters and settings; if the settings are None, only the masks.
+def begin_load(state: Any, held: Enforcement, history: list[StepReport], *, masks_only: bool) -> Callable[[], None]:
+    """Check what ``pack`` has returned, for the parameters of this process and the settings of its pruner.
+
+    Returns
+    -------
+    callable
+        Loads the state and applies its masks. May be called again if it is interrupted.
 
     Raises
     ------
     StateError
         The state is of another version, of other layers or of other settings, or damaged.
     """
+    position: dict[str, int] = {}
+    thresholds: dict[str, Threshold] = {}
+    reports: list[StepReport] = []
     try:
-        layers = _layers(state, parameters)
-        masks = {name: local_mask(layers[name]["mask"], parameter) for name, parameter in parameters.items()}
+        layers = _layers(state, held.parameters)
+        masks = {name: local_mask(layers[name]["mask"], parameter) for name, parameter in held.parameters.items()}
         num_pruned = {name: int(layer["num_pruned"]) for name, layer in layers.items()}
-        if settings is None:
-            return Saved({}, masks, num_pruned, {}, [])
-        found = dict(state["settings"])
-        for setting, value in settings.items():
-            if found.get(setting) != value:
-                raise StateError(
-                    f"load_state_dict: expected {setting} {value!r}, got {found.get(setting)!r}; build the scheduler "
-                    "with the same arguments, or take only the masks along: load_state_dict(state, masks_only=True)"
-                )
-        return Saved(
-            progress={key: int(state[key]) for key in PROGRESS},
-            masks=masks,
-            num_pruned=num_pruned,
-            thresholds={n: Threshold(*layer["threshold"]) for n, layer in layers.items() if layer["threshold"]},
-            history=[StepReport.from_dict(report) for report in state["history"]],
-        )
+        if not masks_only:
+            found = dict(state["settings"])
+            for setting, value in held.settings.items():
+                if found.get(setting) != value:
+                    raise StateError(
+                        f"load_state_dict: expected {setting} {value!r}, got {found.get(setting)!r}; build the "
+                        "scheduler with the same arguments, or take only the masks along: load_state_dict(state, "
+                        "masks_only=True)"
+                    )
+            position = {key: int(state[key]) for key in PROGRESS}
+            thresholds = {n: Threshold(*layer["threshold"]) for n, layer in layers.items() if layer["threshold"]}
+            reports = [StepReport.from_dict(report) for report in state["history"]]
     except StateError:
         raise
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise StateError(
             f"load_state_dict: expected what state_dict() returned, got damaged data ({error!r}); load another file"
         ) from error
+
+    def load() -> None:
+        # Memory can run out only here, before anything is written.
+        written = {name: writable_mask(held, name) for name in masks}
+        for name, mask in masks.items():
+            held.masks[name].packed = written[name].packed.copy_(mask.packed)
+        held.thresholds = thresholds
+        held.have_agreed = False
+        if not masks_only:
+            history[:] = reports
+            held.progress.restore(**position)
+        held.masks_changed(num_pruned)
+        held.apply(masks)
+
+    return load
 
 
 def _layers(state: Any, parameters: Mapping[str, torch.Tensor]) -> dict[str, Any]:
@@ -138,19 +141,19 @@ def _names_here(names: Iterable[str], known: Iterable[str]) -> dict[str, str]:
 
 
 def starting_masks(
-    start: Start, model: nn.Module, parameters: Mapping[str, torch.Tensor], kept: Mapping[str, torch.Tensor]
-) -> dict[str, BitMask]:
-    """Return the masks that a run of these parameters starts with; those of parameters not named keep everything.
+    start: Start, model: nn.Module, parameters: Mapping[str, nn.Parameter]
+) -> tuple[dict[str, BitMask], bool]:
+    """Return the masks that a run of these parameters starts with, and whether any were given.
+
+    Masks of parameters not named keep everything, except that weights masked by torch's own pruning are always pruned.
 
     Parameters
     ----------
     start
         As in ``GMPScheduler``.
     model : torch.nn.Module
-        Tells errors whether it has a parameter of an unknown name.
+        Also tells errors whether it has a parameter of an unknown name.
     parameters : mapping of str to Parameter
-    kept : mapping of str to Tensor
-        As ``kept_by_torch`` returns it. Weights not kept there are pruned, whatever ``start`` says.
 
     Raises
     ------
@@ -169,9 +172,10 @@ def starting_masks(
             name: given[name] if name in given else BitMask.ones(local(p).shape, p.device)
             for name, p in parameters.items()
         }
+    kept = kept_by_torch(model, parameters)
     for name, places in kept.items():
         masks[name].packed &= local_mask(places, parameters[name]).packed
-    return masks
+    return masks, start is not None or bool(kept)
 
 
 def _masks_given(

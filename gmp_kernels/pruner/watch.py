@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from operator import attrgetter, is_, itemgetter
+from contextlib import suppress
+from operator import attrgetter, getitem, is_
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,7 +13,7 @@ from torch import nn
 
 from gmp_kernels.distributed.placement import local
 from gmp_kernels.masks import BitMask
-from gmp_kernels.model.targets import Place, check_present
+from gmp_kernels.model.targets import check_present
 from gmp_kernels.pruner.zeroing import slices
 
 __all__ = ["Watch", "compare"]
@@ -55,7 +57,7 @@ def compare(weight: torch.Tensor, mask: BitMask) -> torch.Tensor:
 class Watch:
     """Parameters at their places in a model, and the versions they had when they were last seen."""
 
-    def __init__(self, model: nn.Module, parameters: Mapping[str, nn.Parameter], places: Mapping[str, Place]) -> None:
+    def __init__(self, model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
         self._model = model
         self._by_name = parameters
         self._parameters = list(parameters.values())
@@ -65,31 +67,25 @@ class Watch:
         self._samples: dict[str, tuple[torch.Tensor, torch.Tensor | None]] = {}
         # A GPU's answer to a quick check, and the event after which it is there.
         self._answer: tuple[torch.cuda.Event, torch.Tensor] | None = None
-        by_key: dict[str, list[str]] = {}
-        for name in parameters:
-            by_key.setdefault(name.rpartition(".")[2], []).append(name)
-        self._held = [
-            (itemgetter(key), [places[name] for name in names], [parameters[name] for name in names])
-            for key, names in by_key.items()
-        ]
-        self._holders = set(map(id, places.values()))
-        self._way: list[dict[str, nn.Module | None]] = []
-        self._modules: list[dict[str, nn.Module | None]] | None = None
+        # Once the parameters are found: their holders, keys and themselves; the modules on the way, now and then.
+        self._found: list[Sequence[Any]] = []
+        self._way: tuple[Sequence[object], Sequence[object]] = [], []
 
     def check_present(self) -> None:
         """Raise TargetError for a parameter that was removed from the model, replaced or reshaped."""
-        try:
+        with suppress(KeyError):
             # Modules are equal only if they are the same object.
-            are_in_place = self._way == self._modules and all(
-                all(map(is_, map(get, holders), held)) for get, holders, held in self._held
-            )
-        except KeyError:
-            are_in_place = False
-        if not are_in_place:
-            self._compare_with_model()
-            # This is the first check, or another module leads to the same parameters now.
-            self._way = _way_to(self._holders, self._model)
-            self._modules = [dict(modules) for modules in self._way]
+            is_way_known = self._found and self._way[0] == self._way[1]
+            if is_way_known and all(map(is_, map(getitem, *self._found[:2]), self._found[2])):
+                return
+        self._compare_with_model()
+        # This is the first check, or another module leads to the same parameters now.
+        ids = set(map(id, self._parameters))
+        way = _way_to(ids, self._model)
+        places = [(m._parameters, key, p) for m in way for key, p in m._parameters.items() if id(p) in ids]
+        self._found = list(zip(*places, strict=True))
+        modules = [module._modules for module in way if module._modules]
+        self._way = modules, list(map(dict, modules))
 
     def check_shapes(self) -> None:
         """Raise TargetError for a parameter that was given other data, of another shape than it began with."""
@@ -169,12 +165,11 @@ class Watch:
         return False
 
 
-def _way_to(holders: set[int], module: nn.Module) -> list[dict[str, nn.Module | None]]:
-    """Return the dictionaries of modules that lead from this module to these dictionaries of parameters."""
+def _way_to(parameters: set[int], module: nn.Module) -> list[nn.Module]:
+    """Return this module and those in it that hold one of these parameters, given by id, or lead to one."""
     children = [child for child in module._modules.values() if child is not None]
-    way = [modules for child in children for modules in _way_to(holders, child)]
-    leads_there = way or not holders.isdisjoint(id(child._parameters) for child in children)
-    return [module._modules, *way] if leads_there else []
+    way = [holder for child in children for holder in _way_to(parameters, child)]
+    return [module, *way] if way or not parameters.isdisjoint(map(id, module._parameters.values())) else []
 
 
 def _sample_of(mask: BitMask, offset: int) -> tuple[torch.Tensor, torch.Tensor | None]:

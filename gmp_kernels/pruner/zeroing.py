@@ -82,7 +82,7 @@ def zero_where_pruned_(tensor: torch.Tensor, mask: BitMask) -> bool:
 
     Notes
     -----
-    Temporary memory: 2 MB, and a copy of the bits if on another device; for a subclass three times its plain values.
+    Temporary memory: 2 MB; for a subclass three times its plain values.
     """
     tensor = local(tensor)
     if tensor.is_nested or tensor.layout != torch.strided or tensor.device.type == "meta" or tensor.is_quantized:
@@ -106,30 +106,24 @@ def _zero_plain(tensor: torch.Tensor, mask: BitMask) -> bool:
     return True
 
 
-def slices(tensor: torch.Tensor, mask: BitMask) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Cut a tensor into views of at most ``SLICE`` elements, each with a bool tensor that says which are kept."""
-    packed = mask.packed.to(tensor.device)
-    for piece, start in _slices(tensor, 0):
-        first, end = start // 8, start + piece.numel()
-        bits = BitMask.of(packed[first : -(-end // 8)], torch.Size([end - 8 * first]))
-        yield piece, bits.to_bool()[start % 8 :].view(piece.shape)
+def slices(tensor: torch.Tensor, mask: BitMask, start: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Cut a tensor into views of at most ``SLICE`` elements, each with a bool tensor that says which are kept.
 
-
-def _slices(tensor: torch.Tensor, start: int) -> Iterator[tuple[torch.Tensor, int]]:
-    """Cut a tensor into views of at most ``SLICE`` elements in row-major order, each with its first flat index."""
+    ``start`` is the flat index of the first element in the mask.
+    """
     if tensor.numel() <= SLICE:
-        yield tensor, start
+        first, end = start // 8, start + tensor.numel()
+        packed = mask.packed[first : -(-end // 8)].to(tensor.device)
+        bits = BitMask.of(packed, torch.Size([end - 8 * first]))
+        yield tensor, bits.to_bool()[start % 8 :].view(tensor.shape)
         return
     if tensor.is_contiguous():
         tensor = tensor.view(-1)
-    row = tensor[0].numel()
-    if row > SLICE:
-        for i, part in enumerate(tensor.unbind()):
-            yield from _slices(part, start + i * row)
-        return
-    rows = SLICE // row
-    for i in range(0, len(tensor), rows):
-        yield tensor[i : i + rows], start + i * row
+    # The halves follow each other if no dimension before this one has several places.
+    dimension = next(i for i, size in enumerate(tensor.shape) if size > 1)
+    for half in tensor.tensor_split(2, dimension):
+        yield from slices(half, mask, start)
+        start += half.numel()
 
 
 def _zero_wrapped(tensor: torch.Tensor, mask: BitMask) -> bool:

@@ -110,7 +110,7 @@ def disagreements() -> None:
     late.load_state_dict([checkpoint, early.state_dict()][rank])
     refusal(late, gmp.StateError, "step: 1 on rank 0, 2 on rank 1")
 
-    early._progress.restore(step_count=2 + rank, num_uncounted=0, num_calls=2, is_current=False)
+    early._held.progress.restore(step_count=2 + rank, num_uncounted=0, num_calls=2, is_current=False)
     refusal(early, gmp.StateError, "step: 2 on rank 0, 3 on rank 1; num_prune: ")
 
 
