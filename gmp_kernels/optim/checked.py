@@ -1,130 +1,21 @@
-"""Checks of a parameter and its gradient before a kernel walks them, and a record of what was checked."""
+"""Checks of a parameter and its gradient before a kernel walks them."""
 
 from __future__ import annotations
-
-from collections.abc import Iterable
-from operator import is_
-from typing import Any, TypeAlias
 
 import torch
 
 from gmp_kernels.backends.dtypes import DTYPES
-from gmp_kernels.backends.layouts import layouts_of
-from gmp_kernels.backends.types import UpdateTensor
 from gmp_kernels.checks import check_mask, has_memory
-from gmp_kernels.distributed.placement import local
 from gmp_kernels.errors import DTypeError, LayoutError, ShapeError
 from gmp_kernels.masks import BitMask
-from gmp_kernels.optim.compact import MASTER, STEP, is_count, layout_of, version_of
 
 __all__ = [
-    "CheckedParameter",
-    "Snapshot",
+    "bits_beside",
     "check_memory",
     "check_weight",
     "gradient_beside",
     "is_dense",
-    "is_unchanged",
-    "plain_layouts",
-    "snapshot",
 ]
-
-Snapshot: TypeAlias = tuple[list[object], list[object]]
-
-
-def snapshot(
-    weights: list[torch.Tensor], objects: Iterable[object], frozen: Iterable[torch.Tensor], *facts: object
-) -> Snapshot:
-    """Return all that the outcome of checks depends on: objects that have to stay, and facts that have to stay equal.
-
-    Parameters
-    ----------
-    weights : list of torch.Tensor
-    objects : iterable of object
-        The snapshot keeps them alive, so that no other object can take the place of one.
-    frozen : iterable of torch.Tensor
-        Tensors that nobody may write.
-    *facts : object
-        Other values to compare.
-    """
-    return [*objects], [plain_layouts(weights, True), [version_of(tensor) for tensor in frozen], *facts]
-
-
-def is_unchanged(now: Snapshot, before: Snapshot) -> bool:
-    """Whether nothing has changed between two snapshots."""
-    is_known = now[1][0] is not None and now[1] == before[1]
-    return is_known and len(now[0]) == len(before[0]) and all(map(is_, now[0], before[0]))
-
-
-def plain_layouts(tensors: list[torch.Tensor], with_addresses: bool) -> object | None:
-    """Return ``layouts_of`` the tensors; None also if one is a view that negates its memory."""
-    return None if any(map(torch.Tensor.is_neg, tensors)) else layouts_of(tensors, with_addresses)
-
-
-class CheckedParameter:
-    """A parameter that has passed every check, valid as long as nothing about it changes.
-
-    Parameters
-    ----------
-    parameter, weight : torch.Tensor
-        The parameter, and the tensor that holds its value here.
-    state : dict or None
-        Its entry in the optimizer's state, in the form the optimizer keeps it in.
-    keys : tuple of str
-        The state entries that the rule reads and writes.
-    mask : BitMask or None
-
-    Attributes
-    ----------
-    parameter, state, keys, mask
-        As given.
-    tensor : UpdateTensor
-    bits : torch.Tensor or None
-        The packed bits that the mask had.
-    frozen : list of torch.Tensor
-        These bits, if they must not be written: compact state is laid out by them, or the step reads a reordered copy
-        of them.
-    written : list of torch.Tensor
-        All tensors that a step changes.
-    """
-
-    def __init__(
-        self,
-        parameter: torch.Tensor,
-        weight: torch.Tensor,
-        state: dict[str, Any] | None,
-        keys: tuple[str, ...],
-        mask: BitMask | None,
-    ) -> None:
-        entries = state or {}
-        master = entries.get(MASTER)
-        self.parameter, self.state, self.mask = parameter, state, mask
-        self.bits = None if mask is None else mask.packed
-        self.tensor = UpdateTensor(
-            weight=weight.detach(),
-            master=None if master is None else local(master),
-            state=tuple(local(entries[key]) for key in keys),
-            mask=None if mask is None else _bits_beside(weight, mask),
-            compaction=layout_of(state),
-        )
-        reads_as_they_are = self.tensor.compaction is None and self.tensor.mask is self.bits
-        self.frozen = [] if self.bits is None or reads_as_they_are else [self.bits]
-        # A plain parameter and a tensor detached from it share their version counter.
-        own = [parameter] if weight is parameter else [parameter, self.tensor.weight]
-        self.written = [t for t in (*own, self.tensor.master, *self.tensor.state) if t is not None]
-        self.keys = keys
-        self._checked = self._snapshot(weight, state)
-
-    def holds(self, weight: torch.Tensor, state: dict[str, Any] | None) -> bool:
-        """Whether parameter, bits of the mask and state are still those that were checked."""
-        return is_unchanged(self._snapshot(weight, state), self._checked)
-
-    def _snapshot(self, weight: torch.Tensor, state: dict[str, Any] | None) -> Snapshot:
-        entries = state or {}
-        # The step count is left out: a batch joins the counts of its members, so another batch replaces it.
-        values = [value for name, value in entries.items() if name != STEP]
-        objects = [state, None if self.mask is None else self.mask.packed, *values]
-        return snapshot([weight], objects, self.frozen, is_count(entries.get(STEP)))
 
 
 def check_weight(optimizer: str, weight: torch.Tensor, mask: BitMask | None, *, is_compact: bool) -> None:
@@ -180,7 +71,7 @@ def check_memory(optimizer: str, tensor: torch.Tensor) -> None:
         )
 
 
-def _bits_beside(weight: torch.Tensor, mask: BitMask) -> torch.Tensor:
+def bits_beside(weight: torch.Tensor, mask: BitMask) -> torch.Tensor:
     """Return the packed bits of a mask in the order of the weight's memory; if that is row-major, the bits it has."""
     if weight.is_contiguous():
         return mask.packed
