@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain, compress, groupby
 from operator import is_, itemgetter
@@ -14,7 +14,7 @@ from gmp_kernels.backends.layouts import layouts_of
 from gmp_kernels.backends.types import UpdateBatch, UpdateTensor
 from gmp_kernels.distributed.placement import local
 from gmp_kernels.masks import BitMask
-from gmp_kernels.optim.checked import bits_beside
+from gmp_kernels.optim.checks import bits_beside
 from gmp_kernels.optim.compact import MASTER, STEP, layout_of, version_of
 
 __all__ = ["Batch"]
@@ -95,9 +95,9 @@ class Batch:
         self._is_present = [weight.numel() > 0 for weight in weights]
         self._are_all_present = all(self._is_present)
         self.updates = UpdateBatch(list(self.present(tensors)), captured)
-        # By group index: the places of its parameters, and the tensors that together hold their step counts.
-        places = groupby(enumerate(groups), key=itemgetter(1))
-        self._parts = {group: [place for place, _ in part] for group, part in places}
+        # By group index: its parameters, and the tensors that together hold their step counts, in the same order.
+        parts = groupby(zip(groups, parameters, strict=True), key=itemgetter(0))
+        self._parts = {group: [p for _, p in part] for group, part in parts}
         self._counts: dict[int, list[torch.Tensor]] = {}
         if counts_steps:
             for group in self._parts:
@@ -108,15 +108,14 @@ class Batch:
                     self._join_counts(group, elsewhere[0] if elsewhere else torch.device("cpu"))
         self._record()
 
-    def _counts_of(self, places: Iterable[int]) -> list[torch.Tensor]:
-        return [self._state[self.parameters[place]][STEP] for place in places]
+    def _counts_of(self, parameters: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+        return [self._state[p][STEP] for p in parameters]
 
     def _join_counts(self, group: int, device: torch.device) -> None:
         """Make the step counts of a group views of one tensor on this device."""
-        places = self._parts[group]
-        whole = torch.stack([count.to(device) for count in self._counts_of(places)])
-        for i, place in enumerate(places):
-            self._state[self.parameters[place]][STEP] = whole[i]
+        whole = torch.stack([count.to(device) for count in self._counts_of(self._parts[group])])
+        for i, p in enumerate(self._parts[group]):
+            self._state[p][STEP] = whole[i]
         self._counts[group] = [whole]
 
     # -- changes -----------------------------------------------------------------------------------------------------
@@ -171,41 +170,40 @@ class Batch:
         return self._all_written if takes_step is None else chain.from_iterable(compress(self._written, takes_step))
 
     def steps(
-        self, groups: Sequence[dict[str, Any]], lazy: Sequence[bool], is_first: Sequence[bool] | None
-    ) -> list[tuple[dict[str, Any], list[int] | torch.Tensor]]:
-        """Return, per group, the numbers of the steps that its parameters would take now.
+        self, groups: Sequence[dict[str, Any]], lazy: Sequence[bool], first: Collection[torch.Tensor]
+    ) -> Iterator[tuple[dict[str, Any], list[int] | torch.Tensor]]:
+        """Yield, per group, the numbers of the steps that its parameters would take now.
 
         Parameters
         ----------
         groups : sequence of dict
         lazy : sequence of bool
             Per group, whether the host must not read its step counts. They then go to the parameters' device.
-        is_first : sequence of bool, optional
-            For rules without step counts: per parameter, whether this step is its first. By default none is.
+        first : collection of torch.Tensor
+            For rules without step counts: the parameters whose first step it is.
         """
-        result: list[tuple[dict[str, Any], list[int] | torch.Tensor]] = []
-        for index, places in self._parts.items():
+        device = self.parameters[0].device
+        for index, own in self._parts.items():
             if index not in self._counts:
-                result.append((groups[index], [1 if is_first and is_first[place] else 2 for place in places]))
+                yield groups[index], [1 if p in first else 2 for p in own] if first else [2] * len(own)
                 continue
-            device = self.parameters[0].device
             if lazy[index] and self._counts[index][0].device != device:
                 self._join_counts(index, device)
                 self._record()
             counts = torch.stack(self._counts[index]).reshape(-1)
             is_lazy = lazy[index] or counts.device.type != "cpu"
-            result.append((groups[index], counts.double() + 1 if is_lazy else [int(n) + 1 for n in counts.tolist()]))
-        return result
+            yield groups[index], counts.double() + 1 if is_lazy else [int(n) + 1 for n in counts.tolist()]
 
-    def has_counts_elsewhere(self, device: torch.device) -> bool:
-        """Whether step counts would have to be moved to ``device``."""
-        return any(counts[0].device != device for counts in self._counts.values())
+    def has_counts_elsewhere(self, device: torch.device, takes_step: Sequence[bool]) -> bool:
+        """Whether step counts of parameters that take a step would have to be moved to ``device``."""
+        counts = self._counts_of(compress(self.parameters, takes_step)) if self._counts else []
+        return any(count.device != device for count in counts)
 
     def counting(self, amount: int | torch.Tensor, takes_step: Sequence[bool] | None) -> list[Callable[[], object]]:
         """Return C functions that raise the step counts of these parameters, by default of all."""
         counts: Iterable[list[torch.Tensor]] = self._counts.values()
         if takes_step is not None and self._counts:
-            counts = [self._counts_of(compress(range(len(self.parameters)), takes_step))]
+            counts = [self._counts_of(compress(self.parameters, takes_step))]
         return [partial(torch._foreach_add_, own, amount) for own in counts]
 
 

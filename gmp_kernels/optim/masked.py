@@ -17,7 +17,7 @@ from gmp_kernels.distributed.placement import is_sharded, local, local_grad
 from gmp_kernels.errors import CaptureError, DTypeError, LayoutError, ShapeError, TargetError
 from gmp_kernels.library import define
 from gmp_kernels.optim.batch import Batch
-from gmp_kernels.optim.checked import check_memory, check_weight, gradient_beside
+from gmp_kernels.optim.checks import check_memory, check_weight, gradient_beside
 from gmp_kernels.optim.compact import (
     MASTER,
     STEP,
@@ -193,29 +193,27 @@ class MaskedOptimizer(Masking):
         is_captured = devices.is_capturing(device)
         if is_captured:
             self._check_capturable(device, all(lazy[index] for index in compress(indices, takes_step)))
-        is_first = None
         created: dict[torch.Tensor, dict[str, Any]] = {}
+        first: set[torch.Tensor] = set()
         writes: list[Callable[[], object]] = []
         if self._pending or batch is None or not batch.holds(indices, parameters, weights, self.state, keys):
             # Something has changed, or may have, so every parameter is checked.
             self._settle()
             batch, gradients, takes_step, created, writes = self._checked(columns, keys, device)
-            is_first = [
-                any(self.state.get(p, {}).get(name) is None for name in keys[index])
-                for p, index in zip(batch.parameters, batch.groups, strict=True)
-            ]
+            old = {p: self.state.get(p, {}) for p in created}
+            first = {p for p in created if any(k in created[p] and old[p].get(k) is None for k in self.state_names)}
             writes.append(partial(dict.update, self.state, created))
         if not batch.fits(gradients):
             beside = zip(batch.weights, gradients, batch.groups, strict=True)
             gradients = [self._beside(weight, gradient, groups[index]) for weight, gradient, index in beside]
         self._batch = batch
-        if is_captured and (created or batch.has_counts_elsewhere(device)):
+        if is_captured and (created or batch.has_counts_elsewhere(device, takes_step)):
             raise CaptureError(
                 f"{self._name}: expected state that is on the device before a CUDA graph captures a step, got a "
                 "parameter without; take a step outside of the graph first"
             )
         some = None if all(takes_step) else takes_step
-        constants, rows = constants_of(self._constants, batch.steps(groups, lazy, is_first), grad_scale, skips, some)
+        constants, rows = constants_of(self._constants, batch.steps(groups, lazy, first), grad_scale, skips, some)
         # New state and counts take effect together with the writes of the kernel: all of them, or none.
         writes += batch.counting(1 if skips is None else (skips == 0).to(torch.float32).reshape(()), some)
         # Versions are raised before the kernel runs: one that no write follows makes no gradient wrong.

@@ -24,8 +24,8 @@ from gmp_kernels.errors import CaptureError, TargetError
 from gmp_kernels.masks import BitMask
 from gmp_kernels.ops import apply_masks_
 from gmp_kernels.optim.batch import Batch
+from gmp_kernels.optim.checks import check_state, loaded_state
 from gmp_kernels.optim.compact import MASTER, check_layout, compact_names, compacted, expanded, layout_of, per_weight
-from gmp_kernels.optim.entries import check_state, loaded_state
 
 __all__ = ["Masking"]
 
