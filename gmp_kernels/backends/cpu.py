@@ -39,6 +39,8 @@ except ImportError as error:
 Array: TypeAlias = tuple[int, int]
 State: TypeAlias = tuple[Array, Array, Array]
 
+_DENSE = (None, None, 0)  # in place of a Compaction
+
 
 def _array(tensor: torch.Tensor | None) -> Array:
     """Return address and number of elements, so that C++ can check sizes; zeros for None."""
@@ -46,11 +48,8 @@ def _array(tensor: torch.Tensor | None) -> Array:
 
 
 def _state(values: torch.Tensor, layout: Compaction | None) -> State:
-    return (
-        _array(values),
-        _array(None if layout is None else layout.mask),
-        _array(None if layout is None else layout.chunk_offsets),
-    )
+    mask, chunk_offsets, _ = layout or _DENSE
+    return _array(values), _array(mask), _array(chunk_offsets)
 
 
 def _ends(brackets: Brackets) -> list[tuple[int, int]]:
@@ -64,15 +63,9 @@ def _layers(layers: Sequence[Layer]) -> _C.Layers:
 
 
 def _row(t: UpdateTensor) -> _C.UpdateTensor:
-    return _C.update_tensor(
-        NAMES[t.weight.dtype],
-        _array(t.weight),
-        _array(t.master),
-        list(map(_array, t.state)),
-        _array(t.mask),
-        _array(None if t.compaction is None else t.compaction.chunk_offsets),
-        0 if t.compaction is None else t.compaction.num_kept,
-    )
+    _, chunk_offsets, num_kept = t.compaction or _DENSE
+    of_weights = NAMES[t.weight.dtype], _array(t.weight), _array(t.master)
+    return _C.update_tensor(*of_weights, list(map(_array, t.state)), _array(t.mask), _array(chunk_offsets), num_kept)
 
 
 class Cpu:
