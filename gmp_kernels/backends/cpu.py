@@ -58,8 +58,11 @@ def _ends(brackets: Brackets) -> list[tuple[int, int]]:
 
 def _layers(layers: Sequence[Layer]) -> _C.Layers:
     """Make the rows of the layers, once."""
-    rows = ((NAMES[weight.dtype], _array(weight), _array(mask)) for weight, mask in layers)
-    return prepared(layers, "cpu", lambda: _C.layers(list(rows)))
+
+    def make() -> _C.Layers:
+        return _C.layers([(NAMES[weight.dtype], _array(weight), _array(mask)) for weight, mask in layers])
+
+    return prepared(layers, "cpu", make)
 
 
 def _row(t: UpdateTensor) -> _C.UpdateTensor:

@@ -147,7 +147,8 @@ class Batch:
         The record keeps the objects alive, so that no other object can take the place of one. The whole state is
         compared, because to look up the entries of parameters takes longer.
         """
-        values = chain.from_iterable(entry.values() for entry in state.values() if isinstance(entry, dict))
+        entries = [entry for entry in state.values() if isinstance(entry, dict)]
+        values = chain.from_iterable(map(dict.values, entries))
         objects = [*parameters, *state, *state.values(), *values, *(mask.packed for mask in self._masks)]
         return objects, [_layouts_of(weights, True), list(map(version_of, self._frozen)), groups, keys]
 
