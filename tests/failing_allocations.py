@@ -132,7 +132,6 @@ def steps(kind: Optimizer, dtype: torch.dtype = torch.float32) -> Callable[[], C
     def make() -> Call:
         optimizer, _ = optimizer_with(kind, dtype)
         optimizer._batch = None  # what it knows of the parameters is then made anew
-        optimizer._checked.clear()
         return Call(optimizer.step, lambda: tensors_in(optimizer))
 
     return make

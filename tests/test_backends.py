@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 
 
 def forget_what_was_probed() -> None:
-    for cached in (registry.available, registry._choose, registry._probe, registry._load, registry._say_once):
+    for cached in (registry.available, registry._choose, registry._say_once):
         cached.cache_clear()
 
 

@@ -39,6 +39,8 @@ except ImportError as error:
 Array: TypeAlias = tuple[int, int]
 State: TypeAlias = tuple[Array, Array, Array]
 
+_DENSE = (None, None, 0)  # in place of a Compaction
+
 
 def _array(tensor: torch.Tensor | None) -> Array:
     """Return address and number of elements, so that C++ can check sizes; zeros for None."""
@@ -46,11 +48,8 @@ def _array(tensor: torch.Tensor | None) -> Array:
 
 
 def _state(values: torch.Tensor, layout: Compaction | None) -> State:
-    return (
-        _array(values),
-        _array(None if layout is None else layout.mask),
-        _array(None if layout is None else layout.chunk_offsets),
-    )
+    mask, chunk_offsets, _ = layout or _DENSE
+    return _array(values), _array(mask), _array(chunk_offsets)
 
 
 def _ends(brackets: Brackets) -> list[tuple[int, int]]:
@@ -58,27 +57,18 @@ def _ends(brackets: Brackets) -> list[tuple[int, int]]:
 
 
 def _layers(layers: Sequence[Layer]) -> _C.Layers:
-    return _C.layers([(NAMES[weight.dtype], _array(weight), _array(mask)) for weight, mask in layers])
-
-
-def _known(layers: Sequence[Layer]) -> _C.Layers:
     """Make the rows of the layers, once."""
-    return prepared(layers, "cpu", partial(_layers, layers))
+
+    def make() -> _C.Layers:
+        return _C.layers([(NAMES[weight.dtype], _array(weight), _array(mask)) for weight, mask in layers])
+
+    return prepared(layers, "cpu", make)
 
 
-def _prepared(t: UpdateTensor) -> _C.UpdateTensor:
-    """Make the tensor's row, once."""
-    row = _C.update_tensor(
-        NAMES[t.weight.dtype],
-        _array(t.weight),
-        _array(t.master),
-        list(map(_array, t.state)),
-        _array(t.mask),
-        _array(None if t.compaction is None else t.compaction.chunk_offsets),
-        0 if t.compaction is None else t.compaction.num_kept,
-    )
-    t.row = row
-    return row
+def _row(t: UpdateTensor) -> _C.UpdateTensor:
+    _, chunk_offsets, num_kept = t.compaction or _DENSE
+    of_weights = NAMES[t.weight.dtype], _array(t.weight), _array(t.master)
+    return _C.update_tensor(*of_weights, list(map(_array, t.state)), _array(t.mask), _array(chunk_offsets), num_kept)
 
 
 class Cpu:
@@ -95,7 +85,7 @@ class Cpu:
         prunes: bool = False,
     ) -> Selection:
         expected = [] if brackets is None else _ends(brackets)
-        found = _C.select(_known(layers), num_prune, group_sizes, expected, torch.get_num_threads())
+        found = _C.select(_layers(layers), num_prune, group_sizes, expected, torch.get_num_threads())
         return Selection(Cutoffs(*found))
 
     def count(
@@ -108,7 +98,7 @@ class Cpu:
         bins = np.zeros((len(layers), num_bins), np.int64)
         places = list(map(_array, candidates or [None] * len(layers)))
         asked = _ends(brackets), places, (bins.ctypes.data, bins.size)
-        rows = _C.count(_known(layers), *asked, num_bins, torch.get_num_threads())
+        rows = _C.count(_layers(layers), *asked, num_bins, torch.get_num_threads())
         below, inside, pruned, nonfinite = np.array(rows, np.int64).reshape(-1, 4).T
         return BracketCounts(below, inside, pruned, nonfinite, bins)
 
@@ -119,12 +109,12 @@ class Cpu:
         if finite and max(nonfinite) >= 0:
             return None
         places = [] if isinstance(layers, Layers) and out is layers.masks else list(map(_array, out))
-        before, now = _C.prune(_known(layers), keys, tie_indices, places, torch.get_num_threads())
+        before, now = _C.prune(_layers(layers), keys, tie_indices, places, torch.get_num_threads())
         sizes = layers.sizes if isinstance(layers, Layers) else [layer.weight.numel() for layer in layers]
         return PruneCounts.from_kept(sizes, before, now)
 
     def apply(self, layers: Sequence[Layer]) -> None:
-        _C.apply_masks(_known(layers), torch.get_num_threads())
+        _C.apply_masks(_layers(layers), torch.get_num_threads())
 
     def update(
         self,
@@ -137,9 +127,7 @@ class Cpu:
         after: Sequence[Callable[[], object]] = (),
     ) -> None:
         if not isinstance(batch.prepared, _C.UpdateBatch):
-            batch.prepared = _C.update_batch(
-                [t.row if isinstance(t.row, _C.UpdateTensor) else _prepared(t) for t in batch.tensors]
-            )
+            batch.prepared = _C.update_batch(list(map(_row, batch.tensors)))
         arrays = list(map(torch.Tensor.data_ptr, gradients)), list(map(torch.Tensor.numel, gradients))
         arguments = rule, batch.prepared, *arrays, rows, constants.on_host(), torch.get_num_threads()
         at_once([partial(_C.update, *arguments), *after])

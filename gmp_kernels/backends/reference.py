@@ -37,11 +37,19 @@ def _magnitude(weight: torch.Tensor) -> np.ndarray:
     return magnitude
 
 
+def _ties(magnitude: np.ndarray, value: float) -> np.ndarray:
+    ties: np.ndarray = np.isnan(magnitude) if np.isnan(value) else magnitude == value
+    return ties
+
+
+def _unpacked(mask: torch.Tensor | None, numel: int) -> np.ndarray:
+    if mask is None:
+        return np.ones(numel, dtype=bool)
+    return np.unpackbits(mask.numpy(), count=numel, bitorder="little").astype(bool)
+
+
 def _kept(layer: Layer) -> np.ndarray:
-    n = layer.weight.numel()
-    if layer.mask is None:
-        return np.ones(n, dtype=bool)
-    return np.unpackbits(layer.mask.numpy(), count=n, bitorder="little").astype(bool)
+    return _unpacked(layer.mask, layer.weight.numel())
 
 
 class Reference:
@@ -79,7 +87,7 @@ class Reference:
         higher_index_first = -np.arange(magnitude.size)
         order = np.lexsort((higher_index_first, magnitude, kept))
         value = magnitude[order[num_prune - 1]]
-        ties = kept & ((magnitude == value) | (np.isnan(magnitude) & np.isnan(value)))
+        ties = kept & _ties(magnitude, value)
         num_ties = int(ties.sum())
         pruned = np.zeros(magnitude.size, dtype=bool)
         pruned[order[:num_prune]] = True
@@ -116,11 +124,9 @@ class Reference:
             kept = _kept(layer)
             before.append(int(kept.sum()))
             magnitude, value = _magnitude(layer.weight), magnitude_of(key, layer.weight.dtype)
-            tie = (magnitude == value) | (np.isnan(magnitude) & np.isnan(value))
-            above = magnitude > value
-            if not np.isnan(value):
-                above |= np.isnan(magnitude)
-            kept &= above | (tie & (np.arange(kept.size) < tie_index))
+            # NaN is above every number, and nothing is above NaN.
+            above = ~(magnitude <= value) & ~np.isnan(value)
+            kept &= above | (_ties(magnitude, value) & (np.arange(kept.size) < tie_index))
             writes.append((layer.weight, kept))
             bits.append(partial(packed.copy_, torch.from_numpy(np.packbits(kept, bitorder="little"))))
             now.append(int(kept.sum()))
@@ -146,18 +152,13 @@ class Reference:
             c = given[row]
             if c.get("skip"):
                 continue
-            kept = torch.ones(t.weight.shape, dtype=torch.bool, device="cpu")
-            if t.mask is not None:
-                kept = torch.from_numpy(_kept(Layer(t.weight, t.mask))).view(t.weight.shape)
+            kept = torch.from_numpy(_kept(Layer(t.weight, t.mask))).view(t.weight.shape)
             compute = torch.float64 if t.weight.dtype == torch.float64 else torch.float32
             weight = (t.weight if t.master is None else t.master).to(compute)
             grad = torch.where(kept, gradient.to(compute), 0.0)
-            if t.compaction is None:
-                state = [s.clone() for s in t.state]
-            else:
-                state = [
-                    torch.zeros(t.weight.shape, dtype=s.dtype, device="cpu").masked_scatter_(kept, s) for s in t.state
-                ]
+            state = [s.clone() for s in t.state]
+            if t.compaction is not None:
+                state = [torch.zeros_like(kept, dtype=s.dtype).masked_scatter_(kept, s) for s in state]
             weight = _RULES[rule](weight, grad, state, c)
             for target, source in zip(t.state, state, strict=True):
                 new = torch.where(kept, source, 0.0) if t.compaction is None else source[kept]
@@ -172,23 +173,18 @@ class Reference:
         return float(sum((_magnitude(g.weight)[_kept(g)] ** 2).sum() for g in gradients))
 
     def compactions(self, masks: Sequence[tuple[torch.Tensor, int]]) -> list[Compaction]:
-        kept = [int(np.unpackbits(mask.numpy(), count=numel, bitorder="little").sum()) for mask, numel in masks]
-        return [
-            Compaction(mask, torch.zeros(0, dtype=torch.int64, device="cpu"), count)
-            for (mask, _), count in zip(masks, kept, strict=True)
-        ]
+        no_offsets = torch.zeros(0, dtype=torch.int64, device="cpu")
+        return [Compaction(mask, no_offsets, int(_unpacked(mask, numel).sum())) for mask, numel in masks]
 
     def move_state(self, moves: Sequence[StateMove]) -> None:
         for move in moves:
             dense = torch.zeros(move.numel, dtype=move.source.dtype, device="cpu")
-            if move.source_layout is None:
-                dense.copy_(move.source.reshape(-1))
-            else:
-                dense[_kept_places(move.source_layout, move.numel)] = move.source
-            if move.target_layout is None:
-                move.target.view(-1).copy_(dense)
-            else:
-                move.target.copy_(dense[_kept_places(move.target_layout, move.numel)])
+            dense[_places(move.source_layout, move.numel)] = move.source.reshape(-1)
+            move.target.view(-1).copy_(dense[_places(move.target_layout, move.numel)])
+
+
+def _places(layout: Compaction | None, numel: int) -> torch.Tensor:
+    return torch.from_numpy(_unpacked(None if layout is None else layout.mask, numel))
 
 
 def _count(
@@ -212,10 +208,6 @@ def _num_below(ranked: np.ndarray, key: int, dtype: torch.dtype) -> int:
     if key > largest_key(dtype):
         return ranked.size
     return int(np.searchsorted(ranked, magnitude_of(key, dtype), side="left"))
-
-
-def _kept_places(layout: Compaction, numel: int) -> torch.Tensor:
-    return torch.from_numpy(np.unpackbits(layout.mask.numpy(), count=numel, bitorder="little").astype(bool))
 
 
 def _scaled(weight: torch.Tensor, grad: torch.Tensor, c: Mapping[str, float]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,7 +11,7 @@ import logging
 import os
 import pkgutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -35,7 +35,8 @@ class Backend:
     priority : int
         If no backend is named, the usable one of highest priority runs.
     probe : callable
-        Returns None if the backend is usable on this machine, else a sentence saying why not and what to do.
+        Returns None if the backend is usable on this machine, else a sentence saying why not and what to do; called
+        once.
     supports : callable
         Returns None if it can take tensors of this device, else a sentence.
     load : callable
@@ -54,7 +55,7 @@ _REGISTRY: dict[str, Backend] = {}
 
 def register(backend: Backend) -> None:
     """Add a backend to the registry."""
-    _REGISTRY[backend.name] = backend
+    _REGISTRY[backend.name] = replace(backend, probe=cache(backend.probe), load=cache(backend.load))
     _choose.cache_clear()
 
 
@@ -67,22 +68,12 @@ def available() -> tuple[Backend, ...]:
 
 
 @cache
-def _probe(backend: Backend) -> str | None:
-    return backend.probe()
-
-
-@cache
-def _load(backend: Backend) -> Implementation:
-    return backend.load()
-
-
-@cache
 def _say_once(message: str) -> None:
     logger.warning(message)
 
 
 def _why_not(backend: Backend, device: torch.device) -> str | None:
-    return _probe(backend) or backend.supports(device)
+    return backend.probe() or backend.supports(device)
 
 
 def choose(name: str | None, device: torch.device) -> Implementation:
@@ -104,7 +95,7 @@ def _choose(name: str | None, device: torch.device) -> Implementation:
             raise BackendUnavailableError(f"backend: expected one of {sorted(_REGISTRY)}, got '{name}'")
         if reason := _why_not(_REGISTRY[name], device):
             raise BackendUnavailableError(f"backend '{name}' cannot run: {reason}")
-        return _load(_REGISTRY[name])
+        return _REGISTRY[name].load()
     reasons = []
     for backend in available():
         if reason := _why_not(backend, device):
@@ -113,6 +104,6 @@ def _choose(name: str | None, device: torch.device) -> Implementation:
         # A missing backend is worth a warning only if it is for this device: "cuda" for a CPU tensor is not.
         missed = [b for b in available() if b.priority > backend.priority and b.supports(device) is None]
         for other in missed:
-            _say_once(f"using backend '{backend.name}': '{other.name}' cannot run ({_probe(other)})")
-        return _load(backend)
+            _say_once(f"using backend '{backend.name}': '{other.name}' cannot run ({other.probe()})")
+        return backend.load()
     raise BackendUnavailableError(f"no backend can run tensors on {device}: " + "; ".join(reasons))

@@ -1,18 +1,21 @@
-"""Checked parameters that step together, their step counts, and a fast test for changes since the latest step."""
+"""Parameters that have passed every check, their step counts, and a fast test for changes since the latest step."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import chain, groupby, islice
-from operator import itemgetter
+from itertools import chain, compress, groupby
+from operator import is_, itemgetter
 from typing import Any, TypeVar
 
 import torch
 
-from gmp_kernels.backends.types import UpdateBatch
-from gmp_kernels.optim.checked import CheckedParameter, Snapshot, is_unchanged, plain_layouts, snapshot
-from gmp_kernels.optim.compact import STEP
+from gmp_kernels.backends.layouts import layouts_of
+from gmp_kernels.backends.types import UpdateBatch, UpdateTensor
+from gmp_kernels.distributed.placement import local
+from gmp_kernels.masks import BitMask
+from gmp_kernels.optim.checks import bits_beside
+from gmp_kernels.optim.compact import MASTER, STEP, layout_of, version_of
 
 __all__ = ["Batch"]
 
@@ -20,148 +23,191 @@ T = TypeVar("T")
 
 
 class Batch:
-    """The checked parameters of a step.
+    """Checked parameters, which are valid as long as nothing about them changes. A step may leave some of them out.
 
     The step counts of a group on the host become views of one tensor, so that one addition counts a step for all. On a
     device they stay where they are, because a CUDA graph may hold them.
 
     Parameters
     ----------
-    members : list of CheckedParameter
-        In the order of the groups.
     groups : sequence of int
-        Index of each member's group.
+        Index of each parameter's group. The parameters are in the order of the groups.
+    parameters, weights : sequences of torch.Tensor
+        The parameters, and the tensors that hold their values here.
+    state : mapping
+        The optimizer's state, in which their entries are complete and in the form the optimizer keeps them in.
     keys : sequence of tuple of str
         Per group, the state entries that the rule reads and writes.
+    masks : sequence of BitMask or None
     captured : list of torch.Tensor
         Receives the tensors that CUDA graphs of a step read at every replay.
     counts_steps : bool
-        Whether the states of the members have step counts.
+        Whether the states have step counts.
 
     Attributes
     ----------
-    members : list of CheckedParameter
+    groups, parameters, weights, keys
+        As given.
+    known : frozenset of torch.Tensor
+        The parameters.
+    bits : list of torch.Tensor or None
+        The packed bits that the masks had.
     updates : UpdateBatch
-        The members that are not empty.
-    written : list of torch.Tensor
-        All tensors of these that a step changes.
+        The parameters that are not empty.
     """
 
     def __init__(
         self,
-        members: list[CheckedParameter],
         groups: Sequence[int],
+        parameters: Sequence[torch.Tensor],
+        weights: list[torch.Tensor],
+        state: Mapping[Any, Any],
         keys: Sequence[tuple[str, ...]],
+        masks: Sequence[BitMask | None],
         captured: list[torch.Tensor],
         *,
         counts_steps: bool,
     ) -> None:
-        self.members, self._groups, self._keys = members, groups, keys
-        self._is_present = [checked.tensor.weight.numel() > 0 for checked in members]
+        self.groups, self.parameters, self.weights, self._state, self.keys = groups, parameters, weights, state, keys
+        self.known = frozenset(parameters)
+        self.bits = [None if mask is None else mask.packed for mask in masks]
+        self._masks = [mask for mask in masks if mask is not None]
+        self._frozen: list[torch.Tensor] = []  # bits that must not be written
+        self._written: list[list[torch.Tensor]] = []  # by a step
+        tensors = []
+        for p, weight, group, mask, bits in zip(parameters, weights, groups, masks, self.bits, strict=True):
+            entries = state.get(p, {})
+            t = UpdateTensor(
+                weight=weight.detach(),
+                master=local(entries[MASTER]) if entries.get(MASTER) is not None else None,
+                state=tuple(local(entries[key]) for key in keys[group]),
+                mask=None if mask is None else bits_beside(weight, mask),
+                compaction=layout_of(entries),
+            )
+            tensors.append(t)
+            if bits is not None and (t.compaction is not None or t.mask is not bits):
+                # Compact state is laid out by them, or the step reads a reordered copy of them.
+                self._frozen.append(bits)
+            # A plain parameter and a tensor detached from it share their version counter.
+            own = [p] if weight is p else [p, t.weight]
+            self._written.append([*own, *t.state] if t.master is None else [*own, t.master, *t.state])
+        self._all_written = list(chain.from_iterable(self._written))
+        self._is_present = [weight.numel() > 0 for weight in weights]
         self._are_all_present = all(self._is_present)
-        present = self.present(members)
-        self.updates = UpdateBatch([checked.tensor for checked in present], captured)
-        self.written = [tensor for checked in present for tensor in checked.written]
-        self._masks = [checked.mask for checked in members if checked.mask is not None]
-        self._frozen = [bits for checked in members for bits in checked.frozen]
-        # By group index: its members, and the tensors that together hold their step counts, in the same order.
-        self._parts = {
-            index: [checked for _, checked in part]
-            for index, part in groupby(zip(groups, members, strict=True), key=itemgetter(0))
-        }
+        self.updates = UpdateBatch(list(self.present(tensors)), captured)
+        # By group index: its parameters, and the tensors that together hold their step counts, in the same order.
+        parts = groupby(zip(groups, parameters, strict=True), key=itemgetter(0))
+        self._parts = {group: [p for _, p in part] for group, part in parts}
         self._counts: dict[int, list[torch.Tensor]] = {}
         if counts_steps:
-            for index in self._parts:
-                self._counts[index] = [state[STEP] for state in self._states_of(index)]
-                devices = [count.device for count in self._counts[index]]
+            for group in self._parts:
+                self._counts[group] = self._counts_of(self._parts[group])
+                devices = [count.device for count in self._counts[group]]
                 elsewhere = [device for device in devices if device.type != "cpu"]
                 if len(elsewhere) < len(devices):
-                    self._join_counts(index, elsewhere[0] if elsewhere else torch.device("cpu"))
+                    self._join_counts(group, elsewhere[0] if elsewhere else torch.device("cpu"))
         self._record()
 
-    def _states_of(self, index: int) -> list[dict[str, Any]]:
-        return [checked.state for checked in self._parts[index] if checked.state is not None]
+    def _counts_of(self, parameters: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+        return [self._state[p][STEP] for p in parameters]
 
-    def _join_counts(self, index: int, device: torch.device) -> None:
+    def _join_counts(self, group: int, device: torch.device) -> None:
         """Make the step counts of a group views of one tensor on this device."""
-        whole = torch.stack([state[STEP].to(device) for state in self._states_of(index)])
-        for i, state in enumerate(self._states_of(index)):
-            state[STEP] = whole[i]
-        self._counts[index] = [whole]
+        whole = torch.stack([count.to(device) for count in self._counts_of(self._parts[group])])
+        for i, p in enumerate(self._parts[group]):
+            self._state[p][STEP] = whole[i]
+        self._counts[group] = [whole]
 
     # -- changes -----------------------------------------------------------------------------------------------------
 
     def _record(self) -> None:
-        weights = [checked.tensor.weight for checked in self.members]
-        parameters = [checked.parameter for checked in self.members]
-        states = [checked.state for checked in self.members]
-        self._checked = self._snapshot(self._groups, parameters, weights, states, self._keys)
-        self._layouts = plain_layouts(weights, False)
+        self._checked = self._snapshot(self.groups, self.parameters, self.weights, self._state, self.keys)
+        self._layouts = _layouts_of(self.weights, False)
 
     def holds(self, *columns: Any) -> bool:
         """Whether nothing but the gradients has changed, given the arguments of ``_snapshot`` as they are now."""
-        return is_unchanged(self._snapshot(*columns), self._checked)
+        (objects, facts), (before, expected) = self._snapshot(*columns), self._checked
+        is_known = facts[0] is not None and facts == expected
+        return is_known and len(objects) == len(before) and all(map(is_, objects, before))
+
+    def is_current(self, state: Mapping[Any, Any]) -> bool:
+        """Whether parameters, masks and the optimizer's ``state`` are those that were checked."""
+        return self.holds(self.groups, self.parameters, list(map(local, self.parameters)), state, self.keys)
 
     def _snapshot(
         self,
         groups: Sequence[int],
         parameters: Sequence[torch.Tensor],
         weights: list[torch.Tensor],
-        states: Sequence[dict[str, Any] | None],
+        state: Mapping[Any, Any],
         keys: Sequence[tuple[str, ...]],
-    ) -> Snapshot:
-        values = chain.from_iterable(map(dict.values, filter(None, states)))
-        objects = [*parameters, *states, *values, *(mask.packed for mask in self._masks)]
-        return snapshot(weights, objects, self._frozen, groups, keys)
+    ) -> tuple[list[object], list[object]]:
+        """Return all that the outcome of the checks depends on: objects that have to stay, and facts.
+
+        The record keeps the objects alive, so that no other object can take the place of one. The whole state is
+        compared, because to look up the entries of parameters takes longer.
+        """
+        entries = [entry for entry in state.values() if isinstance(entry, dict)]
+        values = chain.from_iterable(map(dict.values, entries))
+        objects = [*parameters, *state, *state.values(), *values, *(mask.packed for mask in self._masks)]
+        return objects, [_layouts_of(weights, True), list(map(version_of, self._frozen)), groups, keys]
 
     def fits(self, gradients: list[torch.Tensor]) -> bool:
         """Whether a kernel can walk these gradients beside the weights as they are.
 
         All are compared at once, because this is most of the cost of a step of many small tensors.
         """
-        layouts = plain_layouts(gradients, False)
+        layouts = _layouts_of(gradients, False)
         return layouts is not None and layouts == self._layouts
 
     # -- the step ----------------------------------------------------------------------------------------------------
 
     def present(self, column: Sequence[T]) -> Sequence[T]:
-        """Return the entries of ``column``, which has one per member, for the members that are not empty."""
-        if self._are_all_present:
-            return column
-        return [entry for entry, is_present in zip(column, self._is_present, strict=True) if is_present]
+        """Return the entries of ``column``, which has one per parameter, for the parameters that are not empty."""
+        return column if self._are_all_present else list(compress(column, self._is_present))
+
+    def written(self, takes_step: Sequence[bool] | None) -> Iterable[torch.Tensor]:
+        """Return all tensors that a step of these parameters changes, by default a step of all."""
+        return self._all_written if takes_step is None else chain.from_iterable(compress(self._written, takes_step))
 
     def steps(
-        self, groups: Sequence[dict[str, Any]], lazy: Sequence[bool], is_first: Sequence[bool] | None
-    ) -> list[tuple[dict[str, Any], list[int] | torch.Tensor]]:
-        """Return, per group, the numbers of the steps that its members are about to take.
+        self, groups: Sequence[dict[str, Any]], lazy: Sequence[bool], first: Collection[torch.Tensor]
+    ) -> Iterator[tuple[dict[str, Any], list[int] | torch.Tensor]]:
+        """Yield, per group, the numbers of the steps that its parameters would take now.
 
         Parameters
         ----------
         groups : sequence of dict
         lazy : sequence of bool
             Per group, whether the host must not read its step counts. They then go to the parameters' device.
-        is_first : sequence of bool, optional
-            For rules without step counts: per member, whether this step is its first. By default none is.
+        first : collection of torch.Tensor
+            For rules without step counts: the parameters whose first step it is.
         """
-        result: list[tuple[dict[str, Any], list[int] | torch.Tensor]] = []
-        firsts = iter(is_first or [False] * len(self.members))
-        for index, part in self._parts.items():
+        device = self.parameters[0].device
+        for index, own in self._parts.items():
             if index not in self._counts:
-                result.append((groups[index], [1 if first else 2 for first in islice(firsts, len(part))]))
+                yield groups[index], [1 if p in first else 2 for p in own] if first else [2] * len(own)
                 continue
-            device = part[0].parameter.device
             if lazy[index] and self._counts[index][0].device != device:
                 self._join_counts(index, device)
                 self._record()
             counts = torch.stack(self._counts[index]).reshape(-1)
             is_lazy = lazy[index] or counts.device.type != "cpu"
-            result.append((groups[index], counts.double() + 1 if is_lazy else [int(n) + 1 for n in counts.tolist()]))
-        return result
+            yield groups[index], counts.double() + 1 if is_lazy else [int(n) + 1 for n in counts.tolist()]
 
-    def has_counts_elsewhere(self, device: torch.device) -> bool:
-        """Whether step counts would have to be moved to ``device``."""
-        return any(counts[0].device != device for counts in self._counts.values())
+    def has_counts_elsewhere(self, device: torch.device, takes_step: Sequence[bool]) -> bool:
+        """Whether step counts of parameters that take a step would have to be moved to ``device``."""
+        counts = self._counts_of(compress(self.parameters, takes_step)) if self._counts else []
+        return any(count.device != device for count in counts)
 
-    def counting(self, amount: int | torch.Tensor) -> list[Callable[[], object]]:
-        """Return C functions that raise the step counts."""
-        return [partial(torch._foreach_add_, counts, amount) for counts in self._counts.values()]
+    def counting(self, amount: int | torch.Tensor, takes_step: Sequence[bool] | None) -> list[Callable[[], object]]:
+        """Return C functions that raise the step counts of these parameters, by default of all."""
+        counts: Iterable[list[torch.Tensor]] = self._counts.values()
+        if takes_step is not None and self._counts:
+            counts = [self._counts_of(compress(self.parameters, takes_step))]
+        return [partial(torch._foreach_add_, own, amount) for own in counts]
+
+
+def _layouts_of(tensors: list[torch.Tensor], with_addresses: bool) -> object | None:
+    """Return ``layouts_of`` the tensors; None also if one is a view that negates its memory."""
+    return None if any(map(torch.Tensor.is_neg, tensors)) else layouts_of(tensors, with_addresses)

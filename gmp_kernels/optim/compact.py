@@ -23,7 +23,6 @@ __all__ = [
     "compacted",
     "expanded",
     "follow",
-    "is_count",
     "layout_of",
     "per_weight",
     "state_dtype",
@@ -129,18 +128,15 @@ def follow(p: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     return value if follows else torch.empty_like(p, dtype=value.dtype).copy_(value)
 
 
-def is_count(value: object) -> bool:
-    """Whether a step count has the form in which it is kept."""
-    return type(value) is torch.Tensor and value.dtype is torch.float32 and value.ndim == 0
-
-
 def as_count(value: Any, device: torch.device) -> torch.Tensor:
     """Return a step count as a 0-d float32 tensor, because a 16-bit one would stop at 256 or 2048.
 
     Returns ``value`` itself if it is one already.
     """
     if isinstance(value, torch.Tensor):
-        is_one = is_count(value) and value.device == device
+        is_one = (
+            type(value) is torch.Tensor and value.ndim == 0 and (value.dtype, value.device) == (torch.float32, device)
+        )
         return value if is_one else value.detach().to(device, torch.float32).reshape(())
     return torch.tensor(float(value), dtype=torch.float32, device=device)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ def constants_of(
     steps: Iterable[tuple[dict[str, Any], list[int] | torch.Tensor]],
     grad_scale: torch.Tensor | None,
     found_inf: torch.Tensor | None,
+    takes_step: Sequence[bool] | None = None,
 ) -> tuple[Constants, list[int]]:
     """Return the constants of a step, computed once per group and number, and the row of each parameter.
 
@@ -42,6 +43,8 @@ def constants_of(
         host must not read it.
     grad_scale, found_inf : torch.Tensor, optional
         Attributes that a GradScaler sets. A step with ``found_inf`` not 0 writes nothing.
+    takes_step : sequence of bool, optional
+        Per parameter, whether anything of it is written. By default all are.
     """
     factor = 1.0 if grad_scale is None else 1.0 / scalar(grad_scale)
     skip = {} if found_inf is None else {"skip": scalar(found_inf)}
@@ -61,4 +64,7 @@ def constants_of(
             constants.blocks.append(({k: v for k, v in values.items() if not isinstance(v, torch.Tensor)}, count))
             first, end = end, end + count
             constants.on_device.extend((k, first, end, v) for k, v in values.items() if isinstance(v, torch.Tensor))
+    if takes_step is not None:
+        constants.blocks.append(({"skip": 1.0}, 1))
+        rows = [row if takes else end for row, takes in zip(rows, takes_step, strict=True)]
     return constants, rows

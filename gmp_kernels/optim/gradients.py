@@ -17,7 +17,7 @@ from gmp_kernels.errors import LayoutError, ShapeError, SparsityError
 from gmp_kernels.library import define
 from gmp_kernels.masks import BitMask
 from gmp_kernels.ops import bit_masks
-from gmp_kernels.optim.checked import is_dense
+from gmp_kernels.optim.checks import is_dense
 
 __all__ = ["clip_grad_norm_", "ema_update_"]
 

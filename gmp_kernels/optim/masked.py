@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
-from itertools import count
+from itertools import compress, count
 from typing import Any, ClassVar, Self, TypeAlias
 from weakref import WeakValueDictionary
 
 import torch
 
 from gmp_kernels.backends import choose, devices
+from gmp_kernels.backends.addresses import address
 from gmp_kernels.checks import PLAIN
 from gmp_kernels.distributed.placement import is_sharded, local, local_grad
 from gmp_kernels.errors import CaptureError, DTypeError, LayoutError, ShapeError, TargetError
 from gmp_kernels.library import define
 from gmp_kernels.optim.batch import Batch
-from gmp_kernels.optim.checked import CheckedParameter, check_memory, check_weight, gradient_beside
+from gmp_kernels.optim.checks import check_memory, check_weight, gradient_beside
 from gmp_kernels.optim.compact import (
     MASTER,
     STEP,
@@ -36,6 +37,9 @@ __all__ = ["MaskedOptimizer"]
 
 # For each parameter, the tensor that holds its value, and its gradient.
 Given: TypeAlias = Mapping[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]
+# Group indices, parameters, tensors that hold their values, gradients, and whether there is one. If not, the value
+# stands in for it, which no kernel reads.
+Columns: TypeAlias = tuple[list[int], list[torch.Tensor], list[torch.Tensor], list[torch.Tensor], list[bool]]
 
 
 class MaskedOptimizer(Masking):
@@ -180,58 +184,47 @@ class MaskedOptimizer(Masking):
     ) -> None:
         groups, batch = self.param_groups, self._batch
         keys = [self._state_keys(group) for group in groups]
-        indices, parameters, weights, gradients = _stepping(groups, given)
-        is_captured = any(devices.is_capturing(p.device) for p in parameters[:1])
+        columns = _columns(groups, given, frozenset() if batch is None else batch.known)
+        indices, parameters, weights, gradients, takes_step = columns
+        device = next((p.device for p in compress(parameters, takes_step)), None)
+        if device is None:
+            self._settle()
+            return
+        is_captured = devices.is_capturing(device)
         if is_captured:
-            self._check_capturable(parameters[0].device, all(lazy[index] for index in indices))
-        states = list(map(self.state.get, parameters))
-        is_first = None
-        created: dict[torch.Tensor, dict[str, Any] | None] = {}
+            self._check_capturable(device, all(lazy[index] for index in compress(indices, takes_step)))
+        created: dict[torch.Tensor, dict[str, Any]] = {}
+        first: set[torch.Tensor] = set()
         writes: list[Callable[[], object]] = []
-        if self._pending or batch is None or not batch.holds(indices, parameters, weights, states, keys):
+        if self._pending or batch is None or not batch.holds(indices, parameters, weights, self.state, keys):
             # Something has changed, or may have, so every parameter is checked.
             self._settle()
-            if not parameters:
-                return
-            _check_together(self._name, parameters)
-            weights = [*weights]
-            for i, weight in enumerate(weights):
-                if weight.is_neg():
-                    # The view negates its memory, but kernels read the memory itself.
-                    weights[i] = weight.detach().resolve_neg()
-                    writes.append(partial(weight.detach().copy_, weights[i]))
-            columns = zip(parameters, weights, gradients, indices, strict=True)
-            members = [self._check(p, weight, gradient, keys[index]) for p, weight, gradient, index in columns]
-            states = list(map(self.state.get, parameters))
-            is_first = [
-                any(state is None or state.get(name) is None for name in keys[index])
-                for index, state in zip(indices, states, strict=True)
-            ]
-            created = {c.parameter: c.state for c, state in zip(members, states, strict=True) if c.state is not state}
+            batch, gradients, takes_step, created, writes = self._checked(columns, keys, device)
+            old = {p: self.state.get(p, {}) for p in created}
+            first = {p for p in created if any(k in created[p] and old[p].get(k) is None for k in self.state_names)}
             writes.append(partial(dict.update, self.state, created))
-            batch = Batch(members, indices, keys, self._graph_memory, counts_steps=STEP in self.essential)
         if not batch.fits(gradients):
-            beside = zip(indices, batch.members, gradients, strict=True)
-            gradients = [self._beside(checked, gradient, groups[index]) for index, checked, gradient in beside]
+            beside = zip(batch.weights, gradients, batch.groups, strict=True)
+            gradients = [self._beside(weight, gradient, groups[index]) for weight, gradient, index in beside]
         self._batch = batch
-        device = parameters[0].device
-        if is_captured and (created or batch.has_counts_elsewhere(device)):
+        if is_captured and (created or batch.has_counts_elsewhere(device, takes_step)):
             raise CaptureError(
                 f"{self._name}: expected state that is on the device before a CUDA graph captures a step, got a "
                 "parameter without; take a step outside of the graph first"
             )
-        constants, rows = constants_of(self._constants, batch.steps(groups, lazy, is_first), grad_scale, skips)
+        some = None if all(takes_step) else takes_step
+        constants, rows = constants_of(self._constants, batch.steps(groups, lazy, first), grad_scale, skips, some)
         # New state and counts take effect together with the writes of the kernel: all of them, or none.
-        writes += batch.counting(1 if skips is None else (skips == 0).to(torch.float32).reshape(()))
+        writes += batch.counting(1 if skips is None else (skips == 0).to(torch.float32).reshape(()), some)
         # Versions are raised before the kernel runs: one that no write follows makes no gradient wrong.
-        torch.autograd.graph.increment_version(batch.written)
+        torch.autograd.graph.increment_version(batch.written(some))
         choose(self._backend, device).update(
             self.rule, batch.updates, batch.present(gradients), batch.present(rows), constants, after=writes
         )
         if is_captured:
             # Replays of the graph read the masks at these addresses.
-            present = batch.present(batch.members)
-            self._graph_masks.update((c.parameter, 0 if c.bits is None else c.bits.data_ptr()) for c in present)
+            read = zip(batch.parameters, map(address, batch.bits), strict=True)
+            self._graph_masks.update(compress(read, takes_step))
 
     def _check_capturable(self, device: torch.device, is_lazy: bool) -> None:
         """Raise CaptureError for a step that a CUDA graph would repeat wrongly."""
@@ -243,23 +236,39 @@ class MaskedOptimizer(Masking):
         if STEP in self.essential and not is_lazy:
             self._refuse_capture("step counts on the host, which would stand still; build it with capturable=True")
 
-    def _check(
-        self, p: torch.Tensor, weight: torch.Tensor, gradient: torch.Tensor, keys: tuple[str, ...]
-    ) -> CheckedParameter:
-        """Return a parameter that has passed all checks, with complete state; ``weight`` is its value here."""
-        state, mask, checked = self.state.get(p), self._masks.get(p), self._checked.get(id(p))
-        if checked is None or checked.keys != keys or checked.mask is not mask or not checked.holds(weight, state):
-            self._check_state(p)
+    def _checked(
+        self, columns: Columns, keys: Sequence[tuple[str, ...]], device: torch.device
+    ) -> tuple[Batch, list[torch.Tensor], list[bool], dict[torch.Tensor, dict[str, Any]], list[Callable[[], object]]]:
+        """Check all parameters. Return them, their columns, and the state and the writes that are due with the step.
+
+        Those that take no step are left out, unless they are as they were when they were checked.
+        """
+        batch = self._batch
+        is_current = batch is not None and batch.keys == keys and batch.is_current(self.state)
+        kept = [row for row in zip(*columns, strict=True) if row[4] or (is_current and row[1].device == device)]
+        indices, parameters, weights, gradients, takes_step = map(list, zip(*kept, strict=True))
+        _check_together(self._name, parameters)
+        writes: list[Callable[[], object]] = []
+        for i, weight in enumerate(weights):
+            if weight.is_neg():
+                # The view negates its memory, but kernels read the memory itself.
+                weights[i] = weight.detach().resolve_neg()
+                writes.append(partial(weight.detach().copy_, weights[i]))
+        masks = list(map(self._masks.get, parameters))
+        self._check_states(parameters)
+        for weight, gradient, mask in zip(weights, gradients, masks, strict=True):
             check_weight(self._name, weight, mask, is_compact=self._compact_state and mask is not None)
             check_memory(self._name, gradient)
-            checked = CheckedParameter(p, weight, self._completed(p, weight, keys), keys, mask)
-            self._checked[id(p)] = checked
-        return checked
+        states = {p: self._completed(p, w, keys[i]) for i, p, w in zip(indices, parameters, weights, strict=True)}
+        created = {p: state for p, state in states.items() if state is not None and state is not self.state.get(p)}
+        state, counts_steps = {**self.state, **created}, STEP in self.essential
+        batch = Batch(indices, parameters, weights, state, keys, masks, self._graph_memory, counts_steps=counts_steps)
+        return batch, gradients, takes_step, created, writes
 
-    def _beside(self, checked: CheckedParameter, gradient: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:
+    def _beside(self, weight: torch.Tensor, gradient: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:
         """Return a gradient in the layout of its weight."""
         dense = gradient if gradient.layout is torch.strided else self._densified(gradient, group)
-        return gradient_beside(self._name, checked.tensor.weight, dense)
+        return gradient_beside(self._name, weight, dense)
 
     def _completed(self, p: torch.Tensor, weight: torch.Tensor, keys: tuple[str, ...]) -> dict[str, Any] | None:
         """Return a copy of the state, complete and in the form it is kept in; the state itself if it is so already."""
@@ -305,24 +314,27 @@ def _check_together(optimizer: str, parameters: Sequence[torch.Tensor]) -> None:
         )
 
 
-def _stepping(
-    groups: Sequence[dict[str, Any]], given: Given | None
-) -> tuple[list[int], list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
-    """Return lists over the parameters that step: group indices, parameters, tensors of their values, and gradients."""
+def _columns(groups: Sequence[dict[str, Any]], given: Given | None, known: Collection[torch.Tensor]) -> Columns:
+    """Return the columns of the parameters that have a gradient or are ``known``, in the order of the groups."""
     if given is not None:
-        members = [(index, p) for index, group in enumerate(groups) for p in group["params"] if p in given]
-        pairs = [given[p] for _, p in members]
-        return [i for i, _ in members], [p for _, p in members], [w for w, _ in pairs], [g for _, g in pairs]
+        owned = [(i, p) for i, group in enumerate(groups) for p in group["params"] if p in given or p in known]
+        pairs = [given.get(p) or (local(p), local(p)) for _, p in owned]
+        values, gradients = [value for value, _ in pairs], [gradient for _, gradient in pairs]
+        return [i for i, _ in owned], [p for _, p in owned], values, gradients, [p in given for _, p in owned]
     found = [
         (index, p, gradient)
         for index, group in enumerate(groups)
         for p in group["params"]
-        if (gradient := p.grad) is not None
+        if (gradient := p.grad) is not None or p in known
     ]
     indices, parameters = [index for index, _, _ in found], [p for _, p, _ in found]
+    gradients = [p if gradient is None else gradient for _, p, gradient in found]
+    takes_step = [gradient is not None for _, _, gradient in found]
     if PLAIN.issuperset(map(type, parameters)):
-        return indices, parameters, parameters, [gradient for _, _, gradient in found]
-    return indices, parameters, list(map(local, parameters)), list(map(local_grad, parameters))
+        return indices, parameters, parameters, gradients, takes_step
+    weights = list(map(local, parameters))
+    gradients = [local_grad(p) if takes else w for p, w, takes in zip(parameters, weights, takes_step, strict=True)]
+    return indices, parameters, weights, gradients, takes_step
 
 
 _handles = count()

@@ -24,9 +24,8 @@ from gmp_kernels.errors import CaptureError, TargetError
 from gmp_kernels.masks import BitMask
 from gmp_kernels.ops import apply_masks_
 from gmp_kernels.optim.batch import Batch
-from gmp_kernels.optim.checked import CheckedParameter
+from gmp_kernels.optim.checks import check_state, loaded_state
 from gmp_kernels.optim.compact import MASTER, check_layout, compact_names, compacted, expanded, layout_of, per_weight
-from gmp_kernels.optim.entries import check_state, loaded_state
 
 __all__ = ["Masking"]
 
@@ -54,8 +53,7 @@ class Masking(torch.optim.Optimizer):
         self._masks: dict[torch.Tensor, BitMask] = {}
         # Parameters whose mask was not applied yet. True means the weight, or its master copy, has to be zeroed too.
         self._pending: dict[torch.Tensor, bool] = {}
-        self._checked: dict[int, CheckedParameter] = {}  # by the id of the parameter, which the entry keeps alive
-        self._batch: Batch | None = None  # of the latest step
+        self._batch: Batch | None = None  # the parameters that were checked for the latest step
         # Tensors that captured graphs read besides parameters, gradients and state. Kept for good, because a graph does
         # not tell when it is deleted.
         self._graph_memory: list[torch.Tensor] = []
@@ -66,7 +64,7 @@ class Masking(torch.optim.Optimizer):
         # torch's own would drop all but three attributes from copies and pickles.
         ours = ("_compact_state", "_master_weights", "_backend", "_masks", "_pending")
         # A copy is in no graph and has no watchers.
-        anew: dict[str, Any] = {"_checked": {}, "_batch": None, "_graph_memory": [], "_graph_masks": {}}
+        anew: dict[str, Any] = {"_batch": None, "_graph_memory": [], "_graph_masks": {}}
         kept = {name: getattr(self, name) for name in ours}
         return super().__getstate__() | kept | anew | {"_watchers": OrderedDict()}
 
@@ -194,15 +192,17 @@ class Masking(torch.optim.Optimizer):
                     f"captured its step, got {'another one' if read else 'one where it had none'}; set masks, or build "
                     "the GMPScheduler, before capturing, and change their bits in place"
                 )
-            self._check_state(p)
+        self._check_states(masks)
 
-    def _check_state(self, p: torch.Tensor) -> None:
-        """Refuse state that does not belong to the parameter as it is now."""
-        state, checked = self.state.get(p), self._checked.get(id(p))
-        is_known = checked is not None and layout_of(state) is None and checked.holds(local(p), state)
-        if state and not is_known:
-            check_layout(self._name, p, state)
-            check_state(self._name, p, state, self.state_names, self.essential)
+    def _check_states(self, parameters: Iterable[torch.Tensor]) -> None:
+        """Refuse state that does not belong to its parameter as it is now."""
+        batch = self._batch
+        known = batch.known if batch is not None and batch.is_current(self.state) else ()
+        for p in parameters:
+            state = self.state.get(p)
+            if state and p not in known:
+                check_layout(self._name, p, state)
+                check_state(self._name, p, state, self.state_names, self.essential)
 
     def _refuse_capture(self, got: str) -> NoReturn:
         """Raise CaptureError for a step that a graph would repeat wrongly; ``got`` ends with what to build instead."""
@@ -221,8 +221,7 @@ class Masking(torch.optim.Optimizer):
         behind = {*self._pending, *stale}
         if not behind:
             return
-        for p in behind.difference(checked):
-            self._check_state(p)
+        self._check_states(p for p in behind if p not in checked)
         if any(devices.is_capturing(p.device) for p in behind):
             self._refuse_capture("masks to be applied first; set masks before capturing")
         # All memory is allocated before the first write.
@@ -267,14 +266,12 @@ class Masking(torch.optim.Optimizer):
         pending: dict[torch.Tensor, bool],
     ) -> None:
         """Replace state, masks and pending masks in one step that no interrupt can divide."""
-        # Records of the old state would keep its memory.
-        replaced = {id(p) for p in states}
-        checked = {key: known for key, known in self._checked.items() if key not in replaced}
+        # A batch of the old state would keep its memory.
         batch = self._batch if masks is self._masks and not states else None
         at_once(
             [
                 partial(dict.update, self.state, states),
-                partial(self.__dict__.update, _masks=masks, _pending=pending, _checked=checked, _batch=batch),
+                partial(self.__dict__.update, _masks=masks, _pending=pending, _batch=batch),
             ]
         )
 
@@ -382,7 +379,7 @@ class Masking(torch.optim.Optimizer):
                     op, index, p, values, self.essential, is_capturable=bool(group.get("capturable"))
                 )
         pending = dict.fromkeys(self._masks, True)
-        self.__dict__.update(state=state, param_groups=groups, _pending=pending, _checked={}, _batch=None)
+        self.__dict__.update(state=state, param_groups=groups, _pending=pending, _batch=None)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
