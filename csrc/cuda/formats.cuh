@@ -16,12 +16,6 @@ inline constexpr bool kConverts = sizeof(KeyOf<kDType>) != sizeof(ComputeOf<kDTy
 template <DType kDType>
 using Stored = std::conditional_t<kConverts<kDType>, KeyOf<kDType>, ComputeOf<kDType>>;
 
-#if defined(__CUDACC__)
-using Half = __half;
-#else
-using Half = _Float16;
-#endif
-
 template <DType kDType>
 __device__ ComputeOf<kDType> widened(Stored<kDType> stored) {
   if constexpr (kDType == DType::bfloat16) {
@@ -30,7 +24,7 @@ __device__ ComputeOf<kDType> widened(Stored<kDType> stored) {
     memcpy(&v, &wide, sizeof(v));
     return v;
   } else if constexpr (kDType == DType::float16) {
-    Half half;
+    __half half;
     memcpy(&half, &stored, sizeof(stored));
     return static_cast<float>(half);
   } else {
@@ -53,7 +47,7 @@ __device__ Stored<kDType> narrowed(ComputeOf<kDType> v) {
       memcpy(&wide, &v, sizeof(v));
       return static_cast<uint16_t>((wide >> 16 & 0x8000) | 0x7e00 | (wide >> 13 & 0x3ff));
     }
-    const Half half = static_cast<Half>(v);
+    const __half half = static_cast<__half>(v);
     uint16_t bits;
     memcpy(&bits, &half, sizeof(bits));
     return bits;

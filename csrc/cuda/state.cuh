@@ -24,7 +24,7 @@ __device__ void move_chunk(const TensorRow& source, const TensorRow& target, int
       place[side] = i;
       if (masks[side] == nullptr) continue;
       int total;
-      place[side] = before[side] + block_scan(count_bits(bits[side]), total);
+      place[side] = before[side] + block_scan(__popc(bits[side]), total);
       before[side] += total;
     }
     int read = 0, written = 0;
@@ -71,11 +71,11 @@ __global__ void __launch_bounds__(kThreads) count_kept(const TensorRow* rows, in
       for (unsigned v = 0; v < kBytes / sizeof(uint4); ++v) words[v] = load_words(mask + first / 8, v);
 #pragma unroll
       for (const uint4& word : words) {
-        kept += count_bits(word.x) + count_bits(word.y) + count_bits(word.z) + count_bits(word.w);
+        kept += __popc(word.x) + __popc(word.y) + __popc(word.z) + __popc(word.w);
       }
     } else {
       const int64_t end = first + kBytes * 8 < row.n ? first + kBytes * 8 : row.n;
-      for (int64_t i = first; i < end; i += kEach) kept += count_bits(load_bits(mask, i, count_from(i, row.n)));
+      for (int64_t i = first; i < end; i += kEach) kept += __popc(load_bits(mask, i, count_from(i, row.n)));
     }
     kept = warp_sum(kept);
     if (threadIdx.x % kWarpSize == 0) pointer<int64_t>(row.chunk_offsets)[chunk - row.first_chunk] = kept;

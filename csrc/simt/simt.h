@@ -25,7 +25,7 @@
 #define __shared__ static thread_local
 #define __restrict__ __restrict
 
-struct alignas(16) uint4 {
+struct alignas(16) [[gnu::may_alias]] uint4 {
   unsigned x, y, z, w;
 };
 // Those of the fiber that runs now. Not thread_local, which would check at every use whether they are initialized.
@@ -114,6 +114,18 @@ T atomicMin(T* p, T value) {
   }
   return found;
 }
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+inline int __popcll(uint64_t bits) { return __builtin_popcountll(bits); }
+inline int __ffs(int bits) { return __builtin_ffs(bits); }
+inline int __ffsll(int64_t bits) { return __builtin_ffsll(bits); }
+inline unsigned __funnelshift_l(unsigned low, unsigned high, int shift) { return high << shift | low >> (32 - shift); }
+inline float __fmaf_rn(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+inline double __fma_rn(double a, double b, double c) { return __builtin_fma(a, b, c); }
+inline float __fsqrt_rn(float v) { return __builtin_sqrtf(v); }
+inline double __dsqrt_rn(double v) { return __builtin_sqrt(v); }
+using __half = _Float16;
+inline void* __cvta_global_to_generic(uint64_t address) { return reinterpret_cast<void*>(address); }
+
 // Loads past the caches of this multiprocessor, to see what other blocks wrote.
 template <typename T>
 T __ldcg(const T* p) {
