@@ -20,21 +20,22 @@ from gmp_kernels.tools.testing import DTYPES, adversarial_cases, assert_same_pru
 
 _simt = simt_extension()
 CPU = torch.device("cpu")
-CHUNK, READERS = _simt.CHUNK, _simt.num_counting_blocks(1)
+CHUNK, READERS = _simt.CHUNK, _simt.READERS
 
 
 @pytest.fixture(scope="module")
 def resize() -> Iterator[Callable[[int], None]]:
     """Have the device be one of so many multiprocessors."""
-    sizes = choose("simt", CPU)._multiprocessors
+    simt = choose("simt", CPU)
+    own = simt._size
 
     def set_size(multiprocessors: int) -> None:
-        sizes[CPU] = multiprocessors
+        simt._size = lambda index: multiprocessors
         checks.forget()  # templates are made for a number of blocks
 
     yield set_size
     _simt.set_seed(0)
-    sizes.clear()
+    simt._size = own
     checks.forget()
 
 

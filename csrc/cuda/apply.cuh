@@ -80,8 +80,7 @@ __device__ __forceinline__ void apply_touched(Key* weights, uint8_t* mask, const
   if (is_one) {
 #pragma unroll
     for (unsigned v = 0; v < kTouchedBy / 8 / sizeof(uint4); ++v) {
-      const uint4 words = load_words(mask + threadIdx.x * (kTouchedBy / 8), v);
-      here += __popc(words.x) + __popc(words.y) + __popc(words.z) + __popc(words.w);
+      here += count_bits(mask + threadIdx.x * (kTouchedBy / 8), v);
     }
   }
   cut.kept_before += here;

@@ -23,9 +23,6 @@ inline constexpr int kEach = 8;  // weights per thread and tile
 inline constexpr int64_t kTile = kThreads * kEach;
 static_assert(kChunk % (4 * kTile) == 0, "whole chunks are read several tiles at a time");
 
-// Blocks that a multiprocessor holds at once, for the kernels that read weights; it gives the size of the grids.
-inline constexpr unsigned kReaders = 3;
-
 // Addresses from tables are those of global memory, which the compiler has to be told.
 template <typename T>
 __device__ __forceinline__ T* pointer(uint64_t address) {
@@ -102,18 +99,16 @@ __device__ inline unsigned load_bits(const uint8_t* mask, int64_t i, int count) 
   unsigned bits = 0xff;
   if (mask != nullptr) {
 #if !defined(GMP_WITHOUT_MASK_BYTES)  // benchmarks/cuda_static.py looks for other accesses that are a byte wide
-    bits = mask[i / 8];
+    bits = load1(mask + i / 8);
 #endif
-    simt::count_load(mask + i / 8, 1);
   }
   return bits & ((1u << count) - 1);
 }
 
 __device__ inline void store_bits(uint8_t* mask, int64_t i, unsigned bits) {
 #if !defined(GMP_WITHOUT_MASK_BYTES)
-  mask[i / 8] = static_cast<uint8_t>(bits);
+  store1(mask + i / 8, static_cast<uint8_t>(bits));
 #endif
-  simt::count_store(mask + i / 8, 1);
 }
 
 // The mask bits of the 64 weights from a multiple of eight on, of which `count` exist; none if it is negative.
@@ -132,10 +127,10 @@ __device__ __forceinline__ uint64_t load_word(const uint8_t* mask, int64_t i, in
   return count >= 64 ? word : word & ((uint64_t{1} << count) - 1);
 }
 
-// The v-th 16 bytes of a mask from an aligned byte on.
-__device__ __forceinline__ uint4 load_words(const uint8_t* mask, unsigned v) {
-  simt::count_load(mask + v * sizeof(uint4), sizeof(uint4));
-  return reinterpret_cast<const uint4*>(mask)[v];
+// The number of bits that are set in the v-th 16 bytes of a mask, from an aligned byte on.
+__device__ __forceinline__ int count_bits(const uint8_t* mask, unsigned v) {
+  const uint4 words = load1(reinterpret_cast<const uint4*>(mask) + v);
+  return __popc(words.x) + __popc(words.y) + __popc(words.z) + __popc(words.w);
 }
 
 static_assert(kTouchedBy == kWarpSize * kEach, "the lanes of a warp make a word");

@@ -13,6 +13,8 @@ namespace gmp::cuda {
 inline constexpr int64_t kChunk = 16384;       // weights that a block takes at a time; a multiple of 8 * kThreads
 inline constexpr int64_t kListCapacity = 768;  // most candidates kept per chunk: 4.7 % of it
 inline constexpr int64_t kBins = 512;
+// Blocks that a multiprocessor holds at once, for the kernels that read weights; it gives the size of the grids.
+inline constexpr unsigned kReaders = 3;
 inline constexpr int64_t kTouchedBy = 256;  // weights whose flags are one word (see LayerRow), a bit for each eight
 
 // A layer in a selection or an application. Chunks are numbered across all layers.

@@ -53,16 +53,13 @@ const uint64_t* exchange(uint64_t value);
 // A point at which another thread may run in between.
 void interruption();
 
+// The value of another lane.
 template <typename T>
-uint64_t pack(T value) {
+T shuffled(T value, unsigned lane) {
   static_assert(sizeof(T) <= 8);
   uint64_t bits = 0;
   std::memcpy(&bits, &value, sizeof(T));
-  return bits;
-}
-template <typename T>
-T unpack(uint64_t bits) {
-  T value;
+  bits = exchange(bits)[lane];
   std::memcpy(&value, &bits, sizeof(T));
   return value;
 }
@@ -76,17 +73,16 @@ inline void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 // Warp operations are called by whole warps only.
 template <typename T>
 T __shfl_sync(unsigned, T value, int lane) {
-  return simt::unpack<T>(simt::exchange(simt::pack(value))[lane & (simt::kWarp - 1)]);
+  return simt::shuffled(value, lane & (simt::kWarp - 1));
 }
 template <typename T>
 T __shfl_xor_sync(unsigned, T value, int mask) {
-  return simt::unpack<T>(simt::exchange(simt::pack(value))[(threadIdx.x & (simt::kWarp - 1)) ^ mask]);
+  return simt::shuffled(value, (threadIdx.x & (simt::kWarp - 1)) ^ mask);
 }
 template <typename T>
 T __shfl_up_sync(unsigned, T value, unsigned delta) {
   const unsigned lane = threadIdx.x & (simt::kWarp - 1);
-  const uint64_t* const values = simt::exchange(simt::pack(value));
-  return simt::unpack<T>(values[lane < delta ? lane : lane - delta]);
+  return simt::shuffled(value, lane < delta ? lane : lane - delta);
 }
 
 inline unsigned __ballot_sync(unsigned, bool predicate) {

@@ -79,7 +79,7 @@ class Table:
             captured.append(spare.copy_(host))
             return spare.to(device, non_blocking=True)
         # Another stream gets another table, because freed memory is reused in the order of its own stream.
-        contents = (contents, device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0)
+        contents = (contents, device, devices.stream_of(device))
         if self._table is None or self._contents != contents:
             host = torch.from_numpy(make())
             table = torch.empty(host.shape, dtype=host.dtype, device=device)

@@ -6,9 +6,11 @@ on the device until they are needed. Workspace comes from torch's allocator.
 
 from __future__ import annotations
 
+import importlib
 from array import array
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
+from itertools import starmap
 from types import ModuleType
 from typing import Any, TypeAlias, cast
 
@@ -18,8 +20,9 @@ import torch
 
 from gmp_kernels.backends.addresses import address, array_address, bits_address, element_address
 from gmp_kernels.backends.at_once import at_once
+from gmp_kernels.backends.compactions import compactions_of
 from gmp_kernels.backends.cuda.selection_tables import DTYPE_CODES, NO_INDEX, Rows, SelectionTables, fill_chunks
-from gmp_kernels.backends.devices import on_device, refuse_capture
+from gmp_kernels.backends.devices import on_device, refuse_capture, stream_of
 from gmp_kernels.backends.layers import Layers, by_dtype, device_of, prepared
 from gmp_kernels.backends.registry import Backend, register
 from gmp_kernels.backends.types import (
@@ -39,18 +42,11 @@ from gmp_kernels.errors import LayoutError
 
 _modules: dict[str, ModuleType] = {}
 _missing: dict[str, str] = {}
-try:
-    from gmp_kernels import _cuda
-
-    _modules["cuda"] = _cuda
-except ImportError as error:
-    _missing["cuda"] = str(error)
-try:
-    from gmp_kernels import _simt
-
-    _modules["simt"] = _simt
-except ImportError as error:
-    _missing["simt"] = str(error)
+for _name in ("cuda", "simt"):
+    try:
+        _modules[_name] = importlib.import_module(f"gmp_kernels._{_name}")
+    except ImportError as error:
+        _missing[_name] = str(error)
 
 LOWEST_CAPABILITY = (8, 0)  # what csrc/cuda is compiled for
 _MOST_BINS = 2048  # per layer in one call of count
@@ -63,17 +59,12 @@ class Launches:
 
     def __init__(self, module: ModuleType) -> None:
         self._module: Any = module
-        self._multiprocessors: dict[torch.device, int] = {}
+        # The multiprocessors of a device. The first call for a device loads the kernels.
+        self._size: Callable[[int], int] = cache(module.load_kernels)
 
     def _launch(self, device: torch.device) -> Any:
-        if device.type == "cpu":
-            return self._module.launch_on(0, 0, self._size(device))
-        return self._module.launch_on(torch.cuda.current_stream(device).cuda_stream, device.index, self._size(device))
-
-    def _size(self, device: torch.device) -> int:
-        if device not in self._multiprocessors:
-            self._multiprocessors[device] = self._module.load_kernels(device.index or 0)
-        return self._multiprocessors[device]
+        index = device.index or 0
+        return self._module.launch_on(stream_of(device), index, self._size(index))
 
     def _tables(
         self,
@@ -87,7 +78,7 @@ class Launches:
         sizes = [1] * len(layers) if group_sizes is None else group_sizes
 
         def make() -> SelectionTables:
-            multiprocessors = self._size(layers[0].weight.device)
+            multiprocessors = self._size(layers[0].weight.device.index or 0)
             return SelectionTables(self._module, multiprocessors, layers, sizes, selects=selects, prunes=prunes)
 
         return prepared(layers, (self, *sizes, selects, prunes), make)
@@ -293,9 +284,9 @@ class Launches:
         with on_device(device, "sum_squares"):
             launch = self._launch(device)
             table = upload(_words(rows), torch.int64, device)
-            sums = torch.empty(num_chunks + 1, dtype=torch.float64, device=device)
+            sums = torch.empty(num_chunks, dtype=torch.float64, device=device)
             self._module.sum_squares(launch, table.data_ptr(), len(rows), num_chunks, sums.data_ptr())
-        return sums[-1]
+            return sums.sum()
 
     def compactions(self, masks: Sequence[tuple[torch.Tensor, int]]) -> list[Compaction]:
         if not masks:
@@ -303,20 +294,15 @@ class Launches:
         device = masks[0][0].device
         with on_device(device, "compactions"):
             launch = self._launch(device)
-            chunks = [-(-numel // self._module.CHUNK) for _, numel in masks]
-            # The number of kept weights of each nonempty mask, then the chunk offsets of one mask after the other.
-            buffer = torch.zeros(len(masks) + sum(chunks) + len(masks), dtype=torch.int64, device=device)
-            offsets = torch.split(buffer[len(masks) :], [n + 1 for n in chunks])
-            present = [i for i, n in enumerate(chunks) if n > 0]
+            present = [(mask, numel) for mask, numel in masks if numel]
+            rows = np.zeros(len(present), self._module.TENSOR_ROW)
+            num_chunks = fill_chunks(rows, [numel for _, numel in present], self._module.CHUNK)
+            rows["mask"] = list(starmap(bits_address, present))
+            counts = torch.empty(num_chunks, dtype=torch.int64, device=device)
             if present:
-                rows = np.zeros(len(present), self._module.TENSOR_ROW)
-                num_chunks = fill_chunks(rows, [masks[i][1] for i in present], self._module.CHUNK)
-                rows["mask"] = [bits_address(*masks[i]) for i in present]
-                rows["chunk_offsets"] = [offsets[i].data_ptr() for i in present]
                 table = upload(_words(rows), torch.int64, device)
-                self._module.chunk_offsets(launch, table.data_ptr(), len(rows), num_chunks, buffer.data_ptr())
-            kept = dict(zip(present, buffer[: len(present)].tolist(), strict=True))
-        return [Compaction(mask, offsets[i], kept.get(i, 0)) for i, (mask, _) in enumerate(masks)]
+                self._module.count_kept(launch, table.data_ptr(), len(rows), num_chunks, counts.data_ptr())
+            return compactions_of(masks, counts, self._module.CHUNK)
 
     def move_state(self, moves: Sequence[StateMove]) -> None:
         sizes = [move.numel for move in moves]

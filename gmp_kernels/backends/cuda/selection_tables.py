@@ -36,9 +36,8 @@ def fill_chunks(rows: Rows, sizes: Sequence[int] | Rows, chunk: int) -> int:
     """Number the chunks of all tensors consecutively, in their rows of csrc/cuda/tables.h; return their total."""
     rows["n"] = sizes
     chunks = -(-rows["n"] // chunk)
-    ends = chunks.cumsum()
-    rows["first_chunk"] = ends - chunks
-    return int(ends[-1])
+    rows["first_chunk"] = chunks.cumsum() - chunks
+    return int(chunks.sum())
 
 
 def _rounded_up(places: int, alignment: int) -> int:
@@ -150,7 +149,7 @@ class SelectionTables(Selection):
         module = self._module
         item_sizes = np.array([list(DTYPES)[code].itemsize for code in tables["dtype"]])
         num_groups = len(self.group_order)
-        num_bins = module.BINS * min(module.num_counting_blocks(multiprocessors), num_groups)
+        num_bins = module.BINS * min(module.READERS * multiprocessors, num_groups)
         end = _rounded_up(self.rows.nbytes, ALIGNMENT)
         largest = int((rows["n"] * item_sizes.repeat(tables["num_layers"])).max())
         # The place where candidates have to end.

@@ -22,12 +22,13 @@ import torch
 from gmp_kernels.backends import devices
 from gmp_kernels.backends.addresses import address, element_address
 from gmp_kernels.backends.at_once import at_once
-from gmp_kernels.backends.devices import on_device
+from gmp_kernels.backends.compactions import compactions_of
+from gmp_kernels.backends.devices import on_device, stream_of
 from gmp_kernels.backends.keys import largest_key
 from gmp_kernels.backends.layers import Layers, by_dtype, device_of, prepared
 from gmp_kernels.backends.registry import Backend, register
 from gmp_kernels.backends.triton.steps import Kind, constant_table, row_of, tables_by_kind
-from gmp_kernels.backends.triton.tables import BLOCK, INTERPRETED, Recent, Table, stream_of, table_of
+from gmp_kernels.backends.triton.tables import BLOCK, INTERPRETED, Recent, Table, table_of
 from gmp_kernels.backends.types import (
     BracketCounts,
     Brackets,
@@ -294,23 +295,15 @@ class Triton:
             return sum(totals[1:], totals[0])
 
     def compactions(self, masks: Sequence[tuple[torch.Tensor, int]]) -> list[Compaction]:
-        """Return layouts of compact state for these packed bits. Waits for the device once."""
         if not masks:
             return []
         device = masks[0][0].device
         with _on(device, "compactions"):
-            sizes = [numel for _, numel in masks]
-            rows, owners = table_of(sizes, [(0, mask.data_ptr()) for mask, _ in masks], device)
+            fields = [(0, mask.data_ptr()) for mask, _ in masks]
+            rows, owners = table_of([numel for _, numel in masks], fields, device)
             counts = torch.empty(len(owners), dtype=torch.int64, device=device)
             self._launch("count_kept", len(owners), rows, owners, counts, BLOCK=BLOCK)
-            chunks = [-(-n // BLOCK) for n in sizes]
-            running = counts.cumsum(0)
-            firsts = rows[:, 1]
-            kept = torch.zeros(len(masks), dtype=torch.int64, device=device).index_add_(0, owners, counts)
-            running -= counts
-            running -= running[firsts][owners]
-            offsets = torch.split(running, chunks)
-            return [Compaction(m, r, n) for (m, _), r, n in zip(masks, offsets, kept.tolist(), strict=True)]
+            return compactions_of(masks, counts, BLOCK)
 
     def move_state(self, moves: Sequence[StateMove]) -> None:
         by_size: dict[int, list[StateMove]] = {}

@@ -8,7 +8,8 @@ from typing import TypeAlias
 import torch
 
 from gmp_kernels.backends.addresses import address, element_address
-from gmp_kernels.backends.triton.tables import Recent, Table, stream_of, table_of
+from gmp_kernels.backends.devices import stream_of
+from gmp_kernels.backends.triton.tables import Recent, Table, table_of
 from gmp_kernels.backends.types import Constants, UpdateTensor
 from gmp_kernels.backends.uploads import upload
 
@@ -69,21 +70,14 @@ def constant_table(
     ``absent`` has the names in the order of the columns, with the values of constants that are not given. ``recent``
     keeps uploads for steps with the same numbers.
     """
-    where = (device, stream_of(device))
 
     def numbers() -> torch.Tensor:
         rows = [([given.get(name, value) for name, value in absent.items()], n) for given, n in constants.blocks]
-        return upload([number for row, n in rows for number in row * n], torch.float64, device)
+        return upload([row for row, n in rows for _ in range(n)], torch.float64, device)
 
-    table = recent.get((where, "numbers", constants.blocks), numbers)
-    if not constants.on_device:
-        return table
-    spans = [(name, first, end) for name, first, end, _ in constants.on_device]
-
-    def places() -> torch.Tensor:
-        columns = {name: column for column, name in enumerate(absent)}
-        taken = [row * len(absent) + columns[name] for name, first, end in spans for row in range(first, end)]
-        return upload(taken, torch.int64, device)
-
-    found = [values.expand(end - first) for _, first, end, values in constants.on_device]
-    return table.index_copy(0, recent.get((where, "places", spans), places), torch.cat(found))
+    table = recent.get((device, stream_of(device), constants.blocks), numbers)
+    if constants.on_device:
+        table = table.clone()  # other steps use the uploaded one
+    for name, first, end, values in constants.on_device:
+        table[first:end, list(absent).index(name)] = values
+    return table

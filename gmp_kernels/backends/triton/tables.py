@@ -10,7 +10,7 @@ import torch
 
 from gmp_kernels.backends.uploads import upload
 
-__all__ = ["BLOCK", "INTERPRETED", "Recent", "Table", "stream_of", "table_of"]
+__all__ = ["BLOCK", "INTERPRETED", "Recent", "Table", "table_of"]
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 # Weights per chunk: as many as registers hold. Under the interpreter a program of any size takes milliseconds, and the
@@ -41,11 +41,6 @@ class Recent(Generic[T]):
         made = make()
         self._entries = [(key, made), *entries[: self._size - 1]]
         return made
-
-
-def stream_of(device: torch.device) -> int:
-    """Identify the stream of uploads, because another stream would have to wait for them."""
-    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
 def table_of(sizes: Sequence[int], fields: Sequence[Sequence[int]], device: torch.device) -> Table:
