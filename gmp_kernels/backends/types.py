@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from operator import sub
 from typing import ClassVar, NamedTuple, Protocol, TypeAlias
 
@@ -248,15 +248,11 @@ class UpdateBatch:
     Attributes
     ----------
     tensors : list of UpdateTensor
-    captured : list
-        Receives the tensors that CUDA graphs of a step read at every replay. It lives as long as the tensors have an
-        owner, which is as long as a replay makes sense.
     prepared : object
         Made by a backend from the tensors, and kept for the next step.
     """
 
     tensors: list[UpdateTensor]
-    captured: list[torch.Tensor] = field(default_factory=list)
     prepared: object = None
 
 

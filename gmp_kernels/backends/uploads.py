@@ -9,9 +9,8 @@ import numpy.typing as npt
 import torch
 
 from gmp_kernels.backends import devices
-from gmp_kernels.errors import CaptureError
 
-__all__ = ["Table", "pinned_like", "put", "upload"]
+__all__ = ["Table", "put", "upload"]
 
 
 def upload(values: Sequence[Any] | npt.NDArray[Any], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -36,56 +35,32 @@ def put(module: Any, launch: Any, values: npt.NDArray[Any], table: torch.Tensor)
         table.view(-1)[: values.size].copy_(host if device.type == "cpu" else host.pin_memory(), non_blocking=True)
 
 
-def pinned_like(table: torch.Tensor) -> torch.Tensor:
-    """Return host memory for a table, from which its device copies without the host waiting."""
-    return torch.empty_like(table, device="cpu", pin_memory=table.device.type == "cuda")
-
-
 class Table:
     """A table that is uploaded only when it changes, so that most steps upload nothing.
 
-    A CUDA graph uploads its own table at every replay, from memory that stays as long as ``captured``. No memory can be
-    pinned during a capture, so earlier uploads set some aside, for ``SPARES`` captures without a step between them.
+    A CUDA graph has a table of its own, whose words it holds as arguments of launches.
     """
-
-    SPARES = 2
 
     def __init__(self) -> None:
         self._contents: object = None
         self._table: torch.Tensor | None = None
-        self._spares: list[torch.Tensor] = []
 
     def at(
-        self,
-        contents: object,
-        make: Callable[[], npt.NDArray[Any]],
-        device: torch.device,
-        captured: list[torch.Tensor],
-        module: Any,
-        launch: Any,
+        self, contents: object, make: Callable[[], npt.NDArray[Any]], device: torch.device, module: Any, launch: Any
     ) -> torch.Tensor:
         """Return the table that ``make`` returns on the host, and that is the same for as long as ``contents`` is."""
-        if devices.is_capturing(device):
-            # Even if nothing has changed: what another graph uploads is there after its replays only, and what the
-            # caller writes to the table of other steps has to stay out of the graph.
-            host = torch.from_numpy(make())
-            spare = next((spare for spare in self._spares if spare.shape == host.shape), None)
-            if spare is None:
-                raise CaptureError(
-                    "expected a step outside of CUDA graphs, with these parameters, before one is captured, and after "
-                    f"every {self.SPARES} captures; take one"
-                )
-            self._spares = [other for other in self._spares if other is not spare]
-            captured.append(spare.copy_(host))
-            return spare.to(device, non_blocking=True)
+        is_captured = devices.is_capturing(device)
         # Another stream gets another table, because freed memory is reused in the order of its own stream.
         contents = (contents, device, devices.stream_of(device))
-        if self._table is None or self._contents != contents:
-            host = torch.from_numpy(make())
-            table = torch.empty(host.shape, dtype=host.dtype, device=device)
-            put(module, launch, host.numpy(), table)
+        # A graph does not take part in this even if nothing has changed: what it stores is there after its replays
+        # only, and what the caller writes to the table of other steps has to stay out of it.
+        if not is_captured and self._table is not None and self._contents == contents:
+            return self._table
+        host = make()
+        table = torch.from_numpy(host).new_empty(host.shape, device=device)
+        if is_captured:
+            module.store(launch, table.data_ptr(), host)
+        else:
+            put(module, launch, host, table)
             self._table, self._contents = table, contents
-            self._spares = [spare for spare in self._spares if spare.shape == host.shape]
-        while len(self._spares) < self.SPARES:
-            self._spares.append(pinned_like(self._table))
-        return self._table
+        return table

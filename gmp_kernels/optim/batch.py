@@ -33,8 +33,6 @@ class Batch:
         Index of each member's group.
     keys : sequence of tuple of str
         Per group, the state entries that the rule reads and writes.
-    captured : list of torch.Tensor
-        Receives the tensors that CUDA graphs of a step read at every replay.
     counts_steps : bool
         Whether the states of the members have step counts.
 
@@ -52,7 +50,6 @@ class Batch:
         members: list[CheckedParameter],
         groups: Sequence[int],
         keys: Sequence[tuple[str, ...]],
-        captured: list[torch.Tensor],
         *,
         counts_steps: bool,
     ) -> None:
@@ -60,7 +57,7 @@ class Batch:
         self._is_present = [checked.tensor.weight.numel() > 0 for checked in members]
         self._are_all_present = all(self._is_present)
         present = self.present(members)
-        self.updates = UpdateBatch([checked.tensor for checked in present], captured)
+        self.updates = UpdateBatch([checked.tensor for checked in present])
         self.written = [tensor for checked in present for tensor in checked.written]
         self._masks = [checked.mask for checked in members if checked.mask is not None]
         self._frozen = [bits for checked in members for bits in checked.frozen]

@@ -209,7 +209,7 @@ class MaskedOptimizer(Masking):
             ]
             created = {c.parameter: c.state for c, state in zip(members, states, strict=True) if c.state is not state}
             writes.append(partial(dict.update, self.state, created))
-            batch = Batch(members, indices, keys, self._graph_memory, counts_steps=STEP in self.essential)
+            batch = Batch(members, indices, keys, counts_steps=STEP in self.essential)
         if not batch.fits(gradients):
             beside = zip(indices, batch.members, gradients, strict=True)
             gradients = [self._beside(checked, gradient, groups[index]) for index, checked, gradient in beside]

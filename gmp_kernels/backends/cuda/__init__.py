@@ -37,7 +37,7 @@ from gmp_kernels.backends.types import (
     UpdateBatch,
     UpdateTensor,
 )
-from gmp_kernels.backends.uploads import Table, put, upload
+from gmp_kernels.backends.uploads import Table, upload
 from gmp_kernels.errors import LayoutError
 
 _modules: dict[str, ModuleType] = {}
@@ -148,13 +148,9 @@ class Launches:
                 if finite and max(cutoffs.nonfinite) >= 0:
                     return None
                 found = self._tables(layers, selects=False).filled(launch, found=cutoffs)
-            addresses = None
-            if not (isinstance(layers, Layers) and out is layers.masks):
-                places = [bits_address(out[i], layers[i].weight.numel()) for i in found.layer_order]
-                addresses = torch.empty(len(places), dtype=torch.int64, device=device)
-                put(self._module, launch, np.array(places), addresses)
-            found.forget(launch)
-            self._module.apply(launch, found.write_to(addresses, finite=finite))
+            is_in_place = isinstance(layers, Layers) and out is layers.masks
+            tables = found.to_write(launch, None if is_in_place else out, finite=finite)
+            self._module.apply(launch, tables)
             return None if finite and not found.is_finite else found.counts()
 
     def apply(self, layers: Sequence[Layer]) -> None:
@@ -200,7 +196,7 @@ class Launches:
                 on_host["constants"] = np.array(rows)[order]
                 return _words(on_host)
 
-            upload_to = device, batch.captured, self._module, launch
+            upload_to = device, self._module, launch
             at = table.at((addresses, sizes, rows), fill, *upload_to).data_ptr()
             given, uploaded = self._constants(constants, values, *upload_to)
             # All memory is allocated. This writes weights: all of them or none.
@@ -208,8 +204,7 @@ class Launches:
 
     def _steps(self, tensors: Sequence[UpdateTensor]) -> _Steps:
         """Return the data that all steps of these tensors share."""
-        self._describe([t for t in tensors if not isinstance(t.row, bytes)])
-        rows = np.frombuffer(b"".join([cast("bytes", t.row) for t in tensors]), self._module.TENSOR_ROW)
+        rows = np.frombuffer(b"".join(map(self._row_of, tensors)), self._module.TENSOR_ROW)
         order = rows["dtype"].argsort(kind="stable")
         rows = rows[order]
         parts = []
@@ -219,35 +214,29 @@ class Launches:
             parts.append((code, first, last - first, num_chunks))
         return order, parts, rows, Table(), Table()
 
-    def _describe(self, tensors: Sequence[UpdateTensor]) -> None:
-        """Make the tensors' rows, once; fields that change with every step, or with the batch, are 0."""
-        sizes = [t.weight.numel() for t in tensors]
-        rows = np.zeros(len(tensors), self._module.TENSOR_ROW)
-        rows["n"] = sizes
-        rows["dtype"] = [DTYPE_CODES[t.weight.dtype] for t in tensors]
-        rows["weights"] = [element_address(t.weight) for t in tensors]
-        rows["master"] = [array_address(t.master, n, "master weights") for t, n in zip(tensors, sizes, strict=True)]
-        self._fill_state(rows, [(t.state, t.compaction) for t in tensors], sizes)
-        rows["mask"] = [bits_address(t.mask, n) for t, n in zip(tensors, sizes, strict=True)]
-        for t, row in zip(tensors, rows, strict=True):
+    def _row_of(self, t: UpdateTensor) -> bytes:
+        """Return the tensor's row, made once; fields that change with every step, or with the batch, are 0."""
+        if not isinstance(t.row, bytes):
+            n = t.weight.numel()
+            row = self._state_row(n, t.state, t.compaction)
+            row["dtype"] = DTYPE_CODES[t.weight.dtype]
+            row["weights"] = element_address(t.weight)
+            row["master"] = array_address(t.master, n, "master weights")
+            row["mask"] = bits_address(t.mask, n)
             t.row = row.tobytes()
+        return t.row
 
-    def _fill_state(
-        self,
-        rows: Rows,
-        states: Sequence[tuple[Sequence[torch.Tensor], Compaction | None]],
-        sizes: Sequence[int],
-    ) -> None:
-        """Fill in the addresses of the state of tensors of these sizes and, for compact state, of its layout."""
-        for i, (state, layout) in enumerate(states):
-            num_values = sizes[i]
-            if layout is not None:
-                num_values = layout.num_kept
-                rows["mask"][i] = bits_address(layout.mask, sizes[i])
-                num_chunks = -(-sizes[i] // self._module.CHUNK)
-                rows["chunk_offsets"][i] = array_address(layout.chunk_offsets, num_chunks + 1, "chunk offsets")
-            for k, values in enumerate(state):
-                rows["state"][i, k] = array_address(values, num_values, "state")
+    def _state_row(self, n: int, state: Sequence[torch.Tensor], layout: Compaction | None) -> Rows:
+        """Return a row with the addresses of the state of ``n`` weights and, for compact state, of its layout."""
+        row: Rows = np.zeros((), self._module.TENSOR_ROW)
+        row["n"] = num_values = n
+        if layout is not None:
+            num_values = layout.num_kept
+            row["mask"] = bits_address(layout.mask, n)
+            num_chunks = -(-n // self._module.CHUNK)
+            row["chunk_offsets"] = array_address(layout.chunk_offsets, num_chunks + 1, "chunk offsets")
+        row["state"][: len(state)] = [array_address(values, num_values, "state") for values in state]
+        return row
 
     def _constants(self, constants: Constants, table: Table, *upload_to: Any) -> tuple[bytes, torch.Tensor | None]:
         """Return the constants as an argument of the launch or, if they are too many or on the device, as a table.
@@ -305,15 +294,14 @@ class Launches:
             return compactions_of(masks, counts, self._module.CHUNK)
 
     def move_state(self, moves: Sequence[StateMove]) -> None:
-        sizes = [move.numel for move in moves]
-        if not any(sizes):
+        if not any(move.numel for move in moves):
             return
         device = moves[0].source.device
-        rows = np.zeros((2, len(moves)), self._module.TENSOR_ROW)
+        sources = [self._state_row(move.numel, [move.source], move.source_layout) for move in moves]
+        targets = [self._state_row(move.numel, [move.target], move.target_layout) for move in moves]
+        rows = np.array([sources, targets])
         rows["dtype"] = [DTYPE_CODES[move.source.dtype] for move in moves]
-        self._fill_state(rows[0], [([move.source], move.source_layout) for move in moves], sizes)
-        self._fill_state(rows[1], [([move.target], move.target_layout) for move in moves], sizes)
-        num_chunks = fill_chunks(rows[0], sizes, self._module.CHUNK)
+        num_chunks = fill_chunks(rows[0], rows["n"][0], self._module.CHUNK)
         with on_device(device, "move_state"):
             launch = self._launch(device)
             table = upload(_words(rows), torch.int64, device)

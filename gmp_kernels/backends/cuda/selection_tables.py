@@ -212,15 +212,18 @@ class SelectionTables(Selection):
         made.tables.view(self._module.TABLES)["buffer"] = made.buffer.data_ptr()
         return made
 
-    def write_to(self, addresses: torch.Tensor | None, *, finite: bool) -> Rows:
-        """Return the tables for writing the new bits to these addresses; None means those of the masks.
+    def to_write(self, launch: Any, out: Sequence[torch.Tensor] | None, *, finite: bool) -> Rows:
+        """Return the tables for a launch that writes the new bits of each layer; None means to the masks.
 
-        With ``finite``, nothing is written if a NaN or Inf was found.
+        With ``finite``, nothing is written if a NaN or Inf was found. The next access reads the rows again.
         """
+        if out is not None:
+            addresses = [bits_address(out[i], self.sizes[i]) for i in self.layer_order]
+            put(self._module, launch, np.array(addresses), self.buffer[int(self._out_places[0]) // 8 :])
+        self._launch, self._read = launch, None
         words = self.tables.copy()
         tables, start = words.view(self._module.TABLES), self.buffer.data_ptr()
-        first = start if addresses is None else addresses.data_ptr() - int(self._out_places[0])
-        tables["out"] = first + self._out_places
+        tables["out"] = start + self._out_places
         tables["stop"] = start if finite else 0  # the first word is set by then
         return words
 
@@ -232,10 +235,6 @@ class SelectionTables(Selection):
                 self._module.fetch(self._launch, self.buffer.data_ptr(), rows)
             self._read = self.view(rows)
         return self._read
-
-    def forget(self, launch: Any) -> None:
-        """Read the rows again at the next access, after what has been launched up to now."""
-        self._launch, self._read = launch, None
 
     @property
     def is_finite(self) -> bool:
