@@ -48,7 +48,7 @@ def runs_of(sizes: list[int]) -> list[int]:
     tables = choose("simt", CPU).select(layers, [0 if n == 1 else n // 2 for n in sizes], [1] * len(sizes))
     assert isinstance(tables, SelectionTables)
     (list_counts,) = tables.tables.view(_simt.TABLES)["list_counts"]
-    left_at = tables.buffer.view(torch.int32)[list_counts // 4 :]
+    left_at = tables.buffer.view(torch.int32)[(list_counts - tables.buffer.data_ptr()) // 4 :]
     runs, chunk = [], 0
     for n in sizes:
         end = chunk - (-n // CHUNK)

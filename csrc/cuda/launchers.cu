@@ -40,19 +40,10 @@ void store_words(const Launch& launch, const uint64_t* from, int64_t count, uint
   GMP_LAUNCH(kernels::store<kWords>, grid, launch, given, count, to);
 }
 
-Tables with_addresses(Tables tables) {
-  for (auto place : {&Tables::layers, &Tables::groups, &Tables::bins, &Tables::lists, &Tables::list_counts,
-                     &Tables::tie_counts, &Tables::nonfinite}) {
-    tables.*place += tables.buffer;
-  }
-  return tables;
-}
-
 }  // namespace
 
-void select(const Launch& launch, const Tables& places) {
+void select(const Launch& launch, const Tables& tables) {
   prepare(launch);
-  const Tables tables = with_addresses(places);
   const unsigned grid = grid_of(launch, kReaders, tables.num_chunks);
   with_dtype(static_cast<DType>(tables.dtype), [&](auto infinity) {
     using Key = decltype(infinity);
@@ -66,9 +57,8 @@ void select(const Launch& launch, const Tables& places) {
   });
 }
 
-void apply(const Launch& launch, const Tables& places) {
+void apply(const Launch& launch, const Tables& tables) {
   prepare(launch);
-  const Tables tables = with_addresses(places);
   with_dtype(static_cast<DType>(tables.dtype), [&](auto infinity) {
     using Key = decltype(infinity);
     GMP_LAUNCH(kernels::apply<Key>, grid_of(launch, kReaders, tables.num_chunks), launch, tables, infinity);

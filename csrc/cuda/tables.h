@@ -24,7 +24,7 @@ struct LayerRow {
   int64_t cut;                // selection's answer: ties from this index on are pruned
   int64_t nonfinite;          // selection's answer: first unpruned NaN or Inf, INT64_MAX if there is none
   int64_t kept_before, kept;  // counts of apply
-  int64_t touched;  // place of a bit per eight weights that says if apply has to read them (see count_strip); 0: all
+  int64_t touched;  // place in the buffer of a bit per eight weights: has apply to read them (see count_strip)? 0: all
 };
 
 enum Mode : int64_t {
@@ -54,19 +54,18 @@ struct GroupRow {
 };
 
 // The layers of one dtype in a selection or an application, their groups, and the places of results that one kernel
-// leaves for the next. All of it lies in one buffer: Python gives offsets in bytes, and kernels get addresses.
+// leaves for the next. All of it lies in one buffer, by its addresses there.
 struct Tables {
-  uint64_t buffer;
+  uint64_t buffer;                   // begins with an int64_t that is set once any layer has an unpruned NaN or Inf
   uint64_t layers, groups;           // rows
   uint64_t bins;                     // uint64_t, kBins per group, or per block that counts if those are fewer
   uint64_t lists;                    // keys, or counts of keys, `capacity` per chunk
   uint64_t list_counts, tie_counts;  // uint32_t, one per chunk
-  uint64_t nonfinite;                // int64_t, set once there is an unpruned NaN or Inf in any layer
   int64_t num_layers, num_groups, num_chunks, capacity;
   int64_t dtype;  // a DType
-  // For an application: places of the addresses of the new bits, one per layer, and of a number that stops it if it is
-  // not 0. Either may be 0.
-  uint64_t out, stop;
+  // For an application: the addresses of the new bits, one per layer, or 0; and whether that number stops it.
+  uint64_t out;
+  int64_t finite;
 };
 
 // A layer that is counted against the caller's bracket (see BracketCounts in backends/types.py).

@@ -69,7 +69,8 @@ class SelectionTables(Selection):
     rows : numpy.ndarray
         int64: all rows, as a call uploads them. ``view`` returns them as records.
     tables : numpy.ndarray
-        int64, the argument of launches: rows of TABLES, one per dtype. Numpy is ten times faster with plain integers.
+        int64, the argument of launches: rows of TABLES, one per dtype. They have places in the buffer, and in copies
+        addresses. Numpy is ten times faster with plain integers.
     layer_order, group_order : numpy.ndarray
         The layer or group that each row is for; those of one dtype come together.
     buffer : torch.Tensor
@@ -143,6 +144,10 @@ class SelectionTables(Selection):
         first_groups = tables["num_groups"].cumsum() - tables["num_groups"]
         self._groups = rows["group"] + first_groups.repeat(tables["num_layers"])
         self._place_workspace(tables, rows, multiprocessors, selects, prunes)
+        is_place: Rows = np.zeros(len(parts), module.TABLES)
+        for name in ("buffer", "layers", "groups", "bins", "lists", "list_counts", "tie_counts"):
+            is_place[name] = 1
+        self._is_place = is_place.view(np.int64)
 
     def _place_workspace(self, tables: Rows, rows: Rows, multiprocessors: int, selects: bool, prunes: bool) -> None:
         """Divide the workspace: first bins, rows and counts per chunk of both lists, then flags, then candidates."""
@@ -208,8 +213,7 @@ class SelectionTables(Selection):
                 view["layers"]["cut"] = np.array(found.tie_indices)[self.layer_order]
                 groups["key"] = np.array(found.keys)[self.layer_order]
         put(self._module, launch, rows, made.buffer)
-        made.tables = self.tables.copy()
-        made.tables.view(self._module.TABLES)["buffer"] = made.buffer.data_ptr()
+        made.tables = self.tables + self._is_place * made.buffer.data_ptr()
         return made
 
     def to_write(self, launch: Any, out: Sequence[torch.Tensor] | None, *, finite: bool) -> Rows:
@@ -222,9 +226,9 @@ class SelectionTables(Selection):
             put(self._module, launch, np.array(addresses), self.buffer[int(self._out_places[0]) // 8 :])
         self._launch, self._read = launch, None
         words = self.tables.copy()
-        tables, start = words.view(self._module.TABLES), self.buffer.data_ptr()
-        tables["out"] = start + self._out_places
-        tables["stop"] = start if finite else 0  # the first word is set by then
+        tables = words.view(self._module.TABLES)
+        tables["out"] = self.buffer.data_ptr() + self._out_places
+        tables["finite"] = finite
         return words
 
     def read(self) -> Rows:

@@ -9,8 +9,8 @@ milliseconds for 16384 weights.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from itertools import chain
 from typing import Any, NamedTuple, TypeVar
@@ -27,8 +27,17 @@ from gmp_kernels.backends.devices import on_device, stream_of
 from gmp_kernels.backends.keys import largest_key
 from gmp_kernels.backends.layers import Layers, by_dtype, device_of, prepared
 from gmp_kernels.backends.registry import Backend, register
-from gmp_kernels.backends.triton.steps import Kind, constant_table, row_of, tables_by_kind
-from gmp_kernels.backends.triton.tables import BLOCK, INTERPRETED, Recent, Table, table_of
+from gmp_kernels.backends.triton.tables import (
+    BLOCK,
+    INTERPRETED,
+    Kind,
+    Recent,
+    Table,
+    constant_table,
+    row_of,
+    table_of,
+    tables_by_kind,
+)
 from gmp_kernels.backends.types import (
     BracketCounts,
     Brackets,
@@ -64,16 +73,14 @@ def options_of(name: str) -> dict[str, Any]:
     return COUNT_OPTIONS if name == "count" else OPTIONS
 
 
-@contextmanager
-def _on(device: torch.device, what: str) -> Iterator[None]:
+def _on(device: torch.device, what: str) -> AbstractContextManager[None]:
     """Make the device current and name its errors; refuse what no CUDA graph could replay."""
     if devices.is_capturing(device):
         raise CaptureError(
             f"{what}: expected an operation that a CUDA graph can hold, got one of backend 'triton', which makes its "
             "tables on the host; call it outside of the capture, or use backend 'cuda'"
         )
-    with on_device(device, what):
-        yield
+    return on_device(device, what)
 
 
 class Part(NamedTuple):
@@ -287,9 +294,8 @@ class Triton:
             for part in self._parts(gradients):
                 rows, owners = part.table
                 sums = torch.empty(len(owners), dtype=torch.float64, device=device)
-                tile = self._tile(part)
-                del tile["INFINITY"]
-                constants = {"dtype": self._kernels.FLOATS[part.dtype], **tile, "ALIGNED": part.aligned}
+                bits, dtype = self._kernels.INTEGERS[part.dtype.itemsize], self._kernels.FLOATS[part.dtype]
+                constants = {"dtype": dtype, "BITS": bits, "BLOCK": BLOCK, "ALIGNED": part.aligned}
                 self._launch("sum_squares", len(sums), rows, owners, sums, **constants)
                 totals.append(sums.sum())
             return sum(totals[1:], totals[0])
