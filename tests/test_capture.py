@@ -22,7 +22,7 @@ from subprocesses import run_python
 from torch import nn
 
 from gmp_kernels import BitMask, CaptureError, GMPScheduler, prune_, schedules
-from gmp_kernels.backends import choose, devices, uploads
+from gmp_kernels.backends import choose, cuda, devices
 from gmp_kernels.optim import SGD, clip_grad_norm_
 from gmp_kernels.tools.testing import assert_bitwise_equal
 
@@ -62,17 +62,17 @@ class Runtime:
 @pytest.fixture
 def runtime(monkeypatch: pytest.MonkeyPatch) -> Runtime:
     """A runtime whose graphs own the memory of the tables that are made while they are captured."""
-    runtime, at = Runtime(), uploads.Table.at
+    runtime, uploaded = Runtime(), cuda.Launches._uploaded
 
     def owned(*args: Any) -> torch.Tensor:
-        table = at(*args)
+        table = uploaded(*args)
         if runtime.graph is not None:
             runtime.memory.append(table)
         return table
 
     monkeypatch.setattr(choose("simt", torch.device("cpu")), "_module", runtime)
     monkeypatch.setattr(devices, "is_capturing", lambda device: runtime.graph is not None)
-    monkeypatch.setattr(uploads.Table, "at", owned)
+    monkeypatch.setattr(cuda.Launches, "_uploaded", owned)
     return runtime
 
 

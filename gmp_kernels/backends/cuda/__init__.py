@@ -18,11 +18,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from gmp_kernels.backends import devices
 from gmp_kernels.backends.addresses import address, array_address, bits_address, element_address
 from gmp_kernels.backends.at_once import at_once
 from gmp_kernels.backends.compactions import compactions_of
 from gmp_kernels.backends.cuda.selection_tables import DTYPE_CODES, NO_INDEX, Rows, SelectionTables, fill_chunks
-from gmp_kernels.backends.devices import on_device, refuse_capture, stream_of
+from gmp_kernels.backends.devices import on_device, stream_of
 from gmp_kernels.backends.layers import Layers, by_dtype, device_of, prepared
 from gmp_kernels.backends.registry import Backend, register
 from gmp_kernels.backends.types import (
@@ -37,7 +38,7 @@ from gmp_kernels.backends.types import (
     UpdateBatch,
     UpdateTensor,
 )
-from gmp_kernels.backends.uploads import Table, upload
+from gmp_kernels.backends.uploads import Recent, put, upload
 from gmp_kernels.errors import LayoutError
 
 _modules: dict[str, ModuleType] = {}
@@ -93,6 +94,7 @@ class Launches:
     ) -> Selection:
         device = device_of(layers)
         with on_device(device, "select"):
+            devices.refuse_capture(device)
             launch = self._launch(device)
             found = self._tables(layers, group_sizes, prunes=prunes).filled(launch, layers, num_prune, brackets)
             self._module.select(launch, found.tables)
@@ -140,6 +142,7 @@ class Launches:
     ) -> PruneCounts | None:
         device = device_of(layers)
         with on_device(device, "prune"):
+            devices.refuse_capture(device)
             launch = self._launch(device)
             if isinstance(selection, SelectionTables) and selection.layers is layers:
                 found = selection
@@ -156,8 +159,8 @@ class Launches:
     def apply(self, layers: Sequence[Layer]) -> None:
         device = device_of(layers)
         with on_device(device, "apply_masks_"):
+            devices.refuse_capture(device)
             launch = self._launch(device)
-            refuse_capture(device)
             # Without `out`, apply writes nothing to the tables, so the next call on this stream can use them again.
             found = prepared(
                 layers,
@@ -196,9 +199,8 @@ class Launches:
                 on_host["constants"] = np.array(rows)[order]
                 return _words(on_host)
 
-            upload_to = device, self._module, launch
-            at = table.at((addresses, sizes, rows), fill, *upload_to).data_ptr()
-            given, uploaded = self._constants(constants, values, *upload_to)
+            at = self._uploaded(table, (addresses, sizes, rows), fill, device, launch).data_ptr()
+            given, uploaded = self._constants(constants, values, device, launch)
             # All memory is allocated. This writes weights: all of them or none.
             at_once([partial(self._module.update, launch, rule, at, parts, address(uploaded), given), *after])
 
@@ -212,7 +214,7 @@ class Launches:
             first, last = rows["dtype"].searchsorted([code, code + 1]).tolist()
             num_chunks = fill_chunks(rows[first:last], rows["n"][first:last], self._module.CHUNK)
             parts.append((code, first, last - first, num_chunks))
-        return order, parts, rows, Table(), Table()
+        return order, parts, rows, Recent(1), Recent(1)
 
     def _row_of(self, t: UpdateTensor) -> bytes:
         """Return the tensor's row, made once; fields that change with every step, or with the batch, are 0."""
@@ -238,7 +240,27 @@ class Launches:
         row["state"][: len(state)] = [array_address(values, num_values, "state") for values in state]
         return row
 
-    def _constants(self, constants: Constants, table: Table, *upload_to: Any) -> tuple[bytes, torch.Tensor | None]:
+    def _uploaded(
+        self, recent: _Table, contents: object, make: Callable[[], Rows], device: torch.device, launch: Any
+    ) -> torch.Tensor:
+        """Return the table that ``make`` returns on the host, and that is the same for as long as ``contents`` is."""
+
+        def uploaded() -> torch.Tensor:
+            host = make()
+            table = torch.from_numpy(host).new_empty(host.shape, device=device)
+            put(self._module, launch, host, table)
+            return table
+
+        # A graph has a table of its own, even if nothing has changed: what another graph stores is there after its
+        # replays only, and what the caller writes to the table of other steps has to stay out of the graph.
+        if devices.is_capturing(device):
+            return uploaded()
+        # Another stream gets another table, because freed memory is reused in the order of its own stream.
+        return recent.get((contents, launch.stream), uploaded)
+
+    def _constants(
+        self, constants: Constants, table: _Table, device: torch.device, launch: Any
+    ) -> tuple[bytes, torch.Tensor | None]:
         """Return the constants as an argument of the launch or, if they are too many or on the device, as a table.
 
         Constants on the device do not leave it.
@@ -254,7 +276,8 @@ class Launches:
         if not constants.on_device and num_rows <= self._module.MAX_ARGUMENT_CONSTANTS:
             return make(), None
         filled = [where for *where, _ in constants.on_device]
-        result = table.at((constants.blocks, filled), lambda: np.frombuffer(bytearray(make())), *upload_to)
+        contents = constants.blocks, filled
+        result = self._uploaded(table, contents, lambda: np.frombuffer(bytearray(make())), device, launch)
         result = result.view(-1, len(names))
         columns = {name: i for i, name in enumerate(names)}
         for name, first, end, values in constants.on_device:
@@ -314,8 +337,9 @@ def _words(rows: Rows) -> npt.NDArray[np.int64]:
 
 
 # Data of a batch: the tensor that each row is for, with those of one dtype together; per dtype its code, first row,
-# number of rows and number of chunks; the rows; and both tables of a step.
-_Steps: TypeAlias = tuple[npt.NDArray[np.int64], list[tuple[int, int, int, int]], Rows, Table, Table]
+# number of rows and number of chunks; the rows; and both tables of a step, as it was last uploaded.
+_Table: TypeAlias = Recent[torch.Tensor]
+_Steps: TypeAlias = tuple[npt.NDArray[np.int64], list[tuple[int, int, int, int]], Rows, _Table, _Table]
 
 
 def _probe() -> str | None:

@@ -31,7 +31,6 @@ from gmp_kernels.backends.triton.tables import (
     BLOCK,
     INTERPRETED,
     Kind,
-    Recent,
     Table,
     constant_table,
     row_of,
@@ -49,7 +48,7 @@ from gmp_kernels.backends.types import (
     StateMove,
     UpdateBatch,
 )
-from gmp_kernels.backends.uploads import upload
+from gmp_kernels.backends.uploads import Recent, upload
 from gmp_kernels.errors import CaptureError
 
 T = TypeVar("T")

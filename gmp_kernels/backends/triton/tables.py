@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Generic, TypeAlias, TypeVar
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeAlias
 
 import torch
 
 from gmp_kernels.backends.addresses import address, element_address
 from gmp_kernels.backends.devices import stream_of
 from gmp_kernels.backends.types import Constants, UpdateTensor
-from gmp_kernels.backends.uploads import upload
+from gmp_kernels.backends.uploads import Recent, upload
 
-__all__ = ["BLOCK", "INTERPRETED", "Kind", "Recent", "Table", "constant_table", "row_of", "table_of", "tables_by_kind"]
+__all__ = ["BLOCK", "INTERPRETED", "Kind", "Table", "constant_table", "row_of", "table_of", "tables_by_kind"]
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 # Weights per chunk: as many as registers hold. Under the interpreter a program of any size takes milliseconds, and the
@@ -21,7 +21,6 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 BLOCK = 16384 if INTERPRETED else 2048
 FIELDS = 9  # of a table's rows, as in tiles.py
 
-T = TypeVar("T")
 # Rows in device memory, and whose row each chunk is; chunks of all rows are numbered through.
 Table: TypeAlias = tuple[torch.Tensor, torch.Tensor]
 # Tensors that one launch serves together have the same dtype, number of states, compact state or not, master weights or
@@ -30,26 +29,6 @@ Kind: TypeAlias = tuple[torch.dtype, int, bool, bool, bool]
 # A tensor's row of the table, less its gradient and constants, which may change with every step: kind, number of
 # weights, fields.
 Row: TypeAlias = tuple[Kind, int, tuple[int, ...]]
-
-
-class Recent(Generic[T]):
-    """A cache of the latest few results, by the key they were made for."""
-
-    def __init__(self, size: int = 8) -> None:
-        self._size = size
-        self._entries: list[tuple[object, T]] = []  # replaced, never changed: other threads may be reading
-
-    def get(self, key: object, make: Callable[[], T]) -> T:
-        """Return the result for an equal key, or make it."""
-        entries = self._entries
-        for entry in entries:
-            if entry[0] == key:
-                if entry is not entries[0]:
-                    self._entries = [entry, *(other for other in entries if other is not entry)]
-                return entry[1]
-        made = make()
-        self._entries = [(key, made), *entries[: self._size - 1]]
-        return made
 
 
 def table_of(sizes: Sequence[int], fields: Sequence[Sequence[int]], device: torch.device) -> Table:
