@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import importlib
 from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache, partial
 from itertools import starmap
 from types import ModuleType
@@ -23,7 +24,7 @@ from gmp_kernels.backends.addresses import address, array_address, bits_address,
 from gmp_kernels.backends.at_once import at_once
 from gmp_kernels.backends.compactions import compactions_of
 from gmp_kernels.backends.cuda.selection_tables import DTYPE_CODES, NO_INDEX, Rows, SelectionTables, fill_chunks
-from gmp_kernels.backends.devices import on_device, stream_of
+from gmp_kernels.backends.devices import on_device, refuse_capture, stream_of
 from gmp_kernels.backends.layers import Layers, by_dtype, device_of, prepared
 from gmp_kernels.backends.registry import Backend, register
 from gmp_kernels.backends.types import (
@@ -67,6 +68,13 @@ class Launches:
         index = device.index or 0
         return self._module.launch_on(stream_of(device), index, self._size(index))
 
+    @contextmanager
+    def _on(self, device: torch.device, what: str) -> Iterator[Any]:
+        """Make the device current, name its errors, and yield what launches need; no CUDA graph may be captured."""
+        with on_device(device, what):
+            refuse_capture(device)
+            yield self._launch(device)
+
     def _tables(
         self,
         layers: Sequence[Layer],
@@ -92,10 +100,7 @@ class Launches:
         brackets: Brackets | None = None,
         prunes: bool = False,
     ) -> Selection:
-        device = device_of(layers)
-        with on_device(device, "select"):
-            devices.refuse_capture(device)
-            launch = self._launch(device)
+        with self._on(device_of(layers), "select") as launch:
             found = self._tables(layers, group_sizes, prunes=prunes).filled(launch, layers, num_prune, brackets)
             self._module.select(launch, found.tables)
         return found
@@ -112,8 +117,7 @@ class Launches:
         device = layers[0].weight.device
         found = BracketCounts.nothing(len(layers), num_bins)
         places = [None] * len(layers) if candidates is None else candidates
-        with on_device(device, "count"):
-            launch = self._launch(device)
+        with self._on(device, "count") as launch:
             for positions in by_dtype(layers).values():
                 own = [layers[i] for i in positions]
                 bins = torch.zeros(len(own), num_bins, dtype=torch.int64, device=device)
@@ -140,10 +144,7 @@ class Launches:
     def prune(
         self, layers: Sequence[Layer], selection: Selection, out: Sequence[torch.Tensor], *, finite: bool = False
     ) -> PruneCounts | None:
-        device = device_of(layers)
-        with on_device(device, "prune"):
-            devices.refuse_capture(device)
-            launch = self._launch(device)
+        with self._on(device_of(layers), "prune") as launch:
             if isinstance(selection, SelectionTables) and selection.layers is layers:
                 found = selection
             else:
@@ -157,10 +158,7 @@ class Launches:
             return None if finite and not found.is_finite else found.counts()
 
     def apply(self, layers: Sequence[Layer]) -> None:
-        device = device_of(layers)
-        with on_device(device, "apply_masks_"):
-            devices.refuse_capture(device)
-            launch = self._launch(device)
+        with self._on(device_of(layers), "apply_masks_") as launch:
             # Without `out`, apply writes nothing to the tables, so the next call on this stream can use them again.
             found = prepared(
                 layers,
@@ -293,8 +291,7 @@ class Launches:
         rows["dtype"] = [DTYPE_CODES[g.weight.dtype] for g in gradients]
         rows["grads"] = [element_address(g.weight) for g in gradients]
         rows["mask"] = [bits_address(g.mask, g.weight.numel()) for g in gradients]
-        with on_device(device, "sum_squares"):
-            launch = self._launch(device)
+        with self._on(device, "sum_squares") as launch:
             table = upload(_words(rows), torch.int64, device)
             sums = torch.empty(num_chunks, dtype=torch.float64, device=device)
             self._module.sum_squares(launch, table.data_ptr(), len(rows), num_chunks, sums.data_ptr())
@@ -304,8 +301,7 @@ class Launches:
         if not masks:
             return []
         device = masks[0][0].device
-        with on_device(device, "compactions"):
-            launch = self._launch(device)
+        with self._on(device, "compactions") as launch:
             present = [(mask, numel) for mask, numel in masks if numel]
             rows = np.zeros(len(present), self._module.TENSOR_ROW)
             num_chunks = fill_chunks(rows, [numel for _, numel in present], self._module.CHUNK)
@@ -325,8 +321,7 @@ class Launches:
         rows = np.array([sources, targets])
         rows["dtype"] = [DTYPE_CODES[move.source.dtype] for move in moves]
         num_chunks = fill_chunks(rows[0], rows["n"][0], self._module.CHUNK)
-        with on_device(device, "move_state"):
-            launch = self._launch(device)
+        with self._on(device, "move_state") as launch:
             table = upload(_words(rows), torch.int64, device)
             self._module.move_state(launch, table.data_ptr(), len(moves), num_chunks)
 
