@@ -120,7 +120,7 @@ __device__ __forceinline__ void apply_touched(Key* weights, uint8_t* mask, const
 template <typename Key>
 __global__ void __launch_bounds__(kThreads, kReaders) apply(Tables tables, Key infinity) {
   __shared__ uint16_t places[kTogether * kChunk / kEach];
-  if (tables.finite && *pointer<const int64_t>(tables.buffer) != 0) return;
+  if (tables.finite && *pointer<const int64_t>(tables.nonfinite) != 0) return;
   LayerRow* const layers = pointer<LayerRow>(tables.layers);
   const GroupRow* const groups = pointer<const GroupRow>(tables.groups);
   const uint64_t* const out = pointer<const uint64_t>(tables.out);

@@ -87,9 +87,10 @@ PYBIND11_MODULE(GMP_MODULE, m) {
   for (const auto& [name, value] : gmp::kConstants) constants[name] = value;
   m.attr("CONSTANTS") = constants;
 #define F(name) GMP_FIELD(Tables, name)
-  m.attr("TABLES") = row_of(sizeof(gmp::cuda::Tables),
-                            {F(buffer), F(layers), F(groups), F(bins), F(lists), F(list_counts), F(tie_counts),
-                             F(num_layers), F(num_groups), F(num_chunks), F(capacity), F(dtype), F(out), F(finite)});
+  m.attr("TABLES") =
+      row_of(sizeof(gmp::cuda::Tables),
+             {F(buffer), F(layers), F(groups), F(bins), F(lists), F(list_counts), F(tie_counts), F(nonfinite),
+              F(num_layers), F(num_groups), F(num_chunks), F(capacity), F(dtype), F(out), F(finite)});
 #undef F
 #define F(name) GMP_FIELD(LayerRow, name)
   m.attr("LAYER_ROW") = row_of(

@@ -91,7 +91,7 @@ template <typename Key>
 __device__ __forceinline__ void end_chunk(Counter<Key>& counter, LayerRow& layer, int64_t begin, GroupRow& group,
                                           const Tables& tables, int number) {
   Key* const list = pointer<Key>(tables.lists) + number * tables.capacity;
-  if (counter.report_nonfinite(&layer.nonfinite, begin)) *pointer<int64_t>(tables.buffer) = 1;
+  if (counter.report_nonfinite(&layer.nonfinite, begin)) *pointer<int64_t>(tables.nonfinite) = 1;
   const unsigned inside = counter.end_chunk([&](unsigned k, Key key) { store1(list + k, key); });
   if (threadIdx.x > 0) return;
   pointer<unsigned>(tables.list_counts)[number] = inside;

@@ -56,14 +56,15 @@ struct GroupRow {
 // The layers of one dtype in a selection or an application, their groups, and the places of results that one kernel
 // leaves for the next. All of it lies in one buffer, by its addresses there.
 struct Tables {
-  uint64_t buffer;                   // begins with an int64_t that is set once any layer has an unpruned NaN or Inf
+  uint64_t buffer;
   uint64_t layers, groups;           // rows
   uint64_t bins;                     // uint64_t, kBins per group, or per block that counts if those are fewer
   uint64_t lists;                    // keys, or counts of keys, `capacity` per chunk
   uint64_t list_counts, tie_counts;  // uint32_t, one per chunk
+  uint64_t nonfinite;                // int64_t, set once there is an unpruned NaN or Inf in any layer
   int64_t num_layers, num_groups, num_chunks, capacity;
   int64_t dtype;  // a DType
-  // For an application: the addresses of the new bits, one per layer, or 0; and whether that number stops it.
+  // For an application: the addresses of the new bits, one per layer, or 0; and whether a NaN or Inf stops it.
   uint64_t out;
   int64_t finite;
 };

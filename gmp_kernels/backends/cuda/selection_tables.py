@@ -145,7 +145,7 @@ class SelectionTables(Selection):
         self._groups = rows["group"] + first_groups.repeat(tables["num_layers"])
         self._place_workspace(tables, rows, multiprocessors, selects, prunes)
         is_place: Rows = np.zeros(len(parts), module.TABLES)
-        for name in ("buffer", "layers", "groups", "bins", "lists", "list_counts", "tie_counts"):
+        for name in ("buffer", "layers", "groups", "bins", "lists", "list_counts", "tie_counts", "nonfinite"):
             is_place[name] = 1
         self._is_place = is_place.view(np.int64)
 
