@@ -9,6 +9,7 @@ from typing_extensions import Buffer
 CHUNK: int  # weights per chunk
 LIST_CAPACITY: int  # candidates kept per chunk, at most
 BINS: int  # counts per refinement of a bracket
+READERS: int  # blocks per multiprocessor that read weights, at most
 MAX_ARGUMENT_CONSTANTS: int  # rows of constants that `update` takes as an argument of the launch
 TOUCHED_BY: int  # weights whose flags are one word
 MOST_STORED: int  # eight-byte numbers that `store` is faster for than a copy from pinned memory
@@ -24,7 +25,6 @@ class Launch:
     def stream(self) -> int: ...
 
 def launch_on(stream: int, device: int, multiprocessors: int) -> Launch: ...
-def num_counting_blocks(multiprocessors: int) -> int: ...
 def load_kernels(device: int) -> int: ...  # returns its multiprocessors
 
 # Tables are on the host, one or more of TABLES; what they name is not.
@@ -40,7 +40,7 @@ def update(
 
 # So many rows of sources, and as many of targets behind them.
 def move_state(launch: Launch, rows: int, num_rows: int, num_chunks: int) -> None: ...
-def chunk_offsets(launch: Launch, rows: int, num_rows: int, num_chunks: int, totals: int) -> None: ...
+def count_kept(launch: Launch, rows: int, num_rows: int, num_chunks: int, counts: int) -> None: ...
 def sum_squares(launch: Launch, rows: int, num_rows: int, num_chunks: int, sums: int) -> None: ...
 
 # Copy eight-byte numbers to an address, and as many bytes as `into` has from one.

@@ -20,21 +20,22 @@ from gmp_kernels.tools.testing import DTYPES, adversarial_cases, assert_same_pru
 
 _simt = simt_extension()
 CPU = torch.device("cpu")
-CHUNK, READERS = _simt.CHUNK, _simt.num_counting_blocks(1)
+CHUNK, READERS = _simt.CHUNK, _simt.READERS
 
 
 @pytest.fixture(scope="module")
 def resize() -> Iterator[Callable[[int], None]]:
     """Have the device be one of so many multiprocessors."""
-    sizes = choose("simt", CPU)._multiprocessors
+    simt = choose("simt", CPU)
+    own = simt._size
 
     def set_size(multiprocessors: int) -> None:
-        sizes[CPU] = multiprocessors
+        simt._size = lambda index: multiprocessors
         checks.forget()  # templates are made for a number of blocks
 
     yield set_size
     _simt.set_seed(0)
-    sizes.clear()
+    simt._size = own
     checks.forget()
 
 
@@ -47,7 +48,7 @@ def runs_of(sizes: list[int]) -> list[int]:
     tables = choose("simt", CPU).select(layers, [0 if n == 1 else n // 2 for n in sizes], [1] * len(sizes))
     assert isinstance(tables, SelectionTables)
     (list_counts,) = tables.tables.view(_simt.TABLES)["list_counts"]
-    left_at = tables.buffer.view(torch.int32)[list_counts // 4 :]
+    left_at = tables.buffer.view(torch.int32)[(list_counts - tables.buffer.data_ptr()) // 4 :]
     runs, chunk = [], 0
     for n in sizes:
         end = chunk - (-n // CHUNK)

@@ -21,7 +21,6 @@ from subprocesses import ROOT
 
 from gmp_kernels import BitMask, DeviceError, NonFiniteError, StateError, magnitude_threshold, prune_
 from gmp_kernels.backends import choose, cuda
-from gmp_kernels.backends import uploads as uploads_module
 from gmp_kernels.backends.cuda.selection_tables import SelectionTables
 from gmp_kernels.backends.devices import on_device
 from gmp_kernels.backends.keys import key_of, largest_key
@@ -260,7 +259,7 @@ def test_chunk_offsets_of_many_masks_come_in_one_call() -> None:
 def test_constants_as_arguments_or_from_a_table_give_the_same_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     most = _simt.MAX_ARGUMENT_CONSTANTS
     uploads = []
-    monkeypatch.setattr(uploads_module, "put", lambda *args: uploads.append(args) or put(*args))
+    monkeypatch.setattr(cuda, "put", lambda *args: uploads.append(args) or put(*args))
     for groups in (1, most, most + 1):
         runs = []
         for backend in ("simt", "cpu"):
@@ -317,7 +316,7 @@ def test_numbers_kept_on_the_device_give_the_same_steps(case: str) -> None:
 
 def test_tables_are_uploaded_only_when_they_change(monkeypatch: pytest.MonkeyPatch) -> None:
     uploads = []
-    monkeypatch.setattr(uploads_module, "put", lambda *args: uploads.append(args) or put(*args))
+    monkeypatch.setattr(cuda, "put", lambda *args: uploads.append(args) or put(*args))
     params = parameters([(300,), (20_000,)])
     optimizer = AdamW(params, backend="simt", capturable=True)
     set_gradients(params, random_gradients(params, 0), {})

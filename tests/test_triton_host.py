@@ -13,9 +13,8 @@ from optim_cases import parameters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gmp_kernels import BitMask, CaptureError, apply_masks_, prune_
-from gmp_kernels.backends import choose, devices, triton
+from gmp_kernels.backends import choose, compactions, devices, triton
 from gmp_kernels.backends.triton import Triton
-from gmp_kernels.backends.triton import steps as triton_steps
 from gmp_kernels.backends.triton import tables as triton_tables
 from gmp_kernels.backends.types import (
     BracketCounts,
@@ -120,7 +119,7 @@ def test_numbers_go_to_the_device_by_uploads_alone(idle: Triton, monkeypatch: py
         with _unwatched():
             return upload(*args)
 
-    for module in (triton, triton_tables, triton_steps):
+    for module in (triton, triton_tables, compactions):
         monkeypatch.setattr(module, "upload", unwatched)
     layers = layers_of(100, 3) + layers_of(50, dtype=torch.bfloat16)
     on_device = [("skip", 0, 2, torch.zeros((), dtype=torch.float64, device=DEVICE))]

@@ -36,12 +36,7 @@ __device__ __forceinline__ Operand<Key> guarded(Operand<Key> raw) {
 // Shifts the sign bit into the word. Written out, shifts like these keep nvcc busy for ever.
 template <typename Word>
 __device__ __forceinline__ void push(unsigned& answers, Word signs) {
-  const auto high = static_cast<unsigned>(signs >> (sizeof(Word) * 8 - 32));
-#if defined(__CUDACC__)
-  answers = __funnelshift_l(high, answers, 1);
-#else
-  answers = answers << 1 | high >> 31;
-#endif
+  answers = __funnelshift_l(static_cast<unsigned>(signs >> (sizeof(Word) * 8 - 32)), answers, 1);
 }
 
 // Asks is_so(operand), which answers by sign bits, for every operand.

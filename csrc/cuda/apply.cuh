@@ -54,11 +54,11 @@ __device__ __forceinline__ void apply_chunk(Key* weights, const uint8_t* mask, u
 #pragma unroll
     for (int e = 0; e < kEights; ++e) {
       const int i = first + e * static_cast<int>(kTile);
-      cut.kept_before += count_bits(bits[e]);
+      cut.kept_before += __popc(bits[e]);
       const bool changed = prune_eight(raw[e], bits[e], cut, count_from(i, cut_index));
       if (changed) store8<kWhole>(weights + i, kWhole ? kEach : count_from(i, size), raw[e]);
       if (out != nullptr) store_bits(out, i, bits[e]);
-      cut.kept_now += count_bits(bits[e]);
+      cut.kept_now += __popc(bits[e]);
     }
   }
 }
@@ -80,16 +80,15 @@ __device__ __forceinline__ void apply_touched(Key* weights, uint8_t* mask, const
   if (is_one) {
 #pragma unroll
     for (unsigned v = 0; v < kTouchedBy / 8 / sizeof(uint4); ++v) {
-      const uint4 words = load_words(mask + threadIdx.x * (kTouchedBy / 8), v);
-      here += count_bits(words.x) + count_bits(words.y) + count_bits(words.z) + count_bits(words.w);
+      here += count_bits(mask + threadIdx.x * (kTouchedBy / 8), v);
     }
   }
   cut.kept_before += here;
   cut.kept_now += here;
   int total;
-  int place = block_scan(count_bits(flags), total);
+  int place = block_scan(__popc(flags), total);
   for (; flags != 0; flags &= flags - 1) {
-    places[place++] = static_cast<uint16_t>(threadIdx.x * kWarpSize + lowest_bit(flags));
+    places[place++] = static_cast<uint16_t>(threadIdx.x * kWarpSize + (__ffs(flags) - 1));
   }
   __syncthreads();  // all places are written, and all of the mask has been read
 #pragma unroll 1
@@ -112,7 +111,7 @@ __device__ __forceinline__ void apply_touched(Key* weights, uint8_t* mask, const
       const bool changed = prune_eight(raw[u], bits[u], cut, count_from(at[u], cut_index));
       if (changed) store8<true>(weights + at[u], kEach, raw[u]);
       if (bits[u] != before) store_bits(mask, at[u], bits[u]);
-      cut.kept_now -= count_bits(before ^ bits[u]);
+      cut.kept_now -= __popc(before ^ bits[u]);
     }
   }
   __syncthreads();  // the places are written again
@@ -121,7 +120,7 @@ __device__ __forceinline__ void apply_touched(Key* weights, uint8_t* mask, const
 template <typename Key>
 __global__ void __launch_bounds__(kThreads, kReaders) apply(Tables tables, Key infinity) {
   __shared__ uint16_t places[kTogether * kChunk / kEach];
-  if (tables.stop != 0 && *pointer<const int64_t>(tables.stop) != 0) return;
+  if (tables.finite && *pointer<const int64_t>(tables.nonfinite) != 0) return;
   LayerRow* const layers = pointer<LayerRow>(tables.layers);
   const GroupRow* const groups = pointer<const GroupRow>(tables.groups);
   const uint64_t* const out = pointer<const uint64_t>(tables.out);

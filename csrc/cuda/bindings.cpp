@@ -78,6 +78,7 @@ PYBIND11_MODULE(GMP_MODULE, m) {
   m.attr("CHUNK") = gmp::cuda::kChunk;
   m.attr("LIST_CAPACITY") = gmp::cuda::kListCapacity;
   m.attr("BINS") = gmp::cuda::kBins;
+  m.attr("READERS") = gmp::cuda::kReaders;
   m.attr("MAX_ARGUMENT_CONSTANTS") = gmp::cuda::ArgumentConstants{}.size();
   m.attr("TOUCHED_BY") = gmp::cuda::kTouchedBy;
   m.attr("MOST_STORED") = gmp::cuda::most_stored();
@@ -89,7 +90,7 @@ PYBIND11_MODULE(GMP_MODULE, m) {
   m.attr("TABLES") =
       row_of(sizeof(gmp::cuda::Tables),
              {F(buffer), F(layers), F(groups), F(bins), F(lists), F(list_counts), F(tie_counts), F(nonfinite),
-              F(num_layers), F(num_groups), F(num_chunks), F(capacity), F(dtype), F(out), F(stop)});
+              F(num_layers), F(num_groups), F(num_chunks), F(capacity), F(dtype), F(out), F(finite)});
 #undef F
 #define F(name) GMP_FIELD(LayerRow, name)
   m.attr("LAYER_ROW") = row_of(
@@ -115,14 +116,13 @@ PYBIND11_MODULE(GMP_MODULE, m) {
   py::class_<Launch>(m, "Launch", py::module_local()).def_readonly("stream", &Launch::stream);
   m.def("launch_on",
         [](uint64_t stream, int device, unsigned multiprocessors) { return Launch{stream, device, multiprocessors}; });
-  m.def("num_counting_blocks", &gmp::cuda::num_counting_blocks);
   m.def("select",
         [](const Launch& launch, const py::buffer& tables) { for_each_of(launch, tables, gmp::cuda::select); });
   m.def("apply", [](const Launch& launch, const py::buffer& tables) { for_each_of(launch, tables, gmp::cuda::apply); });
   m.def("count", &gmp::cuda::count);
   m.def("update", &update);
   m.def("move_state", &gmp::cuda::move_state);
-  m.def("chunk_offsets", &gmp::cuda::chunk_offsets);
+  m.def("count_kept", &gmp::cuda::count_kept);
   m.def("sum_squares", &gmp::cuda::sum_squares);
   m.def("store", &store);
   m.def("fetch", &fetch);

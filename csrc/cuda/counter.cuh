@@ -69,7 +69,7 @@ class Counter {
     Word reach_infinity = 0;  // it says only whether any does
 #pragma unroll
     for (const Word w : raw) reach_infinity |= answers::guarded<Key>(w) - infinity;
-    below += count_bits(present & ~reach_lo);
+    below += __popc(present & ~reach_lo);
     if ((reach_infinity & answers::kSigns<Key>) != 0) find_nonfinite(present, i, load);
     append(present & reach_lo & ~reach_past, load, spill);
     return present & ~reach_past;
@@ -152,13 +152,13 @@ class Counter {
 
   template <typename Load>
   __device__ Key next_key(unsigned inside, Load load) {
-    return magnitude_key(load(answers::key_of<Key>(lowest_bit(inside))), infinity_);
+    return magnitude_key(load(answers::key_of<Key>(__ffs(inside) - 1)), infinity_);
   }
 
   template <typename Load>
   __device__ void find_nonfinite(unsigned present, int i, Load load) {
     for (unsigned left = present; left != 0; left &= left - 1) {
-      const int k = answers::key_of<Key>(lowest_bit(left));
+      const int k = answers::key_of<Key>(__ffs(left) - 1);
       const int index = i + k / kEach * static_cast<int>(kTile) + k % kEach;
       if (magnitude_key(load(k), infinity_) >= infinity_ && index < nonfinite_) nonfinite_ = index;
     }
@@ -175,7 +175,7 @@ class Counter {
       return;
     }
     // In any order, because the lists are used as sets.
-    const unsigned mine = count_bits(inside), base = atomicAdd(&shared_.appended[third_], mine);
+    const unsigned mine = __popc(inside), base = atomicAdd(&shared_.appended[third_], mine);
     if (base + mine <= capacity_) {
       unsigned place = base;
       for (; inside != 0; inside &= inside - 1) {
@@ -221,7 +221,7 @@ __device__ __forceinline__ void count_strip(const Key (&raw)[kEights][kEach], co
 #pragma unroll
   for (int e = 0; e < kEights; ++e) {
     const int own = i + e * static_cast<int>(kTile);
-    if (kMasked) counter.pruned += (kWhole ? kEach : count_from(own, size)) - count_bits(bits[e]);
+    if (kMasked) counter.pruned += (kWhole ? kEach : count_from(own, size)) - __popc(bits[e]);
     present |= bits[e] << e * kEach;
   }
   if (kMasked) present = answers::arranged<Key>(present);

@@ -7,7 +7,12 @@
 #include "order/magnitude_key.h"
 #include "tables.h"
 
-#if !defined(__CUDACC__)
+#if defined(__CUDACC__)
+namespace simt {  // which counts on the host only
+__device__ inline void count_load(const void*, int64_t) {}
+__device__ inline void count_store(const void*, int64_t) {}
+}  // namespace simt
+#else
 #include "../simt/simt.h"
 #endif
 
@@ -18,23 +23,10 @@ inline constexpr int kEach = 8;  // weights per thread and tile
 inline constexpr int64_t kTile = kThreads * kEach;
 static_assert(kChunk % (4 * kTile) == 0, "whole chunks are read several tiles at a time");
 
-// Blocks that a multiprocessor holds at once, for the kernels that read weights; it gives the size of the grids.
-inline constexpr unsigned kReaders = 3;
-
-#if defined(__CUDACC__)
-inline constexpr bool kOnDevice = true;
-#else
-inline constexpr bool kOnDevice = false;
-#endif
-
 // Addresses from tables are those of global memory, which the compiler has to be told.
 template <typename T>
 __device__ __forceinline__ T* pointer(uint64_t address) {
-#if defined(__CUDACC__)
   return static_cast<T*>(__cvta_global_to_generic(address));
-#else
-  return reinterpret_cast<T*>(address);
-#endif
 }
 
 // A field of a row in the type that atomic operations take.
@@ -51,39 +43,33 @@ __device__ bool is_aligned(const T* p) {
 // says that neither is the case here, unless count is 0.
 template <bool kWhole = false, typename T>
 __device__ __forceinline__ void load8(const T* p, int count, T (&values)[kEach]) {
-#if defined(__CUDACC__)
+  simt::count_load(p, count * static_cast<int64_t>(sizeof(T)));
   if (kWhole ? count != 0 : count == kEach && is_aligned(p)) {
-    constexpr int kVectors = sizeof(values) / sizeof(uint4);
+    constexpr int kVectors = kEach * sizeof(T) / sizeof(uint4);
     uint4 raw[kVectors];
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) raw[v] = reinterpret_cast<const uint4*>(p)[v];
     memcpy(values, raw, sizeof(values));
     return;
   }
-#else
-  simt::count_load(p, count * static_cast<int64_t>(sizeof(T)));
-#endif
 #pragma unroll
   for (int j = 0; j < kEach; ++j) {
     values[j] = T{};
-    if (!(kWhole && kOnDevice) && j < count) values[j] = p[j];
+    if (!kWhole && j < count) values[j] = p[j];
   }
 }
 
 template <bool kWhole = false, typename T>
 __device__ __forceinline__ void store8(T* p, int count, const T (&values)[kEach]) {
-#if defined(__CUDACC__)
+  simt::count_store(p, count * static_cast<int64_t>(sizeof(T)));
   if (kWhole || (count == kEach && is_aligned(p))) {
-    constexpr int kVectors = sizeof(values) / sizeof(uint4);
+    constexpr int kVectors = kEach * sizeof(T) / sizeof(uint4);
     uint4 raw[kVectors];
     memcpy(raw, values, sizeof(values));
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) reinterpret_cast<uint4*>(p)[v] = raw[v];
     return;
   }
-#else
-  simt::count_store(p, count * static_cast<int64_t>(sizeof(T)));
-#endif
 #pragma unroll
   for (int j = 0; j < kEach; ++j) {
     if (j < count) p[j] = values[j];
@@ -92,16 +78,12 @@ __device__ __forceinline__ void store8(T* p, int count, const T (&values)[kEach]
 
 template <typename T>
 __device__ T load1(const T* p) {
-#if !defined(__CUDACC__)
   simt::count_load(p, sizeof(T));
-#endif
   return *p;
 }
 template <typename T>
 __device__ void store1(T* p, T value) {
-#if !defined(__CUDACC__)
   simt::count_store(p, sizeof(T));
-#endif
   *p = value;
 }
 
@@ -111,33 +93,13 @@ __device__ __forceinline__ Key magnitude_bits(Key raw) {
   return raw & static_cast<Key>(~kSignBit<Key>);
 }
 
-__device__ inline int count_bits(unsigned bits) {
-#if defined(__CUDACC__)
-  return __popc(bits);
-#else
-  return __builtin_popcount(bits);
-#endif
-}
-
-// Position of the lowest bit that is set.
-__device__ inline int lowest_bit(unsigned bits) {
-#if defined(__CUDACC__)
-  return __ffs(static_cast<int>(bits)) - 1;
-#else
-  return __builtin_ctz(bits);
-#endif
-}
-
 // The mask bits of eight weights, of which `count` exist; a layer without a mask keeps all.
 __device__ inline unsigned load_bits(const uint8_t* mask, int64_t i, int count) {
   if (count == 0) return 0;
   unsigned bits = 0xff;
   if (mask != nullptr) {
 #if !defined(GMP_WITHOUT_MASK_BYTES)  // benchmarks/cuda_static.py looks for other accesses that are a byte wide
-    bits = mask[i / 8];
-#endif
-#if !defined(__CUDACC__)
-    simt::count_load(mask + i / 8, 1);
+    bits = load1(mask + i / 8);
 #endif
   }
   return bits & ((1u << count) - 1);
@@ -145,10 +107,7 @@ __device__ inline unsigned load_bits(const uint8_t* mask, int64_t i, int count) 
 
 __device__ inline void store_bits(uint8_t* mask, int64_t i, unsigned bits) {
 #if !defined(GMP_WITHOUT_MASK_BYTES)
-  mask[i / 8] = static_cast<uint8_t>(bits);
-#endif
-#if !defined(__CUDACC__)
-  simt::count_store(mask + i / 8, 1);
+  store1(mask + i / 8, static_cast<uint8_t>(bits));
 #endif
 }
 
@@ -168,25 +127,10 @@ __device__ __forceinline__ uint64_t load_word(const uint8_t* mask, int64_t i, in
   return count >= 64 ? word : word & ((uint64_t{1} << count) - 1);
 }
 
-__device__ inline int count_word(uint64_t word) {
-  return count_bits(static_cast<unsigned>(word)) + count_bits(static_cast<unsigned>(word >> 32));
-}
-
-// Position of the lowest bit that is set.
-__device__ inline int lowest_of(uint64_t word) {
-#if defined(__CUDACC__)
-  return __ffsll(static_cast<long long>(word)) - 1;
-#else
-  return __builtin_ctzll(word);
-#endif
-}
-
-// The v-th 16 bytes of a mask from an aligned byte on.
-__device__ __forceinline__ uint4 load_words(const uint8_t* mask, unsigned v) {
-#if !defined(__CUDACC__)
-  simt::count_load(mask + v * sizeof(uint4), sizeof(uint4));
-#endif
-  return reinterpret_cast<const uint4*>(mask)[v];
+// The number of bits that are set in the v-th 16 bytes of a mask, from an aligned byte on.
+__device__ __forceinline__ int count_bits(const uint8_t* mask, unsigned v) {
+  const uint4 words = load1(reinterpret_cast<const uint4*>(mask) + v);
+  return __popc(words.x) + __popc(words.y) + __popc(words.z) + __popc(words.w);
 }
 
 static_assert(kTouchedBy == kWarpSize * kEach, "the lanes of a warp make a word");

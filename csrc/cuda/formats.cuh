@@ -16,23 +16,21 @@ inline constexpr bool kConverts = sizeof(KeyOf<kDType>) != sizeof(ComputeOf<kDTy
 template <DType kDType>
 using Stored = std::conditional_t<kConverts<kDType>, KeyOf<kDType>, ComputeOf<kDType>>;
 
-#if defined(__CUDACC__)
-using Half = __half;
-#else
-using Half = _Float16;
-#endif
+// The same bits as another type.
+template <typename To, typename From>
+__device__ To bits_as(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  memcpy(&to, &from, sizeof(to));
+  return to;
+}
 
 template <DType kDType>
 __device__ ComputeOf<kDType> widened(Stored<kDType> stored) {
   if constexpr (kDType == DType::bfloat16) {
-    const uint32_t wide = static_cast<uint32_t>(stored) << 16;
-    float v;
-    memcpy(&v, &wide, sizeof(v));
-    return v;
+    return bits_as<float>(static_cast<uint32_t>(stored) << 16);
   } else if constexpr (kDType == DType::float16) {
-    Half half;
-    memcpy(&half, &stored, sizeof(stored));
-    return static_cast<float>(half);
+    return static_cast<float>(bits_as<__half>(stored));
   } else {
     static_assert(!kConverts<kDType>, "this dtype needs conversions");
     return stored;
@@ -42,21 +40,16 @@ __device__ ComputeOf<kDType> widened(Stored<kDType> stored) {
 template <DType kDType>
 __device__ Stored<kDType> narrowed(ComputeOf<kDType> v) {
   if constexpr (kDType == DType::bfloat16) {
-    uint32_t bits;
-    memcpy(&bits, &v, sizeof(v));
+    const auto bits = bits_as<uint32_t>(v);
     if ((bits & 0x7fffffff) > 0x7f800000) return 0x7fc0;
     return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
   } else if constexpr (kDType == DType::float16) {
     // Conversions agree on numbers, but not on the bits of NaN.
     if (v != v) {
-      uint32_t wide;
-      memcpy(&wide, &v, sizeof(v));
+      const auto wide = bits_as<uint32_t>(v);
       return static_cast<uint16_t>((wide >> 16 & 0x8000) | 0x7e00 | (wide >> 13 & 0x3ff));
     }
-    const Half half = static_cast<Half>(v);
-    uint16_t bits;
-    memcpy(&bits, &half, sizeof(bits));
-    return bits;
+    return bits_as<uint16_t>(static_cast<__half>(v));
   } else {
     static_assert(!kConverts<kDType>, "this dtype needs conversions");
     return v;

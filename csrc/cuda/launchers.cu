@@ -40,21 +40,10 @@ void store_words(const Launch& launch, const uint64_t* from, int64_t count, uint
   GMP_LAUNCH(kernels::store<kWords>, grid, launch, given, count, to);
 }
 
-Tables with_addresses(Tables tables) {
-  for (auto place : {&Tables::layers, &Tables::groups, &Tables::bins, &Tables::lists, &Tables::list_counts,
-                     &Tables::tie_counts, &Tables::nonfinite}) {
-    tables.*place += tables.buffer;
-  }
-  return tables;
-}
-
 }  // namespace
 
-unsigned num_counting_blocks(unsigned multiprocessors) { return multiprocessors * kReaders; }
-
-void select(const Launch& launch, const Tables& places) {
+void select(const Launch& launch, const Tables& tables) {
   prepare(launch);
-  const Tables tables = with_addresses(places);
   const unsigned grid = grid_of(launch, kReaders, tables.num_chunks);
   with_dtype(static_cast<DType>(tables.dtype), [&](auto infinity) {
     using Key = decltype(infinity);
@@ -68,9 +57,8 @@ void select(const Launch& launch, const Tables& places) {
   });
 }
 
-void apply(const Launch& launch, const Tables& places) {
+void apply(const Launch& launch, const Tables& tables) {
   prepare(launch);
-  const Tables tables = with_addresses(places);
   with_dtype(static_cast<DType>(tables.dtype), [&](auto infinity) {
     using Key = decltype(infinity);
     GMP_LAUNCH(kernels::apply<Key>, grid_of(launch, kReaders, tables.num_chunks), launch, tables, infinity);
@@ -92,20 +80,17 @@ void move_state(const Launch& launch, uint64_t rows, int64_t num_rows, int64_t n
              num_rows, num_chunks);
 }
 
-void chunk_offsets(const Launch& launch, uint64_t address, int64_t num_rows, int64_t num_chunks, uint64_t totals) {
+void count_kept(const Launch& launch, uint64_t rows, int64_t num_rows, int64_t num_chunks, uint64_t counts) {
   prepare(launch);
-  const auto* const rows = rows_at<const TensorRow>(address);
   const int64_t blocks = (num_chunks + kWarps - 1) / kWarps;
-  GMP_LAUNCH(kernels::count_kept, grid_of(launch, kBlocksOfWarps, blocks), launch, rows, num_rows, num_chunks);
-  GMP_LAUNCH(kernels::scan_kept, static_cast<unsigned>(num_rows), launch, rows, rows_at<int64_t>(totals));
+  GMP_LAUNCH(kernels::count_kept, grid_of(launch, kBlocksOfWarps, blocks), launch, rows_at<const TensorRow>(rows),
+             num_rows, num_chunks, rows_at<int64_t>(counts));
 }
 
-void sum_squares(const Launch& launch, uint64_t rows, int64_t num_rows, int64_t num_chunks, uint64_t address) {
+void sum_squares(const Launch& launch, uint64_t rows, int64_t num_rows, int64_t num_chunks, uint64_t sums) {
   prepare(launch);
-  auto* const sums = rows_at<double>(address);
   GMP_LAUNCH(kernels::sum_squares, grid_of(launch, kReaders, num_chunks), launch, rows_at<const TensorRow>(rows),
-             num_rows, num_chunks, sums);
-  GMP_LAUNCH(kernels::total, 1u, launch, sums, num_chunks);
+             num_rows, num_chunks, rows_at<double>(sums));
 }
 
 int64_t most_stored() { return 4 * kManyWords; }
@@ -153,9 +138,7 @@ unsigned load_kernels([[maybe_unused]] int device) {
 #undef GMP_KEY
   load(kernels::move_state);
   load(kernels::count_kept);
-  load(kernels::scan_kept);
   load(kernels::sum_squares);
-  load(kernels::total);
   load(kernels::store<kFewWords>);
   load(kernels::store<kManyWords>);
   load_steps();

@@ -19,9 +19,6 @@ struct Launch {
   unsigned multiprocessors;  // of the device, for the sizes of persistent grids
 };
 
-// How many blocks of a selection need bins at most.
-unsigned num_counting_blocks(unsigned multiprocessors);
-
 // All of these throw std::runtime_error if a launch fails. They also do so if any earlier launch in this process has
 // failed, and then launch nothing.
 
@@ -38,9 +35,9 @@ using UpdatePart = std::tuple<int64_t, int64_t, int64_t, int64_t>;
 void update(const Launch& launch, const std::string& rule, uint64_t rows, const std::vector<UpdatePart>& parts,
             uint64_t constants, const ArgumentConstants& argument);
 void move_state(const Launch& launch, uint64_t rows, int64_t num_rows, int64_t num_chunks);
-// totals: how many weights each row keeps.
-void chunk_offsets(const Launch& launch, uint64_t rows, int64_t num_rows, int64_t num_chunks, uint64_t totals);
-// sums: double, one per chunk, and one more, which receives the total.
+// counts: int64_t, the weights that each chunk keeps.
+void count_kept(const Launch& launch, uint64_t rows, int64_t num_rows, int64_t num_chunks, uint64_t counts);
+// sums: double, one per chunk.
 void sum_squares(const Launch& launch, uint64_t rows, int64_t num_rows, int64_t num_chunks, uint64_t sums);
 
 // Most words of eight bytes that `store` takes; for more of them, a copy from pinned memory takes less time.

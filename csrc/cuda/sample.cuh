@@ -131,7 +131,7 @@ __global__ void __launch_bounds__(kThreads, 2) begin(Tables tables, int64_t num_
           bits[u] = load_bits(pointer<const uint8_t>(row.mask), i, count);
           load8(pointer<const Key>(row.weights) + i, count, raw[u]);
           own_sampled += count;
-          own_pruned += count - count_bits(bits[u]);
+          own_pruned += count - __popc(bits[u]);
         }
 #pragma unroll
         for (int u = 0; u < kAtOnce; ++u) {

@@ -24,7 +24,7 @@ __device__ void move_chunk(const TensorRow& source, const TensorRow& target, int
       place[side] = i;
       if (masks[side] == nullptr) continue;
       int total;
-      place[side] = before[side] + block_scan(count_bits(bits[side]), total);
+      place[side] = before[side] + block_scan(__popc(bits[side]), total);
       before[side] += total;
     }
     int read = 0, written = 0;
@@ -55,7 +55,8 @@ __global__ void __maxnreg__(48) move_state(const TensorRow* sources, int64_t num
 }
 
 // Counts the kept weights of each chunk; a warp takes a chunk, and a lane 64 bytes of its mask.
-__global__ void __launch_bounds__(kThreads) count_kept(const TensorRow* rows, int64_t num_rows, int64_t num_chunks) {
+__global__ void __launch_bounds__(kThreads)
+    count_kept(const TensorRow* rows, int64_t num_rows, int64_t num_chunks, int64_t* counts) {
   constexpr int64_t kBytes = kChunk / 8 / kWarpSize;
   static_assert(kBytes % sizeof(uint4) == 0);
   const int64_t stride = static_cast<int64_t>(gridDim.x) * kWarps;
@@ -66,36 +67,15 @@ __global__ void __launch_bounds__(kThreads) count_kept(const TensorRow* rows, in
     const int64_t first = begin + threadIdx.x % kWarpSize * (kBytes * 8);
     int kept = 0;
     if (row.n - begin >= kChunk && is_aligned(mask)) {
-      uint4 words[kBytes / sizeof(uint4)];
 #pragma unroll
-      for (unsigned v = 0; v < kBytes / sizeof(uint4); ++v) words[v] = load_words(mask + first / 8, v);
-#pragma unroll
-      for (const uint4& word : words) {
-        kept += count_bits(word.x) + count_bits(word.y) + count_bits(word.z) + count_bits(word.w);
-      }
+      for (unsigned v = 0; v < kBytes / sizeof(uint4); ++v) kept += count_bits(mask + first / 8, v);
     } else {
       const int64_t end = first + kBytes * 8 < row.n ? first + kBytes * 8 : row.n;
-      for (int64_t i = first; i < end; i += kEach) kept += count_bits(load_bits(mask, i, count_from(i, row.n)));
+      for (int64_t i = first; i < end; i += kEach) kept += __popc(load_bits(mask, i, count_from(i, row.n)));
     }
     kept = warp_sum(kept);
-    if (threadIdx.x % kWarpSize == 0) pointer<int64_t>(row.chunk_offsets)[chunk - row.first_chunk] = kept;
+    if (threadIdx.x % kWarpSize == 0) counts[chunk] = kept;
   }
-}
-
-// Turns those counts into the kept weights before each chunk; a block takes a row. The totals are also stored together.
-__global__ void __launch_bounds__(kThreads) scan_kept(const TensorRow* rows, int64_t* totals) {
-  const TensorRow& row = rows[blockIdx.x];
-  int64_t* const offsets = pointer<int64_t>(row.chunk_offsets);
-  const int64_t num_chunks = (row.n + kChunk - 1) / kChunk;
-  int64_t before = 0;
-  for (int64_t first = 0; first < num_chunks; first += kThreads) {
-    const int64_t chunk = first + threadIdx.x;
-    int64_t total;
-    const int64_t scan = block_scan(chunk < num_chunks ? offsets[chunk] : int64_t{0}, total);
-    if (chunk < num_chunks) offsets[chunk] = before + scan;
-    before += total;
-  }
-  if (threadIdx.x == 0) offsets[num_chunks] = totals[blockIdx.x] = before;
 }
 
 template <DType kDType>
@@ -116,7 +96,7 @@ __device__ double sum_squares_of(const TensorRow& row, int64_t begin, int64_t en
   return sum;
 }
 
-// Sums of the chunks, which `total` adds up in an order that depends only on their number.
+// Sums of the chunks.
 __global__ void __launch_bounds__(kThreads)
     sum_squares(const TensorRow* rows, int64_t num_rows, int64_t num_chunks, double* sums) {
   for_each_chunk(rows, num_rows, num_chunks, [&](int64_t r, int64_t chunk, int64_t begin, int64_t end) {
@@ -132,13 +112,6 @@ __global__ void __launch_bounds__(kThreads)
     sum = block_sum(sum);
     if (threadIdx.x == 0) sums[chunk] = sum;
   });
-}
-
-__global__ void __launch_bounds__(kThreads) total(double* sums, int64_t num_chunks) {
-  double sum = 0;
-  for (int64_t c = threadIdx.x; c < num_chunks; c += kThreads) sum += sums[c];
-  sum = block_sum(sum);
-  if (threadIdx.x == 0) sums[num_chunks] = sum;
 }
 
 }  // namespace gmp::cuda::kernels

@@ -13,6 +13,8 @@ namespace gmp::cuda {
 inline constexpr int64_t kChunk = 16384;       // weights that a block takes at a time; a multiple of 8 * kThreads
 inline constexpr int64_t kListCapacity = 768;  // most candidates kept per chunk: 4.7 % of it
 inline constexpr int64_t kBins = 512;
+// Blocks that a multiprocessor holds at once, for the kernels that read weights; it gives the size of the grids.
+inline constexpr unsigned kReaders = 3;
 inline constexpr int64_t kTouchedBy = 256;  // weights whose flags are one word (see LayerRow), a bit for each eight
 
 // A layer in a selection or an application. Chunks are numbered across all layers.
@@ -22,7 +24,7 @@ struct LayerRow {
   int64_t cut;                // selection's answer: ties from this index on are pruned
   int64_t nonfinite;          // selection's answer: first unpruned NaN or Inf, INT64_MAX if there is none
   int64_t kept_before, kept;  // counts of apply
-  int64_t touched;  // place of a bit per eight weights that says if apply has to read them (see count_strip); 0: all
+  int64_t touched;  // place in the buffer of a bit per eight weights: has apply to read them (see count_strip)? 0: all
 };
 
 enum Mode : int64_t {
@@ -52,7 +54,7 @@ struct GroupRow {
 };
 
 // The layers of one dtype in a selection or an application, their groups, and the places of results that one kernel
-// leaves for the next. All of it lies in one buffer: Python gives offsets in bytes, and kernels get addresses.
+// leaves for the next. All of it lies in one buffer, by its addresses there.
 struct Tables {
   uint64_t buffer;
   uint64_t layers, groups;           // rows
@@ -62,9 +64,9 @@ struct Tables {
   uint64_t nonfinite;                // int64_t, set once there is an unpruned NaN or Inf in any layer
   int64_t num_layers, num_groups, num_chunks, capacity;
   int64_t dtype;  // a DType
-  // For an application: places of the addresses of the new bits, one per layer, and of a number that stops it if it is
-  // not 0. Either may be 0.
-  uint64_t out, stop;
+  // For an application: the addresses of the new bits, one per layer, or 0; and whether a NaN or Inf stops it.
+  uint64_t out;
+  int64_t finite;
 };
 
 // A layer that is counted against the caller's bracket (see BracketCounts in backends/types.py).

@@ -72,10 +72,10 @@ __device__ void place_cut(LayerRow* rows, const GroupRow& group, int64_t g, cons
   const int64_t begin = (chunk - row.first_chunk) * kChunk + threadIdx.x * 64;
   uint64_t ties = ties_of(row, begin, static_cast<Key>(group.key), infinity);
   int64_t total;
-  const int64_t before = block_scan(static_cast<int64_t>(count_word(ties)), total);
-  if (before <= rank && rank < before + count_word(ties)) {
+  const int64_t before = block_scan(static_cast<int64_t>(__popcll(ties)), total);
+  if (before <= rank && rank < before + __popcll(ties)) {
     for (int64_t skip = rank - before; skip > 0; --skip) ties &= ties - 1;
-    rows[l].cut = begin + lowest_of(ties);
+    rows[l].cut = begin + (__ffsll(ties) - 1);
   }
   for (int64_t other = threadIdx.x; other < group.num_layers; other += kThreads) {
     if (other < l) rows[other].cut = rows[other].n;

@@ -12,17 +12,10 @@
 
 namespace gmp::cuda::kernels {
 
-#if defined(__CUDACC__)
 __device__ inline float fused(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 __device__ inline double fused(double a, double b, double c) { return __fma_rn(a, b, c); }
 __device__ inline float square_root(float v) { return __fsqrt_rn(v); }
 __device__ inline double square_root(double v) { return __dsqrt_rn(v); }
-#else
-inline float fused(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
-inline double fused(double a, double b, double c) { return __builtin_fma(a, b, c); }
-inline float square_root(float v) { return __builtin_sqrtf(v); }
-inline double square_root(double v) { return __builtin_sqrt(v); }
-#endif
 
 #define GMP_RULE_FUNCTIONS
 #include "optim/update_rule.h"
@@ -134,7 +127,7 @@ __device__ __forceinline__ void update_singly(const TensorRow& row, const Update
     // weight.
     int before = 0;
     for (int i = static_cast<int>(lane) * kWord; i < start && i < size; i += kWarpSize * kWord) {
-      before += count_word(load_word(mask, begin + i, size - i));
+      before += __popcll(load_word(mask, begin + i, size - i));
     }
     compact = pointer<const int64_t>(row.chunk_offsets)[begin / kChunk] + warp_sum(before);
   }
@@ -142,8 +135,8 @@ __device__ __forceinline__ void update_singly(const TensorRow& row, const Update
   const int there = static_cast<int>(lane) * kWord < run ? size - own : 0;
   uint64_t kept = load_word(mask, begin + own, there);
   int total;
-  int place = warp_scan(count_word(kept), total);
-  for (; kept != 0; kept &= kept - 1) places[warp][place++] = static_cast<uint16_t>(own - start + lowest_of(kept));
+  int place = warp_scan(__popcll(kept), total);
+  for (; kept != 0; kept &= kept - 1) places[warp][place++] = static_cast<uint16_t>(own - start + (__ffsll(kept) - 1));
   __syncwarp();
   Bits* const weights = pointer<Bits>(row.weights) + begin + start;
   const Bits* const grads = pointer<const Bits>(row.grads) + begin + start;

@@ -25,7 +25,7 @@
 #define __shared__ static thread_local
 #define __restrict__ __restrict
 
-struct alignas(16) uint4 {
+struct alignas(16) [[gnu::may_alias]] uint4 {
   unsigned x, y, z, w;
 };
 // Those of the fiber that runs now. Not thread_local, which would check at every use whether they are initialized.
@@ -53,16 +53,13 @@ const uint64_t* exchange(uint64_t value);
 // A point at which another thread may run in between.
 void interruption();
 
+// The value of another lane.
 template <typename T>
-uint64_t pack(T value) {
+T shuffled(T value, unsigned lane) {
   static_assert(sizeof(T) <= 8);
   uint64_t bits = 0;
   std::memcpy(&bits, &value, sizeof(T));
-  return bits;
-}
-template <typename T>
-T unpack(uint64_t bits) {
-  T value;
+  bits = exchange(bits)[lane];
   std::memcpy(&value, &bits, sizeof(T));
   return value;
 }
@@ -76,17 +73,16 @@ inline void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 // Warp operations are called by whole warps only.
 template <typename T>
 T __shfl_sync(unsigned, T value, int lane) {
-  return simt::unpack<T>(simt::exchange(simt::pack(value))[lane & (simt::kWarp - 1)]);
+  return simt::shuffled(value, lane & (simt::kWarp - 1));
 }
 template <typename T>
 T __shfl_xor_sync(unsigned, T value, int mask) {
-  return simt::unpack<T>(simt::exchange(simt::pack(value))[(threadIdx.x & (simt::kWarp - 1)) ^ mask]);
+  return simt::shuffled(value, (threadIdx.x & (simt::kWarp - 1)) ^ mask);
 }
 template <typename T>
 T __shfl_up_sync(unsigned, T value, unsigned delta) {
   const unsigned lane = threadIdx.x & (simt::kWarp - 1);
-  const uint64_t* const values = simt::exchange(simt::pack(value));
-  return simt::unpack<T>(values[lane < delta ? lane : lane - delta]);
+  return simt::shuffled(value, lane < delta ? lane : lane - delta);
 }
 
 inline unsigned __ballot_sync(unsigned, bool predicate) {
@@ -114,6 +110,18 @@ T atomicMin(T* p, T value) {
   }
   return found;
 }
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+inline int __popcll(uint64_t bits) { return __builtin_popcountll(bits); }
+inline int __ffs(int bits) { return __builtin_ffs(bits); }
+inline int __ffsll(int64_t bits) { return __builtin_ffsll(bits); }
+inline unsigned __funnelshift_l(unsigned low, unsigned high, int shift) { return high << shift | low >> (32 - shift); }
+inline float __fmaf_rn(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+inline double __fma_rn(double a, double b, double c) { return __builtin_fma(a, b, c); }
+inline float __fsqrt_rn(float v) { return __builtin_sqrtf(v); }
+inline double __dsqrt_rn(double v) { return __builtin_sqrt(v); }
+using __half = _Float16;
+inline void* __cvta_global_to_generic(uint64_t address) { return reinterpret_cast<void*>(address); }
+
 // Loads past the caches of this multiprocessor, to see what other blocks wrote.
 template <typename T>
 T __ldcg(const T* p) {

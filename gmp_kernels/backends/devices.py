@@ -9,7 +9,7 @@ import torch
 
 from gmp_kernels.errors import CaptureError, DeviceError
 
-__all__ = ["current", "is_capturing", "on_device", "refuse_capture"]
+__all__ = ["current", "is_capturing", "on_device", "refuse_capture", "stream_of"]
 
 
 def current(device: torch.device) -> AbstractContextManager[object]:
@@ -40,6 +40,11 @@ def on_device(device: torch.device, what: str) -> Iterator[None]:
             f"{what}: {device} reports an error, of this call or of an earlier one ({error}); run again with "
             "CUDA_LAUNCH_BLOCKING=1 to see which"
         ) from error
+
+
+def stream_of(device: torch.device) -> int:
+    """Return the handle of the device's current stream; 0 on the host."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
 def is_capturing(device: torch.device) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from operator import sub
 from typing import ClassVar, NamedTuple, Protocol, TypeAlias
 
@@ -229,8 +229,6 @@ class UpdateTensor:
     mask : torch.Tensor or None
         Packed bits. Weight and state are zero already wherever a bit is 0.
     compaction : Compaction or None
-    row : object
-        Made by a backend from the other attributes, and kept for the next step.
     """
 
     weight: torch.Tensor
@@ -238,7 +236,6 @@ class UpdateTensor:
     state: tuple[torch.Tensor, ...] = ()
     mask: torch.Tensor | None = None
     compaction: Compaction | None = None
-    row: object = None
 
 
 @dataclass(eq=False, slots=True)
@@ -248,15 +245,11 @@ class UpdateBatch:
     Attributes
     ----------
     tensors : list of UpdateTensor
-    captured : list
-        Receives the tensors that CUDA graphs of a step read at every replay. It lives as long as the tensors have an
-        owner, which is as long as a replay makes sense.
     prepared : object
         Made by a backend from the tensors, and kept for the next step.
     """
 
     tensors: list[UpdateTensor]
-    captured: list[torch.Tensor] = field(default_factory=list)
     prepared: object = None
 
 

@@ -39,8 +39,6 @@ class Batch:
     keys : sequence of tuple of str
         Per group, the state entries that the rule reads and writes.
     masks : sequence of BitMask or None
-    captured : list of torch.Tensor
-        Receives the tensors that CUDA graphs of a step read at every replay.
     counts_steps : bool
         Whether the states have step counts.
 
@@ -64,7 +62,6 @@ class Batch:
         state: Mapping[Any, Any],
         keys: Sequence[tuple[str, ...]],
         masks: Sequence[BitMask | None],
-        captured: list[torch.Tensor],
         *,
         counts_steps: bool,
     ) -> None:
@@ -94,7 +91,7 @@ class Batch:
         self._all_written = list(chain.from_iterable(self._written))
         self._is_present = [weight.numel() > 0 for weight in weights]
         self._are_all_present = all(self._is_present)
-        self.updates = UpdateBatch(list(self.present(tensors)), captured)
+        self.updates = UpdateBatch(list(self.present(tensors)))
         # By group index: its parameters, and the tensors that together hold their step counts, in the same order.
         parts = groupby(zip(groups, parameters, strict=True), key=itemgetter(0))
         self._parts = {group: [p for _, p in part] for group, part in parts}

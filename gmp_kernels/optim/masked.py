@@ -262,7 +262,7 @@ class MaskedOptimizer(Masking):
         states = {p: self._completed(p, w, keys[i]) for i, p, w in zip(indices, parameters, weights, strict=True)}
         created = {p: state for p, state in states.items() if state is not None and state is not self.state.get(p)}
         state, counts_steps = {**self.state, **created}, STEP in self.essential
-        batch = Batch(indices, parameters, weights, state, keys, masks, self._graph_memory, counts_steps=counts_steps)
+        batch = Batch(indices, parameters, weights, state, keys, masks, counts_steps=counts_steps)
         return batch, gradients, takes_step, created, writes
 
     def _beside(self, weight: torch.Tensor, gradient: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:

@@ -54,17 +54,16 @@ class Masking(torch.optim.Optimizer):
         # Parameters whose mask was not applied yet. True means the weight, or its master copy, has to be zeroed too.
         self._pending: dict[torch.Tensor, bool] = {}
         self._batch: Batch | None = None  # the parameters that were checked for the latest step
-        # Tensors that captured graphs read besides parameters, gradients and state. Kept for good, because a graph does
-        # not tell when it is deleted.
-        self._graph_memory: list[torch.Tensor] = []
-        self._graph_masks: dict[torch.Tensor, int] = {}  # addresses of packed bits, 0 for no mask
+        # Addresses of the packed bits that captured graphs read, 0 for no mask. Kept for good, because a graph does not
+        # tell when it is deleted.
+        self._graph_masks: dict[torch.Tensor, int] = {}
         self._watchers: OrderedDict[int, tuple[Callable[[], None], Callable[..., None]]] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
         # torch's own would drop all but three attributes from copies and pickles.
         ours = ("_compact_state", "_master_weights", "_backend", "_masks", "_pending")
         # A copy is in no graph and has no watchers.
-        anew: dict[str, Any] = {"_batch": None, "_graph_memory": [], "_graph_masks": {}}
+        anew: dict[str, Any] = {"_batch": None, "_graph_masks": {}}
         kept = {name: getattr(self, name) for name in ours}
         return super().__getstate__() | kept | anew | {"_watchers": OrderedDict()}
 

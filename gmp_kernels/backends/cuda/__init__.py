@@ -6,9 +6,12 @@ on the device until they are needed. Workspace comes from torch's allocator.
 
 from __future__ import annotations
 
+import importlib
 from array import array
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache, partial
+from itertools import starmap
 from types import ModuleType
 from typing import Any, TypeAlias, cast
 
@@ -16,10 +19,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from gmp_kernels.backends import devices
 from gmp_kernels.backends.addresses import address, array_address, bits_address, element_address
 from gmp_kernels.backends.at_once import at_once
+from gmp_kernels.backends.compactions import compactions_of
 from gmp_kernels.backends.cuda.selection_tables import DTYPE_CODES, NO_INDEX, Rows, SelectionTables, fill_chunks
-from gmp_kernels.backends.devices import on_device, refuse_capture
+from gmp_kernels.backends.devices import on_device, refuse_capture, stream_of
 from gmp_kernels.backends.layers import Layers, by_dtype, device_of, prepared
 from gmp_kernels.backends.registry import Backend, register
 from gmp_kernels.backends.types import (
@@ -34,23 +39,16 @@ from gmp_kernels.backends.types import (
     UpdateBatch,
     UpdateTensor,
 )
-from gmp_kernels.backends.uploads import Table, put, upload
+from gmp_kernels.backends.uploads import Recent, put, upload
 from gmp_kernels.errors import LayoutError
 
 _modules: dict[str, ModuleType] = {}
 _missing: dict[str, str] = {}
-try:
-    from gmp_kernels import _cuda
-
-    _modules["cuda"] = _cuda
-except ImportError as error:
-    _missing["cuda"] = str(error)
-try:
-    from gmp_kernels import _simt
-
-    _modules["simt"] = _simt
-except ImportError as error:
-    _missing["simt"] = str(error)
+for _name in ("cuda", "simt"):
+    try:
+        _modules[_name] = importlib.import_module(f"gmp_kernels._{_name}")
+    except ImportError as error:
+        _missing[_name] = str(error)
 
 LOWEST_CAPABILITY = (8, 0)  # what csrc/cuda is compiled for
 _MOST_BINS = 2048  # per layer in one call of count
@@ -63,17 +61,19 @@ class Launches:
 
     def __init__(self, module: ModuleType) -> None:
         self._module: Any = module
-        self._multiprocessors: dict[torch.device, int] = {}
+        # The multiprocessors of a device. The first call for a device loads the kernels.
+        self._size: Callable[[int], int] = cache(module.load_kernels)
 
     def _launch(self, device: torch.device) -> Any:
-        if device.type == "cpu":
-            return self._module.launch_on(0, 0, self._size(device))
-        return self._module.launch_on(torch.cuda.current_stream(device).cuda_stream, device.index, self._size(device))
+        index = device.index or 0
+        return self._module.launch_on(stream_of(device), index, self._size(index))
 
-    def _size(self, device: torch.device) -> int:
-        if device not in self._multiprocessors:
-            self._multiprocessors[device] = self._module.load_kernels(device.index or 0)
-        return self._multiprocessors[device]
+    @contextmanager
+    def _on(self, device: torch.device, what: str) -> Iterator[Any]:
+        """Make the device current, name its errors, and yield what launches need; no CUDA graph may be captured."""
+        with on_device(device, what):
+            refuse_capture(device)
+            yield self._launch(device)
 
     def _tables(
         self,
@@ -87,7 +87,7 @@ class Launches:
         sizes = [1] * len(layers) if group_sizes is None else group_sizes
 
         def make() -> SelectionTables:
-            multiprocessors = self._size(layers[0].weight.device)
+            multiprocessors = self._size(layers[0].weight.device.index or 0)
             return SelectionTables(self._module, multiprocessors, layers, sizes, selects=selects, prunes=prunes)
 
         return prepared(layers, (self, *sizes, selects, prunes), make)
@@ -100,9 +100,7 @@ class Launches:
         brackets: Brackets | None = None,
         prunes: bool = False,
     ) -> Selection:
-        device = device_of(layers)
-        with on_device(device, "select"):
-            launch = self._launch(device)
+        with self._on(device_of(layers), "select") as launch:
             found = self._tables(layers, group_sizes, prunes=prunes).filled(launch, layers, num_prune, brackets)
             self._module.select(launch, found.tables)
         return found
@@ -119,8 +117,7 @@ class Launches:
         device = layers[0].weight.device
         found = BracketCounts.nothing(len(layers), num_bins)
         places = [None] * len(layers) if candidates is None else candidates
-        with on_device(device, "count"):
-            launch = self._launch(device)
+        with self._on(device, "count") as launch:
             for positions in by_dtype(layers).values():
                 own = [layers[i] for i in positions]
                 bins = torch.zeros(len(own), num_bins, dtype=torch.int64, device=device)
@@ -147,9 +144,7 @@ class Launches:
     def prune(
         self, layers: Sequence[Layer], selection: Selection, out: Sequence[torch.Tensor], *, finite: bool = False
     ) -> PruneCounts | None:
-        device = device_of(layers)
-        with on_device(device, "prune"):
-            launch = self._launch(device)
+        with self._on(device_of(layers), "prune") as launch:
             if isinstance(selection, SelectionTables) and selection.layers is layers:
                 found = selection
             else:
@@ -157,20 +152,13 @@ class Launches:
                 if finite and max(cutoffs.nonfinite) >= 0:
                     return None
                 found = self._tables(layers, selects=False).filled(launch, found=cutoffs)
-            addresses = None
-            if not (isinstance(layers, Layers) and out is layers.masks):
-                places = [bits_address(out[i], layers[i].weight.numel()) for i in found.layer_order]
-                addresses = torch.empty(len(places), dtype=torch.int64, device=device)
-                put(self._module, launch, np.array(places), addresses)
-            found.forget(launch)
-            self._module.apply(launch, found.write_to(addresses, finite=finite))
+            is_in_place = isinstance(layers, Layers) and out is layers.masks
+            tables = found.to_write(launch, None if is_in_place else out, finite=finite)
+            self._module.apply(launch, tables)
             return None if finite and not found.is_finite else found.counts()
 
     def apply(self, layers: Sequence[Layer]) -> None:
-        device = device_of(layers)
-        with on_device(device, "apply_masks_"):
-            launch = self._launch(device)
-            refuse_capture(device)
+        with self._on(device_of(layers), "apply_masks_") as launch:
             # Without `out`, apply writes nothing to the tables, so the next call on this stream can use them again.
             found = prepared(
                 layers,
@@ -209,16 +197,14 @@ class Launches:
                 on_host["constants"] = np.array(rows)[order]
                 return _words(on_host)
 
-            upload_to = device, batch.captured, self._module, launch
-            at = table.at((addresses, sizes, rows), fill, *upload_to).data_ptr()
-            given, uploaded = self._constants(constants, values, *upload_to)
+            at = self._uploaded(table, (addresses, sizes, rows), fill, device, launch).data_ptr()
+            given, uploaded = self._constants(constants, values, device, launch)
             # All memory is allocated. This writes weights: all of them or none.
             at_once([partial(self._module.update, launch, rule, at, parts, address(uploaded), given), *after])
 
     def _steps(self, tensors: Sequence[UpdateTensor]) -> _Steps:
         """Return the data that all steps of these tensors share."""
-        self._describe([t for t in tensors if not isinstance(t.row, bytes)])
-        rows = np.frombuffer(b"".join([cast("bytes", t.row) for t in tensors]), self._module.TENSOR_ROW)
+        rows = np.array(list(map(self._row_of, tensors)), self._module.TENSOR_ROW)
         order = rows["dtype"].argsort(kind="stable")
         rows = rows[order]
         parts = []
@@ -226,39 +212,51 @@ class Launches:
             first, last = rows["dtype"].searchsorted([code, code + 1]).tolist()
             num_chunks = fill_chunks(rows[first:last], rows["n"][first:last], self._module.CHUNK)
             parts.append((code, first, last - first, num_chunks))
-        return order, parts, rows, Table(), Table()
+        return order, parts, rows, Recent(1), Recent(1)
 
-    def _describe(self, tensors: Sequence[UpdateTensor]) -> None:
-        """Make the tensors' rows, once; fields that change with every step, or with the batch, are 0."""
-        sizes = [t.weight.numel() for t in tensors]
-        rows = np.zeros(len(tensors), self._module.TENSOR_ROW)
-        rows["n"] = sizes
-        rows["dtype"] = [DTYPE_CODES[t.weight.dtype] for t in tensors]
-        rows["weights"] = [element_address(t.weight) for t in tensors]
-        rows["master"] = [array_address(t.master, n, "master weights") for t, n in zip(tensors, sizes, strict=True)]
-        self._fill_state(rows, [(t.state, t.compaction) for t in tensors], sizes)
-        rows["mask"] = [bits_address(t.mask, n) for t, n in zip(tensors, sizes, strict=True)]
-        for t, row in zip(tensors, rows, strict=True):
-            t.row = row.tobytes()
+    def _row_of(self, t: UpdateTensor) -> Rows:
+        """Return the tensor's row; fields that change with every step, or with the batch, are 0."""
+        n = t.weight.numel()
+        row = self._state_row(n, t.state, t.compaction)
+        row["dtype"] = DTYPE_CODES[t.weight.dtype]
+        row["weights"] = element_address(t.weight)
+        row["master"] = array_address(t.master, n, "master weights")
+        row["mask"] = bits_address(t.mask, n)
+        return row
 
-    def _fill_state(
-        self,
-        rows: Rows,
-        states: Sequence[tuple[Sequence[torch.Tensor], Compaction | None]],
-        sizes: Sequence[int],
-    ) -> None:
-        """Fill in the addresses of the state of tensors of these sizes and, for compact state, of its layout."""
-        for i, (state, layout) in enumerate(states):
-            num_values = sizes[i]
-            if layout is not None:
-                num_values = layout.num_kept
-                rows["mask"][i] = bits_address(layout.mask, sizes[i])
-                num_chunks = -(-sizes[i] // self._module.CHUNK)
-                rows["chunk_offsets"][i] = array_address(layout.chunk_offsets, num_chunks + 1, "chunk offsets")
-            for k, values in enumerate(state):
-                rows["state"][i, k] = array_address(values, num_values, "state")
+    def _state_row(self, n: int, state: Sequence[torch.Tensor], layout: Compaction | None) -> Rows:
+        """Return a row with the addresses of the state of ``n`` weights and, for compact state, of its layout."""
+        row: Rows = np.zeros((), self._module.TENSOR_ROW)
+        row["n"] = num_values = n
+        if layout is not None:
+            num_values = layout.num_kept
+            row["mask"] = bits_address(layout.mask, n)
+            num_chunks = -(-n // self._module.CHUNK)
+            row["chunk_offsets"] = array_address(layout.chunk_offsets, num_chunks + 1, "chunk offsets")
+        row["state"][: len(state)] = [array_address(values, num_values, "state") for values in state]
+        return row
 
-    def _constants(self, constants: Constants, table: Table, *upload_to: Any) -> tuple[bytes, torch.Tensor | None]:
+    def _uploaded(
+        self, recent: _Table, contents: object, make: Callable[[], Rows], device: torch.device, launch: Any
+    ) -> torch.Tensor:
+        """Return the table that ``make`` returns on the host, and that is the same for as long as ``contents`` is."""
+
+        def uploaded() -> torch.Tensor:
+            host = make()
+            table = torch.from_numpy(host).new_empty(host.shape, device=device)
+            put(self._module, launch, host, table)
+            return table
+
+        # A graph has a table of its own, even if nothing has changed: what another graph stores is there after its
+        # replays only, and what the caller writes to the table of other steps has to stay out of the graph.
+        if devices.is_capturing(device):
+            return uploaded()
+        # Another stream gets another table, because freed memory is reused in the order of its own stream.
+        return recent.get((contents, launch.stream), uploaded)
+
+    def _constants(
+        self, constants: Constants, table: _Table, device: torch.device, launch: Any
+    ) -> tuple[bytes, torch.Tensor | None]:
         """Return the constants as an argument of the launch or, if they are too many or on the device, as a table.
 
         Constants on the device do not leave it.
@@ -274,7 +272,8 @@ class Launches:
         if not constants.on_device and num_rows <= self._module.MAX_ARGUMENT_CONSTANTS:
             return make(), None
         filled = [where for *where, _ in constants.on_device]
-        result = table.at((constants.blocks, filled), lambda: np.frombuffer(bytearray(make())), *upload_to)
+        contents = constants.blocks, filled
+        result = self._uploaded(table, contents, lambda: np.frombuffer(bytearray(make())), device, launch)
         result = result.view(-1, len(names))
         columns = {name: i for i, name in enumerate(names)}
         for name, first, end, values in constants.on_device:
@@ -290,46 +289,37 @@ class Launches:
         rows["dtype"] = [DTYPE_CODES[g.weight.dtype] for g in gradients]
         rows["grads"] = [element_address(g.weight) for g in gradients]
         rows["mask"] = [bits_address(g.mask, g.weight.numel()) for g in gradients]
-        with on_device(device, "sum_squares"):
-            launch = self._launch(device)
+        with self._on(device, "sum_squares") as launch:
             table = upload(_words(rows), torch.int64, device)
-            sums = torch.empty(num_chunks + 1, dtype=torch.float64, device=device)
+            sums = torch.empty(num_chunks, dtype=torch.float64, device=device)
             self._module.sum_squares(launch, table.data_ptr(), len(rows), num_chunks, sums.data_ptr())
-        return sums[-1]
+            return sums.sum()
 
     def compactions(self, masks: Sequence[tuple[torch.Tensor, int]]) -> list[Compaction]:
         if not masks:
             return []
         device = masks[0][0].device
-        with on_device(device, "compactions"):
-            launch = self._launch(device)
-            chunks = [-(-numel // self._module.CHUNK) for _, numel in masks]
-            # The number of kept weights of each nonempty mask, then the chunk offsets of one mask after the other.
-            buffer = torch.zeros(len(masks) + sum(chunks) + len(masks), dtype=torch.int64, device=device)
-            offsets = torch.split(buffer[len(masks) :], [n + 1 for n in chunks])
-            present = [i for i, n in enumerate(chunks) if n > 0]
+        with self._on(device, "compactions") as launch:
+            present = [(mask, numel) for mask, numel in masks if numel]
+            rows = np.zeros(len(present), self._module.TENSOR_ROW)
+            num_chunks = fill_chunks(rows, [numel for _, numel in present], self._module.CHUNK)
+            rows["mask"] = list(starmap(bits_address, present))
+            counts = torch.empty(num_chunks, dtype=torch.int64, device=device)
             if present:
-                rows = np.zeros(len(present), self._module.TENSOR_ROW)
-                num_chunks = fill_chunks(rows, [masks[i][1] for i in present], self._module.CHUNK)
-                rows["mask"] = [bits_address(*masks[i]) for i in present]
-                rows["chunk_offsets"] = [offsets[i].data_ptr() for i in present]
                 table = upload(_words(rows), torch.int64, device)
-                self._module.chunk_offsets(launch, table.data_ptr(), len(rows), num_chunks, buffer.data_ptr())
-            kept = dict(zip(present, buffer[: len(present)].tolist(), strict=True))
-        return [Compaction(mask, offsets[i], kept.get(i, 0)) for i, (mask, _) in enumerate(masks)]
+                self._module.count_kept(launch, table.data_ptr(), len(rows), num_chunks, counts.data_ptr())
+            return compactions_of(masks, counts, self._module.CHUNK)
 
     def move_state(self, moves: Sequence[StateMove]) -> None:
-        sizes = [move.numel for move in moves]
-        if not any(sizes):
+        if not any(move.numel for move in moves):
             return
         device = moves[0].source.device
-        rows = np.zeros((2, len(moves)), self._module.TENSOR_ROW)
+        sources = [self._state_row(move.numel, [move.source], move.source_layout) for move in moves]
+        targets = [self._state_row(move.numel, [move.target], move.target_layout) for move in moves]
+        rows = np.array([sources, targets])
         rows["dtype"] = [DTYPE_CODES[move.source.dtype] for move in moves]
-        self._fill_state(rows[0], [([move.source], move.source_layout) for move in moves], sizes)
-        self._fill_state(rows[1], [([move.target], move.target_layout) for move in moves], sizes)
-        num_chunks = fill_chunks(rows[0], sizes, self._module.CHUNK)
-        with on_device(device, "move_state"):
-            launch = self._launch(device)
+        num_chunks = fill_chunks(rows[0], rows["n"][0], self._module.CHUNK)
+        with self._on(device, "move_state") as launch:
             table = upload(_words(rows), torch.int64, device)
             self._module.move_state(launch, table.data_ptr(), len(moves), num_chunks)
 
@@ -340,8 +330,9 @@ def _words(rows: Rows) -> npt.NDArray[np.int64]:
 
 
 # Data of a batch: the tensor that each row is for, with those of one dtype together; per dtype its code, first row,
-# number of rows and number of chunks; the rows; and both tables of a step.
-_Steps: TypeAlias = tuple[npt.NDArray[np.int64], list[tuple[int, int, int, int]], Rows, Table, Table]
+# number of rows and number of chunks; the rows; and both tables of a step, as it was last uploaded.
+_Table: TypeAlias = Recent[torch.Tensor]
+_Steps: TypeAlias = tuple[npt.NDArray[np.int64], list[tuple[int, int, int, int]], Rows, _Table, _Table]
 
 
 def _probe() -> str | None:

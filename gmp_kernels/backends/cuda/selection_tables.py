@@ -36,9 +36,8 @@ def fill_chunks(rows: Rows, sizes: Sequence[int] | Rows, chunk: int) -> int:
     """Number the chunks of all tensors consecutively, in their rows of csrc/cuda/tables.h; return their total."""
     rows["n"] = sizes
     chunks = -(-rows["n"] // chunk)
-    ends = chunks.cumsum()
-    rows["first_chunk"] = ends - chunks
-    return int(ends[-1])
+    rows["first_chunk"] = chunks.cumsum() - chunks
+    return int(chunks.sum())
 
 
 def _rounded_up(places: int, alignment: int) -> int:
@@ -70,7 +69,8 @@ class SelectionTables(Selection):
     rows : numpy.ndarray
         int64: all rows, as a call uploads them. ``view`` returns them as records.
     tables : numpy.ndarray
-        int64, the argument of launches: rows of TABLES, one per dtype. Numpy is ten times faster with plain integers.
+        int64, the argument of launches: rows of TABLES, one per dtype. They have places in the buffer, and in copies
+        addresses. Numpy is ten times faster with plain integers.
     layer_order, group_order : numpy.ndarray
         The layer or group that each row is for; those of one dtype come together.
     buffer : torch.Tensor
@@ -144,13 +144,17 @@ class SelectionTables(Selection):
         first_groups = tables["num_groups"].cumsum() - tables["num_groups"]
         self._groups = rows["group"] + first_groups.repeat(tables["num_layers"])
         self._place_workspace(tables, rows, multiprocessors, selects, prunes)
+        is_place: Rows = np.zeros(len(parts), module.TABLES)
+        for name in ("buffer", "layers", "groups", "bins", "lists", "list_counts", "tie_counts", "nonfinite"):
+            is_place[name] = 1
+        self._is_place = is_place.view(np.int64)
 
     def _place_workspace(self, tables: Rows, rows: Rows, multiprocessors: int, selects: bool, prunes: bool) -> None:
         """Divide the workspace: first bins, rows and counts per chunk of both lists, then flags, then candidates."""
         module = self._module
         item_sizes = np.array([list(DTYPES)[code].itemsize for code in tables["dtype"]])
         num_groups = len(self.group_order)
-        num_bins = module.BINS * min(module.num_counting_blocks(multiprocessors), num_groups)
+        num_bins = module.BINS * min(module.READERS * multiprocessors, num_groups)
         end = _rounded_up(self.rows.nbytes, ALIGNMENT)
         largest = int((rows["n"] * item_sizes.repeat(tables["num_layers"])).max())
         # The place where candidates have to end.
@@ -209,20 +213,22 @@ class SelectionTables(Selection):
                 view["layers"]["cut"] = np.array(found.tie_indices)[self.layer_order]
                 groups["key"] = np.array(found.keys)[self.layer_order]
         put(self._module, launch, rows, made.buffer)
-        made.tables = self.tables.copy()
-        made.tables.view(self._module.TABLES)["buffer"] = made.buffer.data_ptr()
+        made.tables = self.tables + self._is_place * made.buffer.data_ptr()
         return made
 
-    def write_to(self, addresses: torch.Tensor | None, *, finite: bool) -> Rows:
-        """Return the tables for writing the new bits to these addresses; None means those of the masks.
+    def to_write(self, launch: Any, out: Sequence[torch.Tensor] | None, *, finite: bool) -> Rows:
+        """Return the tables for a launch that writes the new bits of each layer; None means to the masks.
 
-        With ``finite``, nothing is written if a NaN or Inf was found.
+        With ``finite``, nothing is written if a NaN or Inf was found. The next access reads the rows again.
         """
+        if out is not None:
+            addresses = [bits_address(out[i], self.sizes[i]) for i in self.layer_order]
+            put(self._module, launch, np.array(addresses), self.buffer[int(self._out_places[0]) // 8 :])
+        self._launch, self._read = launch, None
         words = self.tables.copy()
-        tables, start = words.view(self._module.TABLES), self.buffer.data_ptr()
-        first = start if addresses is None else addresses.data_ptr() - int(self._out_places[0])
-        tables["out"] = first + self._out_places
-        tables["stop"] = start if finite else 0  # the first word is set by then
+        tables = words.view(self._module.TABLES)
+        tables["out"] = self.buffer.data_ptr() + self._out_places
+        tables["finite"] = finite
         return words
 
     def read(self) -> Rows:
@@ -233,10 +239,6 @@ class SelectionTables(Selection):
                 self._module.fetch(self._launch, self.buffer.data_ptr(), rows)
             self._read = self.view(rows)
         return self._read
-
-    def forget(self, launch: Any) -> None:
-        """Read the rows again at the next access, after what has been launched up to now."""
-        self._launch, self._read = launch, None
 
     @property
     def is_finite(self) -> bool:

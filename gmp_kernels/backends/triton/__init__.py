@@ -9,8 +9,8 @@ milliseconds for 16384 weights.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from itertools import chain
 from typing import Any, NamedTuple, TypeVar
@@ -22,12 +22,21 @@ import torch
 from gmp_kernels.backends import devices
 from gmp_kernels.backends.addresses import address, element_address
 from gmp_kernels.backends.at_once import at_once
-from gmp_kernels.backends.devices import on_device
+from gmp_kernels.backends.compactions import compactions_of
+from gmp_kernels.backends.devices import on_device, stream_of
 from gmp_kernels.backends.keys import largest_key
 from gmp_kernels.backends.layers import Layers, by_dtype, device_of, prepared
 from gmp_kernels.backends.registry import Backend, register
-from gmp_kernels.backends.triton.steps import Kind, constant_table, row_of, tables_by_kind
-from gmp_kernels.backends.triton.tables import BLOCK, INTERPRETED, Recent, Table, stream_of, table_of
+from gmp_kernels.backends.triton.tables import (
+    BLOCK,
+    INTERPRETED,
+    Kind,
+    Table,
+    constant_table,
+    row_of,
+    table_of,
+    tables_by_kind,
+)
 from gmp_kernels.backends.types import (
     BracketCounts,
     Brackets,
@@ -39,7 +48,7 @@ from gmp_kernels.backends.types import (
     StateMove,
     UpdateBatch,
 )
-from gmp_kernels.backends.uploads import upload
+from gmp_kernels.backends.uploads import Recent, upload
 from gmp_kernels.errors import CaptureError
 
 T = TypeVar("T")
@@ -63,16 +72,14 @@ def options_of(name: str) -> dict[str, Any]:
     return COUNT_OPTIONS if name == "count" else OPTIONS
 
 
-@contextmanager
-def _on(device: torch.device, what: str) -> Iterator[None]:
+def _on(device: torch.device, what: str) -> AbstractContextManager[None]:
     """Make the device current and name its errors; refuse what no CUDA graph could replay."""
     if devices.is_capturing(device):
         raise CaptureError(
             f"{what}: expected an operation that a CUDA graph can hold, got one of backend 'triton', which makes its "
             "tables on the host; call it outside of the capture, or use backend 'cuda'"
         )
-    with on_device(device, what):
-        yield
+    return on_device(device, what)
 
 
 class Part(NamedTuple):
@@ -286,31 +293,22 @@ class Triton:
             for part in self._parts(gradients):
                 rows, owners = part.table
                 sums = torch.empty(len(owners), dtype=torch.float64, device=device)
-                tile = self._tile(part)
-                del tile["INFINITY"]
-                constants = {"dtype": self._kernels.FLOATS[part.dtype], **tile, "ALIGNED": part.aligned}
+                bits, dtype = self._kernels.INTEGERS[part.dtype.itemsize], self._kernels.FLOATS[part.dtype]
+                constants = {"dtype": dtype, "BITS": bits, "BLOCK": BLOCK, "ALIGNED": part.aligned}
                 self._launch("sum_squares", len(sums), rows, owners, sums, **constants)
                 totals.append(sums.sum())
             return sum(totals[1:], totals[0])
 
     def compactions(self, masks: Sequence[tuple[torch.Tensor, int]]) -> list[Compaction]:
-        """Return layouts of compact state for these packed bits. Waits for the device once."""
         if not masks:
             return []
         device = masks[0][0].device
         with _on(device, "compactions"):
-            sizes = [numel for _, numel in masks]
-            rows, owners = table_of(sizes, [(0, mask.data_ptr()) for mask, _ in masks], device)
+            fields = [(0, mask.data_ptr()) for mask, _ in masks]
+            rows, owners = table_of([numel for _, numel in masks], fields, device)
             counts = torch.empty(len(owners), dtype=torch.int64, device=device)
             self._launch("count_kept", len(owners), rows, owners, counts, BLOCK=BLOCK)
-            chunks = [-(-n // BLOCK) for n in sizes]
-            running = counts.cumsum(0)
-            firsts = rows[:, 1]
-            kept = torch.zeros(len(masks), dtype=torch.int64, device=device).index_add_(0, owners, counts)
-            running -= counts
-            running -= running[firsts][owners]
-            offsets = torch.split(running, chunks)
-            return [Compaction(m, r, n) for (m, _), r, n in zip(masks, offsets, kept.tolist(), strict=True)]
+            return compactions_of(masks, counts, BLOCK)
 
     def move_state(self, moves: Sequence[StateMove]) -> None:
         by_size: dict[int, list[StateMove]] = {}
