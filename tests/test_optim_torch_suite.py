@@ -143,6 +143,7 @@ def test_signatures_take_what_torch_takes(name: str) -> None:
     params = parameters([(2,)])
     positional = [p.name for p in inspect.signature(getattr(torch.optim, name)).parameters.values()][1:]
     defaults = getattr(torch.optim, name)(params).defaults
+    assert {"compact_state", "master_weights", "backend"} <= set(inspect.signature(getattr(optim, name)).parameters)
     assert getattr(optim, name)(params).defaults == defaults
     for key in positional:
         if key in defaults and key != "differentiable":

@@ -209,6 +209,7 @@ def test_state_of_another_shape():
         lambda state: {**state, "version": 99},
         lambda state: {key: value for key, value in state.items() if key != "layers"},
         lambda state: {**state, "step_count": None},
+        lambda state: {**state, "step_count": float("inf")},
         lambda state: {**state, "history": [{"step": 1}]},
         lambda state: {**state, "layers": {name: {**v, "mask": v["mask"][1:]} for name, v in state["layers"].items()}},
         lambda state: {**state, "layers": {name: {**v, "threshold": [1.0]} for name, v in state["layers"].items()}},

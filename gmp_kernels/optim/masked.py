@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
+from inspect import signature
 from itertools import compress, count
+from types import MethodType
 from typing import Any, ClassVar, Self, TypeAlias
 from weakref import WeakValueDictionary
 
@@ -53,6 +55,8 @@ class MaskedOptimizer(Masking):
     _step_supports_amp_scaling = True
     # A compiled graph knows the optimizer by this number, because it can hold numbers and tensors but no objects.
     handle: int
+    # Shown by help(), which would else take the arguments from __new__.
+    __signature__ = signature(MethodType(Masking.__init__, Masking))
 
     def __new__(cls, *args: object, **kwargs: object) -> Self:
         # Here and not in __init__, so that copies and unpickled optimizers get handles of their own.

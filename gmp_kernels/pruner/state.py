@@ -87,7 +87,7 @@ def begin_load(state: Any, held: Enforcement, history: list[StepReport], *, mask
             reports = [StepReport.from_dict(report) for report in state["history"]]
     except StateError:
         raise
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         raise StateError(
             f"load_state_dict: expected what state_dict() returned, got damaged data ({error!r}); load another file"
         ) from error
