@@ -123,8 +123,10 @@ def is_wrapper(tensor: torch.Tensor) -> bool:
 
 def has_memory(tensor: torch.Tensor) -> bool:
     """Whether the storage reaches the tensor's last element: sharded training frees it between steps."""
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    needed = (tensor.storage_offset() + last + 1) * tensor.itemsize
+    span = tensor.numel()
+    if not tensor.is_contiguous():
+        span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    needed = (tensor.storage_offset() + span) * tensor.itemsize
     return tensor.numel() == 0 or tensor.untyped_storage().nbytes() >= needed
 
 

@@ -245,7 +245,8 @@ class Masking(torch.optim.Optimizer):
     def _behind(self, p: torch.Tensor, state: Mapping[str, Any]) -> list[torch.Tensor]:
         """Return the dense, non-empty tensors of a parameter to which its mask was not applied yet."""
         with_decisive = self._pending.get(p, True)
-        names = [name for name in per_weight(p, state) if name not in compact_names(state)]
+        compact = compact_names(state)
+        names = [name for name in per_weight(p, state) if name not in compact]
         found = [p.detach()] if with_decisive or MASTER in state else []
         found += [state[name] for name in names if with_decisive or name != MASTER]
         return [tensor for tensor in map(local, found) if tensor.numel()]
