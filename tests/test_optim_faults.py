@@ -1,6 +1,6 @@
 """A fault at every point of every call that writes: what follows is what follows without the call, or after all of it.
 
-The interrupts come between any two instructions of Python, every so-and-so-manieth of them; memory runs out at every
+The interrupts come between instructions of Python, after every `STRIDE`-th of them. Memory runs out at every
 allocation.
 """
 
@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import _thread
 import copy
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
 
@@ -169,8 +170,17 @@ def test_whatever_there_is_no_memory_for_nothing_has_changed(call: str, case: st
     assert at or call in ("step", "step after loading", "forget_masks")
 
 
+@pytest.fixture
+def interrupts_are_raised() -> Iterator[None]:
+    """Handle interrupts as a program in the foreground does; a shell starts others with interrupts ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @LAYOUTS
 @pytest.mark.parametrize("call", ["first step", "step", "forget_masks"])
+@pytest.mark.usefixtures("interrupts_are_raised")
 def test_an_interrupt_that_arrives_while_memory_is_written_waits_for_all_of_it(
     call: str, compact: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
