@@ -34,7 +34,13 @@ def _weights_alone(self: Enforcement, weights: Any, masks: Any) -> None:
     zero_all_where_pruned_([(p.detach(), masks[p]) for p in weights], backend=None)
 
 
+def _repeated(self: Progress, schedules: Any) -> Any:
+    self.position = self.position._replace(made=-1)
+    return DUE(self, schedules)
+
+
 WRITTEN = Watch.written
+DUE = Progress.due
 ADD = Progress.add
 FAULTS: dict[str, tuple[Any, str, Callable[..., Any]]] = {
     "writes go unseen": (Watch, "written", lambda self: []),
@@ -47,7 +53,7 @@ FAULTS: dict[str, tuple[Any, str, Callable[..., Any]]] = {
     "state is left as it is": (Enforcement, "_zero", _weights_alone),
     "copies are left alone": (Enforcement, "__setstate__", _unhooked),
     "what is interrupted is not finished": (scheduler, "write_despite_interrupts", lambda write, shards: write()),
-    "updates are repeated": (Progress, "_open_steps", lambda self: range(self._num_steps + 1)),
+    "updates are repeated": (Progress, "due", _repeated),
     "a pruner that was replaced goes on": (Enforcement, "release", lambda self, names=None: None),
     "the new optimizer is not followed": (Enforcement, "_attach", lambda self: None),
 }
