@@ -15,22 +15,18 @@ model = nn.Sequential(nn.Linear(32, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReL
 # One epoch without pruning, six in which the sparsity rises, three at the final sparsity.
 stages = gmp.Stages(stabilization=1, pruning=6, finetuning=3, steps_per_epoch=STEPS_PER_EPOCH)
 optimizer = gmp.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.01)  # or any optimizer of torch
-lr_scheduler = stages.lr_scheduler(optimizer)
-pruner = gmp.GMPScheduler(model, optimizer, stages.schedule(0.05, 0.90))
-print(pruner)  # what is pruned, what is left out, and why
+run = stages.attach(model, optimizer, 0.90)
+print(run)  # what is pruned, what is left out, and why
 
 for step in range(stages.total_steps):
-    stages.end_weight_decay(optimizer, step)
     batch = slice(step % STEPS_PER_EPOCH * 64, (step % STEPS_PER_EPOCH + 1) * 64)
     optimizer.zero_grad()
     loss = nn.functional.cross_entropy(model(inputs[batch]), labels[batch])
     loss.backward()
     optimizer.step()
-    lr_scheduler.step()
-    report = pruner.step()  # after optimizer.step()
-    if report is not None and step % STEPS_PER_EPOCH == 0:
+    for report in run.step():  # after optimizer.step(); it sets sparsity, learning rate and weight decay
         print(f"loss {loss.item():.3f}, {report}")
 
-zeros = pruner.verify()  # counted from the weights
+zeros = run.pruner.verify()  # counted from the weights
 accuracy = (model(inputs).argmax(1) == labels).float().mean().item()
-print(f"sparsity {pruner.sparsity:.4f}, {sum(zeros.values())} zeros, accuracy {accuracy:.3f}")
+print(f"sparsity {run.sparsity:.4f}, {sum(zeros.values())} zeros, accuracy {accuracy:.3f}")

@@ -19,6 +19,7 @@ from gmp_kernels.errors import (
 )
 from gmp_kernels.masks import BitMask
 from gmp_kernels.ops import PruneResult, Threshold, apply_masks_, magnitude_threshold, prune_
+from gmp_kernels.run import Run
 from gmp_kernels.scheduler import GMPScheduler, StepReport
 from gmp_kernels.stages import Stages
 
@@ -37,6 +38,7 @@ __all__ = [
     "LayoutError",
     "NonFiniteError",
     "PruneResult",
+    "Run",
     "ScheduleError",
     "ShapeError",
     "SparsityError",

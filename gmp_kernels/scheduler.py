@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -219,6 +219,11 @@ class GMPScheduler:
         return self._held.progress.step_count
 
     @property
+    def _num_steps_seen(self) -> int:
+        """As ``step_count``, with those steps that a GPU may have skipped, so that nothing waits for it."""
+        return self._held.progress.position.num_steps
+
+    @property
     def finished(self) -> bool:
         """Whether the last update has been made."""
         return self._held.progress.position.made >= self._end_step
@@ -362,11 +367,19 @@ class GMPScheduler:
         StateError
             The state is of another version, other layers, or other settings. Nothing has been changed.
         """
+        self._begin_load(state_dict, masks_only)()
+
+    def _begin_load(self, state_dict: Mapping[str, Any], masks_only: bool = False) -> Callable[[], None]:
+        """Check everything that ``load_state_dict`` refuses, and return the function that loads."""
         self._held.check_alive("load_state_dict()")
         load = begin_load(state_dict, self._held, self.history, masks_only=masks_only)
         self._held.check_masks(self.masks)
-        write_despite_interrupts(load, self._held.shards)
-        self._follow_masks()
+
+        def write() -> None:
+            write_despite_interrupts(load, self._held.shards)
+            self._follow_masks()
+
+        return write
 
     def _follow_masks(self) -> None:
         """Update the weights that the model computes from pruned ones."""

@@ -32,6 +32,7 @@ __all__ = [
     "Ramp",
     "Schedule",
     "check_sparsity",
+    "check_whole",
     "to_steps",
 ]
 
@@ -110,7 +111,7 @@ class Ramp(Schedule):
         for name in ("initial_sparsity", "final_sparsity"):
             _store(self, name, check_sparsity(f"{kind}: {name}", getattr(self, name)))
         for name, least in (("begin_step", 0), ("end_step", 0), ("frequency", 1)):
-            _store(self, name, _whole(f"{kind}: {name}", getattr(self, name), least))
+            _store(self, name, check_whole(f"{kind}: {name}", getattr(self, name), least))
         if self.end_step < self.begin_step:
             raise ScheduleError(
                 f"{kind}: expected begin_step <= end_step, got {self.begin_step} and {self.end_step}; swap them"
@@ -314,7 +315,7 @@ class MultiStep(_Staircase):
 
     def __post_init__(self) -> None:
         milestones = {
-            _whole("MultiStep: step", step, 0): check_sparsity(f"MultiStep: sparsity at step {step}", sparsity)
+            check_whole("MultiStep: step", step, 0): check_sparsity(f"MultiStep: sparsity at step {step}", sparsity)
             for step, sparsity in self.milestones.items()
         }
         if not milestones:
@@ -380,7 +381,7 @@ class Constant(_Staircase):
     def __post_init__(self) -> None:
         if self.sparsity is not None:
             _store(self, "sparsity", check_sparsity("Constant: sparsity", self.sparsity))
-        _store(self, "begin_step", _whole("Constant: begin_step", self.begin_step, 0))
+        _store(self, "begin_step", check_whole("Constant: begin_step", self.begin_step, 0))
 
     @classmethod
     def from_epochs(cls, sparsity: float | None, *, begin: float = 0, steps_per_epoch: int) -> Self:
@@ -400,7 +401,7 @@ class OneShot(_Staircase):
 
     def __post_init__(self) -> None:
         _store(self, "sparsity", check_sparsity("OneShot: sparsity", self.sparsity))
-        _store(self, "step", _whole("OneShot: step", self.step, 0))
+        _store(self, "step", check_whole("OneShot: step", self.step, 0))
 
     @classmethod
     def from_epochs(cls, sparsity: float, *, epoch: float = 0, steps_per_epoch: int) -> Self:
@@ -413,7 +414,7 @@ class OneShot(_Staircase):
 
 def to_steps(what: str, epochs: float, steps_per_epoch: int) -> int:
     """Return ``epochs`` in whole optimizer steps; a ScheduleError calls the value ``what``."""
-    steps_per_epoch = _whole(f"{what}: steps_per_epoch", steps_per_epoch, 1)
+    steps_per_epoch = check_whole(f"{what}: steps_per_epoch", steps_per_epoch, 1)
     if not 0.0 <= _real(epochs) < math.inf:
         raise ScheduleError(f"{what}: expected a finite number of epochs >= 0, got {epochs!r}; count from the start")
     try:
@@ -442,7 +443,8 @@ def check_sparsity(what: str, value: object) -> float:
     return number
 
 
-def _whole(what: str, value: object, least: int) -> int:
+def check_whole(what: str, value: object, least: int) -> int:
+    """Return ``value``, a whole number of at least ``least``, as an int; a ScheduleError calls it ``what``."""
     if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < least:
         raise ScheduleError(f"{what}: expected a whole number >= {least}, got {value!r}; count in optimizer steps")
     return int(value)

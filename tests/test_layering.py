@@ -20,7 +20,7 @@ FACADE = "gmp_kernels"  # the package's own __init__
 FLOORS = [
     {"errors", "library"},
     {"masks", "model", "reports", "schedules"},
-    EXTENSIONS | {"stages"},
+    EXTENSIONS,
     {"backends"},
     {"checks", "search"},
     {"ops"},
@@ -28,6 +28,8 @@ FLOORS = [
     {"checkpoints", "optim"},
     {"pruner"},
     {"scheduler"},
+    {"run"},
+    {"stages"},
     {FACADE},
     {"tools"},
     {"__main__"},

@@ -1,0 +1,180 @@
+"""One object that drives a pruning run: sparsity, learning rate and weight decay, by one call per step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from gmp_kernels.errors import StateError
+from gmp_kernels.reports import StepReport
+from gmp_kernels.scheduler import GMPScheduler
+
+__all__ = ["Run"]
+
+
+class Run:
+    """Steps the pruners of a run and, with them, its learning rate and other options of the optimizer.
+
+    ``Stages.attach`` and ``Recipe.attach`` return one. Call ``step()`` after every ``optimizer.step()``. All that it
+    sets follows from the number of optimizer steps that the pruners have counted, so a step that a GradScaler skipped
+    changes neither sparsity nor learning rate.
+
+    Parameters
+    ----------
+    pruners : sequence of GMPScheduler
+        At least one; all follow the same optimizer.
+    lr_scheduler : torch lr_scheduler, optional
+        Stepped once per optimizer step.
+    set_options : callable, optional
+        Called with the number of optimizer steps done: now, and whenever the number has changed.
+
+    Attributes
+    ----------
+    pruners : tuple of GMPScheduler
+    lr_scheduler : torch lr_scheduler or None
+
+    Raises
+    ------
+    TypeError
+        ``lr_scheduler`` is not one that can be stepped without arguments.
+    ValueError
+        There are no pruners.
+    """
+
+    def __init__(
+        self,
+        pruners: Sequence[GMPScheduler],
+        *,
+        lr_scheduler: LRScheduler | None = None,
+        set_options: Callable[[int], None] | None = None,
+    ) -> None:
+        if not pruners:
+            raise ValueError("Run: expected at least one pruner, got none; pass [GMPScheduler(...)]")
+        if lr_scheduler is not None and (
+            not isinstance(lr_scheduler, LRScheduler) or isinstance(lr_scheduler, ReduceLROnPlateau)
+        ):
+            raise TypeError(
+                "Run: expected a torch lr_scheduler that is stepped without arguments, got a "
+                f"{type(lr_scheduler).__name__}; pass lr_scheduler=None and step it yourself"
+            )
+        self.pruners = tuple(pruners)
+        self.lr_scheduler = lr_scheduler
+        self._set_options = set_options
+        self._options_at = -1
+        self._follow()
+
+    @property
+    def pruner(self) -> GMPScheduler:
+        """The pruner of a run that has one; a StateError if there are more."""
+        if len(self.pruners) > 1:
+            raise StateError(f"Run.pruner: expected one pruner, got {len(self.pruners)}; use run.pruners")
+        return self.pruners[0]
+
+    @property
+    def step_count(self) -> int:
+        """Optimizer steps counted so far."""
+        return self.pruners[0].step_count
+
+    @property
+    def finished(self) -> bool:
+        """Whether every pruner has made its last update."""
+        return all(pruner.finished for pruner in self.pruners)
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of pruned weights over the targets of all pruners."""
+        sizes = [sum(pruner._num_weights.values()) for pruner in self.pruners]
+        num_pruned = sum(round(n * pruner.sparsity) for n, pruner in zip(sizes, self.pruners, strict=True))
+        return 1.0 - (sum(sizes) - num_pruned) / sum(sizes)
+
+    def step(self) -> tuple[StepReport, ...]:
+        """Prune if an update is due, and set the learning rate and the other options of the next optimizer step.
+
+        Returns
+        -------
+        tuple of StepReport
+            The updates that were due, at most one per pruner. Usually empty.
+
+        Raises
+        ------
+        GMPError
+            As ``GMPScheduler.step()``. Pruners before the one that raised have made their updates; the learning rate
+            has not changed. Repair the weights and call it again.
+        """
+        reports = tuple(report for pruner in self.pruners if (report := pruner.step()) is not None)
+        self._follow()
+        return reports
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a bit-exact resume needs besides the model's and the optimizer's own state.
+
+        Plain data and tensors, as in ``GMPScheduler.state_dict()``; ``torch.load(..., weights_only=True)`` reads it.
+        """
+        return {
+            "pruners": [pruner.state_dict() for pruner in self.pruners],
+            "lr_scheduler": None if self.lr_scheduler is None else self.lr_scheduler.state_dict(),
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Continue where ``state_dict()`` was taken. Model, optimizer and run may be loaded in any order.
+
+        Raises
+        ------
+        StateError
+            The state is that of another run. Nothing has been changed.
+        """
+        states, rates = self._parts(state_dict)
+        loads = [pruner._begin_load(state) for pruner, state in zip(self.pruners, states, strict=True)]
+        for load in loads:
+            load()
+        if self.lr_scheduler is not None:
+            self.lr_scheduler.load_state_dict(dict(rates))
+            groups = self.lr_scheduler.optimizer.param_groups
+            for group, rate in zip(groups, self.lr_scheduler.get_last_lr(), strict=True):
+                _set_rate(group, rate)
+        self._options_at = -1
+        self._follow()
+
+    def _parts(self, state_dict: Mapping[str, Any]) -> tuple[list[Any], Any]:
+        states = state_dict.get("pruners") if isinstance(state_dict, Mapping) else None
+        if not isinstance(states, (list, tuple)) or len(states) != len(self.pruners):
+            found = f"{len(states)} of them" if isinstance(states, (list, tuple)) else "something else"
+            raise StateError(
+                f"Run.load_state_dict: expected the states of {len(self.pruners)} pruners, got {found}; pass what "
+                "state_dict() of such a run returned (a pruner's own state goes to run.pruner.load_state_dict)"
+            )
+        rates = state_dict.get("lr_scheduler")
+        if (rates is None) != (self.lr_scheduler is None):
+            has, got = ("no ", "one") if self.lr_scheduler is None else ("an ", "none")
+            raise StateError(
+                f"Run.load_state_dict: expected {has}lr_scheduler in the state, as in this run, got {got}; build the "
+                "run with the same lr_scheduler="
+            )
+        return list(states), rates
+
+    def _follow(self) -> None:
+        """Set what follows from the number of steps done."""
+        # Without the steps that a GPU may have skipped: to know them takes waiting for it.
+        step = self.pruners[0]._num_steps_seen
+        if self.lr_scheduler is not None:
+            while self.lr_scheduler.last_epoch < step:
+                self.lr_scheduler.step()
+        if self._set_options is not None and step != self._options_at:
+            self._set_options(step)
+        self._options_at = step
+
+    def __repr__(self) -> str:
+        """Return the pruners and the learning rate."""
+        rates = None if self.lr_scheduler is None else self.lr_scheduler.get_last_lr()
+        return "\n".join([f"Run with learning rates {rates}", *map(repr, self.pruners)])
+
+
+def _set_rate(group: dict[str, Any], rate: Any) -> None:
+    """Set a learning rate; one that is a tensor is written in place, as torch does for captured graphs."""
+    if isinstance(group["lr"], torch.Tensor):
+        group["lr"].fill_(rate)
+    else:
+        group["lr"] = float(rate)

@@ -1,0 +1,312 @@
+"""One object that drives a run: the same bits as its parts stepped by hand, resumes, skipped steps, refusals."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import gmp_kernels as gmp
+from gmp_kernels.errors import GMPError, NonFiniteError, ScheduleError, SparsityError, StateError
+from gmp_kernels.schedules import Cubic, OneShot
+
+STAGES = gmp.Stages(1, 4, 3, steps_per_epoch=3)
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "torch": torch.optim.AdamW,
+    "gmp": gmp.optim.AdamW,
+    "compact": lambda *args, **kwargs: gmp.optim.AdamW(*args, **kwargs, compact_state=True),
+}
+
+
+def model_and_optimizer(kind: str = "torch") -> tuple[nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 24), nn.ReLU(), nn.Linear(24, 4))
+    biases = [p for p in model.parameters() if p.ndim == 1]
+    matrices = [p for p in model.parameters() if p.ndim == 2]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": biases, "weight_decay": 0.05}]
+    return model, OPTIMIZERS[kind](groups, lr=0.02)
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+    torch.manual_seed(step)
+    optimizer.zero_grad()
+    model(torch.randn(8, 12)).square().mean().backward()
+    optimizer.step()
+
+
+def options(optimizer: torch.optim.Optimizer) -> list[tuple[float, float]]:
+    return [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
+
+
+def assert_same(one: nn.Module, other: nn.Module) -> None:
+    for (name, a), b in zip(one.named_parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_a_run_is_its_parts_stepped_by_hand(kind: str) -> None:
+    model, optimizer = model_and_optimizer(kind)
+    run = STAGES.attach(model, optimizer, 0.8)
+    by_hand, other = model_and_optimizer(kind)
+    lr_scheduler = STAGES.lr_scheduler(other)
+    pruner = gmp.GMPScheduler(by_hand, other, STAGES.schedule(0.05, 0.8))
+    for step in range(STAGES.total_steps):
+        STAGES.end_weight_decay(other, step)
+        assert options(optimizer) == options(other)
+        train(model, optimizer, step)
+        train(by_hand, other, step)
+        report = pruner.step()
+        lr_scheduler.step()
+        reports = run.step()
+        assert [found.sparsity for found in reports] == ([] if report is None else [report.sparsity])
+        assert_same(model, by_hand)
+    assert run.finished and run.sparsity == pruner.sparsity == 0.8 - 0.8 * 384 % 1 / 384
+    assert {decay for _, decay in options(optimizer)} == {0.0}
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+@pytest.mark.parametrize("order", [("model", "optimizer", "run"), ("run", "optimizer", "model")])
+@pytest.mark.parametrize("stop", [2, 9, 15, 18])
+def test_resume_is_bit_equal(kind: str, order: tuple[str, ...], stop: int) -> None:
+    def build() -> dict[str, Any]:
+        model, optimizer = model_and_optimizer(kind)
+        rates = STAGES.lr_scheduler(optimizer, pruning="rewind", cycles=2)
+        return {"model": model, "optimizer": optimizer, "run": STAGES.attach(model, optimizer, lr_scheduler=rates)}
+
+    def go_on(parts: dict[str, Any], begin: int, end: int) -> list[Any]:
+        seen = []
+        for step in range(begin, end):
+            seen.append(options(parts["optimizer"]))
+            train(parts["model"], parts["optimizer"], step)
+            parts["run"].step()
+        return seen
+
+    whole, stopped, resumed = build(), build(), build()
+    seen = go_on(whole, 0, STAGES.total_steps)
+    go_on(stopped, 0, stop)
+    file = io.BytesIO()
+    torch.save({name: part.state_dict() for name, part in stopped.items()}, file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    for name in order:
+        resumed[name].load_state_dict(saved[name])
+    assert go_on(resumed, stop, STAGES.total_steps) == seen[stop:]
+    assert_same(resumed["model"], whole["model"])
+    assert resumed["run"].pruner.masks == whole["run"].pruner.masks
+
+
+def test_loading_sets_the_learning_rate_even_of_a_new_optimizer() -> None:
+    model, optimizer = model_and_optimizer()
+    run = STAGES.attach(model, optimizer)
+    for step in range(22):
+        train(model, optimizer, step)
+        run.step()
+    fresh, new = model_and_optimizer()
+    resumed = STAGES.attach(fresh, new)
+    resumed.load_state_dict(run.state_dict())
+    assert options(new) == options(optimizer) == [(pytest.approx(2e-4), 0.0)] * 2
+
+
+def test_a_step_that_is_skipped_changes_nothing() -> None:
+    model, optimizer = model_and_optimizer()
+    run = STAGES.attach(model, optimizer, lr_scheduler=STAGES.lr_scheduler(optimizer, pruning="cosine"))
+    for step in range(8):
+        train(model, optimizer, step)
+        run.step()
+    before = options(optimizer), run.step_count
+    for _ in range(5):
+        assert run.step() == ()
+    assert (options(optimizer), run.step_count) == before
+
+
+def test_a_learning_rate_that_is_a_tensor_stays_that_tensor() -> None:
+    model, _ = model_and_optimizer()
+    rate = torch.tensor(0.02)
+    optimizer = torch.optim.SGD(model.parameters(), lr=rate)
+    run = STAGES.attach(model, optimizer)
+    for step in range(22):
+        train(model, optimizer, step)
+        run.step()
+    state = run.state_dict()
+    run.load_state_dict(state)
+    assert optimizer.param_groups[0]["lr"] is rate
+    assert rate.item() == pytest.approx(2e-4)
+
+
+def test_what_attach_leaves_alone_when_told_so() -> None:
+    model, optimizer = model_and_optimizer()
+    run = STAGES.attach(model, optimizer, OneShot(0.5), lr_scheduler=None, remove_weight_decay=False, ignore=["0"])
+    for step in range(STAGES.total_steps):
+        train(model, optimizer, step)
+        run.step()
+    assert options(optimizer) == [(0.02, 0.1), (0.02, 0.05)]
+    assert list(run.pruner.masks) == ["2.weight"] and run.lr_scheduler is None
+    run.load_state_dict(run.state_dict())
+
+
+def test_weight_decay_of_one_param_group() -> None:
+    model, optimizer = model_and_optimizer()
+    run = STAGES.attach(model, optimizer, remove_weight_decay=[0])
+    for step in range(STAGES.pruning_end_step):
+        assert options(optimizer)[0][1] == 0.1
+        train(model, optimizer, step)
+        run.step()
+    assert [decay for _, decay in options(optimizer)] == [0.0, 0.05]
+
+
+def test_a_low_final_sparsity_lowers_the_first() -> None:
+    model, optimizer = model_and_optimizer()
+    assert STAGES.attach(model, optimizer, 0.02).pruner.schedule == STAGES.schedule(0.02, 0.02)
+
+
+def test_an_optimizer_that_is_wrapped() -> None:
+    class Wrapper(torch.optim.Optimizer):
+        def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+            self.optimizer = optimizer
+
+        param_groups = property(lambda self: self.optimizer.param_groups)  # type: ignore[assignment]
+
+        def step(self, closure: Any = None) -> Any:
+            return self.optimizer.step(closure)
+
+        def zero_grad(self, set_to_none: bool = True) -> None:
+            self.optimizer.zero_grad(set_to_none)
+
+    model, inner = model_and_optimizer()
+    wrapped = Wrapper(inner)
+    run = STAGES.attach(model, wrapped)
+    other, plain = model_and_optimizer()
+    expected = STAGES.attach(other, plain)
+    for step in range(STAGES.total_steps):
+        train(model, wrapped, step)
+        run.step()
+        train(other, plain, step)
+        expected.step()
+    assert options(inner) == options(plain)
+    assert_same(model, other)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda parts: pickle.loads(pickle.dumps(parts))])
+def test_copies_go_on_alone(duplicate: Callable[[Any], Any]) -> None:
+    model, optimizer = model_and_optimizer()
+    run = STAGES.attach(model, optimizer)
+    for step in range(7):
+        train(model, optimizer, step)
+        run.step()
+    twin, its_optimizer, its_run = duplicate((model, optimizer, run))
+    for step in range(7, STAGES.total_steps):
+        train(twin, its_optimizer, step)
+        its_run.step()
+    assert (run.step_count, its_run.step_count) == (7, STAGES.total_steps)
+    assert options(optimizer) == [(0.02, 0.1), (0.02, 0.05)] and its_run.finished
+    its_run.pruner.verify()
+
+
+def two_pruners() -> tuple[nn.Module, torch.optim.Optimizer, gmp.Run]:
+    model, optimizer = model_and_optimizer("gmp")
+    pruners = [
+        gmp.GMPScheduler(model, optimizer, Cubic(0.1, 0.5, 2, 8, frequency=3), targets="0"),
+        gmp.GMPScheduler(model, optimizer, OneShot(0.75, 5), targets="2"),
+    ]
+    return model, optimizer, gmp.Run(pruners, lr_scheduler=STAGES.lr_scheduler(optimizer))
+
+
+def test_several_pruners_in_one_run() -> None:
+    model, optimizer, run = two_pruners()
+    reports = []
+    for step in range(9):
+        train(model, optimizer, step)
+        reports.append([found.step for found in run.step()])
+    assert reports == [[], [], [2], [], [], [5, 5], [], [], [8]]
+    assert run.finished and run.sparsity == 1 - (384 - 144 - 72) / 384
+    assert run.step_count == 9
+    with pytest.raises(StateError, match=r"expected one pruner, got 2; use run\.pruners"):
+        _ = run.pruner
+    assert "0.weight" in repr(run) and "2.weight" in repr(run)
+
+
+def test_a_state_that_is_refused_changes_nothing() -> None:
+    model, optimizer, run = two_pruners()
+    for step in range(6):
+        train(model, optimizer, step)
+        run.step()
+    state = run.state_dict()
+    fresh, _, other = two_pruners()
+    before = copy.deepcopy((other.state_dict(), fresh.state_dict()))
+    second = {**state, "pruners": [state["pruners"][0], state["pruners"][0]]}  # refused after the first was checked
+    for wrong, message in [
+        (second, "layers"),
+        ({**state, "pruners": state["pruners"][:1]}, "expected the states of 2 pruners, got 1 of them"),
+        (state["pruners"][0], "expected the states of 2 pruners, got something else"),
+        (None, "expected the states of 2 pruners, got something else"),
+        ({**state, "lr_scheduler": None}, "expected an lr_scheduler in the state, as in this run, got none"),
+    ]:
+        with pytest.raises(StateError, match=message):
+            other.load_state_dict(wrong)  # type: ignore[arg-type]
+        after = other.state_dict()
+        assert after["lr_scheduler"] == before[0]["lr_scheduler"]
+        for one, two in zip(after["pruners"], before[0]["pruners"], strict=True):
+            assert str(one) == str(two)
+        assert all(torch.equal(fresh.state_dict()[name], tensor) for name, tensor in before[1].items())
+    other.load_state_dict(state)
+    assert other.step_count == 6 and other.sparsity == run.sparsity
+
+
+def test_an_update_that_raises_leaves_the_learning_rate_and_is_made_up() -> None:
+    model, optimizer = model_and_optimizer()
+    run = STAGES.attach(model, optimizer, lr_scheduler=STAGES.lr_scheduler(optimizer, pruning="cosine"))
+    for step in range(6):
+        train(model, optimizer, step)
+        run.step()
+    train(model, optimizer, 6)
+    before = options(optimizer)
+    weight = model.get_parameter("0.weight")
+    index = weight.detach().abs().argmax()
+    kept = weight.detach().flatten()[index].item()
+    with torch.no_grad():
+        weight.view(-1)[index] = float("nan")
+    with pytest.raises(NonFiniteError):
+        run.step()
+    assert options(optimizer) == before
+    with torch.no_grad():
+        weight.view(-1)[index] = kept
+    assert len(run.step()) == 1
+    assert options(optimizer) != before
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda m, o: gmp.Run([]), ValueError, "expected at least one pruner"),
+        (
+            lambda m, o: STAGES.attach(m, o, lr_scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau(o)),
+            TypeError,
+            "stepped without arguments, got a ReduceLROnPlateau",
+        ),
+        (lambda m, o: STAGES.attach(m, o, lr_scheduler="cosine"), TypeError, "got a str"),
+        (lambda m, o: STAGES.attach(m, o, 90), SparsityError, "Stages.attach: schedule: expected a sparsity in"),
+        (lambda m, o: STAGES.attach(m, o, remove_weight_decay=[2]), ScheduleError, "indices of the 2 param groups"),
+        (lambda m, o: STAGES.attach(m, o, 0.9, targets="5"), GMPError, "matches nothing"),
+        (
+            lambda m, o: STAGES.attach(o, m),
+            TypeError,
+            "expected a torch.optim.Optimizer or a wrapper around one, got a Sequential",
+        ),
+    ],
+)
+def test_what_is_refused(make: Callable[[Any, Any], Any], error: type[Exception], message: str) -> None:
+    model, optimizer = model_and_optimizer()
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(error, match=message):
+        make(model, optimizer)
+    after = optimizer.state_dict()
+    assert [{k: v for k, v in group.items() if k != "initial_lr"} for group in after["param_groups"]] == before[
+        "param_groups"
+    ]
+    gmp.GMPScheduler(model, optimizer, OneShot(0.5))  # nothing holds the parameters
