@@ -12,7 +12,7 @@ from gmp_kernels.errors import StateError
 from gmp_kernels.reports import StepReport
 from gmp_kernels.scheduler import GMPScheduler
 
-__all__ = ["Run"]
+__all__ = ["Run", "check_lr_scheduler"]
 
 
 class Run:
@@ -53,13 +53,7 @@ class Run:
     ) -> None:
         if not pruners:
             raise ValueError("Run: expected at least one pruner, got none; pass [GMPScheduler(...)]")
-        if lr_scheduler is not None and (
-            not isinstance(lr_scheduler, LRScheduler) or isinstance(lr_scheduler, ReduceLROnPlateau)
-        ):
-            raise TypeError(
-                "Run: expected a torch lr_scheduler that is stepped without arguments, got a "
-                f"{type(lr_scheduler).__name__}; pass lr_scheduler=None and step it yourself"
-            )
+        check_lr_scheduler("Run", lr_scheduler)
         self.pruners = tuple(pruners)
         self.lr_scheduler = lr_scheduler
         self._set_options = set_options
@@ -153,6 +147,14 @@ class Run:
                 f"Run.load_state_dict: expected {has}lr_scheduler in the state, as in this run, got {got}; build the "
                 "run with the same lr_scheduler="
             )
+        if self.lr_scheduler is not None:
+            expected = len(self.lr_scheduler.optimizer.param_groups)
+            num_rates = len(rates["_last_lr"]) if isinstance(rates, Mapping) and "_last_lr" in rates else None
+            if num_rates != expected:
+                raise StateError(
+                    f"Run.load_state_dict: expected learning rates of {expected} param groups in the state, got "
+                    f"{num_rates}; build the optimizer with the param groups of the run that was saved"
+                )
         return list(states), rates
 
     def _follow(self) -> None:
@@ -170,6 +172,17 @@ class Run:
         """Return the pruners and the learning rate."""
         rates = None if self.lr_scheduler is None else self.lr_scheduler.get_last_lr()
         return "\n".join([f"Run with learning rates {rates}", *map(repr, self.pruners)])
+
+
+def check_lr_scheduler(what: str, lr_scheduler: object) -> None:
+    """Refuse what ``Run`` cannot step."""
+    if lr_scheduler is None:
+        return
+    if not isinstance(lr_scheduler, LRScheduler) or isinstance(lr_scheduler, ReduceLROnPlateau):
+        raise TypeError(
+            f"{what}: expected a torch lr_scheduler that is stepped without arguments, got a "
+            f"{type(lr_scheduler).__name__}; pass lr_scheduler=None and set the learning rate yourself"
+        )
 
 
 def _set_rate(group: dict[str, Any], rate: Any) -> None:

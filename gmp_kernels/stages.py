@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler, SequentialLR
 
 from gmp_kernels.errors import ScheduleError
 from gmp_kernels.model.wrappers import optimizer_chain
-from gmp_kernels.run import Run
+from gmp_kernels.run import Run, check_lr_scheduler
 from gmp_kernels.scheduler import GMPScheduler
 from gmp_kernels.schedules import Cubic, Ramp, Schedule, check_sparsity, check_whole, to_steps
 
@@ -247,20 +247,24 @@ class Stages:
         cycles = check_whole("lr_scheduler: cycles", cycles, 1)
         if not 0.0 <= low <= 1.0:
             raise ScheduleError(f"lr_scheduler: expected low to be a fraction in [0, 1], got {low!r}")
-        repeats = 1 if pruning == "cosine" else cycles
-        before = partial(self._pruning_factor, pruning, repeats, low)
-        if callable(finetuning):
-            hold = LambdaLR(optimizer, before)
-            return SequentialLR(optimizer, [hold, finetuning(optimizer)], [self.pruning_end_step])
+        before = partial(self._pruning_factor, pruning, 1 if pruning == "cosine" else cycles, low)
         if isinstance(finetuning, str):
             if finetuning not in ("linear", "cosine"):
                 raise ScheduleError(
                     f"lr_scheduler: expected epochs, 'linear', 'cosine' or a function, got {finetuning!r}; pass e.g. "
                     "[43, 50]"
                 )
-            return LambdaLR(optimizer, partial(self._factor, before, partial(self._decay_factor, finetuning)))
-        milestones = self._milestones(finetuning)
-        return LambdaLR(optimizer, partial(self._factor, before, partial(_steps_down, milestones, gamma)))
+            after = partial(self._decay_factor, finetuning)
+        elif not callable(finetuning):
+            after = partial(_steps_down, self._milestones(finetuning), gamma)
+        for group in optimizer.param_groups:
+            # Otherwise torch would go back to the learning rate that an earlier lr_scheduler has left here.
+            group.pop("initial_lr", None)
+        if callable(finetuning):
+            return SequentialLR(
+                optimizer, [LambdaLR(optimizer, before), finetuning(optimizer)], [self.pruning_end_step]
+            )
+        return LambdaLR(optimizer, partial(self._factor, before, after))
 
     def end_weight_decay(self, optimizer: Optimizer, step: int, *, groups: Collection[int] | None = None) -> None:
         """Set ``weight_decay`` to 0 once fine-tuning has begun; before that, do nothing.
@@ -321,6 +325,8 @@ class Stages:
         if not isinstance(schedule, Schedule):
             initial = min(INITIAL_SPARSITY, check_sparsity("Stages.attach: schedule", schedule))
             schedule = self.schedule(initial, schedule)
+        if lr_scheduler != "stages":
+            check_lr_scheduler("Stages.attach", lr_scheduler)
         inner = optimizer_chain(optimizer)[-1]
         set_options = None
         if remove_weight_decay is not False:

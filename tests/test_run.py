@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import ConstantLR
 
 import gmp_kernels as gmp
 from gmp_kernels.errors import GMPError, NonFiniteError, ScheduleError, SparsityError, StateError
@@ -111,6 +112,19 @@ def test_loading_sets_the_learning_rate_even_of_a_new_optimizer() -> None:
     resumed = STAGES.attach(fresh, new)
     resumed.load_state_dict(run.state_dict())
     assert options(new) == options(optimizer) == [(pytest.approx(2e-4), 0.0)] * 2
+
+
+@pytest.mark.parametrize("shape", [{}, {"pruning": "rewind"}, {"finetuning": lambda o: ConstantLR(o, 1.0)}])
+def test_the_learning_rate_begins_where_the_optimizer_has_it(shape: dict[str, Any]) -> None:
+    """And not at that of the dense training before, which an lr_scheduler of torch leaves in the param groups."""
+    model, optimizer = model_and_optimizer()
+    ConstantLR(optimizer, 1.0)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.003
+    run = STAGES.attach(model, optimizer, lr_scheduler=STAGES.lr_scheduler(optimizer, **shape))
+    train(model, optimizer, 0)
+    run.step()
+    assert [rate for rate, _ in options(optimizer)] == [0.003, 0.003]
 
 
 def test_a_step_that_is_skipped_changes_nothing() -> None:
@@ -246,6 +260,8 @@ def test_a_state_that_is_refused_changes_nothing() -> None:
         (state["pruners"][0], "expected the states of 2 pruners, got something else"),
         (None, "expected the states of 2 pruners, got something else"),
         ({**state, "lr_scheduler": None}, "expected an lr_scheduler in the state, as in this run, got none"),
+        ({**state, "lr_scheduler": {"_last_lr": [0.1]}}, "learning rates of 2 param groups in the state, got 1"),
+        ({**state, "lr_scheduler": [0.1, 0.1]}, "learning rates of 2 param groups in the state, got None"),
     ]:
         with pytest.raises(StateError, match=message):
             other.load_state_dict(wrong)  # type: ignore[arg-type]
@@ -289,7 +305,7 @@ def test_an_update_that_raises_leaves_the_learning_rate_and_is_made_up() -> None
             TypeError,
             "stepped without arguments, got a ReduceLROnPlateau",
         ),
-        (lambda m, o: STAGES.attach(m, o, lr_scheduler="cosine"), TypeError, "got a str"),
+        (lambda m, o: STAGES.attach(m, o, lr_scheduler="cosine"), TypeError, "Stages.attach: .*, got a str"),
         (lambda m, o: STAGES.attach(m, o, 90), SparsityError, "Stages.attach: schedule: expected a sparsity in"),
         (lambda m, o: STAGES.attach(m, o, remove_weight_decay=[2]), ScheduleError, "indices of the 2 param groups"),
         (lambda m, o: STAGES.attach(m, o, 0.9, targets="5"), GMPError, "matches nothing"),
@@ -309,4 +325,4 @@ def test_what_is_refused(make: Callable[[Any, Any], Any], error: type[Exception]
     assert [{k: v for k, v in group.items() if k != "initial_lr"} for group in after["param_groups"]] == before[
         "param_groups"
     ]
-    gmp.GMPScheduler(model, optimizer, OneShot(0.5))  # nothing holds the parameters
+    assert not optimizer._optimizer_step_post_hooks  # nothing holds the parameters
