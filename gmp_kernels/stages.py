@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Literal, Self, TypeAlias
 
 from torch import nn
@@ -133,17 +133,17 @@ class Stages:
         """Length of the run, in epochs."""
         return self.stabilization + self.pruning + self.finetuning
 
-    @property
+    @cached_property
     def total_steps(self) -> int:
         """Length of the run, in optimizer steps."""
         return self._step(self.epochs)
 
-    @property
+    @cached_property
     def pruning_begin_step(self) -> int:
         """Step of the first update."""
         return self._step(self.stabilization)
 
-    @property
+    @cached_property
     def pruning_end_step(self) -> int:
         """Step of the last update; fine-tuning begins with it."""
         return self._step(self.stabilization + self.pruning)
