@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from os import PathLike
 from typing import Any, Literal
 
 import torch
@@ -315,6 +316,16 @@ class GMPScheduler:
         """Return {name: fraction of pruned weights} of all targets."""
         num_pruned = self._held.num_pruned
         return {name: 1.0 - (n - num_pruned[name]) / n for name, n in self._num_weights.items()}
+
+    def plot(self, path: str | PathLike[str]) -> None:
+        """Draw the sparsity so far, and what the schedule asks for, into a PNG or SVG file, as its suffix tells.
+
+        Layers that differ from the total have lines of their own. What no report tells is left blank. Of several
+        processes only the first writes. Raises OutputError for other suffixes; ModuleNotFoundError without matplotlib.
+        """
+        from gmp_kernels.pruner.course import draw  # imports matplotlib
+
+        draw(path, self.history, self._groups, self._held.num_pruned, self.step_count)
 
     def verify(self) -> dict[str, int]:
         """Return {name: number of zeros} of all targets, counted from the weights (for sharded ones, the local shard).

@@ -141,7 +141,7 @@ def test_a_step_that_takes_too_much_memory_is_seen(monkeypatch: pytest.MonkeyPat
     num_weights = bench.NUM_WEIGHTS // 16
     assert result.ours.median > 10 * num_weights
     assert result.baseline.median == pytest.approx(0.05 * 4 * num_weights + 4e6)
-    assert result.verdict == "missed"
+    assert case.verdict(result.ratio) == "missed"
 
 
 def test_sides_take_turns_after_one_warm_up_until_the_time_is_over() -> None:
@@ -263,6 +263,8 @@ def test_command_takes_file_names_and_the_number_of_threads(tmp_path: Path, monk
     case = Case("a", "b", 1.0, None, lambda shrink: seen.append((shrink, torch.get_num_threads())) or Pair(1.0, 1.0))
     monkeypatch.setattr(cli, "all_cases", lambda: [case])
     json_file, plot = tmp_path / "a.json", tmp_path / "a.png"
+    drawn, draw = [], plots.plot_ratios
+    monkeypatch.setattr(plots, "plot_ratios", lambda path, rows, title: (drawn.append(rows), draw(path, rows, title)))
     before = torch.get_num_threads()
     try:
         args = ["bench", "--quick", "--threads", "1", "--json", str(json_file), "--plot", str(plot)]
@@ -271,14 +273,21 @@ def test_command_takes_file_names_and_the_number_of_threads(tmp_path: Path, monk
         torch.set_num_threads(before)
     assert result.exit_code == 0, result.output
     assert seen == [(16, 1)]
-    assert "hold for the full table only" in result.output
+    assert "the ratios are not held to their bounds" in result.output
+    row = next(line.split() for line in result.output.splitlines() if line.startswith("a "))
+    assert row == ["a", "1000.00", "ms", "b", "1000.00", "ms", "1.00"]
+    heading = next(line.split() for line in result.output.splitlines() if line.startswith("ours "))
+    assert heading == ["ours", "median", "baseline", "median", "ratio"]
+    assert json.loads(json_file.read_text())["cases"][0]["verdict"] is None
+    (bar,) = drawn
+    assert bar == {"a / b": (1.0, None, None)}
     assert json.loads(json_file.read_text())["machine"]["threads"] == 1
     assert {path.name for path in tmp_path.iterdir()} == {"a.json", "a.png"}
 
 
 def test_plot_shows_every_ratio_with_its_bounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     figures: list[Figure] = []
-    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(plots, "save", lambda figure, path: figures.append(figure))
     plots.plot_ratios(tmp_path / "a.png", {"met": (0.5, 1.5, 1.1), "missed": (2.0, 1.0, None)}, "title")
     axes = figures[0].axes[0]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["met", "missed"]
@@ -290,6 +299,15 @@ def test_plot_shows_every_ratio_with_its_bounds(tmp_path: Path, monkeypatch: pyt
     must, aim = (list(line.get_xdata()) for line in axes.lines[:2])
     assert must == [1.5, 1.0]
     assert aim[0] == 1.1 and math.isnan(aim[1])
+
+
+def test_plot_of_a_trial_shows_no_bounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures: list[Figure] = []
+    monkeypatch.setattr(plots, "save", lambda figure, path: figures.append(figure))
+    plots.plot_ratios(tmp_path / "a.png", {"fast": (0.5, None, None), "slow": (2.0, None, None)}, "title")
+    fast, slow = figures[0].axes[0].patches
+    assert fast.get_facecolor() == slow.get_facecolor()
+    assert figures[0].legends == [] and len(figures[0].axes[0].lines) == 1  # the line at 1
 
 
 def test_plot_of_nothing_is_refused(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from gmp_kernels.tools.bench import measurement
 from gmp_kernels.tools.bench.gpu import gpu_cases, llama_8b_sizes, resnet50_sizes
 from gmp_kernels.tools.bench.measurement import Case, Machine, Pair, Result, Spread, Timed, measure
 from gmp_kernels.tools.cli import main as cli
-from gmp_kernels.tools.plan import resnet50_layers
+from gmp_kernels.tools.presets import resnet50_layers
 
 CPU = torch.device("cpu")
 SHRINK = 1 << 16

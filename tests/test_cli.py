@@ -10,11 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoint_cases import write_folder
 from subprocesses import ROOT, run_python
 from typer.testing import CliRunner
 
 from gmp_kernels import __version__, backends
+from gmp_kernels.checkpoints import PruneJob
 from gmp_kernels.tools.cli import main as cli
+from gmp_kernels.tools.presets import PRESETS
 
 SMALL = ["--stabilization", "1", "--pruning", "2", "--finetuning", "2", "--steps-per-epoch", "4", "--layer", "8x16"]
 
@@ -53,7 +56,7 @@ def test_plan_of_the_presets() -> None:
     blog = lines(run("plan"))
     assert ["1", "5005", "pruning", "0.0500", "1275144", "0.01", "0.0001"] in blog
     assert ["60", "300300", "fine-tuning", "0.9000", "22952623", "0.0001", "0"] in blog
-    resnet50 = lines(run("plan", "--preset", "resnet50"))
+    resnet50 = lines(run("plan", "resnet50"))
     assert ["43", "215215", "fine-tuning", "0.8500", "21677473", "0.001", "0"] in resnet50
 
 
@@ -71,8 +74,57 @@ def test_plan_of_own_numbers() -> None:
 
 def test_plan_layer_by_layer() -> None:
     output = lines(run("plan", *SMALL, "--layer", "10x10x3", "--per-layer"))
-    assert ["layer0", "8x16", "6", "115"] in output
-    assert ["layer1", "10x10x3", "15", "270"] in output
+    assert ["layer0", "8x16", "6", "115", "0.8984"] in output
+    assert ["layer1", "10x10x3", "15", "270", "0.9000"] in output
+    # The densities of erk are as 24/128 to 23/300; round(0.1 * 428) = 43 weights are kept.
+    output = lines(run("plan", *SMALL, "--layer", "10x10x3", "--per-layer", "--distribution", "erk"))
+    assert ["layer0", "8x16", "0", "106", "0.8281"] in output
+    assert ["layer1", "10x10x3", "21", "279", "0.9300"] in output
+    output = lines(run("plan", *SMALL, "--layer", "10x10x3", "--per-layer", "--scope", "global"))
+    assert ["all", "layers", "together", "-", "21", "385", "0.8995"] in output
+
+
+def test_plan_of_other_curves_and_rates() -> None:
+    shape = ["--kind", "linear", "--frequency", "0.5", "--lr", "cosine", "--finetuning-lr", "linear"]
+    output = lines(run("plan", *SMALL, *shape))
+    assert [(line[3], line[5]) for line in output if line and line[0].isdigit()] == [
+        ("0.0000", "0.01"),
+        ("0.0469", "0.01"),
+        ("0.4766", "0.0055"),
+        ("0.8984", "0.001"),
+        ("0.8984", "0.0005"),
+        ("0.8984", "0"),
+    ]
+    assert "5% to 90% (linear), an update every 0.5 epochs, 1 layer, all alike" in run("plan", *SMALL, *shape)
+
+
+@pytest.mark.parametrize("is_folder", [True, False], ids=["folder", "file"])
+def test_plan_takes_from_a_checkpoint_what_prune_would_prune(tmp_path: Path, is_folder: bool) -> None:
+    source = write_folder(tmp_path / "in")
+    source = source if is_folder else source / "model-00001-of-00003.safetensors"
+    for targets, ignore in ((None, None), (None, ["*.k"]), (["re:.*q", "*embed*"], ["re:.*q.bias"])):
+        job = PruneJob(source, tmp_path / "out", sparsity=0.5, targets=targets, ignore=ignore)
+        file = tmp_path / "plan.json"
+        chosen = [word for entry in targets or () for word in ("--targets", entry)]
+        chosen += [word for entry in ignore or () for word in ("--ignore", entry)]
+        shown = run("plan", str(source), "--preset", "resnet50", "--steps-per-epoch", "2", *chosen, "--json", str(file))
+        document = json.loads(file.read_text())
+        assert document["layers"] == {tensor.name: list(tensor.shape) for tensor in job.tensors}
+        assert document["schedule"]["final_sparsity"] == 0.85
+        assert f"{source}: 5% to 85% (cubic), an update every epoch, {len(job.tensors)} layer" in shown
+
+
+def test_presets_are_explained() -> None:
+    shown = run("plan", "--presets")
+    assert [line.partition(":")[0] for line in shown.splitlines() if not line.startswith(" ")] == list(PRESETS)
+    for words in (
+        "70% to 90% (cubic), an update every 4 epochs, 72 layers, ranked together; stages of 2 + 24 + 4 epochs",
+        "learning rate: rewind in the pruning stage, linear to 0 in fine-tuning",
+        "arXiv:2210.06384",
+        "arXiv:2501.12486",
+    ):
+        assert words in shown
+    assert all(name in run("plan", "--help") for name in PRESETS)
 
 
 def test_plan_as_json(tmp_path: Path) -> None:
@@ -81,6 +133,7 @@ def test_plan_as_json(tmp_path: Path) -> None:
     document = json.loads(file.read_text())
     assert document["stages"] == {"stabilization": 1, "pruning": 2, "finetuning": 2, "steps_per_epoch": 4}
     assert document["schedule"]["kind"] == "Cubic"
+    assert (document["scope"], document["distribution"]) == ("layer", "uniform")
     assert document["layers"] == {"layer0": [8, 16]}
     assert [row["num_prune"]["layer0"] for row in document["rows"]] == [0, 6, 102, 115, 115, 115]
 
@@ -99,16 +152,10 @@ def test_a_shape_that_is_none(shape: str) -> None:
 
 
 def test_an_unknown_preset() -> None:
-    result = RUNNER.invoke(cli.app, ["plan", "--preset", "vgg"])
-    assert result.exit_code == 2
-    assert "resnet50" in result.output
-
-
-def fails(*arguments: str) -> tuple[int, str]:
-    """Exit code of a command that fails, and the one line it says."""
-    done = run_python("-m", "gmp_kernels", *arguments)
-    assert done.stderr.count("\n") == 1 and done.stderr.startswith("gmp-kernels: "), done.stderr
-    return done.returncode, done.stderr.strip().removeprefix("gmp-kernels: ")
+    for arguments in (["--preset", "vgg"], ["vgg"]):
+        result = RUNNER.invoke(cli.app, ["plan", *arguments])
+        assert result.exit_code == 2
+        assert "resnet50" in result.output
 
 
 @pytest.mark.parametrize(
@@ -128,6 +175,24 @@ def fails(*arguments: str) -> tuple[int, str]:
         ("plan --pruning 1e9", 1, "expected a run of at most 10000000 optimizer steps, got 5.01e+12; shorten a stage"),
         ("plan --steps-per-epoch 100000000000", 1, "expected a run of at most 10000000 optimizer steps, got 6e+12"),
         ("plan --finetuning 1e308", 1, "--finetuning: expected a number of steps that a float can hold, got more"),
+        (
+            "plan nothing",
+            2,
+            "RUN: expected a preset (blog, resnet50, bert, gmp-star, llm-pretraining) or the path of a",
+        ),
+        ("plan bert --preset blog", 2, "--preset: expected none beside the preset 'bert', got 'blog'"),
+        ("plan tests --layer 2x2", 2, "--layer: expected none beside a checkpoint, got '2x2'"),
+        ("plan tests", 1, "tests: expected a folder with .safetensors files, got none"),
+        ("plan --lr 0.01", 2, "--lr: expected 'constant', 'cosine', 'cyclic' or 'rewind', got '0.01'"),
+        ("plan --frequency -1", 1, "--frequency: expected a finite number of epochs >= 0, got -1.0"),
+        ("plan --targets a", 1, "--targets: expected names, globs or 're:' patterns found in the checkpoint, got 'a'"),
+        ("plan --scope global --distribution erk", 1, "expected --distribution 'uniform' with --scope 'global', got"),
+        (
+            "inspect nowhere --plot a.pdf",
+            1,
+            "a.pdf: expected the name of a picture that ends in .png or .svg, got '.pdf'",
+        ),
+        ("bench --plot a", 1, "a: expected the name of a picture that ends in .png or .svg, got no suffix"),
         ("plan --steps-per-epoch 0", 1, "--steps-per-epoch: expected a whole number >= 1, got 0"),
         (f"plan --layer {'9' * 5000}x2", 2, "--layer: expected sizes joined by x"),
         ("prune  out --sparsity .5", 2, "IN: expected a path, got an empty one"),
@@ -135,9 +200,16 @@ def fails(*arguments: str) -> tuple[int, str]:
         ("nothing", 2, "No such command 'nothing'."),
     ],
 )
-def test_what_is_wrong_is_one_line_that_names_flags(arguments: str, code: int, message: str) -> None:
-    found = fails(*arguments.split(" "))
-    assert (found[0], found[1][: len(message)]) == (code, message)
+def test_what_is_wrong_is_one_line_that_names_flags(
+    arguments: str, code: int, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["gmp-kernels", *arguments.split(" ")])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and said.startswith(f"gmp-kernels: {message}")
+    assert ended.value.code == code
 
 
 def test_words_of_the_library_in_those_of_the_command_line() -> None:

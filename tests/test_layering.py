@@ -20,7 +20,7 @@ FACADE = "gmp_kernels"  # the package's own __init__
 FLOORS = [
     {"errors", "library"},
     {"masks", "model", "reports", "schedules"},
-    EXTENSIONS,
+    EXTENSIONS | {"plots"},
     {"backends"},
     {"checks", "search"},
     {"ops"},

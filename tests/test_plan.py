@@ -1,30 +1,41 @@
-"""The dry run: both presets give the numbers they are known by."""
+"""The dry run: presets give the numbers they are known by, and a course says what a run with a model does."""
 
 from __future__ import annotations
 
 import pytest
+import torch
+from torch import nn
 
-from gmp_kernels.errors import ScheduleError
-from gmp_kernels.stages import Stages
-from gmp_kernels.tools.plan import PRESETS, Plan, Preset, Row, plan_rows, resnet50_layers
+from gmp_kernels import Stages, schedules
+from gmp_kernels.errors import ScheduleError, TargetError
+from gmp_kernels.pruner.groups import Group, uniform
+from gmp_kernels.tools.plan import TOGETHER, Course, Plan, Row
+from gmp_kernels.tools.presets import PRESETS, bert_base_layers, llama_1b_layers, resnet50_layers
+
+LAYERS = {"fc": (10, 10)}
 
 
 @pytest.fixture(scope="module")
 def blog() -> list[Row]:
-    return plan_rows(PRESETS[Preset.BLOG])
+    return PRESETS["blog"].plan.course.rows()
 
 
 @pytest.fixture(scope="module")
 def resnet50() -> list[Row]:
-    return plan_rows(PRESETS[Preset.RESNET50])
+    return PRESETS["resnet50"].plan.course.rows()
+
+
+def cubic(initial: float, final: float, left: float) -> object:
+    """The schedule of Zhu and Gupta with this part of it to go, up to the rounding of each of 54 counts."""
+    return pytest.approx(final + (initial - final) * left**3, abs=54 / 2 / 25_502_912)
 
 
 def test_blog_sparsity(blog: list[Row]) -> None:
     assert [row.epoch for row in blog] == list(range(61))
-    assert [blog[epoch].sparsity for epoch in (0, 1, 35, 60)] == [0.0, 0.05, 0.9, 0.9]
+    assert [round(blog[epoch].sparsity, 5) for epoch in (0, 1, 35, 60)] == [0.0, 0.05, 0.9, 0.9]
     for epoch in range(1, 36):
-        assert blog[epoch].sparsity == pytest.approx(0.9 - 0.85 * ((35 - epoch) / 34) ** 3, abs=1e-15)
-    assert {row.sparsity for row in blog[35:]} == {0.9}
+        assert blog[epoch].sparsity == cubic(0.05, 0.9, (35 - epoch) / 34)
+    assert len({row.sparsity for row in blog[35:]}) == 1
 
 
 def test_blog_stages(blog: list[Row]) -> None:
@@ -39,9 +50,9 @@ def test_blog_learning_rate_falls_in_fine_tuning_only(blog: list[Row]) -> None:
 
 
 def test_resnet50_sparsity(resnet50: list[Row]) -> None:
-    assert [resnet50[epoch].sparsity for epoch in (0, 1, 2, 37, 57)] == [0.0, 0.0, 0.05, 0.85, 0.85]
+    assert [round(resnet50[epoch].sparsity, 5) for epoch in (0, 1, 2, 37, 57)] == [0.0, 0.0, 0.05, 0.85, 0.85]
     for epoch in range(2, 38):
-        assert resnet50[epoch].sparsity == pytest.approx(0.85 - 0.8 * ((37 - epoch) / 35) ** 3, abs=1e-15)
+        assert resnet50[epoch].sparsity == cubic(0.05, 0.85, (37 - epoch) / 35)
     assert resnet50[-1].epoch == 57
 
 
@@ -52,9 +63,40 @@ def test_resnet50_learning_rate(resnet50: list[Row]) -> None:
 
 
 def test_resnet50_learning_rate_falls_at_the_first_step_of_the_epoch() -> None:
-    rates = PRESETS[Preset.RESNET50].trace.learning_rate
+    rates = PRESETS["resnet50"].plan.course.learning_rate
     assert rates[43 * 5005 - 1 : 43 * 5005 + 1] == pytest.approx([0.01, 0.001])
     assert rates[50 * 5005 - 1 : 50 * 5005 + 1] == pytest.approx([0.001, 0.0001])
+
+
+def test_bert_is_pruned_a_hundred_times_per_epoch_from_epoch_2_to_20() -> None:
+    course = PRESETS["bert"].plan.course
+    (updates,) = course.updates
+    assert (updates[0], updates[-1]) == (2 * 5475, 20 * 5475)
+    assert len(updates) == pytest.approx(1800, abs=10)
+    assert [round(row.sparsity, 5) for row in course.rows() if row.epoch in (2, 11, 20, 30)] == [
+        0.0,
+        pytest.approx(0.9 * (1 - 0.5**3), abs=1e-3),
+        0.9,
+        0.9,
+    ]
+
+
+def test_gmp_star_begins_with_70_percent_and_sets_the_learning_rate_back_at_every_update() -> None:
+    course = PRESETS["gmp-star"].plan.course
+    (updates,) = course.updates
+    assert updates == [5475 * epoch for epoch in range(2, 27, 4)]
+    rows = {row.epoch: row for row in course.rows()}
+    assert [round(rows[epoch].sparsity, 6) for epoch in (1, 2, 26)] == [0.0, 0.7, 0.9]
+    for step in updates:
+        assert course.learning_rate[step] == pytest.approx(8e-5)
+    for step in updates[1:]:
+        assert course.learning_rate[step - 1] == pytest.approx(8e-6, rel=1e-2)
+
+
+def test_llm_pretraining_is_pruned_from_a_quarter_to_three_quarters() -> None:
+    course = PRESETS["llm-pretraining"].plan.course
+    (updates,) = course.updates
+    assert (updates[0] / course.total_steps, updates[-1] / course.total_steps) == (0.25, 0.75)
 
 
 def test_num_prune_is_rounded_layer_by_layer(resnet50: list[Row]) -> None:
@@ -65,24 +107,74 @@ def test_num_prune_is_rounded_layer_by_layer(resnet50: list[Row]) -> None:
     assert abs(row.total_num_prune - 0.85 * 25_502_912) <= 54 / 2
 
 
-def test_resnet50_layers_are_those_of_torchvision() -> None:
-    layers = resnet50_layers()
-    assert len(layers) == 54
-    assert layers["layer1.0.downsample.0.weight"] == (256, 64, 1, 1)
-    assert layers["layer3.5.conv2.weight"] == (256, 256, 3, 3)
-    assert layers["layer4.0.conv1.weight"] == (512, 1024, 1, 1)
-    # The whole model has 25 557 032 parameters, of which 53 120 belong to norms and 1000 are the classifier's bias.
-    assert Plan(Stages(0, 0, 1, steps_per_epoch=1), 1.0, 1.0).trace.sparsity == [1.0, 1.0]
-    rows = plan_rows(Plan(Stages(0, 0, 1, steps_per_epoch=1), 1.0, 1.0))
-    assert rows[0].total_num_prune == 25_557_032 - 53_120 - 1000
+def test_layers_of_the_presets_add_up_to_their_models() -> None:
+    sizes = {name: PRESETS[name].plan.course.num_weights for name in ("blog", "bert", "llm-pretraining")}
+    # ResNet-50 has 25 557 032 parameters, of which 53 120 belong to norms and 1000 are the classifier's bias.
+    assert sizes["blog"] == 25_557_032 - 53_120 - 1000
+    # A layer of BERT-base has 7 087 872 parameters: 6912 in biases, 3072 in norms.
+    assert sizes["bert"] == 12 * (7_087_872 - 6912 - 3072)
+    # Llama 3.2 1B has 1 235 814 400 parameters: embeddings of 128 256 x 2048, and 33 norms of 2048.
+    assert sizes["llm-pretraining"] == 1_235_814_400 - 128_256 * 2048 - 33 * 2048
+    assert (len(resnet50_layers()), len(bert_base_layers()), len(llama_1b_layers())) == (54, 72, 112)
+    assert resnet50_layers()["layer1.0.downsample.0.weight"] == (256, 64, 1, 1)
+    assert resnet50_layers()["layer4.0.conv1.weight"] == (512, 1024, 1, 1)
 
 
 def test_a_run_that_ends_within_an_epoch_has_a_last_row() -> None:
-    rows = plan_rows(Plan(Stages(0.5, 1, 1.1, steps_per_epoch=10), layers={"fc": (10, 10)}))
+    rows = Plan(Stages(0.5, 1, 1.1, steps_per_epoch=10), LAYERS).course.rows()
     assert [(row.epoch, row.step) for row in rows] == [(0, 0), (1, 10), (2, 20), (2.6, 26)]
     assert [row.num_prune for row in rows] == [{"fc": 0}, {"fc": 5}, {"fc": 90}, {"fc": 90}]
 
 
+def test_a_run_of_one_step() -> None:
+    (row, last) = Plan(Stages(0, 0, 1, steps_per_epoch=1), LAYERS, 1.0, 1.0).course.rows()
+    assert (row.num_prune, last.num_prune) == ({"fc": 100}, {"fc": 100})
+
+
 def test_a_plan_of_no_run_is_refused_when_made() -> None:
+    stages = Stages(steps_per_epoch=2)
     with pytest.raises(ScheduleError, match="initial_sparsity <= final_sparsity"):
-        Plan(Stages(steps_per_epoch=2), initial_sparsity=0.95)
+        Plan(stages, LAYERS, initial_sparsity=0.95)
+    with pytest.raises(TargetError, match="expected distribution='uniform' with scope='global'"):
+        Plan(stages, LAYERS, scope="global", distribution="erk")
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"distribution": "erk"}, {"scope": "global"}, {"kind": schedules.Linear}], ids=str
+)
+@pytest.mark.parametrize("frequency", [None, 0.5, 3])
+def test_a_plan_is_what_the_run_does(options: dict[str, object], frequency: float | None) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 20), nn.Linear(20, 30), nn.Linear(30, 5))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, weight_decay=1e-4)
+    stages = Stages(1, 5, 3, steps_per_epoch=4)
+    layers = {name: tuple(p.shape) for name, p in model.named_parameters() if p.ndim == 2}
+    plan = Plan(stages, layers, frequency=frequency, pruning_lr="rewind", finetuning_lr="linear", **options)  # type: ignore[arg-type]
+    rates = stages.lr_scheduler(optimizer, "linear", pruning="rewind")
+    arguments = {key: value for key, value in options.items() if key != "kind"}
+    run = stages.attach(model, optimizer, plan.schedule(), lr_scheduler=rates, **arguments)
+    for step in range(stages.total_steps):
+        group = optimizer.param_groups[0]
+        assert (group["lr"], group["weight_decay"]) == (plan.course.learning_rate[step], plan.course.weight_decay[step])
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        run.step()
+        num_pruned = {name: mask.numel - mask.num_kept for name, mask in run.pruner.masks.items()}
+        planned = plan.course.num_prune(step)
+        if "scope" in options:
+            num_pruned = {TOGETHER: sum(num_pruned.values())}
+        assert planned == num_pruned
+
+
+def test_groups_with_schedules_of_their_own_are_added_up() -> None:
+    a = Group(schedules.Constant(0.5, 2), {"a": torch.Size((4, 5))}, uniform)
+    b = Group(schedules.MultiStep({0: 0.2, 3: 0.4}), {"b": torch.Size((10, 8))}, uniform)
+    course = Course([a, b], [0.1] * 5, [0.0] * 5, 1)
+    assert [(row.num_prune, row.sparsity, row.stage) for row in course.rows()] == [
+        ({"a": 0, "b": 16}, 0.16, ""),
+        ({"a": 0, "b": 16}, 0.16, ""),
+        ({"a": 10, "b": 16}, 0.26, ""),
+        ({"a": 10, "b": 32}, 0.42, ""),
+        ({"a": 10, "b": 32}, 0.42, ""),
+    ]

@@ -16,7 +16,7 @@ from gmp_kernels.model.coverage import shown_names
 from gmp_kernels.model.targets import Entry, ParameterIndex
 from gmp_kernels.schedules import Schedule
 
-__all__ = ["Group", "emptied_layers", "erk", "groups_of", "uniform", "warning_of_emptied"]
+__all__ = ["Group", "distribution_of", "emptied_layers", "erk", "groups_of", "uniform", "warning_of_emptied"]
 
 # Returns num_prune per layer, for a sparsity and the shapes of the layers.
 Distribution: TypeAlias = Callable[[float, Sequence[Sequence[int]]], list[int]]
@@ -103,6 +103,25 @@ def _water_level(num_keep: int, sizes: Sequence[int], dims: Sequence[int]) -> Fr
 DISTRIBUTIONS: dict[str, Distribution] = {"uniform": uniform, "erk": erk}
 
 
+def distribution_of(distribution: str, scope: str) -> Distribution:
+    """Return how layers share a sparsity.
+
+    Raises
+    ------
+    ValueError
+        An unknown distribution.
+    TargetError
+        Any but "uniform" in global scope.
+    """
+    check_choice("GMPScheduler", "distribution", distribution, tuple(DISTRIBUTIONS))
+    if scope == "global" and distribution != "uniform":
+        raise TargetError(
+            f"GMPScheduler: expected distribution='uniform' with scope='global', got {distribution!r}; ranking all "
+            "layers together decides what each gives up"
+        )
+    return together if scope == "global" else DISTRIBUTIONS[distribution]
+
+
 class Group(NamedTuple):
     """Layers that follow one schedule.
 
@@ -147,18 +166,13 @@ def groups_of(
     Raises
     ------
     TargetError
-        An override reaches no target, or there is one in global scope.
+        An override reaches no target; in global scope, there is one, or a distribution other than "uniform".
     SparsityError
         An override outside [0, 1].
     ValueError
-        An unknown distribution; in global scope any but "uniform".
+        An unknown distribution.
     """
-    check_choice("GMPScheduler", "distribution", distribution, tuple(DISTRIBUTIONS))
-    if scope == "global" and distribution != "uniform":
-        raise ValueError(
-            f"GMPScheduler: expected distribution='uniform' with scope='global', got {distribution!r}; ranking all "
-            "layers together decides what each gives up"
-        )
+    distribute = distribution_of(distribution, scope)
     if scope == "global" and overrides:
         raise TargetError(
             f"GMPScheduler: expected no overrides with scope='global', got {overrides!r}; use scope='layer', or "
@@ -177,7 +191,7 @@ def groups_of(
         taken = {name: left.pop(name) for name in reached if name in left}
         if taken:
             groups.append(Group(own, taken, uniform))
-    return Group(schedule, left, together if scope == "global" else DISTRIBUTIONS[distribution]), groups
+    return Group(schedule, left, distribute), groups
 
 
 def warning_of_emptied(groups: Sequence[Group], scope: str) -> str | None:

@@ -1,132 +1,36 @@
-"""The dry run of a gradual pruning run: sparsity, learning rate and weight decay, epoch by epoch.
+"""The dry run of a gradual pruning run: sparsity, learning rate and weight decay, step by step.
 
-It steps the schedule and the torch lr_scheduler of the real run on an empty model, so the numbers are those of the run.
+A ``Course`` is what a run does, whatever it was computed from. A ``Plan`` computes one from stages: it steps the
+schedule and the torch lr_scheduler of the real run on an empty model, so the numbers are those of the run.
 """
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import StrEnum
 from functools import cached_property
-from typing import NamedTuple
+from itertools import pairwise
+from typing import Literal, NamedTuple
 
 import torch
+from torch.optim.lr_scheduler import LRScheduler
 
 from gmp_kernels.errors import ScheduleError
-from gmp_kernels.schedules import Ramp
+from gmp_kernels.pruner.groups import Group, distribution_of, together
+from gmp_kernels.schedules import Cubic, Ramp
 from gmp_kernels.stages import Stages
 
-__all__ = ["PRESETS", "Plan", "Preset", "Row", "Trace", "plan_rows", "resnet50_layers"]
+__all__ = ["TOGETHER", "Course", "Plan", "Row", "dry_run", "parts_of"]
 
-# A trace holds every step. This many steps take a minute or two.
+# The learning rate is kept for every step. This many steps take a minute or two.
 MOST_STEPS = 10_000_000
-
-
-def resnet50_layers() -> dict[str, tuple[int, ...]]:
-    """Return {name: shape} of the prunable weights of torchvision's ResNet-50: 53 convolutions and the classifier.
-
-    Source: K. He et al., "Deep residual learning for image recognition", 2016, table 1.
-    """
-    layers: dict[str, tuple[int, ...]] = {"conv1.weight": (64, 3, 7, 7)}
-    channels = 64
-    for stage, blocks in enumerate((3, 4, 6, 3)):
-        width = 64 << stage
-        for block in range(blocks):
-            name = f"layer{stage + 1}.{block}"
-            layers[f"{name}.conv1.weight"] = (width, channels, 1, 1)
-            layers[f"{name}.conv2.weight"] = (width, width, 3, 3)
-            layers[f"{name}.conv3.weight"] = (4 * width, width, 1, 1)
-            if block == 0:
-                layers[f"{name}.downsample.0.weight"] = (4 * width, channels, 1, 1)
-            channels = 4 * width
-    layers["fc.weight"] = (1000, channels)
-    return layers
-
-
-class Trace(NamedTuple):
-    """Values at each step, from 0 to ``total_steps`` inclusive; the last entry is the state after the run.
-
-    Attributes
-    ----------
-    sparsity : list of float
-        Sparsity once the step is done.
-    learning_rate, weight_decay : list of float
-        Values that the optimizer uses for the step.
-    """
-
-    sparsity: list[float]
-    learning_rate: list[float]
-    weight_decay: list[float]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A run whose course is computed without training.
-
-    Parameters
-    ----------
-    stages : Stages
-    initial_sparsity, final_sparsity : float
-        Fractions in [0, 1], initial <= final.
-    learning_rate : float
-        Learning rate during stabilization and pruning.
-    weight_decay : float
-        Weight decay until fine-tuning.
-    layers : dict of str to tuple of int
-        {name: shape} of the pruned weights, each pruned to the same sparsity.
-
-    Raises
-    ------
-    SparsityError, ScheduleError
-        The sparsities make no schedule, or the run has more than ten million steps.
-    """
-
-    stages: Stages
-    initial_sparsity: float = 0.05
-    final_sparsity: float = 0.9
-    learning_rate: float = 0.01
-    weight_decay: float = 1e-4
-    layers: dict[str, tuple[int, ...]] = field(default_factory=resnet50_layers)
-
-    def __post_init__(self) -> None:
-        if self.stages.total_steps > MOST_STEPS:
-            raise ScheduleError(
-                f"Plan: expected a run of at most {MOST_STEPS} optimizer steps, got {self.stages.total_steps:.3g}; "
-                "shorten a stage, or lower steps_per_epoch"
-            )
-        self.schedule()
-
-    def schedule(self) -> Ramp:
-        """Return the sparsity schedule: cubic, one update per epoch."""
-        return self.stages.schedule(self.initial_sparsity, self.final_sparsity)
-
-    @cached_property
-    def trace(self) -> Trace:
-        """The values at every optimizer step, from the training loop without the training."""
-        optimizer = torch.optim.SGD(
-            [torch.zeros(1, device="cpu")], lr=self.learning_rate, weight_decay=self.weight_decay
-        )
-        lr_scheduler = self.stages.lr_scheduler(optimizer)
-        schedule = self.schedule()
-        group = optimizer.param_groups[0]
-        trace = Trace([], [], [])
-        sparsity = 0.0
-        # lr_scheduler.step() warns unless the optimizer has stepped at least once. Without gradients this does nothing.
-        optimizer.step()
-        for step in range(self.stages.total_steps + 1):
-            self.stages.end_weight_decay(optimizer, step)
-            if schedule.is_update_step(step):
-                sparsity = schedule.sparsity_at(step)
-            trace.sparsity.append(sparsity)
-            trace.learning_rate.append(group["lr"])
-            trace.weight_decay.append(group["weight_decay"])
-            lr_scheduler.step()
-        return trace
+TOGETHER = "all layers together"
 
 
 class Row(NamedTuple):
-    """One line of the plan: the state after ``epoch`` epochs.
+    """State of a run after ``epoch`` epochs.
 
     Attributes
     ----------
@@ -136,8 +40,9 @@ class Row(NamedTuple):
     stage : str
         Stage that begins or continues here.
     sparsity : float
+        Fraction of pruned weights over all layers.
     num_prune : dict of str to int
-        Number of pruned weights of each layer: round(sparsity * n).
+        Number of pruned weights of each layer; of layers ranked together, their sum under ``TOGETHER``.
     learning_rate, weight_decay : float
         Values of the next step; in the last row, the values after the run.
     """
@@ -156,40 +61,173 @@ class Row(NamedTuple):
         return sum(self.num_prune.values())
 
 
-def plan_rows(plan: Plan) -> list[Row]:
-    """Return one row per epoch, from epoch 0 to the end of the run."""
-    stages, trace = plan.stages, plan.trace
-    sizes = {name: math.prod(shape) for name, shape in plan.layers.items()}
-    rows = []
-    for epoch in [*range(math.ceil(stages.total_steps / stages.steps_per_epoch)), stages.epochs]:
-        step = round(epoch * stages.steps_per_epoch)
-        rows.append(
-            Row(
-                epoch,
-                step,
-                stages.stage_at(step),
-                trace.sparsity[step],
-                {name: round(trace.sparsity[step] * n) for name, n in sizes.items()},
-                trace.learning_rate[step],
-                trace.weight_decay[step],
+@dataclass(frozen=True)
+class Course:
+    """Sparsity, learning rate and weight decay of a run at every optimizer step.
+
+    Parameters
+    ----------
+    groups : sequence of Group
+        Layers with their schedules. A layer is in one group.
+    learning_rate, weight_decay : sequence of float
+        Values that the optimizer uses for each step, from step 0 on; the last entries are those after the run.
+    steps_per_epoch : int
+    stages : dict of str to (float, float)
+        {name: (first step, last step)}, in order.
+    """
+
+    groups: Sequence[Group]
+    learning_rate: Sequence[float]
+    weight_decay: Sequence[float]
+    steps_per_epoch: int
+    stages: dict[str, tuple[float, float]] = field(default_factory=dict)
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the run."""
+        return len(self.learning_rate) - 1
+
+    @property
+    def layers(self) -> dict[str, Sequence[int]]:
+        """{name: shape} of all layers."""
+        return {name: shape for group in self.groups for name, shape in group.shapes.items()}
+
+    @property
+    def num_weights(self) -> int:
+        """Weights of all layers."""
+        return sum(map(math.prod, self.layers.values()))
+
+    @cached_property
+    def updates(self) -> list[list[int]]:
+        """Steps of the updates within the run, one list per group."""
+        found = []
+        for group in self.groups:
+            schedule = group.schedule
+            steps = range(max(0, schedule.begin_step), min(schedule.end_step, self.total_steps) + 1)
+            found.append([step for step in steps if schedule.is_update_step(step)])
+        return found
+
+    def num_prune(self, step: int) -> dict[str, int]:
+        """Return the number of pruned weights once the updates up to ``step`` are made, as in ``Row``."""
+        counts: dict[str, int] = {}
+        for group, updates in zip(self.groups, self.updates, strict=True):
+            made = bisect_right(updates, step)
+            found = group.num_prune(group.schedule.sparsity_at(updates[made - 1]) if made else 0.0)
+            counts |= {TOGETHER: sum(found.values())} if group.distribute is together else found
+        return counts
+
+    def rows(self) -> list[Row]:
+        """Return one row per epoch, from epoch 0 to the end of the run."""
+        rows = []
+        last = self.total_steps / self.steps_per_epoch
+        for epoch in [*range(math.ceil(last)), last]:
+            step = round(epoch * self.steps_per_epoch)
+            counts = self.num_prune(step)
+            stage = next((name for name in reversed(self.stages) if self.stages[name][0] <= step), "")
+            sparsity = sum(counts.values()) / self.num_weights
+            rows.append(Row(epoch, step, stage, sparsity, counts, self.learning_rate[step], self.weight_decay[step]))
+        return rows
+
+
+def parts_of(stages: Stages, unit: float = 1) -> dict[str, tuple[float, float]]:
+    """Return {name: (begin, end)} of the stages; ``unit`` is the number of steps that count as 1."""
+    ends = [0, stages.pruning_begin_step, stages.pruning_end_step, stages.total_steps]
+    return {stages.stage_at(begin): (begin / unit, end / unit) for begin, end in pairwise(ends) if end > begin}
+
+
+def dry_run(
+    optimizer: torch.optim.Optimizer,
+    total_steps: int,
+    *,
+    lr_scheduler: LRScheduler | None = None,
+    set_options: Callable[[int], None] = lambda step: None,
+) -> tuple[list[float], list[float]]:
+    """Return learning rate and weight decay of the first param group at each step, up to and after the last.
+
+    Takes what a ``Run`` takes, in the training loop without the training. The optimizer is changed.
+    """
+    group = optimizer.param_groups[0]
+    learning_rate, weight_decay = [], []
+    # lr_scheduler.step() warns unless the optimizer has stepped at least once. Without gradients this does nothing.
+    optimizer.step()
+    for step in range(total_steps + 1):
+        set_options(step)
+        learning_rate.append(float(group["lr"]))
+        weight_decay.append(float(group["weight_decay"]))
+        if lr_scheduler is not None:
+            lr_scheduler.step()
+    return learning_rate, weight_decay
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run in three stages.
+
+    Parameters
+    ----------
+    stages : Stages
+    layers : mapping of str to tuple of int
+        {name: shape} of the pruned weights.
+    initial_sparsity, final_sparsity, kind, frequency
+        As in ``Stages.schedule``.
+    learning_rate : float
+        Learning rate during stabilization.
+    weight_decay : float
+        Weight decay until fine-tuning.
+    pruning_lr, finetuning_lr
+        Shapes of the learning rate: ``pruning`` and ``finetuning`` of ``Stages.lr_scheduler``; "steps" are its two
+        default milestones.
+    scope, distribution
+        As in ``GMPScheduler``.
+
+    Raises
+    ------
+    SparsityError, ScheduleError, TargetError
+        The arguments make no schedule or do not fit together, or the run has more than ten million steps.
+    """
+
+    stages: Stages
+    layers: Mapping[str, tuple[int, ...]]
+    initial_sparsity: float = 0.05
+    final_sparsity: float = 0.9
+    kind: type[Ramp] = Cubic
+    frequency: float | None = None
+    learning_rate: float = 0.01
+    weight_decay: float = 1e-4
+    pruning_lr: Literal["constant", "cosine", "cyclic", "rewind"] = "constant"
+    finetuning_lr: Literal["steps", "linear", "cosine"] = "steps"
+    scope: Literal["layer", "global"] = "layer"
+    distribution: Literal["uniform", "erk"] = "uniform"
+
+    def __post_init__(self) -> None:
+        if self.stages.total_steps > MOST_STEPS:
+            raise ScheduleError(
+                f"Plan: expected a run of at most {MOST_STEPS} optimizer steps, got {self.stages.total_steps:.3g}; "
+                "shorten a stage, or lower steps_per_epoch"
             )
+        self.schedule()
+        distribution_of(self.distribution, self.scope)
+
+    def schedule(self) -> Ramp:
+        """Return the sparsity schedule."""
+        return self.stages.schedule(
+            self.initial_sparsity, self.final_sparsity, kind=self.kind, frequency=self.frequency
         )
-    return rows
 
-
-class Preset(StrEnum):
-    """The runs that come with the package."""
-
-    BLOG = "blog"
-    RESNET50 = "resnet50"
-
-
-# ImageNet: 1 281 167 images in batches of 256. Both runs prune ResNet-50.
-IMAGENET_STEPS = 5005
-
-PRESETS = {
-    # 5% at epoch 1, an update per epoch, 90% at epoch 35, held to epoch 60.
-    Preset.BLOG: Plan(Stages(1, 34, 25, steps_per_epoch=IMAGENET_STEPS)),
-    # 5% to 85% over epochs 2 to 37, fine-tuning to 57; learning rate 0.01, 0.001 at epoch 43, 0.0001 at epoch 50.
-    Preset.RESNET50: Plan(Stages(2, 35, 20, steps_per_epoch=IMAGENET_STEPS), final_sparsity=0.85),
-}
+    @cached_property
+    def course(self) -> Course:
+        """What the run does."""
+        stages = self.stages
+        optimizer = torch.optim.SGD(
+            [torch.zeros(1, device="cpu")], lr=self.learning_rate, weight_decay=self.weight_decay
+        )
+        finetuning = None if self.finetuning_lr == "steps" else self.finetuning_lr
+        learning_rate, weight_decay = dry_run(
+            optimizer,
+            stages.total_steps,
+            lr_scheduler=stages.lr_scheduler(optimizer, finetuning, pruning=self.pruning_lr),
+            set_options=lambda step: stages.end_weight_decay(optimizer, step),
+        )
+        shapes = {name: torch.Size(shape) for name, shape in self.layers.items()}
+        group = Group(self.schedule(), shapes, distribution_of(self.distribution, self.scope))
+        return Course([group], learning_rate, weight_decay, stages.steps_per_epoch, parts_of(stages))

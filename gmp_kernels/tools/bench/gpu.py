@@ -19,7 +19,7 @@ from gmp_kernels.masks import BitMask
 from gmp_kernels.ops import apply_masks_, magnitude_threshold, prune_
 from gmp_kernels.optim import AdamW
 from gmp_kernels.tools.bench.measurement import Case, Pair, Timed
-from gmp_kernels.tools.plan import resnet50_layers
+from gmp_kernels.tools.presets import resnet50_layers
 
 __all__ = ["gpu_cases", "llama_8b_sizes", "resnet50_sizes"]
 

@@ -154,9 +154,9 @@ class Result:
         return self.ours.median / self.baseline.median
 
     @property
-    def verdict(self) -> Literal["aim", "must", "missed"]:
-        """The strictest bound met."""
-        return self.case.verdict(self.ratio)
+    def verdict(self) -> Literal["aim", "must", "missed"] | None:
+        """The strictest bound met; None for a trial with fewer weights, to which the bounds do not apply."""
+        return self.case.verdict(self.ratio) if self.shrink == 1 else None
 
     @property
     def bytes_per_second(self) -> float | None:
@@ -187,8 +187,8 @@ class Result:
             _quantity(self.ours.median, case.unit),
             case.baseline,
             _quantity(self.baseline.median, case.unit),
-            *_bounds(self.ratio, case),
-            self.verdict,
+            *_bounds(self.ratio, case, self.shrink),
+            self.verdict or "",
             f"{rate / 1e9:.0f}" if rate else "",
         ]
 
@@ -199,6 +199,7 @@ class Failure:
 
     case: Case
     error: str
+    shrink: int = 1
 
     def to_dict(self) -> dict[str, Any]:
         """Return the failure as plain data, ready for JSON."""
@@ -208,11 +209,12 @@ class Failure:
 
     def cells(self) -> list[str]:
         """Return the row of the table under ``HEADINGS``."""
-        return [self.case.name, "", self.case.baseline, "", *_bounds(None, self.case), "failed", ""]
+        return [self.case.name, "", self.case.baseline, "", *_bounds(None, self.case, self.shrink), "failed", ""]
 
 
-def _bounds(ratio: float | None, case: Case) -> list[str]:
-    return ["" if value is None else _as_ratio(value) for value in (ratio, case.must, case.aim)]
+def _bounds(ratio: float | None, case: Case, shrink: int) -> list[str]:
+    bounds = (case.must, case.aim) if shrink == 1 else (None, None)
+    return ["" if value is None else _as_ratio(value) for value in (ratio, *bounds)]
 
 
 def _quantity(value: float, unit: str) -> str:
@@ -363,7 +365,7 @@ def measure_all(
         try:
             outcome = measure(case, shrink=shrink, seconds=seconds, device=device)
         except Exception as error:
-            outcome = Failure(case, f"{type(error).__name__}: {error}")
+            outcome = Failure(case, f"{type(error).__name__}: {error}", shrink)
         # Free the memory of this case before the next one allocates as much.
         gc.collect()
         if device.type == "cuda":

@@ -31,7 +31,7 @@ from gmp_kernels.schedules import Polynomial
 from gmp_kernels.tools.bench.checkpoints import checkpoint_cases
 from gmp_kernels.tools.bench.host import host_cases
 from gmp_kernels.tools.bench.measurement import Case, Pair, Timed
-from gmp_kernels.tools.plan import resnet50_layers
+from gmp_kernels.tools.presets import resnet50_layers
 
 __all__ = [
     "all_cases",

@@ -172,7 +172,7 @@ def inspect(
     ],
     only: Annotated[list[str] | None, typer.Option("--filter", help=f"Show only these tensors. {WORDS}")] = None,
     histogram: Annotated[bool, typer.Option("--histogram", help="Draw a histogram of the magnitudes.")] = False,
-    plot: Annotated[Path | None, typer.Option(help="PNG file for the histogram as a picture.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="PNG or SVG file for the histogram as a picture.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="JSON file for all numbers.")] = None,
 ) -> None:
     """Show sparsity, ranges, NaN and Inf of a safetensors checkpoint, tensor by tensor."""
@@ -183,7 +183,7 @@ def inspect(
         if output is not None and output.is_dir():
             raise OutputError(f"{output}: expected the name of a file, got a folder; add a name")
     if plot is not None:
-        drawing()
+        drawing(plot)
     checkpoint = open_checkpoint(path)
     with _progress(Console(), "reading") as advance:
         found = inspect_checkpoint(checkpoint, only=only, histogram=histogram or plot is not None, progress=advance)

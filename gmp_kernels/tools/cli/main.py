@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -19,14 +17,13 @@ from gmp_kernels.errors import GMPError
 from gmp_kernels.tools.bench.gpu import gpu_cases
 from gmp_kernels.tools.bench.measurement import HEADINGS, Failure, Machine, Result, measure_all, write_results
 from gmp_kernels.tools.bench.run import all_cases
-from gmp_kernels.tools.plan import PRESETS, Plan, Preset, Row, plan_rows
 
 try:
     import typer
     from rich.console import Console
     from rich.progress import track
 
-    from gmp_kernels.tools.cli.checkpoints import fraction, register
+    from gmp_kernels.tools.cli import checkpoints, plan
     from gmp_kernels.tools.cli.options import Command, Group, UsageError, drawing, in_one_line
     from gmp_kernels.tools.cli.terminal import Table, say, show
 except ModuleNotFoundError as error:
@@ -37,11 +34,12 @@ except ModuleNotFoundError as error:
 __all__ = ["app", "main"]
 
 app = typer.Typer(cls=Group, help="Gradual magnitude pruning for PyTorch.", add_completion=False)
-register(app)
+checkpoints.register(app)
+plan.register(app)
 
 
+RATIO = HEADINGS.index("ratio")
 FOR_TESTS = {"simt"}  # backends that `info` does not list
-MOST_DIGITS = 18  # bound on the digits of a size
 
 
 def main() -> None:
@@ -84,7 +82,7 @@ def in_flags(message: str, flags: Mapping[str, str]) -> str:
     if not flags:
         return message
     names = "|".join(flags)
-    message = re.sub(rf"^(\w+: )*({names}):", lambda match: f"{flags[match[2]]}:", message)
+    message = re.sub(rf"^([\w.]+: )*({names}):", lambda match: f"{flags[match[2]]}:", message)
     message = re.sub(r"^[A-Z]\w*: ", "", message)
     message = re.sub(rf"\b({names})=", lambda match: f"{flags[match[1]]} ", message)
     # Names without an underscore may be ordinary words in the message.
@@ -145,58 +143,6 @@ def info() -> None:
     show(table)
 
 
-@app.command(cls=Command)
-def plan(
-    preset: Annotated[Preset, typer.Option(help="Run to start from; the other options change it.")] = Preset.BLOG,
-    initial_sparsity: Annotated[
-        float | None, typer.Option(callback=fraction, help="Sparsity at the first update, in [0, 1].")
-    ] = None,
-    final_sparsity: Annotated[
-        float | None, typer.Option(callback=fraction, help="Sparsity at the last update, in [0, 1].")
-    ] = None,
-    stabilization: Annotated[float | None, typer.Option(help="Epochs before the first update.")] = None,
-    pruning: Annotated[float | None, typer.Option(help="Epochs from the first update to the last.")] = None,
-    finetuning: Annotated[float | None, typer.Option(help="Epochs after the last update.")] = None,
-    steps_per_epoch: Annotated[int | None, typer.Option(help="Optimizer steps per epoch.")] = None,
-    layer: Annotated[
-        list[str] | None,
-        typer.Option(help="Shape of a pruned weight, e.g. 512x256x3x3; repeat the option for each layer."),
-    ] = None,
-    per_layer: Annotated[
-        bool, typer.Option("--per-layer", help="Also show how many weights each layer loses.")
-    ] = False,
-    plot: Annotated[Path | None, typer.Option(help="Folder for sparsity.png and learning_rate.png.")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="JSON file for all rows, layer by layer.")] = None,
-) -> None:
-    """Show sparsity, learning rate and weight decay of a run, epoch by epoch, without training."""
-    if plot is not None:
-        drawing()  # a missing matplotlib is reported before anything is shown
-    chosen = PRESETS[preset]
-    lengths = _given(
-        stabilization=stabilization, pruning=pruning, finetuning=finetuning, steps_per_epoch=steps_per_epoch
-    )
-    sparsities = _given(initial_sparsity=initial_sparsity, final_sparsity=final_sparsity)
-    layers = {f"layer{i}": _shape(text) for i, text in enumerate(layer)} if layer else chosen.layers
-    chosen = replace(chosen, stages=replace(chosen.stages, **lengths), layers=layers, **sparsities)
-    rows = plan_rows(chosen)
-
-    show(_epochs(rows))
-    if per_layer:
-        show(_layers(chosen, rows))
-    if plot is not None:
-        _draw(chosen, plot)
-        say(f"wrote {plot / 'sparsity.png'} and {plot / 'learning_rate.png'}")
-    if json_file is not None:
-        document = {
-            "stages": asdict(chosen.stages),
-            "schedule": chosen.schedule().to_dict(),
-            "layers": chosen.layers,
-            "rows": [row._asdict() for row in rows],
-        }
-        json_file.write_text(json.dumps(document, indent=2) + "\n")
-        say(f"wrote {json_file}")
-
-
 class Device(StrEnum):
     """Devices that the benchmarks run on."""
 
@@ -208,7 +154,10 @@ class Device(StrEnum):
 def bench(
     device: Annotated[Device, typer.Option(help="The CPU, or the GPU that torch uses.")] = Device.CPU,
     quick: Annotated[
-        bool, typer.Option("--quick", help="Use a sixteenth of the weights and a tenth of the time, as a trial.")
+        bool,
+        typer.Option(
+            "--quick", help="A trial with a sixteenth of the weights and a tenth of the time, too short for verdicts."
+        ),
     ] = False,
     threads: Annotated[
         int | None, typer.Option(min=1, help="Number of threads for both sides of a row; default: torch's.")
@@ -217,11 +166,11 @@ def bench(
         Path | None, typer.Option(help="Folder for the JSON file and the plot, which are named after the device.")
     ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="JSON file for all numbers.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="PNG file for the ratios.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="PNG or SVG file for the ratios.")] = None,
 ) -> None:
     """Measure every operation on this machine beside its usual alternative."""
     if plot is not None or output is not None:
-        drawing()  # a missing matplotlib is reported before minutes of measuring
+        drawing(plot)  # what prevents the picture is reported before minutes of measuring
     if threads is not None:
         torch.set_num_threads(threads)
     torch_device = torch.device(device)
@@ -247,73 +196,32 @@ def bench(
     for failure in failures:
         say(f"{failure.case.name}: {failure.error}")
     if quick:
-        say("So few weights fit into the cache: the verdicts hold for the full table only.")
+        say(
+            "This was a trial. So few weights fit into the cache, and so short a time is noisy, so the ratios are not "
+            "held to their bounds. Run without --quick for that."
+        )
     if json_file is not None:
         say(f"wrote {json_file}")
     results = [outcome for outcome in outcomes if isinstance(outcome, Result)]
     if plot is not None and results:
         rows = {
-            f"{result.case.name} / {result.case.baseline}": (result.ratio, result.case.must, result.case.aim)
+            f"{result.case.name} / {result.case.baseline}": (
+                result.ratio,
+                *((None, None) if quick else (result.case.must, result.case.aim)),
+            )
             for result in results
         }
-        drawing().plot_ratios(plot, rows, setting)
+        drawing().plot_ratios(plot, rows, f"{setting}{' (a quick trial)' if quick else ''}")
         say(f"wrote {plot}")
     if failures:
         raise typer.Exit(1)
 
 
-def _given(**options: float | None) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if value is not None}
-
-
-def _shape(text: str) -> tuple[int, ...]:
-    sizes = text.split("x")
-    if not all(size.isdecimal() and len(size) < MOST_DIGITS and int(size) > 0 for size in sizes):
-        raise typer.BadParameter(f"expected sizes joined by x, such as 512x256, got {text!r}", param_hint="--layer")
-    return tuple(int(size) for size in sizes)
-
-
-def _epochs(rows: list[Row]) -> Table:
-    table = Table("epoch", "step", "stage", "sparsity", "num_prune", "LR", "weight decay")
-    for row in rows:
-        table.add_row(
-            f"{row.epoch:g}",
-            str(row.step),
-            row.stage,
-            f"{row.sparsity:.4f}",
-            str(row.total_num_prune),
-            f"{row.learning_rate:g}",
-            f"{row.weight_decay:g}",
-        )
-    return table
-
-
-def _layers(plan: Plan, rows: list[Row]) -> Table:
-    pruning = [row for row in rows if row.step >= plan.stages.pruning_begin_step]
-    first, last = pruning[0], pruning[-1]
-    table = Table("layer", "shape", f"num_prune at epoch {first.epoch:g}", f"at epoch {last.epoch:g}")
-    for name, shape in plan.layers.items():
-        table.add_row(name, "x".join(map(str, shape)), str(first.num_prune[name]), str(last.num_prune[name]))
-    return table
-
-
-def _draw(plan: Plan, folder: Path) -> None:
-    plots = drawing()
-    folder.mkdir(parents=True, exist_ok=True)
-    steps = list(range(len(plan.trace.sparsity)))
-    plots.plot_sparsity(
-        folder / "sparsity.png", steps, {"every layer": plan.trace.sparsity}, "Sparsity", stages=plan.stages
-    )
-    plots.plot_learning_rate(
-        folder / "learning_rate.png", steps, plan.trace.learning_rate, "Learning rate", stages=plan.stages
-    )
-
-
 def _ratios(outcomes: list[Result | Failure]) -> Table:
     rows = [outcome.cells() for outcome in outcomes]
-    *columns, rate = HEADINGS
-    with_rates = any(row[-1] for row in rows)
-    table = Table(*columns, *[rate] * with_rates, right=(1, 3, 4, 5, 6, *[8] * with_rates))
-    for *cells, rate in rows:
-        table.add_row(*cells, *[rate] * with_rates)
+    # A trial has neither bounds nor verdicts, and the CPU has no rates.
+    shown = [i for i in range(len(HEADINGS)) if i <= RATIO or any(row[i] for row in rows)]
+    table = Table(*[HEADINGS[i] for i in shown], right=[at for at, i in enumerate(shown) if i in (1, 3, 4, 5, 6, 8)])
+    for row in rows:
+        table.add_row(*[row[i] for i in shown])
     return table

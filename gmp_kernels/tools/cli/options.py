@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -56,19 +57,19 @@ def in_one_line(error: Exception) -> str:
     return f"{found['option']}: {reason}"
 
 
-def drawing() -> ModuleType:
+def drawing(path: Path | None = None) -> ModuleType:
     """Import and return ``plots``. The import takes longer than most commands, so only those that draw do it.
 
     Raises
     ------
     OutputError
-        matplotlib is not installed.
+        matplotlib is not installed, or ``path`` is not the name of a picture.
     """
     try:
+        from gmp_kernels.plots import check_picture
         from gmp_kernels.tools import plots
     except ModuleNotFoundError as error:
-        missing = str(error.name).partition(".")[0]
-        raise OutputError(
-            f"pictures: expected {missing} to be installed, got none; run: pip install 'gmp-kernels[cli]'"
-        ) from None
+        raise OutputError(str(error)) from None
+    if path is not None:
+        check_picture(path)
     return plots

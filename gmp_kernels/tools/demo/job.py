@@ -16,11 +16,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from gmp_kernels.errors import ScheduleError, printable
+from gmp_kernels.plots import Curves, plot_sparsity
 from gmp_kernels.schedules import Ramp
 from gmp_kernels.stages import Stages
 from gmp_kernels.tools.demo import checkpoint, data, metrics, report
 from gmp_kernels.tools.demo.trial import METHODS, OPTIMIZERS, Trial, compare, num_epochs, stages_of
-from gmp_kernels.tools.plots import plot_accuracy, plot_learning_rate, plot_sparsity
+from gmp_kernels.tools.plan import parts_of
+from gmp_kernels.tools.plots import plot_accuracy, plot_learning_rate
 
 __all__ = ["run"]
 
@@ -122,23 +124,24 @@ def _compare(stages: Stages, schedule: Ramp, seeds: Sequence[int], optimizer: st
 
 def _draw(out_dir: Path, trials: Sequence[Trial], stages: Stages, sparsity: float) -> None:
     first = trials[0]
+    ends = [*(update.step for update in first.history), stages.total_steps]
     staircases = {name: [0.0] for name in first.masks}
     for update in first.history:
         for layer in update.layers:
             staircases[layer.name].append(layer.sparsity)
+    total = [0.0, *(update.sparsity for update in first.history)]
     plot_sparsity(
         out_dir / "sparsity.png",
-        [0, *(update.step for update in first.history), stages.total_steps],
-        {name: [*values, values[-1]] for name, values in staircases.items()},
-        "Sparsity of each layer, pruned gradually",
-        stages=stages,
+        Curves([0, *ends], [*total, total[-1]], {name: [*values, values[-1]] for name, values in staircases.items()}),
+        "Sparsity of the network that is pruned gradually: in total, and of layers that differ from it",
+        parts=parts_of(stages),
     )
     plot_learning_rate(
         out_dir / "learning_rate.png",
         range(stages.total_steps),
         first.learning_rates,
         "Learning rate of both runs that prune and train",
-        stages=stages,
+        parts=parts_of(stages),
     )
     epochs = range(len(first.results["gmp"].curve))
     plot_accuracy(
@@ -155,5 +158,5 @@ def _draw(out_dir: Path, trials: Sequence[Trial], stages: Stages, sparsity: floa
         f"Test accuracy at {100 * sparsity:g}% sparsity"
         + (f", mean and range of {len(trials)} seeds" if len(trials) > 1 else ""),
         baselines={METHODS["dense"]: statistics.fmean(trial.results["dense"].accuracy for trial in trials)},
-        stages=stages,
+        parts=parts_of(stages, stages.steps_per_epoch),
     )
