@@ -59,7 +59,7 @@ MOST_LISTED = 16
 # Curves closer than this everywhere are one line to the eye: 0.5% of sparsity is less than a line's width.
 COINCIDENT = 0.005
 LEGEND_LINE = 0.2  # height of a line of the legend in inches
-TITLE_WIDTH = 76  # characters per line of a title in a picture of 8 inches
+TITLE_WIDTH = 96  # characters per line of a title in a picture of 8 inches
 
 
 Parts: TypeAlias = Mapping[str, tuple[float, float]]  # name, begin and end on the x axis
@@ -215,13 +215,9 @@ def fit(axes: Axes, positions: Sequence[float]) -> None:
 
 def put_title(axes: Axes, title: str) -> None:
     """Write a title, in several lines if it is long."""
+    lines = textwrap.wrap(printable(title), TITLE_WIDTH, break_on_hyphens=False)
     # The padding leaves room for the names of the stages between title and axes.
-    axes.set_title(literal_lines(title), loc="left", color=INK, pad=18, fontsize="medium")
-
-
-def literal_lines(text: str) -> str:
-    """Return a text that matplotlib draws literally, in lines that fit into a picture."""
-    return "\n".join(map(literal, textwrap.wrap(printable(text), TITLE_WIDTH)))
+    axes.set_title("\n".join(map(literal, lines)), loc="left", color=INK, pad=18, fontsize="medium")
 
 
 def shade(axes: Axes, parts: Parts) -> None:

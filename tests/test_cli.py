@@ -55,6 +55,7 @@ def test_info_says_why_a_backend_cannot_run(monkeypatch: pytest.MonkeyPatch) -> 
 def test_plan_of_the_presets() -> None:
     blog = lines(run("plan"))
     assert ["1", "5005", "pruning", "0.0500", "1275144", "0.01", "0.0001"] in blog
+    assert "source: M. Kurtz" in " ".join(map(" ".join, blog)) and "source" not in run("plan", *SMALL)
     assert ["60", "300300", "fine-tuning", "0.9000", "22952623", "0.0001", "0"] in blog
     resnet50 = lines(run("plan", "resnet50"))
     assert ["43", "215215", "fine-tuning", "0.8500", "21677473", "0.001", "0"] in resnet50
@@ -95,7 +96,7 @@ def test_plan_of_other_curves_and_rates() -> None:
         ("0.8984", "0.0005"),
         ("0.8984", "0"),
     ]
-    assert "5% to 90% (linear), an update every 0.5 epochs, 1 layer, all alike" in run("plan", *SMALL, *shape)
+    assert "5% to 90% (linear), 2 updates per epoch, 1 layer, all alike" in run("plan", *SMALL, *shape)
 
 
 @pytest.mark.parametrize("is_folder", [True, False], ids=["folder", "file"])
@@ -190,7 +191,7 @@ def test_an_unknown_preset() -> None:
         (
             "inspect nowhere --plot a.pdf",
             1,
-            "a.pdf: expected the name of a picture that ends in .png or .svg, got '.pdf'",
+            "a.pdf: expected the name of a picture that ends in .png or .svg, got .pdf",
         ),
         ("bench --plot a", 1, "a: expected the name of a picture that ends in .png or .svg, got no suffix"),
         ("plan --steps-per-epoch 0", 1, "--steps-per-epoch: expected a whole number >= 1, got 0"),

@@ -167,7 +167,10 @@ def plan(
     planned = replace(start, stages=replace(start.stages, **lengths), **changes)
     course = planned.course
     rows = course.rows()
-    say(f"{name}: {_words_of(planned)}")
+    say(f"{name}: {_words_of(planned)}; {_lengths_of(planned)}")
+    say(f"    learning rate: {_lr_words_of(planned)}")
+    if name in PRESETS and planned == PRESETS[name].plan:
+        say(f"    {PRESETS[name].about}; source: {PRESETS[name].source}")
     show(_epochs(rows))
     if per_layer:
         show(_layers(course, rows))
@@ -232,10 +235,11 @@ def _words_of(planned: Plan) -> str:
     sharing = {"uniform": "all alike", "erk": "the small ones less (ERK)"}[planned.distribution]
     sharing = "ranked together" if planned.scope == "global" else sharing
     kind = next(name for name, kind in KINDS.items() if kind is type(schedule))
-    every = f"{schedule.frequency / planned.stages.steps_per_epoch:.3g}"
+    epochs = schedule.frequency / planned.stages.steps_per_epoch
+    updates = f"{1 / epochs:.3g} updates per epoch" if epochs < 1 else f"an update every {epochs:.3g} epochs"
     return (
-        f"{100 * schedule.initial_sparsity:.3g}% to {100 * schedule.final_sparsity:.3g}% ({kind}), an update every "
-        f"{'epoch' if every == '1' else f'{every} epochs'}, {_counted(len(planned.layers), 'layer')}, {sharing}"
+        f"{100 * schedule.initial_sparsity:.3g}% to {100 * schedule.final_sparsity:.3g}% ({kind}), "
+        f"{'an update every epoch' if epochs == 1 else updates}, {_counted(len(planned.layers), 'layer')}, {sharing}"
     )
 
 

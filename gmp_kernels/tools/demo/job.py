@@ -133,7 +133,7 @@ def _draw(out_dir: Path, trials: Sequence[Trial], stages: Stages, sparsity: floa
     plot_sparsity(
         out_dir / "sparsity.png",
         Curves([0, *ends], [*total, total[-1]], {name: [*values, values[-1]] for name, values in staircases.items()}),
-        "Sparsity of the network that is pruned gradually: in total, and of layers that differ from it",
+        "Sparsity of the gradually pruned network",
         parts=parts_of(stages),
     )
     plot_learning_rate(
