@@ -22,6 +22,7 @@ __all__ = [
     "LayoutError",
     "NonFiniteError",
     "OutputError",
+    "RecipeError",
     "ScheduleError",
     "ShapeError",
     "SparsityError",
@@ -94,6 +95,10 @@ class SparsityError(GMPError, ValueError):
 
 class ScheduleError(GMPError, ValueError):
     """A schedule or stage length that describes no run."""
+
+
+class RecipeError(GMPError, ValueError):
+    """A recipe that cannot be read, or asks for what this library does not do."""
 
 
 class TargetError(GMPError, ValueError):

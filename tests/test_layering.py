@@ -29,7 +29,7 @@ FLOORS = [
     {"pruner"},
     {"scheduler"},
     {"run"},
-    {"stages"},
+    {"recipes", "stages"},
     {FACADE},
     {"tools"},
     {"__main__"},
