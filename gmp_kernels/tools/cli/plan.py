@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from enum import StrEnum
@@ -12,20 +13,23 @@ from typing import Annotated, Any
 
 import typer
 
-from gmp_kernels import schedules
+from gmp_kernels import recipes, schedules
 from gmp_kernels.checkpoints import DEFAULT_RULE, open_checkpoint
 from gmp_kernels.checkpoints.files import TensorInfo
 from gmp_kernels.checkpoints.targets import TensorIndex
+from gmp_kernels.errors import OutputError
 from gmp_kernels.model.coverage import shown_shape
 from gmp_kernels.tools.cli.checkpoints import WORDS, Scope, fraction
 from gmp_kernels.tools.cli.options import Command, drawing
 from gmp_kernels.tools.cli.terminal import Table, say, show
 from gmp_kernels.tools.plan import Course, Plan, Row
 from gmp_kernels.tools.presets import PRESETS
+from gmp_kernels.tools.recipes import course_of, is_recipe, layers_of, warnings_about
 
 __all__ = ["register"]
 
 DEFAULT = "blog"  # preset
+RECIPE_STEPS = 100  # per epoch, unless given
 MOST_DIGITS = 18  # bound on the digits of a size
 KINDS = {
     "cubic": schedules.Cubic,
@@ -97,7 +101,7 @@ def plan(
         typer.Argument(
             metavar="RUN",
             help=f"A preset: {', '.join(PRESETS)}. Or a .safetensors file, or a Hugging Face folder of them, whose "
-            "layers are planned; only their shapes are read. Default: blog.",
+            "layers are planned; only their shapes are read. Or a SparseML recipe, .yaml or .md. Default: blog.",
         ),
     ] = None,
     presets: Annotated[
@@ -105,6 +109,9 @@ def plan(
     ] = False,
     preset: Annotated[
         PresetName | None, typer.Option(help="Run to plan for the layers of a checkpoint. Default: blog.")
+    ] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Checkpoint whose layers a recipe prunes. Only their shapes are read.")
     ] = None,
     initial_sparsity: Annotated[
         float | None, typer.Option(callback=fraction, help="Sparsity at the first update, in [0, 1].")
@@ -150,7 +157,6 @@ def plan(
     """
     if plot is not None:
         drawing()  # a missing matplotlib is reported before anything is shown
-    name, start = _start(run, preset, layer, targets, ignore)
     lengths = _given(
         stabilization=stabilization, pruning=pruning, finetuning=finetuning, steps_per_epoch=steps_per_epoch
     )
@@ -164,6 +170,20 @@ def plan(
         scope=None if scope is None else scope.value,
         distribution=None if distribution is None else distribution.value,
     )
+    if run is not None and is_recipe(run):
+        steps = lengths.pop("steps_per_epoch", RECIPE_STEPS)
+        said = lengths | changes | _given(preset=preset, layer=layer, targets=targets, ignore=ignore)
+        if said:
+            raise typer.BadParameter(
+                "expected nothing that the recipe says itself", param_hint=f"--{next(iter(said)).replace('_', '-')}"
+            )
+        _plan_recipe(run, checkpoint, steps, per_layer=per_layer, plot=plot, json_file=json_file)
+        return
+    if checkpoint is not None:
+        raise typer.BadParameter(
+            "expected a recipe to plan for it; pass the checkpoint as RUN", param_hint="--checkpoint"
+        )
+    name, start = _start(run, preset, layer, targets, ignore)
     planned = replace(start, stages=replace(start.stages, **lengths), **changes)
     course = planned.course
     rows = course.rows()
@@ -186,6 +206,52 @@ def plan(
             "distribution": planned.distribution,
             "layers": planned.layers,
             "rows": [row._asdict() for row in rows],
+        }
+        json_file.write_text(json.dumps(document, indent=2) + "\n")
+        say(f"wrote {json_file}")
+
+
+def _plan_recipe(
+    run: str,
+    checkpoint: Path | None,
+    steps_per_epoch: int,
+    *,
+    per_layer: bool,
+    plot: Path | None,
+    json_file: Path | None,
+) -> None:
+    """Show, draw and write what a recipe does."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            recipe = recipes.load(run)
+        except ModuleNotFoundError as error:
+            raise OutputError(str(error)) from None
+    layers = {} if checkpoint is None else layers_of(open_checkpoint(checkpoint).tensors)
+    course = course_of(recipe, layers, steps_per_epoch)
+    rows = course.rows()
+    of = f"{len(course.layers)} layers of {checkpoint}" if layers else "each modifier as one layer"
+    say(f"{run}: {recipe.epochs} epochs of {steps_per_epoch} steps, {of}")
+    for word in [*map(str, (one.message for one in caught)), *warnings_about(recipe, layers, steps_per_epoch)]:
+        say(f"note: {word}")
+    show(_epochs(rows, counts=bool(layers)))
+    if per_layer and layers:
+        show(_layers(course, rows))
+    if plot is not None:
+        plots = drawing()
+        plot.mkdir(parents=True, exist_ok=True)
+        plots.plot_course(plot / "sparsity.png", course, f"Planned sparsity, {run}: {of}")
+        say(f"wrote {plot / 'sparsity.png'}")
+        if not any(map(math.isnan, course.learning_rate)):
+            steps = range(course.total_steps + 1)
+            path = plot / "learning_rate.png"
+            plots.plot_learning_rate(path, steps, course.learning_rate, f"Learning rate, {run}", parts=course.stages)
+            say(f"wrote {path}")
+    if json_file is not None:
+        document = {
+            "recipe": run,
+            "layers": layers,
+            "rows": [{key: None if value != value else value for key, value in row._asdict().items()} for row in rows],
         }
         json_file.write_text(json.dumps(document, indent=2) + "\n")
         say(f"wrote {json_file}")
@@ -271,17 +337,17 @@ def _shape(text: str) -> tuple[int, ...]:
     return tuple(int(size) for size in sizes)
 
 
-def _epochs(rows: Sequence[Row]) -> Table:
-    table = Table("epoch", "step", "stage", "sparsity", "num_prune", "LR", "weight decay")
+def _epochs(rows: Sequence[Row], *, counts: bool = True) -> Table:
+    table = Table("epoch", "step", "stage", "sparsity", *(["num_prune"] if counts else []), "LR", "weight decay")
     for row in rows:
         table.add_row(
             f"{row.epoch:g}",
             str(row.step),
             row.stage,
             f"{row.sparsity:.4f}",
-            str(row.total_num_prune),
-            f"{row.learning_rate:.4g}",
-            f"{row.weight_decay:g}",
+            *([str(row.total_num_prune)] if counts else []),
+            # A recipe may leave them to the optimizer.
+            *("-" if math.isnan(value) else f"{value:.4g}" for value in (row.learning_rate, row.weight_decay)),
         )
     return table
 
