@@ -132,3 +132,15 @@ def test_eval_of_anything_is_a_number_or_an_error(text: str) -> None:
     assert isinstance(value, (int, float))
     names = {node.id for node in ast.walk(ast.parse(text.strip(), mode="eval")) if isinstance(node, ast.Name)}
     assert names <= {"a", "abs", "int", "max", "min", "round", "float"}
+
+
+def test_variables_that_need_themselves_are_named() -> None:
+    with pytest.raises(RecipeError, match="pool -> loop -> pool"):
+        evaluated("eval(pool)", "loop: eval(pool + 1)\npool: eval(loop * 2)\n")
+
+
+def test_variables_that_square_one_another_stop_early() -> None:
+    """Or the 40th would have 10^14 digits."""
+    squares = "".join(f"x{i}: eval(x{i - 1} * x{i - 1})\n" for i in range(1, 41))
+    with pytest.raises(RecipeError, match="too large"):
+        evaluated("eval(x40)", f"x0: 1{'0' * 300}\n{squares}")
