@@ -148,7 +148,7 @@ def _draw(out_dir: Path, trials: Sequence[Trial], stages: Stages, sparsity: floa
         out_dir / "learning_rate.png",
         range(stages.total_steps),
         first.learning_rates,
-        "Learning rate of both runs that prune and train",
+        "Learning rate of every run that prunes and trains",
         stages=stages,
     )
     epochs = range(len(first.results["gmp"].curve))
