@@ -122,8 +122,8 @@ def test_the_timed_scheduler_steps_are_no_updates(case: Case, num_calls: int) ->
     assert [ran(ours) for _ in range(3)] == [[None] * num_calls] * 3
 
 
-def test_the_demo_is_timed_from_the_backward_pass_on() -> None:
-    (case,) = bench.demo_cases()
+def test_the_training_is_timed_from_the_backward_pass_on() -> None:
+    (case,) = bench.training_cases()
     ours, baseline = case.build(SHRINK)
     assert 0 < ours < 60 and 0 < baseline < 60
 

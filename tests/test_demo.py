@@ -3,6 +3,7 @@
 import importlib
 import io
 import json
+import statistics
 import sys
 from copy import deepcopy
 from pathlib import Path
@@ -17,10 +18,18 @@ from safetensors.torch import load_file
 from gmp_kernels import BitMask, ScheduleError, SparsityError
 from gmp_kernels.tools import demo
 from gmp_kernels.tools.demo import data, report
-from gmp_kernels.tools.demo.model import ResidualCNN
+from gmp_kernels.tools.demo.model import DigitMLP
 
 SPARSITY = 0.7
-FILES = {"sparsity.png", "learning_rate.png", "accuracy.png", "report.md", "metrics.json", "model.safetensors"}
+FILES = {
+    "sweep.png",
+    "sparsity.png",
+    "learning_rate.png",
+    "accuracy.png",
+    "report.md",
+    "metrics.json",
+    "model.safetensors",
+}
 
 
 def run(out_dir: Path, **options: Any) -> tuple[dict[str, Any], str]:
@@ -70,7 +79,7 @@ def test_curves_start_where_the_methods_do(finished: tuple[Path, dict[str, Any],
 def test_checkpoint_has_exact_zeros_where_its_masks_say(finished: tuple[Path, dict[str, Any], str]) -> None:
     out_dir, metrics, _ = finished
     tensors = load_file(out_dir / "model.safetensors")
-    model = ResidualCNN()
+    model = DigitMLP()
     prunable = {name for name, weight in model.named_parameters() if weight.ndim > 1}
     assert set(metrics["layers"]) == prunable == {n.removesuffix(".mask") for n in tensors if n.endswith(".mask")}
     for name, layer in metrics["layers"].items():
@@ -108,7 +117,7 @@ def test_report_and_terminal_say_what_the_metrics_say(finished: tuple[Path, dict
         shown = f"{100 * accuracy['mean']:.2f}% ± {100 * accuracy['std']:.2f}"
         assert shown in text
         assert shown in terminal
-    for picture in ("sparsity.png", "learning_rate.png", "accuracy.png"):
+    for picture in ("sweep.png", "sparsity.png", "learning_rate.png", "accuracy.png"):
         assert f"({picture})" in text
     assert f"gmp-kernels demo --out {out_dir} --sparsity 0.7 --seeds 2 --seed 3" in text
     assert "exactly round(sparsity x weights) zeros" in text
@@ -116,7 +125,7 @@ def test_report_and_terminal_say_what_the_metrics_say(finished: tuple[Path, dict
 
 def accuracies(metrics: dict[str, Any], gmp: float, retrained: float) -> dict[str, Any]:
     changed = deepcopy(metrics)
-    for method, value in (("dense", 0.99), ("gmp", gmp), ("oneshot_retrained", retrained)):
+    for method, value in (("dense", 0.99), ("gmp", gmp), ("oneshot", 0.1), ("oneshot_retrained", retrained)):
         changed["test_accuracy"][method] = {
             "mean": value,
             "std": None,
@@ -131,15 +140,20 @@ def accuracies(metrics: dict[str, Any], gmp: float, retrained: float) -> dict[st
 @pytest.mark.parametrize(
     ("gmp", "retrained", "said", "unsaid"),
     [
-        (0.95, 0.80, "ends 15.00 points above one-shot with retraining (67.5 of 450 test images).", "buys nothing"),
+        (
+            0.95,
+            0.80,
+            "ends 15.00 points above one-shot with retraining (135 of 899 test images, more than the 3.12 points that",
+            "buys nothing",
+        ),
         (
             0.80,
             0.95,
-            "15.00 points below one-shot with retraining (67.5 of 450 test images); here the gradual",
+            "chance alone may give); here the gradual schedule buys nothing",
             "above",
         ),
         (0.98, 0.98, "level with one-shot with retraining; here the gradual schedule buys nothing", "above"),
-        (0.98, 0.976, "points that chance alone may give", "buys nothing"),
+        (0.98, 0.976, "not more than the 1.38 points that chance alone may give", "buys nothing"),
     ],
 )
 def test_the_report_takes_no_sides(
@@ -150,6 +164,33 @@ def test_the_report_takes_no_sides(
     verdict = next(line for line in text.splitlines() if line.startswith("- Gradual") and "with retraining" in line)
     assert said in verdict
     assert unsaid not in verdict
+
+
+def test_the_sweep_has_the_runs_of_the_summary_and_more(finished: tuple[Path, dict[str, Any], str]) -> None:
+    _, metrics, _ = finished
+    sweep = metrics["sweep"]
+    assert sweep["sparsities"] == [SPARSITY, 0.8, 0.9, 0.95, 0.97, 0.98]
+    for method, accuracies_of in sweep["test_accuracy"].items():
+        assert accuracies_of[0] == metrics["test_accuracy"][method]
+        assert len({tuple(accuracy["per_seed"]) for accuracy in accuracies_of}) > 1, "each sparsity has its own runs"
+
+
+def test_the_report_weighs_the_sweep_against_its_spread(finished: tuple[Path, dict[str, Any], str]) -> None:
+    """Two standard errors, from values whose spread is known: sqrt(2 * 0.01^2 / 2) twice is 2 points."""
+    _, metrics, _ = finished
+    spread = 0.01 / 2**0.5
+    changed = deepcopy(metrics)
+    for method, means in {"gmp": [0.93, 0.91, 0.87], "oneshot_retrained": [0.9, 0.9, 0.9]}.items():
+        pairs = [(mean - spread, mean + spread) for mean in means]
+        changed["sweep"]["test_accuracy"][method] = [
+            {"mean": sum(pair) / 2, "std": statistics.stdev(pair), "per_seed": list(pair)} for pair in pairs
+        ]
+    changed["sweep"]["sparsities"] = [0.95, 0.9, 0.8]
+    text = report.markdown(changed, "command")
+    assert "At 95% sparsity, gradual pruning is ahead of one-shot with retraining by more than chance." in text
+    assert "At 90% sparsity, chance may explain the difference." in text
+    assert "At 80% sparsity, gradual pruning is behind one-shot with retraining by more than chance." in text
+    assert "| 95% | 93.00% ± 1.00 | 90.00% ± 1.00 | +3.00 | 2.00 |" in text
 
 
 def test_the_report_owns_up_to_a_wrong_count(finished: tuple[Path, dict[str, Any], str]) -> None:
@@ -211,12 +252,12 @@ def test_a_missing_package_is_named_with_the_way_to_get_it(monkeypatch: pytest.M
 
 def test_split_is_stratified_normalised_and_fixed_by_the_seed() -> None:
     digits = data.load(seed=0)
-    assert (len(digits.train_images), len(digits.test_images)) == (1347, 450)
+    assert (len(digits.train_images), len(digits.test_images)) == (898, 899)
     assert digits.train_images.shape[1:] == (1, 8, 8)
     assert digits.train_images.mean().abs() < 1e-5
     assert (digits.train_images.std() - 1).abs() < 1e-5
     share = digits.test_labels.bincount() / (digits.test_labels.bincount() + digits.train_labels.bincount())
-    assert (share - 0.25).abs().max() < 0.01
+    assert (share - 0.5).abs().max() < 0.01
     assert torch.equal(data.load(seed=0).test_images, digits.test_images)
     assert not torch.equal(data.load(seed=1).test_images, digits.test_images)
 
@@ -225,7 +266,7 @@ def test_an_epoch_shows_every_image_at_most_once() -> None:
     digits = data.load(seed=0)
     numbered = digits._replace(train_labels=torch.arange(len(digits.train_labels)))
     batches = list(data.batches(numbered, torch.Generator().manual_seed(0)))
-    assert len(batches) == data.steps_per_epoch(digits) == 21
+    assert len(batches) == data.steps_per_epoch(digits) == 14
     shown = torch.cat([labels for _, labels in batches])
-    assert len(shown.unique()) == len(shown) == 21 * 64
+    assert len(shown.unique()) == len(shown) == 14 * 64
     assert all(torch.equal(images, digits.train_images[labels]) for images, labels in batches)

@@ -209,8 +209,21 @@ def test_accuracy_draws_the_mean_and_the_range(tmp_path: Path, saved: list[Figur
         band = axes.collections[0].get_paths()[0].vertices
         assert (band[:, 1].min(), band[:, 1].max()) == (0.7, 0.9)
     assert whole.get_ylim()[0] == 0.0
-    assert enlarged.get_ylim() == pytest.approx((0.89, 0.99))
+    assert enlarged.get_ylim() == pytest.approx((0.77, 1.0))
     assert [text.get_text() for text in saved[0].legends[0].get_texts()] == ["dense", "a", "b"]
+
+
+def test_a_sweep_has_a_place_for_each_sparsity(tmp_path: Path, saved: list[Figure]) -> None:
+    path = tmp_path / "sweep.png"
+    plots.plot_sweep(path, [0.9, 0.975], {"a": [[0.9, 0.8], [0.7, 0.9]]}, "title", baselines={"dense": 0.97})
+    assert_is_png(path)
+    (axes,) = saved[0].axes
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["90%", "97.5%"]
+    dense, a = axes.lines
+    assert list(dense.get_ydata()) == [0.97, 0.97]
+    assert (list(a.get_xdata()), list(a.get_ydata())) == ([0, 1], pytest.approx([0.8, 0.85]))
+    band = axes.collections[0].get_paths()[0].vertices
+    assert (band[:, 1].min(), band[:, 1].max()) == (0.7, 0.9)
 
 
 def test_a_tensor_of_equal_weights_does_not_flatten_the_others(tmp_path: Path, saved: list[Figure]) -> None:
@@ -227,6 +240,8 @@ def test_series_of_another_length_is_refused_and_nothing_written(tmp_path: Path)
         plots.plot_learning_rate(path, [0, 1], [0.1], "")
     with pytest.raises(ShapeError, match="plot_accuracy: expected one value per epoch"):
         plots.plot_accuracy(path, [0, 1], {"a": [[0.1, 0.2], [0.1]]}, "", baselines={"dense": 1.0})
+    with pytest.raises(ShapeError, match="plot_sweep: expected one value per sparsity"):
+        plots.plot_sweep(path, [0.8, 0.9], {"a": [[0.1, 0.2], [0.1]]}, "", baselines={})
     with pytest.raises(ShapeError, match="at least one step"):
         plot_sparsity(path, Curves([], [], {}), "")
     assert not path.exists()

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from matplotlib import colormaps
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
@@ -32,7 +33,7 @@ from gmp_kernels.plots import (
 )
 from gmp_kernels.tools.plan import TOGETHER, Course
 
-__all__ = ["plot_accuracy", "plot_course", "plot_histogram", "plot_learning_rate", "plot_ratios"]
+__all__ = ["plot_accuracy", "plot_course", "plot_histogram", "plot_learning_rate", "plot_ratios", "plot_sweep"]
 
 # Up to this many learning rates, the axis shows the rates themselves.
 FEW_RATES = 8
@@ -41,7 +42,7 @@ WIDEST_RANGE = 1e4
 # Staircases of more steps than this look the same as those of fewer.
 MOST_UPDATES = 400
 # Height of the enlarged part of the accuracy picture, below the best baseline.
-ENLARGED = 0.08
+ENLARGED = 0.2
 
 
 def plot_course(path: Path, course: Course, title: str) -> None:
@@ -133,14 +134,7 @@ def plot_accuracy(
     figure = Figure(figsize=(8.0, 6.4), layout="constrained")
     whole, enlarged = figure.subplots(2, sharex=True, height_ratios=(2, 3))
     for axes in (whole, enlarged):
-        for name, value in baselines.items():
-            axes.axhline(value, color=INK, linewidth=1.2, linestyle="--", label=literal(name))
-        for color, (name, runs) in zip(itertools.cycle(COLORS), series.items(), strict=False):
-            per_epoch = list(zip(*runs, strict=True))
-            mean = [sum(values) / len(values) for values in per_epoch]
-            axes.plot(epochs, mean, color=color, linewidth=1.8, label=literal(name))
-            lowest, highest = [min(values) for values in per_epoch], [max(values) for values in per_epoch]
-            axes.fill_between(epochs, lowest, highest, color=color, alpha=0.15, linewidth=0)
+        _draw_runs(axes, epochs, series, baselines)
         axes.set_ylabel("test accuracy")
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         style(axes)
@@ -153,6 +147,46 @@ def plot_accuracy(
     for axes in (whole, enlarged):
         shade(axes, parts)
     figure.legend(*whole.get_legend_handles_labels(), loc="outside lower center", ncols=FEW, frameon=False)
+    save(figure, path)
+
+
+def plot_sweep(
+    path: Path,
+    sparsities: Sequence[float],
+    series: Mapping[str, Sequence[Sequence[float]]],
+    title: str,
+    *,
+    baselines: Mapping[str, float],
+) -> None:
+    """Draw final test accuracy against final sparsity into a PNG file, one place on the axis for each sparsity.
+
+    Parameters
+    ----------
+    path : Path
+        File to write.
+    sparsities : sequence of float
+        Fractions, ascending.
+    series : mapping of str to sequence of sequence of float
+        {method: one curve per repetition}, accuracy as a fraction, one value per sparsity. Drawn as by
+        ``plot_accuracy``.
+    title : str
+    baselines : mapping of str to float
+        {name: accuracy}, drawn as dashed horizontal lines.
+
+    Raises
+    ------
+    ShapeError
+        A curve does not have one value per sparsity. No file is written.
+    """
+    check_lengths("plot_sweep", "sparsity", sparsities, ((name, run) for name, runs in series.items() for run in runs))
+    figure, axes = figure_of(title)
+    # Equal distances, because the sparsities that matter lie close together near 1.
+    positions = range(len(sparsities))
+    _draw_runs(axes, positions, series, baselines, marker="o")
+    axes.set_xticks(positions, [f"{100 * sparsity:g}%" for sparsity in sparsities])
+    axes.set(xlabel="sparsity", ylabel="test accuracy")
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.legend(loc="lower left", frameon=False)
     save(figure, path)
 
 
@@ -256,3 +290,21 @@ def plot_ratios(path: Path, rows: Mapping[str, tuple[float, float | None, float 
     if axes.get_legend_handles_labels()[1]:
         figure.legend(loc="outside lower center", ncols=2, frameon=False)
     save(figure, path)
+
+
+def _draw_runs(
+    axes: Axes,
+    positions: Sequence[float],
+    series: Mapping[str, Sequence[Sequence[float]]],
+    baselines: Mapping[str, float],
+    marker: str | None = None,
+) -> None:
+    """Draw baselines, and for each method the mean of its repetitions in a band from the lowest to the highest."""
+    for name, value in baselines.items():
+        axes.axhline(value, color=INK, linewidth=1.2, linestyle="--", label=literal(name))
+    for color, (name, runs) in zip(itertools.cycle(COLORS), series.items(), strict=False):
+        per_position = list(zip(*runs, strict=True))
+        mean = [sum(values) / len(values) for values in per_position]
+        axes.plot(positions, mean, color=color, linewidth=1.8, marker=marker, label=literal(name))
+        lowest, highest = [min(values) for values in per_position], [max(values) for values in per_position]
+        axes.fill_between(positions, lowest, highest, color=color, alpha=0.15, linewidth=0)

@@ -35,12 +35,12 @@ from gmp_kernels.tools.presets import resnet50_layers
 
 __all__ = [
     "all_cases",
-    "demo_cases",
     "memory_cases",
     "optimizer_cases",
     "prune_cases",
     "scheduler_cases",
     "select_cases",
+    "training_cases",
 ]
 
 # One layer of 4096 x 4096. In fp32 its 64 MB do not fit into the last-level cache of common CPUs.
@@ -117,9 +117,9 @@ def optimizer_cases() -> list[Case]:
     ]
 
 
-def demo_cases() -> list[Case]:
+def training_cases() -> list[Case]:
     """Return the row on all work of a training beside forward and backward passes; the training times it itself."""
-    return [Case("demo's GMP run, after the backward pass", "torch fused, no pruning", 1.0, None, _demo_run)]
+    return [Case("small network's GMP run, after the backward pass", "torch fused, no pruning", 1.0, None, _gmp_run)]
 
 
 def memory_cases() -> list[Case]:
@@ -137,7 +137,7 @@ def all_cases() -> list[Case]:
         *select_cases(),
         *prune_cases(),
         *optimizer_cases(),
-        *demo_cases(),
+        *training_cases(),
         *scheduler_cases(),
         *host_cases(),
         *memory_cases(),
@@ -310,9 +310,9 @@ def _adamw_and_masks_by_hand(shrink: int) -> Pair:
     return Pair(Timed(masked.step), Timed(step))
 
 
-def _demo_run(shrink: int) -> Pair:
+def _gmp_run(shrink: int) -> Pair:
     # Imported here, because only this row needs scikit-learn.
-    from gmp_kernels.tools.demo.trial import seconds_after_backward
+    from gmp_kernels.tools.bench.network import seconds_after_backward
 
     epochs = max(3, 60 // shrink)
     runs = [(seconds_after_backward("gmp", epochs), seconds_after_backward(None, epochs)) for _ in range(3)]

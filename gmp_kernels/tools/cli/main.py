@@ -115,10 +115,10 @@ class Optimizer(StrEnum):
 @app.command(cls=Command)
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the report, pictures, metrics and model.")] = Path("gmp_demo"),
-    sparsity: Annotated[float, typer.Option(min=0.05, max=1, help="Final sparsity of every layer.")] = 0.90,
+    sparsity: Annotated[float, typer.Option(min=0.05, max=1, help="Final sparsity of every layer.")] = 0.97,
     seeds: Annotated[
         int, typer.Option(min=1, help="Number of repetitions. With more than one the report has mean and spread.")
-    ] = 1,
+    ] = 3,
     seed: Annotated[int, typer.Option(help="Seed of the first repetition; the others count up from it.")] = 0,
     optimizer: Annotated[
         Optimizer, typer.Option(help="SGD with the mask inside the step (gmp), or torch's own (torch).")

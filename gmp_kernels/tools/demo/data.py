@@ -11,7 +11,7 @@ from sklearn.model_selection import train_test_split
 
 __all__ = ["Digits", "batches", "load", "steps_per_epoch"]
 
-TEST_FRACTION = 0.25
+TEST_FRACTION = 0.5
 BATCH_SIZE = 64
 
 
@@ -25,7 +25,7 @@ class Digits(NamedTuple):
 
 
 def load(seed: int) -> Digits:
-    """Return the digits. A quarter of each class, which depends on ``seed`` only, is held out for testing.
+    """Return the digits. Half of each class, which depends on ``seed`` only, is held out for testing.
 
     Pixels are shifted and scaled so that the training images have mean 0 and standard deviation 1.
     """

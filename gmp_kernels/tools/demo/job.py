@@ -20,9 +20,9 @@ from gmp_kernels.plots import Curves, plot_sparsity
 from gmp_kernels.schedules import Ramp
 from gmp_kernels.stages import Stages
 from gmp_kernels.tools.demo import checkpoint, data, metrics, report
-from gmp_kernels.tools.demo.trial import METHODS, OPTIMIZERS, Trial, compare, num_epochs, stages_of
+from gmp_kernels.tools.demo.trial import METHODS, OPTIMIZERS, SWEPT, Trial, compare, num_epochs, stages_of, sweep_of
 from gmp_kernels.tools.plan import parts_of
-from gmp_kernels.tools.plots import plot_accuracy, plot_learning_rate
+from gmp_kernels.tools.plots import plot_accuracy, plot_learning_rate, plot_sweep
 
 __all__ = ["run"]
 
@@ -30,20 +30,23 @@ __all__ = ["run"]
 def run(
     out_dir: Path,
     *,
-    sparsity: float = 0.90,
+    sparsity: float = 0.97,
     epochs: int = 60,
-    seeds: int = 1,
+    seeds: int = 3,
     seed: int = 0,
     optimizer: str = "gmp",
     threads: int = 1,
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Train a small residual CNN on scikit-learn's digits, prune it in three ways, and write the results.
+    """Train a small network on scikit-learn's digits, prune it in three ways, and write the results.
 
     The three ways are gradual pruning (stabilization, pruning and fine-tuning in the proportion 1 : 34 : 25, 5% at the
     first update, an update per epoch), one-shot pruning, and one-shot pruning with as much training as the gradual run.
-    ``out_dir`` gets ``sparsity.png``, ``learning_rate.png``, ``accuracy.png``, ``report.md``, ``metrics.json`` and the
-    gradually pruned network with its masks in ``model.safetensors``. Files of these names are replaced.
+    The two that train are compared at further sparsities, from 80% to 98%.
+
+    ``out_dir`` gets ``sweep.png``, ``sparsity.png``, ``learning_rate.png``, ``accuracy.png``, ``report.md``,
+    ``metrics.json`` and the gradually pruned network with its masks in ``model.safetensors``. Files of these names are
+    replaced.
 
     Parameters
     ----------
@@ -52,9 +55,9 @@ def run(
     sparsity : float
         Final sparsity of every prunable layer, a fraction in [0.05, 1].
     epochs : int
-        Length of each of the two runs that train and prune. The dense network is trained for half as many epochs.
+        Length of each run that trains and prunes. The dense network is trained for half as many epochs.
     seeds : int
-        Number of repetitions. Each one has the next seed, and so another split, initial weights and order of images.
+        Number of repetitions. Each has the next seed, and so another split, initial weights and order of images.
     seed : int
         Seed of the first repetition, whose network is saved.
     optimizer : {"gmp", "torch"}
@@ -112,18 +115,26 @@ def _torch_threads(threads: int) -> Iterator[None]:
 
 
 def _compare(stages: Stages, schedule: Ramp, seeds: Sequence[int], optimizer: str, console: Console) -> list[Trial]:
+    sweep = sweep_of(schedule.final_sparsity)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("epochs"))
     with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
-        task = progress.add_task("", total=len(seeds) * num_epochs(stages))
+        task = progress.add_task("", total=len(seeds) * num_epochs(stages, sweep))
 
         def after_epoch(seed: int, method: str) -> None:
             progress.update(task, advance=1, description=f"seed {seed}: {METHODS[method]}")
 
-        return [compare(stages, schedule, seed, optimizer, partial(after_epoch, seed)) for seed in seeds]
+        return [compare(stages, schedule, sweep, seed, optimizer, partial(after_epoch, seed)) for seed in seeds]
 
 
 def _draw(out_dir: Path, trials: Sequence[Trial], stages: Stages, sparsity: float) -> None:
     first = trials[0]
+    plot_sweep(
+        out_dir / "sweep.png",
+        list(first.sweep["gmp"]),
+        {METHODS[method]: [list(trial.sweep[method].values()) for trial in trials] for method in SWEPT},
+        "Test accuracy at the end" + _of_seeds(trials),
+        baselines={METHODS["dense"]: statistics.fmean(trial.results["dense"].accuracy for trial in trials)},
+    )
     ends = [*(update.step for update in first.history), stages.total_steps]
     staircases = {name: [0.0] for name in first.masks}
     for update in first.history:
@@ -140,7 +151,7 @@ def _draw(out_dir: Path, trials: Sequence[Trial], stages: Stages, sparsity: floa
         out_dir / "learning_rate.png",
         range(stages.total_steps),
         first.learning_rates,
-        "Learning rate of both runs that prune and train",
+        "Learning rate of every run that prunes and trains",
         parts=parts_of(stages),
     )
     epochs = range(len(first.results["gmp"].curve))
@@ -155,8 +166,11 @@ def _draw(out_dir: Path, trials: Sequence[Trial], stages: Stages, sparsity: floa
             ]
             for method in ("gmp", "oneshot_retrained", "oneshot")
         },
-        f"Test accuracy at {100 * sparsity:g}% sparsity"
-        + (f", mean and range of {len(trials)} seeds" if len(trials) > 1 else ""),
+        f"Test accuracy at {100 * sparsity:g}% sparsity" + _of_seeds(trials),
         baselines={METHODS["dense"]: statistics.fmean(trial.results["dense"].accuracy for trial in trials)},
         parts=parts_of(stages, stages.steps_per_epoch),
     )
+
+
+def _of_seeds(trials: Sequence[Trial]) -> str:
+    return f", mean and range of {len(trials)} seeds" if len(trials) > 1 else ""

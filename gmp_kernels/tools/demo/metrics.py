@@ -13,7 +13,7 @@ import torch
 import gmp_kernels
 from gmp_kernels import Stages
 from gmp_kernels.tools.demo.data import BATCH_SIZE
-from gmp_kernels.tools.demo.trial import DENSE_LR, METHODS, MOMENTUM, PRUNING_LR, WEIGHT_DECAY, Trial
+from gmp_kernels.tools.demo.trial import DENSE_LR, METHODS, MOMENTUM, PRUNING_LR, SWEPT, WEIGHT_DECAY, Trial
 
 __all__ = ["collect"]
 
@@ -27,6 +27,15 @@ def collect(trials: Sequence[Trial], stages: Stages, sparsity: float, optimizer:
     first = trials[0]
     return {
         "test_accuracy": {method: _spread([trial.results[method].accuracy for trial in trials]) for method in METHODS},
+        "sweep": {
+            "sparsities": list(first.sweep["gmp"]),
+            "test_accuracy": {
+                method: [
+                    _spread([trial.sweep[method][sparsity] for trial in trials]) for sparsity in first.sweep[method]
+                ]
+                for method in SWEPT
+            },
+        },
         "num_test_images": first.num_test_images,
         "sparsity": {method: first.results[method].sparsity for method in METHODS},
         "layers": {

@@ -1,50 +1,30 @@
-"""A small residual network for 8x8 images."""
+"""A small multilayer perceptron for 8x8 images."""
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import torch
 from torch import nn
 
-__all__ = ["ResidualCNN"]
+__all__ = ["DigitMLP"]
+
+WIDTHS = (64, 64, 64, 64)
 
 
-class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions around a shortcut, which is a 1x1 convolution where the shape changes.
+class DigitMLP(nn.Module):
+    """Three hidden layers of 64 units with batch norm, and a linear head: four prunable layers, 12,928 weights.
 
-    K. He et al., "Deep residual learning for image recognition", 2015, arXiv:1512.03385.
+    It is small so that high sparsity is hard for it: at 97 %, 388 weights are left.
     """
-
-    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
-        self.norm1 = nn.BatchNorm2d(out_channels)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
-        self.norm2 = nn.BatchNorm2d(out_channels)
-        self.shortcut: nn.Module = nn.Identity()
-        if stride != 1 or in_channels != out_channels:
-            self.shortcut = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map (n, in_channels, h, w) to (n, out_channels, h / stride, w / stride)."""
-        y = torch.relu(self.norm1(self.conv1(x)))
-        return torch.relu(self.norm2(self.conv2(y)) + self.shortcut(x))
-
-
-class ResidualCNN(nn.Module):
-    """A stem, three residual blocks at 8x8, 4x4 and 2x2 pixels, and a linear head: ten prunable layers."""
 
     def __init__(self, num_classes: int = 10) -> None:
         super().__init__()
-        self.stem = nn.Conv2d(1, 16, 3, padding=1, bias=False)
-        self.norm = nn.BatchNorm2d(16)
-        self.block1 = ResidualBlock(16, 16, stride=1)
-        self.block2 = ResidualBlock(16, 32, stride=2)
-        self.block3 = ResidualBlock(32, 64, stride=2)
-        self.head = nn.Linear(64, num_classes)
+        hidden = [(nn.Linear(n, m, bias=False), nn.BatchNorm1d(m), nn.ReLU()) for n, m in pairwise(WIDTHS)]
+        self.body = nn.Sequential(*(module for layer in hidden for module in layer))
+        self.head = nn.Linear(WIDTHS[-1], num_classes)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Map images (n, 1, 8, 8) to logits (n, num_classes)."""
-        x = torch.relu(self.norm(self.stem(images)))
-        x = self.block3(self.block2(self.block1(x)))
-        logits: torch.Tensor = self.head(x.mean((2, 3)))
+        logits: torch.Tensor = self.head(self.body(images.flatten(1)))
         return logits

@@ -13,16 +13,18 @@ from gmp_kernels.tools.demo.trial import METHODS
 __all__ = ["markdown", "table"]
 
 Metrics: TypeAlias = dict[str, Any]
+# Mean, standard deviation and values of an accuracy over the seeds.
+Spread: TypeAlias = dict[str, Any]
 Row: TypeAlias = tuple[str, ...]
 
 LOADING = """```python
 from safetensors.torch import load_file
 from gmp_kernels import BitMask
-from gmp_kernels.tools.demo.model import ResidualCNN
+from gmp_kernels.tools.demo.model import DigitMLP
 
 tensors = load_file("model.safetensors")
 masks = {name: tensors.pop(f"{name}.mask") for name in list(tensors) if f"{name}.mask" in tensors}
-model = ResidualCNN()
+model = DigitMLP()
 model.load_state_dict(tensors)
 masks = {name: BitMask(packed, model.get_parameter(name).shape) for name, packed in masks.items()}
 ```"""
@@ -49,11 +51,11 @@ def markdown(metrics: Metrics, command: str) -> str:
     sections = [
         "# Gradual magnitude pruning on handwritten digits",
         _paragraph(
-            f"A residual CNN with {num_weights:,} prunable weights was trained dense on scikit-learn's digits.",
+            f"A multilayer perceptron with {num_weights:,} prunable weights was trained on scikit-learn's digits.",
             f"It was then pruned in three ways to {_percent(config['sparsity'])} sparsity in every layer.",
             f"For testing, {metrics['num_test_images']} images were held out.",
-            f"The two runs that train had the same {config['epochs']} epochs of {stages['steps_per_epoch']} steps, the",
-            "same order of images and the same learning rates.",
+            f"All runs that prune and train had {config['epochs']} epochs of {stages['steps_per_epoch']} steps,",
+            "with the same order of images and the same learning rates.",
             f"Seeds: {', '.join(map(str, seeds))}." if len(seeds) > 1 else f"One seed: {seeds[0]}.",
         ),
         _markdown_table(*_summary(metrics)),
@@ -64,6 +66,11 @@ def markdown(metrics: Metrics, command: str) -> str:
         ),
         "## What the numbers say",
         "\n".join(f"- {sentence}" for sentence in _findings(metrics)),
+        f"Chance is two standard errors of the difference, over the {'seeds' if len(seeds) > 1 else 'test images'}.",
+        "## Why gradually",
+        _what_the_sweep_says(metrics),
+        "![Test accuracy against sparsity](sweep.png)",
+        _markdown_table(*_sweep(metrics)),
     ]
     if len(seeds) > 1:
         sections += ["## Every seed", _markdown_table(*_per_seed(metrics))]
@@ -115,14 +122,13 @@ def _findings(metrics: Metrics) -> list[str]:
 
 def _versus_dense(metrics: Metrics, method: str, subject: str) -> str:
     accuracy = metrics["test_accuracy"]
-    reached, dense = accuracy[method]["mean"], accuracy["dense"]["mean"]
-    return f"{subject} ends at {_percent(reached)}, {_difference(metrics, reached, dense, 'the dense network')}."
+    difference = _difference(metrics, accuracy[method], accuracy["dense"], "the dense network")
+    return f"{subject} ends at {_percent(accuracy[method]['mean'])}, {difference}."
 
 
 def _gradual_versus_retrained(metrics: Metrics) -> str:
     gmp, retrained = metrics["test_accuracy"]["gmp"], metrics["test_accuracy"]["oneshot_retrained"]
-    difference = _difference(metrics, gmp["mean"], retrained["mean"], "one-shot with retraining")
-    sentence = f"Gradual pruning ends {difference}"
+    sentence = f"Gradual pruning ends {_difference(metrics, gmp, retrained, 'one-shot with retraining')}"
     pairs = list(zip(gmp["per_seed"], retrained["per_seed"], strict=True))
     if len(pairs) > 1:
         ahead, behind = sum(a > b for a, b in pairs), sum(a < b for a, b in pairs)
@@ -132,19 +138,69 @@ def _gradual_versus_retrained(metrics: Metrics) -> str:
     return sentence + "."
 
 
-def _difference(metrics: Metrics, value: float, other: float, name: str) -> str:
-    """Describe the difference of ``value`` from ``other``, called ``name``, and whether chance alone may explain it."""
+def _difference(metrics: Metrics, accuracy: Spread, other: Spread, name: str) -> str:
+    """Describe the difference of ``accuracy`` from ``other``, called ``name``, and whether it may be chance."""
     num_images = metrics["num_test_images"]
-    points, images = 100 * abs(value - other), abs(value - other) * num_images
+    difference = accuracy["mean"] - other["mean"]
+    images = abs(difference) * num_images
     if images < 0.005:
         return f"level with {name}"
-    # Two standard errors of the difference of two binomial fractions. Repetitions share test images, so they are not
-    # counted as more of them.
-    mean = (value + other) / 2
-    chance = 200 * math.sqrt(2 * mean * (1 - mean) / num_images)
-    doubt = f", less than the {chance:.2f} points that chance alone may give" if points <= chance else ""
-    side = "above" if value > other else "below"
-    return f"{points:.2f} points {side} {name} ({images:.3g} of {num_images} test images{doubt})"
+    chance = _chance(metrics, accuracy, other)
+    compared = "more" if abs(difference) > chance else "not more"
+    side = "above" if difference > 0 else "below"
+    return (
+        f"{100 * abs(difference):.2f} points {side} {name} ({images:.3g} of {num_images} test images, {compared} than "
+        f"the {100 * chance:.2f} points that chance alone may give)"
+    )
+
+
+def _chance(metrics: Metrics, accuracy: Spread, other: Spread) -> float:
+    """Return two standard errors of the difference of two means: over the seeds, or for one seed over the images."""
+    num_seeds = len(accuracy["per_seed"])
+    if num_seeds > 1:
+        return 2 * math.sqrt((accuracy["std"] ** 2 + other["std"] ** 2) / num_seeds)
+    mean = (accuracy["mean"] + other["mean"]) / 2
+    return 2 * math.sqrt(2 * mean * (1 - mean) / metrics["num_test_images"])
+
+
+def _swept(metrics: Metrics) -> list[tuple[float, Spread, Spread]]:
+    """Return each sparsity of the sweep with the accuracies of gradual pruning and of one-shot with retraining."""
+    sweep = metrics["sweep"]
+    accuracy = sweep["test_accuracy"]
+    return list(zip(sweep["sparsities"], accuracy["gmp"], accuracy["oneshot_retrained"], strict=True))
+
+
+def _what_the_sweep_says(metrics: Metrics) -> str:
+    ahead: list[str] = []
+    level: list[str] = []
+    behind: list[str] = []
+    for sparsity, gmp, retrained in _swept(metrics):
+        difference = gmp["mean"] - retrained["mean"]
+        clear = abs(difference) > _chance(metrics, gmp, retrained)
+        (level if not clear else ahead if difference > 0 else behind).append(f"{100 * sparsity:g}%")
+    sentences = [
+        (ahead, "gradual pruning is ahead of one-shot with retraining by more than chance"),
+        (level, "chance may explain the difference"),
+        (behind, "gradual pruning is behind one-shot with retraining by more than chance"),
+    ]
+    return _paragraph(
+        "Gradual pruning and one-shot with retraining at several sparsities, from the same dense networks.",
+        *(f"At {', '.join(sparsities)} sparsity, {said}." for sparsities, said in sentences if sparsities),
+    )
+
+
+def _sweep(metrics: Metrics) -> tuple[Row, list[Row]]:
+    rows: list[Row] = [
+        (
+            f"{100 * sparsity:g}%",
+            _mean_and_spread(gmp),
+            _mean_and_spread(retrained),
+            f"{100 * (gmp['mean'] - retrained['mean']):+.2f}",
+            f"{100 * _chance(metrics, gmp, retrained):.2f}",
+        )
+        for sparsity, gmp, retrained in _swept(metrics)
+    ]
+    return ("sparsity", METHODS["gmp"], METHODS["oneshot_retrained"], "difference in points", "chance"), rows
 
 
 def _counts_are_exact(metrics: Metrics) -> bool:
@@ -155,12 +211,11 @@ def _counts_are_exact(metrics: Metrics) -> bool:
 def _summary(metrics: Metrics) -> tuple[Row, list[Row]]:
     rows: list[Row] = []
     for method, name in METHODS.items():
-        accuracy, seconds = metrics["test_accuracy"][method], metrics["seconds"][method]
-        spread = "" if accuracy["std"] is None else f" ± {100 * accuracy['std']:.2f}"
+        seconds = metrics["seconds"][method]
         rows.append(
             (
                 name,
-                _percent(accuracy["mean"]) + spread,
+                _mean_and_spread(metrics["test_accuracy"][method]),
                 _percent(metrics["sparsity"][method]),
                 f"{seconds['training']:.1f} s",
                 f"{seconds['pruning'] * 1e3:.1f} ms",
@@ -192,6 +247,10 @@ def _markdown_table(header: Row, rows: list[Row]) -> str:
 
 def _paragraph(*sentences: str) -> str:
     return " ".join(sentences)
+
+
+def _mean_and_spread(accuracy: Spread) -> str:
+    return _percent(accuracy["mean"]) + ("" if accuracy["std"] is None else f" ± {100 * accuracy['std']:.2f}")
 
 
 def _percent(fraction: float) -> str:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import nn
@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from gmp_kernels import BitMask, GMPScheduler, Stages, StepReport, optim, prune_, schedules
 from gmp_kernels.tools.demo.data import Digits, load, steps_per_epoch
-from gmp_kernels.tools.demo.model import ResidualCNN
+from gmp_kernels.tools.demo.model import DigitMLP
 from gmp_kernels.tools.demo.training import Pruning, Training, evaluate, train
 
 __all__ = [
@@ -24,13 +24,16 @@ __all__ = [
     "MOMENTUM",
     "OPTIMIZERS",
     "PRUNING_LR",
+    "SWEPT",
     "WEIGHT_DECAY",
     "Result",
     "Trial",
     "compare",
     "num_epochs",
-    "seconds_after_backward",
+    "prune_and_train",
     "stages_of",
+    "sweep_of",
+    "train_dense",
 ]
 
 METHODS = {
@@ -45,10 +48,15 @@ OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "gmp": partial(optim.SGD, compact_state=True),
     "torch": torch.optim.SGD,
 }
+# Methods compared at more than one sparsity, and those sparsities.
+SWEPT = ("gmp", "oneshot_retrained")
+SWEEP = (0.8, 0.9, 0.95, 0.97, 0.98)
 DENSE_LR = 0.1
 PRUNING_LR = 0.05
 MOMENTUM = 0.9
 WEIGHT_DECAY = 5e-4
+
+Network = TypeVar("Network", bound=nn.Module)
 
 
 class Result(NamedTuple):
@@ -86,12 +94,14 @@ class Trial(NamedTuple):
     seed : int
     results : dict of str to Result
         Result of each method, by key of ``METHODS``.
+    sweep : dict of str to dict of float to float
+        Final accuracy of each method of ``SWEPT`` at each sparsity.
     num_test_images : int
     learning_rates : list of float
         Learning rate of each optimizer step of the gradual run.
     history : list of StepReport
         Updates of the gradual run.
-    model : ResidualCNN
+    model : DigitMLP
         The gradually pruned network.
     masks : dict of str to BitMask
         Its masks, by parameter name.
@@ -99,10 +109,11 @@ class Trial(NamedTuple):
 
     seed: int
     results: dict[str, Result]
+    sweep: dict[str, dict[float, float]]
     num_test_images: int
     learning_rates: list[float]
     history: list[StepReport]
-    model: ResidualCNN
+    model: DigitMLP
     masks: dict[str, BitMask]
 
 
@@ -111,13 +122,23 @@ def stages_of(epochs: int, num_steps: int) -> Stages:
     return Stages(epochs / 60, epochs * 34 / 60, epochs * 25 / 60, steps_per_epoch=num_steps)
 
 
-def num_epochs(stages: Stages) -> int:
-    """Return the number of epochs of all training in one comparison."""
-    return _dense_epochs(stages) + 2 * round(stages.epochs)
+def sweep_of(sparsity: float) -> list[float]:
+    """Return the sparsities of the comparison, ascending: those of ``SWEEP``, and ``sparsity``."""
+    return sorted({*SWEEP, sparsity})
+
+
+def num_epochs(stages: Stages, sweep: Sequence[float]) -> int:
+    """Return the number of epochs of all training in one comparison at the sparsities of ``sweep``."""
+    return _dense_epochs(stages) + len(SWEPT) * len(sweep) * round(stages.epochs)
 
 
 def compare(
-    stages: Stages, gradual: schedules.Ramp, seed: int, optimizer: str, after_epoch: Callable[[str], None]
+    stages: Stages,
+    gradual: schedules.Ramp,
+    sweep: Sequence[float],
+    seed: int,
+    optimizer: str,
+    after_epoch: Callable[[str], None],
 ) -> Trial:
     """Train a dense network and prune it gradually, in one shot, and in one shot with retraining.
 
@@ -127,6 +148,8 @@ def compare(
         Stages of both runs that prune and train. The dense network is trained before, for half as many epochs.
     gradual : Ramp
         Sparsity of the gradual run. One-shot pruning goes to its final sparsity at once.
+    sweep : sequence of float
+        Final sparsities at which the methods of ``SWEPT`` are compared, that of ``gradual`` among them.
     seed : int
         Determines the test images, the initial weights and the order of the training images.
     optimizer : str
@@ -135,20 +158,22 @@ def compare(
         Called with the method, a key of ``METHODS``, after each epoch.
     """
     digits = load(seed)
-    # The scheduler prunes after the optimizer's first step, so the retrained network differs from the other one-shot
-    # network by a single step.
-    at_once = schedules.OneShot(gradual.final_sparsity)
     make_optimizer = OPTIMIZERS[optimizer]
-    dense, dense_training = _train_dense(
-        digits, _dense_epochs(stages), seed, make_optimizer, partial(after_epoch, "dense")
+    dense, dense_training = train_dense(
+        DigitMLP, digits, _dense_epochs(stages), seed, make_optimizer, partial(after_epoch, "dense")
     )
-    gmp, gmp_pruner, gmp_training = _prune_and_train(
-        dense, gradual, stages, digits, seed, make_optimizer, partial(after_epoch, "gmp")
-    )
+
+    def pruned(method: str, sparsity: float) -> tuple[DigitMLP, GMPScheduler, Training]:
+        # The scheduler prunes after the optimizer's first step, so the retrained network differs from the other
+        # one-shot network by a single step.
+        at_once = schedules.OneShot(sparsity)
+        schedule = gradual.with_final_sparsity(sparsity) if method == "gmp" else at_once
+        return prune_and_train(dense, schedule, stages, digits, seed, make_optimizer, partial(after_epoch, method))
+
+    runs = {(method, sparsity): pruned(method, sparsity) for sparsity in sweep for method in SWEPT}
+    gmp, gmp_pruner, gmp_training = runs["gmp", gradual.final_sparsity]
+    _, retrained_pruner, retraining = runs["oneshot_retrained", gradual.final_sparsity]
     oneshot = _prune_at_once(dense, gradual.final_sparsity, digits)
-    _, retrained_pruner, retraining = _prune_and_train(
-        dense, at_once, stages, digits, seed, make_optimizer, partial(after_epoch, "oneshot_retrained")
-    )
     before = dense_training.accuracies[-1]
     return Trial(
         seed=seed,
@@ -158,6 +183,7 @@ def compare(
             "oneshot": oneshot,
             "oneshot_retrained": _result(oneshot.accuracy, retraining, retrained_pruner),
         },
+        sweep={method: {sparsity: runs[method, sparsity][2].accuracies[-1] for sparsity in sweep} for method in SWEPT},
         num_test_images=len(digits.test_labels),
         learning_rates=gmp_training.learning_rates,
         history=list(gmp_pruner.history),
@@ -166,54 +192,37 @@ def compare(
     )
 
 
-def seconds_after_backward(optimizer: str | None, epochs: int) -> float:
-    """Return the time of optimizer steps and pruning in one run, in seconds.
-
-    Parameters
-    ----------
-    optimizer : str or None
-        A key of ``OPTIMIZERS``, for a run with gradual pruning to 90 %; None for torch's fused SGD without pruning.
-    epochs : int
-        At least 3.
-    """
-    digits = load(0)
-    if optimizer is None:
-        return _train_dense(digits, epochs, 0, partial(torch.optim.SGD, fused=True), lambda: None)[1].update_seconds
-    torch.manual_seed(0)
-    stages = stages_of(epochs, steps_per_epoch(digits))
-    schedule = stages.schedule(final_sparsity=0.9)
-    network = ResidualCNN()
-    return _prune_and_train(network, schedule, stages, digits, 0, OPTIMIZERS[optimizer], lambda: None)[2].update_seconds
-
-
 def _dense_epochs(stages: Stages) -> int:
     return max(1, round(stages.epochs / 2))
 
 
-def _train_dense(
+def train_dense(
+    network: Callable[[], Network],
     digits: Digits,
     epochs: int,
     seed: int,
     make_optimizer: Callable[..., Optimizer],
     after_epoch: Callable[[], None],
-) -> tuple[ResidualCNN, Training]:
+) -> tuple[Network, Training]:
+    """Return ``network()``, with initial weights from ``seed``, after ``epochs`` of training, and the record of it."""
     torch.manual_seed(seed)
-    model = ResidualCNN()
+    model = network()
     optimizer = make_optimizer(model.parameters(), lr=DENSE_LR, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
     lr_scheduler = CosineAnnealingLR(optimizer, T_max=epochs * steps_per_epoch(digits))
     training = train(model, digits, optimizer, lr_scheduler, epochs=epochs, seed=seed, after_epoch=after_epoch)
     return model, training
 
 
-def _prune_and_train(
-    dense: ResidualCNN,
+def prune_and_train(
+    dense: Network,
     schedule: schedules.Schedule,
     stages: Stages,
     digits: Digits,
     seed: int,
     make_optimizer: Callable[..., Optimizer],
     after_epoch: Callable[[], None],
-) -> tuple[ResidualCNN, GMPScheduler, Training]:
+) -> tuple[Network, GMPScheduler, Training]:
+    """Return a copy of ``dense`` that was pruned by ``schedule`` while it was trained, its pruner, and the record."""
     model = deepcopy(dense)
     optimizer = make_optimizer(model.parameters(), lr=PRUNING_LR, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
     pruner = GMPScheduler(model, optimizer, schedule)
@@ -230,9 +239,9 @@ def _prune_and_train(
     return model, pruner, training
 
 
-def _prune_at_once(dense: ResidualCNN, sparsity: float, digits: Digits) -> Result:
+def _prune_at_once(dense: DigitMLP, sparsity: float, digits: Digits) -> Result:
     model = deepcopy(dense)
-    weights = [module.weight for module in model.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
+    weights = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
     started = time.perf_counter()
     pruned = prune_(weights, sparsity=sparsity)
     seconds = time.perf_counter() - started
