@@ -108,7 +108,11 @@ def test_ignore(ignore, gone):
         (nn.BatchNorm2d, None, "such as 'layer1.norm.weight'"),
         ("layer1.norm", None, "such as 'layer1.norm.weight'"),
         ("re:(", None, "regular expression"),
-        (Net().head, None, "not the object"),
+        (Net().head, None, "of type Linear; .* not the object"),
+        ([Net().head], None, "of type Linear; .* not the object"),
+        (nn.Sequential(nn.Linear(3, 4)), None, "of type Sequential"),
+        (Net().head.weight, None, "of type Parameter"),
+        (3, None, "of type int"),
         ([3], None, "of type int"),
         ([], None, "at least one parameter"),
         ("head", nn.Linear, "'head.weight' is ignored by Linear, for one: drop that entry"),
@@ -116,7 +120,7 @@ def test_ignore(ignore, gone):
 )
 def test_what_matches_nothing_is_named(targets, ignore, message):
     with pytest.raises(TargetError, match=message):
-        select([targets] if isinstance(targets, nn.Module) else targets, ignore)
+        select(targets, ignore)
 
 
 def test_model_without_prunable_weights():

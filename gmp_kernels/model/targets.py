@@ -152,8 +152,8 @@ class ParameterIndex(TargetIndex):
             reached = [name for name in self._parameters if any(isinstance(m, entry) for m in self._above(name))]
         elif not isinstance(entry, str):
             raise TargetError(
-                f"{what}: expected a name, a pattern or a module type, got {entry!r} of type {type(entry).__name__}; "
-                "pass the name of a module or parameter, not the object"
+                f"{what}: expected a name, a pattern or a module type, got an object of type "
+                f"{type(entry).__name__}; pass the name of a module or parameter, not the object"
             )
         else:
             reached = super()._reached_by(what, entry)
@@ -177,7 +177,9 @@ def _held(optimizer: torch.optim.Optimizer) -> set[torch.Tensor]:
 def _as_list(entries: Entry | Iterable[Entry] | None) -> Sequence[Entry] | None:
     if entries is None:
         return None
-    return [entries] if isinstance(entries, (str, type)) else list(entries)
+    # Modules and tensors may be iterated over, but what they hold is not what was given.
+    is_one = isinstance(entries, (str, type, nn.Module, torch.Tensor)) or not isinstance(entries, Iterable)
+    return [entries] if is_one else list(entries)  # type: ignore[arg-type, list-item]
 
 
 def _kind(owner: nn.Module, attribute: str) -> str:
