@@ -232,8 +232,9 @@ class GMPScheduler:
     def step(self) -> StepReport | None:
         """Prune if an update is due, and make sure that pruned weights are zero; call it after ``optimizer.step()``.
 
-        The update of schedule step ``n`` is due once ``n`` optimizer steps are counted, which may be before any
-        training. A call after a step that a GradScaler skipped, or in a micro-batch of an accumulation, does not count.
+        The update of schedule step ``n`` is made by the call that follows optimizer step ``n``, counted from 0, or by
+        one before it, if there is any: a call before training makes that of step 0. A call after a step that a
+        GradScaler skipped, or in a micro-batch of an accumulation, does not count.
 
         Returns
         -------

@@ -167,7 +167,7 @@ class Stages:
         kind: type[Ramp] = Cubic,
         frequency: float | None = None,
     ) -> Ramp:
-        """Return the sparsity schedule that fills the pruning stage.
+        """Return the sparsity schedule that fills the pruning stage, with its last update within the run.
 
         Parameters
         ----------
@@ -188,13 +188,14 @@ class Stages:
         """
         if frequency is None:
             frequency = 1 if self.steps_per_epoch > 1 else self.pruning // UPDATES
-        return kind.from_epochs(
+        # Without fine-tuning, the step after the last would never be taken.
+        last = self.total_steps - 1
+        return kind(
             initial_sparsity,
             final_sparsity,
-            begin=self.stabilization,
-            end=self.stabilization + self.pruning,
-            frequency=frequency,
-            steps_per_epoch=self.steps_per_epoch,
+            min(self.pruning_begin_step, last),
+            min(self.pruning_end_step, last),
+            frequency=max(1, to_steps("Stages.schedule: frequency", frequency, self.steps_per_epoch)),
         )
 
     def lr_scheduler(

@@ -179,6 +179,16 @@ def test_a_low_final_sparsity_lowers_the_first() -> None:
     assert STAGES.attach(model, optimizer, 0.02).pruner.schedule == STAGES.schedule(0.02, 0.02)
 
 
+@pytest.mark.parametrize("stages", [gmp.Stages(1, 3, 0, steps_per_epoch=4), gmp.Stages.from_steps(7, pruning=59 / 60)])
+def test_a_run_without_fine_tuning_reaches_its_sparsity(stages: gmp.Stages) -> None:
+    model, optimizer = model_and_optimizer()
+    run = stages.attach(model, optimizer, 0.75)
+    for step in range(stages.total_steps):
+        train(model, optimizer, step)
+        run.step()
+    assert run.finished and run.sparsity == 0.75
+
+
 def test_an_optimizer_that_is_wrapped() -> None:
     class Wrapper(torch.optim.Optimizer):
         def __init__(self, optimizer: torch.optim.Optimizer) -> None:
