@@ -39,6 +39,12 @@ def test_training_under_torchrun():
 
 
 @pytest.mark.thorough
+def test_a_trainer_of_transformers(tmp_path):
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    passes(run_python(*torchrun, JOBS / "hf_trainer.py", tmp_path, OMP_NUM_THREADS="1"))
+
+
+@pytest.mark.thorough
 def test_a_checkpoint_goes_on_on_another_number_of_ranks(tmp_path):
     passes(run_python(JOBS / "resume.py", tmp_path, OMP_NUM_THREADS="1"))
 
