@@ -39,9 +39,10 @@ def test_training_under_torchrun():
 
 
 @pytest.mark.thorough
-def test_a_trainer_of_transformers(tmp_path):
+@pytest.mark.parametrize("job", ["hf_trainer.py", "lightning_trainer.py"])
+def test_trainers_of_copies(tmp_path, job):
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-    passes(run_python(*torchrun, JOBS / "hf_trainer.py", tmp_path, OMP_NUM_THREADS="1"))
+    passes(run_python(*torchrun, JOBS / job, tmp_path, OMP_NUM_THREADS="1"))
 
 
 @pytest.mark.thorough

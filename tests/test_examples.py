@@ -6,6 +6,7 @@ import pytest
 from subprocesses import ROOT, run_python
 
 SAID = {
+    "lightning_module.py": "sparsity 0.9000, ",
     "hf_trainer.py": "loaded: sparsity 0.9000",
     "train.py": "sparsity 0.9000, ",
     "resume.py": "sparsity 0.9000; the same bits as without a stop: True",

@@ -42,6 +42,12 @@ class GMPCallback(PruningCallback, Callback):
     _loaded: dict[str, Any] | None = None
     _seen = 0  # optimizer steps at the latest call of run.step()
 
+    @property
+    def state_key(self) -> str:
+        """The name of this callback's state in checkpoints, another one for other targets."""
+        targets = self._options.get("targets")
+        return "GMPCallback" if targets is None else f"GMPCallback of {targets}"
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._loaded = None
 
