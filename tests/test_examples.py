@@ -6,6 +6,7 @@ import pytest
 from subprocesses import ROOT, run_python
 
 SAID = {
+    "accelerate_loop.py": "sparsity 0.9000 after 100 steps; the same bits as without a stop: True",
     "lightning_module.py": "sparsity 0.9000, ",
     "hf_trainer.py": "loaded: sparsity 0.9000",
     "train.py": "sparsity 0.9000, ",
