@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import gmp_kernels as gmp
+from gmp_kernels.distributed.placement import local
 
 BATCHES, ACCUMULATION = 32, 2
 OPTIMIZERS: dict[str, Any] = {
@@ -33,13 +34,16 @@ class Loop:
         model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8))
         inner = OPTIMIZERS[optimizer](model.parameters())
         loader = DataLoader(torch.randn(4 * BATCHES, 16), batch_size=4)
-        stages = gmp.Stages.from_steps(BATCHES // ACCUMULATION)
+        stages = gmp.Stages.from_steps(BATCHES // ACCUMULATION // self.accelerator.num_processes)
         if attaches == "before":
             self.run = stages.attach(model, inner, 0.9)
-        self.model, self.optimizer, self.loader = self.accelerator.prepare(model, inner, loader)
+        self.model, self.optimizer, self.loader = self.prepare(self.accelerator, model, inner, loader)
         if attaches == "after":
             self.run = stages.attach(self.model, self.optimizer, 0.9)
         self.accelerator.register_for_checkpointing(self.run)
+
+    def prepare(self, accelerator: Accelerator, *objects: Any) -> Any:
+        return accelerator.prepare(*objects)
 
     def train(self, begin: int = 0, end: int = BATCHES, overflows: tuple[int, ...] = ()) -> None:
         for number, batch in enumerate(self.loader):
@@ -58,7 +62,7 @@ class Loop:
         state = self.optimizer.state_dict()["state"]
         found = [value for entry in state.values() for value in entry.values() if isinstance(value, torch.Tensor)]
         masks = [mask.packed for mask in self.run.pruner.masks.values()]
-        return [p.detach() for p in self.model.parameters()] + found + masks
+        return [local(tensor).detach() for tensor in [*self.model.parameters(), *found]] + masks
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)

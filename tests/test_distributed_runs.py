@@ -39,8 +39,8 @@ def test_training_under_torchrun():
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("job", ["hf_trainer.py", "lightning_trainer.py"])
-def test_trainers_of_copies(tmp_path, job):
+@pytest.mark.parametrize("job", ["hf_trainer.py", "lightning_trainer.py", "accelerate_loop.py"])
+def test_trainers(tmp_path, job):
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
     passes(run_python(*torchrun, JOBS / job, tmp_path, OMP_NUM_THREADS="1"))
 

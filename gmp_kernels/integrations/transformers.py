@@ -65,8 +65,9 @@ class GMPCallback(PruningCallback, TrainerCallback):
             control.should_log = should_log  # the call takes itself for the one that was due
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        saved = self._state()  # on every rank, as shards of masks are gathered
         if args.should_save and not state.is_hyper_param_search:
-            torch.save(self._state(), Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}" / FILE)
+            torch.save(saved, Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}" / FILE)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
