@@ -7,6 +7,7 @@ from subprocesses import ROOT, run_python
 
 SAID = {
     "accelerate_loop.py": "sparsity 0.9000 after 100 steps; the same bits as without a stop: True",
+    "torchtitan_hook.py": "sparsity 0.9000 after 120 steps, weight decay {0.0}, ",
     "lightning_module.py": "sparsity 0.9000, ",
     "hf_trainer.py": "loaded: sparsity 0.9000",
     "train.py": "sparsity 0.9000, ",
