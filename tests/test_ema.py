@@ -60,7 +60,8 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, run: Any, step: in
 
 
 @pytest.mark.parametrize("kind", AVERAGES)
-@pytest.mark.parametrize("wraps", [False, True])
+@pytest.mark.parametrize("wraps", [False, pytest.param(True, marks=pytest.mark.thorough)])
+@pytest.mark.sampled(2)
 def test_the_average_has_the_zeros_of_the_model_at_every_update(kind, wraps):
     model = make_model()
     trained = torch.compile(model, backend="eager") if wraps else model

@@ -17,7 +17,16 @@ SAID = {
 }
 
 
-@pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "examples").glob("*.py")))
+SLOW = {"accelerate_loop.py", "hf_trainer.py", "lightning_module.py"}  # to import what they need
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(path.name, marks=pytest.mark.thorough if path.name in SLOW else ())
+        for path in sorted((ROOT / "examples").glob("*.py"))
+    ],
+)
 def test_example(name: str) -> None:
     done = run_python(ROOT / "examples" / name)
     assert done.returncode == 0, done.stderr

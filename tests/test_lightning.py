@@ -124,6 +124,7 @@ class Endless(Module):
 @pytest.mark.parametrize("kind", [Module, Manual])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("step", [5, 7])  # at the end of an epoch (of a Module) and within one
+@pytest.mark.sampled(3)
 def test_a_resumed_run_has_the_bits_of_one_that_was_not_interrupted(tmp_path, kind, optimizer, step):
     whole = GMPCallback(0.9, pruning=0.5)
     keeper = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=step, save_top_k=-1)

@@ -36,6 +36,7 @@ def expected_zeros(sparsity: float) -> list[int]:
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.sampled(3)
 def test_a_run_ends_with_the_sparsity_asked_for(tmp_path, optimizer):
     callback = GMPCallback(0.9)
     trainer = make_trainer(tmp_path, callback, optimizer=optimizer)
@@ -63,6 +64,7 @@ def test_accumulation_counts_optimizer_steps_also_where_an_epoch_is_no_whole_num
     assert [report.step for report in callback.run.pruner.history] == [0, 3, 6, 9, 12]
 
 
+@pytest.mark.thorough
 def test_epochs_give_the_length_as_well(tmp_path):
     callback = GMPCallback(0.9, frequency=10)
     make_trainer(tmp_path, callback, max_steps=-1, num_train_epochs=1).train()  # 40 steps
@@ -70,6 +72,7 @@ def test_epochs_give_the_length_as_well(tmp_path):
 
 
 @pytest.mark.parametrize("removes", [True, False])
+@pytest.mark.sampled(2)
 def test_weight_decay_ends_with_the_pruning_stage(tmp_path, removes):
     seen = {}
 
@@ -115,6 +118,7 @@ def test_steps_that_are_skipped_do_not_count(tmp_path):
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.sampled(3)
 def test_a_resumed_run_has_the_bits_of_one_that_was_not_interrupted(tmp_path, optimizer, accumulation):
     arguments = {"optimizer": optimizer, "gradient_accumulation_steps": accumulation}
     whole = GMPCallback(0.9)
@@ -130,6 +134,7 @@ def test_a_resumed_run_has_the_bits_of_one_that_was_not_interrupted(tmp_path, op
 
 
 @pytest.mark.parametrize("step", [5, 15])  # within and after the pruning stage
+@pytest.mark.sampled(2)
 def test_a_run_resumes_from_any_folder(tmp_path, step):
     whole = GMPCallback(0.9)
     first = make_trainer(tmp_path / "whole", whole)
@@ -141,6 +146,7 @@ def test_a_run_resumes_from_any_folder(tmp_path, step):
     assert all(map(torch.equal, bits(first, whole), bits(second, rest)))
 
 
+@pytest.mark.thorough
 def test_a_longer_run_keeps_the_schedule_it_began_with(tmp_path):
     make_trainer(tmp_path, GMPCallback(0.9), max_steps=STEPS).train()
     callback = GMPCallback(0.9)
@@ -150,6 +156,7 @@ def test_a_longer_run_keeps_the_schedule_it_began_with(tmp_path):
     assert [int(found.sum()) for found in zeros(trainer.model).values()] == expected_zeros(0.9)
 
 
+@pytest.mark.thorough
 def test_checkpoints_without_the_optimizer_resume_the_masks(tmp_path):
     make_trainer(tmp_path, GMPCallback(0.9), save_only_model=True).train()
     callback = GMPCallback(0.9)
@@ -159,6 +166,7 @@ def test_checkpoints_without_the_optimizer_resume_the_masks(tmp_path):
     assert [int(found.sum()) for found in zeros(trainer.model).values()] == expected_zeros(0.9)
 
 
+@pytest.mark.thorough
 def test_the_masks_are_rotated_with_their_checkpoints(tmp_path):
     make_trainer(tmp_path, GMPCallback(0.9), save_total_limit=2).train()
     assert sorted(path.parent.name for path in tmp_path.rglob("pruning.pt")) == ["checkpoint-15", "checkpoint-20"]
@@ -208,6 +216,7 @@ def test_the_best_model_is_one_of_the_final_sparsity(tmp_path):
     assert list(callback.run.pruner.verify().values()) == expected_zeros(0.9)
 
 
+@pytest.mark.thorough
 def test_the_best_model_of_a_run_that_ends_early_has_its_own_masks(tmp_path):
     callback = GMPCallback(0.9)
     with pytest.warns(GMPWarning, match="before the last update"):
@@ -268,6 +277,7 @@ def test_arguments_are_checked_before_training():
         GMPCallback(0.9, target="head")
 
 
+@pytest.mark.thorough
 def test_arguments_of_the_scheduler_are_passed_on(tmp_path):
     callback = GMPCallback(0.9, targets="transformer.h.0.mlp", overrides={"*c_fc*": 0.5})
     make_trainer(tmp_path, callback).train()
