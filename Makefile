@@ -81,4 +81,6 @@ $(VENV)/.demo: $(VENV)/.torch $(SOURCES)
 $(VENV)/.test: $(VENV)/.torch $(SOURCES)
 	@echo '== building and installing gmp_kernels and the test tools (about 420 MB; 2 to 6 minutes)'
 	@GMP_KERNELS_BUILD_CUDA=0 GMP_KERNELS_BUILD_SIMT=1 $(PIP) --editable '.[test]'
+	@# One file of it is tested. It requires torchvision, whose usual build would break transformers beside a CPU torch.
+	@$(PIP) --no-deps 'timm>=1.0.20'
 	@touch $(VENV)/.demo $@

@@ -9,6 +9,7 @@ import torch
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from gmp_kernels.errors import StateError
+from gmp_kernels.pruner.state import gathered
 from gmp_kernels.reports import StepReport
 from gmp_kernels.scheduler import GMPScheduler
 
@@ -106,9 +107,11 @@ class Run:
         """Return what a bit-exact resume needs besides the model's and the optimizer's own state.
 
         Plain data and tensors, as in ``GMPScheduler.state_dict()``; ``torch.load(..., weights_only=True)`` reads it.
+        Of sharded parameters it holds the whole masks (1 bit per weight on every rank), so that one rank can save them
+        in a file for any number of ranks; every rank has to make the call.
         """
         return {
-            "pruners": [pruner.state_dict() for pruner in self.pruners],
+            "pruners": [gathered(pruner.state_dict()) for pruner in self.pruners],
             "lr_scheduler": None if self.lr_scheduler is None else self.lr_scheduler.state_dict(),
         }
 

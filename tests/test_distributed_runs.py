@@ -39,6 +39,13 @@ def test_training_under_torchrun():
 
 
 @pytest.mark.thorough
+@pytest.mark.parametrize("job", ["hf_trainer.py", "lightning_trainer.py", "accelerate_loop.py"])
+def test_trainers(tmp_path, job):
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    passes(run_python(*torchrun, JOBS / job, tmp_path, OMP_NUM_THREADS="1"))
+
+
+@pytest.mark.thorough
 def test_a_checkpoint_goes_on_on_another_number_of_ranks(tmp_path):
     passes(run_python(JOBS / "resume.py", tmp_path, OMP_NUM_THREADS="1"))
 

@@ -31,7 +31,7 @@ FLOORS = [
     {"run"},
     {"recipes", "stages"},
     {FACADE},
-    {"tools"},
+    {"integrations", "tools"},
     {"__main__"},
 ]
 FLOOR = {name: height for height, names in enumerate(FLOORS) for name in names}

@@ -33,7 +33,7 @@ from gmp_kernels import BitMask, optim
 from gmp_kernels.errors import DTypeError, LayoutError, ShapeError, StateError, TargetError
 from gmp_kernels.optim import clip_grad_norm_, ema_update_
 from gmp_kernels.optim.compact import layout_of
-from gmp_kernels.tools.testing import assert_bitwise_equal
+from gmp_kernels.tools.testing import assert_bitwise_equal, device_of
 
 RULES = pytest.mark.parametrize("case", ["sgd", "nesterov", "adamw_amsgrad"])
 
@@ -278,3 +278,14 @@ def test_averages_are_dead_where_the_weights_are():
             assert not average[~mask.to_bool()].any()
             expected = expected * mask.to_bool()
         torch.testing.assert_close(average, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("sparsity", [0.5, 1.0])
+def test_averages_are_zero_in_blocks_that_are_all_pruned(backend, sparsity):
+    """An update skips such blocks, so it cannot be what zeroes them."""
+    device = device_of(backend)
+    weight, average = torch.ones(3, 4096, device=device), torch.full((3, 4096), 2.0, device=device)
+    kept = torch.zeros(3, 4096, dtype=torch.bool, device=device)
+    kept[:, : round(4096 * (1.0 - sparsity))] = True
+    ema_update_([average], [weight], 0.75, masks=[BitMask.from_bool(kept)], backend=backend)
+    assert torch.equal(average, torch.where(kept, 1.75, 0.0))

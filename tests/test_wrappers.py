@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from gmp_kernels import GMPScheduler, optim, schedules
-from gmp_kernels.errors import GMPWarning, TargetError
+from gmp_kernels.errors import GMPWarning, LayoutError, TargetError
 from gmp_kernels.model.wrappers import optimizer_chain
 
 INNER: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -271,3 +271,15 @@ def test_a_learning_rate_scheduler_is_no_wrapper() -> None:
     scheduler = torch.optim.lr_scheduler.StepLR(torch.optim.SGD(model.parameters(), lr=0.1), 1)
     with pytest.raises(TypeError, match=r"expected a torch\.optim\.Optimizer or a wrapper around one"):
         GMPScheduler(model, scheduler, schedules.OneShot(0.9))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["zero.stage_1_and_2.DeepSpeedZeroOptimizer", "engine.DeepSpeedEngine"])
+@pytest.mark.parametrize("wraps", [False, True])
+def test_deepspeed_is_refused_by_name(name, wraps):
+    """Its optimizers and engines, and Accelerate's wrapper around them, by where their classes are defined."""
+    model = nn.Linear(4, 4)
+    module, _, kind = name.rpartition(".")
+    flat = nn.Parameter(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    optimizer = type(kind, (Handle,), {"__module__": f"deepspeed.runtime.{module}"})(torch.optim.SGD([flat], lr=0.1))
+    with pytest.raises(LayoutError, match=rf"DeepSpeed's {kind}, .*fully_shard"):
+        GMPScheduler(model, Handle(optimizer) if wraps else optimizer, schedules.OneShot(0.5))

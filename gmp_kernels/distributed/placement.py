@@ -10,6 +10,7 @@ from gmp_kernels.masks import BitMask
 from gmp_kernels.search.placement import Region
 
 __all__ = [
+    "gathered_mask",
     "is_sharded",
     "local",
     "local_grad",
@@ -108,6 +109,11 @@ def whole_mask(mask: BitMask, parameter: torch.Tensor) -> torch.Tensor:
     can be resharded.
     """
     return sharded_like(mask.to_bool(), parameter) if is_sharded(parameter) else mask.packed.clone()
+
+
+def gathered_mask(stored: torch.Tensor) -> torch.Tensor:
+    """Return the packed bits of a whole mask that ``whole_mask`` has returned. Every rank has to call it."""
+    return BitMask.from_bool(stored.full_tensor()).packed if is_sharded(stored) else stored  # type: ignore[attr-defined]
 
 
 def local_mask(stored: torch.Tensor, parameter: torch.Tensor) -> BitMask:

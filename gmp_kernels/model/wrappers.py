@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from gmp_kernels.errors import TargetError
+from gmp_kernels.errors import LayoutError, TargetError
 
 __all__ = ["inside", "optimizer_chain", "with_own_hooks"]
 
@@ -35,6 +35,8 @@ def optimizer_chain(optimizer: Any) -> list[Any]:
         It is no optimizer, and wraps none.
     TargetError
         Its steps cannot be watched.
+    LayoutError
+        It is DeepSpeed's, which steps flat copies of the parameters.
     """
     chain = [optimizer]
     while (inner := _wrapped(chain[-1])) is not None and not any(inner is known for known in chain):
@@ -42,6 +44,14 @@ def optimizer_chain(optimizer: Any) -> list[Any]:
             # It steps copies of the parameters, or a part of them; only the wrapper writes all of them.
             break
         chain.append(inner)
+    for one in (*chain, getattr(chain[-1], "optimizer", None)):
+        # Not deepspeed.ops, whose optimizers step the parameters themselves.
+        if type(one).__module__.startswith("deepspeed.runtime."):
+            raise LayoutError(
+                f"GMPScheduler: expected an optimizer of the model's own parameters, got DeepSpeed's "
+                f"{type(one).__name__}, which steps flat copies of them; shard the model by "
+                "torch.distributed.fsdp.fully_shard instead"
+            )
     # Learning rate schedulers hold an optimizer too, and no parameters.
     if not isinstance(chain[-1], Optimizer) or not hasattr(optimizer, "param_groups"):
         raise TypeError(

@@ -168,8 +168,8 @@ def ema_update_(
 ) -> None:
     """Move running averages of the weights towards them: ``average = decay * average + (1 - decay) * weight``.
 
-    Pruned positions become zero in the average. An ordinary average would keep values of weights that are pruned by
-    now, and so would not be sparse.
+    The average is exactly zero wherever the mask says pruned. An ordinary average would keep values of weights that are
+    pruned by now, and so would not be sparse.
 
     Parameters
     ----------
@@ -189,8 +189,8 @@ def ema_update_(
 
     Notes
     -----
-    One read of both, one write of the averages. Blocks that are all pruned are not touched, so call ``apply_masks_`` on
-    the averages once whenever the masks change.
+    One read of both and one write of the averages; with masks, one more write of their pruned positions. An interrupt
+    may leave these zero and the rest not moved yet; call it again.
     """
     if not 0.0 <= decay <= 1.0:
         raise SparsityError(f"ema_update_: expected a decay in [0, 1], got {decay!r}")
@@ -219,6 +219,9 @@ def ema_update_(
             )
     implementation = choose(backend, targets[0].weight.device)
     torch.autograd.graph.increment_version([target.weight for target in targets])  # first, as in prune_
+    # The update skips blocks that are all pruned, where the averages still hold what was there before.
+    if masked := [target for target in targets if target.mask is not None]:
+        implementation.apply(masked)
     implementation.update(
         "average",
         UpdateBatch([UpdateTensor(t.weight, mask=t.mask) for t in targets]),

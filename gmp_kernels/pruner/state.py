@@ -10,7 +10,14 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
-from gmp_kernels.distributed.placement import local, local_mask, whole_mask
+from gmp_kernels.distributed.placement import (
+    gathered_mask,
+    is_sharded,
+    local,
+    local_mask,
+    sum_over_shards,
+    whole_mask,
+)
 from gmp_kernels.errors import ShapeError, StateError, TargetError
 from gmp_kernels.masks import BitMask
 from gmp_kernels.model.names import named_parameters, plain_name
@@ -20,7 +27,7 @@ from gmp_kernels.pruner.enforcement import Enforcement
 from gmp_kernels.pruner.layers import writable_mask
 from gmp_kernels.reports import StepReport
 
-__all__ = ["Start", "begin_load", "pack", "starting_masks"]
+__all__ = ["Start", "begin_load", "gathered", "pack", "starting_masks"]
 
 Start: TypeAlias = Mapping[str, BitMask] | str | PathLike[str] | None
 
@@ -53,6 +60,15 @@ def pack(held: Enforcement, history: Sequence[StepReport]) -> dict[str, Any]:
     }
 
 
+def gathered(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what ``pack`` has returned with the masks of whole layers, for a single file.
+
+    Every rank has to call it. A layer at a time is gathered, which takes 1 byte per weight of it.
+    """
+    layers = {name: layer | {"mask": gathered_mask(layer["mask"])} for name, layer in state["layers"].items()}
+    return {**state, "layers": layers}
+
+
 def begin_load(state: Any, held: Enforcement, history: list[StepReport], *, masks_only: bool) -> Callable[[], None]:
     """Check what ``pack`` has returned, for the parameters of this process and the settings of its pruner.
 
@@ -73,6 +89,9 @@ def begin_load(state: Any, held: Enforcement, history: list[StepReport], *, mask
         layers = _layers(state, held.parameters)
         masks = {name: local_mask(layers[name]["mask"], parameter) for name, parameter in held.parameters.items()}
         num_pruned = {name: int(layer["num_pruned"]) for name, layer in layers.items()}
+        for name, parameter in held.parameters.items():
+            if is_sharded(layers[name]["mask"]):
+                _check_shards(name, masks[name], num_pruned[name], parameter)
         if not masks_only:
             found = dict(state["settings"])
             for setting, value in held.settings.items():
@@ -106,6 +125,17 @@ def begin_load(state: Any, held: Enforcement, history: list[StepReport], *, mask
         held.apply(masks)
 
     return load
+
+
+def _check_shards(name: str, mask: BitMask, num_pruned: int, parameter: torch.Tensor) -> None:
+    """Raise StateError on every rank unless the shards of a mask are those of all ranks."""
+    found = int(sum_over_shards(mask.numel - mask.num_kept, parameter))
+    if found != num_pruned:
+        raise StateError(
+            f"load_state_dict: expected shards of the mask of '{name}' that prune {num_pruned} weights together, got "
+            f"{found}; one rank's shards have been loaded on all. Save and load sharded masks with "
+            "torch.distributed.checkpoint, or the state of a Run, whose masks are whole, in a single file"
+        )
 
 
 def _layers(state: Any, parameters: Mapping[str, torch.Tensor]) -> dict[str, Any]:
