@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from gmp_kernels.errors import StateError
+from gmp_kernels.errors import StateError, warn
 from gmp_kernels.pruner.state import gathered
 from gmp_kernels.reports import StepReport
 from gmp_kernels.scheduler import GMPScheduler
@@ -59,6 +59,8 @@ class Run:
         self.lr_scheduler = lr_scheduler
         self._set_options = set_options
         self._options_at = -1
+        self._stepped_to = -1  # where the lr_scheduler was left
+        self._has_warned = False
         self._follow()
 
     @property
@@ -115,34 +117,53 @@ class Run:
             "lr_scheduler": None if self.lr_scheduler is None else self.lr_scheduler.state_dict(),
         }
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state_dict: Mapping[str, Any], masks_only: bool = False) -> None:
         """Continue where ``state_dict()`` was taken. Model, optimizer and run may be loaded in any order.
+
+        Parameters
+        ----------
+        state_dict : mapping
+        masks_only : bool
+            Load the masks only, and keep schedules, step count and learning rate of this run: for one of another
+            length.
 
         Raises
         ------
         StateError
             The state is that of another run. Nothing has been changed.
         """
-        states, rates = self._parts(state_dict)
-        loads = [pruner._begin_load(state) for pruner, state in zip(self.pruners, states, strict=True)]
+        states = self._states_in(state_dict)
+        rates = None if masks_only else self._rates_in(state_dict)
+        loads = [pruner._begin_load(state, masks_only) for pruner, state in zip(self.pruners, states, strict=True)]
         for load in loads:
             load()
-        if self.lr_scheduler is not None:
-            self.lr_scheduler.load_state_dict(dict(rates))
+        if self.lr_scheduler is not None and rates is not None:
+            self.lr_scheduler.load_state_dict(rates)
             groups = self.lr_scheduler.optimizer.param_groups
             for group, rate in zip(groups, self.lr_scheduler.get_last_lr(), strict=True):
                 _set_rate(group, rate)
+            self._stepped_to = self.lr_scheduler.last_epoch
         self._options_at = -1
         self._follow()
 
-    def _parts(self, state_dict: Mapping[str, Any]) -> tuple[list[Any], Any]:
+    def _states_in(self, state_dict: Mapping[str, Any]) -> Sequence[Any]:
+        """Return the states of the pruners, as many as there are here."""
         states = state_dict.get("pruners") if isinstance(state_dict, Mapping) else None
-        if not isinstance(states, (list, tuple)) or len(states) != len(self.pruners):
-            found = f"{len(states)} of them" if isinstance(states, (list, tuple)) else "something else"
+        if not isinstance(states, (list, tuple)):
+            found = sorted(map(str, state_dict)) if isinstance(state_dict, Mapping) else type(state_dict).__name__
             raise StateError(
-                f"Run.load_state_dict: expected the states of {len(self.pruners)} pruners, got {found}; pass what "
-                "state_dict() of such a run returned (a pruner's own state goes to run.pruner.load_state_dict)"
+                f"Run.load_state_dict: expected what Run.state_dict() returned, got {found}; pass the run's own part "
+                "of the checkpoint (a pruner's own state goes to run.pruner.load_state_dict)"
             )
+        if len(states) != len(self.pruners):
+            raise StateError(
+                f"Run.load_state_dict: expected the state of a run with as many pruners as this one, "
+                f"{len(self.pruners)}, got {len(states)}; build the run as the one that was saved"
+            )
+        return states
+
+    def _rates_in(self, state_dict: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Return the state of the lr_scheduler, for the param groups here."""
         rates = state_dict.get("lr_scheduler")
         if (rates is None) != (self.lr_scheduler is None):
             has, got = ("no ", "one") if self.lr_scheduler is None else ("an ", "none")
@@ -150,7 +171,7 @@ class Run:
                 f"Run.load_state_dict: expected {has}lr_scheduler in the state, as in this run, got {got}; build the "
                 "run with the same lr_scheduler="
             )
-        if self.lr_scheduler is not None:
+        if self.lr_scheduler is not None and rates is not None:
             expected = len(self.lr_scheduler.optimizer.param_groups)
             num_rates = len(rates["_last_lr"]) if isinstance(rates, Mapping) and "_last_lr" in rates else None
             if num_rates != expected:
@@ -158,15 +179,22 @@ class Run:
                     f"Run.load_state_dict: expected learning rates of {expected} param groups in the state, got "
                     f"{num_rates}; build the optimizer with the param groups of the run that was saved"
                 )
-        return list(states), rates
+        return None if rates is None else dict(rates)
 
     def _follow(self) -> None:
         """Set what follows from the number of steps done."""
         # Without the steps that a GPU may have skipped: to know them takes waiting for it.
         step = self.pruners[0]._num_steps_seen
         if self.lr_scheduler is not None:
+            if not self._has_warned and self.lr_scheduler.last_epoch > self._stepped_to >= 0:
+                self._has_warned = True
+                warn(
+                    "Run: expected an lr_scheduler that nothing else steps, got one that is at step "
+                    f"{self.lr_scheduler.last_epoch} instead of {self._stepped_to}; leave its step() to run.step()"
+                )
             while self.lr_scheduler.last_epoch < step:
                 self.lr_scheduler.step()
+            self._stepped_to = self.lr_scheduler.last_epoch
         if self._set_options is not None and step != self._options_at:
             self._set_options(step)
         self._options_at = step

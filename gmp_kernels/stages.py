@@ -323,6 +323,11 @@ class Stages:
         GMPError
             As ``schedule()``, ``GMPScheduler`` and ``end_weight_decay()``. Nothing has been changed.
         """
+        if misplaced := arguments.keys() & {"initial_sparsity", "final_sparsity", "kind", "frequency"}:
+            raise TypeError(
+                f"Stages.attach: expected arguments of GMPScheduler, got {min(misplaced)!r}, which belongs to the "
+                "schedule; pass a schedule, such as stages.schedule(0.05, 0.9, frequency=0.5)"
+            )
         if not isinstance(schedule, Schedule):
             initial = min(INITIAL_SPARSITY, check_sparsity("Stages.attach: schedule", schedule))
             schedule = self.schedule(initial, schedule)

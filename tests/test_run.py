@@ -127,6 +127,36 @@ def test_the_learning_rate_begins_where_the_optimizer_has_it(shape: dict[str, An
     assert [rate for rate, _ in options(optimizer)] == [0.003, 0.003]
 
 
+def test_masks_alone_go_into_a_run_of_another_length() -> None:
+    model, optimizer = model_and_optimizer()
+    run = STAGES.attach(model, optimizer)
+    for step in range(13):
+        train(model, optimizer, step)
+        run.step()
+    longer = gmp.Stages(1, 8, 3, steps_per_epoch=3)
+    fresh, new = model_and_optimizer()
+    resumed = longer.attach(fresh, new)
+    with pytest.raises(StateError, match="masks_only=True"):
+        resumed.load_state_dict(run.state_dict())
+    resumed.load_state_dict(run.state_dict(), masks_only=True)
+    assert resumed.pruner.masks == run.pruner.masks and resumed.sparsity == run.sparsity > 0.5
+    assert resumed.step_count == 0 and options(new) == [(0.02, 0.1), (0.02, 0.05)]
+    with pytest.raises(StateError, match=r"got the state of a Run; load it by run\.load_state_dict"):
+        resumed.pruner.load_state_dict(run.state_dict())
+
+
+def test_an_lr_scheduler_that_the_loop_steps_too_is_told_of() -> None:
+    model, optimizer = model_and_optimizer()
+    lr_scheduler = STAGES.lr_scheduler(optimizer)
+    run = STAGES.attach(model, optimizer, lr_scheduler=lr_scheduler)
+    train(model, optimizer, 0)
+    run.step()
+    lr_scheduler.step()
+    train(model, optimizer, 1)
+    with pytest.warns(gmp.GMPWarning, match=r"is at step 2 instead of 1; leave its step\(\) to run\.step\(\)"):
+        run.step()
+
+
 def test_a_step_that_is_skipped_changes_nothing() -> None:
     model, optimizer = model_and_optimizer()
     run = STAGES.attach(model, optimizer, lr_scheduler=STAGES.lr_scheduler(optimizer, pruning="cosine"))
@@ -266,9 +296,9 @@ def test_a_state_that_is_refused_changes_nothing() -> None:
     second = {**state, "pruners": [state["pruners"][0], state["pruners"][0]]}  # refused after the first was checked
     for wrong, message in [
         (second, "layers"),
-        ({**state, "pruners": state["pruners"][:1]}, "expected the states of 2 pruners, got 1 of them"),
-        (state["pruners"][0], "expected the states of 2 pruners, got something else"),
-        (None, "expected the states of 2 pruners, got something else"),
+        ({**state, "pruners": state["pruners"][:1]}, "as many pruners as this one, 2, got 1"),
+        (state["pruners"][0], r"expected what Run.state_dict\(\) returned, got \['history"),
+        (None, "got NoneType"),
         ({**state, "lr_scheduler": None}, "expected an lr_scheduler in the state, as in this run, got none"),
         ({**state, "lr_scheduler": {"_last_lr": [0.1]}}, "learning rates of 2 param groups in the state, got 1"),
         ({**state, "lr_scheduler": [0.1, 0.1]}, "learning rates of 2 param groups in the state, got None"),
@@ -316,6 +346,7 @@ def test_an_update_that_raises_leaves_the_learning_rate_and_is_made_up() -> None
             "stepped without arguments, got a ReduceLROnPlateau",
         ),
         (lambda m, o: STAGES.attach(m, o, lr_scheduler="cosine"), TypeError, "Stages.attach: .*, got a str"),
+        (lambda m, o: STAGES.attach(m, o, 0.9, frequency=2), TypeError, "got 'frequency', which belongs to the sched"),
         (lambda m, o: STAGES.attach(m, o, 90), SparsityError, "Stages.attach: schedule: expected a sparsity in"),
         (lambda m, o: STAGES.attach(m, o, remove_weight_decay=[2]), ScheduleError, "indices of the 2 param groups"),
         (lambda m, o: STAGES.attach(m, o, 0.9, targets="5"), GMPError, "matches nothing"),

@@ -100,9 +100,9 @@ class PruningCallback:
         """Return the ``state`` of a later ``_begin``."""
         return {"total_steps": self._total_steps, "run": self.run.state_dict()}
 
-    def _figures(self) -> dict[str, float]:
+    def _figures(self, *, of_layers: bool = True) -> dict[str, float]:
         """Return what is logged after an update."""
-        layers = self.run.pruner.layer_sparsities()
+        layers = self.run.pruner.layer_sparsities() if of_layers else {}
         return {"sparsity/global": self.run.sparsity, **{f"sparsity/{name}": found for name, found in layers.items()}}
 
     def _end(self) -> None:

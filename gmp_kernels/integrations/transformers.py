@@ -30,9 +30,10 @@ class GMPCallback(PruningCallback, TrainerCallback):
     """Prunes gradually in a Hugging Face ``Trainer``: pass ``callbacks=[GMPCallback(0.9)]``.
 
     Prunes after optimizer steps; those that are skipped, and micro-batches, do not count. Every checkpoint gets a file
-    ``pruning.pt``, from which a resumed run continues bit for bit. Every update logs ``sparsity/global`` and
-    ``sparsity/<layer>`` to whatever ``report_to`` names. When the last update has been made, the best metric so far is
-    forgotten, so that ``load_best_model_at_end`` chooses among models of the final sparsity.
+    ``pruning.pt``, from which a resumed run continues bit for bit. Every update logs ``sparsity/global`` to whatever
+    ``report_to`` names; the last one, and those at logging steps, ``sparsity/<layer>`` as well. When the last update
+    has been made, the best metric so far is forgotten, so that ``load_best_model_at_end`` chooses among models of the
+    final sparsity.
 
     Arguments, attributes, errors and warnings are those of ``PruningCallback``. Also raises StateError when training
     resumes from a checkpoint that was saved without this callback.
@@ -61,7 +62,8 @@ class GMPCallback(PruningCallback, TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._has_pruned:
             should_log = control.should_log
-            self._trainer.log(self._figures())
+            # The Trainer prints what it logs, and a large model has hundreds of layers.
+            self._trainer.log(self._figures(of_layers=should_log or self.run.finished))
             control.should_log = should_log  # the call takes itself for the one that was due
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

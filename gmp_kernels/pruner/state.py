@@ -141,6 +141,11 @@ def _check_shards(name: str, mask: BitMask, num_pruned: int, parameter: torch.Te
 def _layers(state: Any, parameters: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     """Return the layers of a state under the names that the parameters have here."""
     if not isinstance(state, Mapping) or state.get("version") != STATE_VERSION:
+        if isinstance(state, Mapping) and "pruners" in state:
+            raise StateError(
+                "load_state_dict: expected what GMPScheduler.state_dict() returned, got the state of a Run; load it by "
+                "run.load_state_dict"
+            )
         found = state.get("version") if isinstance(state, Mapping) else type(state).__name__
         raise StateError(
             f"load_state_dict: expected what GMPScheduler.state_dict() returned, of version {STATE_VERSION}, got "
