@@ -59,16 +59,23 @@ void check_threads(int num_threads) {
   if (num_threads < 1) throw std::invalid_argument("expected at least one thread, got " + std::to_string(num_threads));
 }
 
-// dtype, the weights, and the packed mask
-using LayerTuple = std::tuple<std::string, Array, Array>;
+// dtype, the weights, the packed mask, and channels and positions of the blocks
+using LayerTuple = std::tuple<std::string, Array, Array, std::pair<int64_t, int64_t>>;
 
 Layers layers_of(const std::vector<LayerTuple>& given) {
   Layers layers;
-  for (const auto& [dtype, weights, mask] : given) {
+  for (const auto& [dtype, weights, mask, block] : given) {
     const int64_t n = weights.second;
+    const auto [channels, positions] = block;
     if (weights.first == 0 || n <= 0) throw std::invalid_argument("a layer needs an address and at least one weight");
-    layers.push_back(
-        {dtype_of(dtype), pointer(weights.first), n, optional<const uint8_t>(mask, bytes_of_bits(n), "a mask")});
+    if (channels < 1 || positions < 1 || n % channels != 0 || n / channels % positions != 0) {
+      throw std::invalid_argument("a layer needs whole blocks");
+    }
+    layers.push_back({dtype_of(dtype),
+                      pointer(weights.first),
+                      n,
+                      optional<const uint8_t>(mask, bytes_of_bits(n), "a mask"),
+                      {channels, positions}});
   }
   return layers;
 }
@@ -173,6 +180,8 @@ KeptColumns prune(const Layers& layers, const std::vector<uint64_t>& keys, const
     outputs.push_back(out.empty() ? const_cast<uint8_t*>(layers[l].mask)
                                   : checked<uint8_t>(out[l], bytes_of_bits(layers[l].n), "new bits"));
     if (outputs.back() == nullptr) throw std::invalid_argument("bits need a place to go");
+    if (tie_indices[l] < 0 || tie_indices[l] > layers[l].n)
+      throw std::invalid_argument("a tie index exceeds its layer");
   }
   py::gil_scoped_release release;
   return gmp::cpu::apply(layers, keys, tie_indices, outputs, num_threads);

@@ -48,7 +48,10 @@ inline bool describe(const Exchange& table, void* object, bool with_address, std
   const auto size = static_cast<size_t>(tensor.num_dimensions) * sizeof(int64_t);
   append(&tensor.device_type, offsetof(Tensor, shape) - offsetof(Tensor, device_type));
   append(tensor.shape, size);
-  append(tensor.strides, size);
+  for (int d = 0; d < tensor.num_dimensions; ++d) {
+    const int64_t stride = tensor.shape[d] == 1 ? 1 : tensor.strides[d];  // which reaches nothing where the size is 1
+    append(&stride, sizeof(stride));
+  }
   if (with_address) {
     append(&tensor.data, sizeof(tensor.data));
     append(&tensor.byte_offset, sizeof(tensor.byte_offset));

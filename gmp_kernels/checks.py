@@ -22,6 +22,7 @@ from gmp_kernels.backends.layers import Layers
 from gmp_kernels.backends.layouts import layouts_of
 from gmp_kernels.backends.types import Layer
 from gmp_kernels.errors import DTypeError, LayoutError, NonFiniteError, ShapeError, SparsityError
+from gmp_kernels.formats import format_of
 from gmp_kernels.masks import BitMask
 from gmp_kernels.schedules import check_sparsity
 
@@ -56,7 +57,11 @@ def checked_layers(
     *,
     writes: Literal["nothing", "weights", "weights and masks"],
 ) -> Layers | None:
-    """Check the tensors of a call and return them in the form backends take, not copied; None if there are none."""
+    """Check the tensors of a call and return them in the form backends take, not copied; None if there are none.
+
+    Of a mask in another memory format than its weight, the layers have a copy in that of the weight. If the call writes
+    masks, the mask itself becomes this copy, which keeps the same weights.
+    """
     if names is not None and len(names) != len(weights):
         raise ShapeError(f"{op}: expected one name per weight, got {len(names)} names for {len(weights)} weights")
     packed, signature = None, None
@@ -68,14 +73,20 @@ def checked_layers(
     if known is not None and known[0] == signature:
         return Layers(weights, packed, known[1])  # type: ignore[arg-type]
     checked = check_tensors(op, weights, masks, names)
-    packed = None if masks is None else [mask.packed for mask in masks]
     if writes != "nothing":
         check_writable(op, weights, checked, names)
-    if writes == "weights and masks" and packed is not None:
-        check_disjoint(op, "masks", packed, names)
+    if writes == "weights and masks" and masks is not None:
+        check_disjoint(op, "masks", [mask.packed for mask in masks], names)
     if not checked:
         return None
-    layers = Layers([layer.weight for layer in checked], packed)
+    bits = None if masks is None else [layer.mask for layer in checked]
+    layers = Layers([layer.tensor for layer in checked], bits)  # type: ignore[arg-type]
+    for mask, layer in zip(masks or (), checked, strict=False):
+        if mask.packed is not layer.mask:
+            key = None  # the signature is that of the other bits
+            if writes == "weights and masks":
+                assert layer.mask is not None
+                mask.become(BitMask.of(layer.mask, mask.shape, format_of(layer.tensor)))
     if key is not None:
         if sum(number for _, number, _ in list(_known)) + len(weights) > MOST_LAYERS:
             forget()
@@ -104,6 +115,7 @@ def _signature(
         signature.append(list(map(torch.UntypedStorage.nbytes, map(of.untyped_storage, in_memory))))
         if masks is not None:
             signature.append([mask.shape for mask in masks])
+            signature.append([mask.memory_format for mask in masks])
     except (RuntimeError, TypeError):
         return None  # not a tensor, or one without an address; the check of each tensor says which
     return None if None in signature else signature
@@ -161,7 +173,8 @@ def check_tensors(
         mask = None if masks is None else masks[i]
         if masks is not None and not (optional_masks and mask is None):
             check_mask(op, mask, tensor, label)
-        layers.append(Layer(tensor, None if mask is None else mask.packed))
+        bits = None if mask is None else mask.to(memory_format=format_of(tensor)).packed
+        layers.append(Layer.of(tensor, bits))
     devices = {layer.weight.device for layer in layers}
     if devices == {torch.device("meta")}:
         raise LayoutError(f"{op}: expected weights in memory, got them on the meta device; load the model first")
@@ -227,10 +240,10 @@ def _tensor(op: str, weight: Weight, label: str) -> torch.Tensor:
             f"{op}: expected float32, float64, bfloat16 or float16 for {label}, got {tensor.dtype}; "
             + ("prune its torch.view_as_real" if tensor.is_complex() else "prune before quantizing, or cast")
         )
-    if not tensor.is_contiguous():
+    if format_of(tensor) is None:
         raise LayoutError(
-            f"{op}: expected a contiguous tensor for {label} (shape {tuple(tensor.shape)}), got strides "
-            f"{tensor.stride()}; use .contiguous(), or model.to(memory_format=torch.contiguous_format)"
+            f"{op}: expected a contiguous or channels_last tensor for {label} (shape {tuple(tensor.shape)}), got "
+            f"strides {tensor.stride()}; use .contiguous()"
         )
     if tensor.numel() == 0:
         raise ShapeError(

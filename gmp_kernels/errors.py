@@ -86,7 +86,7 @@ class ShapeError(GMPError, ValueError):
 
 
 class LayoutError(GMPError, ValueError):
-    """A tensor that is not contiguous, not writable, shares memory with another, or lies on another device."""
+    """A tensor of other strides than those taken, not writable, sharing memory with another, or on another device."""
 
 
 class SparsityError(GMPError, ValueError):

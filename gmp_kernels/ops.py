@@ -23,6 +23,7 @@ from gmp_kernels.checks import (
     counts_to_prune,
 )
 from gmp_kernels.errors import DeviceError, DTypeError, ShapeError
+from gmp_kernels.formats import format_of
 from gmp_kernels.library import define
 from gmp_kernels.masks import BitMask
 from gmp_kernels.search.brackets import brackets_near
@@ -82,7 +83,8 @@ def magnitude_threshold(
     Parameters
     ----------
     weight : torch.Tensor or numpy.ndarray
-        Any shape, not empty, contiguous; float32, float64, bfloat16 or float16. Not modified, not copied.
+        Any shape, not empty, contiguous or in channels_last (for 5 dimensions ``channels_last_3d``); float32, float64,
+        bfloat16 or float16. Not modified, not copied.
     num_prune : int
         0 <= num_prune <= n. Includes the weights that ``mask`` marks as pruned already.
     mask : BitMask, optional
@@ -151,14 +153,15 @@ def prune_(
     Parameters
     ----------
     weights : torch.Tensor or numpy.ndarray, or a sequence of them
-        Contiguous, not empty, on one device, sharing no memory; float32, float64, bfloat16 or float16. Global scope
-        needs a single dtype, because magnitudes of different dtypes have no common key.
+        Each contiguous or in channels_last, not empty, on one device, sharing no memory; float32, float64, bfloat16 or
+        float16. Global scope needs a single dtype, because magnitudes of different dtypes have no common key.
     sparsity : float or sequence of float, optional
         Fraction to prune, in [0, 1]. One value, or one per weight (layer scope).
     num_prune : int or sequence of int, optional
         The same as a count. Exactly one of the two is given.
     masks : BitMask or sequence of BitMask, optional
-        Updated in place and returned. Default: nothing is pruned yet.
+        Updated in place and returned. Default: nothing is pruned yet. A mask in another memory format than its weight
+        is brought into that of the weight; its ``packed`` is then another tensor.
     scope : {"layer", "global"}
         "layer" ranks each weight tensor by itself, "global" ranks all of them together.
     nonfinite : {"error", "keep"}
@@ -238,7 +241,7 @@ def begin_prune(
     # This runs while a GPU selects.
     if masks_ is None:
         try:
-            masks_ = [BitMask.empty(weight.shape, layers.device) for weight in layers.weights]
+            masks_ = list(map(BitMask.empty, layers.weights))
         except torch.OutOfMemoryError as error:
             raise DeviceError(
                 f"{op}: no memory left on {layers.device} for the masks, nothing was changed ({error}); free some, or "
@@ -282,7 +285,7 @@ def apply_masks_(
         As in ``prune_``.
     masks : BitMask or sequence of BitMask
         One per weight, of its shape, on its device. The same mask may serve several tensors, such as a weight and
-        its optimizer state.
+        its optimizer state. It is read faster in the memory format of its tensor.
     backend : str, optional
         As in ``magnitude_threshold``.
 
@@ -299,7 +302,7 @@ def apply_masks_(
     op = "apply_masks_"
     weights_, masks_ = _as_list(weights), _as_list(masks)
     if weights_ and torch.compiler.is_compiling():
-        torch.ops.gmp_kernels.apply_masks_(weights_, [mask.packed for mask in masks_], backend=backend)
+        torch.ops.gmp_kernels.apply_masks_(weights_, packed_beside(masks_, weights_), backend=backend)
         return
     layers = checked_layers(op, weights_, masks_, None, writes="weights")
     if layers is not None:
@@ -352,9 +355,16 @@ def _apply_packed(weights: Sequence[torch.Tensor], masks: Sequence[torch.Tensor]
     apply_masks_(weights, bit_masks(masks, weights), **options)
 
 
+def packed_beside(masks: Sequence[BitMask | None], weights: Sequence[torch.Tensor]) -> list[Any]:
+    """Return the packed bits of masks in the memory formats of their weights; None stays None."""
+    pairs = zip(masks, weights, strict=True)
+    return [None if mask is None else mask.to(memory_format=format_of(w)).packed for mask, w in pairs]
+
+
 def bit_masks(packed: Sequence[torch.Tensor | None], weights: Sequence[torch.Tensor]) -> list[Any]:
-    """Return the masks of these weights, given their packed bits; None stays None."""
-    return [None if bits is None else BitMask.of(bits, w.shape) for bits, w in zip(packed, weights, strict=True)]
+    """Return the masks of these weights, given their packed bits in the weights' formats; None stays None."""
+    pairs = zip(packed, weights, strict=True)
+    return [None if bits is None else BitMask.of(bits, w.shape, format_of(w)) for bits, w in pairs]
 
 
 # With SymInt, a num_prune that changes makes the graph dynamic once; with int, every new value would recompile it.

@@ -144,7 +144,7 @@ def mask_elsewhere(weights: list[torch.Tensor], masks: list[BitMask]) -> None:
 
 CHANGES: list[tuple[Change, type[GMPError], str]] = [
     (as_integers, DTypeError, r"for weights\[1\], got torch.int32"),
-    (transposed, LayoutError, r"expected a contiguous tensor for weights\[0\]"),
+    (transposed, LayoutError, r"expected a contiguous or channels_last tensor for weights\[0\]"),
     (reshaped, ShapeError, r"expected a mask of shape \(4, 16\) for weights\[0\], got \(8, 8\)"),
     (shrunk, ShapeError, r"expected a mask of shape \(10,\) for weights\[1\]"),
     (tied, LayoutError, "share no memory"),

@@ -80,10 +80,6 @@ class Bad(NamedTuple):
     message: str
 
 
-def _channels_last(desk: Desk) -> torch.Tensor:
-    return desk.keep(torch.ones(2, 3, 4, 4)).contiguous(memory_format=torch.channels_last)
-
-
 TIED = r"expected weights that share no memory, but those of weights\[0\] and weights\[\d\] overlap"
 WRITING = [
     Bad("tied", lambda d: prune_([d.w, d.v, d.w], sparsity=0.5), LayoutError, ValueError, TIED),
@@ -271,28 +267,29 @@ OTHER_CASES = [
         lambda d: prune_([d.v, d.w.t()], sparsity=0.5),
         LayoutError,
         ValueError,
-        r"expected a contiguous tensor for weights\[1\] \(shape \(6, 4\)\), got strides \(1, 6\); use .contiguous\(\)",
+        r"expected a contiguous or channels_last tensor for weights\[1\] \(shape \(6, 4\)\), got strides \(1, 6\); "
+        r"use .contiguous\(\)",
     ),
     Bad(
         "every second",
         lambda d: apply_masks_([d.v, d.w.view(-1)[::2]], [d.v_mask, d.mask(12)]),
         LayoutError,
         ValueError,
-        "expected a contiguous tensor",
+        "expected a contiguous or channels_last tensor",
     ),
     Bad(
         "expanded",
         lambda d: prune_([d.v, d.keep(torch.ones(1)).expand(9)], sparsity=0.5),
         LayoutError,
         ValueError,
-        "expected a contiguous tensor",
+        "expected a contiguous or channels_last tensor",
     ),
     Bad(
-        "channels_last",
-        lambda d: prune_([d.v, d.keep(_channels_last(d))], sparsity=0.5),
+        "channels first",
+        lambda d: prune_([d.v, d.keep(torch.ones(3, 2, 4, 4)).transpose(0, 1)], sparsity=0.5),
         LayoutError,
         ValueError,
-        r"model.to\(memory_format=torch.contiguous_format\)",
+        r"expected a contiguous or channels_last tensor for weights\[1\] .*, got strides \(16, 32, 4, 1\)",
     ),
     Bad(
         "strided array",

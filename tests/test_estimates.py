@@ -26,8 +26,8 @@ def pruned(weight: torch.Tensor, sparsity: float) -> Layer:
 
 def estimated(groups: list[list[Layer]], share: float, num_parts: int) -> tuple[Brackets, np.ndarray]:
     """Bracket the key below which so much of the unpruned weights of each group lies."""
-    sizes = [sum(weight.numel() for weight, _ in group) for group in groups]
-    kept = [sum(BitMask(mask, weight.shape).num_kept for weight, mask in group) for group in groups]
+    sizes = [sum(layer.weight.numel() for layer in group) for group in groups]
+    kept = [sum(BitMask(layer.mask, layer.weight.shape).num_kept for layer in group) for group in groups]
     pruned = [n - k for n, k in zip(sizes, kept, strict=True)]
     wanted = [p + round(share * k) for p, k in zip(pruned, kept, strict=True)]
     return estimate(groups, wanted, pruned, sizes, [num_parts] * len(groups))
@@ -40,7 +40,7 @@ def test_the_union_of_narrow_brackets_holds_the_threshold(dtype: torch.dtype, nu
     pieces = [pruned(torch.randn(1 << 18, generator=generator).to(dtype), 0.7) for _ in range(num_pieces)]
     found = [estimated([[piece]], 0.1, num_pieces) for piece in pieces]
     lo, hi = min(brackets.lo[0] for brackets, _ in found), max(brackets.hi[0] for brackets, _ in found)
-    keys = torch.cat([keys_of(weight)[BitMask(mask, weight.shape).to_bool()] for weight, mask in pieces])
+    keys = torch.cat([keys_of(layer.weight)[BitMask(layer.mask, layer.weight.shape).to_bool()] for layer in pieces])
     threshold = keys.sort().values[round(0.1 * len(keys))]
     assert lo <= threshold <= hi
     inside = int(((keys >= lo) & (keys <= hi)).sum()) / (num_pieces << 18)

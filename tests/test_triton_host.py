@@ -49,7 +49,7 @@ def layers_of(*sizes: int, dtype: torch.dtype = torch.float32) -> list[Layer]:
 
 
 def batch_of(layers: list[Layer]) -> UpdateBatch:
-    return UpdateBatch([UpdateTensor(weight, mask=mask) for weight, mask in layers])
+    return UpdateBatch([UpdateTensor(layer.weight, mask=layer.mask) for layer in layers])
 
 
 class Operations(TorchDispatchMode):

@@ -1,9 +1,27 @@
 #include "apply.h"
 
+#include "block.h"
 #include "chunks.h"
 #include "kernels.h"
 
 namespace gmp::cpu {
+namespace {
+
+// Zeroes the weights with this key from a row-major index on, up to the end of its block, and clears their bits.
+// Returns how many bits were 1.
+int64_t prune_to_end_of_block(const LayerView& layer, uint8_t* kept, uint64_t key, int64_t tie_index) {
+  int64_t pruned = 0;
+  const int64_t begin = layer.block.end_of(tie_index) - layer.block.size(), item_size = bytes_of(layer.dtype);
+  for_each_in_block(layer, kept, begin, {key, key}, [&](int64_t index, int64_t place) {
+    if (index < tie_index) return;
+    std::memset(static_cast<char*>(layer.weights) + place * item_size, 0, static_cast<size_t>(item_size));
+    kept[place / 8] = static_cast<uint8_t>(kept[place / 8] & ~(1u << (place % 8)));
+    ++pruned;
+  });
+  return pruned;
+}
+
+}  // namespace
 
 std::pair<std::vector<int64_t>, std::vector<int64_t>> apply(const std::vector<LayerView>& layers,
                                                             const std::vector<uint64_t>& keys,
@@ -12,6 +30,11 @@ std::pair<std::vector<int64_t>, std::vector<int64_t>> apply(const std::vector<La
   const std::vector<Chunk> chunks = chunks_of(layers);
   const int64_t num_chunks = static_cast<int64_t>(chunks.size());
   std::vector<int64_t> before(layers.size()), now(layers.size());
+  std::vector<size_t> divided;  // layers with a block of which only some ties stay
+  for (size_t l = 0; l < tie_indices.size(); ++l) {
+    if (layers[l].block.end_of(tie_indices[l]) != tie_indices[l]) divided.push_back(l);
+  }
+  const int64_t num_divided = static_cast<int64_t>(divided.size());
   active_kernels();  // may throw at its first call
 #pragma omp parallel for schedule(monotonic : dynamic, 4) num_threads(num_threads)
   for (int64_t i = 0; i < num_chunks; ++i) {
@@ -24,11 +47,18 @@ std::pair<std::vector<int64_t>, std::vector<int64_t>> apply(const std::vector<La
       continue;
     }
     const size_t l = c.tensor;
-    const int64_t kept_now = kernels.apply(layer, c.begin, c.end, kept[l], keys[l], tie_indices[l], kept_before);
+    // A block in which memory has an order of its own keeps all ties at first.
+    const int64_t tie_index = layer.block.end_of(tie_indices[l]);
+    const int64_t kept_now = kernels.apply(layer, c.begin, c.end, kept[l], keys[l], tie_index, kept_before);
 #pragma omp atomic
     before[l] += kept_before;
 #pragma omp atomic
     now[l] += kept_now;
+  }
+#pragma omp parallel for schedule(dynamic, 1) num_threads(num_threads) if (num_divided > 1)
+  for (int64_t i = 0; i < num_divided; ++i) {
+    const size_t l = divided[static_cast<size_t>(i)];
+    now[l] -= prune_to_end_of_block(layers[l], kept[l], keys[l], tie_indices[l]);
   }
   return {std::move(before), std::move(now)};
 }

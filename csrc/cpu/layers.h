@@ -6,6 +6,7 @@
 
 #include "optim/rules.h"
 #include "order/dtypes.h"
+#include "order/memory_order.h"
 
 namespace gmp::cpu {
 
@@ -17,6 +18,7 @@ struct LayerView {
   void* weights;        // any alignment
   int64_t n;            // > 0
   const uint8_t* mask;  // packed bits, or nullptr: nothing pruned yet
+  Block block = {};
 };
 
 // A layer in an optimizer step; or an array of state that belongs to it: then what does not is nullptr.

@@ -5,6 +5,8 @@
 //   refine   where the counts prove the bracket, the threshold is an order statistic of the gathered
 //   ties     the gathered keys, kept per chunk, tell in which chunk the last tie that stays lies
 //
+// All of it counts in the order of memory. Where that is not row-major, one block is searched for the flat index.
+//
 // If the counts do not prove a bracket, the next one is sure to hold. If candidates would not fit the memory limit,
 // they are not gathered: the bracket is cut into 2048 bins that are counted, so every further read narrows the keys by
 // 11 bits. Only the order in which candidates are stored depends on the number of threads.
@@ -17,6 +19,7 @@
 
 #include <memory>
 
+#include "block.h"
 #include "kernels.h"
 #include "sample.h"
 
@@ -47,6 +50,19 @@ int64_t find_match(const LayerView& layer, int64_t begin, int64_t end, const Bra
     if (kernels.scan(layer, begin, i + 1, bracket, nullptr).inside > rank) return i;
   }
   return -1;
+}
+
+// Row-major index of the match before which, in row-major order, lie as many matches of its block as in memory before
+// the match at `place`; -1 for -1.
+int64_t in_row_major(const LayerView& layer, int64_t place, const Bracket& bracket) {
+  if (layer.block.size() == 1 || place < 0) return place;
+  const int64_t begin = place / layer.block.size() * layer.block.size();
+  int64_t rank = 0, found = place;
+  for_each_in_block(layer, layer.mask, begin, bracket, [&](int64_t, int64_t at) { rank += at < place; });
+  for_each_in_block(layer, layer.mask, begin, bracket, [&](int64_t index, int64_t) {
+    if (rank-- == 0) found = index;
+  });
+  return found;
 }
 
 }  // namespace
@@ -186,7 +202,8 @@ bool resolve(const std::vector<LayerView>& layers, Group& group, const std::vect
     }
     int64_t& tie_index = tie_indices[chunk.tensor];
     if (kept < matches) {
-      tie_index = find_match(layers[chunk.tensor], chunk.begin, chunk.end, group.bracket, kept);
+      const LayerView& layer = layers[chunk.tensor];
+      tie_index = in_row_major(layer, find_match(layer, chunk.begin, chunk.end, group.bracket, kept), group.bracket);
       return true;
     }
     kept -= matches;
@@ -258,6 +275,11 @@ void select(const std::vector<LayerView>& layers, std::vector<Group>& groups, st
       if (!settled[i]) later.push_back(wave[i]);
     }
     pending = std::move(later);
+  }
+  for (size_t l = 0; l < layers.size(); ++l) {
+    with_dtype(layers[l].dtype, [&](auto infinity) {
+      nonfinite[l] = in_row_major(layers[l], nonfinite[l], {infinity, uint64_t{infinity} + 1});
+    });
   }
 }
 

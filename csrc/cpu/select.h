@@ -35,14 +35,15 @@ inline int64_t num_ties_kept(const Group& group) {
                   group.counts.pruned + group.counts.below + group.counts.inside - group.num_prune);
 }
 
-// Finds the cutoff of each group: its threshold, the counts relative to it and, per layer, the index from which on ties
-// are pruned; also the first unpruned NaN or Inf of each layer, or -1. Reads only.
+// Finds the cutoff of each group: its threshold, the counts relative to it and, per layer, the row-major index from
+// which on ties are pruned; also that of the first unpruned NaN or Inf of each layer, or -1. Reads only.
 void select(const std::vector<LayerView>& layers, std::vector<Group>& groups, std::vector<int64_t>& tie_indices,
             std::vector<int64_t>& nonfinite, int num_threads);
 
 // The counter: one read of the layers of some groups, each against the bracket of its group. Sets their counts, adds to
-// their bins, and lowers nonfinite[l], unless it is -1, to the first unpruned NaN or Inf of a layer. Returns the
-// chunks, with the places of their candidates; those of a group are next to each other, in the order of the flat index.
+// their bins, and lowers nonfinite[l], unless it is -1, to the place in memory of the first unpruned NaN or Inf of a
+// layer. Returns the chunks, with the places of their candidates; those of a group are next to each other, in the order
+// of memory.
 std::vector<Chunk> count(const std::vector<LayerView>& layers, const std::vector<Group*>& groups, int64_t num_bins,
                          std::vector<int64_t>& nonfinite, int num_threads);
 

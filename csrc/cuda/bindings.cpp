@@ -90,12 +90,12 @@ PYBIND11_MODULE(GMP_MODULE, m) {
   m.attr("TABLES") =
       row_of(sizeof(gmp::cuda::Tables),
              {F(buffer), F(layers), F(groups), F(bins), F(lists), F(list_counts), F(tie_counts), F(nonfinite),
-              F(num_layers), F(num_groups), F(num_chunks), F(capacity), F(dtype), F(out), F(finite)});
+              F(num_layers), F(num_groups), F(num_chunks), F(capacity), F(dtype), F(permuted), F(out), F(finite)});
 #undef F
 #define F(name) GMP_FIELD(LayerRow, name)
-  m.attr("LAYER_ROW") = row_of(
-      sizeof(gmp::cuda::LayerRow),
-      {F(weights), F(mask), F(n), F(first_chunk), F(group), F(cut), F(nonfinite), F(kept_before), F(kept), F(touched)});
+  m.attr("LAYER_ROW") =
+      row_of(sizeof(gmp::cuda::LayerRow), {F(weights), F(mask), F(n), F(first_chunk), F(group), F(cut), F(nonfinite),
+                                           F(block), F(tie_index), F(kept_before), F(kept), F(touched)});
 #undef F
 #define F(name) GMP_FIELD(GroupRow, name)
   m.attr("GROUP_ROW") = row_of(sizeof(gmp::cuda::GroupRow),

@@ -3,10 +3,10 @@
 #include <cstring>
 
 #include "apply.cuh"
+#include "blocks.cuh"
 #include "count_layers.cuh"
 #include "launch.h"
 #include "state.cuh"
-#include "ties.cuh"
 
 namespace gmp::cuda {
 
@@ -40,6 +40,11 @@ void store_words(const Launch& launch, const uint64_t* from, int64_t count, uint
   GMP_LAUNCH(kernels::store<kWords>, grid, launch, given, count, to);
 }
 
+// For kernels in which a block takes a layer.
+unsigned layers_grid(const Launch& launch, const Tables& tables) {
+  return grid_of(launch, kReaders, tables.num_layers);
+}
+
 }  // namespace
 
 void select(const Launch& launch, const Tables& tables) {
@@ -54,6 +59,7 @@ void select(const Launch& launch, const Tables& tables) {
     GMP_LAUNCH(kernels::begin<Key>, num_groups, launch, tables, int64_t{grid}, infinity);
     for (int pass = 0; pass < kPasses; ++pass) GMP_LAUNCH(kernels::count<Key>, grid, launch, tables, infinity);
     GMP_LAUNCH(kernels::ties<Key>, grid, launch, tables, infinity);
+    if (tables.permuted) GMP_LAUNCH(kernels::to_row_major<Key>, layers_grid(launch, tables), launch, tables, infinity);
   });
 }
 
@@ -62,6 +68,9 @@ void apply(const Launch& launch, const Tables& tables) {
   with_dtype(static_cast<DType>(tables.dtype), [&](auto infinity) {
     using Key = decltype(infinity);
     GMP_LAUNCH(kernels::apply<Key>, grid_of(launch, kReaders, tables.num_chunks), launch, tables, infinity);
+    if (tables.permuted && tables.out != 0) {
+      GMP_LAUNCH(kernels::prune_to_cut<Key>, layers_grid(launch, tables), launch, tables, infinity);
+    }
   });
 }
 
@@ -130,7 +139,9 @@ unsigned load_kernels([[maybe_unused]] int device) {
     load(kernels::begin<Key>);
     load(kernels::count<Key>);
     load(kernels::ties<Key>);
+    load(kernels::to_row_major<Key>);
     load(kernels::apply<Key>);
+    load(kernels::prune_to_cut<Key>);
     load(kernels::count_layers<Key>);
   };
 #define GMP_KEY(Key) load_typed(Key{});

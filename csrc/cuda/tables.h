@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "optim/rules.h"
+#include "order/memory_order.h"
 
 namespace gmp::cuda {
 
@@ -23,6 +24,8 @@ struct LayerRow {
   int64_t n, first_chunk, group;
   int64_t cut;                // selection's answer: ties from this index on are pruned
   int64_t nonfinite;          // selection's answer: first unpruned NaN or Inf, INT64_MAX if there is none
+  Block block;                // if it is larger than one weight (see blocks.cuh), apply prunes ties from the end of a
+  int64_t tie_index;          // block on, and afterwards those before from this row-major index on are pruned
   int64_t kept_before, kept;  // counts of apply
   int64_t touched;  // place in the buffer of a bit per eight weights: has apply to read them (see count_strip)? 0: all
 };
@@ -63,7 +66,8 @@ struct Tables {
   uint64_t list_counts, tie_counts;  // uint32_t, one per chunk
   uint64_t nonfinite;                // int64_t, set once there is an unpruned NaN or Inf in any layer
   int64_t num_layers, num_groups, num_chunks, capacity;
-  int64_t dtype;  // a DType
+  int64_t dtype;     // a DType
+  int64_t permuted;  // whether the memory of some layer is not in row-major order
   // For an application: the addresses of the new bits, one per layer, or 0; and whether a NaN or Inf stops it.
   uint64_t out;
   int64_t finite;

@@ -60,7 +60,7 @@ def _layers(layers: Sequence[Layer]) -> _C.Layers:
     """Make the rows of the layers, once."""
 
     def make() -> _C.Layers:
-        return _C.layers([(NAMES[weight.dtype], _array(weight), _array(mask)) for weight, mask in layers])
+        return _C.layers([(NAMES[w.weight.dtype], _array(w.weight), _array(w.mask), w.block) for w in layers])
 
     return prepared(layers, "cpu", make)
 

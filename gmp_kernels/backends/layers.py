@@ -22,22 +22,23 @@ T = TypeVar("T")
 
 
 class Layers(Sequence[Layer]):
-    """Validated layers of one call, and data derived from their addresses, shapes and dtypes alone.
+    """Validated layers of one call, and data derived from their addresses, shapes, strides and dtypes alone.
 
-    ``known`` are the layers of an earlier call with the same addresses, shapes and dtypes; they share that data.
+    ``known`` are the layers of an earlier call with the same addresses, shapes, strides and dtypes; they share that
+    data.
 
     Attributes
     ----------
     weights : sequence of torch.Tensor
-        Not detached yet, which kernels that get addresses do not need.
+        Not detached yet, which kernels that get addresses do not need; their dimensions in the tensors' own order.
     masks : sequence of torch.Tensor or None
-        Packed bits; None if nothing is pruned yet.
+        Packed bits in the order of memory; None if nothing is pruned yet.
     sizes : list of int
     dtypes : list of torch.dtype
     device : torch.device
     prepared : dict
-        Made by backends from addresses, shapes and dtypes: rows, templates of tables. Never memory that a call writes,
-        because calls may run in several threads or on several streams.
+        Made by backends from addresses, shapes, strides and dtypes: rows, templates of tables. Never memory that a call
+        writes, because calls may run in several threads or on several streams.
     """
 
     __slots__ = ("device", "dtypes", "masks", "prepared", "sizes", "weights")
@@ -61,7 +62,7 @@ class Layers(Sequence[Layer]):
     def __getitem__(self, index: int | slice) -> Layer | Sequence[Layer]:
         if isinstance(index, slice):
             return [self[i] for i in range(len(self))[index]]
-        return Layer(self.weights[index].detach(), None if self.masks is None else self.masks[index])
+        return Layer.of(self.weights[index].detach(), None if self.masks is None else self.masks[index])
 
 
 def device_of(layers: Sequence[Layer]) -> torch.device:
@@ -70,7 +71,7 @@ def device_of(layers: Sequence[Layer]) -> torch.device:
 
 
 def prepared(layers: Sequence[Layer], key: Hashable, make: Callable[[], T]) -> T:
-    """Return the result of ``make``, called once as long as the layers' addresses, sizes and dtypes stay."""
+    """Return the result of ``make``, called once as long as the layers' addresses, layouts and dtypes stay."""
     if not isinstance(layers, Layers):
         return make()
     known = layers.prepared

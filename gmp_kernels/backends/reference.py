@@ -37,6 +37,18 @@ def _magnitude(weight: torch.Tensor) -> np.ndarray:
     return magnitude
 
 
+def _row_major(values: np.ndarray, layer: Layer) -> np.ndarray:
+    """Bring values in the order of a layer's memory into the row-major order of its tensor."""
+    shaped = values.reshape(tuple(layer.weight.shape))
+    return (np.moveaxis(shaped, -1, 1) if layer.is_channels_last else shaped).reshape(-1)
+
+
+def _as_in_memory(values: np.ndarray, layer: Layer) -> np.ndarray:
+    """Do the inverse of ``_row_major``."""
+    shaped = values.reshape(tuple(layer.tensor.shape))
+    return (np.moveaxis(shaped, 1, -1) if layer.is_channels_last else shaped).reshape(-1)
+
+
 def _ties(magnitude: np.ndarray, value: float) -> np.ndarray:
     ties: np.ndarray = np.isnan(magnitude) if np.isnan(value) else magnitude == value
     return ties
@@ -72,8 +84,8 @@ class Reference:
 
     def _select_group(self, layers: Sequence[Layer], num_prune: int) -> list[tuple[int, ...]]:
         """Return a row of ``Cutoffs`` for each layer."""
-        magnitude = np.concatenate([_magnitude(layer.weight) for layer in layers])
-        kept = np.concatenate([_kept(layer) for layer in layers])
+        magnitude = np.concatenate([_row_major(_magnitude(layer.weight), layer) for layer in layers])
+        kept = np.concatenate([_row_major(_kept(layer), layer) for layer in layers])
         sizes = [layer.weight.numel() for layer in layers]
         starts = np.cumsum([0, *sizes])
         nonfinite = [
@@ -126,7 +138,8 @@ class Reference:
             magnitude, value = _magnitude(layer.weight), magnitude_of(key, layer.weight.dtype)
             # NaN is above every number, and nothing is above NaN.
             above = ~(magnitude <= value) & ~np.isnan(value)
-            kept &= above | (_ties(magnitude, value) & (np.arange(kept.size) < tie_index))
+            index = _as_in_memory(np.arange(kept.size), layer)
+            kept &= above | (_ties(magnitude, value) & (index < tie_index))
             writes.append((layer.weight, kept))
             bits.append(partial(packed.copy_, torch.from_numpy(np.packbits(kept, bitorder="little"))))
             now.append(int(kept.sum()))
@@ -152,21 +165,20 @@ class Reference:
             c = given[row]
             if c.get("skip"):
                 continue
-            kept = torch.from_numpy(_kept(Layer(t.weight, t.mask))).view(t.weight.shape)
+            kept = torch.from_numpy(_unpacked(t.mask, t.weight.numel()))
             compute = torch.float64 if t.weight.dtype == torch.float64 else torch.float32
-            weight = (t.weight if t.master is None else t.master).to(compute)
-            grad = torch.where(kept, gradient.to(compute), 0.0)
-            state = [s.clone() for s in t.state]
+            written = [_in_memory(t.weight), *([] if t.master is None else [_in_memory(t.master)])]
+            weight = written[-1].to(compute)
+            grad = torch.where(kept, _in_memory(gradient).to(compute), 0.0)
+            targets = list(map(_in_memory, t.state))
+            state = [target.clone() for target in targets]
             if t.compaction is not None:
                 state = [torch.zeros_like(kept, dtype=s.dtype).masked_scatter_(kept, s) for s in state]
             weight = _RULES[rule](weight, grad, state, c)
-            for target, source in zip(t.state, state, strict=True):
+            for target, source in zip(targets, state, strict=True):
                 new = torch.where(kept, source, 0.0) if t.compaction is None else source[kept]
                 writes.append(partial(target.copy_, new))
-            weight = torch.where(kept, weight, 0.0)
-            if t.master is not None:
-                writes.append(partial(t.master.copy_, weight))
-            writes.append(partial(t.weight.copy_, weight))
+            writes += [partial(target.copy_, torch.where(kept, weight, 0.0)) for target in written]
         at_once([*writes, *after])
 
     def sum_squares(self, gradients: Sequence[Layer]) -> float:
@@ -181,6 +193,11 @@ class Reference:
             dense = torch.zeros(move.numel, dtype=move.source.dtype, device="cpu")
             dense[_places(move.source_layout, move.numel)] = move.source.reshape(-1)
             move.target.view(-1).copy_(dense[_places(move.target_layout, move.numel)])
+
+
+def _in_memory(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the elements of a tensor without gaps in the order of its memory."""
+    return tensor.as_strided((tensor.numel(),), (1,))
 
 
 def _places(layout: Compaction | None, numel: int) -> torch.Tensor:

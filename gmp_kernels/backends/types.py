@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import sub
@@ -12,6 +13,7 @@ import numpy.typing as npt
 import torch
 
 __all__ = [
+    "Block",
     "BracketCounts",
     "Brackets",
     "Compaction",
@@ -28,14 +30,55 @@ __all__ = [
 ]
 
 
-class Layer(NamedTuple):
-    """One weight as every backend gets it: validated, detached, contiguous, not empty.
+class Block(NamedTuple):
+    """Consecutive weights of a layer that memory holds in another order than the row-major one of the tensor.
 
-    ``mask`` holds the packed bits on the weight's device, or is None if nothing is pruned yet.
+    In row-major order the positions of a channel lie side by side, in memory the channels of a position. The blocks of
+    a layer follow each other in the same order in both; in a layer whose memory is row-major each is one weight.
+    """
+
+    channels: int = 1
+    positions: int = 1
+
+    @property
+    def size(self) -> int:
+        """Number of weights."""
+        return self.channels * self.positions
+
+
+class Layer(NamedTuple):
+    """One weight as every backend gets it: validated, detached, not empty, in the order of its memory.
+
+    Attributes
+    ----------
+    weight : torch.Tensor
+        Contiguous. If ``is_channels_last``, it is a view with the second dimension of the tensor moved to the end.
+    mask : torch.Tensor or None
+        Packed bits in the order of memory, on the weight's device; None if nothing is pruned yet.
+    is_channels_last : bool
     """
 
     weight: torch.Tensor
     mask: torch.Tensor | None
+    is_channels_last: bool = False
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor, mask: torch.Tensor | None) -> Layer:
+        """Return the layer of a tensor that is contiguous or in channels_last."""
+        return cls(tensor, mask) if tensor.is_contiguous() else cls(tensor.movedim(1, -1), mask, True)
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        """The weight with its own order of dimensions."""
+        return self.weight.movedim(-1, 1) if self.is_channels_last else self.weight
+
+    @property
+    def block(self) -> Block:
+        """The blocks in which memory has an order of its own."""
+        if not self.is_channels_last:
+            return Block()
+        _, *positions, channels = self.weight.shape
+        return Block(channels, math.prod(positions))
 
 
 class Threshold(NamedTuple):
@@ -69,7 +112,7 @@ class Cutoffs(NamedTuple):
     """Cutoffs of layers, column by column: every list has one entry per layer.
 
     A weight of a layer is pruned if its key (see ``keys.py``) is below the layer's entry in ``keys``, or equal to it
-    while its flat index is >= the layer's entry in ``tie_indices``.
+    while its flat index, which is row-major, is >= the layer's entry in ``tie_indices``.
 
     Attributes
     ----------
@@ -149,7 +192,7 @@ class BracketCounts(NamedTuple):
     pruned : numpy.ndarray
         int64: mask bits that are 0.
     nonfinite : numpy.ndarray
-        int64: flat index of the first unpruned NaN or Inf, -1 if there is none.
+        int64: index in memory of the first unpruned NaN or Inf, -1 if there is none.
     bins : numpy.ndarray
         int64, a row per layer: number of the keys inside for each ``(key - lo) >> shift``.
     """

@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 
 from gmp_kernels.errors import LayoutError, StateError
+from gmp_kernels.formats import ROW_MAJOR
 from gmp_kernels.masks import BitMask
 from gmp_kernels.search.placement import Region
 
@@ -105,10 +106,12 @@ def sharded_like(values: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
 def whole_mask(mask: BitMask, parameter: torch.Tensor) -> torch.Tensor:
     """Return a copy of this process's part of a mask, in the form that checkpoints hold.
 
-    It is packed bits for a plain parameter. For a ``DTensor`` it is a bool tensor of its shape, sharded like it, which
-    can be resharded.
+    It is packed bits in row-major order for a plain parameter. For a ``DTensor`` it is a bool tensor of its shape,
+    sharded like it, which can be resharded.
     """
-    return sharded_like(mask.to_bool(), parameter) if is_sharded(parameter) else mask.packed.clone()
+    if is_sharded(parameter):
+        return sharded_like(mask.to_bool(), parameter)
+    return mask.to(memory_format=ROW_MAJOR).packed.clone()
 
 
 def gathered_mask(stored: torch.Tensor) -> torch.Tensor:

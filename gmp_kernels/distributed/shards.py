@@ -15,6 +15,7 @@ from gmp_kernels.backends.types import Brackets, Cutoffs, Layer, Selection, Thre
 from gmp_kernels.checks import check_finite, checked_layers
 from gmp_kernels.distributed.placement import is_sharded, region_of
 from gmp_kernels.errors import DistributedError, GMPError, LayoutError, StateError
+from gmp_kernels.formats import ROW_MAJOR
 from gmp_kernels.masks import BitMask
 from gmp_kernels.ops import NonFinite, PruneResult, Scope, thresholds_of
 from gmp_kernels.search.brackets import brackets_near, without_far_below
@@ -247,7 +248,8 @@ class Shards:
         counts: Sequence[Sequence[int]],
     ) -> tuple[list[int], list[int]]:
         """Sum the counts of pruned weights, layer by layer, and make sure that copies have the same masks."""
-        digests = [zlib.crc32(mask.packed.cpu().numpy().tobytes()) for mask in masks]
+        row_major = [mask.to(memory_format=ROW_MAJOR).packed for mask in masks]
+        digests = [zlib.crc32(packed.cpu().numpy().tobytes()) for packed in row_major]
         rows = []
         for placement, digest, (num_pruned, num_new) in zip(placements, digests, counts, strict=True):
             # The primary subtracts its digest once for each other copy, so that equal ones cancel.

@@ -13,10 +13,20 @@ from gmp_kernels.backends.dtypes import DTYPES
 from gmp_kernels.checks import PLAIN, check_mask, has_memory
 from gmp_kernels.distributed.placement import is_sharded, local
 from gmp_kernels.errors import DTypeError, LayoutError, ShapeError, StateError
+from gmp_kernels.formats import format_of, lie_alike
 from gmp_kernels.masks import BitMask
 from gmp_kernels.optim.compact import MASTER, STEP, as_count, compact_names, layout_of, per_weight, state_dtype
 
-__all__ = ["bits_beside", "check_memory", "check_state", "check_weight", "gradient_beside", "is_dense", "loaded_state"]
+__all__ = [
+    "bits_beside",
+    "check_memory",
+    "check_state",
+    "check_weight",
+    "gradient_beside",
+    "is_dense",
+    "laid_out_like",
+    "loaded_state",
+]
 
 
 def check_weight(optimizer: str, weight: torch.Tensor, mask: BitMask | None, *, is_compact: bool) -> None:
@@ -28,9 +38,13 @@ def check_weight(optimizer: str, weight: torch.Tensor, mask: BitMask | None, *, 
         raise DTypeError(f"{optimizer}: expected float32, float64, bfloat16 or float16 parameters, got {weight.dtype}")
     if mask is not None:
         check_mask(optimizer, mask, weight, f"a parameter of shape {tuple(weight.shape)}")
-    # Compact state counts weights in row-major order; without it, memory may be in any order of dimensions.
-    if not (weight.is_contiguous() if is_compact else is_dense(weight)):
-        wanted = "contiguous parameters with compact state" if is_compact else "parameters without gaps in memory"
+    # Compact state is in the order of the mask's bits; without it, memory may be in any order of dimensions.
+    if not (format_of(weight) is not None if is_compact else is_dense(weight)):
+        wanted = (
+            "contiguous or channels_last parameters with compact state"
+            if is_compact
+            else "parameters without gaps in memory"
+        )
         raise LayoutError(
             f"{optimizer}: expected {wanted}, got strides {weight.stride()} for shape {tuple(weight.shape)}; "
             "use .contiguous()"
@@ -58,9 +72,13 @@ def gradient_beside(optimizer: str, weight: torch.Tensor, gradient: torch.Tensor
             "them again after moving a model"
         )
     check_memory(optimizer, gradient)
-    # The kernel walks memory, so a gradient laid out differently is copied into the parameter's order.
-    is_beside = gradient.stride() == weight.stride() and not gradient.is_neg()
-    return gradient if is_beside else torch.empty_like(weight).copy_(gradient)
+    return laid_out_like(gradient, weight)
+
+
+def laid_out_like(values: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Return values in the order of the weight's memory, in which kernels walk them; a copy if they lie otherwise."""
+    is_beside = lie_alike(values, weight) and not values.is_neg()
+    return values if is_beside else torch.empty_like(weight).copy_(values)
 
 
 def check_memory(optimizer: str, tensor: torch.Tensor) -> None:
@@ -73,9 +91,10 @@ def check_memory(optimizer: str, tensor: torch.Tensor) -> None:
 
 
 def bits_beside(weight: torch.Tensor, mask: BitMask) -> torch.Tensor:
-    """Return the packed bits of a mask in the order of the weight's memory; if that is row-major, the bits it has."""
-    if weight.is_contiguous():
-        return mask.packed
+    """Return the packed bits of a mask in the order of the weight's memory; those it has if it is in that format."""
+    memory_format = format_of(weight)
+    if memory_format is not None:
+        return mask.to(memory_format=memory_format).packed
     strides = weight.stride()
     order = sorted(range(weight.ndim), key=lambda dimension: -strides[dimension])
     return BitMask.from_bool(mask.to_bool().permute(order).contiguous()).packed

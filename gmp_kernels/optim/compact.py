@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from gmp_kernels.backends import choose
 from gmp_kernels.backends.types import Compaction, StateMove
 from gmp_kernels.distributed.placement import local, sharded_like
 from gmp_kernels.errors import StateError
+from gmp_kernels.formats import ROW_MAJOR, in_memory_order, lie_alike
 from gmp_kernels.masks import BitMask
 
 __all__ = [
@@ -46,14 +48,17 @@ class CompactState(dict[str, Any]):
         The entries that are stored in this layout.
     shape : torch.Size
         Shape of the part of the parameter that this process holds.
+    memory_format : torch.memory_format
+        Format that this part had, whose order the values are in.
     version : int
     """
 
-    def __init__(self, values: Mapping[str, Any], layout: Compaction, names: Iterable[str], shape: torch.Size) -> None:
+    def __init__(self, values: Mapping[str, Any], layout: Compaction, names: Iterable[str], mask: BitMask) -> None:
         super().__init__(values)
         self.layout = layout
         self.names = frozenset(names)
-        self.shape = shape
+        self.shape = mask.shape
+        self.memory_format = mask.memory_format
         self.version = version_of(layout.mask)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -62,7 +67,7 @@ class CompactState(dict[str, Any]):
         return self.__dict__
 
     def __setstate__(self, attributes: dict[str, Any]) -> None:
-        self.__dict__.update(attributes)
+        self.__dict__.update({"memory_format": ROW_MAJOR} | attributes)  # older pickles do not tell
         self.version = version_of(self.layout.mask)
 
 
@@ -121,11 +126,7 @@ def per_weight(p: torch.Tensor, state: Mapping[str, Any]) -> list[str]:
 
 def follow(p: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """Return a dense entry in the memory format of the parameter; itself if it has that already."""
-    of_p, of_value = local(p), local(value)
-    follows = of_value.stride() == of_p.stride() or all(
-        s == t for s, t, n in zip(of_p.stride(), of_value.stride(), of_p.shape, strict=True) if n > 1
-    )
-    return value if follows else torch.empty_like(p, dtype=value.dtype).copy_(value)
+    return value if lie_alike(local(value), local(p)) else torch.empty_like(p, dtype=value.dtype).copy_(value)
 
 
 def as_count(value: Any, device: torch.device) -> torch.Tensor:
@@ -146,7 +147,7 @@ def compacted(
 ) -> dict[torch.Tensor, CompactState]:
     """Return the states of these parameters laid out for the weights that their masks keep. Waits for a GPU once.
 
-    Master weights stay dense.
+    The masks are in the memory formats of the parameters. Master weights stay dense.
     """
     found: dict[torch.Tensor, CompactState] = {}
     for device in {p.device for p in states}:
@@ -155,16 +156,20 @@ def compacted(
         layouts = implementation.compactions([(masks[p].packed, local(p).numel()) for p in owners])
         moves = []
         for p, layout in zip(owners, layouts, strict=True):
-            state, packed = states[p], dict[str, torch.Tensor]()
+            state, packed, memory_format = states[p], dict[str, torch.Tensor](), masks[p].memory_format
+            if isinstance(state, CompactState) and state.memory_format is not memory_format:
+                state = _spread(p, state, backend)
             for name in per_weight(p, state):
                 if name == MASTER:
                     continue
                 is_compact = name in compact_names(state)
-                source = state[name] if is_compact else local(state[name]).contiguous()
+                source = state[name]
+                if not is_compact:
+                    source = in_memory_order(local(source).contiguous(memory_format=memory_format), memory_format)
                 packed[name] = torch.empty(layout.num_kept, dtype=source.dtype, device=device)
                 source_layout = layout_of(state) if is_compact else None
                 moves.append(StateMove(source, source_layout, packed[name], layout, local(p).numel()))
-            found[p] = CompactState({**state, **packed}, layout, packed, local(p).shape)
+            found[p] = CompactState({**state, **packed}, layout, packed, masks[p])
         if moves:
             implementation.move_state(moves)
     return found
@@ -173,9 +178,17 @@ def compacted(
 def expanded(optimizer: str, p: torch.Tensor, state: Mapping[str, Any], backend: str | None) -> dict[str, Any]:
     """Check the layout and return the state in torch's dense form, with zeros where compact state has no value."""
     check_layout(optimizer, p, state)
-    layout, names = layout_of(state), compact_names(state) & state.keys()
-    spread = {name: torch.empty(local(p).shape, dtype=state[name].dtype, device=p.device) for name in names}
+    return _spread(p, state, backend)
+
+
+def _spread(p: torch.Tensor, state: Mapping[str, Any], backend: str | None) -> dict[str, Any]:
+    """Return the state in the dense form."""
+    if not isinstance(state, CompactState):
+        return {**state}
+    empty = partial(torch.empty, state.shape, device=p.device, memory_format=state.memory_format)
+    spread = {name: empty(dtype=state[name].dtype) for name in state.names & state.keys()}
     if spread:
-        moves = [StateMove(state[name], layout, values, None, values.numel()) for name, values in spread.items()]
+        in_memory = {name: in_memory_order(values, state.memory_format) for name, values in spread.items()}
+        moves = [StateMove(state[name], state.layout, to, None, to.numel()) for name, to in in_memory.items()]
         choose(backend, p.device).move_state(moves)
     return {**state, **{name: follow(p, sharded_like(values, p)) for name, values in spread.items()}}

@@ -14,10 +14,11 @@ from gmp_kernels.backends.types import Constants, UpdateBatch, UpdateTensor
 from gmp_kernels.checks import check_tensors, check_writable, may_overlap
 from gmp_kernels.distributed.placement import local_grad, sharding_of, sum_over_shards
 from gmp_kernels.errors import LayoutError, ShapeError, SparsityError
+from gmp_kernels.formats import format_of
 from gmp_kernels.library import define
 from gmp_kernels.masks import BitMask
-from gmp_kernels.ops import bit_masks
-from gmp_kernels.optim.checks import is_dense
+from gmp_kernels.ops import bit_masks, packed_beside
+from gmp_kernels.optim.checks import is_dense, laid_out_like
 
 __all__ = ["clip_grad_norm_", "ema_update_"]
 
@@ -73,7 +74,7 @@ def clip_grad_norm_(
     gradients = [local_grad(p) for p in owners]
     if gradients and torch.compiler.is_compiling():
         norm: torch.Tensor = torch.ops.gmp_kernels.clip_gradients_(
-            gradients, max_norm, _packed(bits), error_if_nonfinite=error_if_nonfinite, backend=backend
+            gradients, max_norm, packed_beside(bits, gradients), error_if_nonfinite=error_if_nonfinite, backend=backend
         )
         return norm
     return clip_gradients_(gradients, max_norm, bits, owners, error_if_nonfinite=error_if_nonfinite, backend=backend)
@@ -99,7 +100,7 @@ def clip_gradients_(
         present = [i for i in members if gradients[i].numel()]
         layers = check_tensors(
             "clip_grad_norm_",
-            [_contiguous(gradients[i]) for i in present],
+            [_in_a_format(gradients[i]) for i in present],
             [masks[i] for i in present],
             [f"gradient {i}" for i in present],
             optional_masks=True,
@@ -122,8 +123,10 @@ def clip_gradients_(
     return norm
 
 
-def _contiguous(gradient: torch.Tensor) -> torch.Tensor:
-    return gradient.contiguous() if gradient.layout is torch.strided else gradient  # which the checks refuse
+def _in_a_format(gradient: torch.Tensor) -> torch.Tensor:
+    if gradient.layout is not torch.strided:
+        return gradient  # which the checks refuse
+    return gradient.contiguous() if format_of(gradient) is None else gradient
 
 
 def _scale_(gradients: Sequence[torch.Tensor], factor: torch.Tensor) -> None:
@@ -199,7 +202,7 @@ def ema_update_(
     if not averages:
         return
     if torch.compiler.is_compiling():
-        bits = _packed([None] * len(averages) if masks is None else masks)
+        bits = packed_beside([None] * len(averages) if masks is None else masks, averages)
         torch.ops.gmp_kernels.ema_update_(averages, weights, decay, bits, backend=backend)
         return
     names = [f"averages[{i}]" for i in range(len(averages))]
@@ -207,10 +210,10 @@ def ema_update_(
     check_writable("ema_update_", averages, targets, names)
     sources = check_tensors("ema_update_", weights, None)
     for i, (target, source) in enumerate(zip(targets, sources, strict=True)):
-        if target.weight.shape != source.weight.shape or target.weight.dtype != source.weight.dtype:
+        if target.tensor.shape != source.tensor.shape or target.weight.dtype != source.weight.dtype:
             raise ShapeError(
-                f"ema_update_: expected weights[{i}] of shape {tuple(target.weight.shape)} and {target.weight.dtype}, "
-                f"got {tuple(source.weight.shape)} and {source.weight.dtype}"
+                f"ema_update_: expected weights[{i}] of shape {tuple(target.tensor.shape)} and {target.weight.dtype}, "
+                f"got {tuple(source.tensor.shape)} and {source.weight.dtype}"
             )
         if target.weight.device != source.weight.device:
             raise LayoutError(
@@ -225,14 +228,10 @@ def ema_update_(
     implementation.update(
         "average",
         UpdateBatch([UpdateTensor(t.weight, mask=t.mask) for t in targets]),
-        [s.weight for s in sources],
+        [laid_out_like(s.tensor, t.tensor) for s, t in zip(sources, targets, strict=True)],
         [0] * len(sources),
         Constants([({"one_minus_beta1": 1.0 - decay}, 1)], []),
     )
-
-
-def _packed(masks: Sequence[BitMask | None]) -> list[torch.Tensor | None]:
-    return [None if mask is None else mask.packed for mask in masks]
 
 
 # -- the same operations for compiled graphs, which pass masks as packed bits ------------------------------------------

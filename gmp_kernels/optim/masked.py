@@ -280,7 +280,7 @@ class MaskedOptimizer(Masking):
         state: dict[str, Any] = {} if old is None else old
         missing = [name for name in keys if state.get(name) is None]
         if missing and self._compact_state and mask is not None and layout_of(state) is None:
-            state = compacted({p: state}, {p: mask}, self._backend)[p]
+            state = compacted({p: state}, {p: self._aligned(p)}, self._backend)[p]
         layout, compact = layout_of(state), compact_names(state)
         values: dict[str, Any] = {}
         if STEP in self.essential:
@@ -302,7 +302,10 @@ class MaskedOptimizer(Masking):
         if all(state.get(name) is value for name, value in values.items()):
             return old
         merged = {**state, **values}
-        return merged if layout is None else CompactState(merged, layout, {*compact, *missing}, weight.shape)
+        if layout is None:
+            return merged
+        assert mask is not None
+        return CompactState(merged, layout, {*compact, *missing}, mask)
 
 
 def _check_together(optimizer: str, parameters: Sequence[torch.Tensor]) -> None:

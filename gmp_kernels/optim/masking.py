@@ -21,6 +21,7 @@ from gmp_kernels.backends.at_once import at_once
 from gmp_kernels.checks import check_mask
 from gmp_kernels.distributed.placement import local, sharded_like
 from gmp_kernels.errors import CaptureError, TargetError
+from gmp_kernels.formats import format_of
 from gmp_kernels.masks import BitMask
 from gmp_kernels.ops import apply_masks_
 from gmp_kernels.optim.batch import Batch
@@ -224,13 +225,13 @@ class Masking(torch.optim.Optimizer):
         if any(devices.is_capturing(p.device) for p in behind):
             self._refuse_capture("masks to be applied first; set masks before capturing")
         # All memory is allocated before the first write.
-        states = compacted(stale, self._masks, self._backend)
+        states = compacted(stale, {p: self._aligned(p) for p in stale}, self._backend)
         zeroed: dict[torch.device, tuple[list[torch.Tensor], list[BitMask]]] = {}
         filled: list[Callable[[], object]] = []
         for p in behind:
             mask = self._masks[p]
             for tensor in self._behind(p, states.get(p, self.state.get(p, {}))):
-                if tensor.is_contiguous() and not tensor.is_neg():
+                if format_of(tensor) is mask.memory_format and not tensor.is_neg():
                     tensors, masks = zeroed.setdefault(tensor.device, ([], []))
                     tensors.append(tensor)
                     masks.append(mask)
@@ -257,7 +258,14 @@ class Masking(torch.optim.Optimizer):
         layout = layout_of(state)
         if mask is None or layout is None:
             return mask is not None and any(name != MASTER for name in per_weight(p, state))
-        return layout.mask is not mask.packed
+        return layout.mask is not mask.packed or format_of(local(p)) not in (mask.memory_format, None)
+
+    def _aligned(self, p: torch.Tensor) -> BitMask:
+        """Return the mask by which compact state is laid out, in the memory format of its parameter from now on."""
+        mask, memory_format = self._masks[p], format_of(local(p))
+        if memory_format not in (mask.memory_format, None):
+            mask.become(mask.to(memory_format=memory_format))
+        return mask
 
     def _replace(
         self,

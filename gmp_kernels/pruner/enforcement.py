@@ -13,6 +13,7 @@ from gmp_kernels.backends import devices
 from gmp_kernels.distributed import Shards
 from gmp_kernels.distributed.placement import local, sum_over_shards
 from gmp_kernels.errors import CaptureError, StateError, TargetError, warn
+from gmp_kernels.formats import format_of
 from gmp_kernels.masks import BitMask
 from gmp_kernels.model.wrappers import inside, optimizer_chain, with_own_hooks
 from gmp_kernels.ops import Threshold
@@ -265,6 +266,11 @@ class Enforcement:
         there already. With ``are_checked`` an optimizer that applies masks itself has just checked them.
         """
         masks = self._masks_of(names)
+        for p, mask in masks.items():
+            # A mask follows its parameter to another memory format, in which kernels can apply it.
+            memory_format = format_of(local(p))
+            if memory_format not in (mask.memory_format, None):
+                mask.become(mask.to(memory_format=memory_format))
         self.watch.distrust()
         if self.masked_optimizer is not None:
             self.masked_optimizer.share_masks(masks, ranked_is_pruned=ranked_is_pruned, are_checked=are_checked)
@@ -432,7 +438,7 @@ class Enforcement:
 
         def hold() -> None:
             for name, mask in masks.items():
-                self.masks[name].packed.copy_(mask.packed)
+                self.masks[name].packed.copy_(mask.to(memory_format=self.masks[name].memory_format).packed)
             self.masks_changed(dict.fromkeys(self.parameters, 0) | zeros)
             self.apply(zeros)
 

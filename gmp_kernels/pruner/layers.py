@@ -49,7 +49,8 @@ def begin(
         for batch, prune in calls:
             result = prune()
             for name, mask in zip(batch, result.masks, strict=True):
-                held.masks[name].packed = mask.packed
+                if held.masks[name] is not mask:
+                    held.masks[name].become(mask)
             held.thresholds.update(zip(batch, result.thresholds, strict=True))
             num_pruned.update(zip(batch, result.num_pruned, strict=True))
         return num_pruned

@@ -19,6 +19,7 @@ from gmp_kernels.distributed.placement import (
     whole_mask,
 )
 from gmp_kernels.errors import ShapeError, StateError, TargetError
+from gmp_kernels.formats import ROW_MAJOR, format_of
 from gmp_kernels.masks import BitMask
 from gmp_kernels.model.names import named_parameters, plain_name
 from gmp_kernels.model.parametrized import kept_by_torch
@@ -114,7 +115,8 @@ def begin_load(state: Any, held: Enforcement, history: list[StepReport], *, mask
     def load() -> None:
         # Memory can run out only here, before anything is written.
         written = {name: writable_mask(held, name) for name in masks}
-        for name, mask in masks.items():
+        loaded = {name: mask.to(memory_format=written[name].memory_format) for name, mask in masks.items()}
+        for name, mask in loaded.items():
             held.masks[name].packed = written[name].packed.copy_(mask.packed)
         held.thresholds = thresholds
         held.have_agreed = False
@@ -204,12 +206,12 @@ def starting_masks(
     else:
         given = {} if start is None else _masks_given(start, model, parameters)
         masks = {
-            name: given[name] if name in given else BitMask.ones(local(p).shape, p.device)
+            name: given[name] if name in given else BitMask.ones(local(p).shape, p.device, _format(p))
             for name, p in parameters.items()
         }
     kept = kept_by_torch(model, parameters)
     for name, places in kept.items():
-        masks[name].packed &= local_mask(places, parameters[name]).packed
+        masks[name].packed &= local_mask(places, parameters[name]).to(memory_format=masks[name].memory_format).packed
     return masks, start is not None or bool(kept)
 
 
@@ -248,5 +250,12 @@ def _masks_given(
                 f"GMPScheduler: expected the mask that starts '{name}' of shape {tuple(parameter.shape)}, got "
                 f"{tuple(mask.shape)}; is it of another model?"
             )
-        masks[name] = local_mask(mask.packed, parameter).to(parameter.device).clone()
+        row_major = mask.to(memory_format=ROW_MAJOR).packed
+        held = local_mask(row_major, parameter)
+        masks[name] = held.to(parameter.device, memory_format=_format(parameter)).clone()
     return masks
+
+
+def _format(parameter: torch.Tensor) -> torch.memory_format:
+    """Return the memory format that the mask of a parameter is kept in."""
+    return format_of(local(parameter)) or ROW_MAJOR

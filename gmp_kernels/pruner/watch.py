@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from gmp_kernels.distributed.placement import local
+from gmp_kernels.formats import format_of, in_memory_order
 from gmp_kernels.masks import BitMask
 from gmp_kernels.model.targets import check_present
 from gmp_kernels.pruner.zeroing import slices
@@ -153,12 +154,12 @@ class Watch:
         weight, mask = local(self._by_name[name]).detach(), masks[name]
         if weight.shape != mask.shape:
             return True
-        if not weight.is_contiguous():
+        if format_of(weight) is not mask.memory_format:
             return False
         if name not in self._samples:
             self._samples[name] = _sample_of(mask, turn)
         indices, is_pruned = self._samples[name]
-        found = torch.take(weight, indices)
+        found = torch.take(in_memory_order(weight, mask.memory_format), indices)
         if is_pruned is None:
             return any(found.tolist())
         self._answer = _brought_back(found.ne(0).logical_and_(is_pruned).any())
@@ -173,7 +174,7 @@ def _way_to(parameters: set[int], module: nn.Module) -> list[nn.Module]:
 
 
 def _sample_of(mask: BitMask, offset: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return flat indices spread over the layer, and which of them are pruned: None if all are.
+    """Return places spread over the memory of the layer, and which of them are pruned: None if all are.
 
     On a GPU the pruned ones are not picked out, because that would wait for it.
     """
@@ -188,7 +189,7 @@ def _sample_of(mask: BitMask, offset: int) -> tuple[torch.Tensor, torch.Tensor |
 
 
 def _pruned_among(mask: BitMask, offset: int) -> torch.Tensor:
-    """Return flat indices of pruned weights from bytes that are spread over the mask.
+    """Return places in memory of pruned weights from bytes that are spread over the mask.
 
     numpy takes a tenth of the time of torch for so few numbers, which matters in the first steps after an update.
     """

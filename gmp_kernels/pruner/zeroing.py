@@ -11,6 +11,7 @@ import torch
 from gmp_kernels.backends.dtypes import DTYPES
 from gmp_kernels.checks import PLAIN, has_memory, is_wrapper, may_overlap
 from gmp_kernels.distributed.placement import local
+from gmp_kernels.formats import format_of, in_memory_order
 from gmp_kernels.masks import BitMask
 from gmp_kernels.ops import apply_masks_
 
@@ -49,7 +50,8 @@ def zero_all_where_pruned_(tensors: Sequence[tuple[torch.Tensor, BitMask]], *, b
     others = []
     for i, (whole, mask) in enumerate(tensors):
         tensor = local(whole)
-        if type(tensor) in PLAIN and tensor.dtype in DTYPES and tensor.is_contiguous() and tensor.numel():
+        is_walked = type(tensor) in PLAIN and tensor.dtype in DTYPES and tensor.numel()
+        if is_walked and format_of(tensor) is mask.memory_format:
             members, bits = calls.setdefault(tensor.device, ([], []))
             members.append(tensor)
             bits.append(mask.to(tensor.device))
@@ -106,14 +108,19 @@ def _zero_plain(tensor: torch.Tensor, mask: BitMask) -> bool:
     return True
 
 
-def slices(tensor: torch.Tensor, mask: BitMask, start: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def slices(tensor: torch.Tensor, mask: BitMask) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Cut a tensor into views of at most ``SLICE`` elements, each with a bool tensor that says which are kept.
 
-    ``start`` is the flat index of the first element in the mask.
+    The dimensions of the views are in the order in which the mask has its bits.
     """
+    return _slices(in_memory_order(tensor, mask.memory_format), mask.packed, 0)
+
+
+def _slices(tensor: torch.Tensor, packed: torch.Tensor, start: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Do so; ``start`` is the index of the first element in the mask, whose order is the row-major one here."""
     if tensor.numel() <= SLICE:
         first, end = start // 8, start + tensor.numel()
-        packed = mask.packed[first : -(-end // 8)].to(tensor.device)
+        packed = packed[first : -(-end // 8)].to(tensor.device)
         bits = BitMask.of(packed, torch.Size([end - 8 * first]))
         yield tensor, bits.to_bool()[start % 8 :].view(tensor.shape)
         return
@@ -122,7 +129,7 @@ def slices(tensor: torch.Tensor, mask: BitMask, start: int = 0) -> Iterator[tupl
     # The halves follow each other if no dimension before this one has several places.
     dimension = next(i for i, size in enumerate(tensor.shape) if size > 1)
     for half in tensor.tensor_split(2, dimension):
-        yield from slices(half, mask, start)
+        yield from _slices(half, packed, start)
         start += half.numel()
 
 

@@ -20,7 +20,7 @@ from gmp_kernels.search.communicator import Communicator
 from gmp_kernels.search.cutoffs import GroupCutoffs, Integers, find_cutoffs
 from gmp_kernels.search.placement import Placement, Region
 from gmp_kernels.search.sample import estimate
-from gmp_kernels.search.ties import TiedPiece, tie_indices
+from gmp_kernels.search.ties import TiedPiece, first_nonfinite, tie_indices
 
 __all__ = ["Search", "select_with"]
 
@@ -63,7 +63,7 @@ class Search:
     tie_indices : numpy.ndarray
         Per piece: flat index in it from which on ties are pruned.
     nonfinite : numpy.ndarray
-        Per piece: flat index in it of the first unpruned NaN or Inf, -1 if there is none.
+        Per piece: place in its memory of the first unpruned NaN or Inf, -1 if there is none.
     """
 
     def __init__(
@@ -179,7 +179,7 @@ class Search:
         none = torch.iinfo(torch.int64).max
         found = [
             none if index < 0 else placement.region.to_global(index)
-            for placement, index in zip(self._placements, self.nonfinite.tolist(), strict=True)
+            for placement, index in zip(self._placements, self._nonfinite_indices(), strict=True)
         ]
         first = (-self._communicator.largest(-torch.tensor(found, device="cpu"))).tolist()
         return [-1 if index == none else index for index in first]
@@ -187,7 +187,15 @@ class Search:
     def cutoffs(self, found: GroupCutoffs) -> Cutoffs:
         """Return the cutoff of every local piece."""
         keys, below, ties, kept = (column[self._group_of].tolist() for column in found[:4])
-        return Cutoffs(keys, below, ties, kept, self.tie_indices.tolist(), self.nonfinite.tolist())
+        return Cutoffs(keys, below, ties, kept, self.tie_indices.tolist(), self._nonfinite_indices())
+
+    def _nonfinite_indices(self) -> list[int]:
+        """Return ``nonfinite`` as flat indices in the pieces, which are row-major."""
+        places: list[int] = self.nonfinite.tolist()
+        return [
+            place if place < 0 else first_nonfinite(layer, place)
+            for layer, place in zip(self._layers, places, strict=True)
+        ]
 
     def _largest_keys(self) -> Integers:
         return np.array([largest_key(self._dtypes[first]) for first in self._firsts])

@@ -78,7 +78,7 @@ def estimate(
 
 def _spread(layer: Layer, num_lines: int, width: int, stride: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return every ``stride``-th line of a layer, ``num_lines`` in all, and the bytes of its mask."""
-    weight, mask = layer
+    weight, mask = layer.weight, layer.mask
     num_bytes = -(-width // 8)
     if mask is None:
         bits = torch.full((num_lines, num_bytes), 255, dtype=torch.uint8, device=weight.device)

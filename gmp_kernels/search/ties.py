@@ -16,7 +16,7 @@ from gmp_kernels.search.communicator import Communicator
 from gmp_kernels.search.cutoffs import Integers, find_cutoffs
 from gmp_kernels.search.placement import Region
 
-__all__ = ["TiedPiece", "piece_of", "tie_indices"]
+__all__ = ["TiedPiece", "first_nonfinite", "piece_of", "tie_indices"]
 
 CHUNK = 1 << 17  # weights that are searched for ties at a time
 MOST_HELD = 1 << 14  # flat indices of ties that are kept between rounds, for each piece
@@ -139,9 +139,18 @@ def _local_places(pieces: Sequence[TiedPiece], indices: Integers) -> Integers:
     return places
 
 
-def _window_of(places: Integers) -> tuple[Integers, Integers]:
-    """Return where to begin and end reading a piece, to cover all that lies between its inner places."""
-    return places[:, 1] // 8 * 8, np.minimum(-(-places[:, -2] // 8) * 8, places[:, -1])
+def _unit_of(layer: Layer) -> int:
+    """Return the fewest weights that are whole blocks and whole bytes of the mask."""
+    return math.lcm(8, layer.block.size)
+
+
+def _window_of(pieces: Sequence[TiedPiece], places: Integers) -> tuple[Integers, Integers]:
+    """Return where to begin and end reading each piece, to cover all that lies between its inner places.
+
+    Both are multiples of the unit, where the weights before are the same in memory as in row-major order, or the end.
+    """
+    units = np.array([_unit_of(p.layer) for p in pieces], np.int64)
+    return places[:, 1] // units * units, np.minimum(-(-places[:, -2] // units) * units, places[:, -1])
 
 
 def _count_between(pieces: Sequence[TiedPiece], places: Integers) -> tuple[Integers, list[np.ndarray | None]]:
@@ -151,7 +160,7 @@ def _count_between(pieces: Sequence[TiedPiece], places: Integers) -> tuple[Integ
     """
     here = np.zeros((len(pieces), places.shape[1] - 1), np.int64)
     found: list[np.ndarray | None] = [np.zeros(0, np.int64)] * len(pieces)
-    for i, indices in _ties(pieces, *_window_of(places)):
+    for i, indices in _ties(pieces, *_window_of(pieces, places)):
         here[i] += np.diff(indices.searchsorted(places[i]))
         known = found[i]
         if known is not None:
@@ -164,7 +173,7 @@ def _count_beside(
 ) -> Integers:
     """Count the ties of each piece before and after its window, and read only the shorter of the two parts."""
     here = np.zeros((len(pieces), places.shape[1] - 1), np.int64)
-    begins, ends = _window_of(places)
+    begins, ends = _window_of(pieces, places)
     sizes = places[:, -1]
     is_first = begins <= sizes - ends
     shorter = np.where(is_first, begins, sizes - ends)
@@ -181,20 +190,40 @@ def _count_beside(
 
 
 def _ties(pieces: Sequence[TiedPiece], begins: Integers, ends: Integers) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield the ties of each piece in [begin, end), chunk by chunk. Both are multiples of 8, or the end of the piece.
+    """Yield the ties of each piece in [begin, end), some units at a time. Both are multiples of the unit, or the end.
 
     Yields the position of the piece, and flat indices in it.
     """
     for i, (p, begin, end) in enumerate(zip(pieces, begins.tolist(), ends.tolist(), strict=True)):
-        bits, largest = bits_of(p.layer.weight).view(-1), largest_key(p.layer.weight.dtype)
-        magnitude = torch.iinfo(bits.dtype).max
-        for start in range(begin, end, CHUNK):
-            stop = min(start + CHUNK, end)
-            # numpy is several times faster than torch at this.
-            keys = bits[start:stop].cpu().numpy() & magnitude
-            # NaN has many bit patterns.
-            indices = np.flatnonzero(keys == p.key if p.key < largest else keys >= largest)
-            if p.layer.mask is not None:
-                of_bytes = p.layer.mask[start // 8 : -(-stop // 8)].cpu().numpy()
-                indices = indices[(of_bytes[indices >> 3] >> (indices & 7) & 1).astype(bool)]
-            yield i, indices + start
+        step = max(1, CHUNK // _unit_of(p.layer)) * _unit_of(p.layer)
+        for start in range(begin, end, step):
+            yield i, _indices_of(p.layer, start, min(start + step, end), p.key)
+
+
+def first_nonfinite(layer: Layer, place: int) -> int:
+    """Return the flat index of the first unpruned NaN or Inf, given the place in memory of the first one there."""
+    unit = _unit_of(layer)
+    begin = place // unit * unit
+    end = min(begin + unit, layer.weight.numel())
+    infinity = largest_key(layer.weight.dtype) - 1
+    return min(int(found[0]) for key in (infinity, infinity + 1) if len(found := _indices_of(layer, begin, end, key)))
+
+
+def _indices_of(layer: Layer, begin: int, end: int, key: int) -> np.ndarray:
+    """Return the sorted flat indices of the unpruned weights with this key in [begin, end), which are whole units."""
+    bits, largest = bits_of(layer.weight).view(-1), largest_key(layer.weight.dtype)
+    # numpy is several times faster than torch at this.
+    keys = bits[begin:end].cpu().numpy() & torch.iinfo(bits.dtype).max
+    # NaN has many bit patterns.
+    places = np.flatnonzero(keys == key if key < largest else keys >= largest)
+    if layer.mask is not None:
+        of_bytes = layer.mask[begin // 8 : -(-end // 8)].cpu().numpy()
+        places = places[(of_bytes[places >> 3] >> (places & 7) & 1).astype(bool)]
+    places += begin
+    channels, positions = layer.block
+    if channels * positions == 1:
+        return places
+    first, place = places // (channels * positions) * (channels * positions), places % (channels * positions)
+    indices: np.ndarray = first + place % channels * positions + place // channels
+    indices.sort()
+    return indices

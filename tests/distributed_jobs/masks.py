@@ -31,6 +31,8 @@ LAYOUTS = {
 }
 # Rows and columns that 4 does not divide; fewer of them than ranks.
 SHAPES = [(13, 37), (3, 50), (50, 1)]
+# Convolutions: fewer channels than ranks, and blocks on both sides of a chunk.
+CONVOLUTIONS = [(13, 3, 3, 3), (6, 50, 5, 3), (40, 400, 3, 3)]
 # Large enough for weights to be remembered from the first round, and for ties on both sides of a chunk.
 LARGE = (401, 1024)
 # Up to 1, past it nothing more is left; the same again; and a step back, which prunes nothing.
@@ -73,11 +75,20 @@ def assert_same(sharded: GMPScheduler, whole: GMPScheduler, what: str) -> None:
     assert sharded.sparsity == whole.sparsity
 
 
+def channels_last(sharded: DTensor) -> DTensor:
+    """The same shards in another memory format."""
+    local = sharded.to_local().contiguous(memory_format=torch.channels_last)
+    placed = sharded.device_mesh, sharded.placements
+    return DTensor.from_local(local, *placed, run_check=False, shape=sharded.shape, stride=sharded.stride())
+
+
 def compare(layout: str, weights: dict[str, torch.Tensor], scope: str, backend: str = "cpu") -> None:
+    """Prune them whole and in shards; those of four dimensions are contiguous there, and in channels_last here."""
     mesh_shape, placements = LAYOUTS[layout]
     mesh = init_device_mesh("cpu", mesh_shape)
     whole = scheduler(model_of({name: weight.clone() for name, weight in weights.items()}), scope, "reference")
     shards = {name: shard(weight, mesh, placements) for name, weight in weights.items()}
+    shards |= {name: channels_last(own) for name, own in shards.items() if own.ndim == 4}
     sharded = scheduler(model_of(shards), scope, backend)
     for _ in SPARSITIES:
         whole.step()
@@ -90,7 +101,7 @@ def compare(layout: str, weights: dict[str, torch.Tensor], scope: str, backend: 
     assert_same(sharded, whole, f"{layout} {scope} {backend}, loaded")
 
 
-def cases(shape: tuple[int, int], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def cases(shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, torch.Tensor]:
     return {
         f"{name} {shape}": weight.view(shape) for name, weight in adversarial_cases(math.prod(shape), dtype).items()
     }
@@ -106,6 +117,13 @@ def job(layouts: list[str]) -> None:
         large = cases(LARGE, torch.float32)
         chosen = {name: large[f"{name} {LARGE}"] for name in ("random", "constant", "sorted", "bfloat16_ties")}
         compare(layout, chosen, "layer")
+        kinds = ("random", "constant", "small_integers", "any_bits")
+        for dtype in (torch.float32, torch.bfloat16):
+            weights = {
+                name: w for shape in CONVOLUTIONS for name, w in cases(shape, dtype).items() if name.startswith(kinds)
+            }
+            for scope in ("layer", "global"):
+                compare(layout, weights, scope)
         # Ties where they are expected, where they are not, and in several layers of a group.
         ties = {name: chosen[name].to(torch.bfloat16) for name in ("random", "sorted")}
         compare(layout, ties, "layer")

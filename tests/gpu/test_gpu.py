@@ -13,7 +13,7 @@ from subprocesses import run_python
 
 from gmp_kernels import BitMask, prune_
 from gmp_kernels.errors import DeviceError, LayoutError
-from gmp_kernels.tools.testing import DTYPES, adversarial_cases, assert_same_pruning
+from gmp_kernels.tools.testing import DTYPES, adversarial_cases, assert_bitwise_equal, assert_same_pruning
 
 OTHER_DEVICES = ["cpu", *(f"cuda:{i}" for i in range(1, torch.cuda.device_count()))]
 ROOM = 1e6  # bytes, less than the allocator takes of the device at a time
@@ -145,12 +145,19 @@ def test_tensors_on_two_devices_are_refused(gpu: str, other: str) -> None:
     assert all(torch.equal(weight.cpu(), torch.ones(9)) for weight in weights)
 
 
-def test_channels_last_is_refused(gpu: str) -> None:
-    weight = torch.randn(2, 3, 4, 4, device=GPU).contiguous(memory_format=torch.channels_last)
-    before = weight.clone()
-    with pytest.raises(LayoutError, match=r"model.to\(memory_format=torch.contiguous_format\)"):
-        prune_(weight, sparsity=0.5, backend=gpu)
-    assert torch.equal(weight, before)
+def test_channels_last_has_the_masks_of_the_cpu(gpu: str) -> None:
+    weights = [torch.randn(shape).bfloat16() for shape in ((300, 65, 3, 3), (2, 2000, 3, 3), (64, 64, 1, 1))]
+    for scope in ("layer", "global"):
+        expected = [weight.clone() for weight in weights]
+        actual = [weight.to(GPU, memory_format=torch.channels_last) for weight in weights]
+        masks = prune_(expected, sparsity=0.4, scope=scope).masks
+        found = prune_(actual, sparsity=0.4, scope=scope, backend=gpu).masks
+        for sparsity in (0.8, 0.9):
+            right = prune_(expected, sparsity=sparsity, scope=scope, masks=masks)
+            result = prune_(actual, sparsity=sparsity, scope=scope, masks=found, backend=gpu)
+            assert found == [mask.to(GPU) for mask in masks] and result[1:] == right[1:]
+            for weight, other in zip(actual, expected, strict=True):
+                assert_bitwise_equal(weight, other)
 
 
 @pytest.mark.parametrize("compact", [False, True], ids=["dense", "compact"])

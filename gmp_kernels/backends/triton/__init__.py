@@ -91,6 +91,7 @@ class Part(NamedTuple):
     device: torch.device
     aligned: bool
     masked: bool  # some layer has a mask
+    permuted: bool  # the memory of some layer is not in row-major order
     table: Table
     run: int  # chunks per program that reads all weights
 
@@ -105,13 +106,14 @@ def _parts_of(layers: Sequence[Layer]) -> list[Part]:
     parts = []
     for positions in by_dtype(layers).values():
         own = [layers[i] for i in positions]
-        numels = [weight.numel() for weight, _ in own]
+        numels = [layer.weight.numel() for layer in own]
         dtype, device = own[0].weight.dtype, own[0].weight.device
-        table = table_of(numels, [(element_address(weight), address(mask)) for weight, mask in own], device)
-        aligned = all(weight.data_ptr() % 16 == 0 for weight, _ in own)
-        masked = any(mask is not None for _, mask in own)
+        fields = [(element_address(layer.weight), address(layer.mask), *layer.block) for layer in own]
+        table = table_of(numels, fields, device)
+        aligned = all(layer.weight.data_ptr() % 16 == 0 for layer in own)
+        masked, permuted = any(layer.mask is not None for layer in own), any(layer.is_channels_last for layer in own)
         run = -(-len(table[1]) // PROGRAMS)
-        parts.append(Part(positions, numels, dtype, device, aligned, masked, table, run))
+        parts.append(Part(positions, numels, dtype, device, aligned, masked, permuted, table, run))
     return parts
 
 
@@ -153,8 +155,8 @@ class Triton:
         stream, make = stream_of(device), partial(_parts_of, layers)
         if isinstance(layers, Layers):
             return prepared(layers, ("triton", stream), make)
-        addresses = [(element_address(weight), address(mask)) for weight, mask in layers]
-        shapes = [(weight.dtype, weight.numel()) for weight, _ in layers]
+        addresses = [(element_address(layer.weight), address(layer.mask)) for layer in layers]
+        shapes = [(layer.weight.dtype, layer.weight.numel(), layer.block) for layer in layers]
         return self._parts_of.get((device, stream, addresses, shapes), make)
 
     def _tile(self, part: Part) -> dict[str, Any]:
@@ -225,7 +227,8 @@ class Triton:
     def _apply(self, part: Part, asked: torch.Tensor, counts: torch.Tensor, *, SELECTED: bool) -> None:
         rows, owners = part.table
         arguments = (rows, owners, asked, len(part.numels), counts, part.slots)
-        constants = {**self._tile(part), "ALIGNED": part.aligned, "SELECTED": SELECTED}
+        permuted = SELECTED and part.permuted  # masks alone ask for no order
+        constants = {**self._tile(part), "ALIGNED": part.aligned, "PERMUTED": permuted, "SELECTED": SELECTED}
         self._launch("apply", len(owners), *arguments, **constants)
 
     def apply(self, layers: Sequence[Layer]) -> None:

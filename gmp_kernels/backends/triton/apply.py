@@ -6,8 +6,10 @@ import triton
 import triton.language as tl
 
 from gmp_kernels.backends.triton.tiles import (
+    CHANNELS,
     COUNTERS,
     MASK,
+    POSITIONS,
     WEIGHTS,
     N,
     load_rows,
@@ -25,10 +27,26 @@ KEY, TIE_INDEX, OUT = map(tl.constexpr, range(3))
 
 
 @triton.jit
+def _are_before(row, index, begin, tie_index, BLOCK: tl.constexpr, PERMUTED: tl.constexpr):
+    """Whether weights come before a flat index. PERMUTED: memory may hold a block in another order than row-major."""
+    before = index < tie_index
+    if PERMUTED:
+        channels = tl.load(row + CHANNELS)
+        size = channels * tl.load(row + POSITIONS)
+        first = tie_index // size * size
+        # Only in the block of the tie index the orders differ.
+        if (begin < first + size) & (first < begin + BLOCK):
+            place = index - first
+            row_major = place % channels * (size // channels) + place // channels
+            before = tl.where((place >= 0) & (place < size), row_major < tie_index - first, before)
+    return before
+
+
+@triton.jit
 def _apply(
     row, begin, chunk, layer, asked, num_layers, counts, slots,
-    BITS: tl.constexpr, INFINITY: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr, SELECTED: tl.constexpr,
-    FULL: tl.constexpr,
+    BITS: tl.constexpr, INFINITY: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr, PERMUTED: tl.constexpr,
+    SELECTED: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     n = tl.load(row + N)
     index = places(begin, BLOCK)
@@ -40,7 +58,8 @@ def _apply(
         keys = magnitude_keys(raw, INFINITY)
         threshold = tl.load(asked + KEY * num_layers + layer).to(keys.dtype)
         tie_index = tl.load(asked + TIE_INDEX * num_layers + layer)
-        stays = kept & ((keys > threshold) | ((keys == threshold) & (index < tie_index)))
+        before = _are_before(row, index, begin, tie_index, BLOCK, PERMUTED)
+        stays = kept & ((keys > threshold) | ((keys == threshold) & before))
     changes = tl.max(tl.where(stays, 0, raw != 0).to(tl.int32), axis=1) != 0
     store_rows(weights, index, n, changes, tl.where(stays, raw, 0), FULL)
     if SELECTED:
@@ -57,7 +76,8 @@ def _apply(
 @triton.jit(do_not_specialize=["num_layers", "slots"], do_not_specialize_on_alignment=["asked", "counts"])
 def apply(
     table, owners, asked, num_layers, counts, slots,
-    BITS: tl.constexpr, INFINITY: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr, SELECTED: tl.constexpr,
+    BITS: tl.constexpr, INFINITY: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr, PERMUTED: tl.constexpr,
+    SELECTED: tl.constexpr,
 ):  # fmt: skip
     """Zero the weights below the cutoffs, in rows that this changes, and write the new bits.
 
@@ -69,10 +89,10 @@ def apply(
     if begin + BLOCK <= tl.load(row + N):
         _apply(
             row, begin, chunk, layer, asked, num_layers, counts, slots,
-            BITS, INFINITY, BLOCK, ALIGNED, SELECTED, True,
+            BITS, INFINITY, BLOCK, ALIGNED, PERMUTED, SELECTED, True,
         )  # fmt: skip
     else:
         _apply(
             row, begin, chunk, layer, asked, num_layers, counts, slots,
-            BITS, INFINITY, BLOCK, ALIGNED, SELECTED, False,
+            BITS, INFINITY, BLOCK, ALIGNED, PERMUTED, SELECTED, False,
         )  # fmt: skip

@@ -10,6 +10,7 @@ import triton.language as tl
 
 # Fields of a table's rows, eight-byte integers: those of every row, of a layer, of an UpdateTensor and of a StateMove.
 N, FIRST, WEIGHTS, MASK = map(tl.constexpr, range(4))
+CHANNELS, POSITIONS = map(tl.constexpr, (4, 5))
 MASTER, STATE, CHUNK_OFFSETS = map(tl.constexpr, (4, 5, 8))
 SOURCE, SOURCE_MASK, SOURCE_OFFSETS, TARGET, TARGET_MASK, TARGET_OFFSETS = map(tl.constexpr, range(2, 8))
 FIELDS = tl.constexpr(9)

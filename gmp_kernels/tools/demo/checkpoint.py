@@ -10,6 +10,7 @@ from torch import nn
 
 from gmp_kernels import BitMask
 from gmp_kernels.checkpoints import MASK_SUFFIX, mask_metadata
+from gmp_kernels.formats import ROW_MAJOR
 
 __all__ = ["save"]
 
@@ -21,6 +22,6 @@ def save(path: Path, model: nn.Module, masks: Mapping[str, BitMask]) -> None:
     element 8 j + i, 1 = kept. The metadata describes this layout and gives the shapes.
     """
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    tensors |= {name + MASK_SUFFIX: mask.packed for name, mask in masks.items()}
+    tensors |= {name + MASK_SUFFIX: mask.to(memory_format=ROW_MAJOR).packed for name, mask in masks.items()}
     shapes = {name: mask.shape for name, mask in masks.items()}
     path.write_bytes(safetensors.save(tensors, mask_metadata(shapes)))
