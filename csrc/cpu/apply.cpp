@@ -10,15 +10,20 @@ namespace {
 // Zeroes the weights with this key from a row-major index on, up to the end of its block, and clears their bits.
 // Returns how many bits were 1.
 int64_t prune_to_end_of_block(const LayerView& layer, uint8_t* kept, uint64_t key, int64_t tie_index) {
-  int64_t pruned = 0;
-  const int64_t begin = layer.block.end_of(tie_index) - layer.block.size(), item_size = bytes_of(layer.dtype);
-  for_each_in_block(layer, kept, begin, {key, key}, [&](int64_t index, int64_t place) {
-    if (index < tie_index) return;
-    std::memset(static_cast<char*>(layer.weights) + place * item_size, 0, static_cast<size_t>(item_size));
-    kept[place / 8] = static_cast<uint8_t>(kept[place / 8] & ~(1u << (place % 8)));
-    ++pruned;
+  const int64_t begin = layer.block.end_of(tie_index) - layer.block.size();
+  const auto item_size = static_cast<size_t>(bytes_of(layer.dtype));
+  return with_matches(layer, kept, {key, key}, [&](auto is_match, int64_t channels, int64_t positions) {
+    int64_t pruned = 0;
+    for (int64_t p = 0, place = begin; p < positions; ++p) {
+      for (int64_t c = 0; c < channels; ++c, ++place) {
+        if (!is_match(place) || begin + c * positions + p < tie_index) continue;
+        std::memset(static_cast<char*>(layer.weights) + static_cast<size_t>(place) * item_size, 0, item_size);
+        kept[place / 8] = static_cast<uint8_t>(kept[place / 8] & ~(1u << (place % 8)));
+        ++pruned;
+      }
+    }
+    return pruned;
   });
-  return pruned;
 }
 
 }  // namespace

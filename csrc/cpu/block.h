@@ -1,4 +1,4 @@
-// Walks a block of a layer in row-major order (see order/memory_order.h).
+// The weights of one block (see order/memory_order.h) whose key is in a bracket.
 #pragma once
 
 #include <cstring>
@@ -9,24 +9,21 @@
 
 namespace gmp::cpu {
 
-// Calls visit(index in row-major order, index in memory) for the weights of the block that begins at `begin`, in
-// row-major order, if their key is in the bracket and their bit in `mask` (nullptr: all bits) is 1.
+// Calls visit(is_match, channels, positions): is_match(place in memory) says whether the key there is in the bracket
+// and the bit in `mask` (nullptr: all bits) is 1.
 template <typename Visit>
-void for_each_in_block(const LayerView& layer, const uint8_t* mask, int64_t begin, const Bracket& bracket,
-                       Visit visit) {
-  with_dtype(layer.dtype, [&](auto infinity) {
+auto with_matches(const LayerView& layer, const uint8_t* mask, const Bracket& bracket, Visit visit) {
+  return with_dtype(layer.dtype, [&](auto infinity) {
     using Key = decltype(infinity);
-    const auto [channels, positions] = layer.block;
-    for (int64_t c = 0, index = begin; c < channels; ++c) {
-      for (int64_t p = 0; p < positions; ++p, ++index) {
-        const int64_t place = begin + p * channels + c;
-        Key raw;
-        std::memcpy(&raw, static_cast<const Key*>(layer.weights) + place, sizeof(Key));
-        const uint64_t key = magnitude_key(raw, infinity);
-        const bool kept = mask == nullptr || (mask[place / 8] >> (place % 8) & 1);
-        if (kept && bracket.lo <= key && key <= bracket.hi) visit(index, place);
-      }
-    }
+    const Key lo = static_cast<Key>(bracket.lo), width = static_cast<Key>(bracket.hi - bracket.lo);
+    const char* const weights = static_cast<const char*>(layer.weights);
+    const auto is_match = [=](int64_t place) {
+      Key raw;
+      std::memcpy(&raw, weights + place * static_cast<int64_t>(sizeof(Key)), sizeof(Key));
+      if (static_cast<Key>(magnitude_key(raw, infinity) - lo) > width) return false;
+      return mask == nullptr || (mask[place / 8] >> (place % 8) & 1) != 0;
+    };
+    return visit(is_match, layer.block.channels, layer.block.positions);
   });
 }
 

@@ -56,13 +56,18 @@ int64_t find_match(const LayerView& layer, int64_t begin, int64_t end, const Bra
 // the match at `place`; -1 for -1.
 int64_t in_row_major(const LayerView& layer, int64_t place, const Bracket& bracket) {
   if (layer.block.size() == 1 || place < 0) return place;
-  const int64_t begin = place / layer.block.size() * layer.block.size();
-  int64_t rank = 0, found = place;
-  for_each_in_block(layer, layer.mask, begin, bracket, [&](int64_t, int64_t at) { rank += at < place; });
-  for_each_in_block(layer, layer.mask, begin, bracket, [&](int64_t index, int64_t) {
-    if (rank-- == 0) found = index;
+  const int64_t begin = place / layer.block.size() * layer.block.size(), byte = begin / 8 * 8;
+  const Kernels& kernels = kernels_of(layer.dtype);
+  int64_t rank = kernels.scan(layer, byte, place, bracket, nullptr).inside -
+                 kernels.scan(layer, byte, begin, bracket, nullptr).inside;
+  return with_matches(layer, layer.mask, bracket, [&](auto is_match, int64_t channels, int64_t positions) {
+    for (int64_t c = 0; c < channels; ++c) {
+      for (int64_t p = 0; p < positions; ++p) {
+        if (is_match(begin + p * channels + c) && rank-- == 0) return begin + c * positions + p;
+      }
+    }
+    return place;  // the weights have changed meanwhile
   });
-  return found;
 }
 
 }  // namespace

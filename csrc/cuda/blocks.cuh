@@ -27,9 +27,16 @@ __device__ int64_t flat_index_of(const LayerRow& row, int64_t place, const Brack
   int64_t before = 0;
   for (int64_t at = begin + threadIdx.x; at < place; at += kThreads) before += is_match(at);
   int64_t rank = block_sum(before);
-  const int64_t found =
-      find_crossing_of_all(size, rank, [&](int64_t i) { return is_match(begin + row.block.in_memory(i)); });
-  return found < 0 ? place : begin + found;  // the weights may have changed meanwhile
+  const int64_t channels = row.block.channels, positions = row.block.positions;
+  const int64_t channel = find_crossing_of_all(channels, rank, [&](int64_t c) {
+    int64_t matches = 0;
+    for (int64_t at = begin + c; at < begin + size; at += channels) matches += is_match(at);
+    return matches;
+  });
+  if (channel < 0) return place;  // the weights have changed meanwhile
+  const int64_t position =
+      find_crossing_of_all(positions, rank, [&](int64_t p) { return is_match(begin + p * channels + channel); });
+  return begin + channel * positions + position;
 }
 
 // Turns the places that a selection has found into flat indices. The cut moves to the end of its block.

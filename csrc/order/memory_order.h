@@ -15,8 +15,7 @@ struct Block {
   int64_t channels = 1, positions = 1;
 
   constexpr int64_t size() const { return channels * positions; }
-  // Place in memory of a weight of the block, given its place in row-major order; and the inverse.
-  constexpr int64_t in_memory(int64_t i) const { return i % positions * channels + i / positions; }
+  // Place in row-major order of a weight of the block, given its place in memory.
   constexpr int64_t in_row_major(int64_t i) const { return i % channels * positions + i / channels; }
   // The end of the block in which an index lies; an index between two blocks is itself the end of one.
   constexpr int64_t end_of(int64_t index) const { return (index + size() - 1) / size() * size(); }
