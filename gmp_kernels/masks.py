@@ -6,13 +6,20 @@ from collections import deque
 from collections.abc import Sequence
 from functools import partial
 from itertools import starmap
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
 
 from gmp_kernels.errors import DTypeError, ShapeError
-from gmp_kernels.formats import ROW_MAJOR, format_of, format_of_shape, in_memory_order, in_row_major_order
+from gmp_kernels.formats import (
+    CHANNELS_LAST,
+    ROW_MAJOR,
+    format_of,
+    format_of_shape,
+    in_memory_order,
+    in_row_major_order,
+)
 
 __all__ = ["BitMask"]
 
@@ -204,10 +211,15 @@ class BitMask:
         values = ("packed", other.packed), ("memory_format", other.memory_format)
         deque(starmap(partial(setattr, self), values), maxlen=0)
 
-    def __setstate__(self, state: tuple[None, dict[str, object]]) -> None:
-        # Pickles made before masks had formats are of row-major bits.
-        for name, value in ({"memory_format": ROW_MAJOR} | state[1]).items():
-            setattr(self, name, value)
+    def __getstate__(self) -> dict[str, object]:
+        # The formats of torch are no objects that every protocol of pickle can name.
+        return {"packed": self.packed, "shape": self.shape, "is_row_major": self.memory_format is ROW_MAJOR}
+
+    def __setstate__(self, state: Any) -> None:
+        # Pickles made before masks had formats have the attributes alone, and are of row-major bits.
+        values = state[1] | {"is_row_major": True} if isinstance(state, tuple) else state
+        self.packed, self.shape = values["packed"], values["shape"]
+        self.memory_format = ROW_MAJOR if values["is_row_major"] else CHANNELS_LAST[len(self.shape)]
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, BitMask):

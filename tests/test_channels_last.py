@@ -148,7 +148,8 @@ def test_bits_are_in_the_order_of_memory_and_bools_in_that_of_rows(kept: torch.T
 
 def test_masks_are_copied_with_their_format(kept: torch.Tensor) -> None:
     mask = BitMask.from_bool(channels_last(kept))
-    for copied in (mask.clone(), copy.deepcopy(mask), pickle.loads(pickle.dumps(mask))):
+    pickled = [pickle.loads(pickle.dumps(mask, protocol)) for protocol in range(2, pickle.HIGHEST_PROTOCOL + 1)]
+    for copied in (mask.clone(), copy.deepcopy(mask), *pickled):
         assert copied == mask and copied.memory_format is mask.memory_format
         assert torch.equal(copied.packed, mask.packed) and copied.packed is not mask.packed
     assert mask.to("cpu") is mask.to(memory_format=mask.memory_format) is mask

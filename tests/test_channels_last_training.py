@@ -112,6 +112,10 @@ def test_a_model_changes_format_in_the_middle(kind: str, steps_in_format: int) -
         for trio in (expected, run):
             train(trio, step)
         assert_same(run, expected, f"{kind} step {step}")
+        if kind == "torch" and step > RAMP.begin_step:
+            # Or else every step would rearrange the bits.
+            for name, mask in run[2].masks.items():
+                assert mask.memory_format is format_of(run[0].get_parameter(name))
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
@@ -137,10 +141,13 @@ def test_copies_go_on_and_masks_start_other_runs(kind: str) -> None:
     for step in range(6):
         for trio in (expected, run):
             train(trio, step)
-    copied = copy.deepcopy(run)
+    buffer = io.BytesIO()
+    torch.save(run, buffer)
+    copies = copy.deepcopy(run), torch.load(io.BytesIO(buffer.getvalue()), weights_only=False)
     train(expected, 6)
-    train(copied, 6)
-    assert_same(copied, expected, "copied")
+    for copied in copies:
+        train(copied, 6)
+        assert_same(copied, expected, "copied")
     model = copy.deepcopy(run[0])
     for start in (run[2].masks, "zeros"):
         pruner = GMPScheduler(model, OPTIMIZERS[kind][1](model.parameters()), RAMP, start=start)

@@ -55,7 +55,7 @@ class Launches:
 
 def prune_everything(dtype: torch.dtype) -> None:
     weights = [torch.randn(n, dtype=dtype, device=DEVICE) for n in (40_000, 100)]
-    prune_(weights[0].view(50, 80, 10, 1).movedim(-1, 1).clone(), sparsity=0.5, backend="triton")
+    prune_(weights[0].view(50, 10, 8, 10).movedim(-1, 1).clone(), sparsity=0.5, backend="triton")
     for scope in ("layer", "global"):
         copies = [weight.clone() for weight in weights]
         masks = prune_(copies, sparsity=0.5, scope=scope, backend="triton").masks

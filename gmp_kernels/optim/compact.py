@@ -12,7 +12,7 @@ from gmp_kernels.backends import choose
 from gmp_kernels.backends.types import Compaction, StateMove
 from gmp_kernels.distributed.placement import local, sharded_like
 from gmp_kernels.errors import StateError
-from gmp_kernels.formats import ROW_MAJOR, in_memory_order, lie_alike
+from gmp_kernels.formats import CHANNELS_LAST, ROW_MAJOR, in_memory_order, lie_alike
 from gmp_kernels.masks import BitMask
 
 __all__ = [
@@ -48,8 +48,8 @@ class CompactState(dict[str, Any]):
         The entries that are stored in this layout.
     shape : torch.Size
         Shape of the part of the parameter that this process holds.
-    memory_format : torch.memory_format
-        Format that this part had, whose order the values are in.
+    is_row_major : bool
+        Whether the values are in row-major order; if not, in that of channels_last.
     version : int
     """
 
@@ -58,8 +58,13 @@ class CompactState(dict[str, Any]):
         self.layout = layout
         self.names = frozenset(names)
         self.shape = mask.shape
-        self.memory_format = mask.memory_format
+        self.is_row_major = mask.memory_format is ROW_MAJOR
         self.version = version_of(layout.mask)
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """Format that the part had when its state was laid out."""
+        return ROW_MAJOR if self.is_row_major else CHANNELS_LAST[len(self.shape)]
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy of the bits counts its versions from 0, so earlier writes could not be detected later.
@@ -67,7 +72,7 @@ class CompactState(dict[str, Any]):
         return self.__dict__
 
     def __setstate__(self, attributes: dict[str, Any]) -> None:
-        self.__dict__.update({"memory_format": ROW_MAJOR} | attributes)  # older pickles do not tell
+        self.__dict__.update({"is_row_major": True} | attributes)  # older pickles do not tell
         self.version = version_of(self.layout.mask)
 
 
