@@ -59,17 +59,17 @@ void check_threads(int num_threads) {
   if (num_threads < 1) throw std::invalid_argument("expected at least one thread, got " + std::to_string(num_threads));
 }
 
-// dtype, the weights, the packed mask, and channels and positions of the blocks
+// dtype, the weights, the packed mask, and channels and positions of the filters
 using LayerTuple = std::tuple<std::string, Array, Array, std::pair<int64_t, int64_t>>;
 
 Layers layers_of(const std::vector<LayerTuple>& given) {
   Layers layers;
-  for (const auto& [dtype, weights, mask, block] : given) {
+  for (const auto& [dtype, weights, mask, filter] : given) {
     const int64_t n = weights.second;
-    const auto [channels, positions] = block;
+    const auto [channels, positions] = filter;
     if (weights.first == 0 || n <= 0) throw std::invalid_argument("a layer needs an address and at least one weight");
     if (channels < 1 || positions < 1 || n % channels != 0 || n / channels % positions != 0) {
-      throw std::invalid_argument("a layer needs whole blocks");
+      throw std::invalid_argument("a layer needs whole filters");
     }
     layers.push_back({dtype_of(dtype),
                       pointer(weights.first),

@@ -5,7 +5,7 @@ import torch
 
 # Address of a tensor and the number of its elements, zeros for none; the caller keeps the memory alive.
 _Array: TypeAlias = tuple[int, int]
-# dtype, the weights, their packed mask, and channels and positions of their blocks
+# dtype, the weights, their packed mask, and channels and positions of their filters
 _Layer: TypeAlias = tuple[str, _Array, _Array, tuple[int, int]]
 # values, and of compact ones mask and chunk offsets
 _State: TypeAlias = tuple[_Array, _Array, _Array]

@@ -16,11 +16,10 @@ from gmp_kernels import BitMask, LayoutError, NonFiniteError, ShapeError, apply_
 from gmp_kernels.formats import CHANNELS_LAST, format_of
 from gmp_kernels.tools.testing import DTYPES, GuardedCopy, adversarial_cases, assert_bitwise_equal
 
-# Blocks that are no whole bytes of a mask, smaller and larger than a chunk; one block; 5 dimensions; and weights whose
-# format is both.
+# Filters that are no whole bytes of a mask, smaller and larger than a chunk; a single one; 5 dimensions; and weights
+# whose format is both.
 SHAPES = [(5, 3, 3, 3), (7, 2, 1, 9), (1, 8, 5, 5), (40, 65, 3, 3), (2, 2000, 3, 3), (4, 3, 2, 3, 2), (8, 12, 1, 1)]
 CASES = ["random", "small_integers", "constant", "signed_zeros", "bfloat16_ties"]
-CPU = torch.device("cpu")
 
 
 def channels_last(tensor: torch.Tensor, offset: int = 0) -> torch.Tensor:

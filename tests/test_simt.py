@@ -47,7 +47,7 @@ def shuffled(request: pytest.FixtureRequest) -> Iterator[None]:
 def test_any_order_of_blocks_and_threads_gives_the_same_masks(shuffled: None, dtype: torch.dtype, scope: str) -> None:
     for name in ("random", "small_integers", "constant"):
         layers = [adversarial_cases(n, dtype)[name] for n in (7, 40_000, 1, 20_011)]
-        # In another memory format, with the cut in a block that is larger than a chunk.
+        # In another memory format, with the cut in a filter that is larger than a chunk.
         layers.append(adversarial_cases(36_000, dtype)[name].view(2, 3, 3, 2000).movedim(-1, 1))
         assert_same_pruning(layers, backend="simt", sparsity=0.7, scope=scope)
 

@@ -1,16 +1,16 @@
 #include "apply.h"
 
-#include "block.h"
 #include "chunks.h"
+#include "filter.h"
 #include "kernels.h"
 
 namespace gmp::cpu {
 namespace {
 
-// Zeroes the weights with this key from a row-major index on, up to the end of its block, and clears their bits.
+// Zeroes the weights with this key from a row-major index on, up to the end of its filter, and clears their bits.
 // Returns how many bits were 1.
-int64_t prune_to_end_of_block(const LayerView& layer, uint8_t* kept, uint64_t key, int64_t tie_index) {
-  const int64_t begin = layer.block.end_of(tie_index) - layer.block.size();
+int64_t prune_to_end_of_filter(const LayerView& layer, uint8_t* kept, uint64_t key, int64_t tie_index) {
+  const int64_t begin = layer.filter.end_of(tie_index) - layer.filter.size();
   const auto item_size = static_cast<size_t>(bytes_of(layer.dtype));
   return with_matches(layer, kept, {key, key}, [&](auto is_match, int64_t channels, int64_t positions) {
     int64_t pruned = 0;
@@ -35,9 +35,9 @@ std::pair<std::vector<int64_t>, std::vector<int64_t>> apply(const std::vector<La
   const std::vector<Chunk> chunks = chunks_of(layers);
   const int64_t num_chunks = static_cast<int64_t>(chunks.size());
   std::vector<int64_t> before(layers.size()), now(layers.size());
-  std::vector<size_t> divided;  // layers with a block of which only some ties stay
+  std::vector<size_t> divided;  // layers with a filter of which only some ties stay
   for (size_t l = 0; l < tie_indices.size(); ++l) {
-    if (layers[l].block.end_of(tie_indices[l]) != tie_indices[l]) divided.push_back(l);
+    if (layers[l].filter.end_of(tie_indices[l]) != tie_indices[l]) divided.push_back(l);
   }
   const int64_t num_divided = static_cast<int64_t>(divided.size());
   active_kernels();  // may throw at its first call
@@ -52,8 +52,8 @@ std::pair<std::vector<int64_t>, std::vector<int64_t>> apply(const std::vector<La
       continue;
     }
     const size_t l = c.tensor;
-    // A block in which memory has an order of its own keeps all ties at first.
-    const int64_t tie_index = layer.block.end_of(tie_indices[l]);
+    // A filter in which memory has an order of its own keeps all ties at first.
+    const int64_t tie_index = layer.filter.end_of(tie_indices[l]);
     const int64_t kept_now = kernels.apply(layer, c.begin, c.end, kept[l], keys[l], tie_index, kept_before);
 #pragma omp atomic
     before[l] += kept_before;
@@ -63,7 +63,7 @@ std::pair<std::vector<int64_t>, std::vector<int64_t>> apply(const std::vector<La
 #pragma omp parallel for schedule(dynamic, 1) num_threads(num_threads) if (num_divided > 1)
   for (int64_t i = 0; i < num_divided; ++i) {
     const size_t l = divided[static_cast<size_t>(i)];
-    now[l] -= prune_to_end_of_block(layers[l], kept[l], keys[l], tie_indices[l]);
+    now[l] -= prune_to_end_of_filter(layers[l], kept[l], keys[l], tie_indices[l]);
   }
   return {std::move(before), std::move(now)};
 }

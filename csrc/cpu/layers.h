@@ -18,7 +18,7 @@ struct LayerView {
   void* weights;        // any alignment
   int64_t n;            // > 0
   const uint8_t* mask;  // packed bits, or nullptr: nothing pruned yet
-  Block block = {};
+  Filter filter = {};
 };
 
 // A layer in an optimizer step; or an array of state that belongs to it: then what does not is nullptr.

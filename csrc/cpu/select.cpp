@@ -5,7 +5,7 @@
 //   refine   where the counts prove the bracket, the threshold is an order statistic of the gathered
 //   ties     the gathered keys, kept per chunk, tell in which chunk the last tie that stays lies
 //
-// All of it counts in the order of memory. Where that is not row-major, one block is searched for the flat index.
+// All of it counts in the order of memory. Where that is not row-major, one filter is searched for the flat index.
 //
 // If the counts do not prove a bracket, the next one is sure to hold. If candidates would not fit the memory limit,
 // they are not gathered: the bracket is cut into 2048 bins that are counted, so every further read narrows the keys by
@@ -19,7 +19,7 @@
 
 #include <memory>
 
-#include "block.h"
+#include "filter.h"
 #include "kernels.h"
 #include "sample.h"
 
@@ -52,11 +52,11 @@ int64_t find_match(const LayerView& layer, int64_t begin, int64_t end, const Bra
   return -1;
 }
 
-// Row-major index of the match before which, in row-major order, lie as many matches of its block as in memory before
+// Row-major index of the match before which, in row-major order, lie as many matches of its filter as in memory before
 // the match at `place`; -1 for -1.
 int64_t in_row_major(const LayerView& layer, int64_t place, const Bracket& bracket) {
-  if (layer.block.size() == 1 || place < 0) return place;
-  const int64_t begin = place / layer.block.size() * layer.block.size(), byte = begin / 8 * 8;
+  if (layer.filter.size() == 1 || place < 0) return place;
+  const int64_t begin = place / layer.filter.size() * layer.filter.size(), byte = begin / 8 * 8;
   const Kernels& kernels = kernels_of(layer.dtype);
   int64_t rank = kernels.scan(layer, byte, place, bracket, nullptr).inside -
                  kernels.scan(layer, byte, begin, bracket, nullptr).inside;

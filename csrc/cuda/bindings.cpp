@@ -95,7 +95,7 @@ PYBIND11_MODULE(GMP_MODULE, m) {
 #define F(name) GMP_FIELD(LayerRow, name)
   m.attr("LAYER_ROW") =
       row_of(sizeof(gmp::cuda::LayerRow), {F(weights), F(mask), F(n), F(first_chunk), F(group), F(cut), F(nonfinite),
-                                           F(block), F(tie_index), F(kept_before), F(kept), F(touched)});
+                                           F(filter), F(tie_index), F(kept_before), F(kept), F(touched)});
 #undef F
 #define F(name) GMP_FIELD(GroupRow, name)
   m.attr("GROUP_ROW") = row_of(sizeof(gmp::cuda::GroupRow),

@@ -3,8 +3,8 @@
 #include <cstring>
 
 #include "apply.cuh"
-#include "blocks.cuh"
 #include "count_layers.cuh"
+#include "filters.cuh"
 #include "launch.h"
 #include "state.cuh"
 

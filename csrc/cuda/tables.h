@@ -24,8 +24,8 @@ struct LayerRow {
   int64_t n, first_chunk, group;
   int64_t cut;                // selection's answer: ties from this index on are pruned
   int64_t nonfinite;          // selection's answer: first unpruned NaN or Inf, INT64_MAX if there is none
-  Block block;                // if it is larger than one weight (see blocks.cuh), apply prunes ties from the end of a
-  int64_t tie_index;          // block on, and afterwards those before from this row-major index on are pruned
+  Filter filter;              // if it is larger than one weight (see filters.cuh), apply prunes ties from the end of a
+  int64_t tie_index;          // filter on, and afterwards those before from this row-major index on are pruned
   int64_t kept_before, kept;  // counts of apply
   int64_t touched;  // place in the buffer of a bit per eight weights: has apply to read them (see count_strip)? 0: all
 };

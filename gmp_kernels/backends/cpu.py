@@ -60,7 +60,7 @@ def _layers(layers: Sequence[Layer]) -> _C.Layers:
     """Make the rows of the layers, once."""
 
     def make() -> _C.Layers:
-        return _C.layers([(NAMES[w.weight.dtype], _array(w.weight), _array(w.mask), w.block) for w in layers])
+        return _C.layers([(NAMES[w.weight.dtype], _array(w.weight), _array(w.mask), w.filter) for w in layers])
 
     return prepared(layers, "cpu", make)
 

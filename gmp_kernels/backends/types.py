@@ -13,12 +13,12 @@ import numpy.typing as npt
 import torch
 
 __all__ = [
-    "Block",
     "BracketCounts",
     "Brackets",
     "Compaction",
     "Constants",
     "Cutoffs",
+    "Filter",
     "Implementation",
     "Layer",
     "PruneCounts",
@@ -30,10 +30,10 @@ __all__ = [
 ]
 
 
-class Block(NamedTuple):
-    """Consecutive weights of a layer that memory holds in another order than the row-major one of the tensor.
+class Filter(NamedTuple):
+    """The weights of an output channel, which memory may hold in another order than the row-major one of the tensor.
 
-    In row-major order the positions of a channel lie side by side, in memory the channels of a position. The blocks of
+    In row-major order the positions of a channel lie side by side, in memory the channels of a position. The filters of
     a layer follow each other in the same order in both; in a layer whose memory is row-major each is one weight.
     """
 
@@ -73,12 +73,12 @@ class Layer(NamedTuple):
         return self.weight.movedim(-1, 1) if self.is_channels_last else self.weight
 
     @property
-    def block(self) -> Block:
-        """The blocks in which memory has an order of its own."""
+    def filter(self) -> Filter:
+        """The filters in which memory has an order of its own."""
         if not self.is_channels_last:
-            return Block()
+            return Filter()
         _, *positions, channels = self.weight.shape
-        return Block(channels, math.prod(positions))
+        return Filter(channels, math.prod(positions))
 
 
 class Threshold(NamedTuple):

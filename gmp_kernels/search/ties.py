@@ -140,8 +140,8 @@ def _local_places(pieces: Sequence[TiedPiece], indices: Integers) -> Integers:
 
 
 def _unit_of(layer: Layer) -> int:
-    """Return the fewest weights that are whole blocks and whole bytes of the mask."""
-    return math.lcm(8, layer.block.size)
+    """Return the fewest weights that are whole filters and whole bytes of the mask."""
+    return math.lcm(8, layer.filter.size)
 
 
 def _window_of(pieces: Sequence[TiedPiece], places: Integers) -> tuple[Integers, Integers]:
@@ -220,7 +220,7 @@ def _indices_of(layer: Layer, begin: int, end: int, key: int) -> np.ndarray:
         of_bytes = layer.mask[begin // 8 : -(-end // 8)].cpu().numpy()
         places = places[(of_bytes[places >> 3] >> (places & 7) & 1).astype(bool)]
     places += begin
-    channels, positions = layer.block
+    channels, positions = layer.filter
     if channels * positions == 1:
         return places
     first, place = places // (channels * positions) * (channels * positions), places % (channels * positions)

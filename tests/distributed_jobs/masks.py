@@ -32,7 +32,7 @@ LAYOUTS = {
 }
 # Rows and columns that 4 does not divide; fewer of them than ranks.
 SHAPES = [(13, 37), (3, 50), (50, 1)]
-# Convolutions: fewer channels than ranks, and blocks on both sides of a chunk.
+# Convolutions: fewer channels than ranks, and filters on both sides of a chunk.
 CONVOLUTIONS = [(13, 3, 3, 3), (6, 50, 5, 3), (40, 400, 3, 3)]
 # Large enough for weights to be remembered from the first round, and for ties on both sides of a chunk.
 LARGE = (401, 1024)

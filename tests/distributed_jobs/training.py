@@ -5,6 +5,7 @@ Gradients are made up, the same for all: adding up those of several ranks would 
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable
 
@@ -39,6 +40,15 @@ def network(dtype: torch.dtype) -> nn.Sequential:
     return nn.Sequential(nn.Linear(12, 10), nn.Linear(10, 8), nn.ReLU(), nn.Linear(8, 3)).to(dtype)
 
 
+def networks(way: str, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
+    """The same network whole and divided; copies have a convolution too, in channels_last on the ranks."""
+    whole = network(dtype)
+    if way == "copies":
+        whole.append(nn.Conv2d(5, 7, 3).to(dtype))
+    divided = copy.deepcopy(whole)
+    return whole, WAYS[way](divided.to(memory_format=torch.channels_last))
+
+
 def by_tensor(model: nn.Module) -> nn.Module:
     mesh = init_device_mesh("cpu", (4,))
     return parallelize_module(model, mesh, {"0": ColwiseParallel(), "1": RowwiseParallel(), "3": ColwiseParallel()})
@@ -71,7 +81,7 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 
 def train(way: str, kind: str, scope: str) -> None:
     dtype, make_optimizer = OPTIMIZERS[kind]
-    whole, model = network(dtype), WAYS[way](network(dtype))
+    whole, model = networks(way, dtype)
     optimizers = [make_optimizer(m.parameters()) for m in (whole, model)]
     pruners = [gmp.GMPScheduler(m, o, SCHEDULE, scope=scope) for m, o in zip((whole, model), optimizers, strict=True)]
     for step in range(STEPS):

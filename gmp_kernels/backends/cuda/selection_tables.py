@@ -117,7 +117,7 @@ class SelectionTables(Selection):
         rows["weights"] = [element_address(layer.weight) for layer in ordered]
         rows["mask"] = view["out"] = [bits_address(layer.mask, n) for layer, n in zip(ordered, sizes, strict=True)]
         rows["cut"] = rows["tie_index"] = sizes
-        rows["block"] = [layer.block for layer in ordered]
+        rows["filter"] = [layer.filter for layer in ordered]
         rows["nonfinite"] = NO_INDEX
 
         tables: Rows = np.zeros(len(parts), module.TABLES)
@@ -131,7 +131,7 @@ class SelectionTables(Selection):
             table["dtype"] = DTYPE_CODES[ordered[first_layer].weight.dtype]
             table["layers"], table["groups"] = (column.ctypes.data - self.rows.ctypes.data for column in (own, group))
             table["num_layers"], table["num_groups"] = len(own), len(group)
-            table["permuted"] = (own["block"] > 1).any()
+            table["permuted"] = (own["filter"] > 1).any()
             own["group"] = np.arange(len(group)).repeat(num_layers)
             group["num_layers"] = num_layers
             group["first_layer"] = firsts = num_layers.cumsum() - num_layers
@@ -213,8 +213,8 @@ class SelectionTables(Selection):
                 groups["lo"], groups["hi"] = (np.where(is_given, ends, 0)[self.group_order] for ends in brackets)
             if found is not None:
                 view["layers"]["tie_index"] = tie_indices = np.array(found.tie_indices)[self.layer_order]
-                blocks = view["layers"]["block"].prod(axis=1)
-                view["layers"]["cut"] = -(-tie_indices // blocks) * blocks
+                filters = view["layers"]["filter"].prod(axis=1)
+                view["layers"]["cut"] = -(-tie_indices // filters) * filters
                 groups["key"] = np.array(found.keys)[self.layer_order]
         put(self._module, launch, rows, made.buffer)
         made.tables = self.tables + self._is_place * made.buffer.data_ptr()
@@ -269,7 +269,7 @@ class SelectionTables(Selection):
             # The values of a group are repeated for each of its layers.
             of_groups = ("key", "num_below", "num_ties", "num_ties_kept")
             nonfinite = np.where(layers["nonfinite"] == NO_INDEX, -1, layers["nonfinite"])
-            tie_indices = np.where(layers["block"].prod(axis=1) > 1, layers["tie_index"], layers["cut"])
+            tie_indices = np.where(layers["filter"].prod(axis=1) > 1, layers["tie_index"], layers["cut"])
             columns = [*(groups[name][self._groups] for name in of_groups), tie_indices, nonfinite]
             self._found = Cutoffs(*map(self._by_layer, columns))
         return self._found

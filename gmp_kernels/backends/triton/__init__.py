@@ -108,7 +108,7 @@ def _parts_of(layers: Sequence[Layer]) -> list[Part]:
         own = [layers[i] for i in positions]
         numels = [layer.weight.numel() for layer in own]
         dtype, device = own[0].weight.dtype, own[0].weight.device
-        fields = [(element_address(layer.weight), address(layer.mask), *layer.block) for layer in own]
+        fields = [(element_address(layer.weight), address(layer.mask), *layer.filter) for layer in own]
         table = table_of(numels, fields, device)
         aligned = all(layer.weight.data_ptr() % 16 == 0 for layer in own)
         masked, permuted = any(layer.mask is not None for layer in own), any(layer.is_channels_last for layer in own)
@@ -156,7 +156,7 @@ class Triton:
         if isinstance(layers, Layers):
             return prepared(layers, ("triton", stream), make)
         addresses = [(element_address(layer.weight), address(layer.mask)) for layer in layers]
-        shapes = [(layer.weight.dtype, layer.weight.numel(), layer.block) for layer in layers]
+        shapes = [(layer.weight.dtype, layer.weight.numel(), layer.filter) for layer in layers]
         return self._parts_of.get((device, stream, addresses, shapes), make)
 
     def _tile(self, part: Part) -> dict[str, Any]:

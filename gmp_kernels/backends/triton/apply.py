@@ -28,13 +28,13 @@ KEY, TIE_INDEX, OUT = map(tl.constexpr, range(3))
 
 @triton.jit
 def _are_before(row, index, begin, tie_index, BLOCK: tl.constexpr, PERMUTED: tl.constexpr):
-    """Whether weights come before a flat index. PERMUTED: memory may hold a block in another order than row-major."""
+    """Whether weights come before a flat index. PERMUTED: memory may hold a filter in another order than row-major."""
     before = index < tie_index
     if PERMUTED:
         channels = tl.load(row + CHANNELS)
         size = channels * tl.load(row + POSITIONS)
         first = tie_index // size * size
-        # Only in the block of the tie index the orders differ.
+        # Only in the filter of the tie index the orders differ.
         if (begin < first + size) & (first < begin + BLOCK):
             place = index - first
             row_major = place % channels * (size // channels) + place // channels

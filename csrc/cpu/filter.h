@@ -1,4 +1,4 @@
-// The weights of one block (see order/memory_order.h) whose key is in a bracket.
+// The weights of one filter (see order/memory_order.h) whose key is in a bracket.
 #pragma once
 
 #include <cstring>
@@ -23,7 +23,7 @@ auto with_matches(const LayerView& layer, const uint8_t* mask, const Bracket& br
       if (static_cast<Key>(magnitude_key(raw, infinity) - lo) > width) return false;
       return mask == nullptr || (mask[place / 8] >> (place % 8) & 1) != 0;
     };
-    return visit(is_match, layer.block.channels, layer.block.positions);
+    return visit(is_match, layer.filter.channels, layer.filter.positions);
   });
 }
 
