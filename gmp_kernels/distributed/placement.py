@@ -116,7 +116,7 @@ def whole_mask(mask: BitMask, parameter: torch.Tensor) -> torch.Tensor:
 
 def gathered_mask(stored: torch.Tensor) -> torch.Tensor:
     """Return the packed bits of a whole mask that ``whole_mask`` has returned. Every rank has to call it."""
-    return BitMask.from_bool(stored.full_tensor()).packed if is_sharded(stored) else stored  # type: ignore[attr-defined]
+    return BitMask.from_bool(stored.full_tensor().contiguous()).packed if is_sharded(stored) else stored  # type: ignore[attr-defined]
 
 
 def local_mask(stored: torch.Tensor, parameter: torch.Tensor) -> BitMask:
