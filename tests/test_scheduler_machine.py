@@ -290,15 +290,15 @@ class PrunedTraining(CheckedTraining, RuleBasedStateMachine):
             innermost(optimizer).load_state_dict(innermost(optimizer).state_dict())
         self.prune()
 
-    @rule(calls=st.lists(st.sampled_from(["prune", "train"]), max_size=4), seed=SEEDS)
-    def move_format(self, calls: list[str], seed: int) -> None:
-        self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    @rule(is_last=st.booleans(), calls=st.lists(st.sampled_from(["prune", "train"]), max_size=4), seed=SEEDS)
+    def move_format(self, is_last: bool, calls: list[str], seed: int) -> None:
+        memory_format = torch.channels_last if is_last else torch.contiguous_format
+        self.model.to(memory_format=memory_format)  # type: ignore[call-overload]
         for call in calls:
             if call == "prune":
-                self.try_to_prune()
+                self.prune()
             else:
-                self.is_refused(lambda: self.train(seed))
-        self.model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+                self.train(seed)
         self.prune()
 
     # -- faults ------------------------------------------------------------------------------------------------------
@@ -405,7 +405,10 @@ FOUND: dict[str, list[tuple[str, dict[str, Any]]]] = {
     ],
     "a module that is replaced between updates": [("replace", {"position": 1})],
     "a parameter resized between updates": [("resize", {"position": 0, "seed": 3})],
-    "another memory format": [("move_format", {"calls": ["train", "prune", "train"], "seed": 1})],
+    "another memory format": [
+        ("move_format", {"is_last": is_last, "calls": ["train", "prune", "train"], "seed": 1})
+        for is_last in (True, False)
+    ],
     "no memory for one of the masks that are loaded": [
         ("save", {}),
         ("steps", {"seeds": [3, 4, 5, 6]}),
