@@ -10,7 +10,7 @@ import itertools
 import numbers
 import warnings
 from collections.abc import Sequence
-from operator import le
+from operator import is_, le
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -28,6 +28,7 @@ from gmp_kernels.schedules import check_sparsity
 
 __all__ = [
     "Weight",
+    "adopt_bits",
     "check_choice",
     "check_disjoint",
     "check_finite",
@@ -59,8 +60,8 @@ def checked_layers(
 ) -> Layers | None:
     """Check the tensors of a call and return them in the form backends take, not copied; None if there are none.
 
-    Of a mask in another memory format than its weight, the layers have a copy in that of the weight. If the call writes
-    masks, the mask itself becomes this copy, which keeps the same weights.
+    Of a mask in another memory format than its weight, the layers have a copy in that of the weight. A call that writes
+    masks calls ``adopt_bits`` before.
     """
     if names is not None and len(names) != len(weights):
         raise ShapeError(f"{op}: expected one name per weight, got {len(names)} names for {len(weights)} weights")
@@ -81,17 +82,20 @@ def checked_layers(
         return None
     bits = None if masks is None else [layer.mask for layer in checked]
     layers = Layers([layer.tensor for layer in checked], bits)  # type: ignore[arg-type]
-    for mask, layer in zip(masks or (), checked, strict=False):
-        if mask.packed is not layer.mask:
-            key = None  # the signature is that of the other bits
-            if writes == "weights and masks":
-                assert layer.mask is not None
-                mask.become(BitMask.of(layer.mask, mask.shape, format_of(layer.tensor)))
-    if key is not None:
+    # The signature has to be that of the bits in the layers.
+    if key is not None and (bits is None or all(map(is_, bits, packed))):  # type: ignore[arg-type]
         if sum(number for _, number, _ in list(_known)) + len(weights) > MOST_LAYERS:
             forget()
         _known[key] = signature, Layers((), None, layers)  # type: ignore[assignment]
     return layers
+
+
+def adopt_bits(masks: Sequence[BitMask], layers: Layers) -> None:
+    """Give masks in another memory format than their weights the copies that the layers have: what is kept stays."""
+    assert layers.masks is not None
+    for mask, bits, weight in zip(masks, layers.masks, layers.weights, strict=True):
+        if mask.packed is not bits:
+            mask.become(BitMask.of(bits, mask.shape, format_of(weight)))
 
 
 def forget() -> None:

@@ -17,6 +17,7 @@ from gmp_kernels.backends.keys import magnitude_of, magnitudes_of_keys
 from gmp_kernels.backends.types import Cutoffs, Selection, Threshold
 from gmp_kernels.checks import (
     Weight,
+    adopt_bits,
     check_choice,
     check_finite,
     checked_layers,
@@ -261,6 +262,8 @@ def begin_prune(
         # Selection, because a GPU has already counted in the first one.
         chosen = selection if is_first else Selection(selection.cutoffs)
         is_first = False
+        if layers.masks is not None:
+            adopt_bits(masks_, layers)
         # Versions come first, so that no interrupt can leave a write that autograd does not know of. The write, or all
         # launches of it, is a single call.
         torch.autograd.graph.increment_version([*layers.weights, *out])

@@ -11,8 +11,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gmp_kernels.backends import choose
+from gmp_kernels.backends.layers import Layers
 from gmp_kernels.backends.types import Brackets, Cutoffs, Layer, Selection, Threshold
-from gmp_kernels.checks import check_finite, checked_layers
+from gmp_kernels.checks import adopt_bits, check_finite, checked_layers
 from gmp_kernels.distributed.placement import is_sharded, region_of
 from gmp_kernels.errors import DistributedError, GMPError, LayoutError, StateError
 from gmp_kernels.formats import ROW_MAJOR
@@ -130,13 +131,13 @@ class Shards:
         or three if the ranks' pieces interleave. One more if there are copies, or in global scope.
         """
         failure = None
-        checked: Sequence[Layer] = []
+        checked: Layers | None = None
         layers: list[Layer | None] = [None] * len(weights)
         present = [i for i, weight in enumerate(weights) if weight.numel()]
         own = [weights[i] for i in present], [masks[i] for i in present], [names[i] for i in present]
         try:
-            checked = checked_layers(STEP, *own, writes="weights and masks") or []
-            for i, layer in zip(present, checked, strict=True):
+            checked = checked_layers(STEP, *own, writes="weights and masks")
+            for i, layer in zip(present, checked or (), strict=True):
                 layers[i] = layer
         except GMPError as error:
             failure = error
@@ -172,6 +173,7 @@ class Shards:
                 num_before = cutoffs.num_pruned.tolist()
         counts = [(0, 0)] * len(layers)
         if checked:
+            adopt_bits(own[1], checked)
             out = [mask.packed for mask in own[1]]
             torch.autograd.graph.increment_version([*(layer.weight for layer in checked), *out])
             written = implementation.prune(checked, Selection(chosen), out)
