@@ -135,8 +135,9 @@ def _check_shards(name: str, mask: BitMask, num_pruned: int, parameter: torch.Te
     if found != num_pruned:
         raise StateError(
             f"load_state_dict: expected shards of the mask of '{name}' that prune {num_pruned} weights together, got "
-            f"{found}; one rank's shards have been loaded on all. Save and load sharded masks with "
-            "torch.distributed.checkpoint, or the state of a Run, whose masks are whole, in a single file"
+            f"{found}; one rank's shards have been loaded on all, or the ranks have loaded states of different steps. "
+            "Save and load sharded masks with torch.distributed.checkpoint, or the state of a Run, whose masks are "
+            "whole, in a single file"
         )
 
 

@@ -107,7 +107,11 @@ def disagreements() -> None:
     early.step()
     checkpoint = early.state_dict()
     early.step()
-    late.load_state_dict([checkpoint, early.state_dict()][rank])
+    before = everything(late)
+    with pytest.raises(gmp.StateError, match="states of different steps"):
+        late.load_state_dict([checkpoint, early.state_dict()][rank])
+    assert everything(late) == before
+    late.load_state_dict({**checkpoint, "step_count": 1 + rank})
     refusal(late, gmp.StateError, "step: 1 on rank 0, 2 on rank 1")
 
     early._held.progress.restore(step_count=2 + rank, num_uncounted=0, num_calls=2, is_current=False)
