@@ -201,8 +201,8 @@ class Run:
 
     def __repr__(self) -> str:
         """Return the pruners and the learning rate."""
-        rates = None if self.lr_scheduler is None else self.lr_scheduler.get_last_lr()
-        return "\n".join([f"Run with learning rates {rates}", *map(repr, self.pruners)])
+        rates = "left alone" if self.lr_scheduler is None else f"{self.lr_scheduler.get_last_lr()}"
+        return "\n".join([f"Run, learning rates {rates}", *map(repr, self.pruners)])
 
 
 def check_lr_scheduler(what: str, lr_scheduler: object) -> None:

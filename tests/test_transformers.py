@@ -273,6 +273,9 @@ def test_arguments_are_checked_before_training():
         GMPCallback(1.5)
     with pytest.raises(gmp.ScheduleError, match="final_sparsity"):
         GMPCallback(0.01)
+    for frequency in (0, 0.5, -1):
+        with pytest.raises(gmp.ScheduleError, match="GMPCallback: frequency: expected a whole number >= 1"):
+            GMPCallback(0.9, frequency=frequency)
     with pytest.raises(gmp.ScheduleError, match="fractions"):
         GMPCallback(0.9, stabilization=1, pruning=34)
     with pytest.raises(TypeError, match="target"):

@@ -11,7 +11,7 @@ from torch import nn
 from gmp_kernels.errors import StateError, warn
 from gmp_kernels.run import Run
 from gmp_kernels.scheduler import GMPScheduler
-from gmp_kernels.schedules import Ramp
+from gmp_kernels.schedules import Ramp, check_whole
 from gmp_kernels.stages import Stages
 
 __all__ = ["PruningCallback"]
@@ -60,6 +60,8 @@ class PruningCallback:
         **arguments: Any,
     ) -> None:
         inspect.signature(GMPScheduler).bind(None, None, None, **arguments)
+        if frequency is not None:
+            check_whole("GMPCallback: frequency", frequency, 1)
         self._fractions = {"stabilization": stabilization, "pruning": pruning}
         self._sparsities = initial_sparsity, final_sparsity
         self._frequency = frequency
