@@ -356,6 +356,13 @@ def test_modifiers_outside_are_skipped_with_one_warning(name: str) -> None:
     assert recipe.modifiers == recipes.load(PLAIN).modifiers
 
 
+def test_a_recipe_of_nothing_but_what_is_skipped_has_no_length() -> None:
+    with pytest.warns(GMPWarning, match="skipped"):
+        recipe = recipes.load("modifiers:\n  - !DistillationModifier {}\n")
+    assert recipe.epochs == 0
+    assert recipe.trace(10) == ({}, [None], [None])
+
+
 def test_a_ramp_without_an_end_says_so() -> None:
     with pytest.warns(GMPWarning, match="has no end and stays at init_sparsity"):
         recipes.load(GMP.format(final=0.8, end=-1))

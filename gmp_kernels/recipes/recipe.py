@@ -113,7 +113,7 @@ class Recipe:
     @property
     def epochs(self) -> int:
         """Length of the run in whole epochs: up to the last start or end of any modifier."""
-        return max(0, math.ceil(max(max(modifier.start, modifier.end) for modifier in self.modifiers)))
+        return math.ceil(max([0.0, *(max(modifier.start, modifier.end) for modifier in self.modifiers)]))
 
     def attach(
         self,
