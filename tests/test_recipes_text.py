@@ -48,6 +48,15 @@ def test_front_matter(tmp_path: Path, fence: str, before: str) -> None:
         assert gradual(recipes.load(source)).entries == ((0.7, ("__ALL_PRUNABLE__",)),)
 
 
+@pytest.mark.parametrize("suffix", [".yaml", ".md"])
+def test_recipes_written_on_windows(tmp_path: Path, suffix: str) -> None:
+    text = "\ufeff" + (PLAIN if suffix == ".yaml" else f"---\n{PLAIN}---\n\n# Title\n")
+    text = text.replace("\n", "\r\n")
+    path = tmp_path / f"recipe{suffix}"
+    path.write_bytes(text.encode())
+    assert recipes.load(path) == recipes.load(text) == recipes.load(PLAIN)
+
+
 def test_yaml_files_and_text_with_dashes(tmp_path: Path) -> None:
     path = tmp_path / "recipe.YAML"
     path.write_text("---\n" + PLAIN)

@@ -16,7 +16,8 @@ __all__ = ["Item", "Overrides", "items_of"]
 
 Overrides: TypeAlias = Mapping[str, Any] | str | None
 
-FRONT_MATTER = re.compile(r"^(?:---|\+\+\+)[ \t]*$(.*?)^(?:---|\+\+\+)[ \t]*$", re.DOTALL | re.MULTILINE)
+# Windows writes a byte order mark before the text, and ends lines with \r\n.
+FRONT_MATTER = re.compile(r"^\ufeff?(?:---|\+\+\+)[ \t\r]*$(.*?)^(?:---|\+\+\+)[ \t\r]*$", re.DOTALL | re.MULTILINE)
 
 
 class Item(NamedTuple):
