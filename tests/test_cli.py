@@ -173,7 +173,7 @@ def test_an_unknown_preset() -> None:
             "expected --initial-sparsity <= --final-sparsity, got 0.5",
         ),
         ("plan --pruning -1", 1, "--pruning: expected a finite number of epochs >= 0, got -1.0"),
-        ("plan --pruning 1e9", 1, "expected a run of at most 10000000 optimizer steps, got 5.01e+12; shorten a stage"),
+        ("plan --pruning 1e9", 1, "expected a run of at most 10000000 optimizer steps, got 5.01e+12; shorten it"),
         ("plan --steps-per-epoch 100000000000", 1, "expected a run of at most 10000000 optimizer steps, got 6e+12"),
         ("plan --finetuning 1e308", 1, "--finetuning: expected a number of steps that a float can hold, got more"),
         (

@@ -128,6 +128,13 @@ def test_refusals(arguments: tuple[object, ...], said: str) -> None:
     assert said in str(result.exception) + result.output
 
 
+def test_a_recipe_too_long_to_plan_is_refused_at_once(tmp_path: Path) -> None:
+    recipe = recipe_of(
+        tmp_path, f"GMPruningModifier {{final_sparsity: 0.8, {RAMP}}}", "EpochRangeModifier {end_epoch: 1e6}"
+    )
+    assert "at most 10000000 optimizer steps, got 1e+08" in plan(recipe, code=1)
+
+
 def test_a_recipe_that_only_holds_needs_a_checkpoint(tmp_path: Path, checkpoint: Path) -> None:
     recipe = recipe_of(tmp_path, "ConstantPruningModifier {params: [fc.weight]}", "EpochRangeModifier {end_epoch: 2}")
     assert recipes.load(recipe).epochs == 2

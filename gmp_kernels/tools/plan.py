@@ -22,7 +22,7 @@ from gmp_kernels.pruner.groups import Group, distribution_of, together
 from gmp_kernels.schedules import Cubic, Ramp
 from gmp_kernels.stages import Stages
 
-__all__ = ["TOGETHER", "Course", "Plan", "Row", "dry_run", "parts_of"]
+__all__ = ["TOGETHER", "Course", "Plan", "Row", "check_length", "dry_run", "parts_of"]
 
 # The learning rate is kept for every step. This many steps take a minute or two.
 MOST_STEPS = 10_000_000
@@ -129,6 +129,15 @@ class Course:
         return rows
 
 
+def check_length(total_steps: float) -> None:
+    """Raise ScheduleError for a run that takes too long to go through step by step."""
+    if total_steps > MOST_STEPS:
+        raise ScheduleError(
+            f"Plan: expected a run of at most {MOST_STEPS} optimizer steps, got {total_steps:.3g}; "
+            "shorten it, or lower steps_per_epoch"
+        )
+
+
 def parts_of(stages: Stages, unit: float = 1) -> dict[str, tuple[float, float]]:
     """Return {name: (begin, end)} of the stages; ``unit`` is the number of steps that count as 1."""
     ends = [0, stages.pruning_begin_step, stages.pruning_end_step, stages.total_steps]
@@ -200,11 +209,7 @@ class Plan:
     distribution: Literal["uniform", "erk"] = "uniform"
 
     def __post_init__(self) -> None:
-        if self.stages.total_steps > MOST_STEPS:
-            raise ScheduleError(
-                f"Plan: expected a run of at most {MOST_STEPS} optimizer steps, got {self.stages.total_steps:.3g}; "
-                "shorten a stage, or lower steps_per_epoch"
-            )
+        check_length(self.stages.total_steps)
         self.schedule()
         distribution_of(self.distribution, self.scope)
 

@@ -20,7 +20,7 @@ from gmp_kernels.recipes.names import Names
 from gmp_kernels.recipes.pruners import schedule_of
 from gmp_kernels.recipes.recipe import plan_pruners
 from gmp_kernels.schedules import Schedule
-from gmp_kernels.tools.plan import Course
+from gmp_kernels.tools.plan import Course, check_length
 
 __all__ = ["course_of", "is_recipe", "layers_of", "warnings_about"]
 
@@ -54,7 +54,10 @@ def course_of(recipe: Recipe, layers: Mapping[str, tuple[int, ...]], steps_per_e
     ------
     RecipeError
         An entry matches no layer, or as ``Recipe.attach``.
+    ScheduleError
+        The run has more than ten million steps.
     """
+    check_length(recipe.epochs * steps_per_epoch)
     trace = recipe.trace(steps_per_epoch)
     groups: dict[tuple[int, str], Group] = {}
     plans = plan_pruners(recipe, _names(layers), steps_per_epoch, lambda name: 0.0) if layers else []
