@@ -9,6 +9,7 @@ import sys
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -178,7 +179,7 @@ def test_variables_under_args() -> None:
 
 # -- overrides ---------------------------------------------------------------------------------------------------------
 
-ANCHORED = "final: &final 0.8\nend: 4\n" + GMP.format(final="*final", end="eval(end)")
+SET = "final: &final 0.8\nend: 4\n" + GMP.format(final="eval(final)", end="eval(end)")
 
 
 @pytest.mark.parametrize(
@@ -193,13 +194,21 @@ ANCHORED = "final: &final 0.8\nend: 4\n" + GMP.format(final="*final", end="eval(
     ids=str,
 )
 def test_overrides(overrides: object) -> None:
-    """They reach what the recipe repeats by an anchor as well."""
-    modifier = gradual(recipes.load(ANCHORED, overrides))  # type: ignore[arg-type]
+    modifier = gradual(recipes.load(SET, overrides))  # type: ignore[arg-type]
     assert (modifier.entries[0][0], modifier.end) == (0.6, 5)
 
 
+def test_overrides_leave_what_repeats_an_anchor_as_it_is() -> None:
+    modifier = gradual(recipes.load(SET.replace("eval(final)", "*final"), {"final": 0.6, "end": 5}))
+    assert (modifier.entries[0][0], modifier.end) == (0.8, 5)
+
+
+def test_overrides_may_be_numbers_of_numpy() -> None:
+    assert gradual(recipes.load(SET, {"final": np.float64(0.6)})).entries[0][0] == 0.6
+
+
 def test_no_overrides_change_nothing() -> None:
-    assert recipes.load(ANCHORED, "") == recipes.load(ANCHORED, {}) == recipes.load(ANCHORED)
+    assert recipes.load(SET, "") == recipes.load(SET, {}) == recipes.load(SET)
 
 
 @pytest.mark.parametrize(
@@ -215,9 +224,9 @@ def test_no_overrides_change_nothing() -> None:
 )
 def test_overrides_that_are_refused(overrides: object, said: str) -> None:
     with pytest.raises(RecipeError, match=said):
-        recipes.load(ANCHORED, overrides)  # type: ignore[arg-type]
+        recipes.load(SET, overrides)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="mapping or text"):
-        recipes.load(ANCHORED, 3)  # type: ignore[arg-type]
+        recipes.load(SET, 3)  # type: ignore[arg-type]
 
 
 # -- malformed ---------------------------------------------------------------------------------------------------------
@@ -381,7 +390,7 @@ def test_a_ramp_without_an_end_says_so() -> None:
 @given(seed=st.integers(0, 2**32))
 def test_damaged_recipes_never_raise_anything_else(seed: int) -> None:
     source = random.Random(seed)
-    text = source.choice([STAGED, ANCHORED, PLAIN])
+    text = source.choice([STAGED, SET, PLAIN])
     for _ in range(source.randrange(1, 4)):
         at = source.randrange(len(text))
         piece = source.choice(

@@ -32,7 +32,7 @@ def items_of(recipe: str | PathLike[str], overrides: Overrides = None) -> list[I
 
     ``recipe`` and ``overrides`` are those of ``load``, which also lists what is raised.
     """
-    container = _parse(_yaml_in(recipe), _parse_overrides(overrides))
+    container = _parse(_yaml_in(recipe))
     if isinstance(container, Item):
         container = [container]
     if isinstance(container, list):
@@ -42,6 +42,7 @@ def items_of(recipe: str | PathLike[str], overrides: Overrides = None) -> list[I
             "recipe: expected top-level keys, some with 'modifiers' in their names, got "
             f"{type(container).__name__}; is it a recipe?"
         )
+    _override(container, _parse_overrides(overrides))
     stages = {key: value for key, value in container.items() if _is_stage(value)}
     shared = {key: value for key, value in container.items() if key not in stages}
     # New recipes may have their variables under "args".
@@ -106,23 +107,14 @@ def _parse_overrides(overrides: Overrides) -> dict[str, Any]:
                     f"recipe_args: expected 'name=value,name=value' or a JSON object, got {part!r}; pass a dict for "
                     "values with commas"
                 ) from None
-            found[name.strip()] = _scalar(value.strip())
+            found[name.strip()] = value.strip()
     if not isinstance(found, dict):
         raise RecipeError(f"recipe_args: expected a JSON object, got {overrides!r}; write e.g. {{'num_epochs': 10}}")
     return found
 
 
-def _scalar(text: str) -> object:
-    """Return a word as a recipe would mean it."""
-    value = _parse(text, {})
-    return value if isinstance(value, (bool, int, float)) else text
-
-
-def _parse(text: str, overrides: dict[str, Any]) -> Any:
-    """Return the data of YAML, with ``Item`` for what has a tag of its own.
-
-    Overrides replace values at the top level and in stages, also where the recipe repeats them by an anchor.
-    """
+def _parse(text: str) -> Any:
+    """Return the data of YAML, with ``Item`` for what has a tag of its own."""
     try:
         import yaml
     except ModuleNotFoundError as error:
@@ -143,15 +135,7 @@ def _parse(text: str, overrides: dict[str, Any]) -> Any:
 
     Loader.add_multi_constructor("!", item)
     try:
-        loader = Loader(text)
-        node = loader.get_single_node()
-        for name, value in overrides.items():
-            new = Loader(yaml.safe_dump(value)).get_single_node()
-            for old in _nodes_of(node, name):
-                # An alias is the node that it repeats, so it changes with it.
-                old.__class__ = new.__class__
-                old.__dict__ = dict(new.__dict__)
-        return None if node is None else loader.construct_document(node)
+        return yaml.load(text, Loader)
     except RecipeError:
         raise
     except yaml.YAMLError as error:
@@ -161,29 +145,22 @@ def _parse(text: str, overrides: dict[str, Any]) -> Any:
         raise RecipeError(f"recipe: expected YAML, got a value that its tag does not fit: {error!r}") from None
 
 
-def _nodes_of(root: Any, name: str) -> list[Any]:
-    """Return the nodes of a variable at the top level, in stages and in args."""
-    import yaml
-
-    def pairs(node: Any) -> list[tuple[Any, Any]]:
-        return node.value if isinstance(node, yaml.MappingNode) else []
-
-    levels = [
-        root,
-        *(
-            value
-            for key, value in pairs(root)
-            if key.value == "args" or any("modifiers" in str(inner.value) for inner, _ in pairs(value))
-        ),
+def _override(container: dict[str, Any], overrides: Mapping[str, Any]) -> None:
+    """Replace values of variables wherever the recipe sets them: at the top level, in stages and in args."""
+    inner = [
+        value for key, value in container.items() if _is_stage(value) or (key == "args" and isinstance(value, dict))
     ]
-    found = [value for level in levels for key, value in pairs(level) if key.value == name]
-    if not found:
-        known = sorted({str(key.value) for level in levels for key, _ in pairs(level) if "modifiers" not in key.value})
-        raise RecipeError(
-            f"recipe_args: expected names of the recipe's variables, got {name!r}; there are: "
-            f"{', '.join(known) or 'none'}"
-        )
-    return found
+    levels = [container, *inner]
+    for name, value in overrides.items():
+        found = [level for level in levels if name in level]
+        if not found:
+            known = sorted({str(key) for level in levels for key in level if "modifiers" not in str(key)})
+            raise RecipeError(
+                f"recipe_args: expected names of the recipe's variables, got {name!r}; there are: "
+                f"{', '.join(known) or 'none'}"
+            )
+        for level in found:
+            level[name] = value
 
 
 def _is_stage(value: Any) -> bool:
