@@ -1,4 +1,4 @@
-"""eval() in recipes is bounded arithmetic: Python's where it has a value, refused in words where it has none."""
+"""eval() in recipes is arithmetic of floats: Python's where it has a value, refused in words where it has none."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ def evaluated(text: str, variables: str = "") -> float:
         ("eval(  b )", 10),
         ("eval(d * 10)", 1e-3),
         ("eval(d)", 1e-4),
+        ("eval(round(5, -10**9))", 0),
     ],
 )
 def test_eval(text: str, value: float) -> None:
@@ -61,7 +62,6 @@ def test_a_name_alone_may_be_text_or_a_list() -> None:
             "eval(9**9**9)",
             "eval(2**2**2**2**2**2)",
             "eval(10**308 * 10**308)",
-            "eval(round(5, -10**9))",
             "eval(1e999)",
         ),
         *("eval(1/0)", "eval((-8)**0.5)", "eval(1j)", "eval('3')", "eval(True)", "eval(3)(4)", "eval([1])", "eval()"),
@@ -89,17 +89,16 @@ BINARY |= {"%": operator.mod, "**": operator.pow}
 
 @st.composite
 def expressions(draw: st.DrawFn, depth: int = 0) -> tuple[str, object]:
-    """An expression, and its value by Python's own operators; None where it has none that is a finite real number."""
+    """An expression, and its value by Python's own operators of floats; None if that is no finite real number."""
     if depth == 3 or draw(st.booleans()):
         number = draw(st.integers(0, 50) | st.floats(0, 50).map(lambda x: round(x, 2)))
-        return repr(number), number
+        return repr(number), float(number)
     left, a = draw(expressions(depth + 1))
     right, b = draw(expressions(depth + 1))
     symbol = draw(st.sampled_from(sorted(BINARY)))
     text = f"({left}) {symbol} ({right})"
     try:
-        small = symbol != "**" or abs(b) <= 12  # type: ignore[arg-type]
-        value = BINARY[symbol](a, b) if small and None not in (a, b) else None
+        value = BINARY[symbol](a, b) if None not in (a, b) else None
         return text, value if isinstance(value, (int, float)) and math.isfinite(value) else None
     except (ArithmeticError, TypeError):
         return text, None
@@ -113,11 +112,10 @@ def test_eval_is_pythons_arithmetic(case: tuple[str, object]) -> None:
     try:
         (modifier,) = recipes.load(learning).modifiers
     except RecipeError:
-        # Powers that this test does not compute may have a value or not.
-        assert value is None or "**" in text
+        assert value is None
         return
     assert isinstance(modifier, SetLearningRate)
-    assert value is None or modifier.rate == float(abs(value))  # type: ignore[arg-type]
+    assert modifier.rate == abs(value)  # type: ignore[arg-type]
 
 
 @settings(deadline=None, max_examples=200)
@@ -140,7 +138,7 @@ def test_variables_that_need_themselves_are_named() -> None:
 
 
 def test_variables_that_square_one_another_stop_early() -> None:
-    """Or the 40th would have 10^14 digits."""
+    """As whole numbers, the 40th would have 10^14 digits."""
     squares = "".join(f"x{i}: eval(x{i - 1} * x{i - 1})\n" for i in range(1, 41))
-    with pytest.raises(RecipeError, match="too large"):
+    with pytest.raises(RecipeError, match="the value is inf"):
         evaluated("eval(x40)", f"x0: 1{'0' * 300}\n{squares}")

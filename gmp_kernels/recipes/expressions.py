@@ -12,13 +12,16 @@ from gmp_kernels.errors import RecipeError
 
 __all__ = ["Variables", "number_in"]
 
-OPERATORS: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
+OPERATORS: dict[type[ast.operator | ast.unaryop], Callable[..., Any]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
     ast.Mult: operator.mul,
     ast.Div: operator.truediv,
     ast.FloorDiv: operator.floordiv,
     ast.Mod: operator.mod,
+    ast.Pow: operator.pow,
+    ast.UAdd: operator.pos,
+    ast.USub: operator.neg,
 }
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     "abs": abs,
@@ -26,14 +29,13 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "int": int,
     "max": max,
     "min": min,
-    "round": round,
+    "round": lambda number, *digits: round(number, *map(int, digits)),
 }
 WORDS = f"numbers, variables, + - * / // ** %, and {', '.join(FUNCTIONS)}"
 
-# A recipe is text from elsewhere. These limits keep any of it from taking long: no whole number gets larger than a
-# float can be, and no text nests deeper than a person would write.
+# A recipe is text from elsewhere. These limits keep any of it from taking long, and so do floats: whole numbers would
+# grow without end.
 MOST_CHARACTERS = 1000
-MOST_DIGITS = 300  # of round()
 MOST_VALUES = 100_000
 MOST_DEPTH = 40
 
@@ -81,7 +83,10 @@ class Variables:
         try:
             if len(expression) > MOST_CHARACTERS:
                 raise ValueError(f"an expression of {len(expression)} characters")
-            return _finite(self._number(ast.parse(expression, mode="eval").body, text))
+            value = self._number(ast.parse(expression, mode="eval").body, text)
+            if not math.isfinite(value):
+                raise ValueError(f"the value is {value}")
+            return value
         except RecipeError:
             raise
         except (ArithmeticError, MemoryError, RecursionError, SyntaxError, TypeError, ValueError) as error:
@@ -107,29 +112,23 @@ class Variables:
         finally:
             self._open.pop()
 
-    def _number(self, node: ast.expr, text: str) -> Any:
+    def _number(self, node: ast.expr, text: str) -> float:
         """Return the value of a node of the expression ``text``."""
         match node:
             case ast.Constant(value=int() | float() as number) if not isinstance(number, bool):
-                return number
+                return float(number)
             case ast.Name(id=name):
                 value = number_in(self._variable(name, text))
                 if value is None:
                     raise TypeError(f"{name!r} is not a number")
-                return value
-            case ast.UnaryOp(op=ast.USub(), operand=operand):
-                return -self._number(operand, text)
-            case ast.UnaryOp(op=ast.UAdd(), operand=operand):
-                return self._number(operand, text)
-            case ast.BinOp(left=left, op=ast.Pow(), right=right):
-                return _power(self._number(left, text), self._number(right, text))
+                return float(value)
+            case ast.UnaryOp(op=op, operand=operand) if type(op) in OPERATORS:
+                return float(OPERATORS[type(op)](self._number(operand, text)))
             case ast.BinOp(left=left, op=op, right=right) if type(op) in OPERATORS:
-                return _bounded(OPERATORS[type(op)](self._number(left, text), self._number(right, text)))
+                # Of a complex number, the root of a negative one, float makes a TypeError.
+                return float(OPERATORS[type(op)](self._number(left, text), self._number(right, text)))
             case ast.Call(func=ast.Name(id=name), args=args, keywords=[]) if name in FUNCTIONS:
-                values = [self._number(argument, text) for argument in args]
-                if name == "round" and len(values) == 2 and abs(values[1]) > MOST_DIGITS:
-                    raise ValueError(f"round to {values[1]} digits")
-                return _bounded(FUNCTIONS[name](*values))
+                return float(FUNCTIONS[name](*(self._number(argument, text) for argument in args)))
         raise TypeError(f"{ast.unparse(node)!r} is none of these")
 
 
@@ -146,24 +145,3 @@ def number_in(value: object) -> float | None:
     except (OverflowError, ValueError):
         return None
     return value if is_number else number  # type: ignore[return-value]
-
-
-def _power(base: Any, exponent: Any) -> Any:
-    """Return the power, unless its exponent alone says that no float holds it."""
-    if base and abs(exponent) * abs(math.log2(abs(base))) > 1024:
-        raise OverflowError(f"{base} ** {exponent} is beyond every float")
-    return _bounded(base**exponent)
-
-
-def _bounded(value: Any) -> Any:
-    """Return a result that is a real number and, if whole, no larger than a float can be."""
-    if not isinstance(value, (int, float)):
-        raise TypeError(f"{value} is not a real number")
-    float(value)  # OverflowError
-    return value
-
-
-def _finite(value: float) -> float:
-    if not math.isfinite(value):
-        raise ValueError(f"the value is {value}")
-    return value
