@@ -194,6 +194,7 @@ def test_an_unknown_preset() -> None:
             "a.pdf: expected the name of a picture that ends in .png or .svg, got .pdf",
         ),
         ("bench --plot a", 1, "a: expected the name of a picture that ends in .png or .svg, got no suffix"),
+        ("plan none.yaml", 1, "none.yaml: expected a file to read, got 'No such file or directory'; check the path"),
         ("plan --steps-per-epoch 0", 1, "--steps-per-epoch: expected a whole number >= 1, got 0"),
         (f"plan --layer {'9' * 5000}x2", 2, "--layer: expected sizes joined by x"),
         ("prune  out --sparsity .5", 2, "IN: expected a path, got an empty one"),

@@ -17,7 +17,7 @@ from gmp_kernels import recipes, schedules
 from gmp_kernels.checkpoints import DEFAULT_RULE, open_checkpoint
 from gmp_kernels.checkpoints.files import TensorInfo
 from gmp_kernels.checkpoints.targets import TensorIndex
-from gmp_kernels.errors import OutputError
+from gmp_kernels.errors import OutputError, RecipeError
 from gmp_kernels.model.coverage import shown_shape
 from gmp_kernels.tools.cli.checkpoints import WORDS, Scope, fraction
 from gmp_kernels.tools.cli.options import Command, drawing
@@ -227,6 +227,8 @@ def _plan_recipe(
             recipe = recipes.load(run)
         except ModuleNotFoundError as error:
             raise OutputError(str(error)) from None
+        except OSError as error:
+            raise RecipeError(f"{run}: expected a file to read, got {error.strerror!r}; check the path") from None
     layers = {} if checkpoint is None else layers_of(open_checkpoint(checkpoint).tensors)
     course = course_of(recipe, layers, steps_per_epoch)
     rows = course.rows()
