@@ -99,6 +99,12 @@ def test_the_layers_of_a_checkpoint(tmp_path: Path, checkpoint: Path) -> None:
     assert row[-2:] == ["32", "0.8000"]
 
 
+def test_weights_that_are_let_go_are_noted(tmp_path: Path) -> None:
+    """Their sparsity is shown as if they were held."""
+    recipe = recipe_of(tmp_path, f"GMPruningModifier {{final_sparsity: 0.8, leave_enabled: False, {RAMP}}}")
+    assert "its weights train again after epoch 3 (leave_enabled: False)" in plan(recipe)
+
+
 def test_all_prunable_includes_embeddings(tmp_path: Path, checkpoint: Path) -> None:
     recipe = recipe_of(tmp_path, f"GlobalMagnitudePruningModifier {{final_sparsity: 0.8, {RAMP}}}")
     assert "'__ALL_PRUNABLE__' includes embeddings" in plan(recipe)

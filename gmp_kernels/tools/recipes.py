@@ -107,6 +107,8 @@ def warnings_about(recipe: Recipe, layers: Mapping[str, tuple[int, ...]], steps_
     for modifier in recipe.modifiers:
         if isinstance(modifier, GradualPruning):
             entries = [name for _, names in modifier.entries for name in names]
+            if not modifier.leave_enabled and modifier.end != -1:
+                yield f"{modifier.name}: its weights train again after epoch {modifier.end:g} (leave_enabled: False)"
             if 0 < modifier.frequency * steps_per_epoch < 1:
                 yield (
                     f"{modifier.name}: an update every {modifier.frequency:g} epochs is more than one per step, which "
