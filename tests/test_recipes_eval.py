@@ -115,7 +115,7 @@ def test_eval_is_pythons_arithmetic(case: tuple[str, object]) -> None:
         assert value is None
         return
     assert isinstance(modifier, SetLearningRate)
-    assert modifier.rate == abs(value)  # type: ignore[arg-type]
+    assert modifier.value == abs(value)  # type: ignore[arg-type]
 
 
 @settings(deadline=None, max_examples=200)

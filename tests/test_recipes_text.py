@@ -97,7 +97,7 @@ def test_all_keys_with_modifiers_in_their_names_are_merged() -> None:
     assert recipe.epochs == 20
     # YAML takes 1e-4 for text.
     assert isinstance(recipe.modifiers[1], SetLearningRate)
-    assert recipe.modifiers[1].rate == 1e-4
+    assert recipe.modifiers[1].value == 1e-4
 
 
 def test_a_list_alone_and_a_modifier_alone() -> None:
@@ -276,7 +276,8 @@ CHANGED = [
     ("final_sparsity: 0.8", "final_sparsity: 1.8", "a finite number from 0 to 1"),
     ("final_sparsity: 0.8", "final_sparsity: 0.01", "pruned weights never come back"),
     ("final_sparsity: 0.8", "final_sparsity: {0.5: [a.weight]}", "no 'params' beside a mapping"),
-    ("end_epoch: 10.0", "end_epoch: -2", "an epoch >= 0, or -1"),
+    ("end_epoch: 10.0", "end_epoch: -2", "a finite number from -1 to 1e+06"),
+    ("end_epoch: 10.0", "end_epoch: -0.5", "an epoch >= 0, or -1"),
     ("end_epoch: 10.0", "end_epoch: 1e300", "a finite number from"),
     ("start_epoch: 0.0", "start_epoch: 11", "start_epoch <= end_epoch"),
     ("start_epoch: 0.0", "start_epoch: later", "a finite number"),

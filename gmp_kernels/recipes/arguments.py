@@ -52,17 +52,14 @@ class Arguments:
         value = self._left.pop(found[0]) if found else None
         return default[0] if value is None and default else value
 
-    def number(self, key: str, *default: float, least: float = -math.inf, most: float = math.inf) -> float:
+    def number(self, key: str, *default: float, least: float = 0, most: float = math.inf) -> float:
         return self.checked_number(key, self.take(key, *default), least, most)
 
-    def checked_number(self, key: str, value: Any, least: float, most: float) -> float:
+    def checked_number(self, key: str, value: Any, least: float = 0, most: float = math.inf) -> float:
         number = number_in(value)
         if number is None or not math.isfinite(number) or not least <= number <= most:
-            least = max(least, -most)
-            bounds = (
-                "" if least == -math.inf else f" >= {least:g}" if most == math.inf else f" from {least:g} to {most:g}"
-            )
-            raise self.error(f"a finite number{bounds} for {key!r}", repr(value), "write a number or eval(...)")
+            bounds = f">= {least:g}" if most == math.inf else f"from {least:g} to {most:g}"
+            raise self.error(f"a finite number {bounds} for {key!r}", repr(value), "write a number or eval(...)")
         return float(number)
 
     def word(self, key: str, choices: Collection[str], *default: str) -> str:
@@ -99,8 +96,8 @@ class Arguments:
         """Return name, start and end of the modifier."""
         found = {}
         for key in ("start_epoch", "end_epoch"):
-            value = self.number(key, -1.0, most=MOST_EPOCHS)
-            if value < 0 and value != -1:
+            value = self.number(key, -1.0, least=-1, most=MOST_EPOCHS)
+            if -1 < value < 0:
                 raise self.error(f"an epoch >= 0, or -1, for {key!r}", f"{value:g}", "count from the start of the run")
             found[key] = value
         start, end = found.values()

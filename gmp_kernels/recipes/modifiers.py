@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,6 +23,7 @@ __all__ = [
     "LearningRateFunction",
     "Modifier",
     "SetLearningRate",
+    "SetOption",
     "SetWeightDecay",
     "TrainableParams",
     "read",
@@ -34,24 +34,14 @@ FROM_PARAM = "__FROM_PARAM__"
 LR_FUNCTIONS = ("linear", "cosine", "cyclic_linear")
 
 # Modifiers that do something else than gradual magnitude pruning: a recipe runs without them, and says so.
-OUTSIDE = frozenset(
-    f"{name}Modifier"
-    for name in (
-        *("Distillation", "PerLayerDistillation", "OutputDistillation"),
-        *("Quantization", "LegacyQuantization", "vLLMQuantization", "GPTQ", "SmoothQuant", "LogarithmicEqualization"),
-        *(
-            "OBSPruning",
-            "OBSXPruning",
-            "MFACPruning",
-            "GlobalMFACPruning",
-            "MovementPruning",
-            "AdaPrune",
-            "Powerpropagation",
-        ),
-        *("ACDCPruning", "RigLPruning", "TopKASTPruning", "StructuredPruning", "LayerPruning", "LayerThinning"),
-        *("SparseGPT", "WandaPruning", "FastOBCQPruning", "ASPruning", "AS", "Logging", "SetParam", "GradualParam"),
-    )
-)
+WORDS_OUTSIDE = """
+Distillation PerLayerDistillation OutputDistillation
+Quantization LegacyQuantization vLLMQuantization GPTQ SmoothQuant LogarithmicEqualization
+OBSPruning OBSXPruning MFACPruning GlobalMFACPruning MovementPruning AdaPrune Powerpropagation
+ACDCPruning RigLPruning TopKASTPruning StructuredPruning LayerPruning LayerThinning
+SparseGPT WandaPruning FastOBCQPruning ASPruning AS Logging SetParam GradualParam
+"""
+OUTSIDE = frozenset(f"{word}Modifier" for word in WORDS_OUTSIDE.split())
 
 
 @dataclass(frozen=True)
@@ -100,11 +90,19 @@ class EpochRange(Modifier):
 
 
 @dataclass(frozen=True)
-class SetLearningRate(Modifier):
-    """Set the learning rate of param groups, of all if None, once."""
+class SetOption(Modifier):
+    """Set an option of param groups, of all if None, once."""
 
-    rate: float = field(kw_only=True)
+    value: float = field(kw_only=True)
     groups: frozenset[int] | None = field(kw_only=True)
+
+
+class SetLearningRate(SetOption):
+    """Set the learning rate."""
+
+
+class SetWeightDecay(SetOption):
+    """Set the weight decay."""
 
 
 @dataclass(frozen=True)
@@ -128,15 +126,6 @@ class LearningRate(Modifier):
     milestones: tuple[float, ...] = field(default=(), kw_only=True)
     step_size: float = field(default=1.0, kw_only=True)
     lowest: float = field(default=0.0, kw_only=True)
-    groups: None = None
-
-
-@dataclass(frozen=True)
-class SetWeightDecay(Modifier):
-    """Set the weight decay of param groups, of all if None, once."""
-
-    value: float = field(kw_only=True)
-    groups: frozenset[int] | None = field(kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -165,17 +154,17 @@ def _gradual(arguments: Arguments, *, is_global: bool = False) -> GradualPruning
         if params:
             raise arguments.error("no 'params' beside a mapping of 'final_sparsity'", repr(list(params)), "write []")
         entries = tuple(
-            (arguments.checked_number("final_sparsity", key, 0, 1), arguments.names("final_sparsity", value))
+            (arguments.checked_number("final_sparsity", key, most=1), arguments.names("final_sparsity", value))
             for key, value in final.items()
         )
         if not entries or not all(names for _, names in entries):
             raise arguments.error("names for each sparsity of 'final_sparsity'", repr(final), "name parameters")
     else:
         params = _weights_of_all(params) if arguments.is_new else params
-        entries = ((arguments.checked_number("final_sparsity", final, 0, 1), params or (ALL_PRUNABLE,)),)
+        entries = ((arguments.checked_number("final_sparsity", final, most=1), params or (ALL_PRUNABLE,)),)
     initial = arguments.take("init_sparsity")
     from_param = initial == FROM_PARAM
-    initial = None if from_param else arguments.checked_number("init_sparsity", initial, 0, 1)
+    initial = None if from_param else arguments.checked_number("init_sparsity", initial, most=1)
     lowest = min(sparsity for sparsity, _ in entries)
     if initial is not None and initial > lowest:
         raise arguments.error(
@@ -218,14 +207,9 @@ def _constant(arguments: Arguments) -> ConstantPruning:
     )
 
 
-def _epoch_range(arguments: Arguments) -> EpochRange:
-    return EpochRange(**arguments.times())
-
-
-def _set_rate(arguments: Arguments) -> SetLearningRate:
+def _set_option(arguments: Arguments, kind: type[SetOption], key: str) -> SetOption:
     arguments.take("end_epoch", None)
-    rate = arguments.number("learning_rate", least=0)
-    return SetLearningRate(**arguments.times(), rate=rate, groups=arguments.groups())
+    return kind(**arguments.times(), value=arguments.number(key), groups=arguments.groups())
 
 
 def _rate_function(arguments: Arguments) -> LearningRateFunction:
@@ -237,14 +221,14 @@ def _rate_function(arguments: Arguments) -> LearningRateFunction:
         raise arguments.error(
             "start_epoch < end_epoch", f"{start:g} and {end:g}", "say where the learning rate ends up"
         )
-    cycle = arguments.number("cycle_epochs", -1.0)
+    cycle = arguments.number("cycle_epochs", -1.0, least=-1)
     if cycle != -1 and cycle <= 0:
         raise arguments.error("epochs > 0 for 'cycle_epochs'", f"{cycle:g}", "say how long a cycle is")
     return LearningRateFunction(
         **times,
         function=function,
-        initial=arguments.number("init_lr", least=0),
-        final=arguments.number("final_lr", least=0),
+        initial=arguments.number("init_lr"),
+        final=arguments.number("final_lr"),
         cycle=end - start if cycle == -1 or function != "cyclic_linear" else cycle,
         groups=arguments.groups(),
     )
@@ -260,14 +244,14 @@ def _rate_scheduler(arguments: Arguments) -> LearningRate:
     inner = Arguments(f"{arguments.where}: lr_kwargs", kwargs)
     found: dict[str, Any] = {}
     if kind == "CosineAnnealingWarmRestarts":
-        found = {"lowest": inner.number("lr_min", least=0), "step_size": inner.number("cycle_epochs", least=0)}
+        found = {"lowest": inner.number("lr_min"), "step_size": inner.number("cycle_epochs")}
     else:
-        found["gamma"] = inner.number("gamma", least=0)
+        found["gamma"] = inner.number("gamma")
     if kind == "StepLR":
-        found["step_size"] = inner.number("step_size", least=0)
+        found["step_size"] = inner.number("step_size")
     if kind == "MultiStepLR":
         found["milestones"] = tuple(
-            inner.checked_number("milestones", value, 0, math.inf) for value in flat(inner.take("milestones"))
+            inner.checked_number("milestones", value) for value in flat(inner.take("milestones"))
         )
         outside = [m for m in found["milestones"] if m <= max(times["start"], 0) or 0 <= times["end"] <= m]
         if outside:
@@ -275,13 +259,7 @@ def _rate_scheduler(arguments: Arguments) -> LearningRate:
     if found.get("step_size") == 0:
         raise inner.error("a length > 0", "0", "give it in epochs")
     inner.finish()
-    return LearningRate(**times, kind=kind, initial=arguments.number("init_lr", least=0), **found)
-
-
-def _weight_decay(arguments: Arguments) -> SetWeightDecay:
-    arguments.take("end_epoch", None)
-    value = arguments.number("weight_decay", least=0)
-    return SetWeightDecay(**arguments.times(), value=value, groups=arguments.groups())
+    return LearningRate(**times, kind=kind, initial=arguments.number("init_lr"), **found)
 
 
 def _trainable(arguments: Arguments) -> TrainableParams:
@@ -299,11 +277,11 @@ READERS: dict[str, Reader] = {
     "MagnitudePruningModifier": _gradual,
     "GlobalMagnitudePruningModifier": partial(_gradual, is_global=True),
     "ConstantPruningModifier": _constant,
-    "EpochRangeModifier": _epoch_range,
-    "SetLearningRateModifier": _set_rate,
+    "EpochRangeModifier": lambda arguments: EpochRange(**arguments.times()),
+    "SetLearningRateModifier": partial(_set_option, kind=SetLearningRate, key="learning_rate"),
     "LearningRateFunctionModifier": _rate_function,
     "LearningRateModifier": _rate_scheduler,
-    "SetWeightDecayModifier": _weight_decay,
+    "SetWeightDecayModifier": partial(_set_option, kind=SetWeightDecay, key="weight_decay"),
     "TrainableParamsModifier": _trainable,
 }
 

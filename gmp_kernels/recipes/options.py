@@ -18,6 +18,7 @@ from gmp_kernels.recipes.modifiers import (
     LearningRateFunction,
     Modifier,
     SetLearningRate,
+    SetOption,
     SetWeightDecay,
     TrainableParams,
 )
@@ -72,36 +73,25 @@ def in_order(modifiers: Iterable[Modifier]) -> list[Modifier]:
 
 def learning_rate_of(modifiers: Iterable[Modifier], steps_per_epoch: int) -> Setting:
     """Return the learning rate of a recipe."""
-    segments = []
-    for modifier in in_order(modifiers):
-        first = first_step(modifier.start, steps_per_epoch)
-        end = None if modifier.end == -1 else first_step(modifier.end, steps_per_epoch, least=first)
-        match modifier:
-            case SetLearningRate(rate=rate, groups=groups):
-                segments.append(Segment(first, first, groups, partial(_constant, rate)))
-            case LearningRateFunction(groups=groups):
-                segments.append(Segment(first, end, groups, partial(_on_curve, modifier, steps_per_epoch)))
-            case LearningRate():
-                # It ends with its last step before the end, without the cut that may fall on the end itself.
-                last = None if end is None else max(first, end - 1)
-                segments.append(Segment(first, last, None, partial(_by_scheduler, modifier, steps_per_epoch, first)))
-    return Setting(segments)
+    kinds = SetLearningRate | LearningRateFunction | LearningRate
+    return Setting([_segment(m, steps_per_epoch) for m in in_order(modifiers) if isinstance(m, kinds)])
 
 
 def weight_decay_of(modifiers: Iterable[Modifier], steps_per_epoch: int) -> Setting:
     """Return the weight decay of a recipe."""
-    return Setting(
-        [
-            Segment(first, first, modifier.groups, partial(_constant, modifier.value))
-            for modifier in in_order(modifiers)
-            if isinstance(modifier, SetWeightDecay)
-            for first in [first_step(modifier.start, steps_per_epoch)]
-        ]
-    )
+    return Setting([_segment(m, steps_per_epoch) for m in in_order(modifiers) if isinstance(m, SetWeightDecay)])
 
 
-def _constant(value: float, step: int) -> float:
-    return value
+def _segment(modifier: SetOption | LearningRateFunction | LearningRate, steps_per_epoch: int) -> Segment:
+    first = first_step(modifier.start, steps_per_epoch)
+    end = None if modifier.end == -1 else first_step(modifier.end, steps_per_epoch, least=first)
+    if isinstance(modifier, SetOption):
+        return Segment(first, first, modifier.groups, lambda step: modifier.value)
+    if isinstance(modifier, LearningRateFunction):
+        return Segment(first, end, modifier.groups, partial(_on_curve, modifier, steps_per_epoch))
+    # It ends with its last step before the end, without the cut that may fall on the end itself.
+    last = None if end is None else max(first, end - 1)
+    return Segment(first, last, None, partial(_by_scheduler, modifier, steps_per_epoch, first))
 
 
 def _on_curve(modifier: LearningRateFunction, steps_per_epoch: int, step: int) -> float:
