@@ -141,7 +141,7 @@ def test_frameworks_in_tags_and_the_new_style() -> None:
     assert isinstance(constant, ConstantPruning)
     assert (constant.start, constant.end) == (0.0, -1.0)
     # All targets of the new style are weights.
-    assert constant.names == (r"re:(.*\.)?weight$",)
+    assert constant.entries == ((0.0, (r"re:(.*\.)?weight$",)),)
     every_step = recipes.load(new.replace("update: 0.5", "")).modifiers[0]
     assert isinstance(every_step, GradualPruning)
     assert every_step.frequency == -1

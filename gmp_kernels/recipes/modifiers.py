@@ -22,6 +22,7 @@ __all__ = [
     "LearningRate",
     "LearningRateFunction",
     "Modifier",
+    "Pruning",
     "SetLearningRate",
     "SetOption",
     "SetWeightDecay",
@@ -62,26 +63,28 @@ class Modifier:
 
 
 @dataclass(frozen=True)
-class GradualPruning(Modifier):
-    """Raise the sparsity from ``initial``, or from the zeros of each parameter if None.
+class Pruning(Modifier):
+    """Prune the parameters of ``entries``.
 
-    ``entries`` are (final sparsity, names and patterns); the first that reaches a parameter counts. ``frequency`` is in
-    epochs.
+    These are (final sparsity, names and patterns); the first that reaches a parameter counts.
     """
 
-    initial: float | None = field(kw_only=True)
     entries: tuple[tuple[float, tuple[str, ...]], ...] = field(kw_only=True)
+
+
+@dataclass(frozen=True)
+class GradualPruning(Pruning):
+    """Raise the sparsity from ``initial``, or from the zeros of each parameter if None; ``frequency`` is in epochs."""
+
+    initial: float | None = field(kw_only=True)
     frequency: float = field(kw_only=True)
     curve: str = field(kw_only=True)
     leave_enabled: bool = field(kw_only=True)
     is_global: bool = field(kw_only=True)
 
 
-@dataclass(frozen=True)
-class ConstantPruning(Modifier):
-    """Hold the zeros that parameters have."""
-
-    names: tuple[str, ...] = field(kw_only=True)
+class ConstantPruning(Pruning):
+    """Hold the zeros that parameters have; the sparsity of its entries is 0."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +151,7 @@ def _gradual(arguments: Arguments, *, is_global: bool = False) -> GradualPruning
     for key, only in (("phased", False), ("score_type", "magnitude"), ("scheduler_args", {})):
         if (value := arguments.take(key, only)) not in (only, str(only)):
             raise arguments.error(f"{only!r} for {key!r}", repr(value), "gradual magnitude pruning has no other")
-    params = arguments.names("params", arguments.take("params", []))
+    params = _params(arguments)
     final = arguments.take("final_sparsity")
     if isinstance(final, dict):
         if params:
@@ -160,7 +163,6 @@ def _gradual(arguments: Arguments, *, is_global: bool = False) -> GradualPruning
         if not entries or not all(names for _, names in entries):
             raise arguments.error("names for each sparsity of 'final_sparsity'", repr(final), "name parameters")
     else:
-        params = _weights_of_all(params) if arguments.is_new else params
         entries = ((arguments.checked_number("final_sparsity", final, most=1), params or (ALL_PRUNABLE,)),)
     initial = arguments.take("init_sparsity")
     from_param = initial == FROM_PARAM
@@ -194,17 +196,15 @@ def _gradual(arguments: Arguments, *, is_global: bool = False) -> GradualPruning
     )
 
 
-def _weights_of_all(names: tuple[str, ...]) -> tuple[str, ...]:
-    """Return targets of the new style, where all means the weights of all layers, without their biases."""
-    return tuple(r"re:(.*\.)?weight$" if name == ALL else name for name in names)
+def _params(arguments: Arguments) -> tuple[str, ...]:
+    """Return names and patterns. In the new style all means the weights of all layers, without their biases."""
+    names = arguments.names("params", arguments.take("params", []))
+    return tuple(r"re:(.*\.)?weight$" if arguments.is_new and name == ALL else name for name in names)
 
 
 def _constant(arguments: Arguments) -> ConstantPruning:
     arguments.take("update_frequency", None)
-    names = arguments.names("params", arguments.take("params", []))
-    return ConstantPruning(
-        **arguments.times(), names=(_weights_of_all(names) if arguments.is_new else names) or (ALL_PRUNABLE,)
-    )
+    return ConstantPruning(**arguments.times(), entries=((0.0, _params(arguments) or (ALL_PRUNABLE,)),))
 
 
 def _set_option(arguments: Arguments, kind: type[SetOption], key: str) -> SetOption:

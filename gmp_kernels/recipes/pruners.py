@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -16,13 +17,14 @@ from gmp_kernels.model.coverage import shown_names
 from gmp_kernels.ops import Scope
 from gmp_kernels.pruner.enforcement import write_despite_interrupts
 from gmp_kernels.pruner.layers import writable_mask
-from gmp_kernels.recipes.modifiers import ConstantPruning, GradualPruning
+from gmp_kernels.recipes.modifiers import ConstantPruning, GradualPruning, Modifier, Pruning
+from gmp_kernels.recipes.names import Names
 from gmp_kernels.recipes.timing import EpochRamp, Hold, first_step
 from gmp_kernels.reports import StepReport
 from gmp_kernels.scheduler import GMPScheduler
 from gmp_kernels.schedules import Constant, Schedule
 
-__all__ = ["PrunerPlan", "constant_plan", "gradual_plan", "schedule_of", "share_of_zeros"]
+__all__ = ["PrunerPlan", "plan_pruners", "schedule_of", "share_of_zeros"]
 
 
 class LettingGo(GMPScheduler):
@@ -94,7 +96,64 @@ def schedule_of(modifier: GradualPruning, initial: float, final: float, steps_pe
     return EpochRamp(initial, final, modifier.start, modifier.end, modifier.frequency, modifier.curve, steps_per_epoch)
 
 
-def gradual_plan(
+def plan_pruners(
+    modifiers: Iterable[Modifier], names: Names, steps_per_epoch: int, share_of_zeros: Callable[[str], float]
+) -> list[PrunerPlan]:
+    """Return what each pruner is built from; ``share_of_zeros`` tells the zeros that a parameter has.
+
+    Raises
+    ------
+    RecipeError
+        As ``Recipe.attach``.
+    """
+    reached: dict[Pruning, dict[str, float]] = {}
+    for modifier in modifiers:
+        if isinstance(modifier, Pruning):
+            finals = reached[modifier] = {}
+            for final, patterns in modifier.entries:
+                for name in names.reached_by(modifier.name, patterns):
+                    finals.setdefault(name, final)
+    if not reached:
+        raise RecipeError(
+            "Recipe.attach: expected a recipe that prunes, got one without a GMPruningModifier, "
+            "MagnitudePruningModifier, GlobalMagnitudePruningModifier or ConstantPruningModifier; add one"
+        )
+    _refuse_overlaps(reached)
+    plans = []
+    for modifier, finals in reached.items():
+        if isinstance(modifier, GradualPruning):
+            plans.append(_gradual_plan(modifier, finals, share_of_zeros, steps_per_epoch))
+        elif finals:
+            plans.append(_constant_plan(modifier, list(finals), steps_per_epoch))
+    return plans
+
+
+def _refuse_overlaps(reached: Mapping[Pruning, dict[str, float]]) -> None:
+    """Leave to each pruning modifier the parameters that are its own, or raise if two want the same.
+
+    A ConstantPruningModifier that begins when a gradual one has ended, which keeps its zeros, changes nothing.
+    """
+    for one, other in combinations(reached, 2):
+        shared = [name for name in reached[one] if name in reached[other]]
+        if not shared:
+            continue
+        gradual, constant = (other, one) if isinstance(one, ConstantPruning) else (one, other)
+        changes_nothing = (
+            isinstance(gradual, GradualPruning)
+            and isinstance(constant, ConstantPruning)
+            and gradual.leave_enabled
+            and 0 <= gradual.end <= constant.start
+        )
+        if not changes_nothing:
+            raise RecipeError(
+                f"Recipe.attach: expected one pruning modifier per parameter, got {one.name} and {other.name} for "
+                f"{shown_names(shared)}; write one ramp over both times, or name each parameter in one of them"
+            )
+        for name in shared:
+            del reached[constant][name]
+
+
+def _gradual_plan(
     modifier: GradualPruning,
     finals: Mapping[str, float],
     share_of_zeros: Callable[[str], float],
@@ -123,7 +182,7 @@ def gradual_plan(
     )
 
 
-def constant_plan(modifier: ConstantPruning, names: list[str], steps_per_epoch: int) -> PrunerPlan:
+def _constant_plan(modifier: Pruning, names: list[str], steps_per_epoch: int) -> PrunerPlan:
     """Return the plan that holds the zeros of these parameters."""
     if modifier.start > 0:
         raise RecipeError(

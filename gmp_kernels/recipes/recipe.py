@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import combinations
 from os import PathLike
 from typing import Any, NamedTuple
 
@@ -14,19 +12,18 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from gmp_kernels.errors import RecipeError, warn
-from gmp_kernels.model.coverage import shown_names
 from gmp_kernels.model.names import named_parameters
 from gmp_kernels.model.wrappers import optimizer_chain
-from gmp_kernels.recipes.modifiers import ConstantPruning, GradualPruning, Modifier, TrainableParams, read
+from gmp_kernels.recipes.modifiers import GradualPruning, Modifier, TrainableParams, read
 from gmp_kernels.recipes.names import Names
 from gmp_kernels.recipes.options import Options, RecipeLR, in_order, learning_rate_of, weight_decay_of
-from gmp_kernels.recipes.pruners import PrunerPlan, constant_plan, gradual_plan, schedule_of, share_of_zeros
+from gmp_kernels.recipes.pruners import plan_pruners, schedule_of, share_of_zeros
 from gmp_kernels.recipes.text import Overrides, items_of
 from gmp_kernels.run import Run
 from gmp_kernels.scheduler import GMPScheduler
 from gmp_kernels.schedules import check_whole
 
-__all__ = ["Recipe", "Trace", "load", "plan_pruners"]
+__all__ = ["Recipe", "Trace", "load"]
 
 
 def load(recipe: str | PathLike[str], recipe_args: Overrides = None) -> Recipe:
@@ -164,7 +161,7 @@ class Recipe:
             )
         inner = optimizer_chain(optimizer)[-1]
         names, parameters = Names.of_model(model), named_parameters(model)
-        plans = plan_pruners(self, names, steps_per_epoch, lambda name: share_of_zeros(parameters[name]))
+        plans = plan_pruners(self.modifiers, names, steps_per_epoch, lambda name: share_of_zeros(parameters[name]))
         rates = learning_rate_of(self.modifiers, steps_per_epoch)
         decay = weight_decay_of(self.modifiers, steps_per_epoch)
         rates.check_groups("learning rate", len(inner.param_groups))
@@ -217,67 +214,3 @@ class Recipe:
         rates = learning_rate_of(self.modifiers, steps_per_epoch)
         decay = weight_decay_of(self.modifiers, steps_per_epoch)
         return Trace(sparsity, [rates.at(step, 0) for step in steps], [decay.at(step, 0) for step in steps])
-
-
-def plan_pruners(
-    recipe: Recipe, names: Names, steps_per_epoch: int, share_of_zeros: Callable[[str], float]
-) -> list[PrunerPlan]:
-    """Return what each pruner is built from; ``share_of_zeros`` tells the zeros that a parameter has.
-
-    Raises
-    ------
-    RecipeError
-        As ``Recipe.attach``.
-    """
-    reached: dict[Modifier, dict[str, float]] = {}
-    for modifier in recipe.modifiers:
-        entries: tuple[tuple[float, tuple[str, ...]], ...] = ()
-        if isinstance(modifier, GradualPruning):
-            entries = modifier.entries
-        elif isinstance(modifier, ConstantPruning):
-            entries = ((0.0, modifier.names),)
-        finals: dict[str, float] = {}
-        for final, patterns in entries:
-            # The first entry that reaches a parameter counts.
-            finals = dict.fromkeys(names.reached_by(modifier.name, patterns), final) | finals
-        if finals:
-            reached[modifier] = finals
-    if not reached:
-        raise RecipeError(
-            "Recipe.attach: expected a recipe that prunes, got one without a GMPruningModifier, "
-            "MagnitudePruningModifier, GlobalMagnitudePruningModifier or ConstantPruningModifier; "
-            + (f"{', '.join(recipe.skipped)} are skipped" if recipe.skipped else "there is nothing to do")
-        )
-    _refuse_overlaps(reached)
-    plans = []
-    for modifier, finals in reached.items():
-        if isinstance(modifier, GradualPruning):
-            plans.append(gradual_plan(modifier, finals, share_of_zeros, steps_per_epoch))
-        elif finals and isinstance(modifier, ConstantPruning):
-            plans.append(constant_plan(modifier, list(finals), steps_per_epoch))
-    return plans
-
-
-def _refuse_overlaps(reached: dict[Modifier, dict[str, float]]) -> None:
-    """Leave to each pruning modifier the parameters that are its own, or raise if two want the same.
-
-    A ConstantPruningModifier that begins when a gradual one has ended, which keeps its zeros, changes nothing.
-    """
-    for one, other in combinations(reached, 2):
-        shared = [name for name in reached[one] if name in reached[other]]
-        if not shared:
-            continue
-        gradual, constant = (other, one) if isinstance(one, ConstantPruning) else (one, other)
-        changes_nothing = (
-            isinstance(gradual, GradualPruning)
-            and isinstance(constant, ConstantPruning)
-            and gradual.leave_enabled
-            and 0 <= gradual.end <= constant.start
-        )
-        if not changes_nothing:
-            raise RecipeError(
-                f"Recipe.attach: expected one pruning modifier per parameter, got {one.name} and {other.name} for "
-                f"{shown_names(shared)}; write one ramp over both times, or name each parameter in one of them"
-            )
-        for name in shared:
-            del reached[constant][name]

@@ -15,10 +15,9 @@ from gmp_kernels.errors import RecipeError
 from gmp_kernels.model.coverage import shown_names
 from gmp_kernels.pruner.groups import Group, together, uniform
 from gmp_kernels.recipes import Recipe
-from gmp_kernels.recipes.modifiers import ALL, ALL_PRUNABLE, ConstantPruning, GradualPruning
+from gmp_kernels.recipes.modifiers import ALL, ALL_PRUNABLE, GradualPruning, Pruning
 from gmp_kernels.recipes.names import Names
-from gmp_kernels.recipes.pruners import schedule_of
-from gmp_kernels.recipes.recipe import plan_pruners
+from gmp_kernels.recipes.pruners import plan_pruners, schedule_of
 from gmp_kernels.schedules import Schedule
 from gmp_kernels.tools.plan import Course, check_length
 
@@ -60,7 +59,7 @@ def course_of(recipe: Recipe, layers: Mapping[str, tuple[int, ...]], steps_per_e
     check_length(recipe.epochs * steps_per_epoch)
     trace = recipe.trace(steps_per_epoch)
     groups: dict[tuple[int, str], Group] = {}
-    plans = plan_pruners(recipe, _names(layers), steps_per_epoch, lambda name: 0.0) if layers else []
+    plans = plan_pruners(recipe.modifiers, _names(layers), steps_per_epoch, lambda name: 0.0) if layers else []
     for number, plan in enumerate(plans):
         for name, schedule in plan.schedules.items():
             group = Group(schedule, {}, together if plan.scope == "global" else uniform)
@@ -106,7 +105,6 @@ def warnings_about(recipe: Recipe, layers: Mapping[str, tuple[int, ...]], steps_
     left_out = {t.name: t.reason for t in TensorIndex(tensors).choose(None, None)[1].left_out} if layers else {}
     for modifier in recipe.modifiers:
         if isinstance(modifier, GradualPruning):
-            entries = [name for _, names in modifier.entries for name in names]
             if not modifier.leave_enabled and modifier.end != -1:
                 yield f"{modifier.name}: its weights train again after epoch {modifier.end:g} (leave_enabled: False)"
             if 0 < modifier.frequency * steps_per_epoch < 1:
@@ -114,12 +112,9 @@ def warnings_about(recipe: Recipe, layers: Mapping[str, tuple[int, ...]], steps_
                     f"{modifier.name}: an update every {modifier.frequency:g} epochs is more than one per step, which "
                     "is what there is"
                 )
-        elif isinstance(modifier, ConstantPruning):
-            entries = list(modifier.names)
-        else:
-            continue
-        for entry in entries:
-            yield from (f"{modifier.name}: {word}" for word in _words_about(entry, layers, left_out))
+        if isinstance(modifier, Pruning):
+            for entry in (name for _, names in modifier.entries for name in names):
+                yield from (f"{modifier.name}: {word}" for word in _words_about(entry, layers, left_out))
 
 
 def _words_about(entry: str, layers: Mapping[str, tuple[int, ...]], left_out: Mapping[str, str]) -> Iterator[str]:
