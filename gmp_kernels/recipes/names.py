@@ -28,16 +28,13 @@ class Names:
         All parameters; a tied one is the same object under each of its names.
     prunable : sequence of str
         Names that ``__ALL_PRUNABLE__`` means.
-    classes : mapping of str to sequence of str
+    **classes : sequence of str
         {name of a class of modules: names of their weights}.
     """
 
-    def __init__(
-        self, parameters: Mapping[str, Hashable], prunable: Sequence[str], classes: Mapping[str, Sequence[str]]
-    ) -> None:
+    def __init__(self, parameters: Mapping[str, Hashable], prunable: Sequence[str], **classes: Sequence[str]) -> None:
         self._parameters = parameters
-        self._prunable = prunable
-        self._classes = classes
+        self._called = {**classes, ALL: list(parameters), ALL_PRUNABLE: prunable}
         self._first: dict[Hashable, str] = {}
         for name, parameter in parameters.items():
             self._first.setdefault(parameter, name)
@@ -54,7 +51,7 @@ class Names:
                 classes.setdefault(type(module).__name__, []).append(weight)
                 if _is_prunable(module):
                     prunable.append(weight)
-        return cls(parameters, prunable, classes)
+        return cls(parameters, prunable, **classes)
 
     def reached_by(self, where: str, entries: Sequence[str], *, strict: bool = True) -> list[str]:
         """Return the parameters that a modifier means, each once, under the first of its names.
@@ -79,13 +76,11 @@ class Names:
             found += names
         return list(dict.fromkeys(self._first[self._parameters[name]] for name in found))
 
-    def _matching(self, where: str, entry: str) -> list[str]:
-        if entry.upper() == ALL:
-            return list(self._parameters)
-        if entry.upper() == ALL_PRUNABLE:
-            return list(self._prunable)
+    def _matching(self, where: str, entry: str) -> Sequence[str]:
+        if entry in self._parameters:
+            return [entry]
         if not entry.startswith("re:"):
-            return [entry] if entry in self._parameters else list(self._classes.get(entry, ()))
+            return self._called.get(entry.upper() if entry.startswith("__") else entry, ())
         try:
             pattern = re.compile(entry.removeprefix("re:"))
         except (re.error, RecursionError, OverflowError) as error:

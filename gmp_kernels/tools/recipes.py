@@ -88,7 +88,7 @@ def course_of(recipe: Recipe, layers: Mapping[str, tuple[int, ...]], steps_per_e
 def _names(layers: Mapping[str, tuple[int, ...]]) -> Names:
     # Weights of linear, convolutional and embedding layers are matrices; those of norms are not.
     prunable = [name for name, shape in layers.items() if name.split(".")[-1] == "weight" and len(shape) > 1]
-    return Names({name: name for name in layers}, prunable, {})
+    return Names({name: name for name in layers}, prunable)
 
 
 def _parts(schedules: Sequence[Schedule], total_steps: int) -> dict[str, tuple[float, float]]:
