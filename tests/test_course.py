@@ -15,6 +15,7 @@ from gmp_kernels import GMPScheduler, schedules
 from gmp_kernels.errors import OutputError
 from gmp_kernels.pruner.course import asked_for, so_far
 from gmp_kernels.pruner.state import MOST_REPORTS
+from gmp_kernels.recipes.timing import Hold
 
 STEPS = 14
 EVERY_STEP = schedules.Linear(0.1, 0.9, 0, 100, frequency=1)
@@ -161,6 +162,16 @@ def test_the_picture_says_where_the_run_stands(tmp_path: Path, saved) -> None:  
     assert labels_of(saved[1])[:3] == ["total", "target of the schedule", "3.weight"]
     assert [list(line.get_xdata()) for line in saved[1].axes[0].lines if line.get_marker() == "|"] == [[2, 6]]
     assert [figure.axes[0].get_xlim() for figure in saved] == [(0, 10), (0, 10), (0, 14)]
+
+
+def test_a_run_past_its_end_says_so_without_reports(tmp_path: Path, saved) -> None:  # noqa: F811
+    model, optimizer, pruner = make(schedule=Hold(1))
+    for step in range(3):
+        train_step(model, optimizer, step)
+        pruner.step()
+    pruner.plot(tmp_path / "a.png")
+    assert pruner.history == []
+    assert saved[0].axes[0].get_title(loc="left") == "Sparsity of 3 layers: 0.0% at step 3; all updates are made"
 
 
 def test_a_path_that_names_no_picture_is_refused(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ def draw(
         return
     known = so_far(history, groups, num_pruned, now)
     end = max(group.schedule.end_step for group in groups)
-    rest = f"the last update is due at step {end}" if not history or history[-1].step < end else "all updates are made"
+    rest = "all updates are made" if now > end else f"the last update is due at step {end}"
     layers = "1 layer" if len(num_pruned) == 1 else f"{len(num_pruned)} layers"
     plot_sparsity(
         path,
