@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import ChainedScheduler, LRScheduler, ReduceLROnPlateau
 
 from gmp_kernels.errors import StateError, warn
 from gmp_kernels.pruner.state import gathered
@@ -28,7 +28,7 @@ class Run:
     pruners : sequence of GMPScheduler
         At least one; all follow the same optimizer.
     lr_scheduler : torch lr_scheduler, optional
-        Stepped once per optimizer step.
+        Stepped once per optimizer step, from where it is now.
     set_options : callable, optional
         Called with the number of optimizer steps done: now, and whenever the number has changed.
 
@@ -59,8 +59,10 @@ class Run:
         self.lr_scheduler = lr_scheduler
         self._set_options = set_options
         self._options_at = -1
-        self._stepped_to = -1  # where the lr_scheduler was left
+        self._stepped_to = 0  # where the lr_scheduler was left
+        self._ahead = 0  # steps that it had taken before the run began
         self._has_warned = False
+        self._join()
         self._follow()
 
     @property
@@ -142,7 +144,7 @@ class Run:
             groups = self.lr_scheduler.optimizer.param_groups
             for group, rate in zip(groups, self.lr_scheduler.get_last_lr(), strict=True):
                 _set_rate(group, rate)
-            self._stepped_to = self.lr_scheduler.last_epoch
+            self._join()
         self._options_at = -1
         self._follow()
 
@@ -181,20 +183,27 @@ class Run:
                 )
         return None if rates is None else dict(rates)
 
+    def _join(self) -> None:
+        """Take the lr_scheduler as it is now. One that is behind the pruners is to catch up with them."""
+        if self.lr_scheduler is not None:
+            self._stepped_to = _steps_of(self.lr_scheduler)
+            self._ahead = max(0, self._stepped_to - self.pruners[0]._num_steps_seen)
+
     def _follow(self) -> None:
         """Set what follows from the number of steps done."""
         # Without the steps that a GPU may have skipped: to know them takes waiting for it.
         step = self.pruners[0]._num_steps_seen
         if self.lr_scheduler is not None:
-            if not self._has_warned and self.lr_scheduler.last_epoch > self._stepped_to >= 0:
+            found = _steps_of(self.lr_scheduler)
+            if not self._has_warned and found > self._stepped_to:
                 self._has_warned = True
                 warn(
-                    "Run: expected an lr_scheduler that nothing else steps, got one that is at step "
-                    f"{self.lr_scheduler.last_epoch} instead of {self._stepped_to}; leave its step() to run.step()"
+                    f"Run: expected an lr_scheduler that nothing else steps, got one that is at step {found} instead "
+                    f"of {self._stepped_to}; leave its step() to run.step()"
                 )
-            while self.lr_scheduler.last_epoch < step:
+            for _ in range(found, step + self._ahead):
                 self.lr_scheduler.step()
-            self._stepped_to = self.lr_scheduler.last_epoch
+            self._stepped_to = _steps_of(self.lr_scheduler)
         if self._set_options is not None and step != self._options_at:
             self._set_options(step)
         self._options_at = step
@@ -214,6 +223,13 @@ def check_lr_scheduler(what: str, lr_scheduler: object) -> None:
             f"{what}: expected a torch lr_scheduler that is stepped without arguments, got a "
             f"{type(lr_scheduler).__name__}; pass lr_scheduler=None and set the learning rate yourself"
         )
+
+
+def _steps_of(lr_scheduler: LRScheduler) -> int:
+    """Return the steps that an lr_scheduler has taken."""
+    while isinstance(lr_scheduler, ChainedScheduler):  # which has no count of its own
+        lr_scheduler = lr_scheduler._schedulers[0]
+    return lr_scheduler.last_epoch
 
 
 def _set_rate(group: dict[str, Any], rate: Any) -> None:

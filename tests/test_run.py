@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import ConstantLR
+from torch.optim.lr_scheduler import ChainedScheduler, ConstantLR, CosineAnnealingLR, LinearLR, SequentialLR
 
 import gmp_kernels as gmp
 from gmp_kernels.errors import GMPError, NonFiniteError, ScheduleError, SparsityError, StateError
@@ -155,6 +155,53 @@ def test_an_lr_scheduler_that_the_loop_steps_too_is_told_of() -> None:
     train(model, optimizer, 1)
     with pytest.warns(gmp.GMPWarning, match=r"is at step 2 instead of 1; leave its step\(\) to run\.step\(\)"):
         run.step()
+
+
+LR_SCHEDULERS: dict[str, Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]] = {
+    "cosine": lambda o: CosineAnnealingLR(o, 40),
+    "sequence": lambda o: SequentialLR(o, [LinearLR(o, total_iters=5), CosineAnnealingLR(o, 35)], [5]),
+    "chain": lambda o: ChainedScheduler([LinearLR(o, total_iters=20), CosineAnnealingLR(o, 40)]),
+}
+
+
+@pytest.mark.parametrize("kind", LR_SCHEDULERS)
+@pytest.mark.parametrize("before", [0, 8])
+def test_an_lr_scheduler_goes_on_where_it_is(kind: str, before: int) -> None:
+    """Whether it comes from dense training or not, and in a run that resumes."""
+
+    def begin() -> dict[str, Any]:
+        model, optimizer = model_and_optimizer()
+        lr_scheduler = LR_SCHEDULERS[kind](optimizer)
+        for step in range(before):
+            train(model, optimizer, step)
+            lr_scheduler.step()
+        run = STAGES.attach(model, optimizer, lr_scheduler=lr_scheduler)
+        return {"model": model, "optimizer": optimizer, "run": run}
+
+    def go_on(parts: dict[str, Any], steps: range) -> list[float]:
+        rates = []
+        for step in steps:
+            train(parts["model"], parts["optimizer"], step)
+            parts["run"].step()
+            rates.append(options(parts["optimizer"])[0][0])
+        return rates
+
+    other, alone = model_and_optimizer()
+    lr_scheduler = LR_SCHEDULERS[kind](alone)
+    expected = []
+    for step in range(before + STAGES.total_steps):
+        train(other, alone, step)
+        lr_scheduler.step()
+        expected.append(options(alone)[0][0])
+    whole = begin()
+    seen = go_on(whole, range(10))
+    state = copy.deepcopy({name: part.state_dict() for name, part in whole.items()})
+    seen += go_on(whole, range(10, STAGES.total_steps))
+    assert seen == expected[before:]
+    resumed = begin()
+    for name, part in resumed.items():
+        part.load_state_dict(state[name])
+    assert go_on(resumed, range(10, STAGES.total_steps)) == seen[10:]
 
 
 def test_a_step_that_is_skipped_changes_nothing() -> None:
