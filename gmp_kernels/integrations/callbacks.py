@@ -88,6 +88,12 @@ class PruningCallback:
         callback has pruned before keeps what is pruned.
         """
         if state is not None:
+            if not isinstance(state, Mapping) or not {"total_steps", "run"} <= state.keys():
+                found = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
+                raise StateError(
+                    f"GMPCallback: expected what this callback has saved in the checkpoint, got {found}; resume from "
+                    "another checkpoint"
+                )
             total_steps = state["total_steps"]
         stages, schedule = self._plan(total_steps)
         options = dict(self._options)
@@ -96,6 +102,8 @@ class PruningCallback:
         run = stages.attach(model, optimizer, schedule, lr_scheduler=None, **options)
         if state is not None:
             run.load_state_dict(state["run"])
+            if state["run"]["pruners"][0]["num_uncounted"]:
+                run.step()  # as was about to happen when another callback saved the checkpoint
         self._run, self._total_steps = run, total_steps
 
     def _state(self) -> dict[str, Any]:
