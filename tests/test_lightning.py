@@ -11,7 +11,7 @@ import pytest
 import torch
 from lightning_trainers import BATCHES, EPOCHS, OPTIMIZERS, STEPS, Manual, Module, bits, fit
 from pytorch_lightning import Callback
-from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
@@ -163,6 +163,27 @@ def test_a_damaged_state_is_refused(tmp_path):
     torch.save(checkpoint, tmp_path / "last.ckpt")
     with pytest.raises(StateError, match=r"has saved in the checkpoint, got \['step'\]"):
         fit(tmp_path, GMPCallback(0.9), Module(), ckpt_path=tmp_path / "last.ckpt")
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_an_average_that_lightning_writes_to_the_model_is_as_sparse(tmp_path, is_first):
+    callback, module = GMPCallback(0.9), Module()
+    averaging = EMAWeightAveraging(decay=0.9)
+    keeper = ModelCheckpoint(tmp_path, "last")
+    callbacks = [averaging, callback] if is_first else [callback, averaging]
+    trainer = fit(tmp_path, [*callbacks, keeper], module, enable_checkpointing=True)
+    assert num_zeros(module) == expected_zeros(0.9)
+    weights = torch.load(tmp_path / "last.ckpt")["state_dict"]
+    assert [int((weights[f"net.{i}.weight"] == 0).sum()) for i in (0, 2)] == expected_zeros(0.9)
+    averages = trainer.callbacks[callbacks.index(averaging)]._average_model.module.parameters()
+    assert all(map(torch.equal, module.parameters(), averages))
+
+
+def test_weights_that_are_averaged_at_the_end_are_pruned_again(tmp_path):
+    module = Module()
+    with pytest.warns(GMPWarning, match="have been set to zero again"):
+        fit(tmp_path, [GMPCallback(0.9), StochasticWeightAveraging(0.01, swa_epoch_start=1)], module)
+    assert num_zeros(module) == expected_zeros(0.9)
 
 
 def test_a_longer_run_keeps_the_schedule_it_began_with(tmp_path):
