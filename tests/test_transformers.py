@@ -178,6 +178,30 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
         make_trainer(tmp_path, GMPCallback(0.9)).train(resume_from_checkpoint=True)
 
 
+@pytest.mark.parametrize("damage", [b"PK", {"step": 3}])
+def test_a_damaged_file_is_refused(tmp_path, damage):
+    make_trainer(tmp_path, GMPCallback(0.9), max_steps=5).train()
+    file = tmp_path / "checkpoint-5" / "pruning.pt"
+    file.write_bytes(damage) if isinstance(damage, bytes) else torch.save(damage, file)
+    with pytest.raises(StateError, match=r"this callback has saved in .*; resume from another checkpoint"):
+        make_trainer(tmp_path, GMPCallback(0.9)).train(resume_from_checkpoint=True)
+
+
+def test_callbacks_for_different_targets_resume_together(tmp_path):
+    def callbacks() -> list[GMPCallback]:
+        return [GMPCallback(0.9, targets="*.attn"), GMPCallback(0.5, targets="*.mlp")]
+
+    whole, rest = callbacks(), callbacks()
+    first = make_trainer(tmp_path / "whole", *whole)
+    first.train()
+    second = make_trainer(tmp_path / "rest", *rest)
+    second.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-10"))
+    for one, other in zip(whole, rest, strict=True):
+        assert all(map(torch.equal, bits(first, one), bits(second, other)))
+    expected = [*expected_zeros(0.9)[:2], *expected_zeros(0.5)[2:]]
+    assert [int(found.sum()) for found in zeros(second.model).values()] == expected
+
+
 # -- the best model --------------------------------------------------------------------------------------------------
 
 
