@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import ChainedScheduler, LRScheduler, ReduceLROnPlateau
 
 from gmp_kernels.errors import StateError, warn
+from gmp_kernels.model.wrappers import optimizer_chain
 from gmp_kernels.pruner.state import gathered
 from gmp_kernels.reports import StepReport
 from gmp_kernels.scheduler import GMPScheduler
@@ -26,7 +27,7 @@ class Run:
     Parameters
     ----------
     pruners : sequence of GMPScheduler
-        At least one; all follow the same optimizer.
+        At least one; all follow the same optimizer, or optimizers that step together.
     lr_scheduler : torch lr_scheduler, optional
         Stepped once per optimizer step, from where it is now.
     set_options : callable, optional
@@ -40,9 +41,9 @@ class Run:
     Raises
     ------
     TypeError
-        ``lr_scheduler`` is not one that can be stepped without arguments.
+        ``lr_scheduler`` is not one that can be stepped without arguments, or ``pruners`` are no pruners.
     ValueError
-        There are no pruners.
+        There are no pruners, one is there twice, or ``lr_scheduler`` is of an optimizer that none of them follows.
     """
 
     def __init__(
@@ -52,10 +53,8 @@ class Run:
         lr_scheduler: LRScheduler | None = None,
         set_options: Callable[[int], None] | None = None,
     ) -> None:
-        if not pruners:
-            raise ValueError("Run: expected at least one pruner, got none; pass [GMPScheduler(...)]")
-        check_lr_scheduler("Run", lr_scheduler)
-        self.pruners = tuple(pruners)
+        self.pruners = _checked_pruners(pruners)
+        check_lr_scheduler("Run", lr_scheduler, [pruner.optimizer for pruner in self.pruners])
         self.lr_scheduler = lr_scheduler
         self._set_options = set_options
         self._options_at = -1
@@ -214,14 +213,35 @@ class Run:
         return "\n".join([f"Run, learning rates {rates}", *map(repr, self.pruners)])
 
 
-def check_lr_scheduler(what: str, lr_scheduler: object) -> None:
-    """Refuse what ``Run`` cannot step."""
+def _checked_pruners(pruners: Sequence[GMPScheduler]) -> tuple[GMPScheduler, ...]:
+    """Return the pruners, or refuse what is none."""
+    found = tuple(pruners) if isinstance(pruners, Iterable) else (pruners,)
+    others = [type(one).__name__ for one in found if not isinstance(one, GMPScheduler)]
+    if others or not isinstance(pruners, Iterable):
+        raise TypeError(
+            f"Run: expected a sequence of GMPScheduler, got {others[0] if others else 'one alone'}; pass "
+            "[GMPScheduler(...)]"
+        )
+    if not found:
+        raise ValueError("Run: expected at least one pruner, got none; pass [GMPScheduler(...)]")
+    if len(set(map(id, found))) < len(found):
+        raise ValueError("Run: expected different pruners, got one twice; pass each once")
+    return found
+
+
+def check_lr_scheduler(what: str, lr_scheduler: object, optimizers: Iterable[Any]) -> None:
+    """Refuse what ``Run`` cannot step, and the lr_scheduler of an optimizer that is none of these."""
     if lr_scheduler is None:
         return
     if not isinstance(lr_scheduler, LRScheduler) or isinstance(lr_scheduler, ReduceLROnPlateau):
         raise TypeError(
             f"{what}: expected a torch lr_scheduler that is stepped without arguments, got a "
             f"{type(lr_scheduler).__name__}; pass lr_scheduler=None and set the learning rate yourself"
+        )
+    if not any(one is lr_scheduler.optimizer for optimizer in optimizers for one in optimizer_chain(optimizer)):
+        raise ValueError(
+            f"{what}: expected an lr_scheduler of the optimizer that is followed, got one of another "
+            f"{type(lr_scheduler.optimizer).__name__}; build it for this optimizer"
         )
 
 

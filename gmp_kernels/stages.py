@@ -332,7 +332,7 @@ class Stages:
             initial = min(INITIAL_SPARSITY, check_sparsity("Stages.attach: schedule", schedule))
             schedule = self.schedule(initial, schedule)
         if lr_scheduler != "stages":
-            check_lr_scheduler("Stages.attach", lr_scheduler)
+            check_lr_scheduler("Stages.attach", lr_scheduler, [optimizer])
         inner = optimizer_chain(optimizer)[-1]
         set_options = None
         if remove_weight_decay is not False:

@@ -383,10 +383,26 @@ def test_an_update_that_raises_leaves_the_learning_rate_and_is_made_up() -> None
     assert options(optimizer) != before
 
 
+def test_a_pruner_that_is_no_sequence_or_comes_twice_is_refused() -> None:
+    model, optimizer = model_and_optimizer()
+    pruner = gmp.GMPScheduler(model, optimizer, STAGES.schedule())
+    with pytest.raises(TypeError, match="expected a sequence of GMPScheduler, got one alone"):
+        gmp.Run(pruner)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="got one twice"):
+        gmp.Run([pruner, pruner])
+
+
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
         (lambda m, o: gmp.Run([]), ValueError, "expected at least one pruner"),
+        (lambda m, o: gmp.Run([m]), TypeError, "expected a sequence of GMPScheduler, got Sequential"),
+        (lambda m, o: gmp.Run(None), TypeError, "expected a sequence of GMPScheduler, got NoneType"),
+        (
+            lambda m, o: STAGES.attach(m, o, lr_scheduler=ConstantLR(model_and_optimizer()[1])),
+            ValueError,
+            "Stages.attach: expected an lr_scheduler of the optimizer that is followed, got one of another AdamW",
+        ),
         (
             lambda m, o: STAGES.attach(m, o, lr_scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau(o)),
             TypeError,
