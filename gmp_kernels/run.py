@@ -174,11 +174,17 @@ class Run:
             )
         if self.lr_scheduler is not None and rates is not None:
             expected = len(self.lr_scheduler.optimizer.param_groups)
-            num_rates = len(rates["_last_lr"]) if isinstance(rates, Mapping) and "_last_lr" in rates else None
+            last = rates.get("_last_lr") if isinstance(rates, Mapping) else None
+            num_rates = len(last) if isinstance(last, list) else None
             if num_rates != expected:
                 raise StateError(
                     f"Run.load_state_dict: expected learning rates of {expected} param groups in the state, got "
                     f"{num_rates}; build the optimizer with the param groups of the run that was saved"
+                )
+            if _public_names(rates) != _public_names(self.lr_scheduler.state_dict()):
+                raise StateError(
+                    f"Run.load_state_dict: expected the state of a {type(self.lr_scheduler).__name__}, got that of "
+                    "another lr_scheduler; build the run with the one that was saved"
                 )
         return None if rates is None else dict(rates)
 
@@ -243,6 +249,12 @@ def check_lr_scheduler(what: str, lr_scheduler: object, optimizers: Iterable[Any
             f"{what}: expected an lr_scheduler of the optimizer that is followed, got one of another "
             f"{type(lr_scheduler.optimizer).__name__}; build it for this optimizer"
         )
+
+
+def _public_names(state: Mapping[str, Any]) -> list[set[str]]:
+    """Return what tells the state of one kind of lr_scheduler from another's, and of those in it."""
+    names = {name for name in state if not name.startswith("_")}
+    return [names, *(inner for part in state.get("_schedulers", ()) for inner in _public_names(part))]
 
 
 def _steps_of(lr_scheduler: LRScheduler) -> int:

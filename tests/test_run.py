@@ -348,6 +348,8 @@ def test_a_state_that_is_refused_changes_nothing() -> None:
         (None, "got NoneType"),
         ({**state, "lr_scheduler": None}, "expected an lr_scheduler in the state, as in this run, got none"),
         ({**state, "lr_scheduler": {"_last_lr": [0.1]}}, "learning rates of 2 param groups in the state, got 1"),
+        ({**state, "lr_scheduler": {"_last_lr": [0.1, 0.1]}}, "expected the state of a LambdaLR, got that of another"),
+        ({**state, "lr_scheduler": {"_last_lr": 0.1}}, "learning rates of 2 param groups in the state, got None"),
         ({**state, "lr_scheduler": [0.1, 0.1]}, "learning rates of 2 param groups in the state, got None"),
     ]:
         with pytest.raises(StateError, match=message):
@@ -359,6 +361,20 @@ def test_a_state_that_is_refused_changes_nothing() -> None:
         assert all(torch.equal(fresh.state_dict()[name], tensor) for name, tensor in before[1].items())
     other.load_state_dict(state)
     assert other.step_count == 6 and other.sparsity == run.sparsity
+
+
+@pytest.mark.parametrize("kind", LR_SCHEDULERS)
+@pytest.mark.parametrize("other", LR_SCHEDULERS)
+def test_the_state_of_another_lr_scheduler_is_refused(kind: str, other: str) -> None:
+    model, optimizer = model_and_optimizer()
+    run = STAGES.attach(model, optimizer, lr_scheduler=LR_SCHEDULERS[kind](optimizer))
+    fresh, new = model_and_optimizer()
+    state = STAGES.attach(fresh, new, lr_scheduler=LR_SCHEDULERS[other](new)).state_dict()
+    if kind == other:
+        run.load_state_dict(state)
+        return
+    with pytest.raises(StateError, match="got that of another lr_scheduler"):
+        run.load_state_dict(state)
 
 
 def test_an_update_that_raises_leaves_the_learning_rate_and_is_made_up() -> None:
