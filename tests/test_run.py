@@ -428,6 +428,7 @@ def test_a_pruner_that_is_no_sequence_or_comes_twice_is_refused() -> None:
         (lambda m, o: STAGES.attach(m, o, 0.9, frequency=2), TypeError, "got 'frequency', which belongs to the sched"),
         (lambda m, o: STAGES.attach(m, o, 90), SparsityError, "Stages.attach: schedule: expected a sparsity in"),
         (lambda m, o: STAGES.attach(m, o, remove_weight_decay=[2]), ScheduleError, "indices of the 2 param groups"),
+        (lambda m, o: STAGES.attach(m, o, remove_weight_decay=5), ScheduleError, "indices of .* groups .*, got 5"),
         (lambda m, o: STAGES.attach(m, o, 0.9, targets="5"), GMPError, "matches nothing"),
         (
             lambda m, o: STAGES.attach(o, m),
