@@ -254,14 +254,21 @@ def test_the_best_model_of_a_run_that_ends_early_has_its_own_masks(tmp_path):
 # -- several calls, other settings, logs -----------------------------------------------------------------------------
 
 
-def test_a_second_call_of_train_keeps_what_is_pruned(tmp_path):
+def test_a_second_call_of_train_keeps_what_is_pruned_and_decays_anew(tmp_path):
+    decays = []
+
+    class Look(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+            decays.append([group["weight_decay"] for group in optimizer.param_groups])
+
     callback = GMPCallback(0.9)
-    trainer = make_trainer(tmp_path, callback)
+    trainer = make_trainer(tmp_path, callback, Look(), weight_decay=0.1)
     trainer.train()
     first, before = callback.run, zeros(trainer.model)
     trainer.train()
     assert callback.run is not first and callback.run.step_count == STEPS
     assert all(map(torch.equal, before.values(), zeros(trainer.model).values()))
+    assert decays == [[0.1, 0.0]] * 12 + [[0.0, 0.0]] * 8 + [[0.1, 0.0]] * 12 + [[0.0, 0.0]] * 8
 
 
 def test_what_is_logged_reaches_every_logger(tmp_path):
