@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import ChainedScheduler, LRScheduler, ReduceLROnPlateau
 
 from gmp_kernels.errors import StateError, warn
+from gmp_kernels.model.wrappers import optimizer_chain
 from gmp_kernels.pruner.state import gathered
 from gmp_kernels.reports import StepReport
 from gmp_kernels.scheduler import GMPScheduler
@@ -26,9 +27,9 @@ class Run:
     Parameters
     ----------
     pruners : sequence of GMPScheduler
-        At least one; all follow the same optimizer.
+        At least one; all follow the same optimizer, or optimizers that step together.
     lr_scheduler : torch lr_scheduler, optional
-        Stepped once per optimizer step.
+        Stepped once per optimizer step, from where it is now.
     set_options : callable, optional
         Called with the number of optimizer steps done: now, and whenever the number has changed.
 
@@ -40,9 +41,9 @@ class Run:
     Raises
     ------
     TypeError
-        ``lr_scheduler`` is not one that can be stepped without arguments.
+        ``lr_scheduler`` is not one that can be stepped without arguments, or ``pruners`` are no pruners.
     ValueError
-        There are no pruners.
+        There are no pruners, one is there twice, or ``lr_scheduler`` is of an optimizer that none of them follows.
     """
 
     def __init__(
@@ -52,15 +53,15 @@ class Run:
         lr_scheduler: LRScheduler | None = None,
         set_options: Callable[[int], None] | None = None,
     ) -> None:
-        if not pruners:
-            raise ValueError("Run: expected at least one pruner, got none; pass [GMPScheduler(...)]")
-        check_lr_scheduler("Run", lr_scheduler)
-        self.pruners = tuple(pruners)
+        self.pruners = _checked_pruners(pruners)
+        check_lr_scheduler("Run", lr_scheduler, [pruner.optimizer for pruner in self.pruners])
         self.lr_scheduler = lr_scheduler
         self._set_options = set_options
         self._options_at = -1
-        self._stepped_to = -1  # where the lr_scheduler was left
+        self._stepped_to = 0  # where the lr_scheduler was left
+        self._ahead = 0  # steps that it had taken before the run began
         self._has_warned = False
+        self._join()
         self._follow()
 
     @property
@@ -142,7 +143,7 @@ class Run:
             groups = self.lr_scheduler.optimizer.param_groups
             for group, rate in zip(groups, self.lr_scheduler.get_last_lr(), strict=True):
                 _set_rate(group, rate)
-            self._stepped_to = self.lr_scheduler.last_epoch
+            self._join()
         self._options_at = -1
         self._follow()
 
@@ -173,28 +174,41 @@ class Run:
             )
         if self.lr_scheduler is not None and rates is not None:
             expected = len(self.lr_scheduler.optimizer.param_groups)
-            num_rates = len(rates["_last_lr"]) if isinstance(rates, Mapping) and "_last_lr" in rates else None
+            last = rates.get("_last_lr") if isinstance(rates, Mapping) else None
+            num_rates = len(last) if isinstance(last, list) else None
             if num_rates != expected:
                 raise StateError(
                     f"Run.load_state_dict: expected learning rates of {expected} param groups in the state, got "
                     f"{num_rates}; build the optimizer with the param groups of the run that was saved"
                 )
+            if _public_names(rates) != _public_names(self.lr_scheduler.state_dict()):
+                raise StateError(
+                    f"Run.load_state_dict: expected the state of a {type(self.lr_scheduler).__name__}, got that of "
+                    "another lr_scheduler; build the run with the one that was saved"
+                )
         return None if rates is None else dict(rates)
+
+    def _join(self) -> None:
+        """Take the lr_scheduler as it is now. One that is behind the pruners is to catch up with them."""
+        if self.lr_scheduler is not None:
+            self._stepped_to = _steps_of(self.lr_scheduler)
+            self._ahead = max(0, self._stepped_to - self.pruners[0]._num_steps_seen)
 
     def _follow(self) -> None:
         """Set what follows from the number of steps done."""
         # Without the steps that a GPU may have skipped: to know them takes waiting for it.
         step = self.pruners[0]._num_steps_seen
         if self.lr_scheduler is not None:
-            if not self._has_warned and self.lr_scheduler.last_epoch > self._stepped_to >= 0:
+            found = _steps_of(self.lr_scheduler)
+            if not self._has_warned and found > self._stepped_to:
                 self._has_warned = True
                 warn(
-                    "Run: expected an lr_scheduler that nothing else steps, got one that is at step "
-                    f"{self.lr_scheduler.last_epoch} instead of {self._stepped_to}; leave its step() to run.step()"
+                    f"Run: expected an lr_scheduler that nothing else steps, got one that is at step {found} instead "
+                    f"of {self._stepped_to}; leave its step() to run.step()"
                 )
-            while self.lr_scheduler.last_epoch < step:
+            for _ in range(found, step + self._ahead):
                 self.lr_scheduler.step()
-            self._stepped_to = self.lr_scheduler.last_epoch
+            self._stepped_to = _steps_of(self.lr_scheduler)
         if self._set_options is not None and step != self._options_at:
             self._set_options(step)
         self._options_at = step
@@ -205,8 +219,24 @@ class Run:
         return "\n".join([f"Run, learning rates {rates}", *map(repr, self.pruners)])
 
 
-def check_lr_scheduler(what: str, lr_scheduler: object) -> None:
-    """Refuse what ``Run`` cannot step."""
+def _checked_pruners(pruners: Sequence[GMPScheduler]) -> tuple[GMPScheduler, ...]:
+    """Return the pruners, or refuse what is none."""
+    found = tuple(pruners) if isinstance(pruners, Iterable) else (pruners,)
+    others = [type(one).__name__ for one in found if not isinstance(one, GMPScheduler)]
+    if others or not isinstance(pruners, Iterable):
+        raise TypeError(
+            f"Run: expected a sequence of GMPScheduler, got {others[0] if others else 'one alone'}; pass "
+            "[GMPScheduler(...)]"
+        )
+    if not found:
+        raise ValueError("Run: expected at least one pruner, got none; pass [GMPScheduler(...)]")
+    if len(set(map(id, found))) < len(found):
+        raise ValueError("Run: expected different pruners, got one twice; pass each once")
+    return found
+
+
+def check_lr_scheduler(what: str, lr_scheduler: object, optimizers: Iterable[Any]) -> None:
+    """Refuse what ``Run`` cannot step, and the lr_scheduler of an optimizer that is none of these."""
     if lr_scheduler is None:
         return
     if not isinstance(lr_scheduler, LRScheduler) or isinstance(lr_scheduler, ReduceLROnPlateau):
@@ -214,6 +244,24 @@ def check_lr_scheduler(what: str, lr_scheduler: object) -> None:
             f"{what}: expected a torch lr_scheduler that is stepped without arguments, got a "
             f"{type(lr_scheduler).__name__}; pass lr_scheduler=None and set the learning rate yourself"
         )
+    if not any(one is lr_scheduler.optimizer for optimizer in optimizers for one in optimizer_chain(optimizer)):
+        raise ValueError(
+            f"{what}: expected an lr_scheduler of the optimizer that is followed, got one of another "
+            f"{type(lr_scheduler.optimizer).__name__}; build it for this optimizer"
+        )
+
+
+def _public_names(state: Mapping[str, Any]) -> list[set[str]]:
+    """Return what tells the state of one kind of lr_scheduler from another's, and of those in it."""
+    names = {name for name in state if not name.startswith("_")}
+    return [names, *(inner for part in state.get("_schedulers", ()) for inner in _public_names(part))]
+
+
+def _steps_of(lr_scheduler: LRScheduler) -> int:
+    """Return the steps that an lr_scheduler has taken."""
+    while isinstance(lr_scheduler, ChainedScheduler):  # which has no count of its own
+        lr_scheduler = lr_scheduler._schedulers[0]
+    return lr_scheduler.last_epoch
 
 
 def _set_rate(group: dict[str, Any], rate: Any) -> None:

@@ -249,12 +249,15 @@ class Stages:
         if not 0.0 <= low <= 1.0:
             raise ScheduleError(f"lr_scheduler: expected low to be a fraction in [0, 1], got {low!r}")
         before = partial(self._pruning_factor, pruning, 1 if pruning == "cosine" else cycles, low)
+        is_known = finetuning is None or callable(finetuning) or isinstance(finetuning, Sequence)
+        if not is_known or (isinstance(finetuning, str) and finetuning not in ("linear", "cosine")):
+            raise ScheduleError(
+                f"lr_scheduler: expected epochs, 'linear', 'cosine' or a function, got {finetuning!r}; pass e.g. "
+                "[43, 50]"
+            )
+        if not (isinstance(gamma, (int, float)) and 0.0 <= gamma < math.inf):
+            raise ScheduleError(f"lr_scheduler: expected gamma to be a number >= 0, got {gamma!r}; pass e.g. 0.1")
         if isinstance(finetuning, str):
-            if finetuning not in ("linear", "cosine"):
-                raise ScheduleError(
-                    f"lr_scheduler: expected epochs, 'linear', 'cosine' or a function, got {finetuning!r}; pass e.g. "
-                    "[43, 50]"
-                )
             after = partial(self._decay_factor, finetuning)
         elif not callable(finetuning):
             after = partial(_steps_down, self._milestones(finetuning), gamma)
@@ -279,10 +282,11 @@ class Stages:
         ScheduleError
             The optimizer has no such param group.
         """
-        if groups is not None and not set(groups) <= set(range(len(optimizer.param_groups))):
+        indices = set(range(len(optimizer.param_groups)))
+        if groups is not None and not (isinstance(groups, Collection) and indices.issuperset(groups)):
             raise ScheduleError(
-                f"end_weight_decay: expected indices of the {len(optimizer.param_groups)} param groups of the "
-                f"optimizer, got {list(groups)}; count from 0"
+                f"end_weight_decay: expected indices of the {len(indices)} param groups of the optimizer, got "
+                f"{groups!r}; pass e.g. [0]"
             )
         if step < self.weight_decay_end_step:
             return
@@ -332,7 +336,7 @@ class Stages:
             initial = min(INITIAL_SPARSITY, check_sparsity("Stages.attach: schedule", schedule))
             schedule = self.schedule(initial, schedule)
         if lr_scheduler != "stages":
-            check_lr_scheduler("Stages.attach", lr_scheduler)
+            check_lr_scheduler("Stages.attach", lr_scheduler, [optimizer])
         inner = optimizer_chain(optimizer)[-1]
         set_options = None
         if remove_weight_decay is not False:

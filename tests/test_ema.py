@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import pickle
 from importlib.metadata import distribution
 from typing import Any
 
@@ -94,14 +95,17 @@ def test_several_pruners_and_a_pruner_alone():
         for target, final in (("0", 0.5), ("3", 0.8))
     ]
     both = keep_masked(AVERAGES["torch"](model), gmp.Run(pruners))
+    added = keep_masked(keep_masked(AVERAGES["torch"](model), pruners[0]), pruners[1])
     one = keep_masked(AVERAGES["torch"](model), pruners[0])
     for step in range(STEPS):
         train(model, optimizer, gmp.Run(pruners), step)
         update(both, model, step)
+        update(added, model, step)
         update(one, model, step)
     masks = pruners[0].masks | pruners[1].masks
     parameters = dict(both.module.named_parameters())
     assert all(torch.equal(parameters[name] == 0, ~mask.to_bool()) for name, mask in masks.items())
+    assert all(map(torch.equal, both.parameters(), added.parameters()))
     alone = dict(one.module.named_parameters())
     assert torch.equal(alone["0.weight"] == 0, ~masks["0.weight"].to_bool())
     assert (alone["3.weight"] == 0).sum() < 0.8 * alone["3.weight"].numel()
@@ -120,6 +124,29 @@ def test_a_copy_of_the_average_is_kept_masked_too():
     assert torch.equal(copied.module[3].weight == 0, ~run.pruner.masks["3.weight"].to_bool())
 
 
+def test_a_new_run_of_the_model_takes_over():
+    model = make_model()
+    average = AVERAGES["torch"](model)
+    for final in (0.9, 0.5):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        run = gmp.Stages.from_steps(STEPS).attach(model, optimizer, final, start={})
+        keep_masked(average, run)
+        for step in range(STEPS):
+            train(model, optimizer, run, step)
+            update(average, model, step)
+        zeros = average.module.get_parameter("3.weight") == 0
+        assert torch.equal(zeros, ~run.pruner.masks["3.weight"].to_bool())
+
+
+def test_a_pickled_average_can_be_loaded():
+    model = make_model()
+    run = gmp.Stages.from_steps(STEPS).attach(model, torch.optim.SGD(model.parameters(), lr=0.1), 0.9)
+    average = keep_masked(AveragedModel(model), run)
+    loaded = pickle.loads(pickle.dumps(average))
+    loaded.update_parameters(model)
+    assert all(map(torch.equal, loaded.parameters(), average.parameters()))
+
+
 def test_what_is_no_average_of_the_model_is_refused():
     model = make_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -128,3 +155,7 @@ def test_what_is_no_average_of_the_model_is_refused():
         keep_masked(model, run)
     with pytest.raises(TargetError, match=r"'0\.weight'"):
         keep_masked(AveragedModel(nn.Linear(2, 2)), run)
+    with pytest.raises(TargetError, match=r"one without '0\.weight' of shape \(8, 2, 3, 3\)"):
+        keep_masked(AveragedModel(nn.Sequential(nn.Linear(2, 2))), run)
+    with pytest.raises(TypeError, match="expected a Run or GMPScheduler, got a Sequential"):
+        keep_masked(AveragedModel(model), model)

@@ -11,13 +11,13 @@ import pytest
 import torch
 from lightning_trainers import BATCHES, EPOCHS, OPTIMIZERS, STEPS, Manual, Module, bits, fit
 from pytorch_lightning import Callback
-from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 import gmp_kernels as gmp
-from gmp_kernels.errors import GMPWarning, ScheduleError, TargetError
+from gmp_kernels.errors import GMPWarning, ScheduleError, StateError, TargetError
 from gmp_kernels.integrations.lightning import GMPCallback
 
 
@@ -134,6 +134,56 @@ def test_a_resumed_run_has_the_bits_of_one_that_was_not_interrupted(tmp_path, ki
     assert second.global_step == first.global_step and 0 < rest.run.step_count == whole.run.step_count
     assert all(map(torch.equal, bits(first, whole), bits(second, rest)))
     assert first.optimizers[0].param_groups[0]["weight_decay"] == second.optimizers[0].param_groups[0]["weight_decay"]
+
+
+class SaveBefore(Callback):
+    """Saves a checkpoint after an optimizer step, before the callbacks that follow hear of it."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        self.path, self.step = path, step
+
+    def on_train_batch_end(self, trainer: Any, *arguments: Any) -> None:
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
+
+
+@pytest.mark.parametrize("optimizer", ["torch", "gmp_compact"])
+def test_a_checkpoint_that_was_saved_before_the_update_of_its_step_makes_up_for_it(tmp_path, optimizer):
+    whole, rest = GMPCallback(0.9), GMPCallback(0.9)
+    first = fit(tmp_path, [SaveBefore(tmp_path / "early.ckpt", 7), whole], Module(optimizer))
+    second = fit(tmp_path, rest, Module(optimizer), ckpt_path=tmp_path / "early.ckpt")
+    assert rest.run.step_count == whole.run.step_count == STEPS
+    assert all(map(torch.equal, bits(first, whole), bits(second, rest)))
+
+
+def test_a_damaged_state_is_refused(tmp_path):
+    fit(tmp_path, GMPCallback(0.9), Module(), max_epochs=2).save_checkpoint(tmp_path / "last.ckpt")
+    checkpoint = torch.load(tmp_path / "last.ckpt")
+    checkpoint["callbacks"]["GMPCallback"] = {"step": 3}
+    torch.save(checkpoint, tmp_path / "last.ckpt")
+    with pytest.raises(StateError, match=r"has saved in the checkpoint, got \['step'\]"):
+        fit(tmp_path, GMPCallback(0.9), Module(), ckpt_path=tmp_path / "last.ckpt")
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_an_average_that_lightning_writes_to_the_model_is_as_sparse(tmp_path, is_first):
+    callback, module = GMPCallback(0.9), Module()
+    averaging = EMAWeightAveraging(decay=0.9)
+    keeper = ModelCheckpoint(tmp_path, "last")
+    callbacks = [averaging, callback] if is_first else [callback, averaging]
+    trainer = fit(tmp_path, [*callbacks, keeper], module, enable_checkpointing=True)
+    assert num_zeros(module) == expected_zeros(0.9)
+    weights = torch.load(tmp_path / "last.ckpt")["state_dict"]
+    assert [int((weights[f"net.{i}.weight"] == 0).sum()) for i in (0, 2)] == expected_zeros(0.9)
+    averages = trainer.callbacks[callbacks.index(averaging)]._average_model.module.parameters()
+    assert all(map(torch.equal, module.parameters(), averages))
+
+
+def test_weights_that_are_averaged_at_the_end_are_pruned_again(tmp_path):
+    module = Module()
+    with pytest.warns(GMPWarning, match="have been set to zero again"):
+        fit(tmp_path, [GMPCallback(0.9), StochasticWeightAveraging(0.01, swa_epoch_start=1)], module)
+    assert num_zeros(module) == expected_zeros(0.9)
 
 
 def test_a_longer_run_keeps_the_schedule_it_began_with(tmp_path):

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import ConstantLR
+from torch.optim.lr_scheduler import ChainedScheduler, ConstantLR, CosineAnnealingLR, LinearLR, SequentialLR
 
 import gmp_kernels as gmp
 from gmp_kernels.errors import GMPError, NonFiniteError, ScheduleError, SparsityError, StateError
@@ -155,6 +155,53 @@ def test_an_lr_scheduler_that_the_loop_steps_too_is_told_of() -> None:
     train(model, optimizer, 1)
     with pytest.warns(gmp.GMPWarning, match=r"is at step 2 instead of 1; leave its step\(\) to run\.step\(\)"):
         run.step()
+
+
+LR_SCHEDULERS: dict[str, Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]] = {
+    "cosine": lambda o: CosineAnnealingLR(o, 40),
+    "sequence": lambda o: SequentialLR(o, [LinearLR(o, total_iters=5), CosineAnnealingLR(o, 35)], [5]),
+    "chain": lambda o: ChainedScheduler([LinearLR(o, total_iters=20), CosineAnnealingLR(o, 40)]),
+}
+
+
+@pytest.mark.parametrize("kind", LR_SCHEDULERS)
+@pytest.mark.parametrize("before", [0, 8])
+def test_an_lr_scheduler_goes_on_where_it_is(kind: str, before: int) -> None:
+    """Whether it comes from dense training or not, and in a run that resumes."""
+
+    def begin() -> dict[str, Any]:
+        model, optimizer = model_and_optimizer()
+        lr_scheduler = LR_SCHEDULERS[kind](optimizer)
+        for step in range(before):
+            train(model, optimizer, step)
+            lr_scheduler.step()
+        run = STAGES.attach(model, optimizer, lr_scheduler=lr_scheduler)
+        return {"model": model, "optimizer": optimizer, "run": run}
+
+    def go_on(parts: dict[str, Any], steps: range) -> list[float]:
+        rates = []
+        for step in steps:
+            train(parts["model"], parts["optimizer"], step)
+            parts["run"].step()
+            rates.append(options(parts["optimizer"])[0][0])
+        return rates
+
+    other, alone = model_and_optimizer()
+    lr_scheduler = LR_SCHEDULERS[kind](alone)
+    expected = []
+    for step in range(before + STAGES.total_steps):
+        train(other, alone, step)
+        lr_scheduler.step()
+        expected.append(options(alone)[0][0])
+    whole = begin()
+    seen = go_on(whole, range(10))
+    state = copy.deepcopy({name: part.state_dict() for name, part in whole.items()})
+    seen += go_on(whole, range(10, STAGES.total_steps))
+    assert seen == expected[before:]
+    resumed = begin()
+    for name, part in resumed.items():
+        part.load_state_dict(state[name])
+    assert go_on(resumed, range(10, STAGES.total_steps)) == seen[10:]
 
 
 def test_a_step_that_is_skipped_changes_nothing() -> None:
@@ -301,6 +348,8 @@ def test_a_state_that_is_refused_changes_nothing() -> None:
         (None, "got NoneType"),
         ({**state, "lr_scheduler": None}, "expected an lr_scheduler in the state, as in this run, got none"),
         ({**state, "lr_scheduler": {"_last_lr": [0.1]}}, "learning rates of 2 param groups in the state, got 1"),
+        ({**state, "lr_scheduler": {"_last_lr": [0.1, 0.1]}}, "expected the state of a LambdaLR, got that of another"),
+        ({**state, "lr_scheduler": {"_last_lr": 0.1}}, "learning rates of 2 param groups in the state, got None"),
         ({**state, "lr_scheduler": [0.1, 0.1]}, "learning rates of 2 param groups in the state, got None"),
     ]:
         with pytest.raises(StateError, match=message):
@@ -312,6 +361,20 @@ def test_a_state_that_is_refused_changes_nothing() -> None:
         assert all(torch.equal(fresh.state_dict()[name], tensor) for name, tensor in before[1].items())
     other.load_state_dict(state)
     assert other.step_count == 6 and other.sparsity == run.sparsity
+
+
+@pytest.mark.parametrize("kind", LR_SCHEDULERS)
+@pytest.mark.parametrize("other", LR_SCHEDULERS)
+def test_the_state_of_another_lr_scheduler_is_refused(kind: str, other: str) -> None:
+    model, optimizer = model_and_optimizer()
+    run = STAGES.attach(model, optimizer, lr_scheduler=LR_SCHEDULERS[kind](optimizer))
+    fresh, new = model_and_optimizer()
+    state = STAGES.attach(fresh, new, lr_scheduler=LR_SCHEDULERS[other](new)).state_dict()
+    if kind == other:
+        run.load_state_dict(state)
+        return
+    with pytest.raises(StateError, match="got that of another lr_scheduler"):
+        run.load_state_dict(state)
 
 
 def test_an_update_that_raises_leaves_the_learning_rate_and_is_made_up() -> None:
@@ -336,10 +399,26 @@ def test_an_update_that_raises_leaves_the_learning_rate_and_is_made_up() -> None
     assert options(optimizer) != before
 
 
+def test_a_pruner_that_is_no_sequence_or_comes_twice_is_refused() -> None:
+    model, optimizer = model_and_optimizer()
+    pruner = gmp.GMPScheduler(model, optimizer, STAGES.schedule())
+    with pytest.raises(TypeError, match="expected a sequence of GMPScheduler, got one alone"):
+        gmp.Run(pruner)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="got one twice"):
+        gmp.Run([pruner, pruner])
+
+
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
         (lambda m, o: gmp.Run([]), ValueError, "expected at least one pruner"),
+        (lambda m, o: gmp.Run([m]), TypeError, "expected a sequence of GMPScheduler, got Sequential"),
+        (lambda m, o: gmp.Run(None), TypeError, "expected a sequence of GMPScheduler, got NoneType"),
+        (
+            lambda m, o: STAGES.attach(m, o, lr_scheduler=ConstantLR(model_and_optimizer()[1])),
+            ValueError,
+            "Stages.attach: expected an lr_scheduler of the optimizer that is followed, got one of another AdamW",
+        ),
         (
             lambda m, o: STAGES.attach(m, o, lr_scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau(o)),
             TypeError,
@@ -349,6 +428,7 @@ def test_an_update_that_raises_leaves_the_learning_rate_and_is_made_up() -> None
         (lambda m, o: STAGES.attach(m, o, 0.9, frequency=2), TypeError, "got 'frequency', which belongs to the sched"),
         (lambda m, o: STAGES.attach(m, o, 90), SparsityError, "Stages.attach: schedule: expected a sparsity in"),
         (lambda m, o: STAGES.attach(m, o, remove_weight_decay=[2]), ScheduleError, "indices of the 2 param groups"),
+        (lambda m, o: STAGES.attach(m, o, remove_weight_decay=5), ScheduleError, "indices of .* groups .*, got 5"),
         (lambda m, o: STAGES.attach(m, o, 0.9, targets="5"), GMPError, "matches nothing"),
         (
             lambda m, o: STAGES.attach(o, m),

@@ -236,6 +236,8 @@ def test_lengths_that_describe_no_run(make: Callable[[], Stages], message: str) 
     [
         ({"pruning": "cosin"}, "expected pruning to be one of .*'cosine'.*, got 'cosin'"),
         ({"pruning": "rewind", "cycles": 0}, "cycles: expected a whole number >= 1, got 0"),
+        ({"gamma": "0.1"}, "expected gamma to be a number >= 0, got '0.1'"),
+        ({"gamma": math.nan}, "expected gamma to be a number >= 0, got nan"),
         ({"pruning": "cosine", "low": 10}, r"expected low to be a fraction in \[0, 1\], got 10"),
     ],
 )
@@ -250,6 +252,7 @@ def test_shape_that_is_none(shape: dict[str, Any], message: str) -> None:
         ([30], "within fine-tuning, epochs 35 to 60, got 30"),
         ([43, 61], "within fine-tuning, epochs 35 to 60, got 61"),
         ([math.nan], "milestone: expected a finite number"),
+        (43, "expected epochs, 'linear', 'cosine' or a function, got 43"),
         ("step", "expected epochs, 'linear', 'cosine' or a function, got 'step'"),
     ],
 )

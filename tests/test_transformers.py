@@ -178,6 +178,30 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
         make_trainer(tmp_path, GMPCallback(0.9)).train(resume_from_checkpoint=True)
 
 
+@pytest.mark.parametrize("damage", [b"PK", {"step": 3}])
+def test_a_damaged_file_is_refused(tmp_path, damage):
+    make_trainer(tmp_path, GMPCallback(0.9), max_steps=5).train()
+    file = tmp_path / "checkpoint-5" / "pruning.pt"
+    file.write_bytes(damage) if isinstance(damage, bytes) else torch.save(damage, file)
+    with pytest.raises(StateError, match=r"this callback has saved in .*; resume from another checkpoint"):
+        make_trainer(tmp_path, GMPCallback(0.9)).train(resume_from_checkpoint=True)
+
+
+def test_callbacks_for_different_targets_resume_together(tmp_path):
+    def callbacks() -> list[GMPCallback]:
+        return [GMPCallback(0.9, targets="*.attn"), GMPCallback(0.5, targets="*.mlp")]
+
+    whole, rest = callbacks(), callbacks()
+    first = make_trainer(tmp_path / "whole", *whole)
+    first.train()
+    second = make_trainer(tmp_path / "rest", *rest)
+    second.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-10"))
+    for one, other in zip(whole, rest, strict=True):
+        assert all(map(torch.equal, bits(first, one), bits(second, other)))
+    expected = [*expected_zeros(0.9)[:2], *expected_zeros(0.5)[2:]]
+    assert [int(found.sum()) for found in zeros(second.model).values()] == expected
+
+
 # -- the best model --------------------------------------------------------------------------------------------------
 
 
@@ -230,14 +254,21 @@ def test_the_best_model_of_a_run_that_ends_early_has_its_own_masks(tmp_path):
 # -- several calls, other settings, logs -----------------------------------------------------------------------------
 
 
-def test_a_second_call_of_train_keeps_what_is_pruned(tmp_path):
+def test_a_second_call_of_train_keeps_what_is_pruned_and_decays_anew(tmp_path):
+    decays = []
+
+    class Look(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+            decays.append([group["weight_decay"] for group in optimizer.param_groups])
+
     callback = GMPCallback(0.9)
-    trainer = make_trainer(tmp_path, callback)
+    trainer = make_trainer(tmp_path, callback, Look(), weight_decay=0.1)
     trainer.train()
     first, before = callback.run, zeros(trainer.model)
     trainer.train()
     assert callback.run is not first and callback.run.step_count == STEPS
     assert all(map(torch.equal, before.values(), zeros(trainer.model).values()))
+    assert decays == [[0.1, 0.0]] * 12 + [[0.0, 0.0]] * 8 + [[0.1, 0.0]] * 12 + [[0.0, 0.0]] * 8
 
 
 def test_what_is_logged_reaches_every_logger(tmp_path):

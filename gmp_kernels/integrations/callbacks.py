@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from gmp_kernels.errors import StateError, warn
+from gmp_kernels.model.wrappers import optimizer_chain
 from gmp_kernels.run import Run
 from gmp_kernels.scheduler import GMPScheduler
 from gmp_kernels.schedules import Ramp, check_whole
@@ -68,6 +69,7 @@ class PruningCallback:
         self._options: dict[str, Any] = {"remove_weight_decay": remove_weight_decay, **arguments}
         self._run: Run | None = None
         self._total_steps = 0
+        self._decays: list[dict[str, Any]] = []  # weight decay of the param groups when the run began
         self._plan(10_000)  # raises what is wrong with the arguments whatever the length of the run is
 
     @property
@@ -85,10 +87,21 @@ class PruningCallback:
         """Attach to a model that starts to train, or goes on where ``state`` was taken.
 
         A run that goes on keeps the schedule it began with, whatever its length is now. A new run of a model that this
-        callback has pruned before keeps what is pruned.
+        callback has pruned before keeps what is pruned, and begins with the weight decay of the run before.
         """
         if state is not None:
+            if not isinstance(state, Mapping) or not {"total_steps", "run"} <= state.keys():
+                found = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
+                raise StateError(
+                    f"GMPCallback: expected what this callback has saved in the checkpoint, got {found}; resume from "
+                    "another checkpoint"
+                )
             total_steps = state["total_steps"]
+        inner = optimizer_chain(optimizer)[-1]
+        if state is None and self._run is not None and inner is optimizer_chain(self._run.pruner.optimizer)[-1]:
+            for group, decay in zip(inner.param_groups, self._decays, strict=False):
+                group.update(decay)  # the earlier run may have ended it
+        self._decays = [{key: group[key] for key in group.keys() & {"weight_decay"}} for group in inner.param_groups]
         stages, schedule = self._plan(total_steps)
         options = dict(self._options)
         if state is None and self._run is not None and _are_same(self._run.pruner.model, model):
@@ -96,6 +109,8 @@ class PruningCallback:
         run = stages.attach(model, optimizer, schedule, lr_scheduler=None, **options)
         if state is not None:
             run.load_state_dict(state["run"])
+            if state["run"]["pruners"][0]["num_uncounted"]:
+                run.step()  # as was about to happen when another callback saved the checkpoint
         self._run, self._total_steps = run, total_steps
 
     def _state(self) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
 from types import MethodType
 from typing import Any, TypeVar
 
@@ -27,7 +28,8 @@ def keep_masked(average: _Average, run: Run | GMPScheduler) -> _Average:
     """Keep an averaged model exactly zero wherever the model is pruned.
 
     An average still holds values of weights that have been pruned since. From now on, each of its updates ends with the
-    masks of that moment applied to it.
+    masks of that moment applied to it. Pruners of other parameters may be added by further calls. A pickled average is
+    loaded without them.
 
     Parameters
     ----------
@@ -45,7 +47,7 @@ def keep_masked(average: _Average, run: Run | GMPScheduler) -> _Average:
     Raises
     ------
     TypeError
-        ``average`` is not such a module.
+        ``average`` is not such a module, or ``run`` no pruner.
     TargetError
         It is the average of another model.
 
@@ -61,12 +63,22 @@ def keep_masked(average: _Average, run: Run | GMPScheduler) -> _Average:
             f"keep_masked: expected an AveragedModel, a ModelEmaV3, or another module that holds the average as "
             f"'module' and has a method {' or '.join(UPDATES)}, got a {type(average).__name__}"
         )
+    if not isinstance(run, (Run, GMPScheduler)):
+        raise TypeError(f"keep_masked: expected a Run or GMPScheduler, got a {type(run).__name__}; pass average, run")
     pruners = run.pruners if isinstance(run, Run) else (run,)
-    missing = [target for pruner in pruners for target in pruner.masks if target not in named_parameters(copy)]
+    shapes = {target: local(p).shape for target, p in named_parameters(copy).items()}
+    missing = [
+        f"'{target}' of shape {tuple(mask.shape)}"
+        for pruner in pruners
+        for target, mask in pruner.masks.items()
+        if shapes.get(target) != mask.shape
+    ]
     if missing:
         raise TargetError(
-            f"keep_masked: expected an average of the pruned model, got one without '{missing[0]}'; pass its own run"
+            f"keep_masked: expected an average of the pruned model, got one without {missing[0]}; pass its own run"
         )
+    earlier = getattr(vars(average).get(name), "pruners", ())
+    pruners = (*(one for one in earlier if one not in pruners and not one._held.is_released), *pruners)
     _apply_masks(average, pruners)
     # Bound to the average, so that a copy of the average has a method of its own.
     setattr(average, name, MethodType(_masked(getattr(type(average), name), pruners), average))
@@ -74,11 +86,13 @@ def keep_masked(average: _Average, run: Run | GMPScheduler) -> _Average:
 
 
 def _masked(update: Callable[..., Any], pruners: tuple[GMPScheduler, ...]) -> Callable[..., Any]:
+    @wraps(update)
     def masked_update(average: nn.Module, *arguments: Any, **options: Any) -> Any:
         result = update(average, *arguments, **options)
         _apply_masks(average, pruners)
         return result
 
+    masked_update.__dict__["pruners"] = pruners
     return masked_update
 
 

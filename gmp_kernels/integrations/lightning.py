@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from gmp_kernels.errors import ScheduleError, TargetError
 from gmp_kernels.integrations.callbacks import PruningCallback
+from gmp_kernels.integrations.ema import keep_masked
 from gmp_kernels.model.targets import ParameterIndex
 
 try:
@@ -33,7 +35,8 @@ class GMPCallback(PruningCallback, Callback):
     Prunes after batches in which the optimizer has stepped, under automatic and manual optimization. Of several
     optimizers it follows the one that steps the targets. Checkpoints hold its state, from which a resumed run continues
     bit for bit; a checkpoint of training without it starts a new run, as long as the steps that are left. Every update
-    logs ``sparsity/global`` and ``sparsity/<layer>`` to the trainer's loggers and ``callback_metrics``.
+    logs ``sparsity/global`` and ``sparsity/<layer>`` to the trainer's loggers and ``callback_metrics``. Averages of the
+    weights that Lightning's own callbacks keep are as sparse as the weights.
 
     Arguments, errors and warnings are those of ``PruningCallback``. When training starts, it also raises ScheduleError
     if the trainer knows no number of steps, and TargetError if no optimizer steps all targets.
@@ -67,6 +70,10 @@ class GMPCallback(PruningCallback, Callback):
         optimizer = _optimizer_of_targets(trainer.optimizers, pl_module, self._options)
         self._begin(trainer.model, optimizer, max(1, int(steps) - trainer.global_step), self._loaded)
         self._seen = trainer.global_step
+        for callback in trainer.callbacks:
+            average = getattr(callback, "_average_model", None)
+            if isinstance(average, AveragedModel):
+                keep_masked(average, self.run)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -82,6 +89,11 @@ class GMPCallback(PruningCallback, Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._end()
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Callbacks that average weights have written the average to the model by now.
+        if self._run is not None and not self._run.pruner._held.is_released:
+            self._run.pruner._held.check()
 
 
 def _optimizer_of_targets(

@@ -23,14 +23,13 @@ except ModuleNotFoundError as error:
 
 __all__ = ["GMPCallback"]
 
-FILE = "pruning.pt"  # in every checkpoint, beside optimizer.pt
-
 
 class GMPCallback(PruningCallback, TrainerCallback):
     """Prunes gradually in a Hugging Face ``Trainer``: pass ``callbacks=[GMPCallback(0.9)]``.
 
     Prunes after optimizer steps; those that are skipped, and micro-batches, do not count. Every checkpoint gets a file
-    ``pruning.pt``, from which a resumed run continues bit for bit. Every update logs ``sparsity/global`` to whatever
+    ``pruning.pt``, from which a resumed run continues bit for bit; each further callback of the same Trainer, for other
+    targets, a file of its own. Every update logs ``sparsity/global`` to whatever
     ``report_to`` names; the last one, and those at logging steps, ``sparsity/<layer>`` as well. When the last update
     has been made, the best metric so far is forgotten, so that ``load_best_model_at_end`` chooses among models of the
     final sparsity.
@@ -46,7 +45,7 @@ class GMPCallback(PruningCallback, TrainerCallback):
         saved = None
         if state.global_step:
             folder = checkpoint or Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-            saved = _read(Path(folder))
+            saved = self._read(Path(folder))
         self._begin(self._trainer.model_wrapped, kwargs["optimizer"], state.max_steps, saved)
         self._has_pruned = False
 
@@ -69,14 +68,39 @@ class GMPCallback(PruningCallback, TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         saved = self._state()  # on every rank, as shards of masks are gathered
         if args.should_save and not state.is_hyper_param_search:
-            torch.save(saved, Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}" / FILE)
+            torch.save(saved, Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}" / self._file)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._end()
         if args.load_best_model_at_end and state.best_model_checkpoint and not state.is_hyper_param_search:
-            self.run.load_state_dict(_read(Path(state.best_model_checkpoint))["run"])
+            self.run.load_state_dict(self._read(Path(state.best_model_checkpoint))["run"])
+
+    @property
+    def _file(self) -> str:
+        """Name of the file in every checkpoint, beside optimizer.pt. Of several callbacks each has its own."""
+        callbacks = [one for one in self._trainer.callback_handler.callbacks if isinstance(one, GMPCallback)]
+        number = callbacks.index(self)
+        return f"pruning_{number}.pt" if number else "pruning.pt"
+
+    def _read(self, folder: Path) -> dict[str, Any]:
+        """Read what ``on_save`` has written."""
+        path = folder / self._file
+        if not path.exists():
+            raise StateError(
+                f"GMPCallback: expected '{path.name}' in '{folder}', got none: that checkpoint was saved without this "
+                "callback. Resume from another one, or load its weights into the model and start anew, without "
+                "resume_from_checkpoint"
+            )
+        try:
+            saved: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # whatever torch raises for damaged files
+            raise StateError(
+                f"GMPCallback: expected what this callback has saved in '{path}', got a file that cannot be read "
+                f"({type(error).__name__}); resume from another checkpoint"
+            ) from error
+        return saved
 
 
 def _caller() -> tuple[Trainer, str | None]:
@@ -88,15 +112,3 @@ def _caller() -> tuple[Trainer, str | None]:
             return trainer, frame.f_locals.get("resume_from_checkpoint")
         frame = frame.f_back
     raise TypeError("GMPCallback: expected a call by a transformers.Trainer, got one by something else; pass it to one")
-
-
-def _read(folder: Path) -> dict[str, Any]:
-    """Read what ``on_save`` has written."""
-    if not (folder / FILE).exists():
-        raise StateError(
-            f"GMPCallback: expected '{FILE}' in '{folder}', got none: that checkpoint was saved without this callback. "
-            "Resume from another one, or load its weights into the model and start anew, without "
-            "resume_from_checkpoint"
-        )
-    saved: dict[str, Any] = torch.load(folder / FILE, map_location="cpu", weights_only=True)
-    return saved
