@@ -23,14 +23,12 @@ from gmp_kernels.ops import NonFinite, Scope
 from gmp_kernels.pruner.enforcement import Enforcement, write_despite_interrupts
 from gmp_kernels.pruner.groups import groups_of, warning_of_emptied
 from gmp_kernels.pruner.layers import begin, prune_nothing
-from gmp_kernels.pruner.progress import Position, Progress
+from gmp_kernels.pruner.progress import PATIENCE, Position, Progress
 from gmp_kernels.pruner.state import Start, begin_load, pack, starting_masks
 from gmp_kernels.reports import LayerReport, StepReport
 from gmp_kernels.schedules import Schedule
 
 __all__ = ["GMPScheduler", "StepReport"]
-
-PATIENCE = 100  # calls in a row without an optimizer step before a warning
 
 
 class GMPScheduler:
@@ -168,7 +166,7 @@ class GMPScheduler:
             parameters,
             self.masks,
             optimizer,
-            Progress(counts_calls=count == "calls"),
+            Progress(counts_calls=count == "calls", schedules=self._schedules),
             shards=Shards.of(model, parameters),
             settings=settings,
             backend=backend,

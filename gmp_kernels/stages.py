@@ -122,7 +122,7 @@ class Stages:
         if not (stabilization >= 0 and pruning >= 0 and stabilization + pruning <= 1 + 1e-9):
             raise ScheduleError(
                 "Stages.from_steps: expected stabilization and pruning as fractions of the run that add up to at most "
-                f"1, got {stabilization!r} and {pruning!r}; lengths in epochs go to Stages(...)"
+                f"1, got {stabilization!r} and {pruning!r}; for 2 of 30 epochs pass 2/30"
             )
         begin = round(stabilization * total_steps)
         end = min(round((stabilization + pruning) * total_steps), total_steps)

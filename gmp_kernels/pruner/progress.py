@@ -7,9 +7,12 @@ from typing import NamedTuple
 
 import torch
 
+from gmp_kernels.errors import warn
 from gmp_kernels.schedules import Schedule
 
-__all__ = ["Position", "Progress"]
+__all__ = ["PATIENCE", "Position", "Progress"]
+
+PATIENCE = 100  # calls in a row without an optimizer step, or steps without a call, before a warning
 
 
 class Position(NamedTuple):
@@ -46,6 +49,8 @@ class Progress:
     ----------
     counts_calls : bool
         Whether every call is a step, whatever the optimizer does.
+    schedules : sequence of Schedule
+        To warn where an update is due and no call comes.
 
     Attributes
     ----------
@@ -53,8 +58,10 @@ class Progress:
         The caller replaces it by the one that ``due`` returned.
     """
 
-    def __init__(self, *, counts_calls: bool) -> None:
+    def __init__(self, *, counts_calls: bool, schedules: Sequence[Schedule] = ()) -> None:
         self.counts_calls = counts_calls
+        begins = [schedule.begin_step for schedule in schedules if schedule.end_step >= 0]
+        self._overdue_at = min(begins) + PATIENCE if begins else None
         self.position = Position()
         self._num_steps = 0
         self._skipped: torch.Tensor | None = None
@@ -74,6 +81,11 @@ class Progress:
             skipped = (found_inf != 0).sum()
             skipped = skipped if self._skipped is None else self._skipped + skipped
             self.__dict__.update(_num_steps=self._num_steps + 1, _skipped=skipped)
+        if self._num_steps == self._overdue_at and not self.position.num_calls:
+            warn(
+                f"GMPScheduler: expected calls of step(), got {self._num_steps} optimizer steps without any, so that "
+                "nothing is pruned; call it, or step() of the run, after every optimizer.step()"
+            )
 
     @property
     def step_count(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from os import PathLike
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import nn
@@ -81,8 +81,47 @@ def begin_load(state: Any, held: Enforcement, history: list[StepReport], *, mask
     Raises
     ------
     StateError
-        The state is of another version, of other layers or of other settings, or damaged.
+        The state is of another version, of other layers or of other settings, or damaged; or that of another rank is.
     """
+    try:
+        parsed = _parse(state, held, masks_only=masks_only)
+    except StateError:
+        _refuse_on_all_ranks(held, is_refused=True)
+        raise
+    _refuse_on_all_ranks(held, is_refused=False)
+    for name, parameter in held.parameters.items():
+        if name in parsed.sharded:
+            _check_shards(name, parsed.masks[name], parsed.num_pruned[name], parameter)
+
+    def load() -> None:
+        # Memory can run out only here, before anything is written.
+        written = {name: writable_mask(held, name) for name in parsed.masks}
+        loaded = {n: mask.to(memory_format=written[n].memory_format) for n, mask in parsed.masks.items()}
+        for name, mask in loaded.items():
+            held.masks[name].packed = written[name].packed.copy_(mask.packed)
+        held.thresholds = parsed.thresholds
+        held.have_agreed = False
+        if not masks_only:
+            history[:] = parsed.reports
+            held.progress.restore(**parsed.position)
+        held.masks_changed(parsed.num_pruned)
+        held.apply(parsed.masks)
+
+    return load
+
+
+class _Parsed(NamedTuple):
+    """What is in a state, by layer where it is."""
+
+    masks: dict[str, BitMask]
+    num_pruned: dict[str, int]
+    sharded: set[str]  # names of the layers whose masks are
+    position: dict[str, int]
+    thresholds: dict[str, Threshold]
+    reports: list[StepReport]
+
+
+def _parse(state: Any, held: Enforcement, *, masks_only: bool) -> _Parsed:
     position: dict[str, int] = {}
     thresholds: dict[str, Threshold] = {}
     reports: list[StepReport] = []
@@ -90,9 +129,7 @@ def begin_load(state: Any, held: Enforcement, history: list[StepReport], *, mask
         layers = _layers(state, held.parameters)
         masks = {name: local_mask(layers[name]["mask"], parameter) for name, parameter in held.parameters.items()}
         num_pruned = {name: int(layer["num_pruned"]) for name, layer in layers.items()}
-        for name, parameter in held.parameters.items():
-            if is_sharded(layers[name]["mask"]):
-                _check_shards(name, masks[name], num_pruned[name], parameter)
+        sharded = {name for name, layer in layers.items() if is_sharded(layer["mask"])}
         if not masks_only:
             found = dict(state["settings"])
             for setting, value in held.settings.items():
@@ -111,22 +148,17 @@ def begin_load(state: Any, held: Enforcement, history: list[StepReport], *, mask
         raise StateError(
             f"load_state_dict: expected what state_dict() returned, got damaged data ({error!r}); load another file"
         ) from error
+    return _Parsed(masks, num_pruned, sharded, position, thresholds, reports)
 
-    def load() -> None:
-        # Memory can run out only here, before anything is written.
-        written = {name: writable_mask(held, name) for name in masks}
-        loaded = {name: mask.to(memory_format=written[name].memory_format) for name, mask in masks.items()}
-        for name, mask in loaded.items():
-            held.masks[name].packed = written[name].packed.copy_(mask.packed)
-        held.thresholds = thresholds
-        held.have_agreed = False
-        if not masks_only:
-            history[:] = reports
-            held.progress.restore(**position)
-        held.masks_changed(num_pruned)
-        held.apply(masks)
 
-    return load
+def _refuse_on_all_ranks(held: Enforcement, *, is_refused: bool) -> None:
+    """Raise StateError if another rank has refused its state, which would leave this one waiting for its shards."""
+    parameter = next((p for p in held.parameters.values() if is_sharded(p)), None)
+    if parameter is not None and sum_over_shards(int(is_refused), parameter) and not is_refused:
+        raise StateError(
+            "load_state_dict: expected states that all ranks can load, got one that another rank has refused; its own "
+            "message says why"
+        )
 
 
 def _check_shards(name: str, mask: BitMask, num_pruned: int, parameter: torch.Tensor) -> None:

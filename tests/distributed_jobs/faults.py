@@ -108,6 +108,10 @@ def disagreements() -> None:
     checkpoint = early.state_dict()
     early.step()
     before = everything(late)
+    for wrong in ({**checkpoint, "version": 0}, {**checkpoint, "history": 3}):
+        message = ["another rank has refused", "of version|damaged"][rank]
+        with pytest.raises(gmp.StateError, match=message):
+            late.load_state_dict([checkpoint, wrong][rank])
     with pytest.raises(gmp.StateError, match="states of different steps"):
         late.load_state_dict([checkpoint, early.state_dict()][rank])
     assert everything(late) == before
