@@ -252,13 +252,15 @@ void update_dense(const Arrays<kDType, kNumStates, kHasMaster>& a, const uint8_t
   if constexpr (kMasked) num_live = live_blocks<kLanes>(mask, num_blocks, blocks);
   // With up to one dead block in three, it is faster to fetch the dead ones too than to skip them: uneven strides stop
   // the hardware's prefetchers, which costs more than the skipped lines save.
-  if (num_live * 3 > num_blocks * 2) {
+  // An average still holds what was in blocks that are pruned by now; in all other rules they are zero already.
+  constexpr bool kSkips = kRule != Rule::average;
+  if (!kSkips || num_live * 3 > num_blocks * 2) {
     for (int64_t i = 0; i < num_blocks * kLanes; i += kLanes) {
       a.fetch(i + kDenseAhead * kLanes);
       uint64_t bits = 0;
       if constexpr (kMasked) {
         bits = load_mask_bits<kLanes>(mask, i);
-        if (bits == 0) continue;
+        if (kSkips && bits == 0) continue;
       }
       update_block<kRule, kMasked>(a.at(i), bits, c);
     }

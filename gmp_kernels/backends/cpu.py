@@ -75,6 +75,7 @@ class Cpu:
     """Implementation with one C call for all layers."""
 
     capturable = False
+    skips_pruned_blocks = False
 
     def select(
         self,

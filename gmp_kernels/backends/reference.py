@@ -68,6 +68,7 @@ class Reference:
     """Implementation with numpy, and torch's plain operators for the optimizer step."""
 
     capturable = False
+    skips_pruned_blocks = False
 
     def select(
         self,

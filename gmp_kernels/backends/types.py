@@ -332,9 +332,12 @@ class Implementation(Protocol):
     ----------
     capturable : bool
         Whether a CUDA graph can hold an ``update``.
+    skips_pruned_blocks : bool
+        Whether an ``update`` by the rule "average" leaves blocks that are all pruned as they are.
     """
 
     capturable: bool
+    skips_pruned_blocks: bool
 
     @property
     def select(self) -> Select | None:

@@ -76,6 +76,8 @@ class GMPCallback(PruningCallback, TrainerCallback):
         self._end()
         if args.load_best_model_at_end and state.best_model_checkpoint and not state.is_hyper_param_search:
             self.run.load_state_dict(self._read(Path(state.best_model_checkpoint))["run"])
+        # The Trainer holds this callback, and a cycle would keep its process group until the interpreter exits.
+        del self._trainer
 
     @property
     def _file(self) -> str:

@@ -192,8 +192,8 @@ def ema_update_(
 
     Notes
     -----
-    One read of both and one write of the averages; with masks, one more write of their pruned positions. An interrupt
-    may leave these zero and the rest not moved yet; call it again.
+    One read of both and one write of the averages. With masks, a GPU writes their pruned positions before; an error or
+    an interrupt between the two leaves these zero and the rest as it was.
     """
     if not 0.0 <= decay <= 1.0:
         raise SparsityError(f"ema_update_: expected a decay in [0, 1], got {decay!r}")
@@ -222,9 +222,9 @@ def ema_update_(
             )
     implementation = choose(backend, targets[0].weight.device)
     torch.autograd.graph.increment_version([target.weight for target in targets])  # first, as in prune_
-    # The update skips blocks that are all pruned, where the averages still hold what was there before.
-    if masked := [target for target in targets if target.mask is not None]:
-        implementation.apply(masked)
+    masked = [target for target in targets if target.mask is not None]
+    if masked and implementation.skips_pruned_blocks:
+        implementation.apply(masked)  # there the averages still hold what was before
     implementation.update(
         "average",
         UpdateBatch([UpdateTensor(t.weight, mask=t.mask) for t in targets]),

@@ -46,3 +46,4 @@ def job(folder: Path, optimizer: str) -> None:
 if __name__ == "__main__":
     for optimizer in OPTIMIZERS:
         job(Path(sys.argv[1]) / optimizer, optimizer)
+    dist.destroy_process_group()

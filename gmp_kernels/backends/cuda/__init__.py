@@ -58,6 +58,7 @@ class Launches:
     """Implementation by launches of one of the two modules."""
 
     capturable = True
+    skips_pruned_blocks = True
 
     def __init__(self, module: ModuleType) -> None:
         self._module: Any = module

@@ -126,6 +126,7 @@ class Triton:
     """Implementation by launches of the functions in kernels.py."""
 
     capturable = False
+    skips_pruned_blocks = True
     select = None
 
     def __init__(self) -> None:
