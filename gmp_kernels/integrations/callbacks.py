@@ -1,4 +1,4 @@
-"""What the callbacks of all trainers share."""
+"""Base of the callbacks for all trainers."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class PruningCallback:
 
     @property
     def run(self) -> Run:
-        """What drives the pruning; its ``pruner`` is the ``GMPScheduler``. A StateError before training."""
+        """The run that drives the pruning; its ``pruner`` is the ``GMPScheduler``. A StateError before training."""
         if self._run is None:
             raise StateError("GMPCallback.run: expected a run, got none, as training has not begun; train first")
         return self._run

@@ -111,7 +111,7 @@ def begin_load(state: Any, held: Enforcement, history: list[StepReport], *, mask
 
 
 class _Parsed(NamedTuple):
-    """What is in a state, by layer where it is."""
+    """Content of a state; most of it by layer."""
 
     masks: dict[str, BitMask]
     num_pruned: dict[str, int]

@@ -1,4 +1,4 @@
-"""What each modifier of a recipe asks for, checked; the names of SparseML's keys and values end here."""
+"""Modifiers of a recipe with their arguments, checked; the names of SparseML's keys and values end here."""
 
 from __future__ import annotations
 

@@ -94,7 +94,7 @@ class Trace(NamedTuple):
 
 @dataclass(frozen=True)
 class Recipe:
-    """What ``load`` has read.
+    """SparseML recipe, as ``load`` has read it.
 
     Attributes
     ----------

@@ -221,7 +221,7 @@ class Plan:
 
     @cached_property
     def course(self) -> Course:
-        """What the run does."""
+        """Course of the run: sparsity, learning rate and weight decay."""
         stages = self.stages
         optimizer = torch.optim.SGD(
             [torch.zeros(1, device="cpu")], lr=self.learning_rate, weight_decay=self.weight_decay
