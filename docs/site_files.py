@@ -14,7 +14,7 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).parent.parent
 ELSEWHERE = (
     *("CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"),
-    *("examples/*.md", "tests/*.md", "benchmarks/*.md", "benchmarks/results/*"),
+    *("examples/*.*", "tests/*.md", "benchmarks/*.md", "benchmarks/results/*"),
 )
 
 

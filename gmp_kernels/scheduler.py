@@ -6,7 +6,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from os import PathLike
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -104,6 +104,8 @@ class GMPScheduler:
         An override outside [0, 1].
     DTypeError, ShapeError, LayoutError, BackendUnavailableError
         A target that ``prune_`` does not take.
+    ValueError
+        An unknown ``scope``, ``distribution``, ``count`` or ``nonfinite``.
 
     Warns
     -----
@@ -139,6 +141,7 @@ class GMPScheduler:
                     "order is model, optimizer, schedule"
                 )
         check_choice("GMPScheduler", "count", count, ("optimizer_steps", "calls"))
+        check_choice("GMPScheduler", "nonfinite", nonfinite, get_args(NonFinite))
         refuse_flattened(model)
         self.model = model
         self.schedule = schedule

@@ -30,8 +30,8 @@ from gmp_kernels.pruner import layers
         ({"overrides": {"3": 0.5}, "scope": "global"}, TargetError, "overrides"),
         ({"distribution": "erk", "scope": "global"}, ValueError, "uniform"),
         ({"distribution": "even"}, ValueError, "'uniform', 'erk'"),
-        ({"scope": "all"}, ValueError, "'layer', 'global'"),
-        ({"nonfinite": "drop"}, ValueError, "'error', 'keep'"),
+        ({"scope": "Global"}, ValueError, "GMPScheduler: .*'layer', 'global'"),
+        ({"nonfinite": "raise"}, ValueError, "GMPScheduler: .*'error', 'keep'"),
     ],
 )
 def test_bad_options(options, error, message):

@@ -6,7 +6,7 @@ import heapq
 import math
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias, get_args
 
 import torch
 
@@ -14,6 +14,7 @@ from gmp_kernels.checks import check_choice
 from gmp_kernels.errors import TargetError
 from gmp_kernels.model.coverage import shown_names
 from gmp_kernels.model.targets import Entry, ParameterIndex
+from gmp_kernels.ops import Scope
 from gmp_kernels.schedules import Schedule
 
 __all__ = ["Group", "distribution_of", "emptied_layers", "erk", "groups_of", "uniform", "warning_of_emptied"]
@@ -109,10 +110,11 @@ def distribution_of(distribution: str, scope: str) -> Distribution:
     Raises
     ------
     ValueError
-        An unknown distribution.
+        An unknown scope or distribution.
     TargetError
         Any but "uniform" in global scope.
     """
+    check_choice("GMPScheduler", "scope", scope, get_args(Scope))
     check_choice("GMPScheduler", "distribution", distribution, tuple(DISTRIBUTIONS))
     if scope == "global" and distribution != "uniform":
         raise TargetError(
@@ -170,7 +172,7 @@ def groups_of(
     SparsityError
         An override outside [0, 1].
     ValueError
-        An unknown distribution.
+        An unknown scope or distribution.
     """
     distribute = distribution_of(distribution, scope)
     if scope == "global" and overrides:

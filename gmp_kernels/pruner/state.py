@@ -134,10 +134,10 @@ def _parse(state: Any, held: Enforcement, *, masks_only: bool) -> _Parsed:
             found = dict(state["settings"])
             for setting, value in held.settings.items():
                 if found.get(setting) != value:
+                    where, expected, got = _first_difference(setting, value, found.get(setting))
                     raise StateError(
-                        f"load_state_dict: expected {setting} {value!r}, got {found.get(setting)!r}; build the "
-                        "scheduler with the same arguments, or take only the masks along: load_state_dict(state, "
-                        "masks_only=True)"
+                        f"load_state_dict: expected {where} {expected!r}, got {got!r}; build the scheduler with the "
+                        "same arguments, or take only the masks along: load_state_dict(state, masks_only=True)"
                     )
             position = {key: int(state[key]) for key in PROGRESS}
             thresholds = {n: Threshold(*layer["threshold"]) for n, layer in layers.items() if layer["threshold"]}
@@ -149,6 +149,14 @@ def _parse(state: Any, held: Enforcement, *, masks_only: bool) -> _Parsed:
             f"load_state_dict: expected what state_dict() returned, got damaged data ({error!r}); load another file"
         ) from error
     return _Parsed(masks, num_pruned, sharded, position, thresholds, reports)
+
+
+def _first_difference(where: str, expected: Any, got: Any) -> tuple[str, Any, Any]:
+    """Return where two values of a setting differ, as deep in their mappings as that goes, and the values there."""
+    while isinstance(expected, Mapping) and isinstance(got, Mapping) and expected.keys() == got.keys():
+        key = next(key for key, value in expected.items() if got[key] != value)
+        where, expected, got = f"{where}[{key!r}]", expected[key], got[key]
+    return where, expected, got
 
 
 def _refuse_on_all_ranks(held: Enforcement, *, is_refused: bool) -> None:
