@@ -122,6 +122,7 @@ def test_the_timed_scheduler_steps_are_no_updates(case: Case, num_calls: int) ->
     assert [ran(ours) for _ in range(3)] == [[None] * num_calls] * 3
 
 
+@pytest.mark.thorough
 def test_the_training_is_timed_from_the_backward_pass_on() -> None:
     (case,) = bench.training_cases()
     ours, baseline = case.build(SHRINK)

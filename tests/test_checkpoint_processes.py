@@ -44,6 +44,7 @@ def prune_on_ranks(num_ranks: int, *arguments: str | Path) -> subprocess.Complet
 
 
 @pytest.mark.parametrize(("scope", "num_ranks"), [("layer", 2), ("global", 2), ("global", 4)])
+@pytest.mark.sampled(3)
 def test_ranks_share_the_shards_and_agree(tmp_path: Path, scope: str, num_ranks: int) -> None:
     source = write_folder(tmp_path / "in", model_tensors(torch.bfloat16))
     done = prune_on_ranks(num_ranks, source, tmp_path / "out", "--sparsity", "0.7", "--scope", scope, "--masks")
@@ -73,6 +74,7 @@ PruneJob(folder / "in", folder / "out", sparsity=0.7).run()
 
 
 @pytest.mark.parametrize("slow", [0, 1])
+@pytest.mark.sampled(3)
 def test_a_rank_that_is_late_to_look_divides_the_shards_like_the_others(tmp_path: Path, slow: int) -> None:
     source = write_folder(tmp_path / "in", model_tensors())
     (tmp_path / "slow_rank.py").write_text(SLOW_RANK)
@@ -111,7 +113,7 @@ print(peak() - before)
 """
 
 
-@pytest.mark.parametrize("num_tensors", [2, 24])
+@pytest.mark.parametrize("num_tensors", [2, pytest.param(24, marks=pytest.mark.thorough)])
 @pytest.mark.parametrize("scope", ["layer", "global"])
 def test_memory_is_what_was_allowed_whatever_the_size(tmp_path: Path, scope: str, num_tensors: int) -> None:
     allowed, size = 16 << 20, 128 << 20

@@ -247,6 +247,7 @@ def test_without_its_extra_it_says_what_to_install(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(
     "arguments", [["plan", "--plot"], ["inspect", "nowhere", "--plot"], ["bench", "--plot"], ["bench", "--output"]]
 )
+@pytest.mark.sampled(3)
 def test_without_matplotlib_a_picture_is_refused_before_anything_else(arguments: list[str], tmp_path: Path) -> None:
     start = "import sys; sys.modules['matplotlib'] = None; from gmp_kernels.tools.cli import main; main.main()"
     done = run_python("-c", start, *arguments, tmp_path / "new")

@@ -98,7 +98,9 @@ def averaging(backend: str) -> Made:
 
 @pytest.mark.parametrize("known", [False, True], ids=["at the first call", "at a later one"])
 @pytest.mark.parametrize("make", [pruning, pruning_to_new_masks, pruning_together, applying, averaging])
-@pytest.mark.parametrize("backend", INTERRUPTED)
+@pytest.mark.parametrize(
+    "backend", [pytest.param(name, marks=pytest.mark.sampled(3) if name == "simt" else ()) for name in INTERRUPTED]
+)
 def test_an_interrupt_leaves_all_as_before_or_all_as_after(
     backend: str, make: Callable[[str], Made], known: bool
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from pathlib import Path
 
@@ -287,26 +288,30 @@ def test_every_backend_dense_equals_compact_and_nearly_the_reference(shapes, cas
 DIGEST = Path(__file__).with_name("optim_digest.py")
 
 
-# Of a session and not a module: tests of one backend run together, across modules.
-@pytest.fixture(scope="session")
-def digest_of_plain_loops():
-    done = run_python(DIGEST, "1", "1", GMP_KERNELS_ISA="portable")
+@functools.cache
+def digest_of_plain_loops(share):
+    """Hash of one case in ``share``."""
+    done = run_python(DIGEST, share, "1", GMP_KERNELS_ISA="portable")
     assert done.returncode == 0, done.stderr
+    assert len(done.stdout.strip()) == 64
     return done.stdout.strip()
 
 
+@pytest.mark.parametrize("share", [str(SLOW_SHARE), pytest.param("1", marks=pytest.mark.thorough)])
 @pytest.mark.parametrize("isa", [isa for isa, needs in ISA_NEEDS.items() if cpu_flags() >= needs])
-def test_threads_and_instruction_sets_do_not_change_a_bit(isa, digest_of_plain_loops):
-    done = run_python(DIGEST, "1", "2", "3", GMP_KERNELS_ISA=isa)
+def test_threads_and_instruction_sets_do_not_change_a_bit(isa, share):
+    done = run_python(DIGEST, share, "2", "3", GMP_KERNELS_ISA=isa)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == [digest_of_plain_loops] * 2 and len(digest_of_plain_loops) == 64
+    assert done.stdout.split() == [digest_of_plain_loops(share)] * 2
 
 
-def test_every_backend_writes_the_bits_of_the_cpu(kernels, digest_of_plain_loops):
-    expected, share = [digest_of_plain_loops], "1"
-    if kernels in SLOW:
-        share = str(SLOW_SHARE)
-        expected = run_python(DIGEST, share, "1").stdout.split()
+@pytest.mark.parametrize(
+    ("kernels", "share"),
+    [(name, str(SLOW_SHARE)) for name in KERNELS]
+    + [pytest.param(name, "1", marks=pytest.mark.thorough) for name in KERNELS if name not in SLOW],
+    indirect=["kernels"],
+)
+def test_every_backend_writes_the_bits_of_the_cpu(kernels, share):
     done = run_python(DIGEST, share, "1", GMP_KERNELS_BACKEND=kernels)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == expected
+    assert done.stdout.strip() == digest_of_plain_loops(share)

@@ -27,9 +27,9 @@ namespace gmp::cpu {
 namespace {
 
 constexpr int64_t kBins = 2048;
-constexpr int64_t kWaveBytes = 3 << 19;  // candidates of one wave: this plus 3 % of the largest layer
-constexpr int64_t kSlack = 64;           // keys for which there is room beyond those expected
-constexpr int kMaxSolvers = 4;           // threads with buffers of their own
+constexpr int64_t kWaveBytes = 11 << 17;  // candidates of one wave: this plus 3 % of the largest layer
+constexpr int64_t kSlack = 64;            // keys for which there is room beyond those expected
+constexpr int kMaxSolvers = 4;            // threads with buffers of their own
 
 // Index of the match number `rank` (0-based) among the unpruned keys of weights [begin, end) that are in a bracket; -1
 // if there are not that many. `begin` is at the beginning of a mask byte.
@@ -79,6 +79,9 @@ std::vector<Chunk> count(const std::vector<LayerView>& layers, const std::vector
   std::vector<Group*> group_of(layers.size());
   bool wants_bins = false;
   int64_t most_bytes = 0;
+  size_t most_chunks = 0;
+  for (const Group* group : groups) most_chunks += group->num_layers + static_cast<size_t>(group->n / kChunk);
+  chunks.reserve(most_chunks);  // growing would take three times as much
   for (Group* group : groups) {
     group->counts = {};
     group->first_chunk = chunks.size();

@@ -46,6 +46,9 @@ class Filter(NamedTuple):
         return self.channels * self.positions
 
 
+ONE_WEIGHT = Filter()  # of every layer whose memory is row-major; models have thousands of these
+
+
 class Layer(NamedTuple):
     """One weight as every backend gets it: validated, detached, not empty, in the order of its memory.
 
@@ -76,7 +79,7 @@ class Layer(NamedTuple):
     def filter(self) -> Filter:
         """The filters in which memory has an order of its own."""
         if not self.is_channels_last:
-            return Filter()
+            return ONE_WEIGHT
         _, *positions, channels = self.weight.shape
         return Filter(channels, math.prod(positions))
 
