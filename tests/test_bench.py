@@ -109,10 +109,17 @@ def test_l1_unstructured_prunes_as_many_weights_of_a_fresh_module_each_time() ->
 
 
 def test_resnet50_layers_and_the_one_tensor_hold_the_same_weights() -> None:
-    (case,) = (c for c in bench.prune_cases() if "ResNet-50" in c.name)
+    (case,) = (c for c in bench.prune_cases() if c.baseline == "the same in one tensor")
     layers, whole = (ran(side) for side in built(case))
     assert len(layers.masks) == 54  # type: ignore[attr-defined]
     assert sum(mask.numel for mask in layers.masks) == whole.masks[0].numel  # type: ignore[attr-defined]
+
+
+def test_weights_in_channels_last_and_contiguous_ones_get_the_same_masks() -> None:
+    (case,) = (c for c in bench.prune_cases() if c.baseline == "contiguous")
+    ours, theirs = (ran(side) for side in built(case))
+    assert {mask.memory_format for mask in ours.masks} == {torch.channels_last, torch.contiguous_format}  # type: ignore[attr-defined]
+    assert ours.masks == theirs.masks and len(ours.masks) == 54  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(("case", "num_calls"), zip(bench.scheduler_cases(), (1, 100), strict=True))

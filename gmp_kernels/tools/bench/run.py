@@ -88,6 +88,9 @@ def prune_cases() -> list[Case]:
         Case(f"prune step fp32, {SPARSITY}", "sum() + mul_()", 1.5, 1.1, _prune_and_sum_mul),
         Case(f"prune step fp32, {SPARSITY}", "l1_unstructured", 1 / 100, 1 / 300, _prune_and_l1_unstructured),
         Case(f"prune step, ResNet-50, {SPARSITY}", "the same in one tensor", 1.3, 1.1, _layers_and_one_tensor),
+        Case(
+            f"prune step, ResNet-50, channels_last, {SPARSITY}", "contiguous", 1.1, 1.0, _channels_last_and_contiguous
+        ),
     ]
 
 
@@ -262,6 +265,22 @@ def _layers_and_one_tensor(shrink: int) -> Pair:
         Timed(lambda: prune_(layers, sparsity=SPARSITY), restore),
         Timed(lambda: prune_(whole, sparsity=SPARSITY), restore),
     )
+
+
+def _channels_last_and_contiguous(shrink: int) -> Pair:
+    shapes = [(max(1, num_filters // shrink), *of_filter) for num_filters, *of_filter in resnet50_layers().values()]
+    dense = [_weights(math.prod(shape)).view(shape) for shape in shapes]
+
+    def step(channels_last: bool) -> Timed:
+        layers = [
+            weight.clone(
+                memory_format=torch.channels_last if channels_last and weight.ndim == 4 else torch.preserve_format
+            )
+            for weight in dense
+        ]
+        return Timed(lambda: prune_(layers, sparsity=SPARSITY), partial(torch._foreach_copy_, layers, dense))
+
+    return Pair(step(True), step(False))
 
 
 def _parameter(shrink: int) -> nn.Parameter:
