@@ -34,6 +34,7 @@ __all__ = [
     "FEW",
     "INK",
     "NO_PARTS",
+    "STEPS",
     "Curves",
     "Parts",
     "check_lengths",
@@ -58,6 +59,7 @@ FEW = 4
 MOST_LISTED = 16
 # Curves closer than this everywhere are one line to the eye: 0.5% of sparsity is less than a line's width.
 COINCIDENT = 0.005
+STEPS = "{x:,.0f}"  # numbers on an axis of optimizer steps
 LEGEND_LINE = 0.2  # height of a line of the legend in inches
 TITLE_WIDTH = 96  # characters per line of a title in a picture of 8 inches
 
@@ -140,12 +142,11 @@ def plot_sparsity(
         if target is not None and target.layers:
             axes.plot(target.steps, target.layers[names[0]], color=color, linewidth=0.7)
     if updates:
-        axes.plot(
-            updates, [0.012] * len(updates), "|", color=INK, alpha=0.7, markersize=7, label="updates in the history"
-        )
+        axes.plot(updates, [0.012] * len(updates), "|", color=INK, alpha=0.7, markersize=7, label="updates")
     if now is not None:
         axes.axvline(now, color=INK, linewidth=0.8, linestyle=":", label=f"now, step {now}")
     axes.set(xlabel="optimizer steps", ylabel="sparsity: share of weights pruned", ylim=(-0.01, 1.03))
+    axes.xaxis.set_major_formatter(STEPS)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     if groups:
         axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize="small")
@@ -258,9 +259,11 @@ def _alike(curves: Curves, target: Curves | None) -> list[list[str]]:
         parts = [curves, target] if target is not None and target.layers else [curves]
         return np.concatenate([part.total if one is None else part.layers[one] for part in parts])
 
-    groups: list[tuple[np.ndarray, list[str]]] = [(values_of(None), [])]
+    total = values_of(None)
+    groups: list[tuple[np.ndarray, list[str]]] = [(total, [])]
     for name in curves.layers:
-        values = values_of(name)
+        # Of a layer less may be known than of the total.
+        values = np.where(np.isnan(values_of(name)), total, values_of(name))
         for drawn, names in groups:
             if np.allclose(drawn, values, rtol=0, atol=COINCIDENT, equal_nan=True):
                 names.append(name)

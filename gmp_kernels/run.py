@@ -215,8 +215,9 @@ class Run:
 
     def __repr__(self) -> str:
         """Return the pruners and the learning rate."""
-        rates = "left alone" if self.lr_scheduler is None else f"{self.lr_scheduler.get_last_lr()}"
-        return "\n".join([f"Run, learning rates {rates}", *map(repr, self.pruners)])
+        rates = [] if self.lr_scheduler is None else self.lr_scheduler.get_last_lr()
+        shown = ", ".join(f"{float(rate):g}" for rate in rates) or "left alone"
+        return "\n".join([f"Run, learning rates {shown}", *map(repr, self.pruners)])
 
 
 def _checked_pruners(pruners: Sequence[GMPScheduler]) -> tuple[GMPScheduler, ...]:

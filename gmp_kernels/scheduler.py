@@ -302,8 +302,10 @@ class GMPScheduler:
         state = "finished" if self.finished else f"not finished: the last update is due at step {self._end_step}"
         state = "removed" if self._held.is_released else state
         num_calls = self._held.progress.position.num_calls
+        num_others = sum(len(group.shapes) for group in self._groups if group.schedule is not self.schedule)
+        others = f" and {num_others} layers by overrides" if num_others else ""
         return (
-            f"{type(self).__name__}({self.schedule!r}, scope={self._options['scope']!r})\n"
+            f"{type(self).__name__}({self.schedule!r}, scope={self._options['scope']!r}){others}\n"
             f"step {self.step_count} after {num_calls} calls, sparsity {self.sparsity:.4f}, {state}\n"
             f"{self._coverage}"
         )

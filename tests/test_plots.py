@@ -97,7 +97,7 @@ def test_targets_are_thin_lines_and_part_those_who_meet_so_far(tmp_path: Path, s
         "total, and b",
         "target of the schedule",
         "a",
-        "updates in the history",
+        "updates",
         "now, step 10",
     ]
     assert total.get_linewidth() > 2 * asked.get_linewidth()
@@ -112,6 +112,9 @@ def test_what_is_not_known_is_left_blank(tmp_path: Path, saved: list[Figure]) ->
     plot_sparsity(tmp_path / "a.png", Curves([0, 1, 2], unknown, {"a": unknown, "b": [math.nan, 0.2, 0.5]}), "")
     assert labels_of(saved[0]) == ["total, and a", "b"]
     assert [math.isnan(y) for y in saved[0].axes[0].lines[0].get_ydata()] == [True, True, False]
+    # Of layers that are like the total as far as they are known, the total is drawn.
+    plot_sparsity(tmp_path / "a.png", Curves([0, 1, 2], [0.0, 0.2, 0.5], {"a": unknown, "b": unknown}), "")
+    assert labels_of(saved[1]) == ["all 2 layers"]
 
 
 @pytest.mark.parametrize(("number", "listed"), [(16, 17), (40, 18)])

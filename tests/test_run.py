@@ -330,7 +330,9 @@ def test_several_pruners_in_one_run() -> None:
     assert run.step_count == 9
     with pytest.raises(StateError, match=r"expected one pruner, got 2; use run\.pruners"):
         _ = run.pruner
-    assert "0.weight" in repr(run) and "2.weight" in repr(run)
+    assert (
+        "0.weight" in repr(run) and "2.weight" in repr(run) and repr(run).startswith("Run, learning rates 0.02, 0.02\n")
+    )
 
 
 def test_a_state_that_is_refused_changes_nothing() -> None:

@@ -109,6 +109,7 @@ def test_overrides_first_match_wins():
         distribution="erk",
         count="calls",
     )
+    assert repr(pruner).splitlines()[0].endswith("scope='layer') and 2 layers by overrides")
     reports = [pruner.step() for _ in range(4)]
     reached = [None if r is None else {layer.name: layer.num_pruned for layer in r.layers} for r in reports]
     assert reached == [

@@ -14,7 +14,7 @@ import torch
 from gmp_kernels.backends.at_once import at_once
 from gmp_kernels.backends.dtypes import NAMES
 from gmp_kernels.backends.layers import Layers, prepared
-from gmp_kernels.backends.registry import Backend, register
+from gmp_kernels.backends.registry import Backend, register, why_not_built
 from gmp_kernels.backends.types import (
     BracketCounts,
     Brackets,
@@ -153,7 +153,7 @@ class Cpu:
 
 def _probe() -> str | None:
     if _C is None:
-        return f"its extension was not built ({_import_error}); install a C++ compiler and run pip install again"
+        return why_not_built(_import_error, "install a C++ compiler and run pip install again")
     try:
         _C.isa()
     except ValueError as error:

@@ -20,7 +20,7 @@ import torch
 from gmp_kernels.backends.types import Implementation
 from gmp_kernels.errors import BackendUnavailableError
 
-__all__ = ["Backend", "available", "choose", "register"]
+__all__ = ["Backend", "available", "choose", "register", "why_not_built"]
 
 logger = logging.getLogger("gmp_kernels")
 
@@ -51,6 +51,17 @@ class Backend:
 
 
 _REGISTRY: dict[str, Backend] = {}
+SOURCES = Path(__file__).parents[2]  # if the package was not installed, but lies in a copy of the repository
+
+
+def why_not_built(error: str, advice: str) -> str:
+    """Say that an extension is missing, and what to do; Python may have found the sources before what is installed."""
+    found = f"its extension was not built ({error}); {advice}"
+    if (SOURCES / "setup.py").exists():
+        found += (
+            f". Python has imported the sources in {SOURCES}: to use an installed package, start it in another folder"
+        )
+    return found
 
 
 def register(backend: Backend) -> None:

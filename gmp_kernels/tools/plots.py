@@ -19,6 +19,7 @@ from gmp_kernels.plots import (
     FEW,
     INK,
     NO_PARTS,
+    STEPS,
     Curves,
     Parts,
     check_lengths,
@@ -84,16 +85,19 @@ def plot_learning_rate(
     check_lengths("plot_learning_rate", "step", steps, [("learning rate", values)])
     figure, axes = figure_of(title)
     axes.step(steps, values, where="post", color=COLORS[0], linewidth=1.8)
-    lowest, highest = min(values), max(values)
+    lowest, highest, scale = min(values), max(values), ""
     if 0 < highest <= WIDEST_RANGE * lowest:
         axes.set_yscale("log")
+        scale = " (log scale)"
         axes.set_ylim(lowest / 2, highest * 2)
     else:
         axes.set_ylim(0, 1.05 * highest or 1)
+        axes.yaxis.set_major_formatter("{x:g}")
     if len(set(values)) <= FEW_RATES:
         axes.set_yticks(sorted(set(values)), [f"{value:g}" for value in sorted(set(values))])
         axes.minorticks_off()
-    axes.set(xlabel="optimizer steps", ylabel="learning rate")
+    axes.set(xlabel="optimizer steps", ylabel=f"learning rate{scale}")
+    axes.xaxis.set_major_formatter(STEPS)
     fit(axes, steps)
     shade(axes, parts)
     save(figure, path)
@@ -133,10 +137,10 @@ def plot_accuracy(
     check_lengths("plot_accuracy", "epoch", epochs, ((name, run) for name, runs in series.items() for run in runs))
     figure = Figure(figsize=(8.0, 6.4), layout="constrained")
     whole, enlarged = figure.subplots(2, sharex=True, height_ratios=(2, 3))
-    for axes in (whole, enlarged):
+    for axes, label in ((whole, "test accuracy"), (enlarged, "test accuracy, enlarged")):
         _draw_runs(axes, epochs, series, baselines)
-        axes.set_ylabel("test accuracy")
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+        axes.set_ylabel(label)
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         style(axes)
     put_title(whole, title)
     whole.set_ylim(0, 1.03)
@@ -184,7 +188,7 @@ def plot_sweep(
     positions = range(len(sparsities))
     _draw_runs(axes, positions, series, baselines, marker="o")
     axes.set_xticks(positions, [f"{100 * sparsity:g}%" for sparsity in sparsities])
-    axes.set(xlabel="sparsity", ylabel="test accuracy")
+    axes.set(xlabel="sparsity (not to scale)", ylabel="test accuracy")
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.legend(loc="lower left", frameon=False)
     save(figure, path)
@@ -270,7 +274,7 @@ def plot_ratios(path: Path, rows: Mapping[str, tuple[float, float | None, float 
     # Bars start at 1, the baseline. A dot marks the end of each, because some are too short to see.
     axes.barh(positions, [ratio - 1 for ratio in ratios], left=1, height=0.45, color=colors)
     axes.scatter(ratios, positions, s=35, color=colors, zorder=3)
-    for bounds, color, label in ((musts, INK, "must"), (aims, COLORS[1], "aim")):
+    for bounds, color, label in ((musts, INK, "must: the bound; red if missed"), (aims, COLORS[1], "aim")):
         marks = [math.nan if bound is None else bound for bound in bounds]
         if any(bound is not None for bound in bounds):
             axes.plot(marks, positions, "|", color=color, markersize=14, markeredgewidth=2.5, label=label, zorder=4)

@@ -26,7 +26,7 @@ from gmp_kernels.backends.compactions import compactions_of
 from gmp_kernels.backends.cuda.selection_tables import DTYPE_CODES, NO_INDEX, Rows, SelectionTables, fill_chunks
 from gmp_kernels.backends.devices import on_device, refuse_capture, stream_of
 from gmp_kernels.backends.layers import Layers, by_dtype, device_of, prepared
-from gmp_kernels.backends.registry import Backend, register
+from gmp_kernels.backends.registry import Backend, register, why_not_built
 from gmp_kernels.backends.types import (
     BracketCounts,
     Brackets,
@@ -338,7 +338,7 @@ _Steps: TypeAlias = tuple[npt.NDArray[np.int64], list[tuple[int, int, int, int]]
 
 def _probe() -> str | None:
     if "cuda" not in _modules:
-        return f"its extension was not built ({_missing['cuda']}); with nvcc on the PATH run pip install again"
+        return why_not_built(_missing["cuda"], "with nvcc on the PATH run pip install again")
     if torch.version.hip is not None:
         return "this torch is for AMD GPUs; use backend 'triton'"
     if not torch.cuda.is_available():

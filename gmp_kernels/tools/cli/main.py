@@ -14,15 +14,15 @@ import torch
 
 from gmp_kernels import __version__, backends
 from gmp_kernels.errors import GMPError
-from gmp_kernels.tools.bench.gpu import gpu_cases
-from gmp_kernels.tools.bench.measurement import HEADINGS, Failure, Machine, Result, measure_all, write_results
-from gmp_kernels.tools.bench.run import all_cases
 
 try:
     import typer
     from rich.console import Console
     from rich.progress import track
 
+    from gmp_kernels.tools.bench.gpu import gpu_cases
+    from gmp_kernels.tools.bench.measurement import HEADINGS, Failure, Machine, Result, measure_all, write_results
+    from gmp_kernels.tools.bench.run import all_cases
     from gmp_kernels.tools.cli import checkpoints, plan
     from gmp_kernels.tools.cli.options import Command, Group, UsageError, drawing, in_one_line
     from gmp_kernels.tools.cli.terminal import Table, say, show

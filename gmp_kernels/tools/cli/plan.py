@@ -191,6 +191,9 @@ def plan(
     say(f"    learning rate: {_lr_words_of(planned)}")
     if name in PRESETS and planned == PRESETS[name].plan:
         say(f"    {PRESETS[name].about}; source: {PRESETS[name].source}")
+    elif name not in PRESETS:
+        base = preset.value if preset else DEFAULT
+        say(f"    stages, steps and learning rates of the preset '{base}', unless options say otherwise")
     show(_epochs(rows))
     if per_layer:
         show(_layers(course, rows))
@@ -232,7 +235,7 @@ def _plan_recipe(
     layers = {} if checkpoint is None else layers_of(open_checkpoint(checkpoint).tensors)
     course = course_of(recipe, layers, steps_per_epoch)
     rows = course.rows()
-    of = f"{len(course.layers)} layers of {checkpoint}" if layers else "each modifier as one layer"
+    of = f"{len(course.layers)} layers of {checkpoint}" if layers else "the weights of each modifier as one layer"
     say(f"{run}: {recipe.epochs} epochs of {steps_per_epoch} steps, {of}")
     for word in [*map(str, (one.message for one in caught)), *warnings_about(recipe, layers, steps_per_epoch)]:
         say(f"note: {word}")
@@ -321,7 +324,7 @@ def _lengths_of(planned: Plan) -> str:
     """Return the lengths of a plan's stages in one line."""
     stages = planned.stages
     lengths = f"{stages.stabilization:g} + {stages.pruning:g} + {stages.finetuning:g}"
-    return f"stages of {lengths} epochs, {stages.steps_per_epoch} steps each"
+    return f"stages of {lengths} epochs, {stages.steps_per_epoch} steps per epoch"
 
 
 def _counted(number: int, noun: str) -> str:

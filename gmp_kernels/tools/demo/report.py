@@ -52,7 +52,7 @@ def markdown(metrics: Metrics, command: str) -> str:
         "# Gradual magnitude pruning on handwritten digits",
         _paragraph(
             f"A multilayer perceptron with {num_weights:,} prunable weights was trained on scikit-learn's digits.",
-            f"It was then pruned in three ways to {_percent(config['sparsity'])} sparsity in every layer.",
+            f"It was then pruned in three ways to {100 * config['sparsity']:g}% sparsity in every layer.",
             f"For testing, {metrics['num_test_images']} images were held out.",
             f"All runs that prune and train had {config['epochs']} epochs of {stages['steps_per_epoch']} steps,",
             "with the same order of images and the same learning rates.",
