@@ -1,4 +1,4 @@
-"""Trainers of Hugging Face Transformers for tiny models, and all bits of their runs."""
+"""Trainers of Hugging Face Transformers for tiny models."""
 
 from __future__ import annotations
 
@@ -6,17 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from compared_runs import OPTIMIZERS
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
 
-import gmp_kernels as gmp
-from gmp_kernels.integrations.transformers import GMPCallback
-
-STEPS = 20  # of which the default stages begin to prune at step 0 and end at step 12
-OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
-    "torch": (torch.optim.AdamW, {"lr": 0.01, "weight_decay": 0.1}),
-    "gmp": (gmp.optim.AdamW, {"lr": 0.01, "weight_decay": 0.1}),
-    "gmp_compact": (gmp.optim.AdamW, {"lr": 0.01, "weight_decay": 0.1, "compact_state": True}),
-}
+STEPS = 20  # with the default stages, pruning begins at step 0 and ends at step 12
 
 
 def tokens(seed: int = 0, size: int = 4 * STEPS) -> list[dict[str, torch.Tensor]]:
@@ -35,7 +28,6 @@ def make_trainer(
     *callbacks: TrainerCallback,
     optimizer: str = "torch",
     kind: type[Trainer] = Trainer,
-    model: torch.nn.Module | None = None,
     **arguments: Any,
 ) -> Trainer:
     arguments = {
@@ -49,21 +41,13 @@ def make_trainer(
         **arguments,
     }
     return kind(
-        model=make_model() if model is None else model,
+        model=make_model(),
         args=TrainingArguments(output_dir=str(folder), **arguments),
         train_dataset=tokens(),
         eval_dataset=tokens(1, 8),
         callbacks=list(callbacks),
         optimizer_cls_and_kwargs=OPTIMIZERS[optimizer],
     )
-
-
-def bits(trainer: Trainer, callback: GMPCallback) -> list[torch.Tensor]:
-    """Weights, state of the optimizer, and masks."""
-    state = trainer.optimizer.state_dict()["state"]
-    found = [value for entry in state.values() for value in entry.values() if isinstance(value, torch.Tensor)]
-    masks = [mask.packed for mask in callback.run.pruner.masks.values()]
-    return [p.detach() for p in trainer.model.parameters()] + found + masks
 
 
 class Stop(TrainerCallback):

@@ -1,26 +1,18 @@
-"""Trainers and modules of Lightning, tiny ones, and all bits of their runs."""
+"""Trainers and modules of Lightning, tiny ones."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from compared_runs import make_optimizer
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import nn
 from torch.utils.data import DataLoader
 
-import gmp_kernels as gmp
-from gmp_kernels.integrations.lightning import GMPCallback
-
 EPOCHS, BATCHES = 4, 5
-STEPS = EPOCHS * BATCHES  # of which the default stages begin to prune at step 0 and end at step 12
-OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "torch": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1),
-    "gmp": lambda p: gmp.optim.AdamW(p, lr=0.01, weight_decay=0.1),
-    "gmp_compact": lambda p: gmp.optim.AdamW(p, lr=0.01, weight_decay=0.1, compact_state=True),
-}
+STEPS = EPOCHS * BATCHES  # with the default stages, pruning begins at step 0 and ends at step 12
 
 
 class Module(LightningModule):
@@ -30,7 +22,7 @@ class Module(LightningModule):
         super().__init__()
         torch.manual_seed(0)
         self.net = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8))
-        self.make_optimizer = OPTIMIZERS[optimizer]
+        self.kind_of_optimizer = optimizer
 
     def loss(self, batch_idx: int) -> torch.Tensor:
         x = torch.randn(4, 16, generator=torch.Generator().manual_seed(batch_idx))
@@ -45,7 +37,7 @@ class Module(LightningModule):
         return DataLoader(range(BATCHES))
 
     def configure_optimizers(self) -> Any:
-        return self.make_optimizer(self.net.parameters())
+        return make_optimizer(self.kind_of_optimizer, self.net.parameters())
 
 
 class Manual(Module):
@@ -77,11 +69,3 @@ def fit(folder: Path, callback: Callback | list[Callback], module: LightningModu
     )
     trainer.fit(module, **how)
     return trainer
-
-
-def bits(trainer: Trainer, callback: GMPCallback) -> list[torch.Tensor]:
-    """Weights, state of the optimizer, and masks."""
-    state = trainer.optimizers[0].state_dict()["state"]
-    found = [value for entry in state.values() for value in entry.values() if isinstance(value, torch.Tensor)]
-    masks = [mask.packed for mask in callback.run.pruner.masks.values()]
-    return [p.detach() for p in trainer.lightning_module.parameters()] + found + masks

@@ -208,24 +208,24 @@ def test_steps_that_a_gpu_decides_about_are_counted_for_ours(compact: bool) -> N
 
 
 @pytest.mark.parametrize("schedule", [EVERY_THIRD, schedules.Linear(0.1, 0.9, 30, 90), schedules.Constant(None)])
-def test_a_loop_that_never_calls_is_told_of_once(schedule: schedules.Schedule) -> None:
+def test_a_loop_that_never_calls_is_warned_about_once(schedule: schedules.Schedule) -> None:
     model = nn.Linear(4, 4)
     model.weight.grad = torch.ones_like(model.weight)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     pruner = GMPScheduler(model, optimizer, schedule, targets="weight")
-    told = []
+    found = []
     for step in range(300):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             optimizer.step()
-        told += [(step + 1, str(one.message)) for one in caught]
+        found += [(step + 1, str(one.message)) for one in caught]
     due = schedule.begin_step + 100
-    assert [step for step, _ in told] == ([due] if schedule.end_step >= 0 else [])
-    assert all(f"got {due} optimizer steps without any" in message for _, message in told)
+    assert [step for step, _ in found] == ([due] if schedule.end_step >= 0 else [])
+    assert all(f"got {due} optimizer steps without any" in message for _, message in found)
     assert pruner.step() is not None or schedule.end_step < 0
 
 
-def test_a_loop_that_calls_once_per_epoch_is_told_nothing() -> None:
+def test_a_loop_that_calls_once_per_epoch_gets_no_warning() -> None:
     model = nn.Linear(4, 4)
     model.weight.grad = torch.ones_like(model.weight)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from compared_runs import OPTIMIZERS, assert_same_bits, bits, make_optimizer
 from torch import nn
 from torch.optim.lr_scheduler import ChainedScheduler, ConstantLR, CosineAnnealingLR, LinearLR, SequentialLR
 
@@ -18,11 +19,6 @@ from gmp_kernels.errors import GMPError, NonFiniteError, ScheduleError, Sparsity
 from gmp_kernels.schedules import Cubic, OneShot
 
 STAGES = gmp.Stages(1, 4, 3, steps_per_epoch=3)
-OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "torch": torch.optim.AdamW,
-    "gmp": gmp.optim.AdamW,
-    "compact": lambda *args, **kwargs: gmp.optim.AdamW(*args, **kwargs, compact_state=True),
-}
 
 
 def model_and_optimizer(kind: str = "torch") -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -31,7 +27,7 @@ def model_and_optimizer(kind: str = "torch") -> tuple[nn.Module, torch.optim.Opt
     biases = [p for p in model.parameters() if p.ndim == 1]
     matrices = [p for p in model.parameters() if p.ndim == 2]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": biases, "weight_decay": 0.05}]
-    return model, OPTIMIZERS[kind](groups, lr=0.02)
+    return model, make_optimizer(kind, groups, lr=0.02)
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
@@ -45,11 +41,6 @@ def options(optimizer: torch.optim.Optimizer) -> list[tuple[float, float]]:
     return [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
 
 
-def assert_same(one: nn.Module, other: nn.Module) -> None:
-    for (name, a), b in zip(one.named_parameters(), other.parameters(), strict=True):
-        assert torch.equal(a, b), name
-
-
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_a_run_is_its_parts_stepped_by_hand(kind: str) -> None:
     model, optimizer = model_and_optimizer(kind)
@@ -57,17 +48,18 @@ def test_a_run_is_its_parts_stepped_by_hand(kind: str) -> None:
     by_hand, other = model_and_optimizer(kind)
     lr_scheduler = STAGES.lr_scheduler(other)
     pruner = gmp.GMPScheduler(by_hand, other, STAGES.schedule(0.05, 0.8))
+    parts = gmp.Run([pruner])
     for step in range(STAGES.total_steps):
         STAGES.end_weight_decay(other, step)
-        assert options(optimizer) == options(other)
+        assert_same_bits(bits(model, optimizer, run), bits(by_hand, other, parts))
         train(model, optimizer, step)
         train(by_hand, other, step)
         report = pruner.step()
         lr_scheduler.step()
         reports = run.step()
         assert [found.sparsity for found in reports] == ([] if report is None else [report.sparsity])
-        assert_same(model, by_hand)
-    assert run.finished and run.sparsity == pruner.sparsity == 0.8 - 0.8 * 384 % 1 / 384
+    assert_same_bits(bits(model, optimizer, run), bits(by_hand, other, parts))
+    assert run.finished and run.sparsity == pruner.sparsity == 307 / 384
     assert {decay for _, decay in options(optimizer)} == {0.0}
 
 
@@ -99,8 +91,7 @@ def test_resume_is_bit_equal(kind: str, order: tuple[str, ...], stop: int) -> No
     for name in order:
         resumed[name].load_state_dict(saved[name])
     assert go_on(resumed, stop, STAGES.total_steps) == seen[stop:]
-    assert_same(resumed["model"], whole["model"])
-    assert resumed["run"].pruner.masks == whole["run"].pruner.masks
+    assert_same_bits(bits(**resumed), bits(**whole))
 
 
 def test_loading_sets_the_learning_rate_even_of_a_new_optimizer() -> None:
@@ -146,7 +137,7 @@ def test_masks_alone_go_into_a_run_of_another_length() -> None:
         resumed.pruner.load_state_dict(run.state_dict())
 
 
-def test_an_lr_scheduler_that_the_loop_steps_too_is_told_of() -> None:
+def test_an_lr_scheduler_that_the_loop_steps_too_is_warned_about() -> None:
     model, optimizer = model_and_optimizer()
     lr_scheduler = STAGES.lr_scheduler(optimizer)
     run = STAGES.attach(model, optimizer, lr_scheduler=lr_scheduler)
@@ -231,7 +222,7 @@ def test_a_learning_rate_that_is_a_tensor_stays_that_tensor() -> None:
     assert rate.item() == pytest.approx(2e-4)
 
 
-def test_what_attach_leaves_alone_when_told_so() -> None:
+def test_options_that_attach_leaves_alone() -> None:
     model, optimizer = model_and_optimizer()
     run = STAGES.attach(model, optimizer, OneShot(0.5), lr_scheduler=None, remove_weight_decay=False, ignore=["0"])
     for step in range(STAGES.total_steps):
@@ -291,7 +282,7 @@ def test_an_optimizer_that_is_wrapped() -> None:
         train(other, plain, step)
         expected.step()
     assert options(inner) == options(plain)
-    assert_same(model, other)
+    assert_same_bits(bits(model, inner, run), bits(other, plain, expected))
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda parts: pickle.loads(pickle.dumps(parts))])
@@ -307,7 +298,12 @@ def test_copies_go_on_alone(duplicate: Callable[[Any], Any]) -> None:
         its_run.step()
     assert (run.step_count, its_run.step_count) == (7, STAGES.total_steps)
     assert options(optimizer) == [(0.02, 0.1), (0.02, 0.05)] and its_run.finished
-    its_run.pruner.verify()
+    other, plain = model_and_optimizer()
+    expected = STAGES.attach(other, plain)
+    for step in range(STAGES.total_steps):
+        train(other, plain, step)
+        expected.step()
+    assert_same_bits(bits(twin, its_optimizer, its_run), bits(other, plain, expected))
 
 
 def two_pruners() -> tuple[nn.Module, torch.optim.Optimizer, gmp.Run]:

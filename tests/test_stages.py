@@ -241,7 +241,7 @@ def test_lengths_that_describe_no_run(make: Callable[[], Stages], message: str) 
         ({"pruning": "cosine", "low": 10}, r"expected low to be a fraction in \[0, 1\], got 10"),
     ],
 )
-def test_shape_that_is_none(shape: dict[str, Any], message: str) -> None:
+def test_invalid_shape(shape: dict[str, Any], message: str) -> None:
     with pytest.raises(ScheduleError, match=message):
         Stages(steps_per_epoch=2).lr_scheduler(sgd(), **shape)
 
@@ -256,7 +256,7 @@ def test_shape_that_is_none(shape: dict[str, Any], message: str) -> None:
         ("step", "expected epochs, 'linear', 'cosine' or a function, got 'step'"),
     ],
 )
-def test_learning_rate_that_is_none(finetuning: Any, message: str) -> None:
+def test_invalid_learning_rate(finetuning: Any, message: str) -> None:
     optimizer = sgd()
     before = optimizer.state_dict()
     with pytest.raises(ScheduleError, match=message):
@@ -264,6 +264,6 @@ def test_learning_rate_that_is_none(finetuning: Any, message: str) -> None:
     assert optimizer.state_dict() == before
 
 
-def test_a_sparsity_that_is_none_is_named() -> None:
+def test_an_invalid_sparsity_is_named() -> None:
     with pytest.raises(SparsityError, match="final_sparsity: expected a sparsity in"):
         Stages(steps_per_epoch=2).schedule(final_sparsity=90)

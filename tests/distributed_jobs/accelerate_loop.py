@@ -12,7 +12,8 @@ from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from test_accelerate import BATCHES, OPTIMIZERS, Loop
+from accelerate_loops import BATCHES, Loop
+from compared_runs import OPTIMIZERS, assert_same_bits
 
 from gmp_kernels.distributed.placement import is_sharded
 from gmp_kernels.errors import StateError
@@ -44,7 +45,7 @@ def job(folder: Path, kind: type[Loop], optimizer: str, stop: int) -> None:
     resumed = kind(optimizer, "after")
     resumed.accelerator.load_state(str(folder))
     resumed.train(begin=stop)
-    assert all(map(torch.equal, whole.bits(), resumed.bits()))
+    assert_same_bits(resumed.bits(), whole.bits())
     for name, thresholds in whole.run.pruner._held.thresholds.items():
         assert thresholds == resumed.run.pruner._held.thresholds[name]
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 from pytorch_lightning.callbacks import ModelCheckpoint
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from lightning_trainers import EPOCHS, OPTIMIZERS, Manual, Module, bits, fit
+from compared_runs import OPTIMIZERS, assert_same_bits, assert_same_on_all_ranks, bits
+from lightning_trainers import EPOCHS, Manual, Module, fit
 
 from gmp_kernels.integrations.lightning import GMPCallback
 
@@ -21,16 +21,13 @@ def job(folder: Path, optimizer: str, kind: type[Module]) -> None:
     first = fit(folder, [keeper, whole], kind(optimizer), enable_checkpointing=True, **arguments)
     assert dist.get_world_size() == 2 and whole.run.pruner._held.shards.are_copies
     assert whole.run.finished and whole.run.step_count == first.global_step
-    expected = bits(first, whole)
-    for tensor in expected:
-        ranks = [torch.empty_like(tensor) for _ in range(2)]
-        dist.all_gather(ranks, tensor.contiguous())
-        assert torch.equal(*ranks)
+    expected = bits(first.lightning_module, first.optimizers[0], whole.run)
+    assert_same_on_all_ranks(expected)
     rest = GMPCallback(0.9, pruning=0.2)
     middle = folder / f"step={first.global_step // EPOCHS}.ckpt"
     second = fit(folder, rest, kind(optimizer), ckpt_path=middle, **arguments)
     assert rest.run.step_count == whole.run.step_count
-    assert all(map(torch.equal, expected, bits(second, rest)))
+    assert_same_bits(bits(second.lightning_module, second.optimizers[0], rest.run), expected)
 
 
 if __name__ == "__main__":
