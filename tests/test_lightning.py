@@ -15,6 +15,7 @@ from lightning_trainers import BATCHES, EPOCHS, STEPS, Manual, Module, fit
 from pytorch_lightning import Callback, Trainer
 from pytorch_lightning.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+from pytorch_lightning.plugins import MixedPrecision
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -107,6 +108,23 @@ def test_weight_decay_ends_with_the_pruning_stage(tmp_path, removes):
 
     fit(tmp_path, [GMPCallback(0.9, remove_weight_decay=removes), Look()], Module())
     assert seen == [0.1] * 12 + [0.0 if removes else 0.1] * (STEPS - 12)
+
+
+class Overflowing(Module):
+    """Meets an overflow in the last batch of every epoch."""
+
+    def on_after_backward(self) -> None:
+        if self.trainer.is_last_batch:
+            next(self.parameters()).grad[0, 0] = float("inf")
+
+
+def test_steps_that_are_skipped_do_not_count(tmp_path):
+    callback, module = GMPCallback(0.9, frequency=3), Overflowing()
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    fit(tmp_path, callback, module, plugins=MixedPrecision("16-mixed", "cpu", scaler))
+    assert callback.run.step_count == STEPS - EPOCHS
+    assert [report.step for report in callback.run.pruner.history] == [0, 3, 6, 9, 12]
+    assert num_zeros(module) == expected_zeros(0.9)
 
 
 def test_a_run_that_ends_early_says_so(tmp_path):
