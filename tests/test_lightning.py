@@ -118,8 +118,9 @@ class Overflowing(Module):
             next(self.parameters()).grad[0, 0] = float("inf")
 
 
-def test_steps_that_are_skipped_do_not_count(tmp_path):
-    callback, module = GMPCallback(0.9, frequency=3), Overflowing()
+@pytest.mark.parametrize("optimizer", ["torch", "gmp"])  # skipped by the scaler, and by the optimizer itself
+def test_steps_that_are_skipped_do_not_count(tmp_path, optimizer):
+    callback, module = GMPCallback(0.9, frequency=3), Overflowing(optimizer)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     fit(tmp_path, callback, module, plugins=MixedPrecision("16-mixed", "cpu", scaler))
     assert callback.run.step_count == STEPS - EPOCHS
