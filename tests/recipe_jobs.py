@@ -7,20 +7,13 @@ from typing import Any
 import torch
 from recipe_semantics import train_step, zeros_of
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 import gmp_kernels as gmp
 from gmp_kernels import recipes
 
 STEPS_PER_EPOCH = 4
-
-
-class Conv1D(nn.Module):
-    """As in Hugging Face's GPT-2: a linear layer whose weight lies the other way round."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(3, 7))
-        self.bias = nn.Parameter(torch.randn(7))
+EPOCHS = 8
 
 
 def network() -> nn.ModuleDict:
@@ -29,8 +22,12 @@ def network() -> nn.ModuleDict:
     layers = {
         "embed": nn.Embedding(7, 3),
         "conv": nn.Conv2d(3, 5, 3),
+        "line": nn.Conv1d(3, 5, 2),
+        "volume": nn.Conv3d(2, 3, 2),
         "up": nn.ConvTranspose1d(3, 5, 3),
-        "proj": Conv1D(),
+        "up2": nn.ConvTranspose2d(2, 5, 2),
+        "up3": nn.ConvTranspose3d(2, 3, 2),
+        "proj": Conv1D(7, 3),
         "norm": nn.BatchNorm2d(5),
         "fc": nn.Linear(5, 8),
         "fc2": nn.Linear(8, 5, bias=False),
@@ -57,6 +54,10 @@ def item(name: str, **arguments: object) -> str:
     return f"  - !{name}\n" + "".join(f"    {key}: {value}\n" for key, value in arguments.items() if value is not None)
 
 
+def recipe_of(*items: str) -> recipes.Recipe:
+    return recipes.load("modifiers:\n" + "".join(items))
+
+
 class Job:
     """A model trained by a recipe, with what happened at each step."""
 
@@ -65,7 +66,7 @@ class Job:
         parameters = list(self.model.parameters())
         groups = [{"params": parameters[index::num_groups]} for index in range(num_groups)]
         self.optimizer = torch.optim.SGD(groups, lr=0.5, momentum=0.9, weight_decay=0.25)
-        self.run = recipes.load("modifiers:\n" + "".join(items)).attach(
+        self.run = recipe_of(*items, item("EpochRangeModifier", end_epoch=EPOCHS)).attach(
             self.model, self.optimizer, STEPS_PER_EPOCH, **arguments
         )
         self.zeros: list[dict[str, int]] = []

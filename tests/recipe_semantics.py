@@ -23,6 +23,8 @@ def sparsity_at(
     epoch: float, start: float, end: float, initial: float, final: float, inter_func: str = "cubic"
 ) -> float:
     """The sparsity that an update at this epoch sets."""
+    if end == -1:
+        return initial  # its progress, (epoch - start) / (-1 - start), is never positive
     if epoch >= end:
         return final
     part = INTERPOLATIONS[inter_func]((epoch - start) / (end - start))

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from recipe_jobs import STEPS_PER_EPOCH, Job, gmp_modifier, item, network
-from recipe_semantics import INTERPOLATIONS, sparsity_at, updates
+from recipe_jobs import STEPS_PER_EPOCH, Job, gmp_modifier, item, network, recipe_of
+from recipe_semantics import INTERPOLATIONS, sparsity_at, train_step, updates, zeros_of
 from torch import nn
 
 import gmp_kernels as gmp
-from gmp_kernels import recipes
 from gmp_kernels.errors import GMPWarning, RecipeError, ScheduleError, TargetError
+from gmp_kernels.recipes.modifiers import GradualPruning
+from gmp_kernels.recipes.pruners import schedule_of
 from gmp_kernels.recipes.timing import EpochRamp
 
 ALL = [name for name, _ in network().named_parameters()]
-PRUNABLE = [f"{name}.weight" for name in ("embed", "conv", "up", "proj", "fc", "fc2")]
+PRUNABLE = [f"{name}.weight" for name in ("embed", "conv", "line", "volume", "up", "up2", "up3", "proj", "fc", "fc2")]
 
 
 # -- timing ------------------------------------------------------------------------------------------------------------
@@ -28,7 +30,7 @@ PRUNABLE = [f"{name}.weight" for name in ("embed", "conv", "up", "proj", "fc", "
 @settings(deadline=None, max_examples=300)
 @given(
     start=st.sampled_from([-1.0, 0.0]) | st.floats(0, 4).map(lambda x: round(x, 2)),
-    length=st.just(0.0) | st.floats(0, 6).map(lambda x: round(x, 2)),
+    length=st.sampled_from([None, 0.0]) | st.floats(0, 6).map(lambda x: round(x, 2)),
     frequency=st.sampled_from([-1.0, 0.0, 0.01, 0.1, 0.5, 1.0]) | st.floats(0.001, 3),
     steps_per_epoch=st.integers(1, 120),
     initial=st.floats(0, 0.5),
@@ -36,11 +38,22 @@ PRUNABLE = [f"{name}.weight" for name in ("embed", "conv", "up", "proj", "fc", "
     inter_func=st.sampled_from(sorted(INTERPOLATIONS)),
 )
 def test_updates_are_those_of_a_loop_over_the_steps(
-    start: float, length: float, frequency: float, steps_per_epoch: int, initial: float, final: float, inter_func: str
+    start: float,
+    length: float | None,
+    frequency: float,
+    steps_per_epoch: int,
+    initial: float,
+    final: float,
+    inter_func: str,
 ) -> None:
-    end = max(start, 0.0) + length
-    schedule = EpochRamp(initial, final, start, end, frequency, inter_func, steps_per_epoch)
-    num_steps = math.ceil((end + 1) * steps_per_epoch)
+    """A length of None stands for an end of -1, where each update sets the sparsity that is there."""
+    end = -1.0 if length is None else max(start, 0.0) + length
+    modifier = GradualPruning(
+        "ramp", start, end, entries=(), initial=initial, frequency=frequency, curve=inter_func, leave_enabled=True,
+        is_global=False,
+    )  # fmt: skip
+    schedule = schedule_of(modifier, initial, final, steps_per_epoch)
+    num_steps = math.ceil((max(start, end, 0.0) + 1) * steps_per_epoch)
     expected = updates(
         num_steps=num_steps,
         steps_per_epoch=steps_per_epoch,
@@ -52,6 +65,9 @@ def test_updates_are_those_of_a_loop_over_the_steps(
         inter_func=inter_func,
     )
     found = {step: schedule.sparsity_at(step) for step in range(num_steps) if schedule.is_update_step(step)}
+    if length is None:
+        assert set(expected.values()) == {initial}
+        expected = dict([min(expected.items())])  # the others change nothing
     assert found == expected
     assert (schedule.begin_step, schedule.end_step) == (min(expected), max(expected))
     assert sorted(found.values()) == list(found.values())
@@ -97,6 +113,47 @@ def test_without_an_end_it_stays_at_the_start() -> None:
     assert [zeros["fc.weight"] for zeros in job.zeros] == [0] * 4 + [4] * 20
 
 
+@pytest.mark.parametrize(
+    ("end", "epochs", "is_late"),
+    [(3.0, 3, True), (2.8, 3, True), (2.75, 3, False), (3.0, 4, False), (1.0, 3, False)],
+)
+def test_an_end_that_the_run_does_not_reach_is_warned_about(end: float, epochs: int, is_late: bool) -> None:
+    """Updates are made by the call after the step that they are counted by, and step 12 is not taken."""
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    in_time = gmp_modifier(params=["fc2.weight"], end_epoch=2.0)
+    recipe = recipe_of(gmp_modifier(end_epoch=end), in_time, item("EpochRangeModifier", end_epoch=epochs))
+    assert recipe.epochs == epochs
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        run = recipe.attach(model, optimizer, STEPS_PER_EPOCH)
+    expected = (
+        "Recipe.attach: modifier 1, GMPruningModifier: expected an end_epoch that the run of 12 steps reaches, got "
+        f"{end:g}, whose update, the last, is due at step 12, counted from 0; call run.step() once more after the last "
+        "step, or train an epoch more"
+    )
+    assert [str(warning.message) for warning in said] == [expected] * is_late
+    for step in range(epochs * STEPS_PER_EPOCH):
+        train_step(model, optimizer, step)
+        run.step()
+    assert run.finished == (not is_late)
+    run.step()
+    assert run.finished
+    assert int((model["fc"].weight == 0).sum()) == 32
+
+
+def test_a_warning_that_is_an_error_has_changed_nothing() -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    recipe = recipe_of(gmp_modifier(start_epoch=0.0), item("SetLearningRateModifier", learning_rate=0.25))
+    with warnings.catch_warnings(), pytest.raises(GMPWarning, match="reaches, got 3"):
+        warnings.simplefilter("error")
+        recipe.attach(model, optimizer, STEPS_PER_EPOCH)
+    assert optimizer.param_groups[0]["lr"] == 0.5
+    assert not optimizer._optimizer_step_post_hooks
+    assert not any(zeros_of(model).values())
+
+
 def test_halves_round_to_even() -> None:
     job = Job(gmp_modifier(init_sparsity=0.0625, final_sparsity=0.1625, inter_func="linear", update_frequency=2)).train(
         4
@@ -106,7 +163,7 @@ def test_halves_round_to_even() -> None:
 
 
 def test_too_many_updates_are_refused() -> None:
-    recipe = recipes.load("modifiers:\n" + gmp_modifier(update_frequency=1e-7, end_epoch=1e6))
+    recipe = recipe_of(gmp_modifier(update_frequency=1e-7, end_epoch=1e6))
     with pytest.raises(ScheduleError, match="raise update_frequency"):
         recipe.trace(5000)
 
@@ -303,7 +360,8 @@ def test_what_cannot_be_attached_changes_nothing(
     model = network()
     optimizer = torch.optim.SGD([p for name, p in model.named_parameters() if name != "up.bias"], lr=0.5)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    recipe = recipes.load("modifiers:\n" + "".join([*items, item("SetWeightDecayModifier", weight_decay=0.9)]))
+    length = item("EpochRangeModifier", end_epoch=4)
+    recipe = recipe_of(*items, item("SetWeightDecayModifier", weight_decay=0.9), length)
     with pytest.raises(error, match=said):
         recipe.attach(model, optimizer, 4, **arguments)
     assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
@@ -317,6 +375,4 @@ def test_what_cannot_be_attached_changes_nothing(
 def test_steps_per_epoch_is_a_whole_number(steps_per_epoch: Any) -> None:
     model = network()
     with pytest.raises(ScheduleError, match="steps_per_epoch: expected a whole number >= 1"):
-        recipes.load("modifiers:\n" + gmp_modifier()).attach(
-            model, torch.optim.SGD(model.parameters()), steps_per_epoch
-        )
+        recipe_of(gmp_modifier()).attach(model, torch.optim.SGD(model.parameters()), steps_per_epoch)

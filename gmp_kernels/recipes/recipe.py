@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any, NamedTuple
@@ -19,11 +20,12 @@ from gmp_kernels.recipes.names import Names
 from gmp_kernels.recipes.options import Options, RecipeLR, in_order, learning_rate_of, weight_decay_of
 from gmp_kernels.recipes.pruners import plan_pruners, schedule_of, share_of_zeros
 from gmp_kernels.recipes.text import Overrides, items_of
+from gmp_kernels.recipes.timing import first_step
 from gmp_kernels.run import Run
 from gmp_kernels.scheduler import GMPScheduler
 from gmp_kernels.schedules import check_whole
 
-__all__ = ["Recipe", "Trace", "load"]
+__all__ = ["Recipe", "Trace", "load", "words_about_ends"]
 
 
 def load(recipe: str | PathLike[str], recipe_args: Overrides = None) -> Recipe:
@@ -151,7 +153,8 @@ class Recipe:
         Warns
         -----
         GMPWarning
-            A parameter has more zeros than its final sparsity asks for.
+            A parameter has more zeros than its final sparsity asks for, or the last update of a ramp is due when the
+            run is over.
         """
         steps_per_epoch = check_whole("Recipe.attach: steps_per_epoch", steps_per_epoch, 1)
         if unknown := set(arguments) - {"count", "nonfinite", "backend"}:
@@ -176,6 +179,8 @@ class Recipe:
             for modifier in in_order(self.modifiers)
             if isinstance(modifier, TrainableParams)
         }
+        for word in words_about_ends(self, steps_per_epoch):
+            warn(f"Recipe.attach: {word}")
         pruners: list[GMPScheduler] = []
         try:
             for plan in plans:
@@ -214,3 +219,17 @@ class Recipe:
         rates = learning_rate_of(self.modifiers, steps_per_epoch)
         decay = weight_decay_of(self.modifiers, steps_per_epoch)
         return Trace(sparsity, [rates.at(step, 0) for step in steps], [decay.at(step, 0) for step in steps])
+
+
+def words_about_ends(recipe: Recipe, steps_per_epoch: int) -> Iterator[str]:
+    """Yield what to do about each ramp whose last update is due when the run is over."""
+    num_steps = recipe.epochs * steps_per_epoch
+    for modifier in recipe.modifiers:
+        if isinstance(modifier, GradualPruning) and modifier.end != -1:
+            end_step = first_step(modifier.end, steps_per_epoch)
+            if end_step >= num_steps:
+                yield (
+                    f"{modifier.name}: expected an end_epoch that the run of {num_steps} steps reaches, got "
+                    f"{modifier.end:g}, whose update, the last, is due at step {end_step}, counted from 0; call "
+                    "run.step() once more after the last step, or train an epoch more"
+                )

@@ -18,6 +18,7 @@ from gmp_kernels.recipes import Recipe
 from gmp_kernels.recipes.modifiers import ALL, ALL_PRUNABLE, GradualPruning, Pruning
 from gmp_kernels.recipes.names import Names
 from gmp_kernels.recipes.pruners import plan_pruners, schedule_of
+from gmp_kernels.recipes.recipe import words_about_ends
 from gmp_kernels.schedules import Schedule
 from gmp_kernels.tools.plan import Course, check_length
 
@@ -103,6 +104,7 @@ def warnings_about(recipe: Recipe, layers: Mapping[str, tuple[int, ...]], steps_
     """Yield what may surprise in a run of the recipe; with ``layers``, what it does to them."""
     tensors = [TensorInfo(Path(), name, "F32", shape, 0, 0) for name, shape in layers.items()]
     left_out = {t.name: t.reason for t in TensorIndex(tensors).choose(None, None)[1].left_out} if layers else {}
+    yield from words_about_ends(recipe, steps_per_epoch)
     for modifier in recipe.modifiers:
         if isinstance(modifier, GradualPruning):
             if not modifier.leave_enabled and modifier.end != -1:
