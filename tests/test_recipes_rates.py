@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from recipe_jobs import STEPS_PER_EPOCH, Job, gmp_modifier, item, network
+from recipe_jobs import STEPS_PER_EPOCH, Job, gmp_modifier, item, network, recipe_of
 from recipe_semantics import cosine, train_step
 
 from gmp_kernels import recipes
@@ -89,7 +89,8 @@ SCHEDULERS = {
         + lr_modifier("ExponentialLR", start=4.0, gamma=1.0),
         [0.09] * 4 + [0.2 - 0.18 * step / 4 for step in range(4)] + [0.02] * 4 + [0.07] * 4 + [0.2] * 8,
     ),
-    # Whatever the order in the recipe, the one without an end comes last, at the step that both set.
+    # Whatever the order in the recipe, the one without an end comes last, at the step that both set: SparseML's
+    # BaseManager sorts its modifiers by BaseModifier.comparator, by end, where -1 is last, then by start.
     "order": (
         item("SetLearningRateModifier", learning_rate=0.07, start_epoch=1.0) + function("linear"),
         [0.5] * 4 + [0.07] + [0.2 - 0.18 * step / 12 for step in range(1, 12)] + [0.02] * 8,
@@ -98,13 +99,17 @@ SCHEDULERS = {
 }
 
 
+def as_traced(values: list[list[float]], own: float) -> list[float | None]:
+    """Return what a trace has of the first param group; None while the optimizer's own value holds."""
+    return [None if group == own else group for group, *_ in values]
+
+
 @pytest.mark.parametrize(("modifiers", "expected"), SCHEDULERS.values(), ids=SCHEDULERS)
 def test_learning_rates(modifiers: str, expected: list[float]) -> None:
     job = Job(gmp_modifier(), modifiers).train(6)
     assert [rates[0] for rates in job.rates] == pytest.approx(expected, rel=1e-12)
-    assert recipes.load("modifiers:\n" + gmp_modifier() + modifiers).trace(STEPS_PER_EPOCH).learning_rate[:8] == (
-        pytest.approx([None if rate == 0.5 else rate for rate in expected[:8]])
-    )
+    trace = recipe_of(gmp_modifier(), modifiers, item("EpochRangeModifier", end_epoch=6)).trace(STEPS_PER_EPOCH)
+    assert trace.learning_rate == as_traced([*job.rates, [job.optimizer.param_groups[0]["lr"]]], 0.5)
 
 
 def test_a_cycle_that_is_whole_steps_but_for_rounding() -> None:
@@ -130,7 +135,7 @@ def test_learning_rates_by_group() -> None:
 def test_a_recipe_without_rates_takes_a_scheduler_of_torch() -> None:
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    recipe = recipes.load("modifiers:\n" + gmp_modifier())
+    recipe = recipe_of(gmp_modifier(), item("EpochRangeModifier", end_epoch=4))
     run = recipe.attach(model, optimizer, 4, lr_scheduler=LR.StepLR(optimizer, 2, 0.5))
     for step in range(4):
         train_step(model, optimizer, step)
@@ -141,15 +146,17 @@ def test_a_recipe_without_rates_takes_a_scheduler_of_torch() -> None:
 
 
 def test_weight_decay_by_group() -> None:
-    job = Job(
+    items = [
         gmp_modifier(),
         item("SetWeightDecayModifier", weight_decay=0.0, start_epoch=2.0),
         item("SetWeightDecayModifier", weight_decay=0.125, start_epoch=1.3, param_groups=[1], end_epoch=-1),
-        item("SetWeightDecayModifier", weight_decay=0.5, param_groups="[0]"),
-        num_groups=2,
-    ).train(4)
-    assert [decay[0] for decay in job.decays] == [0.5] * 8 + [0.0] * 8
+        item("SetWeightDecayModifier", weight_decay=0.5, param_groups="[0]", start_epoch=0.5),
+    ]
+    job = Job(*items, num_groups=2).train(4)
+    assert [decay[0] for decay in job.decays] == [0.25] * 2 + [0.5] * 6 + [0.0] * 8
     assert [decay[1] for decay in job.decays] == [0.25] * 6 + [0.125] * 2 + [0.0] * 8
+    trace = recipe_of(*items, item("EpochRangeModifier", end_epoch=4)).trace(STEPS_PER_EPOCH)
+    assert trace.weight_decay == as_traced([*job.decays, [0.0]], 0.25)
 
 
 def test_trainable_parameters() -> None:
