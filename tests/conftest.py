@@ -6,7 +6,7 @@ import os
 import zlib
 from collections.abc import Iterable, Iterator
 from types import ModuleType
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import pytest
 import torch
@@ -14,6 +14,9 @@ from hypothesis import settings
 
 from gmp_kernels.backends import choose, cpu
 from gmp_kernels.tools.testing import device_of
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 if not torch.cuda.is_available():
     # Set before anything imports triton, for this process and those that tests start: its kernels then run on the host.
@@ -137,3 +140,11 @@ def num_threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(request.param)
     yield request.param
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def saved(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """Figures that the test has written, to look at what is on them."""
+    from picture_cases import keep_figures  # imports matplotlib, which few tests need
+
+    return keep_figures(monkeypatch)

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
+from picture_cases import labels_of, title_of
 from scheduler_cases import RAMP, make, train_step
-from test_plots import labels_of, saved  # noqa: F401 (a fixture)
 
 from gmp_kernels import GMPScheduler, schedules
 from gmp_kernels.errors import OutputError
@@ -145,7 +146,7 @@ def test_what_the_schedules_ask_for_is_what_the_masks_become(case: str) -> None:
     assert (asked.layers == {}) == (case == "global")
 
 
-def test_the_picture_says_where_the_run_stands(tmp_path: Path, saved) -> None:  # noqa: F811
+def test_the_picture_says_where_the_run_stands(tmp_path: Path, saved: list[Figure]) -> None:
     model, optimizer, pruner = make(distribution="erk")
     for step in range(STEPS):
         if step in (0, 7):
@@ -153,8 +154,7 @@ def test_the_picture_says_where_the_run_stands(tmp_path: Path, saved) -> None:  
         train_step(model, optimizer, step)
         pruner.step()
     pruner.plot(str(tmp_path / "a.png"))
-    titles = [figure.axes[0].get_title(loc="left") for figure in saved]
-    assert titles == [
+    assert [title_of(figure) for figure in saved] == [
         "Sparsity of 3 layers: 0.0% at step 0; the last update is due at step 10",
         "Sparsity of 3 layers: 79.3% at step 7; the last update is due at step 10",
         "Sparsity of 3 layers: 90.0% at step 14; all updates are made",
@@ -164,14 +164,14 @@ def test_the_picture_says_where_the_run_stands(tmp_path: Path, saved) -> None:  
     assert [figure.axes[0].get_xlim() for figure in saved] == [(0, 10), (0, 10), (0, 14)]
 
 
-def test_a_run_past_its_end_says_so_without_reports(tmp_path: Path, saved) -> None:  # noqa: F811
+def test_a_run_past_its_end_says_so_without_reports(tmp_path: Path, saved: list[Figure]) -> None:
     model, optimizer, pruner = make(schedule=Hold(1))
     for step in range(3):
         train_step(model, optimizer, step)
         pruner.step()
     pruner.plot(tmp_path / "a.png")
     assert pruner.history == []
-    assert saved[0].axes[0].get_title(loc="left") == "Sparsity of 3 layers: 0.0% at step 3; all updates are made"
+    assert title_of(saved[0]) == "Sparsity of 3 layers: 0.0% at step 3; all updates are made"
 
 
 def test_a_path_that_names_no_picture_is_refused(tmp_path: Path) -> None:

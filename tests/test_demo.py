@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from gmp_kernels import BitMask, ScheduleError, SparsityError
+from gmp_kernels.plots import Curves, plot_sparsity
 from gmp_kernels.tools import demo
 from gmp_kernels.tools.demo import data, report
 from gmp_kernels.tools.demo.model import DigitMLP
@@ -40,9 +41,22 @@ def run(out_dir: Path, **options: Any) -> tuple[dict[str, Any], str]:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], str]:
+def drawn() -> list[Curves]:
+    """The sparsities that ``finished`` has drawn."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, drawn: list[Curves]) -> tuple[Path, dict[str, Any], str]:
     out_dir = tmp_path_factory.mktemp("demo") / "not" / "there"
-    return out_dir, *run(out_dir, seeds=2, seed=3)
+
+    def keep(path: Path, curves: Curves, *rest: Any, **options: Any) -> None:
+        drawn.append(curves)
+        plot_sparsity(path, curves, *rest, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("gmp_kernels.tools.demo.job.plot_sparsity", keep)
+        return out_dir, *run(out_dir, seeds=2, seed=3)
 
 
 def test_every_file_is_written(finished: tuple[Path, dict[str, Any], str]) -> None:
@@ -51,6 +65,32 @@ def test_every_file_is_written(finished: tuple[Path, dict[str, Any], str]) -> No
     for picture in out_dir.glob("*.png"):
         assert picture.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     assert json.loads((out_dir / "metrics.json").read_text()) == metrics
+
+
+def test_the_sparsity_that_is_drawn_is_that_of_the_run(
+    finished: tuple[Path, dict[str, Any], str], drawn: list[Curves]
+) -> None:
+    _, metrics, _ = finished
+    (curves,) = drawn
+    sizes = {name: layer["num_weights"] for name, layer in metrics["layers"].items()}
+    steps_per_epoch = metrics["config"]["stages"]["steps_per_epoch"]
+    begin, end = round(4 / 60 * steps_per_epoch), round(4 * 35 / 60 * steps_per_epoch)
+    assert list(curves.steps) == [
+        0,
+        begin,
+        begin + steps_per_epoch,
+        begin + 2 * steps_per_epoch,
+        end,
+        4 * steps_per_epoch,
+    ]
+    assert curves.layers.keys() == sizes.keys()
+    for i, step in enumerate(curves.steps):
+        left = max(0.0, (end - step) / (end - begin))
+        sparsity = SPARSITY + (0.05 - SPARSITY) * left**3 if step else 0.0
+        num_pruned = {name: round(sparsity * n) for name, n in sizes.items()}
+        assert {name: curves.layers[name][i] * n for name, n in sizes.items()} == pytest.approx(num_pruned)
+        assert curves.total[i] * sum(sizes.values()) == pytest.approx(sum(num_pruned.values()))
+    assert num_pruned == {name: layer["num_pruned"] for name, layer in metrics["layers"].items()}
 
 
 def test_metrics_hold_what_they_promise(finished: tuple[Path, dict[str, Any], str]) -> None:
@@ -63,7 +103,7 @@ def test_metrics_hold_what_they_promise(finished: tuple[Path, dict[str, Any], st
         assert accuracy["std"] == pytest.approx((high - low) / 2**0.5)
     assert metrics["config"]["seeds"] == [3, 4]
     assert metrics["test_accuracy"]["dense"]["min"] > 0.5, "chance is 0.1"
-    assert metrics["seconds"]["gmp"]["training"] > metrics["seconds"]["gmp"]["pruning"] > 0
+    assert min(metrics["seconds"]["gmp"].values()) > 0
     assert metrics["versions"]["torch"] == torch.__version__
     assert [len(curve) for curve in metrics["curves"]["gmp"]] == [5, 5]
 
@@ -202,13 +242,18 @@ def test_the_report_owns_up_to_a_wrong_count(finished: tuple[Path, dict[str, Any
     assert "exactly round" not in text
 
 
-def test_same_seed_same_networks_and_another_seed_others(tmp_path: Path) -> None:
-    first, second, other = (
-        run(tmp_path / name, epochs=2, seed=seed)[0] for name, seed in (("a", 0), ("b", 0), ("c", 1))
+def test_same_seed_same_networks_and_another_seed_others(
+    finished: tuple[Path, dict[str, Any], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out_dir, metrics, _ = finished
+    monkeypatch.setattr("gmp_kernels.tools.demo.trial.SWEEP", ())  # and whatever else is compared
+    again = [run(tmp_path / str(seed), seed=seed)[0] for seed in metrics["config"]["seeds"]]
+    first, *others = (
+        (folder / "model.safetensors").read_bytes() for folder in (out_dir, tmp_path / "3", tmp_path / "4")
     )
-    saved = [(tmp_path / name / "model.safetensors").read_bytes() for name in "abc"]
-    assert saved[0] == saved[1] != saved[2]
-    assert first["curves"] == second["curves"] != other["curves"]
+    assert first == others[0] != others[1]
+    for method, curves in metrics["curves"].items():
+        assert curves == [numbers["curves"][method][0] for numbers in again]
 
 
 def test_threads_are_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 from matplotlib.figure import Figure
+from picture_cases import labels_of, title_of
 
 from gmp_kernels import ShapeError, Stages
-from gmp_kernels import plots as shared
 from gmp_kernels.errors import OutputError
 from gmp_kernels.plots import Curves, plot_sparsity
 from gmp_kernels.tools import plots
@@ -24,21 +24,6 @@ def assert_is_png(path: Path) -> None:
     assert path.stat().st_size > 5000
 
 
-@pytest.fixture
-def saved(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
-    """The figures that are written, to look at what is on them."""
-    figures: list[Figure] = []
-    save = shared.save
-
-    def keep(figure: Figure, path: Path) -> None:
-        figures.append(figure)
-        save(figure, path)
-
-    for module in (shared, plots):
-        monkeypatch.setattr(module, "save", keep)
-    return figures
-
-
 def staircase(final: float) -> list[float]:
     return [final * step / 60 for step in STEPS]
 
@@ -46,10 +31,6 @@ def staircase(final: float) -> list[float]:
 def curves(**finals: float) -> Curves:
     """A total that ends at 0.5, and layers that end at these sparsities."""
     return Curves(STEPS, staircase(0.5), {name: staircase(final) for name, final in finals.items()})
-
-
-def labels_of(figure: Figure) -> list[str]:
-    return [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
 
 
 def test_sparsity_is_a_staircase_that_holds_until_the_next_step(tmp_path: Path, saved: list[Figure]) -> None:
@@ -62,7 +43,7 @@ def test_sparsity_is_a_staircase_that_holds_until_the_next_step(tmp_path: Path, 
     assert [list(line.get_ydata()) for line in axes.lines] == [staircase(0.5), staircase(0.9), staircase(0.2)]
     assert labels_of(saved[0]) == ["total", "b", "a"]
     assert axes.get_xlabel() == "optimizer steps"
-    assert axes.get_title(loc="left") == "title"
+    assert title_of(saved[0]) == "title"
     assert {text.get_text() for text in axes.texts} == {"stabilization", "pruning", "fine-tuning"}
 
 
@@ -87,7 +68,7 @@ def test_layers_that_coincide_are_one_line_and_counted(tmp_path: Path, saved: li
     assert list(saved[2].axes[0].lines[0].get_ydata()) == staircase(0.5)
 
 
-def test_targets_are_thin_lines_and_part_those_who_meet_so_far(tmp_path: Path, saved: list[Figure]) -> None:
+def test_targets_are_thin_lines_and_separate_curves_that_coincide_so_far(tmp_path: Path, saved: list[Figure]) -> None:
     so_far = Curves([0, 10], [0.0, 0.1], {"a": [0.0, 0.1], "b": [0.0, 0.1]})
     target = Curves([0, 10, 60], [0.0, 0.1, 0.6], {"a": [0.0, 0.1, 0.4], "b": [0.0, 0.1, 0.6]})
     plot_sparsity(tmp_path / "a.png", so_far, "", target=target, updates=[10], now=10)

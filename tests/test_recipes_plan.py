@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
+from picture_cases import title_of
 from recipe_semantics import sparsity_at
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from gmp_kernels import recipes
 from gmp_kernels.tools.cli import main as cli
+from gmp_kernels.tools.recipes import is_recipe
 
 RECIPES = Path(__file__).parent / "recipes"
 RUNNER = CliRunner(env={"COLUMNS": "200"})
@@ -46,9 +50,14 @@ def recipe_of(tmp_path: Path, *modifiers: str) -> Path:
     return path
 
 
-def test_a_recipe_alone(tmp_path: Path) -> None:
-    output = plan(RECIPES / "resnet50-beans-pruning.yaml", "--steps-per-epoch", 4, "--plot", tmp_path)
-    rows = [line.split() for line in output.splitlines()]
+def rows_of(output: str) -> list[list[str]]:
+    return [line.split() for line in output.splitlines()]
+
+
+def test_a_recipe_alone(tmp_path: Path, saved: list[Figure]) -> None:
+    recipe = os.path.relpath(RECIPES / "resnet50-beans-pruning.yaml")
+    output = plan(recipe, "--steps-per-epoch", 4, "--plot", tmp_path)
+    rows = rows_of(output)
     assert ["0", "0", "stabilization", "0.0000", "0.0001", "-"] in rows
     for epoch in range(1, 11):
         stage = "pruning" if epoch < 10 else "fine-tuning"
@@ -56,6 +65,10 @@ def test_a_recipe_alone(tmp_path: Path) -> None:
         assert row[1:4] == [str(4 * epoch), stage, f"{sparsity_at(epoch, 1, 10, 0.05, 0.9):.4f}"]
     assert ["15", "60", "fine-tuning", "0.9000", "5e-05", "-"] in rows
     assert "num_prune" not in output
+    assert [title_of(figure) for figure in saved] == [
+        f"Planned sparsity, {recipe}: the weights of each modifier as one layer",
+        f"Learning rate, {recipe}",
+    ]
     assert (tmp_path / "sparsity.png").exists()
     assert (tmp_path / "learning_rate.png").exists()
 
@@ -103,8 +116,23 @@ def test_the_layers_of_a_checkpoint(tmp_path: Path, checkpoint: Path) -> None:
 
 def test_weights_that_are_let_go_are_noted(tmp_path: Path) -> None:
     """Their sparsity is shown as if they were held."""
-    recipe = recipe_of(tmp_path, f"GMPruningModifier {{final_sparsity: 0.8, leave_enabled: False, {RAMP}}}")
-    assert "its weights train again after epoch 3 (leave_enabled: False)" in plan(recipe)
+    ramp = f"GMPruningModifier {{final_sparsity: 0.8, leave_enabled: False, {RAMP}}}"
+    output = plan(recipe_of(tmp_path, ramp, "EpochRangeModifier {end_epoch: 5}"))
+    assert "its weights train again after epoch 3 (leave_enabled: False)" in output
+    assert [row[:4] for row in rows_of(output) if row[:1] in (["3"], ["4"], ["5"])] == [
+        [str(epoch), str(100 * epoch), "fine-tuning", "0.8000"] for epoch in (3, 4, 5)
+    ]
+
+
+def test_the_weight_decay_of_a_recipe(tmp_path: Path) -> None:
+    decay = "SetWeightDecayModifier {weight_decay: 0.25, start_epoch: 2}"
+    output = plan(recipe_of(tmp_path, f"GMPruningModifier {{final_sparsity: 0.8, {RAMP}}}", decay))
+    assert [row[-2:] for row in rows_of(output) if row[:1] in (["0"], ["1"], ["2"], ["3"])] == [
+        ["-", "-"],
+        ["-", "-"],
+        ["-", "0.25"],
+        ["-", "0.25"],
+    ]
 
 
 def test_all_prunable_includes_embeddings(tmp_path: Path, checkpoint: Path) -> None:
@@ -123,8 +151,6 @@ def test_targets_that_the_checkpoint_does_not_have(tmp_path: Path, checkpoint: P
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("recipe.yml",), ".yml is not read"),
-        (("zoo:cv/some/stub",), "SparseZoo has been shut down"),
         ((RECIPES / "resnet50-pruned.md", "--kind", "linear"), "the recipe says itself"),
         ((RECIPES / "resnet50-pruned.md", "--pruning", 3), "the recipe says itself"),
         (("blog", "--checkpoint", "x"), "expected a recipe to plan for it"),
@@ -134,6 +160,11 @@ def test_refusals(arguments: tuple[object, ...], said: str) -> None:
     result = RUNNER.invoke(cli.app, ["plan", *map(str, arguments)])
     assert result.exit_code != 0
     assert said in str(result.exception) + result.output
+
+
+def test_what_names_a_recipe() -> None:
+    assert all(map(is_recipe, ["recipe.yml", "recipe.YAML", "a/recipe.md", "zoo:cv/some/stub"]))
+    assert not any(map(is_recipe, ["bert", "a/model", "model.safetensors", "yaml"]))
 
 
 def test_a_recipe_too_long_to_plan_is_refused_at_once(tmp_path: Path) -> None:
@@ -148,4 +179,11 @@ def test_a_recipe_that_only_holds_needs_a_checkpoint(tmp_path: Path, checkpoint:
     assert recipes.load(recipe).epochs == 2
     result = RUNNER.invoke(cli.app, ["plan", str(recipe)])
     assert "expected a recipe that prunes gradually" in str(result.exception)
-    assert "0.0000" in plan(recipe, "--checkpoint", checkpoint)
+    with_zeros = tmp_path / "zeros.safetensors"
+    save_file({"fc.weight": torch.eye(10, 4)}, with_zeros)
+    output = plan(recipe, "--checkpoint", with_zeros, "--per-layer")
+    rows = rows_of(output)
+    # Only shapes are read, so the layers count as dense.
+    for epoch in (0, 1, 2):
+        assert [str(epoch), str(100 * epoch), "fine-tuning", "0.0000", "0", "-", "-"] in rows
+    assert ["fc.weight", "10x4", "0", "0", "0.0000"] in rows

@@ -91,7 +91,7 @@ def test_stubs_and_missing_files(tmp_path: Path) -> None:
 
 def test_all_keys_with_modifiers_in_their_names_are_merged() -> None:
     more = "modifiers:\n  - !EpochRangeModifier {start_epoch: 0, end_epoch: 20}\n"
-    more += "my_training_modifiers_2:\n  - - !SetLearningRateModifier {learning_rate: 1e-4}\n".replace("- - ", "- ")
+    more += "my_training_modifiers_2:\n  - !SetLearningRateModifier {learning_rate: 1e-4}\n"
     recipe = recipes.load(more + PLAIN)
     assert [type(modifier) for modifier in recipe.modifiers] == [EpochRange, SetLearningRate, GradualPruning]
     assert recipe.epochs == 20
@@ -365,7 +365,14 @@ def test_arguments_of_loggers_are_ignored() -> None:
     assert recipes.load(PLAIN + "    log_types: __ALL__\n    constant_logging: True\n") == recipes.load(PLAIN)
 
 
-@pytest.mark.parametrize("name", ["Distillation", "Quantization", "OBSPruning", "MFACPruning", "MovementPruning"])
+OUTSIDE = """
+Distillation PerLayerDistillation Quantization LegacyQuantization GPTQ SmoothQuant
+OBSPruning MFACPruning GlobalMFACPruning MovementPruning RigLPruning TopKASTPruning SparseGPT WandaPruning
+StructuredPruning LayerPruning LayerThinning Logging
+"""
+
+
+@pytest.mark.parametrize("name", OUTSIDE.split())
 def test_modifiers_outside_are_skipped_with_one_warning(name: str) -> None:
     text = PLAIN + f"  - !{name}Modifier {{any: thing}}\n  - !ACDCPruningModifier\n"
     with pytest.warns(GMPWarning, match=f"skipped {name}Modifier, ACDCPruningModifier") as caught:
