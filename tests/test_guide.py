@@ -6,9 +6,11 @@ import contextlib
 import copy
 import io
 import re
+import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from torch import nn
 import gmp_kernels as gmp
 
 PAGES = (
-    *("index", "quickstart", "training", "choosing", "large-models", "resume"),
+    *("README", "index", "quickstart", "training", "choosing", "large-models", "resume"),
     *("migrating/torch-prune", "migrating/tf-mot", "migrating/nncf"),
 )
 STEPS_PER_EPOCH = 4
@@ -26,7 +28,8 @@ STEPS_PER_EPOCH = 4
 
 def blocks_of(page: str) -> list[tuple[str, str]]:
     """Return (info string, text) of each fenced block. Those of other libraries have a title, and do not run here."""
-    return re.findall(r"^```(.+)\n((?:.*\n)*?)```$", (ROOT / f"docs/{page}.md").read_text(), re.MULTILINE)
+    path = ROOT / ("README.md" if page == "README" else f"docs/{page}.md")
+    return re.findall(r"^```(.+)\n((?:.*\n)*?)```$", path.read_text(), re.MULTILINE)
 
 
 def a_model() -> nn.Module:
@@ -35,14 +38,10 @@ def a_model() -> nn.Module:
     return nn.Sequential(nn.Linear(20, 50), nn.ReLU(), nn.Linear(50, 50), nn.ReLU(), nn.Linear(50, 10))
 
 
-@pytest.mark.filterwarnings("error::gmp_kernels.GMPWarning", "ignore:torch.distributed is disabled")
-@pytest.mark.parametrize("page", PAGES)
-def test_the_programs_of_a_page_run_and_print_what_it_says(
-    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    model, printed, num_programs = a_model(), "", 0
-    names = {
+def names_in_scope() -> dict[str, Any]:
+    """Return what the programs of the guide take as given."""
+    model = a_model()
+    return {
         "torch": torch,
         "gmp": gmp,
         "model": model,
@@ -50,6 +49,15 @@ def test_the_programs_of_a_page_run_and_print_what_it_says(
         "loader": [(torch.randn(8, 20), torch.randint(10, (8,))) for _ in range(STEPS_PER_EPOCH)],
         "loss_fn": nn.functional.cross_entropy,
     }
+
+
+@pytest.mark.filterwarnings("error::gmp_kernels.GMPWarning", "ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("page", PAGES)
+def test_the_programs_of_a_page_run_and_print_what_it_says(
+    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names, printed, num_programs = names_in_scope(), "", 0
     for kind, text in blocks_of(page):
         if kind == "python":
             with contextlib.redirect_stdout(io.StringIO()) as out:
@@ -59,6 +67,110 @@ def test_the_programs_of_a_page_run_and_print_what_it_says(
         elif kind == "text":
             assert text in printed
     assert num_programs > 0
+
+
+def of_sparseml() -> dict[str, Any]:
+    shutil.copy(ROOT / "examples/recipe.yaml", "recipe.yaml")
+    return names_in_scope()
+
+
+def of_transformers() -> dict[str, Any]:
+    from hf_trainers import STEPS, make_model, tokens
+    from transformers import TrainingArguments
+
+    options = {"max_steps": STEPS, "report_to": [], "disable_tqdm": True, "use_cpu": True, "save_strategy": "no"}
+    return {"model": make_model(), "args": TrainingArguments("run", **options), "data": tokens()}
+
+
+def of_lightning() -> dict[str, Any]:
+    from lightning_trainers import Module
+
+    module = Module()
+    return {"gmp": gmp, "module": module, "model": module}
+
+
+def of_accelerate() -> dict[str, Any]:
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+    from torch.utils.data import DataLoader, TensorDataset
+
+    AcceleratorState._reset_state()
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    names = names_in_scope()
+    loader = DataLoader(TensorDataset(torch.randn(80, 20), torch.randint(10, (80,))), batch_size=2)
+    names["model"], names["optimizer"], loader = accelerator.prepare(names["model"], names["optimizer"], loader)
+
+    def loss_fn(model: nn.Module, batch: list[torch.Tensor]) -> torch.Tensor:
+        return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+    return names | {"accelerator": accelerator, "loader": loader, "total_steps": 20, "loss_fn": loss_fn}
+
+
+# Pages of trainers: what their programs take as given. Some take long to import.
+TRAINERS: dict[str, Callable[[], dict[str, Any]]] = {
+    "migrating/sparseml": of_sparseml,
+    "trainers/accelerate": of_accelerate,
+    "trainers/lightning": of_lightning,
+    "trainers/transformers": of_transformers,
+}
+
+
+@pytest.mark.filterwarnings("error::gmp_kernels.GMPWarning", "ignore::UserWarning")
+@pytest.mark.parametrize(
+    "page", [pytest.param(page, marks=pytest.mark.thorough if "trainers" in page else ()) for page in TRAINERS]
+)
+def test_the_programs_for_a_trainer_prune_the_model(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = TRAINERS[page]()
+    for kind, text in blocks_of(page):
+        if kind == "python":
+            exec(compile(text, f"{page}.md", "exec"), names)
+    # Embeddings, and the output that shares theirs, are left out by default.
+    weights = [
+        p for name, p in names["model"].named_parameters() if p.dim() == 2 and "wte" not in name and "wpe" not in name
+    ]
+    assert [int((weight == 0).sum()) for weight in weights] == [round(0.9 * weight.numel()) for weight in weights]
+
+
+def test_the_programs_for_averages_keep_them_sparse() -> None:
+    names = names_in_scope()
+    names["run"] = run = gmp.Stages.from_steps(10, stabilization=0).attach(names["model"], names["optimizer"])
+    program, one_call = (text for kind, text in blocks_of("trainers/ema") if kind == "python")
+    exec(compile(program, "ema.md", "exec"), names)
+    averages = dict(names["average"].module.named_parameters())
+    for name, mask in run.pruner.masks.items():
+        assert torch.equal(averages[name] != 0, mask.to_bool()) and mask.num_kept < mask.numel
+    weights = torch.randn(2, 6)
+    masks = [gmp.BitMask.from_bool(weights[0] > 0), None]
+    names |= {"averages": list(torch.ones(2, 6)), "weights": list(weights), "masks": masks}
+    exec(compile(one_call, "ema.md", "exec"), names)
+    assert torch.equal(names["averages"][0] != 0, weights[0] > 0)
+    assert torch.all(names["averages"][1] != 0)
+
+
+@pytest.fixture
+def one_rank() -> Iterator[None]:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.filterwarnings("error::gmp_kernels.GMPWarning")
+def test_each_program_for_several_processes_prunes() -> None:
+    programs = [text for kind, text in blocks_of("trainers/distributed") if kind == "python"]
+    assert len(programs) == 2
+    stages = None
+    for program in programs:
+        names = names_in_scope() | {"stages": stages}
+        exec(compile(program, "distributed.md", "exec"), names)
+        stages = names["stages"]
+        for _ in range(STEPS_PER_EPOCH + 1):
+            for p in names["model"].parameters():
+                p.grad = torch.ones_like(p)
+            names["optimizer"].step()
+            reports = names["run"].step()
+        assert [report.sparsity for report in reports] == [0.05]
 
 
 class Case:
