@@ -137,6 +137,11 @@ def test_the_programs_for_averages_keep_them_sparse() -> None:
     names["run"] = run = gmp.Stages.from_steps(10, stabilization=0).attach(names["model"], names["optimizer"])
     program, one_call = (text for kind, text in blocks_of("trainers/ema") if kind == "python")
     exec(compile(program, "ema.md", "exec"), names)
+    _, first, others = program.partition("\noptimizer.step()")
+    for _ in range(5):
+        for p in names["model"].parameters():
+            p.grad = torch.randn_like(p)
+        exec(compile(first + others, "ema.md", "exec"), names)
     averages = dict(names["average"].module.named_parameters())
     for name, mask in run.pruner.masks.items():
         assert torch.equal(averages[name] != 0, mask.to_bool()) and mask.num_kept < mask.numel
