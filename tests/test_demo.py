@@ -75,14 +75,7 @@ def test_the_sparsity_that_is_drawn_is_that_of_the_run(
     sizes = {name: layer["num_weights"] for name, layer in metrics["layers"].items()}
     steps_per_epoch = metrics["config"]["stages"]["steps_per_epoch"]
     begin, end = round(4 / 60 * steps_per_epoch), round(4 * 35 / 60 * steps_per_epoch)
-    assert list(curves.steps) == [
-        0,
-        begin,
-        begin + steps_per_epoch,
-        begin + 2 * steps_per_epoch,
-        end,
-        4 * steps_per_epoch,
-    ]
+    assert list(curves.steps) == [0, *range(begin, end, steps_per_epoch), end, 4 * steps_per_epoch]
     assert curves.layers.keys() == sizes.keys()
     for i, step in enumerate(curves.steps):
         left = max(0.0, (end - step) / (end - begin))

@@ -118,7 +118,7 @@ def test_without_an_end_it_stays_at_the_start() -> None:
     [(3.0, 3, True), (2.8, 3, True), (2.75, 3, False), (3.0, 4, False), (1.0, 3, False)],
 )
 def test_an_end_that_the_run_does_not_reach_is_warned_about(end: float, epochs: int, is_late: bool) -> None:
-    """Updates are made by the call after the step that they are counted by, and step 12 is not taken."""
+    """The update of step n comes with step n, and a run of 12 steps takes those from 0 to 11."""
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     in_time = gmp_modifier(params=["fc2.weight"], end_epoch=2.0)
@@ -129,8 +129,8 @@ def test_an_end_that_the_run_does_not_reach_is_warned_about(end: float, epochs: 
         run = recipe.attach(model, optimizer, STEPS_PER_EPOCH)
     expected = (
         "Recipe.attach: modifier 1, GMPruningModifier: expected an end_epoch that the run of 12 steps reaches, got "
-        f"{end:g}, whose update, the last, is due at step 12, counted from 0; call run.step() once more after the last "
-        "step, or train an epoch more"
+        f"{end:g}: its update is due at step 12, counted from 0; call run.step() once more after the last step, or "
+        "train an epoch more"
     )
     assert [str(warning.message) for warning in said] == [expected] * is_late
     for step in range(epochs * STEPS_PER_EPOCH):

@@ -105,7 +105,7 @@ def test_the_layers_of_a_checkpoint(tmp_path: Path, checkpoint: Path) -> None:
         assert row["learning_rate"] is None
     assert [row["epoch"] for row in document["rows"]] == [0, 1, 2, 3]
     assert "4 layers of" in output
-    assert "GMPruningModifier: expected an end_epoch that the run of 30 steps reaches, got 3, whose" in output
+    assert "GMPruningModifier: expected an end_epoch that the run of 30 steps reaches, got 3: its" in output
     assert "an update every 0.001 epochs is more than one per step" in output
     assert "'re:conv1.weight' matches beginnings of names, also of 'conv1.weight_scale'" in output
     # A name that is given exactly is meant.

@@ -230,6 +230,6 @@ def words_about_ends(recipe: Recipe, steps_per_epoch: int) -> Iterator[str]:
             if end_step >= num_steps:
                 yield (
                     f"{modifier.name}: expected an end_epoch that the run of {num_steps} steps reaches, got "
-                    f"{modifier.end:g}, whose update, the last, is due at step {end_step}, counted from 0; call "
-                    "run.step() once more after the last step, or train an epoch more"
+                    f"{modifier.end:g}: its update is due at step {end_step}, counted from 0; call run.step() once "
+                    "more after the last step, or train an epoch more"
                 )
