@@ -24,7 +24,7 @@ from gmp_kernels.checks import (
     counts_to_prune,
 )
 from gmp_kernels.errors import DeviceError, DTypeError, ShapeError
-from gmp_kernels.formats import format_of
+from gmp_kernels.formats import ROW_MAJOR, format_of
 from gmp_kernels.library import define
 from gmp_kernels.masks import BitMask
 from gmp_kernels.search.brackets import brackets_near
@@ -359,9 +359,9 @@ def _apply_packed(weights: Sequence[torch.Tensor], masks: Sequence[torch.Tensor]
 
 
 def packed_beside(masks: Sequence[BitMask | None], weights: Sequence[torch.Tensor]) -> list[Any]:
-    """Return the packed bits of masks in the memory formats of their weights; None stays None."""
+    """Return the packed bits of masks in the formats of their weights, row-major for those of none; None stays None."""
     pairs = zip(masks, weights, strict=True)
-    return [None if mask is None else mask.to(memory_format=format_of(w)).packed for mask, w in pairs]
+    return [None if mask is None else mask.to(memory_format=format_of(w) or ROW_MAJOR).packed for mask, w in pairs]
 
 
 def bit_masks(packed: Sequence[torch.Tensor | None], weights: Sequence[torch.Tensor]) -> list[Any]:

@@ -177,18 +177,36 @@ def test_other_writes_are_found_and_repaired_in_any_format(kind: str) -> None:
             assert_bitwise_equal(p.detach(), wanted[name], name)
 
 
-def test_a_sample_finds_writes_that_no_version_shows() -> None:
+@pytest.mark.parametrize("kind", ["torch", "adamw", "compact"])
+def test_a_sample_finds_writes_that_no_version_shows(kind: str) -> None:
     model = nn.Conv2d(16, 64, 3, bias=False).to(memory_format=torch.channels_last)
-    pruner = GMPScheduler(model, torch.optim.SGD(model.parameters(), lr=0.1), schedules.OneShot(0.5))
-    pruner.step()
-    mask = pruner.masks["weight"]
-    assert mask.memory_format is torch.channels_last
-    for _ in range(4):  # samples are of pruned weights only
-        assert not pruner._held.watch.sees_life(["weight"], pruner.masks)
-    model.weight.data[~mask.to_bool()] = 1.0
-    with pytest.warns(Warning, match="were not zero any more"):
-        pruner.step()
-    assert torch.equal(model.weight != 0, mask.to_bool())
+    optimizer = OPTIMIZERS[kind][1](model.parameters())
+    pruner = GMPScheduler(model, optimizer, schedules.OneShot(0.5))
+    for step, is_last in enumerate((True, False, True)):
+        convert(model, is_last)
+        train((model, optimizer, pruner), step)
+        mask = pruner.masks["weight"]
+        for _ in range(4):  # samples are of pruned weights only
+            assert not pruner._held.watch.sees_life(["weight"], pruner.masks)
+        model.weight.data[~mask.to_bool()] = 1.0
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            pruner.step()
+        assert len(caught) == (step == 0)  # a pruner says so once
+        assert torch.equal(model.weight != 0, mask.to_bool())
+
+
+def test_a_compiled_norm_is_that_of_kept_weights_whatever_the_strides() -> None:
+    shape = (9, 5, 3, 3)
+    kept = torch.rand(shape, generator=torch.Generator().manual_seed(0)) < 0.4
+    gradient = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    norm = (gradient * kept).double().norm().float()
+    mask, p = BitMask.from_bool(kept).to(memory_format=torch.channels_last), nn.Parameter(torch.zeros(shape))
+    for order in ((0, 1, 2, 3), (0, 2, 3, 1), (3, 1, 2, 0)):
+        inverse = [order.index(dimension) for dimension in range(4)]
+        p.grad = gradient.permute(order).contiguous().permute(inverse)
+        clip = torch.compile(lambda: clip_grad_norm_([p], 1e9, masks=[mask]), backend="aot_eager")
+        torch.testing.assert_close(clip(), norm)
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu", "simt", "triton"])

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from gmp_kernels.distributed.placement import local
-from gmp_kernels.formats import format_of, in_memory_order
+from gmp_kernels.formats import in_memory_order
 from gmp_kernels.masks import BitMask
 from gmp_kernels.model.targets import check_present
 from gmp_kernels.pruner.zeroing import slices
@@ -65,7 +65,8 @@ class Watch:
         self._shapes = list(map(_shape, self._parameters))
         self._versions: list[int] | None = None
         self._num_looks = 0
-        self._samples: dict[str, tuple[torch.Tensor, torch.Tensor | None]] = {}
+        # Of each layer, by the format of its mask, which may follow the weight to another one.
+        self._samples: dict[tuple[str, torch.memory_format], tuple[torch.Tensor, torch.Tensor | None]] = {}
         # A GPU's answer to a quick check, and the event after which it is there.
         self._answer: tuple[torch.cuda.Event, torch.Tensor] | None = None
         # Once the parameters are found: their holders, keys and themselves; the modules on the way, now and then.
@@ -154,11 +155,11 @@ class Watch:
         weight, mask = local(self._by_name[name]).detach(), masks[name]
         if weight.shape != mask.shape:
             return True
-        if format_of(weight) is not mask.memory_format:
-            return False
-        if name not in self._samples:
-            self._samples[name] = _sample_of(mask, turn)
-        indices, is_pruned = self._samples[name]
+        key = name, mask.memory_format
+        if key not in self._samples:
+            self._samples[key] = _sample_of(mask, turn)
+        indices, is_pruned = self._samples[key]
+        # It takes a few elements of any strides without a copy.
         found = torch.take(in_memory_order(weight, mask.memory_format), indices)
         if is_pruned is None:
             return any(found.tolist())
