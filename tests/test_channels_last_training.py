@@ -232,6 +232,19 @@ def test_norms_and_averages_ignore_pruned_weights(backend: str) -> None:
     assert_bitwise_equal(moved[~kept], torch.zeros(int((~kept).sum())))
 
 
+@pytest.mark.parametrize("kind", ["momentum", "adamw", "compact"])
+def test_an_empty_part_has_any_strides(kind: str) -> None:
+    """As a rank has it, if a layer in channels_last has fewer input channels than there are ranks."""
+    whole = torch.randn(7, 3, 3, 3).to(memory_format=torch.channels_last)
+    parts = [nn.Parameter(part) for part in (whole.clone(), whole[:, 3:], torch.empty_like(whole[:, 3:]))]
+    optimizer = OPTIMIZERS[kind][1](parts)
+    for _ in range(2):
+        for p in parts:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+    assert bool((parts[0] != whole).all()) and [p.shape for p in parts[1:]] == [(7, 0, 3, 3)] * 2
+
+
 class Residual(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()

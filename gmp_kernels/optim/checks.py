@@ -101,7 +101,9 @@ def bits_beside(weight: torch.Tensor, mask: BitMask) -> torch.Tensor:
 
 
 def is_dense(p: torch.Tensor) -> bool:
-    """Whether the elements fill their memory without gaps or overlap, in any order of dimensions."""
+    """Whether the elements, if there are any, fill their memory without gaps or overlap, in any order of dimensions."""
+    if p.numel() == 0:
+        return True
     expected = 1
     for stride, size in sorted((s, n) for s, n in zip(p.stride(), p.shape, strict=True) if n > 1):
         if stride != expected:
