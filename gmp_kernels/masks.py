@@ -205,6 +205,12 @@ class BitMask:
             return here
         return BitMask.from_bool(here._unpacked().contiguous(memory_format=wanted))
 
+    def follow(self, weight: torch.Tensor) -> None:
+        """Bring the bits into the memory format of a weight of the same shape, unless its strides are of none."""
+        memory_format = format_of(weight)
+        if memory_format not in (self.memory_format, None):
+            self.become(self.to(memory_format=memory_format))
+
     def become(self, other: BitMask) -> None:
         """Take over the bits of another mask of the same shape, not copied, and their format, in one step."""
         # In one call of C, so that no interrupt finds bits in another order than they are said to be.

@@ -229,7 +229,7 @@ class Masking(torch.optim.Optimizer):
         zeroed: dict[torch.device, tuple[list[torch.Tensor], list[BitMask]]] = {}
         filled: list[Callable[[], object]] = []
         for p in behind:
-            mask = self._masks[p]
+            mask = self._aligned(p)
             for tensor in self._behind(p, states.get(p, self.state.get(p, {}))):
                 if format_of(tensor) is mask.memory_format and not tensor.is_neg():
                     tensors, masks = zeroed.setdefault(tensor.device, ([], []))
@@ -261,10 +261,9 @@ class Masking(torch.optim.Optimizer):
         return layout.mask is not mask.packed or format_of(local(p)) not in (mask.memory_format, None)
 
     def _aligned(self, p: torch.Tensor) -> BitMask:
-        """Return the mask by which compact state is laid out, in the memory format of its parameter from now on."""
-        mask, memory_format = self._masks[p], format_of(local(p))
-        if memory_format not in (mask.memory_format, None):
-            mask.become(mask.to(memory_format=memory_format))
+        """Return the mask of a parameter, in whose memory format it is from now on, so that kernels can apply it."""
+        mask = self._masks[p]
+        mask.follow(local(p))
         return mask
 
     def _replace(

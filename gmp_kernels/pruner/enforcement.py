@@ -13,7 +13,6 @@ from gmp_kernels.backends import devices
 from gmp_kernels.distributed import Shards
 from gmp_kernels.distributed.placement import local, sum_over_shards
 from gmp_kernels.errors import CaptureError, StateError, TargetError, warn
-from gmp_kernels.formats import format_of
 from gmp_kernels.masks import BitMask
 from gmp_kernels.model.wrappers import inside, optimizer_chain, with_own_hooks
 from gmp_kernels.ops import Threshold
@@ -266,15 +265,12 @@ class Enforcement:
         there already. With ``are_checked`` an optimizer that applies masks itself has just checked them.
         """
         masks = self._masks_of(names)
-        for p, mask in masks.items():
-            # A mask follows its parameter to another memory format, in which kernels can apply it.
-            memory_format = format_of(local(p))
-            if memory_format not in (mask.memory_format, None):
-                mask.become(mask.to(memory_format=memory_format))
         self.watch.distrust()
         if self.masked_optimizer is not None:
             self.masked_optimizer.share_masks(masks, ranked_is_pruned=ranked_is_pruned, are_checked=are_checked)
         else:
+            for p, mask in masks.items():
+                mask.follow(local(p))
             self._zero([] if ranked_is_pruned else masks, masks)
         self.watch.record()
 
