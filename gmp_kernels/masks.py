@@ -203,7 +203,9 @@ class BitMask:
         wanted = _checked(self.shape, memory_format)
         if wanted is here.memory_format:
             return here
-        return BitMask.from_bool(here._unpacked().contiguous(memory_format=wanted))
+        # A mask may take over these bits, and outside of that mode torch refuses to write tensors made in it.
+        with torch.inference_mode(False):
+            return BitMask.from_bool(here._unpacked().contiguous(memory_format=wanted))
 
     def follow(self, weight: torch.Tensor) -> None:
         """Bring the bits into the memory format of a weight of the same shape, unless its strides are of none."""

@@ -133,6 +133,18 @@ def test_a_call_that_raises_leaves_a_mask_of_another_format_alone(backend: str, 
     assert mask == BitMask.ones(weight.shape, device) and int((weight != 0).sum()) == weight.numel()
 
 
+def test_bits_that_follow_a_weight_in_inference_mode_can_be_written_outside_of_it(
+    backend: str, device: torch.device
+) -> None:
+    weight = channels_last(values((5, 3, 3, 3), torch.float32, "random")).to(device)
+    mask, dense = BitMask.ones(weight.shape, device), BitMask.ones(weight.shape, device)
+    with torch.inference_mode():
+        prune_(weight, sparsity=0.5, masks=mask, backend=backend)
+    assert mask.memory_format is torch.channels_last and torch.equal(weight != 0, mask.to_bool())
+    mask.packed.copy_(dense.packed)  # as a scheduler does when it loads a state
+    assert mask == dense
+
+
 # -- masks -------------------------------------------------------------------------------------------------------------
 
 
