@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import thinned
+from peak_memory import peak, reset_peak
 
 from gmp_kernels import BitMask, LayoutError, NonFiniteError, ShapeError, apply_masks_, magnitude_threshold, prune_
 from gmp_kernels.formats import CHANNELS_LAST, format_of
@@ -181,6 +182,19 @@ def test_masks_are_copied_with_their_format(kept: torch.Tensor) -> None:
     ones = BitMask.ones(kept.shape, memory_format=CHANNELS_LAST[kept.ndim])
     assert ones == BitMask.ones(kept.shape) and ones.memory_format is mask.memory_format
     assert torch.equal(BitMask(mask.packed, kept.shape, mask.memory_format).to_bool(), kept)
+
+
+def test_bits_are_brought_into_another_format_part_by_part() -> None:
+    """Filters larger than a part, fewer filters in the last part, and no more memory than a prune step may take."""
+    for shape in ((3, 300_000, 3, 1), (1301, 5, 9, 9), (1 << 17, 3, 3, 1), (1200, 2048, 3, 3)):
+        kept = random_kept(shape)
+        row_major, mask = BitMask.from_bool(kept), BitMask.from_bool(channels_last(kept))
+        reset_peak()
+        before = peak()
+        found = row_major.to(memory_format=torch.channels_last), mask.to(memory_format=torch.contiguous_format)
+        grown = peak() - before
+        assert all(map(torch.equal, (one.packed for one in found), (mask.packed, row_major.packed)))
+    assert grown < sum(one.packed.nbytes for one in found) + (4 << 20)
 
 
 def test_a_pickle_from_before_there_were_formats_is_row_major() -> None:
