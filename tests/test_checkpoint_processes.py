@@ -85,7 +85,7 @@ def test_a_rank_that_is_late_to_look_divides_the_shards_like_the_others(tmp_path
     assert contents(tmp_path / "out") == contents(tmp_path / "alone")
 
 
-@pytest.mark.parametrize("scope", ["layer", "global"])
+@pytest.mark.parametrize("scope", ["layer", pytest.param("global", marks=pytest.mark.thorough)])
 def test_what_is_wrong_on_one_rank_ends_all(tmp_path: Path, scope: str) -> None:
     shards = model_tensors()
     shards[1]["layers.1.k.weight"][3, 3] = torch.nan

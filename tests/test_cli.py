@@ -255,6 +255,7 @@ for missing in sys.argv[1:]:
 """
 
 
+@pytest.mark.thorough
 def test_without_its_extra_it_says_what_to_install() -> None:
     names = ["typer", "rich", "safetensors"]
     said = run_python("-c", WITHOUT_EXTRA, *names).stderr.splitlines()
