@@ -13,6 +13,10 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet
+# Idle threads of one process would wait on the cores that another needs: with two each, the tests take twice as long.
+# Tests of threads set their number themselves.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest
+TWO_AT_A_TIME := -n 2 --dist loadfile --no-loadscope-reorder
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh') setup.py csrc/cuda_toolkit.py pyproject.toml
 CXX_SOURCES := $(shell find csrc benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
@@ -26,14 +30,14 @@ demo: $(VENV)/.demo
 	$(BIN)/gmp-kernels demo $(DEMO_ARGS)
 
 test: lint
-	@echo '== tests, two files at a time, because most keep one core busy'
-	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+	@echo '== tests, two files at a time'
+	$(PYTEST) $(TWO_AT_A_TIME)
 
 test-all: $(VENV)/.test docs
 	@echo '== thorough tests'
-	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m thorough
+	$(PYTEST) $(TWO_AT_A_TIME) -m thorough
 	@echo '== benchmarks, one tiny round each, to see that they run'
-	$(BIN)/pytest benchmarks --benchmark-disable
+	$(PYTEST) benchmarks --benchmark-disable
 
 lint: $(VENV)/.test
 	@echo '== ruff, mypy, clang-format'

@@ -56,6 +56,5 @@ def test_the_benchmark_of_ranks_runs():
     passes(run_python(JOBS.parents[1] / "benchmarks" / "distributed.py", *small, OMP_NUM_THREADS="1"))
 
 
-@pytest.mark.thorough
 def test_what_goes_wrong_on_one_rank_all_ranks_say(tmp_path):
     passes(run_python(JOBS / "faults.py", tmp_path, OMP_NUM_THREADS="1"))

@@ -180,7 +180,8 @@ class Machine(RuleBasedStateMachine):
             if before is None and not torch.equal(held, q):
                 return f"weights {i}: {held} and not {q}"
             if before is not None:
-                assert_within_ulps(held, q.detach(), before[i].detach())
+                # A step from 0 is a root, two quotients and a product, each rounded, in another order than torch's.
+                assert_within_ulps(held, q.detach(), before[i].detach(), ulps=4)
         return None
 
     @invariant()

@@ -66,7 +66,6 @@ def test_a_run_is_its_parts_stepped_by_hand(kind: str) -> None:
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 @pytest.mark.parametrize("order", [("model", "optimizer", "run"), ("run", "optimizer", "model")])
 @pytest.mark.parametrize("stop", [2, 9, 15, 18])
-@pytest.mark.sampled(2)
 def test_resume_is_bit_equal(kind: str, order: tuple[str, ...], stop: int) -> None:
     def build() -> dict[str, Any]:
         model, optimizer = model_and_optimizer(kind)

@@ -77,7 +77,6 @@ def split(layer: Layer, places: list[int]) -> list[Layer]:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", adversarial_cases(8, torch.float32))
-@pytest.mark.sampled(3)
 def test_pieces_are_cut_as_the_whole(backend: str, case: str, dtype: torch.dtype) -> None:
     device = device_of(backend)
     implementation = choose(backend, device)

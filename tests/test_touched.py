@@ -17,7 +17,6 @@ pytestmark = needs_simt
 
 @pytest.mark.parametrize("lies", ["in dead eights", "in living eights", "everywhere"])
 @pytest.mark.parametrize("garbage", [math.nan, -0.0, 1e-30, 5.0, math.inf])
-@pytest.mark.sampled(3)
 def test_what_lies_under_the_mask_goes_wherever_it_lies(garbage: float, lies: str) -> None:
     """The bits that tell apply where to look are never too few: one weight of many comes back, or all do."""
     index = torch.arange(5 * 16384 + 77)
@@ -42,7 +41,6 @@ def missed(value: float, num_prune: int) -> Threshold:
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
 @pytest.mark.parametrize("hint", [1e-6, 0.3, 30.0])
-@pytest.mark.sampled(2)
 def test_what_apply_skips_follows_the_bracket(monkeypatch: pytest.MonkeyPatch, hint: float, scope: str) -> None:
     """The bracket may fail on either side, lists may overflow, and some layers get no bits for want of memory."""
     sizes = (40_000, 3 * 16384, 9_001)
