@@ -1,5 +1,5 @@
 # make demo   set up everything and run the demo: train, prune gradually, compare with one-shot pruning (3 minutes)
-# make test   set up everything and run the checks and tests that a change needs (8 minutes after the set-up)
+# make test   set up everything and run the checks and tests that a change needs (6 minutes after the set-up)
 # make test-all  run the remaining tests: every backend in full, sanitizers, wheels, processes, docs (CI runs both)
 # make docs   build the documentation as a site in site/; any warning is an error
 # make bench  measure this library against torch and numpy on this machine; writes benchmarks/results/
