@@ -156,12 +156,6 @@ class GMPScheduler:
         self._groups = [main, *others] if main.shapes else others
         self._schedules = [group.schedule for group in self._groups]
         self._end_step = max(schedule.end_step for schedule in self._schedules)
-        settings = {
-            "schedule": schedule.to_dict(),
-            "overrides": {name: group.schedule.to_dict() for group in others for name in group.shapes},
-            "scope": scope,
-            "distribution": distribution,
-        }
         self.masks, has_start = starting_masks(start, model, parameters)
         self.history: list[StepReport] = []
         self._held = Enforcement(
@@ -171,7 +165,12 @@ class GMPScheduler:
             optimizer,
             Progress(counts_calls=count == "calls", schedules=self._schedules),
             shards=Shards.of(model, parameters),
-            settings=settings,
+            settings={
+                "schedule": schedule.to_dict(),
+                "overrides": {name: group.schedule.to_dict() for group in others for name in group.shapes},
+                "scope": scope,
+                "distribution": distribution,
+            },
             backend=backend,
             expects_dense=not has_start,
         )
@@ -277,12 +276,10 @@ class GMPScheduler:
         held.watch.check_present()
         held.agree()
         held.check(sample=True)
-        due, position = self._held.progress.due(self._schedules)
-        report = None
-        if any(step is not None for step in due):
-            report = self._update(due, position)
-        else:
-            self._held.progress.position = position
+        due, position = held.progress.due(self._schedules)
+        report = self._update(due, position) if any(step is not None for step in due) else None
+        if report is None:
+            held.progress.position = position
         if position.num_idle == PATIENCE:
             held.say(
                 "idle",

@@ -114,6 +114,7 @@ def test_plan_takes_from_a_checkpoint_what_prune_would_prune(tmp_path: Path, is_
         assert document["layers"] == {tensor.name: list(tensor.shape) for tensor in job.tensors}
         assert document["schedule"]["final_sparsity"] == 0.85
         assert f"{source}: 5% to 85% (cubic), an update every epoch, {len(job.tensors)} layer" in shown
+        assert "stages, steps and learning rates of the preset 'resnet50', unless options say otherwise" in shown
 
 
 def test_presets_are_explained() -> None:

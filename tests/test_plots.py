@@ -141,7 +141,8 @@ def test_learning_rate_axis_shows_the_rates_themselves(tmp_path: Path, saved: li
     plots.plot_learning_rate(path, [0, 1, 2, 3], [0.1, 0.1, 0.01, 0.001], "title", parts=PARTS)
     assert_is_png(path)
     axes = saved[0].axes[0]
-    assert axes.get_yscale() == "log"
+    assert (axes.get_yscale(), axes.get_ylabel()) == ("log", "learning rate (log scale)")
+    assert axes.xaxis.get_major_formatter()(300_000) == "300,000"
     assert [label.get_text() for label in axes.get_yticklabels()] == ["0.001", "0.01", "0.1"]
 
 
@@ -153,7 +154,7 @@ def test_a_learning_rate_that_falls_to_zero_is_drawn_from_zero(
     plots.plot_learning_rate(path, [0, 1, 2], values, "")
     assert_is_png(path)
     axes = saved[0].axes[0]
-    assert (axes.get_yscale(), axes.get_ylim()[0]) == ("linear", 0.0)
+    assert (axes.get_yscale(), axes.get_ylabel(), axes.get_ylim()[0]) == ("linear", "learning rate", 0.0)
     assert list(axes.lines[0].get_ydata()) == values
 
 
@@ -192,6 +193,7 @@ def test_accuracy_draws_the_mean_and_the_range(tmp_path: Path, saved: list[Figur
         assert list(b.get_ydata()) == pytest.approx([0.2, 0.95])
         band = axes.collections[0].get_paths()[0].vertices
         assert (band[:, 1].min(), band[:, 1].max()) == (0.7, 0.9)
+    assert (whole.get_ylabel(), enlarged.get_ylabel()) == ("test accuracy", "test accuracy, enlarged")
     assert whole.get_ylim()[0] == 0.0
     assert enlarged.get_ylim() == pytest.approx((0.77, 1.0))
     assert [text.get_text() for text in saved[0].legends[0].get_texts()] == ["dense", "a", "b"]
@@ -202,6 +204,7 @@ def test_a_sweep_has_a_place_for_each_sparsity(tmp_path: Path, saved: list[Figur
     plots.plot_sweep(path, [0.9, 0.975], {"a": [[0.9, 0.8], [0.7, 0.9]]}, "title", baselines={"dense": 0.97})
     assert_is_png(path)
     (axes,) = saved[0].axes
+    assert axes.get_xlabel() == "sparsity (not to scale)"
     assert [label.get_text() for label in axes.get_xticklabels()] == ["90%", "97.5%"]
     dense, a = axes.lines
     assert list(dense.get_ydata()) == [0.97, 0.97]
