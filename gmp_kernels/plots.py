@@ -147,7 +147,7 @@ def plot_sparsity(
         axes.axvline(now, color=INK, linewidth=0.8, linestyle=":", label=f"now, step {now}")
     axes.set(xlabel="optimizer steps", ylabel="sparsity: share of weights pruned", ylim=(-0.01, 1.03))
     axes.xaxis.set_major_formatter(STEPS)
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     if groups:
         axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize="small")
     else:

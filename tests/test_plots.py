@@ -196,6 +196,7 @@ def test_accuracy_draws_the_mean_and_the_range(tmp_path: Path, saved: list[Figur
     assert (whole.get_ylabel(), enlarged.get_ylabel()) == ("test accuracy", "test accuracy, enlarged")
     assert whole.get_ylim()[0] == 0.0
     assert enlarged.get_ylim() == pytest.approx((0.77, 1.0))
+    assert [enlarged.yaxis.get_major_formatter()(tick) for tick in (0.975, 1.0)] == ["97.5%", "100.0%"]
     assert [text.get_text() for text in saved[0].legends[0].get_texts()] == ["dense", "a", "b"]
 
 
@@ -206,6 +207,7 @@ def test_a_sweep_has_a_place_for_each_sparsity(tmp_path: Path, saved: list[Figur
     (axes,) = saved[0].axes
     assert axes.get_xlabel() == "sparsity (not to scale)"
     assert [label.get_text() for label in axes.get_xticklabels()] == ["90%", "97.5%"]
+    assert axes.yaxis.get_major_formatter()(0.825) == "82.5%"
     dense, a = axes.lines
     assert list(dense.get_ydata()) == [0.97, 0.97]
     assert (list(a.get_xdata()), list(a.get_ydata())) == ([0, 1], pytest.approx([0.8, 0.85]))

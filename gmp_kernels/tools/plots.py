@@ -140,7 +140,7 @@ def plot_accuracy(
     for axes, label in ((whole, "test accuracy"), (enlarged, "test accuracy, enlarged")):
         _draw_runs(axes, epochs, series, baselines)
         axes.set_ylabel(label)
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         style(axes)
     put_title(whole, title)
     whole.set_ylim(0, 1.03)
@@ -189,7 +189,7 @@ def plot_sweep(
     _draw_runs(axes, positions, series, baselines, marker="o")
     axes.set_xticks(positions, [f"{100 * sparsity:g}%" for sparsity in sparsities])
     axes.set(xlabel="sparsity (not to scale)", ylabel="test accuracy")
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.legend(loc="lower left", frameon=False)
     save(figure, path)
 
@@ -242,7 +242,7 @@ def plot_histogram(
     # other curves.
     top = min(max(max(shares(counts)) for counts in drawn.values()), 2 * max(shares(total)))
     axes.set(xlabel="magnitude", ylabel="share of the weights that are not zero", ylim=(0, 1.05 * top))
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.legend(loc="upper left", frameon=False, fontsize="small")
     save(figure, path)
 
