@@ -59,7 +59,7 @@ FEW = 4
 MOST_LISTED = 16
 # Curves closer than this everywhere are one line to the eye: 0.5% of sparsity is less than a line's width.
 COINCIDENT = 0.005
-STEPS = "{x:,.0f}"  # numbers on an axis of optimizer steps
+STEPS = "{x:,.10g}"  # numbers on an axis of optimizer steps; a run of few steps has marks between them
 LEGEND_LINE = 0.2  # height of a line of the legend in inches
 TITLE_WIDTH = 96  # characters per line of a title in a picture of 8 inches
 

@@ -142,7 +142,7 @@ def test_learning_rate_axis_shows_the_rates_themselves(tmp_path: Path, saved: li
     assert_is_png(path)
     axes = saved[0].axes[0]
     assert (axes.get_yscale(), axes.get_ylabel()) == ("log", "learning rate (log scale)")
-    assert axes.xaxis.get_major_formatter()(300_000) == "300,000"
+    assert [axes.xaxis.get_major_formatter()(tick) for tick in (0.5, 300_000)] == ["0.5", "300,000"]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["0.001", "0.01", "0.1"]
 
 
