@@ -18,13 +18,16 @@ sys.path.insert(0, str(Path(__file__).parent / "csrc"))
 import cuda_toolkit
 
 X86_64 = platform.machine().lower() in ("x86_64", "amd64")
+AVX2_FLAGS = ["-mavx2", "-mfma", "-mpopcnt", "-mf16c"]
+AVX512_FLAGS = [
+    *AVX2_FLAGS,
+    *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"),
+    *("-Wno-maybe-uninitialized", "-Wno-uninitialized"),  # GCC 12 warns about its own headers
+]
 ISA_FLAGS = {
-    "isa_avx2.cpp": ["-mavx2", "-mfma", "-mpopcnt", "-mf16c"],
-    "isa_avx512.cpp": [
-        *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vbmi2"),
-        *("-mavx2", "-mfma", "-mpopcnt", "-mf16c", "-mprefer-vector-width=512"),
-        *("-Wno-maybe-uninitialized", "-Wno-uninitialized"),  # GCC 12 warns about its own headers
-    ],
+    "isa_avx2.cpp": AVX2_FLAGS,
+    "isa_avx512.cpp": AVX512_FLAGS,
+    "isa_avx512_vbmi2.cpp": [*AVX512_FLAGS, "-mavx512vbmi2"],
 }
 COMMON_FLAGS = ["-O3", "-fopenmp", "-Wall", "-Wextra", "-Wno-psabi", "-fvisibility=hidden"]
 # Every instruction set must round alike, so multiply-adds are fused only where the code says so. Without errno, sqrt is

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from subprocesses import run_python
+from test_determinism import ISA_NEEDS
 
 from gmp_kernels import BackendUnavailableError, backends, prune_
 from gmp_kernels.backends import Backend, choose, registry
@@ -133,6 +134,6 @@ def test_an_unknown_instruction_set_is_named() -> None:
     done = run_python("-c", program, GMP_KERNELS_ISA="sse9")
     assert done.returncode != 0
     assert (
-        "BackendUnavailableError: backend 'cpu' cannot run: GMP_KERNELS_ISA: expected portable, avx2 or avx512 "
-        "(the latter two on x86-64 only), got 'sse9'"
+        "BackendUnavailableError: backend 'cpu' cannot run: GMP_KERNELS_ISA: expected one of "
+        f"{', '.join(reversed(ISA_NEEDS))}, got 'sse9'"
     ) in done.stderr

@@ -16,7 +16,8 @@ PEAK_MEMORY = Path(__file__).with_name("peak_memory.py")
 ISA_NEEDS = {  # as csrc/cpu/dispatch.cpp has it
     "portable": set(),
     "avx2": {"avx2", "popcnt"},
-    "avx512": {"avx2", "popcnt", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vbmi2"},
+    "avx512": {"avx2", "popcnt", "avx512f", "avx512bw", "avx512vl", "avx512dq"},
+    "avx512_vbmi2": {"avx2", "popcnt", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vbmi2"},
 }
 
 

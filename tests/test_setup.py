@@ -82,6 +82,7 @@ def test_every_file_is_compiled_as_it_must_be(build, arguments: tuple[str, ...])
             assert command[0] == ("nvcc" if source.suffix == ".cu" else command[0])
             assert ("-mavx2" in command) == ("isa_avx" in source.name)
             assert ("-mavx512f" in command) == ("isa_avx512" in source.name)
+            assert ("-mavx512vbmi2" in command) == ("vbmi2" in source.name)
     (cuda, simt) = sorted(done.compiled("csrc/cuda/bindings.cpp"), key=lambda command: "-DGMP_SIMT" in command)
     assert "-DGMP_MODULE=_cuda" in cuda and "-DGMP_SIMT" not in cuda
     assert "-DGMP_MODULE=_simt" in simt and "-DGMP_SIMT" in simt

@@ -15,10 +15,12 @@ const KernelSet& pick() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("popcnt") &&
                     __builtin_cpu_supports("f16c") && __builtin_cpu_supports("fma");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-                      __builtin_cpu_supports("avx512vbmi2");
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  const bool vbmi2 = avx512 && __builtin_cpu_supports("avx512vbmi2");
   const std::pair<const KernelSet*, bool> candidates[] = {
-      {&kAvx512Kernels, avx512}, {&kAvx2Kernels, avx2}, {&kPortableKernels, true}};
+      {&kAvx512Vbmi2Kernels, vbmi2}, {&kAvx512Kernels, avx512}, {&kAvx2Kernels, avx2}, {&kPortableKernels, true}};
+#elif defined(__aarch64__)
+  const std::pair<const KernelSet*, bool> candidates[] = {{&kNeonKernels, true}, {&kPortableKernels, true}};
 #else
   const std::pair<const KernelSet*, bool> candidates[] = {{&kPortableKernels, true}};
 #endif
@@ -31,10 +33,9 @@ const KernelSet& pick() {
       throw std::invalid_argument("GMP_KERNELS_ISA=" + std::string(wanted) + ": this CPU cannot run it; unset it");
     }
   }
-  throw std::invalid_argument(
-      "GMP_KERNELS_ISA: expected portable, avx2 or "
-      "avx512 (the latter two on x86-64 only), got '" +
-      std::string(wanted) + "'");
+  std::string names;
+  for (const auto& [set, runs_here] : candidates) names += (names.empty() ? "" : ", ") + std::string(set->front().name);
+  throw std::invalid_argument("GMP_KERNELS_ISA: expected one of " + names + ", got '" + std::string(wanted) + "'");
 }
 
 }  // namespace

@@ -44,9 +44,12 @@ extern const KernelSet kPortableKernels;
 #if defined(__x86_64__)
 extern const KernelSet kAvx2Kernels;
 extern const KernelSet kAvx512Kernels;
+extern const KernelSet kAvx512Vbmi2Kernels;
+#elif defined(__aarch64__)
+extern const KernelSet kNeonKernels;
 #endif
 
-// The set in use: the widest this CPU runs, or the one GMP_KERNELS_ISA (portable, avx2, avx512) asks for. Throws
+// The set in use: the widest this CPU runs, or the one that GMP_KERNELS_ISA names. Throws
 // std::invalid_argument when that one is unknown or cannot run here.
 const KernelSet& active_kernels();
 

@@ -1,26 +1,25 @@
-// Vectors of 32 bytes in the compiler's own extension: types only, so that no code is shared between instruction sets.
-// A block is 64 bytes of values, a cache line.
-#pragma once
+// Vectors in the compiler's own extension, as wide as the instruction set has them: compilers take wider ones apart
+// value by value. A block is 64 bytes of values, a cache line.
+//
+// Machines with AVX-512 compute in vectors of AVX too, because one of their wide divisions or square roots takes twice
+// as long as two narrow ones. Included inside an anonymous namespace: see kernel_set.h.
 
-#include <cstdint>
-#include <type_traits>
-
-#if defined(__F16C__) && defined(__FMA__)
-#include <immintrin.h>
+#if defined(__AVX2__)
+#define GMP_VECTOR_BYTES 32
+#else
+#define GMP_VECTOR_BYTES 16
 #endif
 
-namespace gmp::cpu {
-
-typedef float Floats __attribute__((vector_size(32)));
-typedef double Doubles __attribute__((vector_size(32)));
-typedef uint32_t FloatBits __attribute__((vector_size(32)));
-typedef uint16_t HalfBits __attribute__((vector_size(16)));
+typedef float Floats __attribute__((vector_size(GMP_VECTOR_BYTES)));
+typedef double Doubles __attribute__((vector_size(GMP_VECTOR_BYTES)));
+typedef uint32_t FloatBits __attribute__((vector_size(GMP_VECTOR_BYTES)));
+typedef uint16_t HalfBits __attribute__((vector_size(GMP_VECTOR_BYTES / 2)));
 
 template <typename T>
 using Vec = std::conditional_t<sizeof(T) == 8, Doubles, Floats>;
 template <typename T>
-inline constexpr int kWidthOf = 32 / sizeof(T);  // of a vector
+inline constexpr int kWidthOf = GMP_VECTOR_BYTES / sizeof(T);  // of a vector
 template <typename T>
 inline constexpr int kLanesOf = 64 / sizeof(T);  // of a block
 
-}  // namespace gmp::cpu
+#undef GMP_VECTOR_BYTES

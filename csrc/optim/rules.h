@@ -35,6 +35,12 @@ inline constexpr int kFewestStates = kNumStates[static_cast<int>(kRule)][0];
 template <Rule kRule>
 inline constexpr int kMostStates = kNumStates[static_cast<int>(kRule)][1];
 
+enum class Part : int {
+#define GMP_PART(name, is_used) name,
+  GMP_PARTS(GMP_PART)
+#undef GMP_PART
+};
+
 // Constants of one tensor at one step, in the type the arithmetic runs in.
 template <typename T>
 struct UpdateConstants {
@@ -48,6 +54,22 @@ struct UpdateConstants {
     return {GMP_CONSTANTS(GMP_CONSTANT)};
 #undef GMP_CONSTANT
   }
+
+  GMP_INLINE bool uses(Part part) const {
+    const UpdateConstants& c = *this;
+#define GMP_PART(name, is_used) \
+  if (part == Part::name) return is_used;
+    GMP_PARTS(GMP_PART)
+#undef GMP_PART
+    return false;
+  }
+};
+
+// Constants that use none of the parts but `kUsed`, which the compiler knows, so that no loop has to ask.
+template <typename T, Part... kUsed>
+struct Specialized : UpdateConstants<T> {
+  static constexpr GMP_INLINE bool uses(Part part) { return ((part == kUsed) || ...); }
+  GMP_INLINE explicit Specialized(const UpdateConstants<T>& c) : UpdateConstants<T>(c) {}
 };
 
 }  // namespace gmp

@@ -33,10 +33,17 @@
   GMP_CONSTANT(step_size, 0.0)             \
   GMP_CONSTANT(skip, 0.0)
 
+// Parts of the rules that most constants make no use of. GMP_PART(name, whether the constants `c` use it).
+#define GMP_PARTS(GMP_PART)              \
+  GMP_PART(coupled, c.weight_decay != 0) \
+  GMP_PART(first, c.first_step != 0)     \
+  GMP_PART(nesterov, c.nesterov != 0)    \
+  GMP_PART(far, !(c.one_minus_beta1 < 0.5f))
+
 #endif
 
 // The arithmetic is in the order of torch.optim's single-tensor loops, fused where torch's vector loops fuse and
-// nowhere else: compile it with contraction off. V is one value or a vector of them, T the type of a value.
+// nowhere else: compile it with contraction off. V is one value or a vector of them, C the constants (see rules.h).
 //
 // Included inside a namespace that has fused(V, V, V), which rounds once, and square_root(V), which rounds right.
 #ifdef GMP_RULE_FUNCTIONS
@@ -45,37 +52,38 @@
 namespace rules {
 
 // torch's lerp: from the nearer end, so that weight 1 gives `to` exactly.
-template <typename T, typename V>
-GMP_INLINE V lerp(V from, V to, T weight) {
-  return weight < T(0.5) ? fused(to - from, weight + V{}, from) : fused(to - from, (weight - T(1)) + V{}, to);
+template <typename V, typename C>
+GMP_INLINE V lerp(V from, V to, const C& c) {
+  const auto weight = c.one_minus_beta1;
+  return c.uses(Part::far) ? fused(to - from, (weight - 1) + V{}, to) : fused(to - from, weight + V{}, from);
 }
 
 // Both kinds of weight decay, and the factor of the gradient.
-template <typename T, typename V>
-GMP_INLINE void scale(V& w, V& g, const UpdateConstants<T>& c) {
-  if (c.grad_factor != T(1)) g = g * c.grad_factor;
-  if (c.decay != T(1)) w = w * c.decay;
-  if (c.weight_decay != T(0)) g = fused(w, c.weight_decay + V{}, g);
+template <typename V, typename C>
+GMP_INLINE void scale(V& w, V& g, const C& c) {
+  g = g * c.grad_factor;
+  w = w * c.decay;
+  if (c.uses(Part::coupled)) g = fused(w, c.weight_decay + V{}, g);
 }
 
 // State: momentum, or nothing.
-template <typename T, typename V>
-GMP_INLINE void sgd(V& w, V g, V (&state)[kMaxStates], int num_states, const UpdateConstants<T>& c) {
+template <typename V, typename C>
+GMP_INLINE void sgd(V& w, V g, V (&state)[kMaxStates], int num_states, const C& c) {
   scale(w, g, c);
   if (num_states > 0) {
     V& momentum = state[0];
-    momentum = c.first_step != T(0) ? g : fused(g, c.one_minus_dampening + V{}, momentum * c.momentum);
-    g = c.nesterov != T(0) ? fused(momentum, c.momentum + V{}, g) : momentum;
+    momentum = c.uses(Part::first) ? g : fused(g, c.one_minus_dampening + V{}, momentum * c.momentum);
+    g = c.uses(Part::nesterov) ? fused(momentum, c.momentum + V{}, g) : momentum;
   }
   w = fused(g, -c.lr + V{}, w);
 }
 
 // State: exp_avg, exp_avg_sq, and of AMSGrad max_exp_avg_sq.
-template <typename T, typename V>
-GMP_INLINE void adam(V& w, V g, V (&state)[kMaxStates], int num_states, const UpdateConstants<T>& c) {
+template <typename V, typename C>
+GMP_INLINE void adam(V& w, V g, V (&state)[kMaxStates], int num_states, const C& c) {
   scale(w, g, c);
   auto& [average, squares, maximum] = state;
-  average = lerp(average, g, c.one_minus_beta1);
+  average = lerp(average, g, c);
   squares = fused(c.one_minus_beta2 * g, g, squares * c.beta2);
   V second = squares;
   if (num_states > 2) {
@@ -88,17 +96,17 @@ GMP_INLINE void adam(V& w, V g, V (&state)[kMaxStates], int num_states, const Up
 }
 
 // An average of weights: the "gradient" is what comes in.
-template <typename T, typename V>
-GMP_INLINE void average(V& w, V g, V (&)[kMaxStates], int, const UpdateConstants<T>& c) {
-  w = lerp(w, g, c.one_minus_beta1);
+template <typename V, typename C>
+GMP_INLINE void average(V& w, V g, V (&)[kMaxStates], int, const C& c) {
+  w = lerp(w, g, c);
 }
 
 }  // namespace rules
 
 // One step of a weight `w` with gradient `g`, or of a vector of them, by one of the rules. Of the state, the first
 // `num_states` arrays are there.
-template <Rule kRule, typename T, typename V>
-GMP_INLINE void update_one(V& w, V g, V (&state)[kMaxStates], int num_states, const UpdateConstants<T>& c) {
+template <Rule kRule, typename V, typename C>
+GMP_INLINE void update_one(V& w, V g, V (&state)[kMaxStates], int num_states, const C& c) {
   static_assert(kMostStates<kRule> <= kMaxStates);
 #define GMP_RULE(name, fewest, most) \
   if constexpr (kRule == Rule::name) rules::name(w, g, state, num_states, c);

@@ -1,4 +1,4 @@
-"""The compiled CPU kernels (csrc/cpu): AVX-512, AVX2 or portable C++, on torch's number of threads."""
+"""The compiled CPU kernels (csrc/cpu): AVX-512, AVX2, NEON or portable C++, on torch's number of threads."""
 
 from __future__ import annotations
 
