@@ -4,7 +4,7 @@ import pytest
 from conftest import RunSide
 
 from gmp_kernels.tools.bench.measurement import Case
-from gmp_kernels.tools.bench.run import optimizer_cases
+from gmp_kernels.tools.bench.optimizers import optimizer_cases
 
 TIMED = [case for case in optimizer_cases() if case.unit == "s"]
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 import math
+import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from matplotlib import colormaps
 from matplotlib.axes import Axes
@@ -34,7 +36,7 @@ from gmp_kernels.plots import (
 )
 from gmp_kernels.tools.plan import TOGETHER, Course
 
-__all__ = ["plot_accuracy", "plot_course", "plot_histogram", "plot_learning_rate", "plot_ratios", "plot_sweep"]
+__all__ = ["Bar", "plot_accuracy", "plot_course", "plot_histogram", "plot_learning_rate", "plot_ratios", "plot_sweep"]
 
 # Up to this many learning rates, the axis shows the rates themselves.
 FEW_RATES = 8
@@ -247,16 +249,38 @@ def plot_histogram(
     save(figure, path)
 
 
-def plot_ratios(path: Path, rows: Mapping[str, tuple[float, float | None, float | None]], title: str) -> None:
+class Bar(NamedTuple):
+    """One row of the speed table.
+
+    Attributes
+    ----------
+    ratios : sequence of float
+        Ours / baseline in each process that measured the row, positive; lower is better.
+    text : str
+        The number, or numbers, to write beside it.
+    must, aim : float or None
+        The bounds it is held to.
+    is_missed : bool
+    """
+
+    ratios: Sequence[float]
+    text: str
+    must: float | None = None
+    aim: float | None = None
+    is_missed: bool = False
+
+
+def plot_ratios(path: Path, rows: Mapping[str, Bar], title: str) -> None:
     """Draw measured ratios as horizontal bars on a logarithmic axis, with the bounds they are held to.
+
+    A bar ends at the median of the processes. A dot shows each process.
 
     Parameters
     ----------
     path : Path
         File to write.
-    rows : mapping of str to (float, float or None, float or None)
-        {name: (ratio, must, aim)}, from top to bottom. Ratios are positive, and lower is better. Bars above must are
-        red.
+    rows : mapping of str to Bar
+        From top to bottom. Bars that miss their bound are red.
     title : str
 
     Raises
@@ -268,18 +292,22 @@ def plot_ratios(path: Path, rows: Mapping[str, tuple[float, float | None, float 
         raise ShapeError("plot_ratios: expected at least one row, got none; there is nothing to draw")
     figure = Figure(figsize=(10.0, 1.8 + 0.3 * len(rows)), layout="constrained")
     axes = figure.subplots()
-    positions = range(len(rows))
-    ratios, musts, aims = zip(*rows.values(), strict=True)
-    colors = [COLORS[0] if must is None or ratio <= must else COLORS[4] for ratio, must, _ in rows.values()]
-    # Bars start at 1, the baseline. A dot marks the end of each, because some are too short to see.
-    axes.barh(positions, [ratio - 1 for ratio in ratios], left=1, height=0.45, color=colors)
-    axes.scatter(ratios, positions, s=35, color=colors, zorder=3)
-    for bounds, color, label in ((musts, INK, "must: the bound; red if missed"), (aims, COLORS[1], "aim")):
+    bars = list(rows.values())
+    positions = range(len(bars))
+    colors = [COLORS[4] if bar.is_missed else COLORS[0] for bar in bars]
+    # Bars start at 1, the baseline.
+    axes.barh(positions, [statistics.median(bar.ratios) - 1 for bar in bars], left=1, height=0.45, color=colors)
+    for position, bar, color in zip(positions, bars, colors, strict=True):
+        axes.plot([min(bar.ratios), max(bar.ratios)], [position] * 2, color=color, linewidth=1)
+        axes.scatter(bar.ratios, [position] * len(bar.ratios), s=22, color=color, edgecolors="white", zorder=3)
+        axes.text(1.01, position, bar.text, transform=axes.get_yaxis_transform(), va="center", color=INK)
+    for bounds, color, label in (
+        ([bar.must for bar in bars], INK, "must: the bound; red if missed"),
+        ([bar.aim for bar in bars], COLORS[1], "aim"),
+    ):
         marks = [math.nan if bound is None else bound for bound in bounds]
         if any(bound is not None for bound in bounds):
             axes.plot(marks, positions, "|", color=color, markersize=14, markeredgewidth=2.5, label=label, zorder=4)
-    for position, ratio in enumerate(ratios):
-        axes.text(1.01, position, f"{ratio:.3g}", transform=axes.get_yaxis_transform(), va="center", color=INK)
     axes.axvline(1, color=INK, linewidth=1)
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}" if x >= 1 else f"1/{1 / x:g}")
@@ -287,7 +315,7 @@ def plot_ratios(path: Path, rows: Mapping[str, tuple[float, float | None, float 
     axes.set_axisbelow(True)
     axes.set_yticks(positions, [literal(name) for name in rows])
     axes.set_ylim(len(rows) - 0.5, -0.5)
-    axes.set_xlabel("ours / baseline, medians; lower is better")
+    axes.set_xlabel("ours / baseline, one dot per process, the bar to their median; lower is better")
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
     figure.suptitle(literal(title), color=INK)

@@ -1,16 +1,15 @@
-"""Host cost of many small tensors: ``prune_`` and ``AdamW.step`` without kernels, compared with torch's step.
+"""Host cost of the GPU backends on many small tensors: ``prune_`` and ``AdamW.step`` without kernels.
 
 Everything but the launches runs: checks, tables, uploads, result objects. The GPU backends keep their tables in host
 memory here. Their torch operations on the device, such as zeroing counters, count as host time. The time to ask for the
-stream, and to copy tables to a device and back, is not included; it is some microseconds a call. The kernels of the cpu
-backend do run, over 64 weights per tensor, and so do torch's.
+stream, and to copy tables to a device and back, is not included; it is some microseconds a call. The baseline, torch's
+step on the CPU, does run.
 """
 
 from __future__ import annotations
 
 import ctypes
 import importlib.util
-from collections.abc import Callable
 from functools import partial
 from types import BuiltinFunctionType, ModuleType, SimpleNamespace
 from typing import Any
@@ -18,22 +17,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
 
 from gmp_kernels.backends import Backend, choose, cuda, register, triton
 from gmp_kernels.backends.types import BracketCounts, Implementation
-from gmp_kernels.masks import BitMask
-from gmp_kernels.ops import prune_
 from gmp_kernels.optim import AdamW
 from gmp_kernels.tools.bench.measurement import Case, Pair, Timed
+from gmp_kernels.tools.bench.small import counted, fused_adamw, mask_tensors, pruning, small_parameters
 
 __all__ = ["host_cases"]
 
-NUM_WEIGHTS = 64  # per tensor
-SPARSITY = 0.9
 BASELINE = "torch fused AdamW.step"
-# Bounds (must, aim) of prune_ and of AdamW.step, by the number of tensors. Few tensors show the cost of a call. The
-# others are the numbers of parameters of ResNet-50 and Llama 3 8B.
+# Bounds (must, aim) of prune_ and of AdamW.step, by the number of tensors. Few tensors show the cost of a call.
 BOUNDS = {
     1: ((2.0, 1.0), (1.5, 1.0)),
     25: ((1.2, 0.6), (1.2, 0.8)),
@@ -43,16 +37,15 @@ BOUNDS = {
 
 
 def host_cases() -> list[Case]:
-    """Return the rows on the host time of a call, for every backend whose host code is installed."""
+    """Return the rows on the host time of a call, for every GPU backend whose host code is installed."""
     cases = []
-    for backend, why_not in (
-        ("cpu", None),
-        ("cuda", None if cuda._modules else "not built"),
-        ("triton", None if importlib.util.find_spec("triton") else "not installed"),
+    for backend, is_there in (
+        ("cuda", bool(cuda._modules)),
+        ("triton", importlib.util.find_spec("triton") is not None),
     ):
-        if why_not is None:
+        if is_there:
             for num_tensors, (pruning, stepping) in BOUNDS.items():
-                where = f"{num_tensors} tensor{'s' * (num_tensors > 1)}, {backend}"
+                where = f"{counted(num_tensors)}, {backend}"
                 build = partial(_prune_and_fused, backend, num_tensors)
                 cases.append(Case(f"host time of prune_, {where}", BASELINE, *pruning, build))
                 build = partial(_step_and_fused, backend, num_tensors)
@@ -106,63 +99,52 @@ class _IdleTriton(triton.Triton):
 
 
 def _backend(name: str) -> str:
-    """Return the name to pass as ``backend``. A GPU backend is first registered without its kernels."""
-    if name == "cpu":
-        return name
+    """Register a GPU backend without its kernels, and return the name to pass as ``backend``."""
     idle = f"{name} without kernels"
     load = {"cuda": _idle_cuda, "triton": _IdleTriton}[name]
     register(Backend(idle, priority=-100, probe=lambda: None, supports=lambda device: None, load=load))
     return idle
 
 
-def _parameters(num_tensors: int) -> list[nn.Parameter]:
-    generator = torch.Generator().manual_seed(0)
-    parameters = [nn.Parameter(torch.randn(NUM_WEIGHTS, generator=generator)) for _ in range(num_tensors)]
-    for parameter in parameters:
-        parameter.grad = torch.randn(NUM_WEIGHTS, generator=generator)
-    return parameters
-
-
-def _on_one_thread(run: Callable[[], object]) -> Timed:
+def _on_one_thread(side: Timed) -> Timed:
     """Return a side that runs on one thread, as calls are measured here. Setting the number of threads takes 0.2 us."""
 
-    def run_() -> None:
+    def run() -> None:
         before = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
-            run()
+            side.run()
         finally:
             torch.set_num_threads(before)
 
-    return Timed(run_)
+    return Timed(run, side.prepare)
 
 
 def _fused(num_tensors: int) -> Timed:
-    return _on_one_thread(torch.optim.AdamW(_parameters(num_tensors), fused=True).step)
+    return _on_one_thread(Timed(fused_adamw(num_tensors).step))
 
 
 def _prune_and_fused(backend: str, num_tensors: int, _shrink: int) -> Pair:
-    backend = _backend(backend)
-    weights = _parameters(num_tensors)
-    masks = [BitMask.ones(weight.shape) for weight in weights]
-    ours = partial(prune_, weights, sparsity=SPARSITY, masks=masks, backend=backend)
-    return Pair(_on_one_thread(ours), _fused(num_tensors))
+    return Pair(_on_one_thread(pruning(num_tensors, _backend(backend))), _fused(num_tensors))
 
 
 def _optimizer(backend: str, num_tensors: int, **options: Any) -> AdamW:
-    parameters = _parameters(num_tensors)
-    optimizer = AdamW(parameters, backend=_backend(backend), **options)
-    optimizer.set_masks({parameter: BitMask.ones(parameter.shape) for parameter in parameters})
+    optimizer = AdamW(small_parameters(num_tensors), backend=_backend(backend), **options)
+    mask_tensors(optimizer)
     return optimizer
 
 
+def _stepping(optimizer: AdamW) -> Timed:
+    return _on_one_thread(Timed(optimizer.step))
+
+
 def _step_and_fused(backend: str, num_tensors: int, _shrink: int) -> Pair:
-    return Pair(_on_one_thread(_optimizer(backend, num_tensors).step), _fused(num_tensors))
+    return Pair(_stepping(_optimizer(backend, num_tensors)), _fused(num_tensors))
 
 
 def _capturable_and_plain(num_tensors: int, _shrink: int) -> Pair:
     ours, plain = (_optimizer("cuda", num_tensors, capturable=capturable) for capturable in (True, False))
-    return Pair(_on_one_thread(ours.step), _on_one_thread(plain.step))
+    return Pair(_stepping(ours), _stepping(plain))
 
 
 def _scaled_and_plain(num_tensors: int, _shrink: int) -> Pair:
@@ -170,4 +152,4 @@ def _scaled_and_plain(num_tensors: int, _shrink: int) -> Pair:
     ours, plain = (_optimizer("cuda", num_tensors, capturable=capturable) for capturable in (True, False))
     for name, value in (("grad_scale", 8.0), ("found_inf", 0.0)):
         setattr(ours, name, torch.tensor(value, device="cpu"))
-    return Pair(_on_one_thread(ours.step), _on_one_thread(plain.step))
+    return Pair(_stepping(ours), _stepping(plain))

@@ -3,6 +3,9 @@
 The two sides of a ``Case`` are run in turn (ours, baseline, ours, baseline, ...), so that other load on the machine
 affects both, and compared by their medians. Ratios are always ours / baseline: below 1 ours is faster or smaller.
 
+Where the arrays of a process happen to lie in memory changes times by a third, and stays for the life of the process.
+So a row is measured in several processes (``processes``), and its ratio is the median of theirs.
+
 On a GPU the time is measured between two of its events, while the host is ahead of it: work before each run keeps the
 device busy for longer than a call takes to launch its kernels. So these rows give the time of the device. They include
 time of the host only where a call waits for a result and goes on. Rows with ``wall`` give the time that a caller waits:
@@ -12,39 +15,34 @@ the host's clock runs from an idle device until the device is idle again, launch
 from __future__ import annotations
 
 import gc
-import json
-import os
-import platform
-import re
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from pathlib import Path
+from collections.abc import Callable, Generator, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, NamedTuple, TypeAlias
 
-import numpy as np
 import torch
-
-from gmp_kernels.errors import DeviceError
 
 __all__ = [
     "HEADINGS",
     "Case",
     "Failure",
-    "Machine",
     "Pair",
     "Result",
     "Spread",
     "Timed",
+    "bounds_of",
     "measure",
     "measure_all",
+    "shown_modes",
     "time_once",
-    "write_results",
+    "try_to_measure",
 ]
 
-MIN_ROUNDS = 5
+MIN_ROUNDS = 3
+# If the ratio of one process is that many times the ratio of another, a row shows both and not one number.
+WIDE = 1.25
 SETTLE_BYTES = {"cpu": 1 << 26, "cuda": 1 << 28}  # more than fits into the caches of the device
 # So many reads take a millisecond with the fastest memory. Launching a step of one tensor takes a third of that.
 READS_AHEAD = 20
@@ -112,6 +110,14 @@ class Case:
         The fewest bytes that ours could read and write at full size, if that is known.
     wall : bool
         Whether a GPU is timed by the host's clock, so that the host's work for each launch is included.
+    highest : float, optional
+        Bound on the ratio of every process, not only on their median.
+    warm : bool
+        Whether the caches are warm: every timed run follows an untimed one of the same side.
+    once : bool
+        Whether a process runs either side once, the first time included. For rows that take seconds.
+    most_processes : int, optional
+        The most processes to measure the row in.
     """
 
     name: str
@@ -122,9 +128,21 @@ class Case:
     unit: Literal["s", "B", "launches"] = "s"
     min_bytes: float | None = None
     wall: bool = False
+    highest: float | None = None
+    warm: bool = False
+    once: bool = False
+    most_processes: int | None = None
 
-    def verdict(self, ratio: float) -> Literal["aim", "must", "missed"]:
-        """Return the strictest bound that ``ratio`` (ours / baseline) meets."""
+    @property
+    def title(self) -> str:
+        """Both sides of the row, as one name that no other row has."""
+        return f"{self.name} / {self.baseline}"
+
+    def verdict(self, ratios: Sequence[float]) -> Literal["aim", "must", "missed"]:
+        """Return the strictest bound that the processes, which have these ratios (ours / baseline), meet."""
+        ratio = statistics.median(ratios)
+        if self.highest is not None and max(ratios) > self.highest:
+            return "missed"
         if self.aim is not None and ratio <= self.aim:
             return "aim"
         return "must" if ratio <= self.must else "missed"
@@ -141,22 +159,56 @@ class Spread(NamedTuple):
 
 @dataclass(frozen=True)
 class Result:
-    """Measurement of a case, with the number of weights divided by ``shrink``."""
+    """Measurement of a case, with the number of weights divided by ``shrink``.
+
+    Attributes
+    ----------
+    case : Case
+    processes : tuple of (Spread, Spread)
+        Ours and the baseline in each process that measured the case.
+    shrink : int
+    """
 
     case: Case
-    ours: Spread
-    baseline: Spread
+    processes: tuple[tuple[Spread, Spread], ...]
     shrink: int = 1
 
     @property
+    def ours(self) -> Spread:
+        """Our side: median of the processes' medians, lowest and highest of their percentiles, rounds of all."""
+        return _joined([ours for ours, _ in self.processes])
+
+    @property
+    def baseline(self) -> Spread:
+        """The other side, likewise."""
+        return _joined([baseline for _, baseline in self.processes])
+
+    @property
+    def ratios(self) -> list[float]:
+        """Of every process, median of ours / median of the baseline."""
+        return [ours.median / baseline.median for ours, baseline in self.processes]
+
+    @property
     def ratio(self) -> float:
-        """Median of ours / median of the baseline."""
-        return self.ours.median / self.baseline.median
+        """Median of the processes' ratios."""
+        return statistics.median(self.ratios)
+
+    @property
+    def modes(self) -> list[tuple[int, float]]:
+        """(number of processes, median of their ratios): one entry, or two if the ratios lie far apart.
+
+        They are divided at the widest gap.
+        """
+        ordered = sorted(self.ratios)
+        if ordered[-1] <= WIDE * ordered[0]:
+            return [(len(ordered), self.ratio)]
+        cut = max(range(1, len(ordered)), key=lambda i: ordered[i] / ordered[i - 1])
+        return [(len(part), statistics.median(part)) for part in (ordered[:cut], ordered[cut:])]
 
     @property
     def verdict(self) -> Literal["aim", "must", "missed"] | None:
         """The strictest bound met; None for a trial with fewer weights, to which the bounds do not apply."""
-        return self.case.verdict(self.ratio) if self.shrink == 1 else None
+        return self.case.verdict(self.ratios) if self.shrink == 1 else None
 
     @property
     def bytes_per_second(self) -> float | None:
@@ -166,14 +218,12 @@ class Result:
     def to_dict(self) -> dict[str, Any]:
         """Return the result as plain data, ready for JSON."""
         return {
-            "name": self.case.name,
-            "baseline_name": self.case.baseline,
-            "unit": self.case.unit,
+            **_described(self.case),
             "ours": self.ours._asdict(),
             "baseline": self.baseline._asdict(),
             "ratio": self.ratio,
-            "must": self.case.must,
-            "aim": self.case.aim,
+            "ratios": self.ratios,
+            "modes": self.modes,
             "verdict": self.verdict,
             "min_bytes": self.case.min_bytes,
             "bytes_per_second": self.bytes_per_second,
@@ -187,7 +237,8 @@ class Result:
             _quantity(self.ours.median, case.unit),
             case.baseline,
             _quantity(self.baseline.median, case.unit),
-            *_bounds(self.ratio, case, self.shrink),
+            shown_modes(self.modes) + _range(self.ratios),
+            *bounds_of(case, self.shrink),
             self.verdict or "",
             f"{rate / 1e9:.0f}" if rate else "",
         ]
@@ -203,18 +254,46 @@ class Failure:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the failure as plain data, ready for JSON."""
-        case = self.case
-        bounds = {"must": case.must, "aim": case.aim}
-        return {"name": case.name, "baseline_name": case.baseline, "unit": case.unit, **bounds, "error": self.error}
+        return {**_described(self.case), "error": self.error}
 
     def cells(self) -> list[str]:
         """Return the row of the table under ``HEADINGS``."""
-        return [self.case.name, "", self.case.baseline, "", *_bounds(None, self.case, self.shrink), "failed", ""]
+        return [self.case.name, "", self.case.baseline, "", "", *bounds_of(self.case, self.shrink), "failed", ""]
 
 
-def _bounds(ratio: float | None, case: Case, shrink: int) -> list[str]:
-    bounds = (case.must, case.aim) if shrink == 1 else (None, None)
-    return ["" if value is None else _as_ratio(value) for value in (ratio, *bounds)]
+def shown_modes(modes: Sequence[tuple[int, float]]) -> str:
+    """Return the ratio of a row, or both of its modes with their numbers of processes."""
+    shown = [(count, _as_ratio(ratio)) for count, ratio in modes]
+    return shown[0][1] if len(shown) == 1 else ", ".join(f"{ratio} in {count}" for count, ratio in shown)
+
+
+def _range(ratios: Sequence[float]) -> str:
+    lowest, highest = _as_ratio(min(ratios)), _as_ratio(max(ratios))
+    return "" if lowest == highest else f" ({lowest}-{highest})"
+
+
+def bounds_of(case: Case, shrink: int = 1) -> list[str]:
+    """Return must and aim for the table: empty for a trial with fewer weights."""
+    if shrink > 1:
+        return ["", ""]
+    highest = "" if case.highest is None else f", all {_as_ratio(case.highest)}"
+    return [_as_ratio(case.must) + highest, "" if case.aim is None else _as_ratio(case.aim)]
+
+
+def _described(case: Case) -> dict[str, Any]:
+    names = {"name": case.name, "baseline_name": case.baseline, "unit": case.unit}
+    return {
+        **names,
+        "must": case.must,
+        "aim": case.aim,
+        "highest": case.highest,
+        "caches": "warm" if case.warm else "cold",
+    }
+
+
+def _joined(spreads: Sequence[Spread]) -> Spread:
+    medians, lowest, highest, rounds = zip(*spreads, strict=True)
+    return Spread(statistics.median(medians), min(lowest), max(highest), sum(rounds))
 
 
 def _quantity(value: float, unit: str) -> str:
@@ -228,75 +307,6 @@ def _quantity(value: float, unit: str) -> str:
 def _as_ratio(ratio: float) -> str:
     """Format ours as a multiple of the baseline; if it is far below 1, as one over the inverse."""
     return f"1/{1 / ratio:.3g}" if 0 < ratio <= 0.25 else f"{ratio:.2f}"
-
-
-@dataclass(frozen=True)
-class Machine:
-    """Machine and versions of a measurement.
-
-    Attributes
-    ----------
-    device : str
-        Name of the CPU.
-    cores, threads : int
-        Cores of the machine, and threads of both sides.
-    load : float
-        Processes that wanted a core in the minute before. A load near 1 or above disturbs the measurement: if another
-        process takes a core away, every parallel loop, ours or torch's, waits for longer than the loop takes.
-    python, torch, numpy : str
-        Versions.
-    date : str
-        ISO 8601, UTC.
-    gpu : str, optional
-        Name of the GPU, if the GPU was measured.
-    """
-
-    device: str
-    cores: int
-    threads: int
-    load: float
-    python: str
-    torch: str
-    numpy: str
-    date: str
-    gpu: str | None = None
-
-    @classmethod
-    def here(cls, device: Device = CPU) -> Machine:
-        """Describe this machine and process, and the GPU if ``device`` is one.
-
-        Raises
-        ------
-        DeviceError
-            ``device`` is a GPU, but torch can use none.
-        """
-        if device.type == "cuda" and not torch.cuda.is_available():
-            raise DeviceError(
-                f"expected a GPU that torch can use, got none (torch {torch.__version__}); measure the CPU instead, or "
-                "check nvidia-smi and that torch is a CUDA build"
-            )
-        cpuinfo = Path("/proc/cpuinfo")
-        found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else None
-        return cls(
-            device=found[1].strip() if found else platform.machine(),
-            cores=os.cpu_count() or 1,
-            threads=torch.get_num_threads(),
-            load=os.getloadavg()[0],
-            python=platform.python_version(),
-            torch=torch.__version__,
-            numpy=np.__version__,
-            date=datetime.now(UTC).isoformat(timespec="seconds"),
-            gpu=torch.cuda.get_device_name(device) if device.type == "cuda" else None,
-        )
-
-    @property
-    def slug(self) -> str:
-        """Device and cores as a file name, such as ``amd-epyc-2-cores``; for a GPU its name only."""
-        return re.sub(r"[^a-z0-9]+", "-", (self.gpu or f"{self.device} {self.cores} cores").lower()).strip("-")
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the description as plain data, ready for JSON."""
-        return asdict(self)
 
 
 def time_once(side: Timed, clock: Clock = time.perf_counter, settle: Callable[[], object] = _nothing) -> float:
@@ -324,7 +334,8 @@ def measure(
     shrink : int
         Divides the number of weights.
     seconds : float
-        Time for which the two sides take turns, preparation included. There are at least 5 rounds, however slow.
+        Time for which the two sides take turns, preparation included. There are at least 3 rounds, however slow,
+        unless the case runs ``once``.
     clock : callable
         Returns seconds from any fixed moment.
     device : torch.device
@@ -335,52 +346,55 @@ def measure(
         stopwatch, num_reads = (_idle_device, 1) if case.wall else (_Event, READS_AHEAD)
     pair = case.build(shrink)
     timed = [side for side in pair if isinstance(side, Timed)]
-    for side in timed:
-        # The first run touches the pages and wakes the threads.
-        time_once(side, stopwatch)
-    # Every run starts from the same state: the caches hold no lines of the other side, in particular no modified ones
-    # that must still be written back, and every thread is awake.
+    # Every run starts from the same state: every thread is awake, and the caches hold no lines of the other side, in
+    # particular no modified ones that must still be written back. If they are to be warm, they hold those of this side.
     buffer = torch.ones(SETTLE_BYTES[device.type] // 4, device=device)
 
-    def settle() -> None:
-        for _ in range(num_reads):
-            buffer.sum()
+    def settle(side: Timed) -> None:
+        if case.warm:
+            side.run()
+            side.prepare()
+        else:
+            for _ in range(num_reads):
+                buffer.sum()
 
-    samples: list[list[float]] = [[] for _ in timed]
-    end = clock() + seconds
-    while timed and (len(samples[0]) < MIN_ROUNDS or clock() < end):
-        for side, taken in zip(timed, samples, strict=True):
-            taken.append(time_once(side, stopwatch, settle))
+    # The first run touches the pages and wakes the threads.
+    samples = [[time_once(side, stopwatch, partial(settle, side))] for side in timed]
+    if timed and not case.once:
+        samples = [[] for _ in timed]
+        end = clock() + seconds
+        while len(samples[0]) < MIN_ROUNDS or clock() < end:
+            for side, taken in zip(timed, samples, strict=True):
+                taken.append(time_once(side, stopwatch, partial(settle, side)))
     measured = iter(samples)
     ours, baseline = (_spread(next(measured)) if isinstance(s, Timed) else Spread(s, s, s, 0) for s in pair)
-    return Result(case, ours, baseline, shrink)
+    return Result(case, ((ours, baseline),), shrink)
+
+
+def try_to_measure(
+    case: Case, *, shrink: int = 1, seconds: float = 3.0, device: torch.device = CPU
+) -> Result | Failure:
+    """Measure a case, and give its memory back. A case that raises gives a ``Failure``."""
+    outcome: Result | Failure
+    try:
+        outcome = measure(case, shrink=shrink, seconds=seconds, device=device)
+    except Exception as error:
+        outcome = Failure(case, f"{type(error).__name__}: {error}", shrink)
+    # Free the memory of this case before the next one allocates as much.
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return outcome
 
 
 def measure_all(
     cases: Iterable[Case], *, shrink: int = 1, seconds: float = 3.0, device: torch.device = CPU
-) -> Iterator[Result | Failure]:
-    """Measure one case after the other. A case that raises gives a ``Failure``, and the next one is measured."""
+) -> Generator[Result | Failure, None, None]:
+    """Measure one case after the other, in this process."""
     for case in cases:
-        outcome: Result | Failure
-        try:
-            outcome = measure(case, shrink=shrink, seconds=seconds, device=device)
-        except Exception as error:
-            outcome = Failure(case, f"{type(error).__name__}: {error}", shrink)
-        # Free the memory of this case before the next one allocates as much.
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-        yield outcome
-
-
-def write_results(path: Path, machine: Machine, shrink: int, outcomes: Sequence[Result | Failure]) -> None:
-    """Replace a file of results as a whole, so that it can be written after every row."""
-    document = {"machine": machine.to_dict(), "shrink": shrink, "cases": [outcome.to_dict() for outcome in outcomes]}
-    scratch = path.with_name(path.name + ".new")
-    scratch.write_text(json.dumps(document, indent=2) + "\n")
-    scratch.replace(path)
+        yield try_to_measure(case, shrink=shrink, seconds=seconds, device=device)
 
 
 def _spread(samples: Sequence[float]) -> Spread:
-    deciles = statistics.quantiles(samples, n=10, method="inclusive")
+    deciles = statistics.quantiles(samples, n=10, method="inclusive") if len(samples) > 1 else samples
     return Spread(statistics.median(samples), deciles[0], deciles[-1], len(samples))

@@ -10,7 +10,6 @@ at the speed of memory.
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -24,61 +23,48 @@ from torch.nn.utils import prune as torch_prune
 
 from gmp_kernels.masks import BitMask
 from gmp_kernels.ops import Threshold, magnitude_threshold, prune_
-from gmp_kernels.optim import SGD, AdamW
-from gmp_kernels.optim.compact import layout_of
 from gmp_kernels.scheduler import GMPScheduler
 from gmp_kernels.schedules import Polynomial
 from gmp_kernels.tools.bench.checkpoints import checkpoint_cases
 from gmp_kernels.tools.bench.host import host_cases
 from gmp_kernels.tools.bench.measurement import Case, Pair, Timed
+from gmp_kernels.tools.bench.optimizers import optimizer_cases
+from gmp_kernels.tools.bench.sharded import sharded_cases
+from gmp_kernels.tools.bench.small import small_cases
+from gmp_kernels.tools.bench.training import training_cases
+from gmp_kernels.tools.bench.weights import NUM_WEIGHTS, SPARSITY, STD, weights_of
 from gmp_kernels.tools.presets import resnet50_layers
 
 __all__ = [
     "all_cases",
     "memory_cases",
-    "optimizer_cases",
     "prune_cases",
     "scheduler_cases",
     "select_cases",
-    "training_cases",
 ]
 
-# One layer of 4096 x 4096. In fp32 its 64 MB do not fit into the last-level cache of common CPUs.
-NUM_WEIGHTS = 1 << 24
 SPARSITIES = (0.5, 0.9, 0.99)
-SPARSITY = 0.9
-# Standard deviation of the weights, as in a trained layer, and the size of one optimizer step.
-STD = 0.02
-STEP = 1e-3 * STD
+STEP = 1e-3 * STD  # size of one optimizer step
 NUM_LAYERS = 160
-NUM_CALLS = 100
 
 
 def select_cases() -> list[Case]:
     """Return rows on the exact threshold, without and with an earlier one, against one read and other selections."""
-    cases = []
-    for sparsity in SPARSITIES:
-        cold = f"threshold fp32, {sparsity}, cold"
-        warm = f"threshold fp32, {sparsity}, warm"
-        cases += [
-            Case(cold, "tensor.sum()", 1.8, 1.3, partial(_cold_and_sum, sparsity)),
-            Case(warm, "tensor.sum()", 1.4, 1.1, partial(_warm_and_sum, sparsity)),
-            Case(cold, "np.partition", 1 / 8, 1 / 15, partial(_cold_and_partition, sparsity)),
-            Case(cold, "torch.kthvalue", 1 / 40, 1 / 100, partial(_cold_and_kthvalue, sparsity)),
-            Case(cold, "torch.topk", 1 / 40, 1 / 100, partial(_cold_and_topk, sparsity)),
-        ]
+    read, at = "tensor.sum()", f"threshold fp32, {SPARSITY}"
     return [
-        *cases,
-        # This baseline makes no copy, unlike np.partition, but destroys the magnitudes.
-        Case(
-            f"threshold fp32, {SPARSITY}, cold",
-            "partition() in place",
-            1.0,
-            None,
-            partial(_cold_and_partition_in_place, SPARSITY),
+        *(Case(f"threshold fp32, {s}", read, 1.5, 1.2, partial(_first_and_sum, s)) for s in SPARSITIES),
+        *(
+            Case(f"threshold fp32, {s}, from the last one", read, 1.4, 1.1, partial(_next_and_sum, s))
+            for s in SPARSITIES
         ),
-        Case(f"threshold bf16, {SPARSITY}, cold", "threshold fp32", 0.8, 0.6, _bf16_and_fp32),
-        Case(f"threshold fp32, {SPARSITY}, 10x the weights", "1x the weights", 11.0, None, _tenfold),
+        Case(f"threshold bf16, {SPARSITY}", "threshold fp32", 0.65, 0.55, partial(_half_and_fp32, torch.bfloat16)),
+        Case(f"threshold fp16, {SPARSITY}", "threshold fp32", 0.65, 0.55, partial(_half_and_fp32, torch.float16)),
+        Case(f"{at}, 10x the weights", "1x the weights", 11.0, None, _tenfold),
+        Case(at, "np.partition", 1 / 8, 1 / 15, _first_and_partition),
+        # This baseline makes no copy, unlike np.partition, but destroys the magnitudes.
+        Case(at, "partition() in place", 1.0, None, _first_and_partition_in_place),
+        Case(at, "torch.kthvalue", 1 / 40, 1 / 100, _first_and_kthvalue, once=True),
+        Case(at, "torch.topk", 1 / 40, 1 / 100, _first_and_topk, once=True),
     ]
 
 
@@ -86,7 +72,9 @@ def prune_cases() -> list[Case]:
     """Return rows on the full prune step, i.e. threshold, zeros and bitmask, from dense weights."""
     return [
         Case(f"prune step fp32, {SPARSITY}", "sum() + mul_()", 1.5, 1.1, _prune_and_sum_mul),
-        Case(f"prune step fp32, {SPARSITY}", "l1_unstructured", 1 / 100, 1 / 300, _prune_and_l1_unstructured),
+        Case(
+            f"prune step fp32, {SPARSITY}", "l1_unstructured", 1 / 100, 1 / 300, _prune_and_l1_unstructured, once=True
+        ),
         Case(f"prune step, ResNet-50, {SPARSITY}", "the same in one tensor", 1.3, 1.1, _layers_and_one_tensor),
         Case(
             f"prune step, ResNet-50, channels_last, {SPARSITY}", "contiguous", 1.1, 1.0, _channels_last_and_contiguous
@@ -95,94 +83,70 @@ def prune_cases() -> list[Case]:
 
 
 def scheduler_cases() -> list[Case]:
-    """Return rows on ``GMPScheduler.step()`` when no update is due: one call with cold caches, and many in a row."""
+    """Return rows on ``GMPScheduler.step()`` when no update is due, with cold and with warm caches."""
     name = f"scheduler.step() between updates, {NUM_LAYERS} layers"
     return [
-        Case(name, "30 us", 1.0, 0.2, partial(_idle_steps, 1)),
-        Case(f"{NUM_CALLS} x {name}", f"{NUM_CALLS} x 30 us", 1.0, 0.2, partial(_idle_steps, NUM_CALLS)),
+        Case(f"{name}, {'warm' if warm else 'cold'} caches", "30 us", 1.0, 0.2, _idle_step, warm=warm)
+        for warm in (False, True)
     ]
-
-
-def optimizer_cases() -> list[Case]:
-    """Return rows on an optimizer step with masks, against torch's fused step without masks or with masks by hand."""
-    fused = "torch fused, no mask"
-    compact = {0.9: (0.75, 0.6), 0.95: (0.65, 0.5), 0.99: (0.25, 0.15)}
-    return [
-        Case("AdamW, dense state, 0", fused, 1.05, 0.95, partial(_adamw_and_fused, 0.0, False)),
-        Case("AdamW, dense state, 0.9", fused, 1.0, 0.9, partial(_adamw_and_fused, 0.9, False)),
-        *(
-            Case(f"AdamW, compact state, {sparsity}", fused, must, aim, partial(_adamw_and_fused, sparsity, True))
-            for sparsity, (must, aim) in compact.items()
-        ),
-        Case("SGD momentum, compact state, 0.9", fused, 0.9, 0.7, _sgd_and_fused),
-        Case("AdamW, dense state, 0.9", "torch fused + _foreach_mul_", 0.5, 0.35, _adamw_and_masks_by_hand),
-        Case("AdamW state, compact, 0.9", "0.105 dense + 1 bit/weight", 1.0, None, _state_bytes, "B"),
-    ]
-
-
-def training_cases() -> list[Case]:
-    """Return the row on all work of a training beside forward and backward passes; the training times it itself."""
-    return [Case("small network's GMP run, after the backward pass", "torch fused, no pruning", 1.0, None, _gmp_run)]
 
 
 def memory_cases() -> list[Case]:
     """Return rows on the peak memory of a prune step beyond weights and masks."""
     limit = "5% of largest + 4 MB"
     return [
-        Case("peak extra memory, one layer", limit, 1.0, None, lambda shrink: _memory([NUM_WEIGHTS // shrink]), "B"),
-        Case("peak extra memory, ResNet-50", limit, 1.0, None, lambda shrink: _memory(_resnet50_sizes(shrink)), "B"),
+        Case("peak extra memory, one layer", limit, 1.0, None, _memory_of_layer, "B", most_processes=1),
+        Case("peak extra memory, ResNet-50", limit, 1.0, None, _memory_of_resnet50, "B", most_processes=1),
     ]
 
 
-def all_cases() -> list[Case]:
-    """Return every row of the table."""
+def all_cases(folder: Path) -> list[Case]:
+    """Return every row of the table; ``folder`` is where rows on checkpoints keep their files."""
     return [
         *select_cases(),
         *prune_cases(),
         *optimizer_cases(),
-        *training_cases(),
+        *small_cases(),
         *scheduler_cases(),
+        *training_cases(),
+        *sharded_cases(),
         *host_cases(),
         *memory_cases(),
-        *checkpoint_cases(),
+        *checkpoint_cases(folder),
     ]
-
-
-def _weights(num_weights: int) -> torch.Tensor:
-    return torch.randn(num_weights, generator=torch.Generator().manual_seed(0)).mul_(STD)
 
 
 def _threshold(weight: torch.Tensor, num_prune: int, previous: Threshold | None = None) -> Timed:
     return Timed(lambda: magnitude_threshold(weight, num_prune, previous=previous))
 
 
-def _cold(sparsity: float, shrink: int) -> tuple[torch.Tensor, int, Timed]:
+def _first(sparsity: float, shrink: int) -> tuple[torch.Tensor, int, Timed]:
     """Return the weights, the number of weights to prune, and our side."""
-    weight = _weights(NUM_WEIGHTS // shrink)
+    weight = weights_of(NUM_WEIGHTS // shrink)
     num_prune = round(sparsity * weight.numel())
     return weight, num_prune, _threshold(weight, num_prune)
 
 
-def _cold_and_sum(sparsity: float, shrink: int) -> Pair:
-    weight, _, ours = _cold(sparsity, shrink)
+def _first_and_sum(sparsity: float, shrink: int) -> Pair:
+    weight, _, ours = _first(sparsity, shrink)
     return Pair(ours, Timed(weight.sum))
 
 
-def _warm_and_sum(sparsity: float, shrink: int) -> Pair:
-    weight, num_prune, _ = _cold(sparsity, shrink)
+def _next_and_sum(sparsity: float, shrink: int) -> Pair:
+    weight, num_prune, _ = _first(sparsity, shrink)
     previous = magnitude_threshold(weight, num_prune)
     weight += STEP * torch.randn(weight.numel(), generator=torch.Generator().manual_seed(1))
     return Pair(_threshold(weight, num_prune, previous), Timed(weight.sum))
 
 
-def _cold_and_partition(sparsity: float, shrink: int) -> Pair:
-    weight, num_prune, ours = _cold(sparsity, shrink)
+def _first_and_partition(shrink: int) -> Pair:
+    weight, num_prune, ours = _first(SPARSITY, shrink)
     magnitude = weight.abs().numpy()
     return Pair(ours, Timed(lambda: np.partition(magnitude, num_prune - 1)[num_prune - 1]))
 
 
-def _cold_and_partition_in_place(sparsity: float, shrink: int) -> Pair:
-    weight, num_prune, ours = _cold(sparsity, shrink)
+def _first_and_partition_in_place(shrink: int) -> Pair:
+    weight, num_prune, ours = _first(SPARSITY, shrink)
     magnitude = weight.abs().numpy()
     partitioned = np.empty_like(magnitude)
 
@@ -193,15 +157,15 @@ def _cold_and_partition_in_place(sparsity: float, shrink: int) -> Pair:
     return Pair(ours, Timed(run, lambda: np.copyto(partitioned, magnitude)))
 
 
-def _cold_and_kthvalue(sparsity: float, shrink: int) -> Pair:
-    weight, num_prune, ours = _cold(sparsity, shrink)
+def _first_and_kthvalue(shrink: int) -> Pair:
+    weight, num_prune, ours = _first(SPARSITY, shrink)
     magnitude = weight.abs()
     out = (torch.empty(()), torch.empty((), dtype=torch.int64))
     return Pair(ours, Timed(lambda: torch.kthvalue(magnitude, num_prune, out=out)[0]))
 
 
-def _cold_and_topk(sparsity: float, shrink: int) -> Pair:
-    weight, num_prune, ours = _cold(sparsity, shrink)
+def _first_and_topk(shrink: int) -> Pair:
+    weight, num_prune, ours = _first(SPARSITY, shrink)
     magnitude = weight.abs()
     # The threshold is the smallest of the k largest magnitudes. From a sparsity of 0.5 on, this is the smaller side.
     k = weight.numel() - num_prune + 1
@@ -209,21 +173,20 @@ def _cold_and_topk(sparsity: float, shrink: int) -> Pair:
     return Pair(ours, Timed(lambda: torch.topk(magnitude, k, sorted=False, out=out)[0]))
 
 
-def _bf16_and_fp32(shrink: int) -> Pair:
-    weight, num_prune, fp32 = _cold(SPARSITY, shrink)
-    bf16 = weight.bfloat16()
-    return Pair(_threshold(bf16, num_prune), fp32)
+def _half_and_fp32(dtype: torch.dtype, shrink: int) -> Pair:
+    weight, num_prune, fp32 = _first(SPARSITY, shrink)
+    return Pair(_threshold(weight.to(dtype), num_prune), fp32)
 
 
 def _tenfold(shrink: int) -> Pair:
-    many = _weights(4 * NUM_WEIGHTS // shrink)
+    many = weights_of(4 * NUM_WEIGHTS // shrink)
     # This fits into some caches, but the long read before each run leaves nothing of it there.
     few = many[: many.numel() // 10].clone()
     return Pair(*(_threshold(weight, round(SPARSITY * weight.numel())) for weight in (many, few)))
 
 
 def _prune_and_sum_mul(shrink: int) -> Pair:
-    dense = _weights(NUM_WEIGHTS // shrink)
+    dense = weights_of(NUM_WEIGHTS // shrink)
     weight = dense.clone()
 
     def sum_mul() -> None:
@@ -236,7 +199,7 @@ def _prune_and_sum_mul(shrink: int) -> Pair:
 
 
 def _prune_and_l1_unstructured(shrink: int) -> Pair:
-    dense = _weights(NUM_WEIGHTS // shrink)
+    dense = weights_of(NUM_WEIGHTS // shrink)
     weight = dense.clone()
     module = nn.Module()
 
@@ -257,7 +220,7 @@ def _resnet50_sizes(shrink: int) -> list[int]:
 
 def _layers_and_one_tensor(shrink: int) -> Pair:
     sizes = _resnet50_sizes(shrink)
-    dense = _weights(sum(sizes))
+    dense = weights_of(sum(sizes))
     whole = dense.clone()
     layers = torch.split(whole, sizes)
     restore = partial(whole.copy_, dense)
@@ -269,7 +232,7 @@ def _layers_and_one_tensor(shrink: int) -> Pair:
 
 def _channels_last_and_contiguous(shrink: int) -> Pair:
     shapes = [(max(1, num_filters // shrink), *of_filter) for num_filters, *of_filter in resnet50_layers().values()]
-    dense = [_weights(math.prod(shape)).view(shape) for shape in shapes]
+    dense = [weights_of(math.prod(shape)).view(shape) for shape in shapes]
 
     def step(channels_last: bool) -> Timed:
         layers = [
@@ -283,75 +246,7 @@ def _channels_last_and_contiguous(shrink: int) -> Pair:
     return Pair(step(True), step(False))
 
 
-def _parameter(shrink: int) -> nn.Parameter:
-    parameter = nn.Parameter(_weights(NUM_WEIGHTS // shrink))
-    parameter.grad = _weights(NUM_WEIGHTS // shrink)
-    return parameter
-
-
-def _mask(num_weights: int, sparsity: float) -> BitMask:
-    """Return a mask of independent bits, which has the fewest dead blocks."""
-    return BitMask.from_bool(torch.rand(num_weights, generator=torch.Generator().manual_seed(2)) >= sparsity)
-
-
-def _masked(optimizer: SGD | AdamW, parameter: nn.Parameter, sparsity: float) -> SGD | AdamW:
-    optimizer.set_masks({parameter: _mask(parameter.numel(), sparsity)})
-    optimizer.step()  # creates the state
-    return optimizer
-
-
-def _adamw_and_fused(sparsity: float, compact_state: bool, shrink: int) -> Pair:
-    ours, theirs = _parameter(shrink), _parameter(shrink)
-    masked = _masked(AdamW([ours], compact_state=compact_state), ours, sparsity)
-    return Pair(Timed(masked.step), Timed(torch.optim.AdamW([theirs], fused=True).step))
-
-
-def _sgd_and_fused(shrink: int) -> Pair:
-    ours, theirs = _parameter(shrink), _parameter(shrink)
-    masked = _masked(SGD([ours], lr=1e-3, momentum=0.9, compact_state=True), ours, SPARSITY)
-    return Pair(Timed(masked.step), Timed(torch.optim.SGD([theirs], lr=1e-3, momentum=0.9, fused=True).step))
-
-
-def _adamw_and_masks_by_hand(shrink: int) -> Pair:
-    ours, theirs = _parameter(shrink), _parameter(shrink)
-    masked = _masked(AdamW([ours]), ours, SPARSITY)
-    fused = torch.optim.AdamW([theirs], fused=True)
-    fused.step()
-    state = fused.state[theirs]
-    held = [theirs.detach(), state["exp_avg"], state["exp_avg_sq"]]
-    # The masks are float32, because _foreach_mul_ is slower when it has to convert.
-    masks = [_mask(theirs.numel(), SPARSITY).to_bool().float()] * len(held)
-
-    def step() -> None:
-        fused.step()
-        torch._foreach_mul_(held, masks)
-
-    return Pair(Timed(masked.step), Timed(step))
-
-
-def _gmp_run(shrink: int) -> Pair:
-    # Imported here, because only this row needs scikit-learn.
-    from gmp_kernels.tools.bench.network import seconds_after_backward
-
-    epochs = max(3, 60 // shrink)
-    runs = [(seconds_after_backward("gmp", epochs), seconds_after_backward(None, epochs)) for _ in range(3)]
-    return Pair(*(statistics.median(seconds) for seconds in zip(*runs, strict=True)))
-
-
-def _state_bytes(shrink: int) -> Pair:
-    parameter = _parameter(shrink)
-    optimizer = _masked(AdamW([parameter], compact_state=True), parameter, SPARSITY)
-    n = parameter.numel()
-    state = [optimizer.state[parameter][key] for key in ("exp_avg", "exp_avg_sq")]
-    # Both sides count the mask. Ours also counts the chunk offsets that address the state.
-    layout = layout_of(optimizer.state[parameter])
-    assert layout is not None
-    return Pair(
-        float(sum(tensor.nbytes for tensor in state) + layout.chunk_offsets.nbytes + n / 8), 0.105 * 8 * n + n / 8
-    )
-
-
-def _idle_steps(num_calls: int, _shrink: int) -> Pair:
+def _idle_step(_shrink: int) -> Pair:
     model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(NUM_LAYERS)))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     # There is an update at the first step, and none while the steps are timed.
@@ -359,7 +254,15 @@ def _idle_steps(num_calls: int, _shrink: int) -> Pair:
     # It counts calls, because no optimizer steps here. A step checks the same things in both cases.
     pruner = GMPScheduler(model, optimizer, schedule, count="calls")
     pruner.step()
-    return Pair(Timed(lambda: [pruner.step() for _ in range(num_calls)]), num_calls * 30e-6)
+    return Pair(Timed(pruner.step), 30e-6)
+
+
+def _memory_of_layer(shrink: int) -> Pair:
+    return _memory([NUM_WEIGHTS // shrink])
+
+
+def _memory_of_resnet50(shrink: int) -> Pair:
+    return _memory(_resnet50_sizes(shrink))
 
 
 def _memory(sizes: Sequence[int]) -> Pair:
@@ -371,11 +274,11 @@ def _memory(sizes: Sequence[int]) -> Pair:
 
 def _peak_extra_bytes(sizes: Sequence[int], num_threads: int) -> int:
     torch.set_num_threads(num_threads)
-    layers = [_weights(n) for n in sizes]
+    layers = [weights_of(n) for n in sizes]
     masks = [BitMask.ones(weight.shape) for weight in layers]
     # Start the threads and load everything that is loaded on first use, which is not memory of the step.
-    _weights(1 << 20).sum()
-    prune_(_weights(8), sparsity=SPARSITY)
+    weights_of(1 << 20).sum()
+    prune_(weights_of(8), sparsity=SPARSITY)
     Path("/proc/self/clear_refs").write_text("5")
     before = _peak_bytes()
     prune_(layers, sparsity=SPARSITY, masks=masks)

@@ -17,14 +17,9 @@ from gmp_kernels.errors import GMPError
 
 try:
     import typer
-    from rich.console import Console
-    from rich.progress import track
 
-    from gmp_kernels.tools.bench.gpu import gpu_cases
-    from gmp_kernels.tools.bench.measurement import HEADINGS, Failure, Machine, Result, measure_all, write_results
-    from gmp_kernels.tools.bench.run import all_cases
-    from gmp_kernels.tools.cli import checkpoints, plan
-    from gmp_kernels.tools.cli.options import Command, Group, UsageError, drawing, in_one_line
+    from gmp_kernels.tools.cli import bench, checkpoints, plan
+    from gmp_kernels.tools.cli.options import Command, Group, UsageError, in_one_line
     from gmp_kernels.tools.cli.terminal import Table, say, show
 except ModuleNotFoundError as error:
     # The library works without these packages. A traceback would hide the fix.
@@ -36,9 +31,8 @@ __all__ = ["app", "main"]
 app = typer.Typer(cls=Group, help="Gradual magnitude pruning for PyTorch.", add_completion=False)
 checkpoints.register(app)
 plan.register(app)
+bench.register(app)
 
-
-RATIO = HEADINGS.index("ratio")
 FOR_TESTS = {"simt"}  # backends that `info` does not list
 
 
@@ -141,87 +135,3 @@ def info() -> None:
             table.add_row(backend.name, str(backend.priority), backend.probe() or "usable")
     say(f"gmp-kernels {__version__}, torch {torch.__version__}")
     show(table)
-
-
-class Device(StrEnum):
-    """Devices that the benchmarks run on."""
-
-    CPU = "cpu"
-    CUDA = "cuda"
-
-
-@app.command(cls=Command)
-def bench(
-    device: Annotated[Device, typer.Option(help="The CPU, or the GPU that torch uses.")] = Device.CPU,
-    quick: Annotated[
-        bool,
-        typer.Option(
-            "--quick", help="A trial with a sixteenth of the weights and a tenth of the time, too short for verdicts."
-        ),
-    ] = False,
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="Number of threads for both sides of a row; default: torch's.")
-    ] = None,
-    output: Annotated[
-        Path | None, typer.Option(help="Folder for the JSON file and the plot, which are named after the device.")
-    ] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="JSON file for all numbers.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="PNG or SVG file for the ratios.")] = None,
-) -> None:
-    """Measure every operation on this machine beside its usual alternative."""
-    if plot is not None or output is not None:
-        drawing(plot)  # what prevents the picture is reported before minutes of measuring
-    if threads is not None:
-        torch.set_num_threads(threads)
-    torch_device = torch.device(device)
-    machine = Machine.here(torch_device)
-    if output is not None:
-        output.mkdir(parents=True, exist_ok=True)
-        json_file, plot = output / f"{machine.slug}.json", output / f"{machine.slug}.png"
-    setting = f"{machine.device}, {machine.cores} cores, {machine.threads} threads, torch {machine.torch}"
-    if machine.gpu is not None:
-        setting = f"{machine.gpu}, {setting}"
-    say(f"{setting}, numpy {machine.numpy}, load {machine.load:.2f}")
-    cases, seconds = (all_cases(), 3.0) if device is Device.CPU else (gpu_cases(torch_device), 1.5)
-    shrink, seconds = (16, seconds / 10) if quick else (1, seconds)
-    outcomes: list[Result | Failure] = []
-    measured = measure_all(cases, shrink=shrink, seconds=seconds, device=torch_device)
-    for outcome in track(measured, "measuring", total=len(cases), console=Console(), transient=True):
-        outcomes.append(outcome)
-        if json_file is not None:
-            # Written after every row, so that a crash in a later one loses nothing.
-            write_results(json_file, machine, shrink, outcomes)
-    show(_ratios(outcomes))
-    failures = [outcome for outcome in outcomes if isinstance(outcome, Failure)]
-    for failure in failures:
-        say(f"{failure.case.name}: {failure.error}")
-    if quick:
-        say(
-            "This was a trial. So few weights fit into the cache, and so short a time is noisy, so the ratios are not "
-            "held to their bounds. Run without --quick for that."
-        )
-    if json_file is not None:
-        say(f"wrote {json_file}")
-    results = [outcome for outcome in outcomes if isinstance(outcome, Result)]
-    if plot is not None and results:
-        rows = {
-            f"{result.case.name} / {result.case.baseline}": (
-                result.ratio,
-                *((None, None) if quick else (result.case.must, result.case.aim)),
-            )
-            for result in results
-        }
-        drawing().plot_ratios(plot, rows, f"{setting}{' (a quick trial)' if quick else ''}")
-        say(f"wrote {plot}")
-    if failures:
-        raise typer.Exit(1)
-
-
-def _ratios(outcomes: list[Result | Failure]) -> Table:
-    rows = [outcome.cells() for outcome in outcomes]
-    # A trial has neither bounds nor verdicts, and the CPU has no rates.
-    shown = [i for i in range(len(HEADINGS)) if i <= RATIO or any(row[i] for row in rows)]
-    table = Table(*[HEADINGS[i] for i in shown], right=[at for at, i in enumerate(shown) if i in (1, 3, 4, 5, 6, 8)])
-    for row in rows:
-        table.add_row(*[row[i] for i in shown])
-    return table

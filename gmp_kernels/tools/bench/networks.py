@@ -1,4 +1,4 @@
-"""A small residual network for 8x8 images, and the time that its training spends beside the passes."""
+"""Small networks for 8x8 images: a residual one and a transformer."""
 
 from __future__ import annotations
 
@@ -7,10 +7,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from gmp_kernels.tools.demo.data import load, steps_per_epoch
-from gmp_kernels.tools.demo.trial import OPTIMIZERS, prune_and_train, stages_of, train_dense
-
-__all__ = ["ResidualCNN", "seconds_after_backward"]
+__all__ = ["ResidualCNN", "Transformer"]
 
 
 class ResidualBlock(nn.Module):
@@ -55,22 +52,38 @@ class ResidualCNN(nn.Module):
         return logits
 
 
-def seconds_after_backward(optimizer: str | None, epochs: int) -> float:
-    """Return the time of optimizer steps and pruning in one run on the demo's digits, in seconds.
+class Transformer(nn.Module):
+    """Two pre-norm encoder blocks of width 64 over the eight rows of an image, and a linear head."""
 
-    Parameters
-    ----------
-    optimizer : str or None
-        A key of the demo's ``OPTIMIZERS``, for a run with gradual pruning to 90 %; None for torch's fused SGD without
-        pruning.
-    epochs : int
-        At least 3.
-    """
-    digits = load(0)
-    if optimizer is None:
-        fused = partial(torch.optim.SGD, fused=True)
-        return train_dense(ResidualCNN, digits, epochs, 0, fused, lambda: None)[1].update_seconds
-    torch.manual_seed(0)
-    network, stages = ResidualCNN(), stages_of(epochs, steps_per_epoch(digits))
-    schedule = stages.schedule(final_sparsity=0.9)
-    return prune_and_train(network, schedule, stages, digits, 0, OPTIMIZERS[optimizer], lambda: None)[2].update_seconds
+    def __init__(self, num_classes: int = 10) -> None:
+        super().__init__()
+        self.embed = nn.Linear(8, 64)
+        self.positions = nn.Parameter(torch.randn(8, 64).mul_(0.02))
+        layer = partial(nn.TransformerEncoderLayer, dim_feedforward=256, dropout=0.0, batch_first=True, norm_first=True)
+        self.blocks = nn.Sequential(*(layer(d_model=64, nhead=4) for _ in range(2)))
+        self.head = nn.Linear(64, num_classes)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Map images (n, 1, 8, 8) to logits (n, num_classes)."""
+        x = torch.relu(self.norm(self.stem(images)))
+        x = self.block3(self.block2(self.block1(x)))
+        logits: torch.Tensor = self.head(x.mean((2, 3)))
+        return logits
+
+
+class Transformer(nn.Module):
+    """Two pre-norm encoder blocks of width 64 over the eight rows of an image, and a linear head."""
+
+    def __init__(self, num_classes: int = 10) -> None:
+        super().__init__()
+        self.embed = nn.Linear(8, 64)
+        self.positions = nn.Parameter(torch.randn(8, 64).mul_(0.02))
+        block = {"dim_feedforward": 256, "dropout": 0.0, "batch_first": True, "norm_first": True}
+        self.blocks = nn.Sequential(*(nn.TransformerEncoderLayer(64, 4, **block) for _ in range(2)))
+        self.head = nn.Linear(64, num_classes)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Map images (n, 1, 8, 8) to logits (n, num_classes)."""
+        x = self.blocks(self.embed(images.squeeze(1)) + self.positions)
+        logits: torch.Tensor = self.head(x.mean(1))
+        return logits
