@@ -2,8 +2,8 @@
 
     python benchmarks/distributed.py [--ranks 4] [--layers 160] [--rows 1024] [--columns 1024] [--output FILE.json]
 
-The two take turns, so that other load on the machine affects both. The time of the ranks is that of the slowest. Bytes
-are those of the collectives' results on one rank. The program needs memory for twice the weights, and for the masks.
+It measures what rows of the speed table do, and shows the traffic too. Bytes are those of the collectives' results on
+one rank. The program needs memory for twice the weights, and for the masks.
 """
 
 from __future__ import annotations

@@ -13,7 +13,9 @@ from gmp_kernels.errors import DeviceError
 from gmp_kernels.tools.bench import gpu as bench_gpu
 from gmp_kernels.tools.bench import measurement
 from gmp_kernels.tools.bench.gpu import gpu_cases, llama_8b_sizes, resnet50_sizes
-from gmp_kernels.tools.bench.measurement import Case, Machine, Pair, Result, Spread, Timed, measure
+from gmp_kernels.tools.bench.measurement import Case, Pair, Result, Spread, Timed, measure
+from gmp_kernels.tools.bench.record import Machine
+from gmp_kernels.tools.cli import bench as command
 from gmp_kernels.tools.cli import main as cli
 from gmp_kernels.tools.presets import resnet50_layers
 
@@ -160,7 +162,7 @@ def test_every_row_is_there_once() -> None:
 
 def test_a_rate_is_the_bytes_that_must_move_over_the_median() -> None:
     case = Case("a", "b", 1.0, None, lambda _: Pair(1.0, 1.0), min_bytes=64e9)
-    result = Result(case, Spread(0.5, 0.5, 0.5, 0), Spread(1, 1, 1, 0), shrink=16)
+    result = Result(case, ((Spread(0.5, 0.5, 0.5, 0), Spread(1, 1, 1, 0)),), shrink=16)
     assert result.bytes_per_second == result.to_dict()["bytes_per_second"] == 8e9
     assert measure(case, shrink=4).bytes_per_second == 16e9
 
@@ -276,7 +278,7 @@ def test_a_gpu_gives_the_results_their_name() -> None:
 def test_the_command_measures_on_the_device_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     case = Case("prune", "copy", 1.5, None, lambda _: Pair(2.0, 4.0), min_bytes=64e9)
-    monkeypatch.setattr(cli, "gpu_cases", lambda device: [case])
+    monkeypatch.setattr(command, "gpu_cases", lambda device: [case])
     monkeypatch.setattr(measurement, "measure", lambda case, **given: seen.append(given) or measure(case))
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(Machine, "here", lambda device: Machine("CPU", 8, 4, 0.0, "", "", "", "", gpu="GPU"))

@@ -7,7 +7,9 @@ import torch
 
 from gmp_kernels.backends import cuda
 from gmp_kernels.tools.bench import host as bench_host
+from gmp_kernels.tools.bench import small
 from gmp_kernels.tools.bench.measurement import Case, Timed
+from gmp_kernels.tools.bench.small import small_parameters
 
 CASES = bench_host.host_cases()
 FEW = [
@@ -26,7 +28,7 @@ def built(case: Case) -> tuple[Timed, Timed]:
 def test_every_backend_has_a_row_for_every_number_of_tensors() -> None:
     expected = [
         f"host time of {call}, {number}, {backend}"
-        for backend in ("cpu", "cuda", "triton")
+        for backend in ("cuda", "triton")
         for number in ("1 tensor", "25 tensors", "161 tensors", "291 tensors")
         for call in ("prune_", "AdamW.step")
     ]
@@ -47,8 +49,8 @@ def test_both_sides_run_on_one_thread_and_leave_torch_as_it_was(case: Case, monk
 
 
 def test_without_kernels_all_but_their_writes_happens(monkeypatch: pytest.MonkeyPatch) -> None:
-    weights = bench_host._parameters(25)
-    monkeypatch.setattr(bench_host, "_parameters", lambda _: weights)
+    weights = small_parameters(25)
+    monkeypatch.setattr(small, "small_parameters", lambda _: weights)
     before = [weight.clone() for weight in weights]
     versions = [weight._version for weight in weights]
     launched = []
@@ -61,4 +63,4 @@ def test_without_kernels_all_but_their_writes_happens(monkeypatch: pytest.Monkey
 
 def test_a_build_without_cuda_kernels_has_no_row_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "_modules", {})
-    assert {case.name.rpartition(" ")[2] for case in bench_host.host_cases()} == {"cpu", "triton"}
+    assert {case.name.rpartition(" ")[2] for case in bench_host.host_cases()} == {"triton"}

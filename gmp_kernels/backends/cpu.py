@@ -161,6 +161,11 @@ def _probe() -> str | None:
     return None
 
 
+def isa() -> str | None:
+    """Return the instruction set of the kernels; None if they cannot run."""
+    return None if _probe() else _C.isa()
+
+
 def _supports(device: torch.device) -> str | None:
     return None if device.type == "cpu" else f"it takes CPU tensors, got {device}; move them with .cpu()"
 

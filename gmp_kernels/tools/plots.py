@@ -315,7 +315,7 @@ def plot_ratios(path: Path, rows: Mapping[str, Bar], title: str) -> None:
     axes.set_axisbelow(True)
     axes.set_yticks(positions, [literal(name) for name in rows])
     axes.set_ylim(len(rows) - 0.5, -0.5)
-    axes.set_xlabel("ours / baseline, one dot per process, the bar to their median; lower is better")
+    axes.set_xlabel("ours / baseline; a dot per process, a bar to their median; lower is better")
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
     figure.suptitle(literal(title), color=INK)

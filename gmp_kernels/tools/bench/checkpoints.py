@@ -1,7 +1,7 @@
 """Rows of the speed table on checkpoints: the time to prune one, compared with ``cp`` and ``sync``, and the memory.
 
 Ours is the whole command, with the start of Python. Both sides end when everything is on the disk, and both read the
-input from the page cache. Copies of 4 GB take so long that three processes measure them, once each.
+input from the page cache. Copies of 4 GB take so long that two processes measure them, once each.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def checkpoint_cases(folder: Path) -> list[Case]:
     prune = "gmp-kernels prune of 4 GB"
     layer, whole = (partial(_prune_and_cp, folder, scope) for scope in ("layer", "global"))
     return [
-        Case(f"{prune}, layer scope", "cp and sync", 1.3, 1.1, layer, once=True, most_processes=3),
-        Case(f"{prune}, global scope", "cp and sync", 1.8, 1.5, whole, once=True, most_processes=3),
+        Case(f"{prune}, layer scope", "cp and sync", 1.3, 1.1, layer, once=True, most_processes=2),
+        Case(f"{prune}, global scope", "cp and sync", 1.8, 1.5, whole, once=True, most_processes=2),
         Case(
             "peak memory of pruning 4 GB",
             "512 MB + 5% of largest tensor",

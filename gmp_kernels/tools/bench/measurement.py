@@ -19,7 +19,7 @@ import statistics
 import time
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
@@ -41,6 +41,7 @@ __all__ = [
 ]
 
 MIN_ROUNDS = 3
+LONG = 0.2  # seconds
 # If the ratio of one process is that many times the ratio of another, a row shows both and not one number.
 WIDE = 1.25
 SETTLE_BYTES = {"cpu": 1 << 26, "cuda": 1 << 28}  # more than fits into the caches of the device
@@ -115,7 +116,7 @@ class Case:
     warm : bool
         Whether the caches are warm: every timed run follows an untimed one of the same side.
     once : bool
-        Whether a process runs either side once, the first time included. For rows that take seconds.
+        Whether a process runs a side that takes long only once, and has no more rounds than needed.
     most_processes : int, optional
         The most processes to measure the row in.
     """
@@ -348,7 +349,7 @@ def measure(
     timed = [side for side in pair if isinstance(side, Timed)]
     # Every run starts from the same state: every thread is awake, and the caches hold no lines of the other side, in
     # particular no modified ones that must still be written back. If they are to be warm, they hold those of this side.
-    buffer = torch.ones(SETTLE_BYTES[device.type] // 4, device=device)
+    buffer = _settle_buffer(device)
 
     def settle(side: Timed) -> None:
         if case.warm:
@@ -358,14 +359,22 @@ def measure(
             for _ in range(num_reads):
                 buffer.sum()
 
-    # The first run touches the pages and wakes the threads.
-    samples = [[time_once(side, stopwatch, partial(settle, side))] for side in timed]
-    if timed and not case.once:
+    def timed_run(side: Timed) -> float:
+        return time_once(side, stopwatch, partial(settle, side))
+
+    # The first run touches the pages and wakes the threads. In a run that takes long that is little.
+    first = [timed_run(side) for side in timed]
+    if case.once:
+        samples = [
+            [taken] if taken >= LONG else [timed_run(side) for _ in range(MIN_ROUNDS)]
+            for side, taken in zip(timed, first, strict=True)
+        ]
+    else:
         samples = [[] for _ in timed]
         end = clock() + seconds
-        while len(samples[0]) < MIN_ROUNDS or clock() < end:
-            for side, taken in zip(timed, samples, strict=True):
-                taken.append(time_once(side, stopwatch, partial(settle, side)))
+        while timed and (len(samples[0]) < MIN_ROUNDS or clock() < end):
+            for side, taken_before in zip(timed, samples, strict=True):
+                taken_before.append(timed_run(side))
     measured = iter(samples)
     ours, baseline = (_spread(next(measured)) if isinstance(s, Timed) else Spread(s, s, s, 0) for s in pair)
     return Result(case, ((ours, baseline),), shrink)
@@ -393,6 +402,11 @@ def measure_all(
     """Measure one case after the other, in this process."""
     for case in cases:
         yield try_to_measure(case, shrink=shrink, seconds=seconds, device=device)
+
+
+@lru_cache(1)
+def _settle_buffer(device: Device) -> torch.Tensor:
+    return torch.ones(SETTLE_BYTES[device.type] // 4, device=device)
 
 
 def _spread(samples: Sequence[float]) -> Spread:

@@ -65,25 +65,6 @@ class Transformer(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Map images (n, 1, 8, 8) to logits (n, num_classes)."""
-        x = torch.relu(self.norm(self.stem(images)))
-        x = self.block3(self.block2(self.block1(x)))
-        logits: torch.Tensor = self.head(x.mean((2, 3)))
-        return logits
-
-
-class Transformer(nn.Module):
-    """Two pre-norm encoder blocks of width 64 over the eight rows of an image, and a linear head."""
-
-    def __init__(self, num_classes: int = 10) -> None:
-        super().__init__()
-        self.embed = nn.Linear(8, 64)
-        self.positions = nn.Parameter(torch.randn(8, 64).mul_(0.02))
-        block = {"dim_feedforward": 256, "dropout": 0.0, "batch_first": True, "norm_first": True}
-        self.blocks = nn.Sequential(*(nn.TransformerEncoderLayer(64, 4, **block) for _ in range(2)))
-        self.head = nn.Linear(64, num_classes)
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Map images (n, 1, 8, 8) to logits (n, num_classes)."""
         x = self.blocks(self.embed(images.squeeze(1)) + self.positions)
         logits: torch.Tensor = self.head(x.mean(1))
         return logits

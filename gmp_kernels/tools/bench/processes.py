@@ -6,6 +6,7 @@ of them works at a time, and a row is complete when the last one has measured it
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -109,6 +110,7 @@ def _serve(connection: Connection, num_threads: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     torch.set_num_threads(num_threads)
+    gc.freeze()  # what is imported stays: without it every row would wait for a look through all of it
     connection.send(os.getpid())
     while True:
         try:

@@ -87,7 +87,7 @@ class Machine:
             numpy=np.__version__,
             date=datetime.now(UTC).isoformat(timespec="seconds"),
             gpu=torch.cuda.get_device_name(device) if device.type == "cuda" else None,
-            isa=_isa(),
+            isa=cpu.isa(),
             is_isa_chosen="GMP_KERNELS_ISA" in os.environ,
         )
 
@@ -105,14 +105,6 @@ class Machine:
     def to_dict(self) -> dict[str, Any]:
         """Return the description as plain data, ready for JSON."""
         return asdict(self)
-
-
-def _isa() -> str | None:
-    if cpu._probe() is not None:
-        return None
-    from gmp_kernels import _C
-
-    return _C.isa()
 
 
 class Record:

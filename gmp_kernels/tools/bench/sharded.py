@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
-from torch.multiprocessing import spawn
+from torch.multiprocessing.spawn import start_processes
 
 from gmp_kernels import GMPScheduler, schedules
 from gmp_kernels.tools.bench.measurement import Case, Pair
@@ -54,7 +54,7 @@ def sharded_cases() -> list[Case]:
             1.8,
             1.3,
             partial(_ranks_and_one_process, dtype, placement),
-            most_processes=3,
+            most_processes=2,
         )
         for dtype in DTYPES
         for placement in PLACEMENTS
@@ -75,7 +75,7 @@ def measure_ranks(setting: Setting, dtype: str, placement: str) -> dict[str, Any
     multiprocessing.set_forkserver_preload([__name__])
     with tempfile.TemporaryDirectory() as folder:
         arguments = (Path(folder), setting, dtype, placement)
-        spawn.start_processes(_rank, arguments, setting.ranks, start_method="forkserver")  # type: ignore[no-untyped-call]
+        start_processes(_rank, arguments, setting.ranks, start_method="forkserver")  # type: ignore[no-untyped-call]
         found: dict[str, Any] = json.loads(Path(folder, "result.json").read_text())
     return found
 

@@ -21,7 +21,7 @@ from gmp_kernels.tools.bench.networks import ResidualCNN, Transformer
 
 __all__ = ["training_cases"]
 
-EPOCHS = 24
+EPOCHS = 12
 FEWEST_EPOCHS = 3
 SPARSITY = 0.9
 
@@ -63,19 +63,19 @@ def _gmp_and_dense(
     from gmp_kernels.tools.demo.model import DigitMLP
     from gmp_kernels.tools.demo.trial import prune_and_train, stages_of, train_dense
 
-    digits, network = load(0), make_network or DigitMLP
+    digits = load(0)
 
-    def gmp(epochs: int) -> float:
+    def gmp(network: Callable[[], nn.Module], epochs: int) -> float:
         torch.manual_seed(0)
         stages = stages_of(epochs, steps_per_epoch(digits))
         schedule, make_optimizer = stages.schedule(final_sparsity=SPARSITY), optimizer_of(optim, compact_state=True)
         return prune_and_train(network(), schedule, stages, digits, 0, make_optimizer, lambda: None)[2].update_seconds
 
-    def dense(epochs: int) -> float:
+    def dense(network: Callable[[], nn.Module], epochs: int) -> float:
         make_optimizer = optimizer_of(torch.optim, fused=True)
         return train_dense(network, digits, epochs, 0, make_optimizer, lambda: None)[1].update_seconds
 
     for run in (gmp, dense):
-        run(FEWEST_EPOCHS)  # loads and sets up, on either side, what a process needs once
-    epochs = max(FEWEST_EPOCHS, EPOCHS // shrink)
-    return Pair(gmp(epochs), dense(epochs))
+        run(DigitMLP, FEWEST_EPOCHS)  # loads and sets up, on either side, what a process needs once
+    network, epochs = make_network or DigitMLP, max(FEWEST_EPOCHS, EPOCHS // shrink)
+    return Pair(gmp(network, epochs), dense(network, epochs))

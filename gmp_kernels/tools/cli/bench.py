@@ -33,7 +33,7 @@ from gmp_kernels.tools.cli.terminal import Table, say
 
 __all__ = ["register"]
 
-SECONDS = {"cpu": 0.3, "cuda": 1.5}  # for one row in one process
+SECONDS = {"cpu": 0.2, "cuda": 1.5}  # for one row in one process
 QUICK = 16  # divides the number of weights in a trial
 NUM_PROCESSES = 5
 # The columns of the table that are numbers, and the widest that can be in those not known before.
@@ -151,7 +151,8 @@ def _measure(
     """Measure, print and record one row after the other; return those that failed."""
     failures: list[Failure] = []
     # It is drawn between measurements only, because a thread that draws would disturb them.
-    with Progress(console=Console(), transient=True, auto_refresh=False) as progress:
+    console = Console()
+    with Progress(console=console, transient=True, auto_refresh=False, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=len(cases))
 
         def announce(case: Case, process: int) -> None:
