@@ -21,7 +21,7 @@ from gmp_kernels.tools.bench.networks import ResidualCNN, Transformer
 
 __all__ = ["training_cases"]
 
-EPOCHS = 12
+EPOCHS = 8
 FEWEST_EPOCHS = 3
 SPARSITY = 0.9
 
