@@ -150,13 +150,14 @@ def test_a_row_is_printed_and_written_before_the_next_is_measured(tmp_path: Path
     assert (second["ours"]["median"], second["baseline"]["median"]) == (1, 1)
 
 
-def test_an_interrupt_leaves_the_rows_so_far_and_nothing_else(tmp_path: Path) -> None:
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_an_end_from_outside_leaves_the_rows_so_far_and_nothing_else(sent: signal.Signals, tmp_path: Path) -> None:
     (tmp_path / "tmp").mkdir()
     process = started("waits", tmp_path)
     while not (tmp_path / "marker").exists():
         assert process.poll() is None, (tmp_path / "output").read_text()
         time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(sent)
     assert process.wait() == 130
     output = (tmp_path / "output").read_text()
     assert output.splitlines()[-1].startswith("first ") and "Traceback" not in output

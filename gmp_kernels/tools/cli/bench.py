@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
@@ -96,6 +97,8 @@ def bench(
     machine = Machine.here(torch_device)
     setting = _setting_of(machine)
     say(setting)
+    # Whoever ends it gets what an interrupt gets: no process and no file of gigabytes is left behind.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix="gmp_kernels_bench_", ignore_cleanup_errors=True) as folder:
         every = all_cases(Path(folder)) if device is Device.CPU else gpu_cases(torch_device)
         cases = _selected(every, rows or [])
