@@ -13,6 +13,7 @@
 #include "cpu/kernels.h"
 #include "cpu/optim.h"
 #include "cpu/select.h"
+#include "cpu/ties.h"
 #include "dlpack.h"
 #include "names.h"
 
@@ -162,6 +163,26 @@ std::vector<CountsTuple> count(const Layers& layers, const std::vector<BracketTu
     result.emplace_back(counts.below, counts.inside, counts.pruned, nonfinite[l]);
   }
   return result;
+}
+
+// places: a row of num_slots + 1 flat indices per layer; counts: a row of num_slots zeros.
+void count_slots(const Layers& layers, const std::vector<uint64_t>& keys, const Array& places, const Array& counts,
+                 int64_t num_slots, int num_threads) {
+  check_threads(num_threads);
+  const int64_t n = static_cast<int64_t>(layers.size());
+  if (keys.size() != layers.size() || num_slots < 1) {
+    throw std::invalid_argument("a count needs one key per layer, and slots");
+  }
+  const int64_t* const given = checked<const int64_t>(places, n * (num_slots + 1), "places");
+  int64_t* const result = checked<int64_t>(counts, n * num_slots, "counts");
+  for (int64_t l = 0; l < n; ++l) {
+    const int64_t* const own = given + l * (num_slots + 1);
+    if (own[0] < 0 || own[num_slots] > layers[static_cast<size_t>(l)].n || !std::is_sorted(own, own + num_slots + 1)) {
+      throw std::invalid_argument("places need to ascend, and to lie in their layer");
+    }
+  }
+  py::gil_scoped_release release;
+  gmp::cpu::count_slots(layers, keys, given, num_slots, result, num_threads);
 }
 
 // Weights kept before, and now, per layer.
@@ -340,6 +361,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("update_batch", &update_batch);
   m.def("select", &select_cutoffs);
   m.def("count", &count);
+  m.def("count_slots", &count_slots);
   m.def("prune", &prune);
   m.def("apply_masks", &apply_masks);
   m.def("update", &update);

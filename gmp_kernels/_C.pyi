@@ -35,6 +35,11 @@ def count(
     num_threads: int,
 ) -> list[tuple[int, int, int, int]]: ...
 
+# a row of flat indices per layer, and one of counts
+def count_slots(
+    layers: Layers, keys: Sequence[int], places: _Array, counts: _Array, num_slots: int, num_threads: int
+) -> None: ...
+
 # key, tie index and place for the bits of every layer; per layer: kept before, and kept
 def prune(
     layers: Layers, keys: Sequence[int], tie_indices: Sequence[int], out: Sequence[_Array], num_threads: int

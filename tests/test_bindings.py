@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from conftest import HOST_BACKENDS
@@ -168,3 +169,11 @@ def test_bits_written_behind_torchs_back_are_noticed_before_state_is_walked_by_t
         with pytest.raises(ValueError, match="bits by which compact state was laid out, got a mask written since"):
             optimizer.step()
         assert_bitwise_equal(parameter.detach(), before)
+
+
+@pytest.mark.parametrize("places", [[-1, 4, 8], [5, 4, 8], [0, 4, N + 1]], ids=["before", "descending", "beyond"])
+def test_slots_outside_of_a_layer_are_refused(places: list[int]) -> None:
+    case = Case("cpu")
+    layers = [Layer(case.weight, case.mask)] * 2
+    with pytest.raises(ValueError, match="places need to ascend, and to lie in their layer"):
+        case.backend.count_slots(layers, np.array([1, 1]), np.array([[0, 4, N], places]))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import torch
 from checkpoint_cases import write_folder
 from safetensors.torch import save_file
 
-from gmp_kernels.checkpoints import PruneJob, outputs
+from gmp_kernels.checkpoints import PruneJob, outputs, writing
 
 
 def modes(path: Path) -> dict[str, int]:
@@ -76,3 +78,47 @@ def test_another_group_is_not_let_in(
     PruneJob(source, tmp_path / "out", sparsity=0.5).run()
     assert (tmp_path / "out").stat().st_mode & 0o777 == expected
     assert groups == [source.stat().st_gid + 1] * allowed
+
+
+SHARED_MEMORY = Path("/dev/shm")  # a file system of every Linux that reserves room without writing
+
+
+@pytest.fixture
+def descriptor() -> Iterator[int]:
+    with tempfile.TemporaryFile(dir=SHARED_MEMORY) as file:
+        yield file.fileno()
+
+
+def test_room_is_reserved_before_anything_is_written(descriptor: int) -> None:
+    outputs.reserve(descriptor, 1 << 20)
+    found = os.fstat(descriptor)
+    assert (found.st_size, found.st_blocks) == (1 << 20, (1 << 20) // 512)
+
+
+def test_room_that_is_not_there_is_an_error_at_once(descriptor: int) -> None:
+    with pytest.raises(OSError, match=r"space left|too large"):
+        outputs.reserve(descriptor, 1 << 60)
+
+
+def test_a_file_system_that_cannot_reserve_does_without() -> None:
+    reading, writing = os.pipe()
+    outputs.reserve(writing, 1 << 20)
+    os.write(writing, b"still open")
+    assert os.read(reading, 10) == b"still open"
+    os.close(reading)
+    os.close(writing)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float32], ids=["as it is", "converted"])
+def test_outputs_are_as_long_as_what_is_reserved_for_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype | None
+) -> None:
+    reserved = {}
+
+    def reserve(descriptor: int, num_bytes: int) -> None:
+        reserved[os.fstat(descriptor).st_ino] = num_bytes
+
+    monkeypatch.setattr(writing, "reserve", reserve)
+    PruneJob(write_folder(tmp_path / "in"), tmp_path / "out", sparsity=0.5, dtype=dtype, masks=True).run()
+    lengths = {path.stat().st_ino: path.stat().st_size for path in (tmp_path / "out").rglob("*.safetensors")}
+    assert len(lengths) > 2 and reserved == lengths

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -25,11 +26,12 @@ from gmp_kernels.search.cutoffs import find_cutoffs
 from gmp_kernels.search.driver import Search
 from gmp_kernels.search.placement import Placement, Region
 from gmp_kernels.search.sample import estimate
-from gmp_kernels.search.ties import TiedPiece, piece_of, tie_indices
+from gmp_kernels.search.ties import TiedPiece, _count_slots, piece_of, tie_indices
 from gmp_kernels.tools.testing import DTYPES, adversarial_cases, device_of
 
 CPU = torch.device("cpu")
 N = 40_003
+MANY_AND_FEW = ((0.9, True), (0.001, True), (0.3, False))  # share of the weights that tie, and whether there is a mask
 
 
 def random_mask(n: int, sparsity: float) -> torch.Tensor:
@@ -136,6 +138,43 @@ def test_ties_are_found_wherever_they_lie(kernels: str, places: str) -> None:
     found = tie_indices(Communicator(None), choose(kernels, device), [piece] * 4, [len(ties)] * 4, kept)
     for index, num_kept in zip(found.tolist(), kept, strict=True):
         assert (ties < index).sum() == num_kept
+
+
+def tied_layer(shape: tuple[int, ...], dtype: torch.dtype, share: float, *, masked: bool) -> Layer:
+    """A layer of two values and NaN, the first of which as often as ``share`` says; channels_last if it has 4 sizes."""
+    generator = torch.Generator().manual_seed(math.prod(shape))
+    is_tied = torch.rand(shape, generator=generator) < share
+    weight = torch.where(is_tied, -0.5, torch.where(torch.rand(shape, generator=generator) < 0.1, torch.nan, 1.0))
+    weight = weight.to(dtype, memory_format=torch.channels_last if len(shape) == 4 else torch.contiguous_format)
+    return Layer.of(weight, random_mask(weight.numel(), 0.5) if masked else None)
+
+
+# On both sides of a block of the kernel and of a chunk; filters of an odd size, and larger than a chunk.
+SLOTTED = [(1,), (127,), (129, 5), (16_385,), (3, 50_001), (7, 3, 3, 3), (5, 8, 3, 3), (3, 1900, 3, 3)]
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_slots_hold_the_matches_between_their_places(backend: str, dtype: torch.dtype) -> None:
+    """The numpy of backends that have no such operation gives the same counts."""
+    layers = [tied_layer(s, dtype, share, masked=masked) for s in SLOTTED for share, masked in MANY_AND_FEW]
+    generator = np.random.default_rng(1)
+    for key, num_slots in ((0.5, 9), (float("nan"), 700)):
+        rows = []
+        for layer in layers:
+            n = layer.weight.numel()
+            inner = np.sort(generator.integers(0, n + 1, num_slots - 1))
+            rows.append([inner[0], *inner, inner[-1]] if num_slots == 9 else [0, *inner, n])
+        places = np.array(rows)
+        pieces = [TiedPiece(layer, key_of(key, dtype), 1, whole(layer.weight.numel()), True) for layer in layers]
+        found = _count_slots(choose(backend, CPU), pieces, places)
+        for layer, row, counts in zip(layers, places, found, strict=True):
+            is_kept = torch.ones(layer.weight.shape, dtype=torch.bool)
+            if layer.mask is not None:
+                is_kept = BitMask(layer.mask, layer.weight.shape).to_bool()
+            is_match = (layer.weight.isnan() if key != key else layer.weight.abs() == key) & is_kept
+            in_order = Layer(is_match, None, layer.is_channels_last).tensor.reshape(-1)
+            assert counts.tolist() == [int(in_order[a:b].sum()) for a, b in itertools.pairwise(row)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

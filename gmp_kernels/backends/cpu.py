@@ -21,6 +21,7 @@ from gmp_kernels.backends.types import (
     Compaction,
     Constants,
     Cutoffs,
+    Integers,
     Layer,
     PruneCounts,
     Selection,
@@ -102,6 +103,14 @@ class Cpu:
         rows = _C.count(_layers(layers), *asked, num_bins, torch.get_num_threads())
         below, inside, pruned, nonfinite = np.array(rows, np.int64).reshape(-1, 4).T
         return BracketCounts(below, inside, pruned, nonfinite, bins)
+
+    def count_slots(self, layers: Sequence[Layer], keys: Integers, places: Integers) -> Integers:
+        num_layers, num_places = places.shape
+        counts = np.zeros((num_layers, num_places - 1), np.int64)
+        places = np.ascontiguousarray(places)
+        arrays = (places.ctypes.data, places.size), (counts.ctypes.data, counts.size)
+        _C.count_slots(_layers(layers), keys.tolist(), *arrays, num_places - 1, torch.get_num_threads())
+        return counts
 
     def prune(
         self, layers: Sequence[Layer], selection: Selection, out: Sequence[torch.Tensor], *, finite: bool = False

@@ -20,6 +20,7 @@ __all__ = [
     "Cutoffs",
     "Filter",
     "Implementation",
+    "Integers",
     "Layer",
     "PruneCounts",
     "Selection",
@@ -28,6 +29,8 @@ __all__ = [
     "UpdateBatch",
     "UpdateTensor",
 ]
+
+Integers: TypeAlias = npt.NDArray[np.int64]
 
 
 class Filter(NamedTuple):
@@ -169,15 +172,15 @@ class Brackets(NamedTuple):
         int64.
     """
 
-    lo: npt.NDArray[np.int64]
-    hi: npt.NDArray[np.int64]
+    lo: Integers
+    hi: Integers
 
     @classmethod
     def of(cls, lo: Sequence[int], hi: Sequence[int]) -> Brackets:
         """Return the columns of plain numbers."""
         return cls(np.array(lo, np.int64), np.array(hi, np.int64))
 
-    def shifts(self, num_bins: int) -> npt.NDArray[np.int64]:
+    def shifts(self, num_bins: int) -> Integers:
         """Return the smallest shift that maps each interval into so many bins, a power of two."""
         bits = [width.bit_length() if width > 0 else 0 for width in (self.hi - self.lo).tolist()]
         return np.maximum(0, np.array(bits, np.int64) - (num_bins.bit_length() - 1))
@@ -200,11 +203,11 @@ class BracketCounts(NamedTuple):
         int64, a row per layer: number of the keys inside for each ``(key - lo) >> shift``.
     """
 
-    below: npt.NDArray[np.int64]
-    inside: npt.NDArray[np.int64]
-    pruned: npt.NDArray[np.int64]
-    nonfinite: npt.NDArray[np.int64]
-    bins: npt.NDArray[np.int64]
+    below: Integers
+    inside: Integers
+    pruned: Integers
+    nonfinite: Integers
+    bins: Integers
 
     @classmethod
     def nothing(cls, num_layers: int, num_bins: int) -> BracketCounts:
@@ -326,6 +329,7 @@ class Constants(NamedTuple):
 
 
 Select: TypeAlias = Callable[..., Selection]  # with the parameters of ``Implementation.select``
+CountSlots: TypeAlias = Callable[[Sequence[Layer], Integers, Integers], Integers]
 
 
 class Implementation(Protocol):
@@ -373,6 +377,15 @@ class Implementation(Protocol):
 
         ``num_bins`` is a power of two. ``candidates`` are 1-d and of the layer's dtype and device. If they have room
         for all magnitudes inside the bracket, they receive these, in any order.
+        """
+        ...
+
+    @property
+    def count_slots(self) -> CountSlots | None:
+        """Operation that counts unpruned weights of one key per layer; None where ``search.ties`` does it with numpy.
+
+        Takes the layers, their keys and, as a row per layer, flat indices in ascending order. Returns a row of how many
+        of these weights lie from each of the indices to the next. Reads only.
         """
         ...
 

@@ -16,9 +16,19 @@ from pathlib import Path
 from gmp_kernels.checkpoints.files import open_checkpoint
 from gmp_kernels.errors import CheckpointError, OutputError
 
-__all__ = ["check_named", "check_target", "keep_folder_permissions", "keep_permissions", "rename_new", "rename_over"]
+__all__ = [
+    "check_named",
+    "check_target",
+    "keep_folder_permissions",
+    "keep_permissions",
+    "rename_new",
+    "rename_over",
+    "reserve",
+]
 
 OWNER = 0o700
+# What a file system says that has no room for a file.
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 AT_FDCWD = -100
 RENAME_NOREPLACE = 1
 RENAME_EXCHANGE = 2
@@ -55,6 +65,24 @@ def check_target(target: Path, inputs: Sequence[Path], *, root: Path, force: boo
     except (OSError, ValueError, RuntimeError) as error:  # a RuntimeError is a loop of links
         reason = error.strerror if isinstance(error, OSError) else error
         raise OutputError(f"{target}: cannot be an output: {reason}; name another") from None
+
+
+def reserve(descriptor: int, num_bytes: int) -> None:
+    """Give a new file its size and its place on the disk, where the file system can do so without writing.
+
+    Writing then takes half the time on ext4, which otherwise finds a place for every page. ``os.posix_fallocate`` would
+    write to every block where the file system cannot.
+
+    Raises
+    ------
+    OSError
+        There is no room.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    if num_bytes and libc.fallocate(descriptor, 0, ctypes.c_int64(0), ctypes.c_int64(num_bytes)) != 0:
+        code = ctypes.get_errno()
+        if code in NO_ROOM:
+            raise OSError(code, os.strerror(code))
 
 
 def keep_permissions(descriptor: int, origin: os.stat_result, *, least: int = 0) -> None:

@@ -19,6 +19,7 @@ from gmp_kernels.checkpoints.counting import Decision, check_finite, decide
 from gmp_kernels.checkpoints.files import DTYPES, LENGTH_BYTES, Checkpoint, FileShard, TensorInfo
 from gmp_kernels.checkpoints.folders import read_index
 from gmp_kernels.checkpoints.masks import MASK_SUFFIX, mask_metadata
+from gmp_kernels.checkpoints.outputs import reserve
 from gmp_kernels.checkpoints.stream import Piece, Stream, opened, write_whole
 from gmp_kernels.errors import DTypeError
 from gmp_kernels.reports import LayerReport
@@ -57,6 +58,7 @@ def write_shard(
         source = stack.enter_context(opened(shard.path))
         output = stack.enter_context(stream.created(path, source))
         if dtype is None:
+            reserve(output, shard.num_bytes)
             stream.copy(source, 0, shard.data_begin, output, 0)
             begins = {tensor.name: tensor.begin for tensor in shard.tensors}
         else:
@@ -177,7 +179,7 @@ def _bits_of(tensor: TensorInfo) -> TensorInfo:
 
 
 def _write_header(output: int, tensors: Sequence[TensorInfo], metadata: Mapping[str, str] | None) -> dict[str, int]:
-    """Write a header for tensors in the order of their bytes; return where each begins."""
+    """Write a header for tensors in the order of their bytes, and make room for them; return where each begins."""
     entries: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
     ends = [0, *accumulate(tensor.nbytes for tensor in tensors)]
     for tensor, offsets in zip(tensors, pairwise(ends), strict=True):
@@ -186,5 +188,6 @@ def _write_header(output: int, tensors: Sequence[TensorInfo], metadata: Mapping[
     # Padded with spaces, so that the data begins at a multiple of 8, as the format wants it.
     text += b" " * (-len(text) % 8)
     header = len(text).to_bytes(LENGTH_BYTES, "little") + text
+    reserve(output, len(header) + ends[-1])
     write_whole(output, header, 0)
     return {tensor.name: len(header) + begin for tensor, begin in zip(tensors, ends, strict=False)}

@@ -18,6 +18,9 @@ T = TypeVar("T")
 
 # Smallest first: a sum is sent as the first one that holds its upper bound.
 DTYPES = (torch.uint8, torch.int32, torch.int64)
+# Bytes up to which the values of all ranks go to the first one, which sends back what they make together. Gloo's
+# all_reduce passes them around a ring twice, and each hop waits until its process gets a core.
+MOST_GATHERED = 4 << 20
 
 
 class Communicator:
@@ -89,11 +92,22 @@ class Communicator:
             return values
         buffer = values.to(self._device, dtype, copy=True)
         with self._answered():
-            dist.all_reduce(buffer, op, group=self._group)
+            if self._device.type == "cpu" and self.size * buffer.nbytes <= MOST_GATHERED:
+                self._reduce_at_first(buffer, op)
+            else:
+                dist.all_reduce(buffer, op, group=self._group)
             result = buffer.to("cpu", torch.int64)
         self.num_collectives += 1
         self.num_bytes += buffer.nbytes
         return result
+
+    def _reduce_at_first(self, buffer: torch.Tensor, op: dist.ReduceOp.RedOpType) -> None:
+        """Replace the values of every rank by the result, computed on the first."""
+        gathered = buffer.new_empty(self.size, *buffer.shape) if self.rank == 0 else None
+        dist.gather(buffer, None if gathered is None else list(gathered), group=self._group, group_dst=0)
+        if gathered is not None:
+            buffer.copy_(gathered.sum(0) if op == dist.ReduceOp.SUM else gathered.amax(0))
+        dist.broadcast(buffer, group=self._group, group_src=0)
 
     @contextmanager
     def _answered(self) -> Iterator[None]:

@@ -16,12 +16,11 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from gmp_kernels.backends.types import Brackets
+from gmp_kernels.backends.types import Brackets, Integers
 from gmp_kernels.errors import StateError
 
-__all__ = ["Count", "GroupCutoffs", "Integers", "find_cutoffs"]
+__all__ = ["Count", "GroupCutoffs", "find_cutoffs"]
 
-Integers: TypeAlias = npt.NDArray[np.int64]
 # Counts some groups, summed over all their pieces, given their positions, their brackets and the most that a bin can
 # hold. Returns a row per group, (below, pruned, nonfinite), which is used in the first round only, and a row of bins,
 # whose number is a power of two. From the second round on, weights outside of all earlier brackets may be left out.

@@ -14,10 +14,19 @@ import numpy as np
 import torch
 
 from gmp_kernels.backends.keys import largest_key
-from gmp_kernels.backends.types import BracketCounts, Brackets, Cutoffs, Implementation, Layer, Select, Selection
+from gmp_kernels.backends.types import (
+    BracketCounts,
+    Brackets,
+    Cutoffs,
+    Implementation,
+    Integers,
+    Layer,
+    Select,
+    Selection,
+)
 from gmp_kernels.search.brackets import FEW_BITS
 from gmp_kernels.search.communicator import Communicator
-from gmp_kernels.search.cutoffs import GroupCutoffs, Integers, find_cutoffs
+from gmp_kernels.search.cutoffs import GroupCutoffs, find_cutoffs
 from gmp_kernels.search.placement import Placement, Region
 from gmp_kernels.search.sample import estimate
 from gmp_kernels.search.ties import TiedPiece, first_nonfinite, tie_indices

@@ -4,28 +4,25 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from gmp_kernels.backends.keys import bits_of, largest_key
-from gmp_kernels.backends.types import Brackets, Implementation, Layer
+from gmp_kernels.backends.types import Brackets, Implementation, Integers, Layer
 from gmp_kernels.search.communicator import Communicator
-from gmp_kernels.search.cutoffs import Integers, find_cutoffs
+from gmp_kernels.search.cutoffs import find_cutoffs
 from gmp_kernels.search.placement import Region
 
 __all__ = ["TiedPiece", "first_nonfinite", "piece_of", "tie_indices"]
 
 CHUNK = 1 << 17  # weights that are searched for ties at a time
-MOST_HELD = 1 << 14  # flat indices of ties that are kept between rounds, for each piece
 # Half the width of the window that is searched first for a tie, in standard deviations. A tie outside of it costs a
 # search of the rest of the layer and another sum over the ranks.
 SIGMAS = 4
-# Number of slots into which a window of flat indices is divided to count ties: 1 KB as int32 or, if counts are small,
-# as uint8.
-SLOTS, SMALL, MOST_SLOTS = 256, 255, 1024
+SLOTS = 512  # into which a window of flat indices is divided to count ties
 
 
 class TiedPiece(NamedTuple):
@@ -77,33 +74,26 @@ def tie_indices(
     sizes = np.array([math.prod(p.region.shape) for p in pieces], np.int64)
     kept, ties = np.array(num_kept, np.int64), np.array(num_ties, np.int64)
     windows = _windows(kept, ties, sizes)
-    held: list[np.ndarray | None] | None = None
+    is_first = True
 
     def count(groups: Integers, brackets: Brackets, most: int) -> tuple[Integers, Integers]:
         """Count the ties in slots of the brackets and, the first time, those before them."""
-        nonlocal held
-        num_slots = MOST_SLOTS if most <= SMALL else SLOTS
-        steps = np.arange(num_slots + 1) << brackets.shifts(num_slots)[:, None]
+        nonlocal is_first
+        steps = np.arange(SLOTS + 1) << brackets.shifts(SLOTS)[:, None]
         inner = brackets.lo[:, None] + np.minimum(steps, (brackets.hi - brackets.lo + 1)[:, None])
         own, ends = [pieces[g] for g in groups], sizes[groups, None]
         places = _local_places(own, np.concatenate((np.zeros_like(ends), inner, ends), axis=1))
-        here = np.zeros((len(own), num_slots + 2), np.int64)
-        is_inside = (windows.lo[groups] <= brackets.lo) & (brackets.hi <= windows.hi[groups])
-        read = []
-        for i, (g, p) in enumerate(zip(groups.tolist(), own, strict=True)):
-            known = held[g] if held is not None and is_inside[i] else None
-            if known is not None:
-                here[i] = np.diff(known.searchsorted(places[i]))
-            elif p.num_ties:
-                read.append(i)
-        here[read], found = _count_between([own[i] for i in read], places[read])
-        if held is None:
-            here[read] += _count_beside(implementation, [own[i] for i in read], places[read], here[read].sum(axis=1))
-            held = [None] * len(pieces)
-            for i, indices in zip(read, found, strict=True):
-                held[i] = indices
-        else:
-            here[:, 0] = 0  # known since the first time
+        # Of the two parts beside the window the shorter one is read, and only the first time.
+        is_before = places[:, 1] <= places[:, -1] - places[:, -2]
+        places[:, 0] = np.where(is_first & is_before, places[:, 0], places[:, 1])
+        places[:, -1] = np.where(is_first & ~is_before, places[:, -1], places[:, -2])
+        here = np.zeros((len(own), SLOTS + 2), np.int64)
+        read = [i for i, p in enumerate(own) if p.num_ties]
+        here[read] = _count_slots(implementation, [own[i] for i in read], places[read])
+        if is_first:
+            rest = np.array([p.num_ties for p in own], np.int64) - here.sum(axis=1)
+            here[:, 0] += np.where(is_before, 0, rest)
+            is_first = False
         sent = here[:, :-1] * [[p.is_counted] for p in own]
         sums = communicator.total(torch.from_numpy(sent), most).numpy()
         nothing = np.zeros(len(own), np.int64)
@@ -144,60 +134,30 @@ def _unit_of(layer: Layer) -> int:
     return math.lcm(8, layer.filter.size)
 
 
-def _window_of(pieces: Sequence[TiedPiece], places: Integers) -> tuple[Integers, Integers]:
-    """Return where to begin and end reading each piece, to cover all that lies between its inner places.
+def _count_slots(implementation: Implementation, pieces: Sequence[TiedPiece], places: Integers) -> Integers:
+    """Count the ties of each piece between neighbouring places; the inner ones are close to each other.
 
-    Both are multiples of the unit, where the weights before are the same in memory as in row-major order, or the end.
+    The first place and the last are the ends of the piece, or the places next to them.
     """
-    units = np.array([_unit_of(p.layer) for p in pieces], np.int64)
-    return places[:, 1] // units * units, np.minimum(-(-places[:, -2] // units) * units, places[:, -1])
-
-
-def _count_between(pieces: Sequence[TiedPiece], places: Integers) -> tuple[Integers, list[np.ndarray | None]]:
-    """Count the ties of each piece between neighbouring places; return also their flat indices if these are few.
-
-    The first and last place are the ends of the piece. Ties before and after the inner places are not counted.
-    """
+    layers, keys = [p.layer for p in pieces], np.array([p.key for p in pieces], np.int64)
+    if implementation.count_slots is not None:
+        return implementation.count_slots(layers, keys, places)
     here = np.zeros((len(pieces), places.shape[1] - 1), np.int64)
-    found: list[np.ndarray | None] = [np.zeros(0, np.int64)] * len(pieces)
-    for i, indices in _ties(pieces, *_window_of(pieces, places)):
-        here[i] += np.diff(indices.searchsorted(places[i]))
-        known = found[i]
-        if known is not None:
-            found[i] = np.concatenate((known, indices)) if len(known) + len(indices) <= MOST_HELD else None
-    return here, found
-
-
-def _count_beside(
-    implementation: Implementation, pieces: Sequence[TiedPiece], places: Integers, num_inside: Integers
-) -> Integers:
-    """Count the ties of each piece before and after its window, and read only the shorter of the two parts."""
-    here = np.zeros((len(pieces), places.shape[1] - 1), np.int64)
-    begins, ends = _window_of(pieces, places)
-    sizes = places[:, -1]
-    is_first = begins <= sizes - ends
-    shorter = np.where(is_first, begins, sizes - ends)
-    read = np.flatnonzero(shorter).tolist()
-    counted = np.zeros(len(pieces), np.int64)
-    if read:
-        sides = [(0, begins[i]) if is_first[i] else (ends[i], sizes[i]) for i in read]
-        layers = [piece_of(pieces[i].layer, *side) for i, side in zip(read, sides, strict=True)]
-        keys = np.array([pieces[i].key for i in read])
-        counted[read] = implementation.count(layers, Brackets(keys, keys), 1).inside
-    rest = np.array([p.num_ties for p in pieces], np.int64) - num_inside - counted
-    here[:, 0], here[:, -1] = np.where(is_first, (counted, rest), (rest, counted))
+    # Up to multiples of the unit, the weights before are the same in memory as in row-major order.
+    units = np.array([_unit_of(layer) for layer in layers], np.int64)
+    begins = places[:, 1] // units * units
+    ends = np.minimum(-(-places[:, -2] // units) * units, [layer.weight.numel() for layer in layers])
+    for slot, firsts, lasts in ((0, places[:, 0], begins), (-1, ends, places[:, -1])):
+        read = np.flatnonzero(firsts < lasts).tolist()
+        if read:
+            parts = [piece_of(layers[i], firsts[i], lasts[i]) for i in read]
+            here[read, slot] = implementation.count(parts, Brackets(keys[read], keys[read]), 1).inside
+    for i, (layer, key) in enumerate(zip(layers, keys.tolist(), strict=True)):
+        step = max(1, CHUNK // _unit_of(layer)) * _unit_of(layer)
+        for start in range(begins[i], ends[i], step):
+            indices = _indices_of(layer, start, min(start + step, ends[i]), key)
+            here[i] += np.diff(indices.searchsorted(places[i]))
     return here
-
-
-def _ties(pieces: Sequence[TiedPiece], begins: Integers, ends: Integers) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield the ties of each piece in [begin, end), some units at a time. Both are multiples of the unit, or the end.
-
-    Yields the position of the piece, and flat indices in it.
-    """
-    for i, (p, begin, end) in enumerate(zip(pieces, begins.tolist(), ends.tolist(), strict=True)):
-        step = max(1, CHUNK // _unit_of(p.layer)) * _unit_of(p.layer)
-        for start in range(begin, end, step):
-            yield i, _indices_of(p.layer, start, min(start + step, end), p.key)
 
 
 def first_nonfinite(layer: Layer, place: int) -> int:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch.optim.lr_scheduler import LRScheduler
@@ -144,6 +144,22 @@ def parts_of(stages: Stages, unit: float = 1) -> dict[str, tuple[float, float]]:
     return {stages.stage_at(begin): (begin / unit, end / unit) for begin, end in pairwise(ends) if end > begin}
 
 
+class _Rates(torch.optim.SGD):
+    """An optimizer of nothing but its learning rate and weight decay.
+
+    What it overrides would import torch's compiler, which takes two seconds.
+    """
+
+    def __init__(self, learning_rate: float, weight_decay: float) -> None:
+        super().__init__([torch.zeros(1, device="cpu")], lr=learning_rate, weight_decay=weight_decay)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        self.param_groups.append(self.defaults | param_group)
+
+    def step(self, closure: Any = None) -> Any:
+        return None
+
+
 def dry_run(
     optimizer: torch.optim.Optimizer,
     total_steps: int,
@@ -223,9 +239,7 @@ class Plan:
     def course(self) -> Course:
         """Course of the run: sparsity, learning rate and weight decay."""
         stages = self.stages
-        optimizer = torch.optim.SGD(
-            [torch.zeros(1, device="cpu")], lr=self.learning_rate, weight_decay=self.weight_decay
-        )
+        optimizer = _Rates(self.learning_rate, self.weight_decay)
         finetuning = None if self.finetuning_lr == "steps" else self.finetuning_lr
         learning_rate, weight_decay = dry_run(
             optimizer,

@@ -59,6 +59,7 @@ class Launches:
 
     capturable = True
     skips_pruned_blocks = True
+    count_slots = None
 
     def __init__(self, module: ModuleType) -> None:
         self._module: Any = module

@@ -128,6 +128,7 @@ class Triton:
     capturable = False
     skips_pruned_blocks = True
     select = None
+    count_slots = None
 
     def __init__(self) -> None:
         # Imported on first use, because importing triton takes longer than importing all of this package.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 import re
 import sys
@@ -38,6 +40,7 @@ FOR_TESTS = {"simt"}  # backends that `info` does not list
 
 def main() -> None:
     """Run the command line (the console entry point). Errors are reported in one line."""
+    atexit.register(_end_fast)
     arguments = sys.argv[1:] or ["--help"]
     try:
         sys.exit(app(arguments, standalone_mode=False))
@@ -54,6 +57,15 @@ def main() -> None:
     except OSError as error:
         # The library turns errors in reading into its own, so this one comes from writing.
         fail(f"the output cannot be written: {error}; give another path, or make room")
+
+
+def _end_fast() -> None:
+    """Keep Python from looking for garbage in all that torch has made, which the end of the process frees anyway.
+
+    It takes longer than most commands. Triton's bindings would report all that is left as leaks.
+    """
+    if "triton" not in sys.modules:
+        gc.freeze()
 
 
 def fail(message: str, *, code: int = 1) -> NoReturn:
