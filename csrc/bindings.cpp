@@ -1,7 +1,7 @@
-// The only file that knows Python: integers in, integers out. Pointers come as addresses whose owners the caller keeps
-// alive, each with the size of the tensor it was taken from, so that sizes that do not match are refused here and no
-// kernel walks past an end. The GIL is released while weights are read or written. All memory for results is allocated
-// before the first write.
+// With unchanged.h, the only file that knows Python: integers in, integers out. Pointers come as addresses whose owners
+// the caller keeps alive, each with the size of the tensor it was taken from, so that sizes that do not match are
+// refused here and no kernel walks past an end. The GIL is released while weights are read or written. All memory for
+// results is allocated before the first write.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -11,11 +11,13 @@
 
 #include "cpu/apply.h"
 #include "cpu/kernels.h"
+#include "cpu/life.h"
 #include "cpu/optim.h"
 #include "cpu/select.h"
 #include "cpu/ties.h"
 #include "dlpack.h"
 #include "names.h"
+#include "unchanged.h"
 
 namespace py = pybind11;
 
@@ -216,7 +218,7 @@ void apply_masks(const Layers& layers, int num_threads) {
 
 // Checked chunk offsets of compact state: kept weights before each chunk, and their total.
 const int64_t* offsets_of(const Array& chunk_offsets, int64_t n, int64_t num_kept) {
-  const int64_t num_chunks = (n + gmp::cpu::kChunk - 1) / gmp::cpu::kChunk;
+  const int64_t num_chunks = gmp::cpu::num_chunks(n);
   const int64_t* const offsets = optional<const int64_t>(chunk_offsets, num_chunks + 1, "chunk offsets");
   if (offsets == nullptr) return nullptr;
   bool holds = offsets[0] == 0 && offsets[num_chunks] == num_kept;
@@ -259,19 +261,39 @@ UpdateBatch update_batch(const std::vector<const UpdateTensor*>& tensors) {
   return batch;
 }
 
+// The gradients of one step, one per tensor.
+struct Gradients {
+  std::vector<Array> arrays;
+};
+
+// Looks at tensors through the capsule of their type. None if one has elements but no address.
+py::object gradients_at(const py::capsule& exchange, const py::list& tensors) {
+  const auto* const table = gmp::dlpack::understood(exchange.get_pointer<gmp::dlpack::Exchange>());
+  Gradients gradients;
+  for (const py::handle object : tensors) {
+    gmp::dlpack::Tensor tensor{};
+    if (table == nullptr || !gmp::dlpack::look_at(*table, object.ptr(), tensor)) {
+      gmp::drop_error();
+      return py::none();
+    }
+    gradients.arrays.emplace_back(reinterpret_cast<uintptr_t>(gmp::dlpack::address_of(tensor)),
+                                  gmp::dlpack::numel_of(tensor));
+  }
+  return py::cast(std::move(gradients));
+}
+
 using ConstantsDict = std::map<std::string, double>;
 
-// gradients: address and size per tensor, as two lists; rows: an index into the constants per tensor.
-void update(const std::string& rule_name, const UpdateBatch& batch, const std::vector<uintptr_t>& gradients,
-            const std::vector<int64_t>& sizes, const std::vector<size_t>& rows,
-            const std::vector<ConstantsDict>& constants, int num_threads) {
+// rows: an index into the constants per tensor.
+void update(const std::string& rule_name, const UpdateBatch& batch, const Gradients& gradients,
+            const std::vector<size_t>& rows, const std::vector<ConstantsDict>& constants, int num_threads) {
   check_threads(num_threads);
   const gmp::Rule rule = gmp::rule_of(rule_name);
   const auto [fewest, most] = gmp::kNumStates[static_cast<int>(rule)];
   std::vector<gmp::UpdateConstants<double>> typed_constants;
   for (const ConstantsDict& given : constants) typed_constants.push_back(gmp::constants_of(given));
   UpdateBatch tensors = batch;
-  if (gradients.size() != tensors.size() || sizes.size() != tensors.size() || rows.size() != tensors.size()) {
+  if (gradients.arrays.size() != tensors.size() || rows.size() != tensors.size()) {
     throw std::invalid_argument("an update needs one gradient and one row of constants per tensor");
   }
   for (size_t i = 0; i < tensors.size(); ++i) {
@@ -281,7 +303,7 @@ void update(const std::string& rule_name, const UpdateBatch& batch, const std::v
                                   " arrays of state got others");
     }
     if (rows[i] >= constants.size()) throw std::invalid_argument("a tensor needs its constants");
-    t.grads = checked({gradients[i], sizes[i]}, t.n, "a gradient");
+    t.grads = checked(gradients.arrays[i], t.n, "a gradient");
     t.constants = rows[i];
   }
   py::gil_scoped_release release;
@@ -326,26 +348,60 @@ void move_state(const std::vector<MoveTuple>& given, int num_threads) {
   gmp::cpu::move_state(sources, targets, num_threads);
 }
 
-std::vector<int64_t> chunk_offsets(const Array& mask, int64_t n) {
-  const uint8_t* const bits = n == 0 ? nullptr : checked<const uint8_t>(mask, bytes_of_bits(n), "a mask");
-  return gmp::cpu::chunk_offsets(bits, n);
+// Writes the chunk offsets of all masks, given with their numbers of weights, one after the other. Returns how many
+// weights each keeps.
+std::vector<int64_t> chunk_offsets(const std::vector<std::pair<Array, int64_t>>& masks, const Array& out) {
+  int64_t size = 0;
+  for (const auto& [mask, n] : masks) size += gmp::cpu::num_chunks(n) + 1;
+  auto* next = checked<int64_t>(out, size, "chunk offsets");
+  std::vector<int64_t> num_kept;
+  for (const auto& [mask, n] : masks) {
+    const uint8_t* const bits = n == 0 ? nullptr : checked<const uint8_t>(mask, bytes_of_bits(n), "a mask");
+    const std::vector<int64_t> offsets = gmp::cpu::chunk_offsets(bits, n);
+    next = std::copy(offsets.begin(), offsets.end(), next);
+    num_kept.push_back(offsets.back());
+  }
+  return num_kept;
 }
 
-// Describes all tensors one after the other. Equal results mean equal layouts and, with addresses, equal places. None
-// if a tensor has elements but no address. `exchange` is the capsule of the tensors' type.
-py::object describe(const py::capsule& exchange, const py::list& tensors, bool with_addresses) {
+// Describes all tensors one after the other. Equal results mean equal layouts and, with addresses, equal places; with
+// storages, also as much memory there. None if a tensor has elements but no address, or negates its memory.
+// `exchange` is the capsule of the tensors' type.
+py::object describe(const py::capsule& exchange, const py::list& tensors, bool with_addresses, bool with_storages) {
   const auto* const table = gmp::dlpack::understood(exchange.get_pointer<gmp::dlpack::Exchange>());
   if (table == nullptr) return py::none();
   std::string bytes;
   bytes.reserve(tensors.size() * 96);  // four dimensions each
   for (const py::handle tensor : tensors) {
-    if (gmp::dlpack::describe(*table, tensor.ptr(), with_addresses, bytes)) continue;
-    // The caller finds out what the object is, but an interrupt is passed on.
-    if (PyErr_Occurred() != nullptr && !PyErr_ExceptionMatches(PyExc_Exception)) throw py::error_already_set();
-    PyErr_Clear();
+    if (gmp::describe_plain(*table, tensor.ptr(), with_addresses, bytes) &&
+        (!with_storages || gmp::describe_storage(tensor.ptr(), bytes))) {
+      continue;
+    }
+    gmp::drop_error();  // the caller finds out what the object is
     return py::none();
   }
   return py::bytes(bytes);
+}
+
+// Looks at a sample of the pruned weights of a tensor, each `turn` at another. None for a tensor that is not on the
+// host, or does not lie as its mask does, which is given by bits, shape and whether it is row-major.
+py::object sees_life(const py::capsule& exchange, const py::handle& weight, const py::handle& packed,
+                     const std::vector<int64_t>& shape, bool is_row_major, int64_t turn) {
+  const auto* const table = gmp::dlpack::understood(exchange.get_pointer<gmp::dlpack::Exchange>());
+  gmp::dlpack::Tensor values{}, bits{};
+  if (table == nullptr || !gmp::dlpack::look_at(*table, weight.ptr(), values) ||
+      !gmp::dlpack::look_at(*table, packed.ptr(), bits)) {
+    gmp::drop_error();
+    return py::none();
+  }
+  const auto dtype = gmp::dlpack::dtype_of(values);
+  const int64_t n = gmp::dlpack::numel_of(values);
+  const bool fits = dtype && gmp::dlpack::lies_on_host(values, shape, is_row_major) && bits.type_bits == 8 &&
+                    gmp::dlpack::lies_on_host(bits, {bytes_of_bits(n)}, true);
+  if (!fits) return py::none();
+  const gmp::cpu::LayerView layer{*dtype, gmp::dlpack::address_of(values), n,
+                                  static_cast<const uint8_t*>(gmp::dlpack::address_of(bits))};
+  return py::bool_(gmp::cpu::sees_life(layer, turn));
 }
 
 }  // namespace
@@ -356,6 +412,7 @@ PYBIND11_MODULE(_C, m) {
   py::class_<UpdateTensor>(m, "UpdateTensor");
   py::class_<Layers>(m, "Layers");
   py::class_<UpdateBatch>(m, "UpdateBatch");
+  py::class_<Gradients>(m, "Gradients");
   m.def("layers", &layers_of);
   m.def("update_tensor", &update_tensor);
   m.def("update_batch", &update_batch);
@@ -364,10 +421,15 @@ PYBIND11_MODULE(_C, m) {
   m.def("count_slots", &count_slots);
   m.def("prune", &prune);
   m.def("apply_masks", &apply_masks);
+  m.def("gradients", [](const std::vector<Array>& arrays) { return Gradients{arrays}; });
+  m.def("gradients_at", &gradients_at);
+  m.def("gradients_if_unchanged", &gmp::gradients_if_unchanged);
   m.def("update", &update);
   m.def("sum_squares", &sum_squares);
   m.def("move_state", &move_state);
   m.def("chunk_offsets", &chunk_offsets);
+  m.attr("CHUNK") = gmp::cpu::kChunk;
   m.def("describe", &describe);
+  m.def("sees_life", &sees_life);
   m.def("isa", [] { return std::string(gmp::cpu::active_kernels().front().name); });
 }

@@ -10,7 +10,7 @@ import itertools
 import numbers
 import warnings
 from collections.abc import Sequence
-from operator import is_, le
+from operator import attrgetter, is_, le
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -46,6 +46,8 @@ Weight: TypeAlias = torch.Tensor | np.ndarray
 PLAIN = {torch.Tensor, torch.nn.Parameter}
 MOST_LAYERS = 4096  # known at a time; about 1 KB each
 
+_packed, _shape, _memory_format = map(attrgetter, ("packed", "shape", "memory_format"))
+
 # Keyed by kind of call, number of weights and first address. Layers are stored without tensors, to keep none alive.
 _known: dict[tuple[str, int, int], tuple[list[Any], Layers]] = {}
 
@@ -67,7 +69,7 @@ def checked_layers(
         raise ShapeError(f"{op}: expected one name per weight, got {len(names)} names for {len(weights)} weights")
     packed, signature = None, None
     if weights and PLAIN.issuperset(map(type, weights)) and {BitMask}.issuperset(map(type, masks or ())):
-        packed = None if masks is None else [mask.packed for mask in masks]
+        packed = None if masks is None else list(map(_packed, masks))
         signature = _signature(list(weights), masks, packed)  # type: ignore[arg-type]
     key = None if signature is None else (writes, len(weights), weights[0].data_ptr())  # type: ignore[union-attr]
     known = _known.get(key) if key is not None else None
@@ -93,6 +95,8 @@ def checked_layers(
 def adopt_bits(masks: Sequence[BitMask], layers: Layers) -> None:
     """Give masks in another memory format than their weights the copies that the layers have: what is kept stays."""
     assert layers.masks is not None
+    if all(map(is_, map(_packed, masks), layers.masks)):
+        return
     for mask, bits, weight in zip(masks, layers.masks, layers.weights, strict=True):
         if mask.packed is not bits:
             mask.become(BitMask.of(bits, mask.shape, format_of(weight)))
@@ -111,18 +115,10 @@ def _signature(
     An address implies the device, because no two devices share one. Storage sizes are part of the signature, because a
     storage that was cut may lie at the address of a larger one.
     """
-    of, in_memory = torch.Tensor, [*weights, *(packed or [])]
-    try:
-        if any(map(of.is_neg, weights)):
-            return None
-        signature: list[Any] = [layouts_of(in_memory, True)]
-        signature.append(list(map(torch.UntypedStorage.nbytes, map(of.untyped_storage, in_memory))))
-        if masks is not None:
-            signature.append([mask.shape for mask in masks])
-            signature.append([mask.memory_format for mask in masks])
-    except (RuntimeError, TypeError):
-        return None  # not a tensor, or one without an address; the check of each tensor says which
-    return None if None in signature else signature
+    places = layouts_of([*weights, *(packed or [])], True, True)
+    if places is None:
+        return None  # not a tensor, one without an address, or a view; the check of each tensor says which
+    return [places, *([list(map(get, masks)) for get in (_shape, _memory_format)] if masks is not None else [])]
 
 
 def _label(names: Sequence[str] | None, i: int) -> str:
@@ -345,7 +341,8 @@ def counts_to_prune(
         if sparsity is None:
             return [_exact_count(op, given, min(sizes))] * len(sizes) if sizes else []
         share = check_sparsity(op, given)
-        return [round(share * n) for n in sizes]
+        count_of = {n: round(share * n) for n in set(sizes)}
+        return [count_of[n] for n in sizes]
     if len(given) != len(sizes):
         expected = "a single value for scope='global'" if scope == "global" else f"1 or {len(sizes)} values"
         raise ShapeError(f"{op}: expected {expected} of sparsity or num_prune, got {len(given)}")

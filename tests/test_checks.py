@@ -269,10 +269,10 @@ def test_dlpack_is_asked_in_the_version_that_is_understood() -> None:
     pointer = ctypes.pythonapi.PyCapsule_GetPointer
     pointer.argtypes, pointer.restype = (ctypes.py_object, ctypes.c_char_p), ctypes.c_void_p
     weights = [torch.randn(3, 4)]
-    told = describe(exchange, weights, True)
-    assert describe(capsule_of(9, pointer(exchange, name)), weights, True) == told is not None
-    assert describe(capsule_of(9, None), weights, True) is None
-    assert describe(capsule_of(1, None), weights, True) is None  # a producer may leave this function out
+    told = describe(exchange, weights, True, False)
+    assert describe(capsule_of(9, pointer(exchange, name)), weights, True, False) == told is not None
+    assert describe(capsule_of(9, None), weights, True, False) is None
+    assert describe(capsule_of(1, None), weights, True, False) is None  # a producer may leave this function out
 
 
 @needs_exchange

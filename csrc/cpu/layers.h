@@ -13,6 +13,8 @@ namespace gmp::cpu {
 // Weights of a layer that a thread takes at a time.
 inline constexpr int64_t kChunk = 16384;
 
+constexpr int64_t num_chunks(int64_t n) { return (n + kChunk - 1) / kChunk; }
+
 struct LayerView {
   DType dtype;
   void* weights;        // any alignment

@@ -64,7 +64,8 @@ void update(Rule rule, const std::vector<UpdateTensor>& tensors, const std::vect
   active_kernels();  // may throw at its first call
   if (std::any_of(tensors.begin(), tensors.end(), [](const UpdateTensor& t) { return t.chunk_offsets != nullptr; })) {
     int64_t num_wrong = 0;
-#pragma omp parallel for schedule(guided, 8) num_threads(num_threads) reduction(+ : num_wrong)
+    // To wake a thread takes longer than to count the bits of some chunks.
+#pragma omp parallel for schedule(guided, 8) num_threads(num_threads) reduction(+ : num_wrong) if (num_chunks > 64)
     for (int64_t i = 0; i < num_chunks; ++i) {
       const Chunk& c = chunks[static_cast<size_t>(i)];
       num_wrong += !offsets_hold(tensors[c.tensor], c);

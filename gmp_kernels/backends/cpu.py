@@ -14,6 +14,7 @@ import torch
 from gmp_kernels.backends.at_once import at_once
 from gmp_kernels.backends.dtypes import NAMES
 from gmp_kernels.backends.layers import Layers, prepared
+from gmp_kernels.backends.layouts import EXCHANGE
 from gmp_kernels.backends.registry import Backend, register, why_not_built
 from gmp_kernels.backends.types import (
     BracketCounts,
@@ -67,9 +68,17 @@ def _layers(layers: Sequence[Layer]) -> _C.Layers:
 
 
 def _row(t: UpdateTensor) -> _C.UpdateTensor:
-    _, chunk_offsets, num_kept = t.compaction or _DENSE
-    of_weights = NAMES[t.weight.dtype], _array(t.weight), _array(t.master)
-    return _C.update_tensor(*of_weights, list(map(_array, t.state)), _array(t.mask), _array(chunk_offsets), num_kept)
+    if not isinstance(t.prepared, _C.UpdateTensor):
+        _, chunk_offsets, num_kept = t.compaction or _DENSE
+        of_weights = NAMES[t.weight.dtype], _array(t.weight), _array(t.master)
+        state = list(map(_array, t.state))
+        t.prepared = _C.update_tensor(*of_weights, state, _array(t.mask), _array(chunk_offsets), num_kept)
+    return t.prepared
+
+
+def _gradients(gradients: Sequence[torch.Tensor]) -> _C.Gradients:
+    found = None if EXCHANGE is None else _C.gradients_at(EXCHANGE, [*gradients])
+    return _C.gradients(list(map(_array, gradients))) if found is None else found
 
 
 class Cpu:
@@ -138,19 +147,18 @@ class Cpu:
     ) -> None:
         if not isinstance(batch.prepared, _C.UpdateBatch):
             batch.prepared = _C.update_batch(list(map(_row, batch.tensors)))
-        arrays = list(map(torch.Tensor.data_ptr, gradients)), list(map(torch.Tensor.numel, gradients))
-        arguments = rule, batch.prepared, *arrays, rows, constants.on_host(), torch.get_num_threads()
+        arguments = rule, batch.prepared, _gradients(gradients), rows, constants.on_host(), torch.get_num_threads()
         at_once([partial(_C.update, *arguments), *after])
 
     def sum_squares(self, gradients: Sequence[Layer]) -> float:
         return _C.sum_squares(_layers(gradients), torch.get_num_threads())
 
     def compactions(self, masks: Sequence[tuple[torch.Tensor, int]]) -> list[Compaction]:
-        found = []
-        for mask, numel in masks:
-            offsets = torch.tensor(_C.chunk_offsets(_array(mask), numel), dtype=torch.int64, device="cpu")
-            found.append(Compaction(mask, offsets, int(offsets[-1])))
-        return found
+        sizes = [-(-numel // _C.CHUNK) + 1 for _, numel in masks]
+        offsets = torch.empty(sum(sizes), dtype=torch.int64, device="cpu")
+        num_kept = _C.chunk_offsets([(_array(mask), numel) for mask, numel in masks], _array(offsets))
+        bits = [mask for mask, _ in masks]
+        return list(map(Compaction, bits, torch.split(offsets, sizes), num_kept))
 
     def move_state(self, moves: Sequence[StateMove]) -> None:
         rows = []

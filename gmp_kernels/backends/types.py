@@ -278,6 +278,8 @@ class UpdateTensor:
     mask : torch.Tensor or None
         Packed bits. Weight and state are zero already wherever a bit is 0.
     compaction : Compaction or None
+    prepared : object
+        Made by a backend from the others, and kept for other batches.
     """
 
     weight: torch.Tensor
@@ -285,6 +287,7 @@ class UpdateTensor:
     state: tuple[torch.Tensor, ...] = ()
     mask: torch.Tensor | None = None
     compaction: Compaction | None = None
+    prepared: object = None
 
 
 @dataclass(eq=False, slots=True)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import chain, compress, groupby
+from itertools import chain, compress, groupby, repeat
 from operator import is_, itemgetter
 from typing import Any, TypeVar
 
 import torch
 
-from gmp_kernels.backends.layouts import layouts_of
+from gmp_kernels.backends.layouts import gradients_if_unchanged, layouts_of
 from gmp_kernels.backends.types import UpdateBatch, UpdateTensor
+from gmp_kernels.checks import PLAIN
 from gmp_kernels.distributed.placement import local
 from gmp_kernels.masks import BitMask
 from gmp_kernels.optim.checks import bits_beside
@@ -67,31 +69,9 @@ class Batch:
     ) -> None:
         self.groups, self.parameters, self.weights, self._state, self.keys = groups, parameters, weights, state, keys
         self.known = frozenset(parameters)
-        self.bits = [None if mask is None else mask.packed for mask in masks]
-        self._masks = [mask for mask in masks if mask is not None]
-        self._frozen: list[torch.Tensor] = []  # bits that must not be written
-        self._written: list[list[torch.Tensor]] = []  # by a step
-        tensors = []
-        for p, weight, group, mask, bits in zip(parameters, weights, groups, masks, self.bits, strict=True):
-            entries = state.get(p, {})
-            t = UpdateTensor(
-                weight=weight.detach(),
-                master=local(entries[MASTER]) if entries.get(MASTER) is not None else None,
-                state=tuple(local(entries[key]) for key in keys[group]),
-                mask=None if mask is None else bits_beside(weight, mask),
-                compaction=layout_of(entries),
-            )
-            tensors.append(t)
-            if bits is not None and (t.compaction is not None or t.mask is not bits):
-                # Compact state is laid out by them, or the step reads a reordered copy of them.
-                self._frozen.append(bits)
-            # A plain parameter and a tensor detached from it share their version counter.
-            own = [p] if weight is p else [p, t.weight]
-            self._written.append([*own, *t.state] if t.master is None else [*own, t.master, *t.state])
-        self._all_written = list(chain.from_iterable(self._written))
-        self._is_present = [weight.numel() > 0 for weight in weights]
-        self._are_all_present = all(self._is_present)
-        self.updates = UpdateBatch(list(self.present(tensors)))
+        self._own_masks = masks
+        self._tensors = list(map(self._tensor_of, range(len(parameters))))
+        self._collect()
         # By group index: its parameters, and the tensors that together hold their step counts, in the same order.
         parts = groupby(zip(groups, parameters, strict=True), key=itemgetter(0))
         self._parts = {group: [p for _, p in part] for group, part in parts}
@@ -104,6 +84,54 @@ class Batch:
                 if len(elsewhere) < len(devices):
                     self._join_counts(group, elsewhere[0] if elsewhere else torch.device("cpu"))
         self._record()
+
+    def _tensor_of(self, i: int) -> UpdateTensor:
+        """Return parameter ``i`` in the form that backends take."""
+        weight, mask, entries = self.weights[i], self._own_masks[i], self._state.get(self.parameters[i], {})
+        master = entries.get(MASTER)
+        return UpdateTensor(
+            weight=weight.detach(),
+            master=None if master is None else local(master),
+            state=tuple(local(entries[key]) for key in self.keys[self.groups[i]]),
+            mask=None if mask is None else bits_beside(weight, mask),
+            compaction=layout_of(entries),
+        )
+
+    def _collect(self) -> None:
+        """Gather what the parameters have in common from their tensors and masks."""
+        self._masks = [mask for mask in self._own_masks if mask is not None]
+        self.bits = [None if mask is None else mask.packed for mask in self._own_masks]
+        self._frozen: list[torch.Tensor] = []  # bits that must not be written
+        self._written: list[list[torch.Tensor]] = []  # by a step
+        for p, weight, bits, t in zip(self.parameters, self.weights, self.bits, self._tensors, strict=True):
+            if bits is not None and (t.compaction is not None or t.mask is not bits):
+                # Compact state is laid out by them, or the step reads a reordered copy of them.
+                self._frozen.append(bits)
+            # A plain parameter and a tensor detached from it share their version counter.
+            own = [p] if weight is p else [p, t.weight]
+            self._written.append([*own, *t.state] if t.master is None else [*own, t.master, *t.state])
+        self._all_written = list(chain.from_iterable(self._written))
+        self._is_present = [weight.numel() > 0 for weight in self.weights]
+        self._are_all_present = all(self._is_present)
+        self.updates = UpdateBatch(list(self.present(self._tensors)))
+
+    def with_states(self, state: Mapping[Any, Any], states: Mapping[torch.Tensor, Mapping[str, Any]]) -> Batch | None:
+        """Return the batch once some entries of ``state`` are replaced by ``states``, made for their masks' new bits.
+
+        It shares what stays with this one. None if something else has changed since the parameters were checked.
+        """
+        columns = self.groups, self.parameters, list(map(local, self.parameters)), state, self.keys
+        replaced = list(map(states.__contains__, self.parameters))
+        of_masks = zip(replaced, self._own_masks, self.bits, strict=True)
+        are_bits_known = all(new or mask is None or mask.packed is bits for new, mask, bits in of_masks)
+        if not (are_bits_known and states.keys() <= self.known and self.holds(*columns, with_bits=False)):
+            return None
+        batch = copy.copy(self)
+        batch._state = {**state, **states}
+        batch._tensors = [batch._tensor_of(i) if new else self._tensors[i] for i, new in enumerate(replaced)]
+        batch._collect()
+        batch._record()
+        return batch
 
     def _counts_of(self, parameters: Iterable[torch.Tensor]) -> list[torch.Tensor]:
         return [self._state[p][STEP] for p in parameters]
@@ -118,12 +146,32 @@ class Batch:
     # -- changes -----------------------------------------------------------------------------------------------------
 
     def _record(self) -> None:
-        self._checked = self._snapshot(self.groups, self.parameters, self.weights, self._state, self.keys)
-        self._layouts = _layouts_of(self.weights, False)
+        objects, facts = self._snapshot(self.groups, self.parameters, self.weights, self._state, self.keys)
+        self._checked = objects, facts
+        self._layouts = layouts_of(self.weights, False)
+        self._expected: tuple[Any, ...] | None = None  # by the extension
+        types = list(map(type, self.parameters))
+        if PLAIN.issuperset(types) and self._layouts is not None and all(map(is_, self.weights, self.parameters)):
+            parameters, end = list(self.parameters), len(objects) - len(self._masks)
+            of_state = objects[len(parameters) : end]
+            bits = self._masks, objects[end:], self._frozen, facts[1]
+            self._expected = parameters, types, list(self.groups), of_state, *bits, self._layouts, facts[0]
 
-    def holds(self, *columns: Any) -> bool:
-        """Whether nothing but the gradients has changed, given the arguments of ``_snapshot`` as they are now."""
+    def gradients(self, groups: Sequence[dict[str, Any]], state: Mapping[Any, Any]) -> list[torch.Tensor] | None:
+        """Return the gradients if all parameters have one and nothing else has changed, all of it seen in one call.
+
+        None means that this needs a closer look, which takes more time: ``holds`` and ``fits``.
+        """
+        return None if self._expected is None else gradients_if_unchanged(self._expected, groups, state)
+
+    def holds(self, *columns: Any, with_bits: bool = True) -> bool:
+        """Whether nothing but the gradients has changed, given the arguments of ``_snapshot`` as they are now.
+
+        Without ``with_bits`` masks may have other bits.
+        """
         (objects, facts), (before, expected) = self._snapshot(*columns), self._checked
+        if not with_bits and self._masks:
+            objects, before = objects[: -len(self._masks)], before[: -len(self._masks)]
         is_known = facts[0] is not None and facts == expected
         return is_known and len(objects) == len(before) and all(map(is_, objects, before))
 
@@ -147,14 +195,14 @@ class Batch:
         entries = [entry for entry in state.values() if isinstance(entry, dict)]
         values = chain.from_iterable(map(dict.values, entries))
         objects = [*parameters, *state, *state.values(), *values, *(mask.packed for mask in self._masks)]
-        return objects, [_layouts_of(weights, True), list(map(version_of, self._frozen)), groups, keys]
+        return objects, [layouts_of(weights, True), list(map(version_of, self._frozen)), groups, keys]
 
     def fits(self, gradients: list[torch.Tensor]) -> bool:
         """Whether a kernel can walk these gradients beside the weights as they are.
 
         All are compared at once, because this is most of the cost of a step of many small tensors.
         """
-        layouts = _layouts_of(gradients, False)
+        layouts = layouts_of(gradients, False)
         return layouts is not None and layouts == self._layouts
 
     # -- the step ----------------------------------------------------------------------------------------------------
@@ -192,9 +240,9 @@ class Batch:
             is_lazy = lazy[index] or counts.device.type != "cpu"
             yield groups[index], counts.double() + 1 if is_lazy else [int(n) + 1 for n in counts.tolist()]
 
-    def has_counts_elsewhere(self, device: torch.device, takes_step: Sequence[bool]) -> bool:
+    def has_counts_elsewhere(self, device: torch.device, takes_step: Sequence[bool] | None) -> bool:
         """Whether step counts of parameters that take a step would have to be moved to ``device``."""
-        counts = self._counts_of(compress(self.parameters, takes_step)) if self._counts else []
+        counts = self._counts_of(compress(self.parameters, takes_step or repeat(True))) if self._counts else []
         return any(count.device != device for count in counts)
 
     def counting(self, amount: int | torch.Tensor, takes_step: Sequence[bool] | None) -> list[Callable[[], object]]:
@@ -203,8 +251,3 @@ class Batch:
         if takes_step is not None and self._counts:
             counts = [self._counts_of(compress(self.parameters, takes_step))]
         return [partial(torch._foreach_add_, own, amount) for own in counts]
-
-
-def _layouts_of(tensors: list[torch.Tensor], with_addresses: bool) -> object | None:
-    """Return ``layouts_of`` the tensors; None also if one is a view that negates its memory."""
-    return None if any(map(torch.Tensor.is_neg, tensors)) else layouts_of(tensors, with_addresses)

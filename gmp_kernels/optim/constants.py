@@ -21,7 +21,7 @@ def scalar(value: Any) -> Any:
     """Return a number as a float, or as a float64 tensor without dimensions if it is on a GPU."""
     if not is_on_gpu(value):
         return float(value)
-    number = value.double()
+    number = value.detach().double()
     return number if number.ndim == 0 else number.reshape(())
 
 
@@ -60,10 +60,11 @@ def constants_of(
             rows.extend(map(row_of.__getitem__, numbers))
             blocks = [(number, 1) for number in row_of]
         for number, count in blocks:
-            values = {**rule(group, number), "grad_factor": -factor if group["maximize"] else factor, **skip}
-            constants.blocks.append(({k: v for k, v in values.items() if not isinstance(v, torch.Tensor)}, count))
+            values = rule(group, number) | {"grad_factor": -factor if group["maximize"] else factor} | skip
+            on_device = [name for name, value in values.items() if isinstance(value, torch.Tensor)]
             first, end = end, end + count
-            constants.on_device.extend((k, first, end, v) for k, v in values.items() if isinstance(v, torch.Tensor))
+            constants.on_device.extend((name, first, end, values.pop(name)) for name in on_device)
+            constants.blocks.append((values, count))
     if takes_step is not None:
         constants.blocks.append(({"skip": 1.0}, 1))
         rows = [row if takes else end for row, takes in zip(rows, takes_step, strict=True)]

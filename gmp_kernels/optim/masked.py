@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from inspect import signature
-from itertools import compress, count
-from types import MethodType
-from typing import Any, ClassVar, Self, TypeAlias
+from itertools import compress, count, repeat
+from types import MappingProxyType, MethodType
+from typing import Any, ClassVar, NamedTuple, NoReturn, Self, TypeAlias
 from weakref import WeakValueDictionary
 
 import torch
@@ -42,6 +42,37 @@ Given: TypeAlias = Mapping[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]
 # Group indices, parameters, tensors that hold their values, gradients, and whether there is one. If not, the value
 # stands in for it, which no kernel reads.
 Columns: TypeAlias = tuple[list[int], list[torch.Tensor], list[torch.Tensor], list[torch.Tensor], list[bool]]
+
+
+class Step(NamedTuple):
+    """Everything that a step takes, found before its first write.
+
+    Attributes
+    ----------
+    batch : Batch
+    gradients : list of torch.Tensor
+        One per parameter of the batch, laid out as it is.
+    device : torch.device
+    is_captured : bool
+        Whether a CUDA graph is being captured.
+    takes_step : list of bool or None
+        Which parameters take the step; None if all do.
+    created : dict
+        State that parameters get with this step.
+    first : set of torch.Tensor
+        Parameters whose first step it is.
+    writes : list of callable
+        C functions to call once the kernel has written.
+    """
+
+    batch: Batch
+    gradients: list[torch.Tensor]
+    device: torch.device
+    is_captured: bool
+    takes_step: list[bool] | None = None
+    created: Mapping[torch.Tensor, dict[str, Any]] = MappingProxyType({})
+    first: Collection[torch.Tensor] = ()
+    writes: Sequence[Callable[[], object]] = ()
 
 
 class MaskedOptimizer(Masking):
@@ -98,7 +129,8 @@ class MaskedOptimizer(Masking):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            self._refuse_differentiable(group)
+            if group.get("differentiable"):
+                self._refuse_differentiable()
             for p in group["params"]:
                 if p.is_complex():
                     raise DTypeError(
@@ -109,13 +141,11 @@ class MaskedOptimizer(Masking):
             self.param_groups.pop()
             raise
 
-    def _refuse_differentiable(self, group: Mapping[str, Any]) -> None:
-        if group.get("differentiable"):
-            raise ValueError(f"{self._name}: differentiable=True is not supported; use torch.optim")
+    def _refuse_differentiable(self) -> NoReturn:
+        raise ValueError(f"{self._name}: differentiable=True is not supported; use torch.optim")
 
     # -- the step ----------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Perform one optimization step.
 
@@ -158,9 +188,16 @@ class MaskedOptimizer(Masking):
             positions = [i for i, p in enumerate(owned) if p.grad is not None]
             weights = [owned[i] for i in positions]
             if weights:
-                torch.ops.gmp_kernels.optimizer_step_(self.handle, positions, weights, [p.grad for p in weights])
-        else:
+                with torch.no_grad():
+                    gradients = [p.grad for p in weights]
+                    torch.ops.gmp_kernels.optimizer_step_(self.handle, positions, weights, gradients)
+            return loss
+        is_grad_enabled = torch.is_grad_enabled()
+        try:
+            torch.set_grad_enabled(False)  # in less than half the time of torch.no_grad
             self.update_()
+        finally:
+            torch.set_grad_enabled(is_grad_enabled)
         return loss
 
     def update_(self, given: Given | None = None) -> None:
@@ -168,8 +205,8 @@ class MaskedOptimizer(Masking):
         found_inf: torch.Tensor | None = getattr(self, "found_inf", None)
         grad_scale: torch.Tensor | None = getattr(self, "grad_scale", None)
         groups = self.param_groups
-        for group in groups:
-            self._refuse_differentiable(group)
+        if any(group.get("differentiable") for group in groups):
+            self._refuse_differentiable()
         # Values on a GPU stay there, because reading them would make the step wait.
         waits = is_on_gpu(found_inf)
         lazy = [waits or bool(group.get("capturable")) or is_on_gpu(group["lr"]) for group in groups]
@@ -186,21 +223,53 @@ class MaskedOptimizer(Masking):
     def _take_step(
         self, given: Given | None, lazy: Sequence[bool], grad_scale: torch.Tensor | None, skips: torch.Tensor | None
     ) -> None:
-        groups, batch = self.param_groups, self._batch
-        keys = [self._state_keys(group) for group in groups]
-        columns = _columns(groups, given, frozenset() if batch is None else batch.known)
-        indices, parameters, weights, gradients, takes_step = columns
-        device = next((p.device for p in compress(parameters, takes_step)), None)
-        if device is None:
+        groups = self.param_groups
+        step = self._look(given, lazy)
+        if step is None:
             self._settle()
             return
-        is_captured = devices.is_capturing(device)
-        if is_captured:
-            self._check_capturable(device, all(lazy[index] for index in compress(indices, takes_step)))
+        batch, device, takes_step = step.batch, step.device, step.takes_step
+        self._batch = batch
+        if step.is_captured and (step.created or batch.has_counts_elsewhere(device, takes_step)):
+            raise CaptureError(
+                f"{self._name}: expected state that is on the device before a CUDA graph captures a step, got a "
+                "parameter without; take a step outside of the graph first"
+            )
+        steps = batch.steps(groups, lazy, step.first)
+        constants, rows = constants_of(self._constants, steps, grad_scale, skips, takes_step)
+        # New state and counts take effect together with the writes of the kernel: all of them, or none.
+        amount = 1 if skips is None else (skips == 0).to(torch.float32).reshape(())
+        writes = [*step.writes, *batch.counting(amount, takes_step)]
+        # Versions are raised before the kernel runs: one that no write follows makes no gradient wrong.
+        torch.autograd.graph.increment_version(batch.written(takes_step))
+        choose(self._backend, device).update(
+            self.rule, batch.updates, batch.present(step.gradients), batch.present(rows), constants, after=writes
+        )
+        if step.is_captured:
+            # Replays of the graph read the masks at these addresses.
+            read = zip(batch.parameters, map(address, batch.bits), strict=True)
+            self._graph_masks.update(compress(read, takes_step or repeat(True)))
+
+    def _look(self, given: Given | None, lazy: Sequence[bool]) -> Step | None:
+        """Return all that a step takes, checked; None if no parameter has a gradient."""
+        groups, batch = self.param_groups, self._batch
+        keys = [self._state_keys(group) for group in groups]
+        is_known = batch is not None and not self._pending
+        if batch is not None and is_known and given is None and batch.keys == keys:
+            gradients = batch.gradients(groups, self.state)
+            if gradients is not None:
+                device = batch.parameters[0].device
+                return Step(batch, gradients, device, self._is_captured(device, batch.groups, lazy))
+        columns = _columns(groups, given, frozenset() if batch is None else batch.known)
+        indices, parameters, weights, gradients, takes_step = columns
+        if not any(takes_step):
+            return None
+        device = next(compress(parameters, takes_step)).device
+        is_captured = self._is_captured(device, compress(indices, takes_step), lazy)
         created: dict[torch.Tensor, dict[str, Any]] = {}
         first: set[torch.Tensor] = set()
         writes: list[Callable[[], object]] = []
-        if self._pending or batch is None or not batch.holds(indices, parameters, weights, self.state, keys):
+        if batch is None or not is_known or not batch.holds(indices, parameters, weights, self.state, keys):
             # Something has changed, or may have, so every parameter is checked.
             self._settle()
             batch, gradients, takes_step, created, writes = self._checked(columns, keys, device)
@@ -210,35 +279,21 @@ class MaskedOptimizer(Masking):
         if not batch.fits(gradients):
             beside = zip(batch.weights, gradients, batch.groups, strict=True)
             gradients = [self._beside(weight, gradient, groups[index]) for weight, gradient, index in beside]
-        self._batch = batch
-        if is_captured and (created or batch.has_counts_elsewhere(device, takes_step)):
-            raise CaptureError(
-                f"{self._name}: expected state that is on the device before a CUDA graph captures a step, got a "
-                "parameter without; take a step outside of the graph first"
-            )
         some = None if all(takes_step) else takes_step
-        constants, rows = constants_of(self._constants, batch.steps(groups, lazy, first), grad_scale, skips, some)
-        # New state and counts take effect together with the writes of the kernel: all of them, or none.
-        writes += batch.counting(1 if skips is None else (skips == 0).to(torch.float32).reshape(()), some)
-        # Versions are raised before the kernel runs: one that no write follows makes no gradient wrong.
-        torch.autograd.graph.increment_version(batch.written(some))
-        choose(self._backend, device).update(
-            self.rule, batch.updates, batch.present(gradients), batch.present(rows), constants, after=writes
-        )
-        if is_captured:
-            # Replays of the graph read the masks at these addresses.
-            read = zip(batch.parameters, map(address, batch.bits), strict=True)
-            self._graph_masks.update(compress(read, takes_step))
+        return Step(batch, gradients, device, is_captured, some, created, first, writes)
 
-    def _check_capturable(self, device: torch.device, is_lazy: bool) -> None:
-        """Raise CaptureError for a step that a CUDA graph would repeat wrongly."""
+    def _is_captured(self, device: torch.device, groups: Iterable[int], lazy: Sequence[bool]) -> bool:
+        """Whether a CUDA graph is being captured; raise CaptureError if it would repeat these groups' step wrongly."""
+        if not devices.is_capturing(device):
+            return False
         if self._compact_state:
             self._refuse_capture("compact state, which every update lays out anew; build it with compact_state=False")
         backend = choose(self._backend, device)
         if not backend.capturable:
             self._refuse_capture(f"the backend {type(backend).__name__.lower()}; build it with backend='cuda'")
-        if STEP in self.essential and not is_lazy:
+        if STEP in self.essential and not all(lazy[index] for index in groups):
             self._refuse_capture("step counts on the host, which would stand still; build it with capturable=True")
+        return True
 
     def _checked(
         self, columns: Columns, keys: Sequence[tuple[str, ...]], device: torch.device

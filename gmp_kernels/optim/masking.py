@@ -226,6 +226,8 @@ class Masking(torch.optim.Optimizer):
             self._refuse_capture("masks to be applied first; set masks before capturing")
         # All memory is allocated before the first write.
         states = compacted(stale, {p: self._aligned(p) for p in stale}, self._backend)
+        # A batch of the old state would keep its memory.
+        batch = self._batch.with_states(self.state, states) if self._batch is not None and states else self._batch
         zeroed: dict[torch.device, tuple[list[torch.Tensor], list[BitMask]]] = {}
         filled: list[Callable[[], object]] = []
         for p in behind:
@@ -241,7 +243,7 @@ class Masking(torch.optim.Optimizer):
             apply_masks_(tensors, masks, backend=self._backend)
         for fill in filled:
             fill()
-        self._replace(states, self._masks, {})
+        self._replace(states, self._masks, {}, batch)
 
     def _behind(self, p: torch.Tensor, state: Mapping[str, Any]) -> list[torch.Tensor]:
         """Return the dense, non-empty tensors of a parameter to which its mask was not applied yet."""
@@ -271,10 +273,9 @@ class Masking(torch.optim.Optimizer):
         states: Mapping[torch.Tensor, dict[str, Any]],
         masks: dict[torch.Tensor, BitMask],
         pending: dict[torch.Tensor, bool],
+        batch: Batch | None = None,
     ) -> None:
-        """Replace state, masks and pending masks in one step that no interrupt can divide."""
-        # A batch of the old state would keep its memory.
-        batch = self._batch if masks is self._masks and not states else None
+        """Replace state, masks, pending masks and the batch in one step that no interrupt can divide."""
         at_once(
             [
                 partial(dict.update, self.state, states),

@@ -295,11 +295,10 @@ class Enforcement:
 
     def _before_step(self, *_: object) -> None:
         if self.masked_optimizer is None:
-            self.refuse_capture(f"a step of {self.name} after which masks are applied from Python", "gmp_kernels.optim")
+            self.refuse_capture("a step of {} after which masks are applied from Python", "gmp_kernels.optim")
             self.watch.check_shapes()
         elif not self.progress.counts_calls:
-            what = f"a step of {self.name} that the pruner counts, whose replays would not tell it"
-            self.refuse_capture(what, "count='calls'")
+            self.refuse_capture("a step of {} that the pruner counts, whose replays would not tell it", "count='calls'")
         self._has_repaired = False
         self.check()
 
@@ -320,9 +319,13 @@ class Enforcement:
         self.apply(self._pruned)
 
     def refuse_capture(self, what: str, use: str) -> None:
-        """Raise CaptureError while a CUDA graph is captured, whose replays do not run what Python does here."""
+        """Raise CaptureError while a CUDA graph is captured, whose replays do not run what Python does here.
+
+        ``what`` has a place for the name of the optimizer.
+        """
         if devices.is_capturing(next(iter(self.parameters.values())).device):
-            raise CaptureError(f"expected nothing that a CUDA graph would leave out, got {what}; use {use}")
+            got = what.format(self.name)
+            raise CaptureError(f"expected nothing that a CUDA graph would leave out, got {got}; use {use}")
 
     # -- writes by other code ----------------------------------------------------------------------------------------
 

@@ -11,8 +11,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from gmp_kernels.backends.layouts import sees_life
+from gmp_kernels.checks import PLAIN
 from gmp_kernels.distributed.placement import local
-from gmp_kernels.formats import in_memory_order
+from gmp_kernels.formats import ROW_MAJOR, in_memory_order
 from gmp_kernels.masks import BitMask
 from gmp_kernels.model.targets import check_present
 from gmp_kernels.pruner.zeroing import slices
@@ -152,7 +154,13 @@ class Watch:
             if rest:
                 return False
         name = names[turn % len(names)]
-        weight, mask = local(self._by_name[name]).detach(), masks[name]
+        p, mask = self._by_name[name], masks[name]
+        if type(p) in PLAIN:
+            round_number = turn // len(names)
+            has_life = sees_life(p, mask.packed, mask.shape, mask.memory_format is ROW_MAJOR, round_number)
+            if has_life is not None:
+                return has_life
+        weight = local(p).detach()
         if weight.shape != mask.shape:
             return True
         key = name, mask.memory_format
