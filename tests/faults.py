@@ -46,12 +46,13 @@ def interrupted(after: int) -> Iterator[None]:
         frame.f_trace_opcodes, frame.f_trace_lines = True, False
         return local
 
-    before = sys.gettrace()
+    before, is_grad_enabled = sys.gettrace(), torch.is_grad_enabled()
     sys.settrace(entered)
     try:
         yield
     finally:
         sys.settrace(before)
+        assert torch.is_grad_enabled() is is_grad_enabled
 
 
 class OutOfMemory(TorchFunctionMode):

@@ -192,14 +192,10 @@ class MaskedOptimizer(Masking):
                     gradients = [p.grad for p in weights]
                     torch.ops.gmp_kernels.optimizer_step_(self.handle, positions, weights, gradients)
             return loss
-        is_grad_enabled = torch.is_grad_enabled()
-        try:
-            torch.set_grad_enabled(False)  # in less than half the time of torch.no_grad
-            self.update_()
-        finally:
-            torch.set_grad_enabled(is_grad_enabled)
+        self.update_()
         return loss
 
+    @torch.no_grad()  # not a block, at whose end an interrupt would leave gradients switched off
     def update_(self, given: Given | None = None) -> None:
         """Take a step with these values and gradients; by default with the parameters themselves and their ``grad``."""
         found_inf: torch.Tensor | None = getattr(self, "found_inf", None)
