@@ -1,4 +1,4 @@
-"""What a file of results says: the machine, and every row measured so far."""
+"""Files of results: the machine, and every row measured so far."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What rows of the speed table on large tensors measure with: weights, masks and parameters."""
+"""Weights, masks and parameters of the rows on large tensors."""
 
 from __future__ import annotations
 
