@@ -231,8 +231,8 @@ const int64_t* offsets_of(const Array& chunk_offsets, int64_t n, int64_t num_kep
 
 // Checked and converted once, for all steps until an address changes; without the gradient.
 UpdateTensor update_tensor(const std::string& dtype, const Array& weights, const Array& master,
-                           const std::vector<Array>& state, const Array& mask, const Array& chunk_offsets,
-                           int64_t num_kept) {
+                           const std::vector<Array>& state, const std::string& state_dtype, const Array& mask,
+                           const Array& chunk_offsets, int64_t num_kept) {
   const int64_t n = weights.second;
   if (weights.first == 0 || n <= 0) throw std::invalid_argument("a tensor needs an address and at least one weight");
   UpdateTensor t{};
@@ -240,6 +240,13 @@ UpdateTensor update_tensor(const std::string& dtype, const Array& weights, const
     throw std::invalid_argument("a tensor has " + std::to_string(std::size(t.state)) + " arrays of state at most");
   }
   t.dtype = dtype_of(dtype);
+  t.state_dtype = dtype_of(state_dtype);
+  const bool is_double = t.dtype == gmp::DType::float64;
+  if (t.state_dtype != (is_double ? gmp::DType::float64 : gmp::DType::float32) &&
+      (is_double || t.state_dtype != gmp::DType::bfloat16)) {
+    throw std::invalid_argument("expected state of float32 or bfloat16, or of float64 for float64 weights, got " +
+                                state_dtype);
+  }
   t.weights = pointer(weights.first);
   t.master = optional(master, n, "master weights");
   t.mask = optional<const uint8_t>(mask, bytes_of_bits(n), "a mask");
@@ -318,22 +325,19 @@ double sum_squares(const Layers& gradients, int num_threads) {
 
 // values and, for compact state, their mask and chunk offsets
 using StateTuple = std::tuple<Array, Array, Array>;
-// source, target, number of weights, bytes per value
-using MoveTuple = std::tuple<StateTuple, StateTuple, int64_t, int>;
+// source, target, number of weights, dtype
+using MoveTuple = std::tuple<StateTuple, StateTuple, int64_t, std::string>;
 
 void move_state(const std::vector<MoveTuple>& given, int num_threads) {
   check_threads(num_threads);
   std::vector<UpdateTensor> sources, targets;
-  for (const auto& [source, target, n, value_bytes] : given) {
+  for (const auto& [source, target, n, dtype] : given) {
     if (n == 0) continue;
     if (n < 0) throw std::invalid_argument("expected a number of weights, got " + std::to_string(n));
-    if (value_bytes != 4 && value_bytes != 8) {
-      throw std::invalid_argument("expected state of 4 or 8 bytes per value, got " + std::to_string(value_bytes));
-    }
     for (auto* const tensors : {&sources, &targets}) {
       const auto& [values, mask, chunk_offsets] = tensors == &sources ? source : target;
       UpdateTensor t{};
-      t.dtype = value_bytes == 4 ? gmp::DType::float32 : gmp::DType::float64;
+      t.dtype = dtype_of(dtype);
       t.n = n;
       t.mask = optional<const uint8_t>(mask, bytes_of_bits(n), "a mask");
       t.chunk_offsets = offsets_of(chunk_offsets, n, values.second);

@@ -19,6 +19,14 @@ inline DType dtype_of(const std::string& name) {
   throw std::invalid_argument("unknown dtype '" + name + "'");
 }
 
+inline const char* name_of(DType dtype) {
+#define GMP_DTYPE(name, key, infinity) \
+  if (dtype == DType::name) return #name;
+  GMP_DTYPES(GMP_DTYPE)
+#undef GMP_DTYPE
+  return "an unknown dtype";
+}
+
 inline Rule rule_of(const std::string& name) {
 #define GMP_RULE(rule, fewest, most) \
   if (name == #rule) return Rule::rule;

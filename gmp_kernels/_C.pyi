@@ -10,7 +10,7 @@ _Layer: TypeAlias = tuple[str, _Array, _Array, tuple[int, int]]
 # values, and of compact ones mask and chunk offsets
 _State: TypeAlias = tuple[_Array, _Array, _Array]
 # source, target, number of weights, bytes per value
-_Move: TypeAlias = tuple[_State, _State, int, int]
+_Move: TypeAlias = tuple[_State, _State, int, str]
 
 class Layers: ...
 class UpdateTensor: ...
@@ -47,7 +47,14 @@ def prune(
 ) -> tuple[list[int], list[int]]: ...
 def apply_masks(layers: Layers, num_threads: int) -> None: ...
 def update_tensor(
-    dtype: str, weights: _Array, master: _Array, state: list[_Array], mask: _Array, chunk_offsets: _Array, num_kept: int
+    dtype: str,
+    weights: _Array,
+    master: _Array,
+    state: list[_Array],
+    state_dtype: str,
+    mask: _Array,
+    chunk_offsets: _Array,
+    num_kept: int,
 ) -> UpdateTensor: ...
 def update_batch(tensors: list[UpdateTensor]) -> UpdateBatch: ...
 def gradients(arrays: list[_Array]) -> Gradients: ...

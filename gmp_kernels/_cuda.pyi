@@ -32,10 +32,10 @@ def select(launch: Launch, tables: Buffer) -> None: ...
 def apply(launch: Launch, tables: Buffer) -> None: ...
 def count(launch: Launch, dtype: int, rows: int, num_rows: int, num_chunks: int) -> None: ...
 
-# Parts of the rows are dtype, first row, number of rows, number of chunks. The constants are at an address, or, where
-# it is 0, rows of float64 in `values`.
+# Parts of the rows are dtype, dtype of the state, first row, number of rows, number of chunks. The constants are at an
+# address, or, where it is 0, rows of float64 in `values`.
 def update(
-    launch: Launch, rule: str, rows: int, parts: list[tuple[int, int, int, int]], constants: int, values: Buffer
+    launch: Launch, rule: str, rows: int, parts: list[tuple[int, int, int, int, int]], constants: int, values: Buffer
 ) -> None: ...
 
 # So many rows of sources, and as many of targets behind them.

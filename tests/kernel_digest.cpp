@@ -109,18 +109,17 @@ void select(const Kernels& kernels, DType dtype, int64_t n, Mask* mask) {
   kept.digest((n + 7) / 8);
 }
 
-void step(const Kernels& kernels, DType dtype, int64_t n, Mask* mask, Rule rule, int num_states, bool has_master,
-          bool is_compact, const UpdateConstants<double>& constants) {
-  const int64_t size = bytes_of(dtype), wide = size == 8 ? 8 : 4;
-  const DType of_state = size == 8 ? DType::float64 : DType::float32;
+void step(const Kernels& kernels, DType dtype, DType state_dtype, int64_t n, Mask* mask, Rule rule, int num_states,
+          bool has_master, bool is_compact, const UpdateConstants<double>& constants) {
+  const int64_t size = bytes_of(dtype), wide = size == 8 ? 8 : 4, of_state = bytes_of(state_dtype);
   const int64_t values = is_compact ? mask->kept : n;
-  Buffer weights(n * size), grads(n * size), master(n * wide), first(values * wide), second(values * wide),
-      third(values * wide);
+  Buffer weights(n * size), grads(n * size), master(n * wide), first(values * of_state), second(values * of_state),
+      third(values * of_state);
   Buffer* const states[] = {&first, &second, &third};
   fill(dtype, weights, n, false);
   fill(dtype, grads, n, false);
-  fill(of_state, master, n, false);
-  for (Buffer* s : states) fill(of_state, *s, values, s != &first);
+  fill(DType::float32, master, has_master ? n : 0, false);
+  for (Buffer* s : states) fill(state_dtype, *s, values, s != &first);
   UpdateTensor t{};
   t.dtype = dtype;
   t.weights = weights.at();
@@ -129,6 +128,7 @@ void step(const Kernels& kernels, DType dtype, int64_t n, Mask* mask, Rule rule,
   t.mask = mask == nullptr ? nullptr : mask->bits.data();
   t.master = has_master ? master.at() : nullptr;
   t.num_states = num_states;
+  t.state_dtype = state_dtype;
   for (int k = 0; k < num_states; ++k) t.state[k] = states[k]->at();
   t.chunk_offsets = is_compact ? mask->offsets.data() : nullptr;
   for (int64_t begin = 0; begin < n; begin += kChunk) {
@@ -136,10 +136,11 @@ void step(const Kernels& kernels, DType dtype, int64_t n, Mask* mask, Rule rule,
   }
   weights.digest(n * size);
   if (has_master) master.digest(n * wide);
-  for (int k = 0; k < num_states; ++k) states[k]->digest(values * wide);
+  for (int k = 0; k < num_states; ++k) states[k]->digest(values * of_state);
 }
 
 void steps(const Kernels& kernels, DType dtype, int64_t n, Mask* mask) {
+  const DType wide = bytes_of(dtype) == 8 ? DType::float64 : DType::float32;
   UpdateConstants<double> plain{}, all{};
   plain.grad_factor = plain.decay = plain.one_minus_dampening = 1;
   plain.lr = plain.step_size = 0.01;
@@ -155,6 +156,7 @@ void steps(const Kernels& kernels, DType dtype, int64_t n, Mask* mask) {
   all.weight_decay = 0.01;
   all.nesterov = 1;
   all.one_minus_beta1 = 0.75;
+  all.rounding_seed = 16'777'215;
   UpdateConstants<double> coupled = plain, first = plain;
   coupled.weight_decay = 0.01;
   first.first_step = 1;
@@ -165,7 +167,10 @@ void steps(const Kernels& kernels, DType dtype, int64_t n, Mask* mask) {
           if (has_master && bytes_of(dtype) != 2) continue;
           for (bool is_compact : {false, true}) {
             if (is_compact && mask == nullptr) continue;
-            step(kernels, dtype, n, mask, static_cast<Rule>(rule), k, has_master, is_compact, constants);
+            step(kernels, dtype, wide, n, mask, static_cast<Rule>(rule), k, has_master, is_compact, constants);
+            if (k == 0 || wide == DType::float64) continue;
+            step(kernels, dtype, DType::bfloat16, n, mask, static_cast<Rule>(rule), k, has_master, is_compact,
+                 constants);
           }
         }
       }

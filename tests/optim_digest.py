@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import os
 import sys
+from typing import Any
 
 import torch
 from optim_cases import CASES, masked, parameters, random_gradients, random_masks, set_gradients
@@ -25,7 +26,9 @@ DEVICE = device_of(os.environ.get("GMP_KERNELS_BACKEND", "cpu"))
 def digest(share: int) -> str:
     """All rules, dtypes and layouts, over a few steps on enough weights for every thread; clipping and averages."""
     sha = hashlib.sha256()
-    layouts = ({}, {"compact_state": True}, {"compact_state": True, "master_weights": True})
+    half: dict[str, Any] = {"state_dtype": torch.bfloat16}
+    compact = {"compact_state": True}
+    layouts = ({}, half, compact, {**compact, **half}, {**compact, "master_weights": True})
     for case, dtype, options in list(itertools.product(CASES, DTYPES, layouts))[::share]:
         params = parameters(SHAPES, dtype, device=DEVICE)
         averages = [p.detach().clone() for p in params[:3]]

@@ -23,7 +23,7 @@ from gmp_kernels.backends.types import (
     UpdateTensor,
 )
 from gmp_kernels.optim import AdamW
-from gmp_kernels.tools.testing import assert_bitwise_equal
+from gmp_kernels.tools.testing import DTYPES, assert_bitwise_equal
 
 N = 20_000  # more than a chunk
 COMPILED = sorted({"cpu", "simt"} & set(HOST_BACKENDS))
@@ -145,11 +145,27 @@ def test_a_rule_without_the_state_it_keeps_is_refused(rule: str, number: int) ->
         case.update(rule)
 
 
-def test_state_of_two_bytes_is_not_moved_as_if_it_had_eight() -> None:
-    case = Case("cpu")
-    case.state[0], case.target = case.state[0].bfloat16(), case.target.bfloat16()
-    with pytest.raises(ValueError, match="4 or 8 bytes per value, got 2"):
-        case.move()
+@pytest.mark.parametrize("backend", COMPILED)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_state_of_a_dtype_that_has_no_kernel_is_refused(backend: str, dtype: torch.dtype) -> None:
+    case = Case(backend)
+    case.state = [values.to(dtype) for values in case.state]
+    before = case.weight.clone()
+    with pytest.raises(ValueError, match=f"state of .*, got {str(dtype).removeprefix('torch.')}"):
+        case.update()
+    assert_bitwise_equal(case.weight, before)
+
+
+@pytest.mark.parametrize("backend", COMPILED)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_state_of_every_dtype_is_moved(backend: str, dtype: torch.dtype) -> None:
+    case = Case(backend)
+    case.state[0] = torch.arange(case.layout.num_kept).to(dtype)
+    case.target = case.target.to(dtype)
+    case.move()
+    kept = BitMask(case.mask, (N,)).to_bool()
+    expected = torch.zeros(N, dtype=dtype).masked_scatter_(kept, case.state[0])
+    assert_bitwise_equal(case.target, expected)
 
 
 def test_bits_written_behind_torchs_back_are_noticed_before_state_is_walked_by_them() -> None:

@@ -279,9 +279,9 @@ def test_constants_as_arguments_or_from_a_table_give_the_same_steps(monkeypatch:
 
 def test_constants_that_are_no_rows_are_refused() -> None:
     launch = _simt.launch_on(0, 0, 4)
-    for values in (b"", b"1234", bytes(8 * 15 * (_simt.MAX_ARGUMENT_CONSTANTS + 1))):
+    for values in (b"", b"1234", bytes(8 * len(_simt.CONSTANTS) * (_simt.MAX_ARGUMENT_CONSTANTS + 1))):
         with pytest.raises(ValueError, match="expected 1 to 8 rows of constants"):
-            _simt.update(launch, "adam", 0, [(0, 0, 0, 0)], 0, values)
+            _simt.update(launch, "adam", 0, [(0, 0, 0, 0, 0)], 0, values)
 
 
 def test_a_step_over_dead_weights_reads_the_mask_only() -> None:

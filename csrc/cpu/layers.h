@@ -28,8 +28,9 @@ struct UpdateTensor : LayerView {
   const void* grads;
   void* master;             // copy in the type of the arithmetic, which runs on it: weights are then only written; or
                             // nullptr
-  void* state[kMaxStates];  // in the same type; the first num_states of them are there
+  void* state[kMaxStates];  // the first num_states of them are there
   int num_states;
+  DType state_dtype;             // that of the arithmetic, or bfloat16 instead of float32
   const int64_t* chunk_offsets;  // compact state: kept weights before each chunk of kChunk, and their number; else
                                  // nullptr
   size_t constants;              // which of a step's

@@ -114,11 +114,7 @@ void move_state(const std::vector<UpdateTensor>& sources, const std::vector<Upda
     const Chunk& c = chunks[static_cast<size_t>(i)];
     uint64_t* const own = buffers.get() + static_cast<size_t>(omp_get_thread_num()) * 2 * kBufferWords;
     const UpdateTensor &source = sources[c.tensor], &target = targets[c.tensor];
-    if (source.dtype == DType::float64) {
-      move_chunk<uint64_t>(source, target, c, own);
-    } else {
-      move_chunk<uint32_t>(source, target, c, own);
-    }
+    with_dtype(source.dtype, [&](auto infinity) { move_chunk<decltype(infinity)>(source, target, c, own); });
   }
 }
 

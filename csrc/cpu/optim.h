@@ -19,7 +19,7 @@ double sum_squares(const std::vector<LayerView>& gradients, int num_threads);
 
 // Copies state, the first array of each source, into the layout of the target at the same place: dense (no mask: n
 // values), or compact (the kept values only, in order). A value that is kept before but not after is dropped, one kept
-// after but not before becomes zero. Values are float32 or float64, as the source says. Throws as update() does.
+// after but not before becomes zero. Values are of the source's dtype. Throws as update() does.
 void move_state(const std::vector<UpdateTensor>& sources, const std::vector<UpdateTensor>& targets, int num_threads);
 
 // Kept weights before each chunk of kChunk, and their number: (n + kChunk - 1) / kChunk + 1 entries.

@@ -52,6 +52,18 @@ inline void store_weights(KeyOf<kDType>* p, Vec<ComputeOf<kDType>> v) {
   }
 }
 
+// Stores state, which is rounded if it is kept in fewer bits than it is computed in.
+template <DType kState, typename C>
+inline void store_state(KeyOf<kState>* p, Vec<ComputeOf<kState>> v, const C& c) {
+  if constexpr (kState == DType::bfloat16) {
+    const FloatBits rounded = rounded_at_random((FloatBits)v, v != v, rounding_factor(c));
+    const HalfBits half = __builtin_convertvector(rounded, HalfBits);
+    __builtin_memcpy(p, &half, sizeof(half));
+  } else {
+    store_weights<kState>(p, v);
+  }
+}
+
 // Zero in the lanes whose bit is not set.
 template <typename T>
 inline Vec<T> zero_unless(uint64_t bits, Vec<T> v) {
@@ -63,20 +75,21 @@ inline Vec<T> zero_unless(uint64_t bits, Vec<T> v) {
 
 // The arrays of a tensor, at one of its weights. Their number is known to the compiler, so that no block has to test
 // it.
-template <DType kDType, int kNumStates, bool kHasMaster>
+template <DType kDType, int kNumStates, bool kHasMaster, DType kState>
 struct Arrays {
   using T = ComputeOf<kDType>;
   using Bits = KeyOf<kDType>;
+  using StateBits = KeyOf<kState>;
   Bits* weights;
   const Bits* grads;
   T* master;
-  T* state[kMaxStates] = {};
+  StateBits* state[kMaxStates] = {};
 
   Arrays(const UpdateTensor& t, int64_t begin)
       : weights(static_cast<Bits*>(t.weights) + begin),
         grads(static_cast<const Bits*>(t.grads) + begin),
         master(kHasMaster ? static_cast<T*>(t.master) + begin : nullptr) {
-    for (int k = 0; k < kNumStates; ++k) state[k] = static_cast<T*>(t.state[k]);
+    for (int k = 0; k < kNumStates; ++k) state[k] = static_cast<StateBits*>(t.state[k]);
     advance_state(t.chunk_offsets == nullptr ? begin : t.chunk_offsets[begin / kChunk]);
   }
 
@@ -101,8 +114,8 @@ struct Arrays {
 };
 
 // One step of a block of weights, gradients and state in memory; `bits` are the lanes that are kept.
-template <Rule kRule, bool kMasked, DType kDType, int kNumStates, bool kHasMaster, typename C>
-inline void update_block(const Arrays<kDType, kNumStates, kHasMaster>& a, uint64_t bits, const C& c) {
+template <Rule kRule, bool kMasked, DType kDType, int kNumStates, bool kHasMaster, DType kState, typename C>
+inline void update_block(const Arrays<kDType, kNumStates, kHasMaster, kState>& a, uint64_t bits, const C& c) {
   using T = ComputeOf<kDType>;
   for (int i = 0; i < kLanesOf<T>; i += kWidthOf<T>) {
     Vec<T> w, s[kMaxStates] = {};
@@ -111,31 +124,32 @@ inline void update_block(const Arrays<kDType, kNumStates, kHasMaster>& a, uint64
     } else {
       w = load_weights<kDType>(a.weights + i);
     }
-    for (int k = 0; k < kNumStates; ++k) s[k] = load_vector(a.state[k] + i);
+    for (int k = 0; k < kNumStates; ++k) s[k] = load_weights<kState>(a.state[k] + i);
     update_one<kRule>(w, load_weights<kDType>(a.grads + i), s, kNumStates, c);
     if constexpr (kMasked) {
       w = zero_unless<T>(bits >> i, w);
       for (Vec<T>& v : s) v = zero_unless<T>(bits >> i, v);
     }
-    for (int k = 0; k < kNumStates; ++k) store_vector(a.state[k] + i, s[k]);
+    for (int k = 0; k < kNumStates; ++k) store_state<kState>(a.state[k] + i, s[k], c);
     if constexpr (kHasMaster) store_vector(a.master + i, w);
     store_weights<kDType>(a.weights + i, w);
   }
 }
 
 // The same for fewer than a block, through copies padded with zeros.
-template <Rule kRule, bool kMasked, DType kDType, int kNumStates, bool kHasMaster, typename C>
-void update_partial(const Arrays<kDType, kNumStates, kHasMaster>& a, uint64_t bits, int64_t n, const C& c) {
+template <Rule kRule, bool kMasked, DType kDType, int kNumStates, bool kHasMaster, DType kState, typename C>
+void update_partial(const Arrays<kDType, kNumStates, kHasMaster, kState>& a, uint64_t bits, int64_t n, const C& c) {
   using T = ComputeOf<kDType>;
   using Bits = KeyOf<kDType>;
   constexpr int kLanes = kLanesOf<T>;
   Bits w[kLanes] = {}, g[kLanes] = {};
-  T m[kLanes] = {}, s[kMaxStates][kLanes] = {};
+  T m[kLanes] = {};
+  KeyOf<kState> s[kMaxStates][kLanes] = {};
   __builtin_memcpy(w, a.weights, n * sizeof(Bits));
   __builtin_memcpy(g, a.grads, n * sizeof(Bits));
   if constexpr (kHasMaster) __builtin_memcpy(m, a.master, n * sizeof(T));
-  for (int k = 0; k < kNumStates; ++k) __builtin_memcpy(s[k], a.state[k], n * sizeof(T));
-  Arrays<kDType, kNumStates, kHasMaster> copies = a;
+  for (int k = 0; k < kNumStates; ++k) __builtin_memcpy(s[k], a.state[k], n * sizeof(s[k][0]));
+  Arrays<kDType, kNumStates, kHasMaster, kState> copies = a;
   copies.weights = w;
   copies.grads = g;
   copies.master = m;
@@ -143,7 +157,7 @@ void update_partial(const Arrays<kDType, kNumStates, kHasMaster>& a, uint64_t bi
   update_block<kRule, kMasked>(copies, bits, c);
   __builtin_memcpy(a.weights, w, n * sizeof(Bits));
   if constexpr (kHasMaster) __builtin_memcpy(a.master, m, n * sizeof(T));
-  for (int k = 0; k < kNumStates; ++k) __builtin_memcpy(a.state[k], s[k], n * sizeof(T));
+  for (int k = 0; k < kNumStates; ++k) __builtin_memcpy(a.state[k], s[k], n * sizeof(s[k][0]));
 }
 
 // The blocks of kLanes weights, at most kMostBlocks, in which any weight is kept. They are collected ahead of the work,
@@ -169,8 +183,8 @@ inline constexpr int64_t kAhead = 4, kLiveAhead = 24;
 inline bool walks_all(int64_t num_live, int64_t num_blocks) { return num_live * 2 > num_blocks; }
 
 // The weights [begin, begin + n) of a tensor with compact state.
-template <Rule kRule, DType kDType, int kNumStates, bool kHasMaster, typename C>
-void update_compact(const Arrays<kDType, kNumStates, kHasMaster> a, const uint8_t* mask, int64_t n, const C c) {
+template <Rule kRule, DType kDType, int kNumStates, bool kHasMaster, DType kState, typename C>
+void update_compact(const Arrays<kDType, kNumStates, kHasMaster, kState> a, const uint8_t* mask, int64_t n, const C c) {
   using T = ComputeOf<kDType>;
   using Bits = KeyOf<kDType>;
   using MasterBits = std::conditional_t<sizeof(T) == 8, uint64_t, uint32_t>;
@@ -254,8 +268,8 @@ void update_compact(const Arrays<kDType, kNumStates, kHasMaster> a, const uint8_
 }
 
 // The same with dense state and, if not kMasked, without a mask.
-template <Rule kRule, bool kMasked, DType kDType, int kNumStates, bool kHasMaster, typename C>
-void update_dense(const Arrays<kDType, kNumStates, kHasMaster> a, const uint8_t* mask, int64_t n, const C c) {
+template <Rule kRule, bool kMasked, DType kDType, int kNumStates, bool kHasMaster, DType kState, typename C>
+void update_dense(const Arrays<kDType, kNumStates, kHasMaster, kState> a, const uint8_t* mask, int64_t n, const C c) {
   constexpr int kLanes = kLanesOf<ComputeOf<kDType>>;
   const int64_t num_blocks = n / kLanes, rest = n % kLanes;
   uint16_t blocks[kMasked ? kMostBlocks + 1 : 1];
@@ -301,7 +315,8 @@ void with_parts(const UpdateConstants<T>& c, Visit visit) {
   }
 }
 
-template <Rule kRule, DType kDType, int kNumStates = kFewestStates<kRule>, bool kHasMaster = false>
+template <Rule kRule, DType kDType, int kNumStates = kFewestStates<kRule>, bool kHasMaster = false,
+          DType kState = kComputeDType<kDType>>
 void update(const UpdateTensor& t, int64_t begin, int64_t end, const UpdateConstants<double>& given) {
   if constexpr (kNumStates < kMostStates<kRule>) {
     if (t.num_states > kNumStates) return update<kRule, kDType, kNumStates + 1>(t, begin, end, given);
@@ -309,7 +324,11 @@ void update(const UpdateTensor& t, int64_t begin, int64_t end, const UpdateConst
   if constexpr (!kHasMaster && sizeof(KeyOf<kDType>) < sizeof(ComputeOf<kDType>)) {
     if (t.master != nullptr) return update<kRule, kDType, kNumStates, true>(t, begin, end, given);
   }
-  const Arrays<kDType, kNumStates, kHasMaster> arrays(t, begin);
+  if constexpr (kNumStates > 0 && kState == DType::float32) {
+    constexpr DType kHalf = DType::bfloat16;
+    if (t.state_dtype == kHalf) return update<kRule, kDType, kNumStates, kHasMaster, kHalf>(t, begin, end, given);
+  }
+  const Arrays<kDType, kNumStates, kHasMaster, kState> arrays(t, begin);
   const uint8_t* const mask = t.mask + (t.mask == nullptr ? 0 : begin / 8);
   with_parts<kRule>(given.as<ComputeOf<kDType>>(), [&](const auto& c) {
     if (mask == nullptr) {

@@ -29,8 +29,8 @@ void count(const Launch& launch, int64_t dtype, uint64_t rows, int64_t num_rows,
 
 // The rows of the others are TensorRow.
 
-// dtype, first row, number of rows, and of chunks, which each part numbers anew
-using UpdatePart = std::tuple<int64_t, int64_t, int64_t, int64_t>;
+// dtype, dtype of the state, first row, number of rows, and of chunks, which each part numbers anew
+using UpdatePart = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t>;
 // constants: the address of UpdateConstants<double>; if it is 0, those in `argument` are used.
 void update(const Launch& launch, const std::string& rule, uint64_t rows, const std::vector<UpdatePart>& parts,
             uint64_t constants, const ArgumentConstants& argument);

@@ -46,10 +46,13 @@ __device__ void move_chunk(const TensorRow& source, const TensorRow& target, int
 __global__ void __maxnreg__(48) move_state(const TensorRow* sources, int64_t num_rows, int64_t num_chunks) {
   for_each_chunk(sources, num_rows, num_chunks, [&](int64_t r, int64_t, int64_t begin, int64_t end) {
     const TensorRow &source = sources[r], &target = sources[num_rows + r];
-    if (static_cast<DType>(source.dtype) == DType::float64) {
-      move_chunk<uint64_t>(source, target, begin, end);
-    } else {
-      move_chunk<uint32_t>(source, target, begin, end);
+    switch (static_cast<DType>(source.dtype)) {
+#define GMP_DTYPE(name, key, infinity)           \
+  case DType::name:                              \
+    move_chunk<key>(source, target, begin, end); \
+    break;
+      GMP_DTYPES(GMP_DTYPE)
+#undef GMP_DTYPE
     }
   });
 }

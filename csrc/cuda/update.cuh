@@ -24,6 +24,16 @@ __device__ inline double square_root(double v) { return __dsqrt_rn(v); }
 template <DType kDType>
 inline constexpr bool kMasters = kConverts<kDType>;
 
+// State as it is stored, rounded if that takes fewer bits than it is computed in.
+template <DType kState, typename C>
+__device__ __forceinline__ Stored<kState> stored_state(ComputeOf<kState> v, const C& c) {
+  if constexpr (kState == DType::bfloat16) {
+    return static_cast<uint16_t>(rounded_at_random(bits_as<uint32_t>(v), v != v, rounding_factor(c)));
+  } else {
+    return narrowed<kState>(v);
+  }
+}
+
 // Number of arrays of state.
 template <Rule kRule>
 __device__ __forceinline__ int num_states_of(const TensorRow& row) {
@@ -34,7 +44,7 @@ __device__ __forceinline__ int num_states_of(const TensorRow& row) {
 }
 
 // The first tiles of a chunk, all of them whole and aligned to 16 bytes; the state is dense.
-template <Rule kRule, DType kDType>
+template <Rule kRule, DType kDType, DType kState>
 __device__ __forceinline__ void update_tiles(const TensorRow& row, const UpdateConstants<ComputeOf<kDType>>& c,
                                              int64_t begin, int num_tiles) {
   using Bits = Stored<kDType>;
@@ -46,9 +56,9 @@ __device__ __forceinline__ void update_tiles(const TensorRow& row, const UpdateC
   Bits* const weights = pointer<Bits>(row.weights);
   const Bits* const grads = pointer<const Bits>(row.grads);
   T* const master = pointer<T>(row.master);
-  T* states[kMostStates<kRule> + 1] = {};
+  Stored<kState>* states[kMostStates<kRule> + 1] = {};
 #pragma unroll
-  for (int k = 0; k < kMostStates<kRule>; ++k) states[k] = pointer<T>(row.state[k]);
+  for (int k = 0; k < kMostStates<kRule>; ++k) states[k] = pointer<Stored<kState>>(row.state[k]);
   const int num_states = num_states_of<kRule>(row);
   // All bytes of the mask are loaded at once, because otherwise each tile would wait for memory twice.
   uint64_t kept_of = ~uint64_t{0};
@@ -66,7 +76,8 @@ __device__ __forceinline__ void update_tiles(const TensorRow& row, const UpdateC
     if (bits != 0) {
       // Always initialized, because with undefined values the optimizer of nvcc 13.0 does not terminate.
       Bits raw[kEach] = {}, gradient[kEach] = {};
-      T wide[kEach] = {}, state[kMostStates<kRule> + 1][kEach] = {};
+      T wide[kEach] = {};
+      Stored<kState> state[kMostStates<kRule> + 1][kEach] = {};
       const bool is_master = kMasters<kDType> && master != nullptr;
       load8<true>(grads + i, kEach, gradient);
       if (is_master) {
@@ -86,12 +97,12 @@ __device__ __forceinline__ void update_tiles(const TensorRow& row, const UpdateC
           w = is_master ? wide[j] : widened<kDType>(raw[j]);
 #pragma unroll
           for (int k = 0; k < kMostStates<kRule>; ++k) {
-            if (states[k] != nullptr) s[k] = state[k][j];
+            if (states[k] != nullptr) s[k] = widened<kState>(state[k][j]);
           }
           update_one<kRule>(w, static_cast<T>(widened<kDType>(gradient[j])), s, num_states, c);
         }
 #pragma unroll
-        for (int k = 0; k < kMostStates<kRule>; ++k) state[k][j] = s[k];
+        for (int k = 0; k < kMostStates<kRule>; ++k) state[k][j] = stored_state<kState>(s[k], c);
         if (is_master) wide[j] = w;
         raw[j] = kept ? narrowed<kDType>(w) : Bits(0);
       }
@@ -109,7 +120,7 @@ __device__ __forceinline__ void update_tiles(const TensorRow& row, const UpdateC
 using Places = uint16_t[kChunk / kWarps];
 
 // The weights [first, size) of a chunk that begins at `begin`. The whole block calls it; warps need not keep step.
-template <Rule kRule, DType kDType>
+template <Rule kRule, DType kDType, DType kState>
 __device__ __forceinline__ void update_singly(const TensorRow& row, const UpdateConstants<ComputeOf<kDType>>& c,
                                               int64_t begin, int first, int size, Places* places) {
   using Bits = Stored<kDType>;
@@ -143,10 +154,11 @@ __device__ __forceinline__ void update_singly(const TensorRow& row, const Update
   const bool is_master = kMasters<kDType> && row.master != 0, is_compact = row.chunk_offsets != 0;
   const int num_states = num_states_of<kRule>(row);
   T* const master = pointer<T>(row.master) + (is_master ? begin + start : 0);
-  T* states[kMostStates<kRule> + 1] = {};
+  Stored<kState>* states[kMostStates<kRule> + 1] = {};
 #pragma unroll
   for (int n = 0; n < kMostStates<kRule>; ++n) {
-    states[n] = row.state[n] == 0 ? nullptr : pointer<T>(row.state[n]) + (is_compact ? compact : begin + start);
+    states[n] =
+        row.state[n] == 0 ? nullptr : pointer<Stored<kState>>(row.state[n]) + (is_compact ? compact : begin + start);
   }
   for (int k0 = static_cast<int>(lane); k0 < total; k0 += kAtOnce * kWarpSize) {
     int at[kAtOnce];
@@ -161,7 +173,8 @@ __device__ __forceinline__ void update_singly(const TensorRow& row, const Update
 #pragma unroll
       for (int n = 0; n < kMaxStates; ++n) {
         s[u][n] = T(0);
-        if (n < kMostStates<kRule> && states[n] != nullptr) s[u][n] = load1(states[n] + (is_compact ? k : at[u]));
+        if (n >= kMostStates<kRule> || states[n] == nullptr) continue;
+        s[u][n] = widened<kState>(load1(states[n] + (is_compact ? k : at[u])));
       }
     }
 #pragma unroll
@@ -173,7 +186,7 @@ __device__ __forceinline__ void update_singly(const TensorRow& row, const Update
       store1(weights + at[u], narrowed<kDType>(w[u]));
 #pragma unroll
       for (int n = 0; n < kMostStates<kRule>; ++n) {
-        if (states[n] != nullptr) store1(states[n] + (is_compact ? k : at[u]), s[u][n]);
+        if (states[n] != nullptr) store1(states[n] + (is_compact ? k : at[u]), stored_state<kState>(s[u][n], c));
       }
     }
   }
@@ -184,7 +197,7 @@ __device__ __forceinline__ void update_singly(const TensorRow& row, const Update
 template <DType kDType>
 inline constexpr unsigned kUpdaters = sizeof(ComputeOf<kDType>) == 4 ? 2 : 1;
 
-template <Rule kRule, DType kDType>
+template <Rule kRule, DType kDType, DType kState>
 __global__ void __launch_bounds__(kThreads, kUpdaters<kDType>)
     update(const TensorRow* rows, int64_t num_rows, int64_t num_chunks, const UpdateConstants<double>* constants,
            const __grid_constant__ ArgumentConstants argument) {
@@ -214,8 +227,8 @@ __global__ void __launch_bounds__(kThreads, kUpdaters<kDType>)
     const int size = static_cast<int>(row.n - begin < kChunk ? row.n - begin : kChunk);
     const int num_tiles = row.chunk_offsets == 0 && addresses % 16 == 0 ? size / static_cast<int>(kTile) : 0;
     const int done = num_tiles * static_cast<int>(kTile);
-    if (done < size) update_singly<kRule, kDType>(row, c, begin, done, size, places);
-    if (num_tiles > 0) update_tiles<kRule, kDType>(row, c, begin, num_tiles);
+    if (done < size) update_singly<kRule, kDType, kState>(row, c, begin, done, size, places);
+    if (num_tiles > 0) update_tiles<kRule, kDType, kState>(row, c, begin, num_tiles);
   }
 }
 

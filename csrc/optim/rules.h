@@ -65,6 +65,27 @@ struct UpdateConstants {
   }
 };
 
+// Rounds the bits of a float, or of each in a vector, to bfloat16: up or down at random, so that the result is right on
+// average. Rounded to nearest, an average that moves by less than half a unit per step would stay where it is, as
+// Adam's of the squares does when gradients get smaller. The random number is a hash of the bits: their product with an
+// odd factor that each step draws anew. So every processor, layout and number of ranks rounds alike. NaN becomes the
+// quiet NaN that torch writes. Source of the hash: M. Dietzfelbinger et al., A reliable randomized algorithm for the
+// closest-pair problem (1997).
+template <typename Bits, typename Flags>
+GMP_INLINE Bits rounded_at_random(Bits bits, Flags is_nan, uint32_t factor) {
+  const Bits rounded = (bits + (bits * factor >> 16)) >> 16, nan = Bits{} + 0x7fc0u;
+  return is_nan ? nan : rounded;
+}
+
+// The factor of a step. Source of the mixing: C. Wellons, hash-prospector (lowbias32).
+template <typename C>
+GMP_INLINE uint32_t rounding_factor(const C& c) {
+  uint32_t hash = (static_cast<uint32_t>(c.rounding_seed) + 1) * 0x9e3779b9u;
+  hash = (hash ^ hash >> 16) * 0x7feb352du;
+  hash = (hash ^ hash >> 15) * 0x846ca68bu;
+  return (hash ^ hash >> 16) | 1;
+}
+
 // Constants that use none of the parts but `kUsed`, which the compiler knows, so that no loop has to ask.
 template <typename T, Part... kUsed>
 struct Specialized : UpdateConstants<T> {

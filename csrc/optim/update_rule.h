@@ -15,6 +15,7 @@
 //   decay         weights are multiplied by it first (decoupled weight decay)
 //   lr .. first_step              of sgd; the last two are 0 or 1
 //   one_minus_beta1 .. step_size  of adam; `average` moves the weight towards the "gradient" by one_minus_beta1
+//   rounding_seed of the rounding of bfloat16 state, an integer below 2**24; see rounded_at_random
 //   skip          not 0: nothing is written
 #define GMP_CONSTANTS(GMP_CONSTANT)        \
   GMP_CONSTANT(grad_factor, 1.0)           \
@@ -31,6 +32,7 @@
   GMP_CONSTANT(bias_correction2_sqrt, 1.0) \
   GMP_CONSTANT(eps, 0.0)                   \
   GMP_CONSTANT(step_size, 0.0)             \
+  GMP_CONSTANT(rounding_seed, 0.0)         \
   GMP_CONSTANT(skip, 0.0)
 
 // Parts of the rules that most constants make no use of. GMP_PART(name, whether the constants `c` use it).

@@ -39,6 +39,9 @@ template <DType kDType>
 using KeyOf = decltype(infinity_of<kDType>());
 template <DType kDType>
 using ComputeOf = std::conditional_t<sizeof(KeyOf<kDType>) == 8, double, float>;
+// That type as a dtype: that of optimizers' state, unless it is kept in bfloat16.
+template <DType kDType>
+inline constexpr DType kComputeDType = sizeof(KeyOf<kDType>) == 8 ? DType::float64 : DType::float32;
 
 // Calls visit(key of +Inf) for the dtype and returns its result.
 template <typename Visit>

@@ -71,8 +71,8 @@ def _row(t: UpdateTensor) -> _C.UpdateTensor:
     if not isinstance(t.prepared, _C.UpdateTensor):
         _, chunk_offsets, num_kept = t.compaction or _DENSE
         of_weights = NAMES[t.weight.dtype], _array(t.weight), _array(t.master)
-        state = list(map(_array, t.state))
-        t.prepared = _C.update_tensor(*of_weights, state, _array(t.mask), _array(chunk_offsets), num_kept)
+        state = list(map(_array, t.state)), NAMES[t.state_dtype]
+        t.prepared = _C.update_tensor(*of_weights, *state, _array(t.mask), _array(chunk_offsets), num_kept)
     return t.prepared
 
 
@@ -164,7 +164,7 @@ class Cpu:
         rows = []
         for source, source_layout, target, target_layout, numel in moves:
             states = _state(source, source_layout), _state(target, target_layout)
-            rows.append((*states, numel, source.element_size()))
+            rows.append((*states, numel, NAMES[source.dtype]))
         _C.move_state(rows, torch.get_num_threads())
 
 

@@ -173,10 +173,12 @@ class Reference:
             weight = written[-1].to(compute)
             grad = torch.where(kept, _in_memory(gradient).to(compute), 0.0)
             targets = list(map(_in_memory, t.state))
-            state = [target.clone() for target in targets]
+            state = [target.to(compute, copy=True) for target in targets]
             if t.compaction is not None:
                 state = [torch.zeros_like(kept, dtype=s.dtype).masked_scatter_(kept, s) for s in state]
             weight = _RULES[rule](weight, grad, state, c)
+            if t.state_dtype == torch.bfloat16:
+                state = [_rounded_at_random(values, c.get("rounding_seed", 0)) for values in state]
             for target, source in zip(targets, state, strict=True):
                 new = torch.where(kept, source, 0.0) if t.compaction is None else source[kept]
                 writes.append(partial(target.copy_, new))
@@ -257,6 +259,20 @@ def _average(
     weight: torch.Tensor, grad: torch.Tensor, state: list[torch.Tensor], c: Mapping[str, float]
 ) -> torch.Tensor:
     return weight.lerp(grad, c["one_minus_beta1"])
+
+
+def _rounded_at_random(values: torch.Tensor, seed: float) -> torch.Tensor:
+    """Round float32 to one of the two bfloat16 values around it, the nearer the likelier."""
+    factor = (int(seed) + 1) * 0x9E3779B9 % 2**32
+    factor = (factor ^ factor >> 16) * 0x7FEB352D % 2**32
+    factor = (factor ^ factor >> 15) * 0x846CA68B % 2**32
+    factor = (factor ^ factor >> 16) | 1
+    bits = values.numpy().view(np.uint32).astype(np.uint64)
+    random = bits * np.uint64(factor) % 2**32 // 2**16
+    # Of the 2**16 random numbers, as many as the distance from the lower neighbour lead to the upper one.
+    rounded = bits // 2**16 + (random + bits % 2**16 >= 2**16)
+    halves = np.where(np.isnan(values.numpy()), 0x7FC0, rounded).astype(np.uint16)
+    return torch.from_numpy(halves.view(np.int16)).view(torch.bfloat16)
 
 
 _RULES = {"sgd": _sgd, "adam": _adam, "average": _average}

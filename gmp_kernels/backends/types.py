@@ -274,7 +274,8 @@ class UpdateTensor:
     master : torch.Tensor or None
         float32 copy that the arithmetic runs on, written by a step too.
     state : tuple of torch.Tensor
-        Values of the rule per weight, float32 (float64 for float64 weights); compact if ``compaction`` is given.
+        Values of the rule per weight; compact if ``compaction`` is given. All are float32 or all bfloat16, which a
+        step rounds to at random (see csrc/optim/rules.h); float64 for float64 weights.
     mask : torch.Tensor or None
         Packed bits. Weight and state are zero already wherever a bit is 0.
     compaction : Compaction or None
@@ -288,6 +289,12 @@ class UpdateTensor:
     mask: torch.Tensor | None = None
     compaction: Compaction | None = None
     prepared: object = None
+
+    @property
+    def state_dtype(self) -> torch.dtype:
+        """The dtype of the state; without state, that of the arithmetic."""
+        wide = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
+        return self.state[0].dtype if self.state else wide
 
 
 @dataclass(eq=False, slots=True)

@@ -15,7 +15,7 @@ from gmp_kernels.distributed.placement import is_sharded, local
 from gmp_kernels.errors import DTypeError, LayoutError, ShapeError, StateError
 from gmp_kernels.formats import format_of, lie_alike
 from gmp_kernels.masks import BitMask
-from gmp_kernels.optim.compact import MASTER, STEP, as_count, compact_names, layout_of, per_weight, state_dtype
+from gmp_kernels.optim.compact import MASTER, STEP, as_count, compact_names, layout_of, per_weight, state_dtype_of
 
 __all__ = [
     "bits_beside",
@@ -116,7 +116,12 @@ def is_dense(p: torch.Tensor) -> bool:
 
 
 def check_state(
-    optimizer: str, p: torch.Tensor, state: Mapping[str, Any], names: Sequence[str], essential: Sequence[str]
+    optimizer: str,
+    p: torch.Tensor,
+    state: Mapping[str, Any],
+    state_dtype: torch.dtype,
+    names: Sequence[str],
+    essential: Sequence[str],
 ) -> None:
     """Raise StateError for state that a kernel cannot walk beside the parameter as it is now.
 
@@ -126,6 +131,8 @@ def check_state(
         Its name, for the message.
     p : torch.Tensor
     state : mapping
+    state_dtype : torch.dtype
+        That of the optimizer.
     names : sequence of str
         Entries that the optimizer keeps per weight, beside the master weight.
     essential : sequence of str
@@ -139,7 +146,7 @@ def check_state(
         if name == MASTER or name in names or name in compact:
             is_compact = layout is not None and name in compact
             shape = (layout.num_kept,) if layout is not None and is_compact else local(p).shape
-            dtype = torch.float32 if name == MASTER else state_dtype(p)
+            dtype = torch.float32 if name == MASTER else state_dtype_of(p, state_dtype)
             is_right = (
                 isinstance(value, torch.Tensor)
                 and _is_plain_beside(p, value, is_whole=not is_compact)
@@ -182,7 +189,14 @@ def _check_complete(optimizer: str, p: torch.Tensor, state: Mapping[str, Any], e
 
 
 def loaded_state(
-    op: str, index: object, p: torch.Tensor, values: object, essential: Sequence[str], *, is_capturable: bool
+    op: str,
+    index: object,
+    p: torch.Tensor,
+    values: object,
+    state_dtype: torch.dtype,
+    essential: Sequence[str],
+    *,
+    is_capturable: bool,
 ) -> dict[str, Any]:
     """Return a copy of the state that a state_dict has for parameter ``index``, in the form the optimizer keeps it in.
 
@@ -214,7 +228,8 @@ def loaded_state(
                     f"float16, got {_described(value)}; convert it first"
                 )
             # torch casts state to the parameter's dtype, which would round state that is float32 on purpose.
-            state[name] = torch.empty_like(p, dtype=state_dtype(p)).copy_(value)
+            dtype = state_dtype_of(p, torch.float32 if name == MASTER else state_dtype)
+            state[name] = torch.empty_like(p, dtype=dtype).copy_(value)
         else:
             state[name] = copy.deepcopy(value)
     return state

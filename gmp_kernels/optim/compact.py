@@ -27,7 +27,7 @@ __all__ = [
     "follow",
     "layout_of",
     "per_weight",
-    "state_dtype",
+    "state_dtype_of",
     "version_of",
 ]
 
@@ -112,9 +112,9 @@ def _check_bits(optimizer: str, state: CompactState) -> None:
         )
 
 
-def state_dtype(p: torch.Tensor) -> torch.dtype:
-    """Return the dtype in which the state of a parameter is kept."""
-    return torch.float64 if p.dtype == torch.float64 else torch.float32
+def state_dtype_of(p: torch.Tensor, chosen: torch.dtype) -> torch.dtype:
+    """Return the dtype in which the state of a parameter is kept if ``chosen`` is that of all others."""
+    return torch.float64 if p.dtype == torch.float64 else chosen
 
 
 def per_weight(p: torch.Tensor, state: Mapping[str, Any]) -> list[str]:

@@ -30,7 +30,7 @@ from gmp_kernels.optim.compact import (
     follow,
     layout_of,
     per_weight,
-    state_dtype,
+    state_dtype_of,
 )
 from gmp_kernels.optim.constants import constants_of, is_on_gpu
 from gmp_kernels.optim.masking import Masking
@@ -342,11 +342,12 @@ class MaskedOptimizer(Masking):
         if self._master_weights and p.dtype in (torch.bfloat16, torch.float16) and state.get(MASTER) is None:
             value = p if is_sharded(p) else weight
             values[MASTER] = value.detach().to(torch.float32, memory_format=torch.preserve_format)
+        dtype = state_dtype_of(p, self._state_dtype)
         for name in missing:
             values[name] = (
-                torch.zeros_like(p, dtype=state_dtype(p), memory_format=torch.preserve_format)
+                torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
                 if layout is None
-                else torch.zeros(layout.num_kept, dtype=state_dtype(p), device=p.device)
+                else torch.zeros(layout.num_kept, dtype=dtype, device=p.device)
             )
         # The state follows a model that was converted to another memory format.
         values.update((name, follow(p, state[name])) for name in per_weight(p, state) if name not in compact)

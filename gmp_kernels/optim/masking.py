@@ -20,7 +20,7 @@ from gmp_kernels.backends import devices
 from gmp_kernels.backends.at_once import at_once
 from gmp_kernels.checks import check_mask
 from gmp_kernels.distributed.placement import local, sharded_like
-from gmp_kernels.errors import CaptureError, TargetError
+from gmp_kernels.errors import CaptureError, DTypeError, TargetError
 from gmp_kernels.formats import format_of
 from gmp_kernels.masks import BitMask
 from gmp_kernels.ops import apply_masks_
@@ -38,17 +38,25 @@ class Masking(torch.optim.Optimizer):
     state_names: ClassVar[tuple[str, ...]] = ()
     # Entries that torch's state always has once a parameter has stepped.
     essential: ClassVar[Sequence[str]] = ()
+    _state_dtype = torch.float32  # older pickles do not tell
 
     def __init__(
         self,
         *args: Any,
         compact_state: bool = False,
+        state_dtype: torch.dtype | None = None,
         master_weights: bool = False,
         backend: str | None = None,
         **kwargs: Any,
     ) -> None:
+        if state_dtype not in (None, torch.float32, torch.bfloat16):
+            raise DTypeError(
+                f"{self._name}: expected torch.float32 or torch.bfloat16 as state_dtype, got {state_dtype}; leave it "
+                "out for float32"
+            )
         super().__init__(*args, **kwargs)
         self._compact_state = compact_state
+        self._state_dtype = state_dtype or torch.float32
         self._master_weights = master_weights
         self._backend = backend
         self._masks: dict[torch.Tensor, BitMask] = {}
@@ -62,7 +70,7 @@ class Masking(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         # torch's own would drop all but three attributes from copies and pickles.
-        ours = ("_compact_state", "_master_weights", "_backend", "_masks", "_pending")
+        ours = ("_compact_state", "_state_dtype", "_master_weights", "_backend", "_masks", "_pending")
         # A copy is in no graph and has no watchers.
         anew: dict[str, Any] = {"_batch": None, "_graph_masks": {}}
         kept = {name: getattr(self, name) for name in ours}
@@ -202,7 +210,7 @@ class Masking(torch.optim.Optimizer):
             state = self.state.get(p)
             if state and p not in known:
                 check_layout(self._name, p, state)
-                check_state(self._name, p, state, self.state_names, self.essential)
+                check_state(self._name, p, state, self._state_dtype, self.state_names, self.essential)
 
     def _refuse_capture(self, got: str) -> NoReturn:
         """Raise CaptureError for a step that a graph would repeat wrongly; ``got`` ends with what to build instead."""
@@ -356,8 +364,9 @@ class Masking(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict`` of this class or of the ``torch.optim`` class returned.
 
-        State of 16-bit parameters is kept in float32, and so are all step counts. Everything loaded is copied. State of
-        pruned weights is dropped at the next step, or when masks are set, by the masks of that time.
+        State is kept in ``state_dtype``, also that of 16-bit parameters, and step counts in float32. Everything loaded
+        is copied. State of pruned weights is dropped at the next step, or when masks are set, by the masks of that
+        time.
 
         Raises
         ------
@@ -383,9 +392,8 @@ class Masking(torch.optim.Optimizer):
                 state[index] = copy.deepcopy(values)
             elif values:
                 p, group = owners[index]
-                state[p] = loaded_state(
-                    op, index, p, values, self.essential, is_capturable=bool(group.get("capturable"))
-                )
+                given = p, values, self._state_dtype, self.essential
+                state[p] = loaded_state(op, index, *given, is_capturable=bool(group.get("capturable")))
         pending = dict.fromkeys(self._masks, True)
         self.__dict__.update(state=state, param_groups=groups, _pending=pending, _batch=None)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():

@@ -23,6 +23,8 @@ class SGD(MaskedOptimizer, torch.optim.SGD):
         refused.
     compact_state : bool
         Keep the momentum of the kept weights only: 4 bytes per weight become 4 x density.
+    state_dtype : torch.dtype, optional
+        As in ``Adam``.
     master_weights : bool
         As in ``Adam``.
     backend : str, optional
@@ -63,6 +65,10 @@ class Adam(MaskedOptimizer, torch.optim.Adam):
     compact_state : bool
         Keep exp_avg, exp_avg_sq (and max_exp_avg_sq) for the kept weights only: 8 bytes per weight become
         8 x density. ``state_dict`` still speaks torch's dense format.
+    state_dtype : torch.dtype, optional
+        ``torch.bfloat16`` keeps state, dense or compact, in half of the memory. The arithmetic stays in float32; its
+        results are rounded up or down at random, right on average. The random numbers depend on value and step alone,
+        so a run can be repeated, on any backend and any number of ranks. By default float32.
     master_weights : bool
         For bfloat16 and float16 parameters, run the arithmetic on a float32 copy held in the state and write the
         rounded weights in the same pass.
@@ -71,8 +77,9 @@ class Adam(MaskedOptimizer, torch.optim.Adam):
 
     Notes
     -----
-    State is float32 (float64 for float64 parameters), also for 16-bit parameters. The order of operations is that of
-    torch's single-tensor loop, without fused multiply-adds, so that every machine gives the same bits.
+    State is float32 or ``state_dtype``, also for 16-bit parameters, and float64 for float64 parameters. The order of
+    operations is that of torch's single-tensor loop. Operations are fused where torch's vector loops fuse them and
+    nowhere else, so that every machine gives the same bits.
     Source: D. P. Kingma and J. Ba, arXiv:1412.6980; amsgrad: S. J. Reddi et al., arXiv:1904.09237.
     """
 
@@ -96,6 +103,7 @@ class Adam(MaskedOptimizer, torch.optim.Adam):
             "bias_correction2_sqrt": (1 - beta2**step) ** 0.5,
             "eps": group["eps"],
             "step_size": lr / (1 - beta1**step),
+            "rounding_seed": step % (1 << 24),
         }
 
 

@@ -11,7 +11,7 @@ from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
-from itertools import starmap
+from itertools import groupby, starmap
 from types import ModuleType
 from typing import Any, TypeAlias, cast
 
@@ -206,14 +206,15 @@ class Launches:
 
     def _steps(self, tensors: Sequence[UpdateTensor]) -> _Steps:
         """Return the data that all steps of these tensors share."""
-        rows = np.array(list(map(self._row_of, tensors)), self._module.TENSOR_ROW)
-        order = rows["dtype"].argsort(kind="stable")
-        rows = rows[order]
-        parts = []
-        for code in sorted(set(rows["dtype"].tolist())):
-            first, last = rows["dtype"].searchsorted([code, code + 1]).tolist()
+        kinds = [(DTYPE_CODES[t.weight.dtype], DTYPE_CODES[t.state_dtype]) for t in tensors]
+        order = np.array(sorted(range(len(kinds)), key=kinds.__getitem__))
+        rows = np.array([self._row_of(tensors[i]) for i in order], self._module.TENSOR_ROW)
+        parts, first = [], 0
+        for kind, own in groupby(sorted(kinds)):
+            last = first + len(list(own))
             num_chunks = fill_chunks(rows[first:last], rows["n"][first:last], self._module.CHUNK)
-            parts.append((code, first, last - first, num_chunks))
+            parts.append((*kind, first, last - first, num_chunks))
+            first = last
         return order, parts, rows, Recent(1), Recent(1)
 
     def _row_of(self, t: UpdateTensor) -> Rows:
@@ -331,10 +332,11 @@ def _words(rows: Rows) -> npt.NDArray[np.int64]:
     return rows.reshape(-1).view(np.int64)
 
 
-# Data of a batch: the tensor that each row is for, with those of one dtype together; per dtype its code, first row,
-# number of rows and number of chunks; the rows; and both tables of a step, as it was last uploaded.
+# Data of a batch: the tensor that each row is for, with those of the same dtypes together; per such group the codes of
+# both dtypes, first row, number of rows and number of chunks; the rows; and both tables of a step, as it was last
+# uploaded.
 _Table: TypeAlias = Recent[torch.Tensor]
-_Steps: TypeAlias = tuple[npt.NDArray[np.int64], list[tuple[int, int, int, int]], Rows, _Table, _Table]
+_Steps: TypeAlias = tuple[npt.NDArray[np.int64], list[tuple[int, int, int, int, int]], Rows, _Table, _Table]
 
 
 def _probe() -> str | None:

@@ -268,7 +268,7 @@ class Triton:
                 columns.append(self._columns.get((*key[:2], asked), partial(upload, asked, torch.int64, device)))
             # Everything there has to be memory for is there: from here on weights are written.
             for (kind, positions, (table, owners)), column in zip(tables, columns, strict=True):
-                dtype, num_states, is_compact, has_master, aligned = kind
+                dtype, state_dtype, num_states, is_compact, has_master, aligned = kind
                 self._launch(
                     "update",
                     len(owners),
@@ -284,6 +284,8 @@ class Triton:
                     dtype=k.FLOATS[dtype],
                     BITS=k.INTEGERS[dtype.itemsize],
                     T=k.FLOATS[torch.float64 if dtype == torch.float64 else torch.float32],
+                    STATE_TYPE=k.FLOATS[state_dtype],
+                    STATE_BITS=k.INTEGERS[state_dtype.itemsize],
                     BLOCK=BLOCK,
                     ALIGNED=aligned,
                 )

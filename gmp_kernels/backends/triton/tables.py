@@ -23,9 +23,9 @@ FIELDS = 9  # of a table's rows, as in tiles.py
 
 # Rows in device memory, and whose row each chunk is; chunks of all rows are numbered through.
 Table: TypeAlias = tuple[torch.Tensor, torch.Tensor]
-# Tensors that one launch serves together have the same dtype, number of states, compact state or not, master weights or
-# not, and lie on 16 bytes or not.
-Kind: TypeAlias = tuple[torch.dtype, int, bool, bool, bool]
+# Tensors that one launch serves together have the same dtype, dtype and number of states, compact state or not, master
+# weights or not, and lie on 16 bytes or not.
+Kind: TypeAlias = tuple[torch.dtype, torch.dtype, int, bool, bool, bool]
 # A tensor's row of the table, less its gradient and constants, which may change with every step: kind, number of
 # weights, fields.
 Row: TypeAlias = tuple[Kind, int, tuple[int, ...]]
@@ -48,7 +48,7 @@ def row_of(t: UpdateTensor) -> Row:
     pointers = [t.weight.data_ptr(), address(t.master), *([] if t.compaction else state)]
     is_compact = t.compaction is not None and bool(state)
     aligned = all(pointer % 16 == 0 for pointer in pointers)
-    kind = t.weight.dtype, len(state), is_compact, t.master is not None, aligned
+    kind = t.weight.dtype, t.state_dtype, len(state), is_compact, t.master is not None, aligned
     chunk_offsets = None if t.compaction is None else t.compaction.chunk_offsets
     fields = (
         element_address(t.weight),

@@ -44,6 +44,7 @@ CONSTANTS = {
     "bias_correction2_sqrt": 1.0,
     "eps": 0.0,
     "step_size": 0.0,
+    "rounding_seed": 0.0,
     "skip": 0.0,
 }
 NUM_CONSTANTS = tl.constexpr(len(CONSTANTS))
@@ -89,6 +90,26 @@ def _narrow(values, dtype: tl.constexpr):
     else:
         bits = values.to(tl.int64, bitcast=True)
     return bits
+
+
+@triton.jit
+def _load_state(place, held, STATE_TYPE: tl.constexpr):
+    return _widen(tl.load(place, mask=held, other=0), STATE_TYPE)
+
+
+@triton.jit
+def _store_state(place, values, kept, held, c, STATE_TYPE: tl.constexpr):
+    """Store state, which is rounded at random if it is bfloat16: rounded_at_random in csrc/optim/rules.h."""
+    if tl.bfloat16 == STATE_TYPE:
+        hashed = (tl.load(c + _column_of("rounding_seed")).to(tl.int32).to(tl.uint32) + 1) * 0x9E3779B9
+        hashed = (hashed ^ (hashed >> 16)) * 0x7FEB352D
+        hashed = (hashed ^ (hashed >> 15)) * 0x846CA68B
+        factor = (hashed ^ (hashed >> 16)) | 1
+        bits = values.to(tl.uint32, bitcast=True)
+        rounded = tl.where(values != values, 0x7FC0, (bits + (bits * factor >> 16)) >> 16).to(tl.int16)
+    else:
+        rounded = _narrow(values, STATE_TYPE)
+    tl.store(place, tl.where(kept, rounded, 0), mask=held)
 
 
 @triton.jit
@@ -163,8 +184,8 @@ def _step(w, g, s0, s1, s2, c, RULE: tl.constexpr, STATES: tl.constexpr, T: tl.c
 def _update(
     row, begin, grads, c,
     RULE: tl.constexpr, STATES: tl.constexpr, COMPACT: tl.constexpr, HAS_MASTER: tl.constexpr,
-    dtype: tl.constexpr, BITS: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
-    FULL: tl.constexpr,
+    dtype: tl.constexpr, BITS: tl.constexpr, T: tl.constexpr, STATE_TYPE: tl.constexpr,
+    STATE_BITS: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     n = tl.load(row + N)
     index = places(begin, BLOCK)
@@ -188,23 +209,23 @@ def _update(
         held = live[:, None] if FULL else live[:, None] & (index < n)
     s0, s1, s2 = g, g, g
     if STATES > 0:
-        p0 = pointer_to(tl.load(row + STATE), T, ALIGNED) + place
-        s0 = tl.load(p0, mask=held, other=0)
+        p0 = pointer_to(tl.load(row + STATE), STATE_BITS, ALIGNED) + place
+        s0 = _load_state(p0, held, STATE_TYPE)
     if STATES > 1:
-        p1 = pointer_to(tl.load(row + STATE + 1), T, ALIGNED) + place
-        s1 = tl.load(p1, mask=held, other=0)
+        p1 = pointer_to(tl.load(row + STATE + 1), STATE_BITS, ALIGNED) + place
+        s1 = _load_state(p1, held, STATE_TYPE)
     if STATES > 2:
-        p2 = pointer_to(tl.load(row + STATE + 2), T, ALIGNED) + place
-        s2 = tl.load(p2, mask=held, other=0)
+        p2 = pointer_to(tl.load(row + STATE + 2), STATE_BITS, ALIGNED) + place
+        s2 = _load_state(p2, held, STATE_TYPE)
 
     w, s0, s1, s2 = _step(w, g, s0, s1, s2, c, RULE, STATES, T)
 
     if STATES > 0:
-        tl.store(p0, tl.where(kept, s0, 0), mask=held)
+        _store_state(p0, s0, kept, held, c, STATE_TYPE)
     if STATES > 1:
-        tl.store(p1, tl.where(kept, s1, 0), mask=held)
+        _store_state(p1, s1, kept, held, c, STATE_TYPE)
     if STATES > 2:
-        tl.store(p2, tl.where(kept, s2, 0), mask=held)
+        _store_state(p2, s2, kept, held, c, STATE_TYPE)
     if HAS_MASTER:
         store_rows(master, index, n, live, tl.where(kept, w, 0), FULL)
     store_rows(weights, index, n, live, tl.where(kept, _narrow(w, dtype), 0), FULL)
@@ -214,7 +235,8 @@ def _update(
 def update(
     table, owners, steps, num_rows, constants,
     RULE: tl.constexpr, STATES: tl.constexpr, COMPACT: tl.constexpr, HAS_MASTER: tl.constexpr,
-    dtype: tl.constexpr, BITS: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
+    dtype: tl.constexpr, BITS: tl.constexpr, T: tl.constexpr, STATE_TYPE: tl.constexpr, STATE_BITS: tl.constexpr,
+    BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """The masked step. For eight weights in a row that are all pruned, only the mask is read.
 
@@ -227,14 +249,23 @@ def update(
     grads, c = tl.load(own), constants + tl.load(own + num_rows) * NUM_CONSTANTS
     if _constant(c, "skip", T) == 0:
         if begin + BLOCK <= tl.load(row + N):
-            _update(row, begin, grads, c, RULE, STATES, COMPACT, HAS_MASTER, dtype, BITS, T, BLOCK, ALIGNED, True)
+            _update(
+                row, begin, grads, c, RULE, STATES, COMPACT, HAS_MASTER, dtype, BITS, T, STATE_TYPE, STATE_BITS, BLOCK,
+                ALIGNED, True,
+            )  # fmt: skip
         elif COMPACT:
-            _update(row, begin, grads, c, RULE, STATES, COMPACT, HAS_MASTER, dtype, BITS, T, BLOCK, ALIGNED, False)
+            _update(
+                row, begin, grads, c, RULE, STATES, COMPACT, HAS_MASTER, dtype, BITS, T, STATE_TYPE, STATE_BITS, BLOCK,
+                ALIGNED, False,
+            )  # fmt: skip
         else:
             # In pieces, because loads weight by weight take more registers, which every program then has to have.
             PIECE: tl.constexpr = BLOCK // 4
             for at in range(begin, tl.load(row + N), PIECE):
-                _update(row, at, grads, c, RULE, STATES, COMPACT, HAS_MASTER, dtype, BITS, T, PIECE, ALIGNED, False)
+                _update(
+                    row, at, grads, c, RULE, STATES, COMPACT, HAS_MASTER, dtype, BITS, T, STATE_TYPE, STATE_BITS, PIECE,
+                    ALIGNED, False,
+                )  # fmt: skip
 
 
 @triton.jit

@@ -35,6 +35,7 @@ def optimizer_cases() -> list[Case]:
             Case(f"AdamW, compact state, {sparsity}", fused, must, aim, partial(_compact_adamw_and_fused, sparsity))
             for sparsity, (must, aim) in compact.items()
         ),
+        Case("AdamW, compact bfloat16 state, 0.9", "compact float32 state", 0.9, 0.75, _half_and_compact_adamw),
         Case("SGD momentum, compact state, 0.9", fused, 0.9, 0.7, _sgd_and_fused),
         Case("AdamW, dense state, 0.9", "torch fused + _foreach_mul_", 0.5, 0.35, _adamw_and_masks_by_hand),
         Case("AdamW state, compact, 0.9", "0.105 dense + 1 bit/weight", 1.0, None, _state_bytes, "B", most_processes=1),
@@ -79,6 +80,13 @@ def _compact_adamw_and_fused(sparsity: float, shrink: int) -> Pair:
     parameter = parameter_of(NUM_WEIGHTS // shrink)
     masked = _masked(AdamW([parameter], compact_state=True), parameter, sparsity)
     return Pair(Timed(masked.step), Timed(torch.optim.AdamW([parameter], fused=True).step))
+
+
+def _half_and_compact_adamw(shrink: int) -> Pair:
+    parameter = parameter_of(NUM_WEIGHTS // shrink)
+    compact = [AdamW([parameter], compact_state=True, state_dtype=d) for d in (torch.bfloat16, torch.float32)]
+    half, full = (_masked(optimizer, parameter, SPARSITY) for optimizer in compact)
+    return Pair(Timed(half.step), Timed(full.step))
 
 
 def _sgd_and_fused(shrink: int) -> Pair:
