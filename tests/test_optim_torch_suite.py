@@ -37,6 +37,7 @@ from optim_cases import (
 )
 from optim_cases import one_thread as one_thread
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from gmp_kernels import BitMask, optim
 from gmp_kernels.errors import DTypeError, LayoutError
@@ -246,6 +247,33 @@ def test_hooks_are_called_and_see_what_torch_would_show(name: str) -> None:
     optimizer.load_state_dict(saved)
     assert calls[2:] == ["saving", "loading", "True"]
     assert saved["mine"] == 1
+
+
+@pytest.mark.parametrize("name", INFOS)
+def test_steps_are_told_to_whoever_observes_them(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    params = parameters(SHAPES)
+    optimizer = getattr(optim, name)(params)
+    set_gradients(params, random_gradients(params, 0), {})
+    told: list[str] = []
+    record = torch.autograd.profiler.record_function
+    monkeypatch.setattr(torch.autograd.profiler, "record_function", lambda what: told.append(what) or record(what))
+    optimizer.step()
+    assert told == []
+    with torch.profiler.profile() as profile:
+        optimizer.step()
+    assert told == [f"Optimizer.step#{name}.step"] == [e.key for e in profile.key_averages() if e.key in told]
+    called: list[object] = []
+    for register in (
+        register_optimizer_step_pre_hook,
+        register_optimizer_step_post_hook,
+        optimizer.register_step_pre_hook,
+        optimizer.register_step_post_hook,
+    ):
+        handle = register(lambda *_: called.append(None))
+        optimizer.step()
+        handle.remove()
+        optimizer.step()
+    assert len(called) == 4
 
 
 @pytest.mark.parametrize("name", INFOS)

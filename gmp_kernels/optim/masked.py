@@ -33,6 +33,7 @@ from gmp_kernels.optim.compact import (
     state_dtype_of,
 )
 from gmp_kernels.optim.constants import constants_of, is_on_gpu
+from gmp_kernels.optim.hooks import hooked_where_observed
 from gmp_kernels.optim.masking import Masking
 
 __all__ = ["MaskedOptimizer"]
@@ -86,6 +87,8 @@ class MaskedOptimizer(Masking):
     _step_supports_amp_scaling = True
     # A compiled graph knows the optimizer by this number, because it can hold numbers and tensors but no objects.
     handle: int
+    # torch wraps the step of a class by this.
+    profile_hook_step = staticmethod(hooked_where_observed)
     # Shown by help(), which would else take the arguments from __new__.
     __signature__ = signature(MethodType(Masking.__init__, Masking))
 
