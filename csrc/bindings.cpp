@@ -289,16 +289,30 @@ py::object gradients_at(const py::capsule& exchange, const py::list& tensors) {
   return py::cast(std::move(gradients));
 }
 
-using ConstantsDict = std::map<std::string, double>;
+// Reads a row of constants, of which absent ones have no effect.
+gmp::UpdateConstants<double> constants_of(const py::dict& given) {
+  const auto value_of = [&](PyObject* name, double absent) {
+    PyObject* const found = PyDict_GetItemWithError(given.ptr(), name);
+    const double value = found == nullptr ? absent : PyFloat_AsDouble(found);
+    if (PyErr_Occurred() != nullptr) throw py::error_already_set();
+    return value;
+  };
+#define GMP_CONSTANT(name, absent) static PyObject* const name = PyUnicode_InternFromString(#name);
+  GMP_CONSTANTS(GMP_CONSTANT)
+#undef GMP_CONSTANT
+#define GMP_CONSTANT(name, absent) value_of(name, absent),
+  return {GMP_CONSTANTS(GMP_CONSTANT)};
+#undef GMP_CONSTANT
+}
 
 // rows: an index into the constants per tensor.
 void update(const std::string& rule_name, const UpdateBatch& batch, const Gradients& gradients,
-            const std::vector<size_t>& rows, const std::vector<ConstantsDict>& constants, int num_threads) {
+            const std::vector<size_t>& rows, const std::vector<py::dict>& constants, int num_threads) {
   check_threads(num_threads);
   const gmp::Rule rule = gmp::rule_of(rule_name);
   const auto [fewest, most] = gmp::kNumStates[static_cast<int>(rule)];
   std::vector<gmp::UpdateConstants<double>> typed_constants;
-  for (const ConstantsDict& given : constants) typed_constants.push_back(gmp::constants_of(given));
+  for (const py::dict& given : constants) typed_constants.push_back(constants_of(given));
   UpdateBatch tensors = batch;
   if (gradients.arrays.size() != tensors.size() || rows.size() != tensors.size()) {
     throw std::invalid_argument("an update needs one gradient and one row of constants per tensor");

@@ -1,7 +1,6 @@
 // Python's names of dtypes, rules and constants.
 #pragma once
 
-#include <map>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -41,15 +40,5 @@ inline constexpr std::pair<const char*, double> kConstants[] = {
     GMP_CONSTANTS(GMP_CONSTANT)
 #undef GMP_CONSTANT
 };
-
-inline UpdateConstants<double> constants_of(const std::map<std::string, double>& given) {
-  const auto value_of = [&](const char* name, double absent) {
-    const auto found = given.find(name);
-    return found == given.end() ? absent : found->second;
-  };
-#define GMP_CONSTANT(name, absent) value_of(#name, absent),
-  return {GMP_CONSTANTS(GMP_CONSTANT)};
-#undef GMP_CONSTANT
-}
 
 }  // namespace gmp
