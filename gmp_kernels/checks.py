@@ -11,7 +11,7 @@ import numbers
 import warnings
 from collections.abc import Sequence
 from operator import attrgetter, is_, le
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -48,8 +48,27 @@ MOST_LAYERS = 4096  # known at a time; about 1 KB each
 
 _packed, _shape, _memory_format = map(attrgetter, ("packed", "shape", "memory_format"))
 
-# Keyed by kind of call, number of weights and first address. Layers are stored without tensors, to keep none alive.
-_known: dict[tuple[str, int, int], tuple[list[Any], Layers]] = {}
+
+class _Known(NamedTuple):
+    """A call that has passed the checks.
+
+    Attributes
+    ----------
+    signature : list
+        All that they depend on.
+    elsewhere : list or None
+        The same without the places of the masks that it writes, which may be any if they share no memory.
+    layers : Layers
+        Without tensors, to keep none alive.
+    """
+
+    signature: list[Any]
+    elsewhere: list[Any] | None
+    layers: Layers
+
+
+# Keyed by kind of call, number of weights and first address.
+_known: dict[tuple[str, int, int], _Known] = {}
 
 
 def checked_layers(
@@ -73,22 +92,31 @@ def checked_layers(
         signature = _signature(list(weights), masks, packed)  # type: ignore[arg-type]
     key = None if signature is None else (writes, len(weights), weights[0].data_ptr())  # type: ignore[union-attr]
     known = _known.get(key) if key is not None else None
-    if known is not None and known[0] == signature:
-        return Layers(weights, packed, known[1])  # type: ignore[arg-type]
-    checked = check_tensors(op, weights, masks, names)
-    if writes != "nothing":
-        check_writable(op, weights, checked, names)
-    if writes == "weights and masks" and masks is not None:
-        check_disjoint(op, "masks", [mask.packed for mask in masks], names)
-    if not checked:
-        return None
-    bits = None if masks is None else [layer.mask for layer in checked]
-    layers = Layers([layer.tensor for layer in checked], bits)  # type: ignore[arg-type]
+    if known is not None and known.signature == signature:
+        return Layers(weights, packed, known.layers)  # type: ignore[arg-type]
+    writes_masks = writes == "weights and masks" and masks is not None
+    elsewhere = _elsewhere(weights, masks, packed) if writes_masks and key is not None else None  # type: ignore[arg-type]
+    if known is not None and elsewhere is not None and known.elsewhere == elsewhere:
+        # Only the masks lie elsewhere: a pruner gives copies of them if optimizer state is laid out by the old ones.
+        check_disjoint(op, "masks", packed, names)  # type: ignore[arg-type]
+        bits = packed
+        layers = Layers(weights, bits, known.layers)  # type: ignore[arg-type]
+        layers.prepared = {}
+    else:
+        checked = check_tensors(op, weights, masks, names)
+        if writes != "nothing":
+            check_writable(op, weights, checked, names)
+        if writes_masks:
+            check_disjoint(op, "masks", [mask.packed for mask in masks], names)  # type: ignore[union-attr]
+        if not checked:
+            return None
+        bits = None if masks is None else [layer.mask for layer in checked]
+        layers = Layers([layer.tensor for layer in checked], bits)
     # The signature has to be that of the bits in the layers.
-    if key is not None and (bits is None or all(map(is_, bits, packed))):  # type: ignore[arg-type]
+    if signature is not None and key is not None and (bits is None or all(map(is_, bits, packed))):  # type: ignore[arg-type]
         if sum(number for _, number, _ in list(_known)) + len(weights) > MOST_LAYERS:
             forget()
-        _known[key] = signature, Layers((), None, layers)  # type: ignore[assignment]
+        _known[key] = _Known(signature, elsewhere, Layers((), None, layers))
     return layers
 
 
@@ -119,6 +147,17 @@ def _signature(
     if places is None:
         return None  # not a tensor, one without an address, or a view; the check of each tensor says which
     return [places, *([list(map(get, masks)) for get in (_shape, _memory_format)] if masks is not None else [])]
+
+
+def _elsewhere(weights: list[torch.Tensor], masks: Sequence[BitMask], packed: list[torch.Tensor]) -> list[Any] | None:
+    """Return the signature of a call without the addresses of the masks; None if one does not begin its storage.
+
+    If it does, the size of its storage says whether its bits are in memory.
+    """
+    if any(map(torch.Tensor.storage_offset, packed)):
+        return None
+    places = layouts_of(weights, True, True), layouts_of(packed, False, True)
+    return [*places, *(list(map(get, masks)) for get in (_shape, _memory_format))]
 
 
 def _label(names: Sequence[str] | None, i: int) -> str:

@@ -66,6 +66,55 @@ def test_tensors_are_looked_at_once(full_checks: list[str]) -> None:
     assert full_checks == ["prune_", "apply_masks_", "magnitude_threshold"]
 
 
+def test_masks_at_other_places_are_not_looked_at_again(full_checks: list[str]) -> None:
+    """A pruner gives copies of its masks at every update, where optimizer state is laid out by the bits before."""
+    weights, masks = tensors()
+    for sparsity in (0.25, 0.5, 0.75):
+        copies = [mask.clone() for mask in masks]
+        before = [mask.packed.clone() for mask in masks]
+        result = prune_(weights, sparsity=sparsity, masks=copies)
+        assert result.num_pruned == [round(sparsity * weight.numel()) for weight in weights]
+        assert all(torch.equal(mask.packed, bits) for mask, bits in zip(masks, before, strict=True))
+        assert all(mask == BitMask.from_zeros(weight) for mask, weight in zip(copies, weights, strict=True))
+        masks = copies
+    assert full_checks == ["prune_"]
+
+
+def overlapping(mask: BitMask, other: BitMask) -> torch.Tensor:
+    return other.packed[:]
+
+
+def cut(mask: BitMask, other: BitMask) -> torch.Tensor:
+    bits = mask.packed.clone()
+    bits.untyped_storage().resize_(3)
+    return bits
+
+
+def cut_before_its_bits(mask: BitMask, other: BitMask) -> torch.Tensor:
+    bits = torch.full((16,), 0xFF, dtype=torch.uint8)[8:]
+    bits.untyped_storage().resize_(8)
+    return bits
+
+
+def of_integers(mask: BitMask, other: BitMask) -> torch.Tensor:
+    return mask.packed.to(torch.int8)
+
+
+@pytest.mark.parametrize("change", [overlapping, cut, cut_before_its_bits, of_integers])
+def test_masks_at_other_places_are_refused_as_ever(
+    full_checks: list[str], change: Callable[[BitMask, BitMask], torch.Tensor]
+) -> None:
+    weights = [torch.randn(64) for _ in range(2)]
+    masks = [BitMask.ones((64,)) for _ in weights]
+    prune_(weights, sparsity=0.25, masks=masks)
+    others = [mask.clone() for mask in masks]
+    others[1].packed = change(others[1], others[0])
+    values = [weight.clone() for weight in weights]
+    with pytest.raises(LayoutError if change is overlapping else ShapeError):
+        prune_(weights, sparsity=0.5, masks=others)
+    assert all(map(torch.equal, weights, values))
+
+
 def test_what_may_be_read_may_not_be_written_yet(full_checks: list[str]) -> None:
     """Each kind of call has checks of its own."""
     weight, mask = torch.randn(16), BitMask.ones((16,))

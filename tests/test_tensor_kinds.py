@@ -184,7 +184,7 @@ def test_memory_that_was_cut_where_a_whole_weight_was_known_is_refused() -> None
     again.untyped_storage().resize_(16)
     # As the allocator may, by chance, place what is cut: the same address as the weight's.
     place = layouts_of([again], True)
-    checks._known["weights and masks", 1, again.data_ptr()] = ([place, *known[0][1:]], known[1])
+    checks._known["weights and masks", 1, again.data_ptr()] = known._replace(signature=[place, *known.signature[1:]])
     with pytest.raises(LayoutError, match="whose storage was freed or cut"):
         prune_(again, num_prune=3)
 
@@ -196,7 +196,7 @@ def test_bits_that_were_cut_where_those_of_a_whole_mask_were_known_are_refused()
     (known,) = [facts for (_, _, address), facts in checks._known.items() if address == weight.data_ptr()]
     mask.packed.untyped_storage().resize_(1)
     place = layouts_of([weight, mask.packed], True)
-    checks._known["weights and masks", 1, weight.data_ptr()] = ([place, *known[0][1:]], known[1])
+    checks._known["weights and masks", 1, weight.data_ptr()] = known._replace(signature=[place, *known.signature[1:]])
     with pytest.raises(ShapeError, match="contiguous bytes as the mask"):
         prune_(weight, num_prune=5, masks=mask)
     assert int((weight == 0).sum()) == 3
