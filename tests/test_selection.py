@@ -213,9 +213,21 @@ def test_weights_that_change_while_they_are_ranked_end_the_search() -> None:
 def test_an_earlier_threshold_gives_a_bracket_around_it() -> None:
     weight = torch.randn(100_000, generator=torch.Generator().manual_seed(0))
     threshold = magnitude_threshold(weight, 50_000, backend="reference")
-    lo, hi = (int(end[0]) for end in brackets_near([threshold], [50_000], [100_000], [torch.float32]))
+    brackets = brackets_near([threshold], [50_000], [100_000], [torch.float32])
+    assert brackets is not None
+    lo, hi = (int(end[0]) for end in brackets)
     value = threshold.value
     assert 0.97 * value < magnitude_of(lo, torch.float32) < value < magnitude_of(hi, torch.float32) < 1.03 * value
+
+
+@pytest.mark.parametrize(("counts", "are_near"), [([50_000, 9], True), ([50_050, 9], True), ([50_200, 9], False)])
+def test_no_bracket_is_tried_where_no_count_is_near(counts: list[int], are_near: bool) -> None:
+    weight = torch.randn(100_000, generator=torch.Generator().manual_seed(0))
+    thresholds = [magnitude_threshold(weight, 50_000, backend="reference"), None]
+    brackets = brackets_near(thresholds, counts, [100_000, 10], [torch.float32] * 2)
+    assert (brackets is not None) == are_near
+    if brackets is not None:
+        assert (brackets.lo <= brackets.hi).tolist() == [True, False]
 
 
 def test_keys_and_magnitudes_are_inverse() -> None:

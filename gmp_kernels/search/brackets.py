@@ -21,8 +21,10 @@ FEW_BITS = 9  # of the key, the fewest that one round tells apart
 
 def brackets_near(
     previous: Sequence[Threshold | None], num_prune: Sequence[int], sizes: Sequence[int], dtypes: Sequence[torch.dtype]
-) -> Brackets:
+) -> Brackets | None:
     """Return one bracket per group, in which its threshold is likely to lie; empty if it is not worth trying.
+
+    None if it is not worth trying for any group.
 
     Parameters
     ----------
@@ -31,9 +33,15 @@ def brackets_near(
     num_prune, sizes, dtypes : sequences
         Per group: number of weights to prune, number of all weights, their dtype.
     """
-    values, below, ties, kept = map(np.array, zip(*(last or NOTHING for last in previous), strict=True))
-    is_near = (ties > 0) & (np.abs(below + ties - kept - num_prune) <= np.array(sizes) * NEAR)
-    lo, hi = _around(values, dtypes)
+    last = [threshold or NOTHING for threshold in previous]
+    near = [
+        ties > 0 and abs(below + ties - kept - count) <= size * NEAR
+        for (_, below, ties, kept), count, size in zip(last, num_prune, sizes, strict=True)
+    ]
+    if not any(near):
+        return None
+    lo, hi = _around(np.array([threshold.value for threshold in last]), dtypes)
+    is_near = np.array(near)
     return Brackets(np.where(is_near, lo, 1), np.where(is_near, hi, 0))
 
 
