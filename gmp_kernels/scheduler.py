@@ -277,7 +277,7 @@ class GMPScheduler:
         held.agree()
         held.check(sample=True)
         due, position = held.progress.due(self._schedules)
-        report = self._update(due, position) if any(step is not None for step in due) else None
+        report = self._update(due, position) if due.count(None) < len(due) else None
         if report is None:
             held.progress.position = position
         if position.num_idle == PATIENCE:

@@ -158,7 +158,7 @@ class Cpu:
         offsets = torch.empty(sum(sizes), dtype=torch.int64, device="cpu")
         num_kept = _C.chunk_offsets([(_array(mask), numel) for mask, numel in masks], _array(offsets))
         bits = [mask for mask, _ in masks]
-        return list(map(Compaction, bits, torch.split(offsets, sizes), num_kept))
+        return list(map(Compaction, bits, offsets.split_with_sizes(sizes), num_kept))
 
     def move_state(self, moves: Sequence[StateMove]) -> None:
         rows = []

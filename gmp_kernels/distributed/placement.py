@@ -33,7 +33,7 @@ def is_sharded(tensor: torch.Tensor) -> bool:
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """Return the part of a ``DTensor`` that this process holds, sharing its memory; other tensors as they are."""
-    if is_sharded(tensor):
+    if type(tensor) not in _PLAIN and is_sharded(tensor):
         with torch.no_grad():
             tensor = tensor.to_local()  # type: ignore[attr-defined]
     return tensor

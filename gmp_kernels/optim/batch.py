@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import chain, compress, groupby, repeat
 from operator import is_, itemgetter
@@ -12,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 
 from gmp_kernels.backends.layouts import gradients_if_unchanged, layouts_of
-from gmp_kernels.backends.types import UpdateBatch, UpdateTensor
+from gmp_kernels.backends.types import Implementation, UpdateBatch, UpdateTensor
 from gmp_kernels.checks import PLAIN
 from gmp_kernels.distributed.placement import local
 from gmp_kernels.masks import BitMask
@@ -41,12 +40,14 @@ class Batch:
     keys : sequence of tuple of str
         Per group, the state entries that the rule reads and writes.
     masks : sequence of BitMask or None
+    implementation : Implementation
+        The backend that takes their steps.
     counts_steps : bool
         Whether the states have step counts.
 
     Attributes
     ----------
-    groups, parameters, weights, keys
+    groups, parameters, weights, keys, implementation
         As given.
     known : frozenset of torch.Tensor
         The parameters.
@@ -64,12 +65,13 @@ class Batch:
         state: Mapping[Any, Any],
         keys: Sequence[tuple[str, ...]],
         masks: Sequence[BitMask | None],
+        implementation: Implementation,
         *,
         counts_steps: bool,
     ) -> None:
         self.groups, self.parameters, self.weights, self._state, self.keys = groups, parameters, weights, state, keys
         self.known = frozenset(parameters)
-        self._own_masks = masks
+        self._own_masks, self.implementation = masks, implementation
         self._tensors = list(map(self._tensor_of, range(len(parameters))))
         self._collect()
         # By group index: its parameters, and the tensors that together hold their step counts, in the same order.
@@ -126,7 +128,8 @@ class Batch:
         are_bits_known = all(new or mask is None or mask.packed is bits for new, mask, bits in of_masks)
         if not (are_bits_known and states.keys() <= self.known and self.holds(*columns, with_bits=False)):
             return None
-        batch = copy.copy(self)
+        batch = object.__new__(Batch)
+        batch.__dict__.update(self.__dict__)
         batch._state = {**state, **states}
         batch._tensors = [batch._tensor_of(i) if new else self._tensors[i] for i, new in enumerate(replaced)]
         batch._collect()
@@ -217,8 +220,8 @@ class Batch:
 
     def steps(
         self, groups: Sequence[dict[str, Any]], lazy: Sequence[bool], first: Collection[torch.Tensor]
-    ) -> Iterator[tuple[dict[str, Any], list[int] | torch.Tensor]]:
-        """Yield, per group, the numbers of the steps that its parameters would take now.
+    ) -> list[tuple[dict[str, Any], list[int] | torch.Tensor]]:
+        """Return, per group, itself and the numbers of the steps that its parameters would take now.
 
         Parameters
         ----------
@@ -229,16 +232,20 @@ class Batch:
             For rules without step counts: the parameters whose first step it is.
         """
         device = self.parameters[0].device
+        steps: list[tuple[dict[str, Any], list[int] | torch.Tensor]] = []
         for index, own in self._parts.items():
             if index not in self._counts:
-                yield groups[index], [1 if p in first else 2 for p in own] if first else [2] * len(own)
+                steps.append((groups[index], [1 if p in first else 2 for p in own] if first else [2] * len(own)))
                 continue
             if lazy[index] and self._counts[index][0].device != device:
                 self._join_counts(index, device)
                 self._record()
-            counts = torch.stack(self._counts[index]).reshape(-1)
+            counts = self._counts[index][0]
+            if not counts.ndim:  # they are not views of one tensor
+                counts = torch.stack(self._counts[index])
             is_lazy = lazy[index] or counts.device.type != "cpu"
-            yield groups[index], counts.double() + 1 if is_lazy else [int(n) + 1 for n in counts.tolist()]
+            steps.append((groups[index], counts.double() + 1 if is_lazy else [int(n) + 1 for n in counts.tolist()]))
+        return steps
 
     def has_counts_elsewhere(self, device: torch.device, takes_step: Sequence[bool] | None) -> bool:
         """Whether step counts of parameters that take a step would have to be moved to ``device``."""

@@ -161,20 +161,20 @@ def compacted(
         layouts = implementation.compactions([(masks[p].packed, local(p).numel()) for p in owners])
         moves = []
         for p, layout in zip(owners, layouts, strict=True):
-            state, packed, memory_format = states[p], dict[str, torch.Tensor](), masks[p].memory_format
-            if isinstance(state, CompactState) and state.memory_format is not memory_format:
+            state, packed, mask, numel = states[p], dict[str, torch.Tensor](), masks[p], local(p).numel()
+            if isinstance(state, CompactState) and state.memory_format is not mask.memory_format:
                 state = _spread(p, state, backend)
+            before, compact = layout_of(state), compact_names(state)
             for name in per_weight(p, state):
                 if name == MASTER:
                     continue
-                is_compact = name in compact_names(state)
                 source = state[name]
-                if not is_compact:
-                    source = in_memory_order(local(source).contiguous(memory_format=memory_format), memory_format)
+                if name not in compact:
+                    whole = local(source).contiguous(memory_format=mask.memory_format)
+                    source = in_memory_order(whole, mask.memory_format)
                 packed[name] = torch.empty(layout.num_kept, dtype=source.dtype, device=device)
-                source_layout = layout_of(state) if is_compact else None
-                moves.append(StateMove(source, source_layout, packed[name], layout, local(p).numel()))
-            found[p] = CompactState({**state, **packed}, layout, packed, masks[p])
+                moves.append(StateMove(source, before if name in compact else None, packed[name], layout, numel))
+            found[p] = CompactState({**state, **packed}, layout, packed, mask)
         if moves:
             implementation.move_state(moves)
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from itertools import count, repeat
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ import torch
 from gmp_kernels.backends.types import Constants
 
 __all__ = ["constants_of", "is_on_gpu", "scalar"]
+
+NUMBERS = {float, int}
 
 
 def is_on_gpu(value: object) -> bool:
@@ -19,7 +22,7 @@ def is_on_gpu(value: object) -> bool:
 
 def scalar(value: Any) -> Any:
     """Return a number as a float, or as a float64 tensor without dimensions if it is on a GPU."""
-    if not is_on_gpu(value):
+    if not isinstance(value, torch.Tensor) or value.device.type == "cpu":
         return float(value)
     number = value.detach().double()
     return number if number.ndim == 0 else number.reshape(())
@@ -52,19 +55,21 @@ def constants_of(
     rows: list[int] = []
     end = 0
     for group, numbers in steps:
+        blocks: Iterable[tuple[Any, int]]
         if isinstance(numbers, torch.Tensor):
             rows.extend(range(end, end + len(numbers)))
-            blocks: list[tuple[Any, int]] = [(numbers, len(numbers))]
+            blocks = [(numbers, len(numbers))]
         else:
-            row_of = {number: end + i for i, number in enumerate(dict.fromkeys(numbers))}
+            row_of = dict(zip(dict.fromkeys(numbers), count(end)))
             rows.extend(map(row_of.__getitem__, numbers))
-            blocks = [(number, 1) for number in row_of]
-        for number, count in blocks:
+            blocks = zip(row_of, repeat(1))
+        for number, size in blocks:
             values = rule(group, number) | {"grad_factor": -factor if group["maximize"] else factor} | skip
-            on_device = [name for name, value in values.items() if isinstance(value, torch.Tensor)]
-            first, end = end, end + count
-            constants.on_device.extend((name, first, end, values.pop(name)) for name in on_device)
-            constants.blocks.append((values, count))
+            first, end = end, end + size
+            if not NUMBERS.issuperset(map(type, values.values())):
+                on_device = [name for name, value in values.items() if isinstance(value, torch.Tensor)]
+                constants.on_device.extend((name, first, end, values.pop(name)) for name in on_device)
+            constants.blocks.append((values, size))
     if takes_step is not None:
         constants.blocks.append(({"skip": 1.0}, 1))
         rows = [row if takes else end for row, takes in zip(rows, takes_step, strict=True)]

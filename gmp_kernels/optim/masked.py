@@ -88,7 +88,7 @@ class MaskedOptimizer(Masking):
     # A compiled graph knows the optimizer by this number, because it can hold numbers and tensors but no objects.
     handle: int
     # torch wraps the step of a class by this.
-    profile_hook_step = staticmethod(hooked_where_observed)
+    profile_hook_step = staticmethod(hooked_where_observed)  # type: ignore[assignment]  # the same for any arguments
     # Shown by help(), which would else take the arguments from __new__.
     __signature__ = signature(MethodType(Masking.__init__, Masking))
 
@@ -198,17 +198,18 @@ class MaskedOptimizer(Masking):
         self.update_()
         return loss
 
-    @torch.no_grad()  # not a block, at whose end an interrupt would leave gradients switched off
     def update_(self, given: Given | None = None) -> None:
         """Take a step with these values and gradients; by default with the parameters themselves and their ``grad``."""
         found_inf: torch.Tensor | None = getattr(self, "found_inf", None)
         grad_scale: torch.Tensor | None = getattr(self, "grad_scale", None)
         groups = self.param_groups
-        if any(group.get("differentiable") for group in groups):
-            self._refuse_differentiable()
         # Values on a GPU stay there, because reading them would make the step wait.
-        waits = is_on_gpu(found_inf)
-        lazy = [waits or bool(group.get("capturable")) or is_on_gpu(group["lr"]) for group in groups]
+        waits = found_inf is not None and is_on_gpu(found_inf)
+        lazy: list[bool] = []
+        for group in groups:
+            if group.get("differentiable"):
+                self._refuse_differentiable()
+            lazy.append(waits or bool(group.get("capturable")) or is_on_gpu(group["lr"]))
         if found_inf is not None and not all(lazy) and found_inf.item():
             return
         watchers = list(self._watchers.values())
@@ -241,7 +242,7 @@ class MaskedOptimizer(Masking):
         writes = [*step.writes, *batch.counting(amount, takes_step)]
         # Versions are raised before the kernel runs: one that no write follows makes no gradient wrong.
         torch.autograd.graph.increment_version(batch.written(takes_step))
-        choose(self._backend, device).update(
+        batch.implementation.update(
             self.rule, batch.updates, batch.present(step.gradients), batch.present(rows), constants, after=writes
         )
         if step.is_captured:
@@ -253,12 +254,17 @@ class MaskedOptimizer(Masking):
         """Return all that a step takes, checked; None if no parameter has a gradient."""
         groups, batch = self.param_groups, self._batch
         keys = [self._state_keys(group) for group in groups]
-        is_known = batch is not None and not self._pending
-        if batch is not None and is_known and given is None and batch.keys == keys:
+        if batch is not None and not self._pending and given is None and batch.keys == keys:
             gradients = batch.gradients(groups, self.state)
             if gradients is not None:
                 device = batch.parameters[0].device
                 return Step(batch, gradients, device, self._is_captured(device, batch.groups, lazy))
+        return self._look_closer(given, lazy, keys)
+
+    @torch.no_grad()  # not a block, at whose end an interrupt would leave gradients switched off
+    def _look_closer(self, given: Given | None, lazy: Sequence[bool], keys: Sequence[tuple[str, ...]]) -> Step | None:
+        """Do so parameter by parameter."""
+        groups, batch = self.param_groups, self._batch
         columns = _columns(groups, given, frozenset() if batch is None else batch.known)
         indices, parameters, weights, gradients, takes_step = columns
         if not any(takes_step):
@@ -268,7 +274,7 @@ class MaskedOptimizer(Masking):
         created: dict[torch.Tensor, dict[str, Any]] = {}
         first: set[torch.Tensor] = set()
         writes: list[Callable[[], object]] = []
-        if batch is None or not is_known or not batch.holds(indices, parameters, weights, self.state, keys):
+        if batch is None or self._pending or not batch.holds(indices, parameters, weights, self.state, keys):
             # Something has changed, or may have, so every parameter is checked.
             self._settle()
             batch, gradients, takes_step, created, writes = self._checked(columns, keys, device)
@@ -320,7 +326,8 @@ class MaskedOptimizer(Masking):
         states = {p: self._completed(p, w, keys[i]) for i, p, w in zip(indices, parameters, weights, strict=True)}
         created = {p: state for p, state in states.items() if state is not None and state is not self.state.get(p)}
         state, counts_steps = {**self.state, **created}, STEP in self.essential
-        batch = Batch(indices, parameters, weights, state, keys, masks, counts_steps=counts_steps)
+        implementation = choose(self._backend, device)
+        batch = Batch(indices, parameters, weights, state, keys, masks, implementation, counts_steps=counts_steps)
         return batch, gradients, takes_step, created, writes
 
     def _beside(self, weight: torch.Tensor, gradient: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:

@@ -124,7 +124,6 @@ class Masking(torch.optim.Optimizer):
             self.__dict__.update(before)
             raise
 
-    @torch.no_grad()
     def share_masks(
         self, masks: Mapping[torch.Tensor, BitMask], *, ranked_is_pruned: bool = False, are_checked: bool = False
     ) -> None:
@@ -184,6 +183,8 @@ class Masking(torch.optim.Optimizer):
 
     def check_masks(self, masks: Mapping[torch.Tensor, BitMask]) -> None:
         """Raise what ``set_masks`` would, and StateError if bits by which state is laid out have been written."""
+        if self._has_checked(masks):
+            return
         owned = {p for group in self.param_groups for p in group["params"]}
         op = f"{self._name}.set_masks"
         for p, mask in masks.items():
@@ -202,10 +203,21 @@ class Masking(torch.optim.Optimizer):
                 )
         self._check_states(masks)
 
-    def _check_states(self, parameters: Iterable[torch.Tensor]) -> None:
+    def _has_checked(self, masks: Mapping[torch.Tensor, BitMask]) -> bool:
+        """Whether these are the masks of the latest step, and nothing has changed since then."""
+        batch = self._batch
+        return (
+            batch is not None
+            and not self._graph_masks
+            and batch.known.issuperset(masks)
+            and all(self._masks.get(p) is mask for p, mask in masks.items())
+            and batch.is_current(self.state)
+        )
+
+    def _check_states(self, parameters: Collection[torch.Tensor]) -> None:
         """Refuse state that does not belong to its parameter as it is now."""
         batch = self._batch
-        known = batch.known if batch is not None and batch.is_current(self.state) else ()
+        known = batch.known if parameters and batch is not None and batch.is_current(self.state) else ()
         for p in parameters:
             state = self.state.get(p)
             if state and p not in known:
@@ -219,36 +231,37 @@ class Masking(torch.optim.Optimizer):
             "graph"
         )
 
+    @torch.no_grad()
     def _settle(self, checked: Collection[torch.Tensor] = ()) -> None:
         """Bring weights and state up to date with the masks.
 
         An error leaves both as they were, and the next call does the rest; repeating the work changes nothing.
         ``checked`` are the parameters whose state was checked just now.
         """
-        stale = {p: self.state[p] for p in self.state if self._is_stale(p)} if self._compact_state else {}
+        stale = {p: self.state[p] for p in self._masks if self._is_stale(p)} if self._compact_state else {}
         behind = {*self._pending, *stale}
         if not behind:
             return
-        self._check_states(p for p in behind if p not in checked)
+        self._check_states([p for p in behind if p not in checked])
         if any(devices.is_capturing(p.device) for p in behind):
             self._refuse_capture("masks to be applied first; set masks before capturing")
         # All memory is allocated before the first write.
-        states = compacted(stale, {p: self._aligned(p) for p in stale}, self._backend)
+        masks = {p: self._aligned(p) for p in behind}
+        states = compacted(stale, masks, self._backend)
         # A batch of the old state would keep its memory.
         batch = self._batch.with_states(self.state, states) if self._batch is not None and states else self._batch
         zeroed: dict[torch.device, tuple[list[torch.Tensor], list[BitMask]]] = {}
         filled: list[Callable[[], object]] = []
-        for p in behind:
-            mask = self._aligned(p)
+        for p, mask in masks.items():
             for tensor in self._behind(p, states.get(p, self.state.get(p, {}))):
                 if format_of(tensor) is mask.memory_format and not tensor.is_neg():
-                    tensors, masks = zeroed.setdefault(tensor.device, ([], []))
+                    tensors, bits = zeroed.setdefault(tensor.device, ([], []))
                     tensors.append(tensor)
-                    masks.append(mask)
+                    bits.append(mask)
                 else:
                     filled.append(partial(tensor.masked_fill_, ~mask.to_bool(), 0.0))
-        for tensors, masks in zeroed.values():
-            apply_masks_(tensors, masks, backend=self._backend)
+        for tensors, bits in zeroed.values():
+            apply_masks_(tensors, bits, backend=self._backend)
         for fill in filled:
             fill()
         self._replace(states, self._masks, {}, batch)
@@ -264,10 +277,10 @@ class Masking(torch.optim.Optimizer):
 
     def _is_stale(self, p: torch.Tensor) -> bool:
         """Whether compact state is not laid out by the bits of its mask, or is not laid out yet."""
-        state, mask = self.state[p], self._masks.get(p)
+        state, mask = self.state.get(p), self._masks[p]
         layout = layout_of(state)
-        if mask is None or layout is None:
-            return mask is not None and any(name != MASTER for name in per_weight(p, state))
+        if layout is None:
+            return state is not None and any(name != MASTER for name in per_weight(p, state))
         return layout.mask is not mask.packed or format_of(local(p)) not in (mask.memory_format, None)
 
     def _aligned(self, p: torch.Tensor) -> BitMask:

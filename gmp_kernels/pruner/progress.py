@@ -138,4 +138,7 @@ class Progress:
 
 
 def _latest(schedule: Schedule, steps: range) -> int | None:
-    return next((step for step in reversed(steps) if schedule.is_update_step(step)), None)
+    for step in reversed(steps):
+        if schedule.is_update_step(step):
+            return step
+    return None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from operator import attrgetter, getitem, is_
 from typing import Any
 
@@ -77,11 +76,13 @@ class Watch:
 
     def check_present(self) -> None:
         """Raise TargetError for a parameter that was removed from the model, replaced or reshaped."""
-        with suppress(KeyError):
+        try:
             # Modules are equal only if they are the same object.
             is_way_known = self._found and self._way[0] == self._way[1]
             if is_way_known and all(map(is_, map(getitem, *self._found[:2]), self._found[2])):
                 return
+        except KeyError:
+            pass  # one was removed
         self._compare_with_model()
         # This is the first check, or another module leads to the same parameters now.
         ids = set(map(id, self._parameters))
