@@ -20,8 +20,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Shard
 from torch.multiprocessing.spawn import start_processes
 
 from gmp_kernels import GMPScheduler, schedules
@@ -32,7 +30,7 @@ __all__ = ["DTYPES", "PLACEMENTS", "Setting", "measure_ranks", "sharded_cases"]
 ROUNDS = 8
 # As in the middle of gradual pruning, every update prunes about two or three per cent more of the weights.
 SCHEDULE = schedules.Linear(0.7, 0.9, begin_step=0, end_step=ROUNDS - 1)
-PLACEMENTS = {"rows": Shard(0), "columns": Shard(1)}
+PLACEMENTS = {"rows": 0, "columns": 1}  # the dimension that is sharded
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -72,7 +70,7 @@ def measure_ranks(setting: Setting, dtype: str, placement: str) -> dict[str, Any
     Bytes are those of the collectives' results. It needs memory for twice the weights, and for the masks.
     """
     # A fork of this process could not use its threads. One of a server without threads can, and imports nothing again.
-    multiprocessing.set_forkserver_preload([__name__])
+    multiprocessing.set_forkserver_preload([__name__, "torch.distributed.tensor"])
     with tempfile.TemporaryDirectory() as folder:
         arguments = (Path(folder), setting, dtype, placement)
         start_processes(_rank, arguments, setting.ranks, start_method="forkserver")  # type: ignore[no-untyped-call]
@@ -86,6 +84,10 @@ def _scheduler(weights: list[torch.Tensor]) -> GMPScheduler:
 
 
 def _rank(rank: int, folder: Path, setting: Setting, dtype: str, placement: str) -> None:
+    # Imported late, because it takes a second, and all commands import this module.
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Shard
+
     dist.init_process_group(
         "gloo",
         init_method=f"file://{folder}/store",
@@ -95,13 +97,14 @@ def _rank(rank: int, folder: Path, setting: Setting, dtype: str, placement: str)
     )
     mesh = init_device_mesh("cpu", (setting.ranks,))
     shape = [setting.rows, setting.columns]
-    shape[PLACEMENTS[placement].dim] //= setting.ranks
+    dim = PLACEMENTS[placement]
+    shape[dim] //= setting.ranks
     torch.manual_seed(rank)
     pieces = [torch.randn(shape).mul_(0.02).to(DTYPES[dtype]) for _ in range(setting.layers)]
-    shards = _scheduler([DTensor.from_local(piece, mesh, [PLACEMENTS[placement]], run_check=False) for piece in pieces])
+    shards = _scheduler([DTensor.from_local(piece, mesh, [Shard(dim)], run_check=False) for piece in pieces])
     gathered = [piece.new_empty(setting.rows, setting.columns) for piece in pieces] if rank == 0 else []
     for i, piece in enumerate(pieces):
-        parts = list(gathered[i].chunk(setting.ranks, PLACEMENTS[placement].dim)) if rank == 0 else None
+        parts = list(gathered[i].chunk(setting.ranks, dim)) if rank == 0 else None
         received = None if parts is None else [torch.empty_like(piece) for _ in parts]
         dist.gather(piece, received)
         for part, values in zip(parts or [], received or [], strict=True):
