@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -87,3 +90,15 @@ def assert_masks(path: Path, masks: dict[str, BitMask]) -> None:
     with safe_open(path, "pt") as file:
         description = json.loads(file.metadata()["masks"])
     assert description["shapes"] == {name: list(mask.shape) for name, mask in masks.items()}
+
+
+def refuse_direct_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Be a file system that always writes to the page cache."""
+    opens = os.open
+
+    def refuse(path: Any, flags: int, *arguments: Any, **named: Any) -> int:
+        if flags & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return opens(path, flags, *arguments, **named)
+
+    monkeypatch.setattr(os, "open", refuse)

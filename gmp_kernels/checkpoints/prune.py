@@ -32,7 +32,7 @@ __all__ = ["DEFAULT_MEMORY", "PruneJob", "PruneReport"]
 DEFAULT_MEMORY = 256 << 20
 LEAST_MEMORY = 64 << 20
 LARGEST_PIECE = 1 << 22
-STREAM_BUFFERS = 4
+STREAM_BUFFERS = 8
 MASKS = "masks"
 
 
@@ -214,7 +214,7 @@ class PruneJob:
             ranks.together(staging.join)
             # All ranks look before any can finish another shard, because they must divide the same ones.
             owned = _divide(self.checkpoint.shards, ranks, ranks.together(staging.finished))
-            with _stream(max_memory, self._dtype, self._scope) as stream:
+            with self._stream(max_memory) as stream:
                 stream.advance = self._advance(stream.num_bytes, owned, staging, progress)
                 targets = self._decide(stream, owned, staging, ranks)
                 ranks.together(lambda: self._write(stream, owned, targets, staging, ranks))
@@ -222,6 +222,19 @@ class PruneJob:
             ranks.together(lambda: self._conclude(staging) if ranks.rank == 0 else None)
         layers = tuple(LayerReport(**row) for shard in sorted(records) for row in records[shard])
         return PruneReport(layers, self.checkpoint.num_bytes, time.perf_counter() - start)
+
+    def _stream(self, max_memory: int) -> Stream:
+        """Allocate the memory of a run: buffers, and room for candidates."""
+        piece_bytes, num_buffers = _buffers(max_memory, self._dtype, self._scope)
+        room = max_memory // 2 // PIECE_UNIT * PIECE_UNIT
+        if self._scope == "layer" and all(tensor.nbytes <= num_buffers * piece_bytes for tensor in self.tensors):
+            # Each tensor is held as a whole, so there are no candidates. With more buffers, the next one is read while
+            # the last is still being written.
+            num_buffers, room = 2 * num_buffers, 0
+        try:
+            return Stream(piece_bytes, num_buffers, room)
+        except (RuntimeError, MemoryError) as error:
+            raise DeviceError(f"prune: no memory left, {max_memory >> 20} MB were allowed; allow less") from error
 
     def _renames(self) -> dict[str, Path]:
         """Return {path in the staging folder: final path}, in the order of the renames."""
@@ -321,14 +334,6 @@ class PruneJob:
         if old is not None and (not is_file_of_masks(old) or old.samefile(self.checkpoint.root)):
             old = None
         staging.commit(self._renames(), force=self._force, old=old)
-
-
-def _stream(max_memory: int, dtype: torch.dtype | None, scope: Scope) -> Stream:
-    """Allocate the memory of a run: buffers, and room for candidates."""
-    try:
-        return Stream(*_buffers(max_memory, dtype, scope), max_memory // 2 // PIECE_UNIT * PIECE_UNIT)
-    except (RuntimeError, MemoryError) as error:
-        raise DeviceError(f"prune: no memory left, {max_memory >> 20} MB were allowed; allow less") from error
 
 
 def _buffers(max_memory: int, dtype: torch.dtype | None, scope: Scope) -> tuple[int, int]:

@@ -11,23 +11,24 @@ import errno
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import partial
 from io import FileIO
 from pathlib import Path
 from typing import NamedTuple, Self
 
 import torch
 
+from gmp_kernels.checkpoints.blocks import BLOCK, BlockFile, write_whole
 from gmp_kernels.checkpoints.outputs import keep_permissions
 from gmp_kernels.errors import CheckpointError
 
-__all__ = ["PIECE_UNIT", "Piece", "Stream", "opened", "read_into", "write_whole"]
+__all__ = ["PIECE_UNIT", "Piece", "Stream", "opened", "read_into"]
 
 # Bytes of 8 elements of the widest dtype, so that no piece begins within a byte of a packed mask.
 PIECE_UNIT = 64
-# Bytes per call. The page cache takes memory in blocks as large as the call. Large free blocks are rare, and a virtual
-# machine often has none before they are touched, which can make writing five times slower.
-WRITE_BYTES = 1 << 18
-# Bytes after which a sync starts, so that the disk works while more is read and computed.
+# Threads that write past the page cache, so that the disk always has more to do.
+DIRECT_WRITERS = 3
+# Bytes in the page cache after which a sync starts, so that the disk works while more is read and computed.
 SYNC_BYTES = 1 << 28
 # Errors of a kernel that cannot copy between these two files itself.
 NO_KERNEL_COPY = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP}
@@ -115,23 +116,31 @@ class Stream:
         self.num_bytes = num_buffers * piece_bytes
         self.room = torch.empty(room_bytes, dtype=torch.uint8, device="cpu")
         self._piece_bytes = piece_bytes
-        self._buffers = [torch.empty(piece_bytes, dtype=torch.uint8, device="cpu") for _ in range(num_buffers)]
+        # Each begins at a multiple of BLOCK, and has room for a piece that begins anywhere in its first block.
+        size = -(-piece_bytes // BLOCK) * BLOCK + BLOCK
+        memory = torch.empty(num_buffers * size + BLOCK, dtype=torch.uint8, device="cpu")
+        begin = -memory.data_ptr() % BLOCK
+        self._buffers = [memory[at : at + size] for at in range(begin, begin + num_buffers * size, size)]
         # The last write of each buffer; at the beginning, work that is done.
         self._writes = [DONE] * num_buffers
         self._next = 0
         # Reads of at most one range, begun before the range was requested.
         self._ahead: dict[tuple[FileIO, range], list[Future[Piece]]] = {}
         self._reader = ThreadPoolExecutor(1, "gmp-kernels-reader")
+        # To the page cache, where several would wait for each other, and past it.
         self._writer = ThreadPoolExecutor(1, "gmp-kernels-writer")
+        self._direct_writer = ThreadPoolExecutor(DIRECT_WRITERS, "gmp-kernels-direct-writer")
         self._syncer = ThreadPoolExecutor(1, "gmp-kernels-syncer")
         self._sync = DONE
         self._unsynced = 0
+        # {descriptor: file} of those that are being written.
+        self._files: dict[int, BlockFile] = {}
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_error: object) -> None:
-        for threads in (self._reader, self._writer, self._syncer):
+        for threads in (self._reader, self._writer, self._direct_writer, self._syncer):
             threads.shutdown(cancel_futures=True)
 
     @contextlib.contextmanager
@@ -144,16 +153,20 @@ class Stream:
         # A file left by an interrupted run may be read-only.
         path.unlink(missing_ok=True)
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        file = self._files[descriptor] = BlockFile(descriptor)
         try:
             keep_permissions(descriptor, os.fstat(origin.fileno()))
             yield descriptor
             for write in self._writes:
                 write.result()
+            file.finish()
             self._wait_for_sync()
             os.fsync(descriptor)
         finally:
             # Nothing may write to a closed descriptor, because its number may by then be that of another file.
             wait([*self._writes, self._sync])
+            del self._files[descriptor]
+            file.close()
             os.close(descriptor)
 
     def pieces(
@@ -171,6 +184,11 @@ class Stream:
         for i in range(num_pieces):
             self._begin_reads(reads, source, span, i + num_buffers)
             begin, data, buffer = reads[i].result()
+            if data.data_ptr() % dtype.itemsize:
+                # Few files hold tensors at such places. Elements in memory have to lie at multiples of their size.
+                memory = self._buffers[buffer][: len(data)]
+                memory.numpy()[:] = data.numpy()
+                data = memory
             yield Piece(begin // dtype.itemsize, data.view(dtype), buffer)
         ahead = self._ahead[source, following] = []
         self._begin_reads(ahead, source, following, max(0, num_buffers - num_pieces))
@@ -180,8 +198,15 @@ class Stream:
 
         ``buffer`` holds the piece that ``tensor`` is, or was made from. Nothing is read into it before the write ends.
         """
-        self._writes[buffer] = self._writer.submit(_write, descriptor, tensor, offset, self._writes[buffer])
-        self._unsynced += tensor.nbytes
+        file, memory, shift = self._files[descriptor], self._buffers[buffer], offset % BLOCK
+        if file.is_direct and tensor.data_ptr() == memory.data_ptr() + shift:
+            writer, writes = self._direct_writer, file.writes(memory[: shift + tensor.nbytes].numpy().data, offset)
+        else:
+            writer, data = self._writer, tensor.view(torch.uint8).numpy().data
+            writes = [partial(write_whole, descriptor, data, offset)]
+            self._unsynced += tensor.nbytes
+        for write in writes:
+            self._writes[buffer] = writer.submit(_write, write, self._writes[buffer])
         if self._unsynced >= SYNC_BYTES and self._sync.done():
             self._wait_for_sync()
             self._unsynced, self._sync = 0, self._syncer.submit(os.fdatasync, descriptor)
@@ -208,7 +233,9 @@ class Stream:
 
     def _read(self, source: FileIO, span: range, begin: int, buffer: int) -> Piece:
         self._writes[buffer].result()
-        data = self._buffers[buffer][: len(span) - begin]
+        # In memory a piece begins as far from a multiple of BLOCK as in the file.
+        shift = span[begin] % BLOCK
+        data = self._buffers[buffer][shift : shift + min(self._piece_bytes, len(span) - begin)]
         read_into(data, source, span[begin])
         return Piece(begin, data, buffer)
 
@@ -217,14 +244,6 @@ class Stream:
         pending.result()  # the system reports each failure once, so it must not get lost here
 
 
-def _write(descriptor: int, tensor: torch.Tensor, offset: int, before: Future[None]) -> None:
+def _write(write: Callable[[], None], before: Future[None]) -> None:
     before.result()  # raises its error, after which no later write counts
-    write_whole(descriptor, tensor.view(torch.uint8).numpy().data, offset)
-
-
-def write_whole(descriptor: int, data: bytes | memoryview, offset: int) -> None:
-    """Write all of ``data``, even if the system takes it in parts."""
-    view = memoryview(data)
-    while view:
-        count = os.pwrite(descriptor, view[:WRITE_BYTES], offset)
-        view, offset = view[count:], offset + count
+    write()

@@ -15,12 +15,13 @@ import torch
 from gmp_kernels.backends import choose, dtypes
 from gmp_kernels.backends.keys import magnitude_of
 from gmp_kernels.backends.types import Brackets, Cutoffs, Layer, Selection
+from gmp_kernels.checkpoints.blocks import write_whole
 from gmp_kernels.checkpoints.counting import Decision, check_finite, decide
 from gmp_kernels.checkpoints.files import DTYPES, LENGTH_BYTES, Checkpoint, FileShard, TensorInfo
 from gmp_kernels.checkpoints.folders import read_index
 from gmp_kernels.checkpoints.masks import MASK_SUFFIX, mask_metadata
 from gmp_kernels.checkpoints.outputs import reserve
-from gmp_kernels.checkpoints.stream import Piece, Stream, opened, write_whole
+from gmp_kernels.checkpoints.stream import Piece, Stream, opened
 from gmp_kernels.errors import DTypeError
 from gmp_kernels.reports import LayerReport
 from gmp_kernels.search.communicator import Communicator
