@@ -53,6 +53,9 @@ class Communicator:
         has_cpu = group is None or "cpu:" in dist.get_backend_config(group)
         self._device = torch.device("cpu" if has_cpu else "cuda")
         self.num_collectives = self.num_bytes = 0
+        # The tensors of the last reduction. A thread of gloo may hold them for a moment after it. If it were the last
+        # to do so when Python ends, it would need Python to free them, which aborts the process.
+        self._last: list[torch.Tensor] = []
 
     def total(self, values: torch.Tensor, bound: int) -> torch.Tensor:
         """Add up over the ranks, where no sum can exceed ``bound``. int64, on the CPU."""
@@ -91,6 +94,7 @@ class Communicator:
         if self._group is None:
             return values
         buffer = values.to(self._device, dtype, copy=True)
+        self._last = [buffer]
         with self._answered():
             if self._device.type == "cpu" and self.size * buffer.nbytes <= MOST_GATHERED:
                 self._reduce_at_first(buffer, op)
@@ -104,7 +108,9 @@ class Communicator:
     def _reduce_at_first(self, buffer: torch.Tensor, op: dist.ReduceOp.RedOpType) -> None:
         """Replace the values of every rank by the result, computed on the first."""
         gathered = buffer.new_empty(self.size, *buffer.shape) if self.rank == 0 else None
-        dist.gather(buffer, None if gathered is None else list(gathered), group=self._group, group_dst=0)
+        received = None if gathered is None else list(gathered)
+        self._last += received or []
+        dist.gather(buffer, received, group=self._group, group_dst=0)
         if gathered is not None:
             buffer.copy_(gathered.sum(0) if op == dist.ReduceOp.SUM else gathered.amax(0))
         dist.broadcast(buffer, group=self._group, group_src=0)

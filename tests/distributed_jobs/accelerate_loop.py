@@ -14,6 +14,7 @@ from accelerate.utils import DistributedType
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from accelerate_loops import BATCHES, Loop
 from compared_runs import OPTIMIZERS, assert_same_bits
+from launch import leave
 
 from gmp_kernels.distributed.placement import is_sharded
 from gmp_kernels.errors import StateError
@@ -71,3 +72,4 @@ if __name__ == "__main__":
             for stop in (4, 14):  # within and after the pruning stage
                 job(Path(sys.argv[1]) / kind.__name__ / optimizer / str(stop), kind, optimizer, stop)
     refuses_the_shards_of_one_rank()
+    leave()

@@ -11,6 +11,7 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from compared_runs import OPTIMIZERS, assert_same_bits, assert_same_on_all_ranks, bits
 from hf_trainers import STEPS, Stop, make_trainer
+from launch import leave
 
 from gmp_kernels.errors import GMPWarning
 from gmp_kernels.integrations.transformers import GMPCallback
@@ -38,4 +39,4 @@ def job(folder: Path, optimizer: str) -> None:
 if __name__ == "__main__":
     for optimizer in OPTIMIZERS:
         job(Path(sys.argv[1]) / optimizer, optimizer)
-    dist.destroy_process_group()
+    leave()

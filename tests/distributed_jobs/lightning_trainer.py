@@ -10,6 +10,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from compared_runs import OPTIMIZERS, assert_same_bits, assert_same_on_all_ranks, bits
+from launch import leave
 from lightning_trainers import EPOCHS, Manual, Module, fit
 
 from gmp_kernels.integrations.lightning import GMPCallback
@@ -34,3 +35,4 @@ if __name__ == "__main__":
     for optimizer in OPTIMIZERS:
         for kind in (Module, Manual):
             job(Path(sys.argv[1]) / optimizer / kind.__name__, optimizer, kind)
+    leave()

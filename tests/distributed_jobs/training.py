@@ -6,11 +6,12 @@ Gradients are made up, the same for all: adding up those of several ranks would 
 from __future__ import annotations
 
 import copy
+import os
 import sys
 from collections.abc import Callable
 
 import torch
-from launch import run
+from launch import leave, run
 from masks import assert_same, shard
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -120,3 +121,5 @@ def job(ways: list[str]) -> None:
 
 if __name__ == "__main__":
     run(4, job, sys.argv[1:] or list(WAYS))
+    if "RANK" in os.environ:
+        leave()
