@@ -10,6 +10,7 @@
 #include <stdexcept>
 
 #include "cpu/apply.h"
+#include "cpu/draw.h"
 #include "cpu/kernels.h"
 #include "cpu/life.h"
 #include "cpu/optim.h"
@@ -185,6 +186,17 @@ void count_slots(const Layers& layers, const std::vector<uint64_t>& keys, const 
   }
   py::gil_scoped_release release;
   gmp::cpu::count_slots(layers, keys, given, num_slots, result, num_threads);
+}
+
+// groups: first layer, number of layers, weights wanted; keys: a row for each. Returns how many keys its row has got,
+// and how many of its sampled weights are pruned.
+std::vector<std::pair<int64_t, int64_t>> draw(const Layers& layers,
+                                              const std::vector<std::tuple<size_t, size_t, int64_t>>& groups,
+                                              const Array& keys, int64_t row_size, int num_threads) {
+  check_threads(num_threads);
+  void* const rows = checked(keys, row_size * static_cast<int64_t>(groups.size()), "keys");
+  py::gil_scoped_release release;
+  return gmp::cpu::draw(layers, groups, rows, row_size, num_threads);
 }
 
 // Weights kept before, and now, per layer.
@@ -436,6 +448,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("update_batch", &update_batch);
   m.def("select", &select_cutoffs);
   m.def("count", &count);
+  m.def("draw", &draw);
+  m.attr("DRAW_SLACK_BYTES") = gmp::cpu::kGatherSlackBytes;
   m.def("count_slots", &count_slots);
   m.def("prune", &prune);
   m.def("apply_masks", &apply_masks);

@@ -36,6 +36,14 @@ def count(
     num_threads: int,
 ) -> list[tuple[int, int, int, int]]: ...
 
+DRAW_SLACK_BYTES: int  # that a row of keys has to have after the weights wanted
+
+# first layer, number of layers, weights wanted of each group; a row of keys for each; returns how many weights of each
+# sample are unpruned and pruned
+def draw(
+    layers: Layers, groups: Sequence[tuple[int, int, int]], keys: _Array, row_size: int, num_threads: int
+) -> list[tuple[int, int]]: ...
+
 # a row of flat indices per layer, and one of counts
 def count_slots(
     layers: Layers, keys: Sequence[int], places: _Array, counts: _Array, num_slots: int, num_threads: int

@@ -193,3 +193,10 @@ def test_slots_outside_of_a_layer_are_refused(places: list[int]) -> None:
     layers = [Layer(case.weight, case.mask)] * 2
     with pytest.raises(ValueError, match="places need to ascend, and to lie in their layer"):
         case.backend.count_slots(layers, np.array([1, 1]), np.array([[0, 4, N], places]))
+
+
+@pytest.mark.parametrize("group", [(0, 3, 9), (2, 1, 9), (0, 0, 9), (0, 1, 0), (0, 1, 1 << 20)])
+def test_samples_of_other_layers_or_sizes_are_refused(group: tuple[int, int, int]) -> None:
+    case = Case("cpu")
+    with pytest.raises(ValueError, match=r"a sample (needs layers, and a number of weights|does not fit its row)"):
+        case.backend.draw([Layer(case.weight, case.mask)] * 2, [(0, 1, 9), group])

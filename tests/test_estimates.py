@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -14,6 +17,13 @@ from gmp_kernels.search.sample import estimate
 from gmp_kernels.tools.testing import DTYPES, adversarial_cases
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(params=["numpy", "cpu"], autouse=True)
+def draw(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sample with torch and numpy, or with the kernels of the CPU."""
+    if request.param == "cpu":
+        monkeypatch.setattr(sys.modules[__name__], "estimate", partial(estimate, draw=choose("cpu", CPU).draw))
 
 
 def pruned(weight: torch.Tensor, sparsity: float) -> Layer:
@@ -64,6 +74,15 @@ def test_a_bracket_is_empty_where_nothing_is_left() -> None:
     layer = pruned(torch.randn(1000), 1.0)
     (lo, hi), _ = estimated([[layer]], 0.5, 2)
     assert lo[0] > hi[0]
+
+
+def test_groups_of_tiny_layers_get_a_bracket_beside_others() -> None:
+    generator = torch.Generator().manual_seed(0)
+    groups = [[pruned(torch.randn(n, generator=generator), 0.5) for n in sizes] for sizes in ([3000], [20] * 400, [9])]
+    (lo, hi), densities = estimated(groups, 0.5, 1)
+    for i, group in enumerate(groups):
+        kept = torch.cat([keys_of(la.weight)[BitMask(la.mask, la.weight.shape).to_bool()] for la in group])
+        assert lo[i] <= kept.sort().values[len(kept) // 2] <= hi[i] and densities[i] > 0
 
 
 def test_a_group_is_sampled_as_one() -> None:

@@ -7,6 +7,7 @@ from functools import partial
 from typing import TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
 # Imported before _C, so that the process has one OpenMP runtime, torch's, and our loops run on its warm threads.
 import torch
@@ -112,6 +113,16 @@ class Cpu:
         rows = _C.count(_layers(layers), *asked, num_bins, torch.get_num_threads())
         below, inside, pruned, nonfinite = np.array(rows, np.int64).reshape(-1, 4).T
         return BracketCounts(below, inside, pruned, nonfinite, bins)
+
+    def draw(
+        self, layers: Sequence[Layer], groups: Sequence[tuple[int, int, int]]
+    ) -> tuple[npt.NDArray[np.signedinteger], Integers, Integers]:
+        itemsize = layers[groups[0][0]].weight.dtype.itemsize
+        row = max(wanted for *_, wanted in groups) + _C.DRAW_SLACK_BYTES // itemsize
+        keys = np.empty((len(groups), row), f"i{itemsize}")
+        counts = _C.draw(_layers(layers), groups, (keys.ctypes.data, keys.size), row, torch.get_num_threads())
+        unpruned, pruned = np.array(counts, np.int64).T
+        return keys, unpruned, pruned
 
     def count_slots(self, layers: Sequence[Layer], keys: Integers, places: Integers) -> Integers:
         num_layers, num_places = places.shape

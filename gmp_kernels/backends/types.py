@@ -340,6 +340,7 @@ class Constants(NamedTuple):
 
 Select: TypeAlias = Callable[..., Selection]  # with the parameters of ``Implementation.select``
 CountSlots: TypeAlias = Callable[[Sequence[Layer], Integers, Integers], Integers]
+Draw: TypeAlias = Callable[..., tuple[npt.NDArray[np.signedinteger], Integers, Integers]]
 
 
 class Implementation(Protocol):
@@ -387,6 +388,16 @@ class Implementation(Protocol):
 
         ``num_bins`` is a power of two. ``candidates`` are 1-d and of the layer's dtype and device. If they have room
         for all magnitudes inside the bracket, they receive these, in any order.
+        """
+        ...
+
+    @property
+    def draw(self) -> Draw | None:
+        """Operation that samples groups of layers of one dtype; None where ``search.sample`` does it with torch.
+
+        Takes the layers and, for each group, its first layer, the number of its layers, and how many weights to sample.
+        Returns a row of keys per group, of the unpruned weights sampled and at least one of NaN, and how many weights
+        sampled are unpruned and pruned. Takes nothing of groups of many tiny layers.
         """
         ...
 

@@ -123,7 +123,9 @@ class Search:
         layers = [[self._layers[i] for i in own] for own in members]
         num_parts = [min(self._placements[i].num_parts for i in own) for own in members]
         own_counts = [self._num_prune[g] for g in groups], [num_pruned[g] for g in groups]
-        found, densities = estimate(layers, *own_counts, self._sizes[groups].tolist(), num_parts)
+        whole = self._all if len(pieces) == len(self._all) else None
+        drawing = self._implementation.draw, whole
+        found, densities = estimate(layers, *own_counts, self._sizes[groups].tolist(), num_parts, *drawing)
         brackets = Brackets(self._largest_keys(), np.zeros(len(self._firsts), np.int64))
         brackets.lo[groups], brackets.hi[groups] = found
         self._densities[pieces] = np.repeat(densities, counts)

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
+from itertools import accumulate
 from statistics import NormalDist
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from gmp_kernels.backends.keys import bits_of, largest_key
-from gmp_kernels.backends.types import Brackets, Layer
+from gmp_kernels.backends.types import Brackets, Draw, Layer
 
 __all__ = ["estimate"]
 
 LINE = 64  # bytes that a read brings from memory anyway, so all of them are sampled
 LEAST, MOST = 1 << 10, 1 << 16  # weights to sample of a group; n^(2/3) in between, as in csrc/cpu/sample.h
+# A backend that draws samples takes twice as many of wide keys, of which a narrower bracket holds far fewer. As in
+# csrc/cpu/sample.h, samples are no larger than this.
+DRAWN, DRAWN_BYTES = 2, 1 << 18
 BATCH_BYTES = 1 << 19  # of weights that are sampled at a time
 MISS = NormalDist().cdf(-4)  # probability that a threshold lies above the union of all brackets, and of below
 
@@ -27,6 +32,8 @@ def estimate(
     num_pruned: Sequence[int | None],
     sizes: Sequence[int],
     num_parts: Sequence[int],
+    draw: Draw | None = None,
+    layers: Sequence[Layer] | None = None,
 ) -> tuple[Brackets, np.ndarray]:
     """Bracket a threshold per group by a sample. If the sample has no unpruned weight, the bracket is empty.
 
@@ -39,6 +46,10 @@ def estimate(
     num_parts : sequence of int
         Per group, how many ranks sample different parts of it. The union of their brackets nearly always holds the
         threshold.
+    draw : callable, optional
+        ``Implementation.draw`` of the backend.
+    layers : sequence of Layer, optional
+        All layers of the groups in this order, in a form that a backend takes faster.
 
     Returns
     -------
@@ -47,18 +58,25 @@ def estimate(
     numpy.ndarray
         Per group, the average fraction of its weights per key around the threshold.
     """
-    alike: dict[tuple[torch.dtype, int, tuple[int, ...]], list[int]] = defaultdict(list)
-    strides = []
-    for i, layers in enumerate(groups):
-        numels, dtype = [layer.weight.numel() for layer in layers], layers[0].weight.dtype
-        width = min(LINE // dtype.itemsize, max(numels))
-        lines, wanted = sum(numels) // width, min(max(LEAST, round(sum(numels) ** (2 / 3))), MOST) // width
-        # With few keys around a threshold there is little to gain from a narrow bracket.
-        wanted //= 2 if dtype.itemsize == 2 else 1
-        # The stride is odd, so that it does not keep in step with rows, whose lengths are even.
-        strides.append(max(1, (lines // wanted - 1) | 1))
-        alike[dtype, width, tuple(-(-(n // width) // strides[i]) for n in numels)].append(i)
     found, densities = Brackets(*np.zeros((2, len(groups)), np.int64)), np.zeros(len(groups))
+
+    def put(batch: list[int], sample: _Sample) -> None:
+        request = np.array([(num_prune[i], num_pruned[i] or 0, sizes[i], _sigmas(num_parts[i])) for i in batch]).T
+        is_known = np.array([num_pruned[i] is not None for i in batch])
+        found.lo[batch], found.hi[batch], densities[batch] = _brackets(sample, is_known, *request)
+
+    wanted = [_wanted(own) for own in groups]
+    left = [*range(len(groups))]
+    if draw is not None:
+        left = _draw_all(draw, groups, layers, wanted, put)
+    alike: dict[tuple[torch.dtype, int, tuple[int, ...]], list[int]] = defaultdict(list)
+    strides = {}
+    for i in left:
+        numels, dtype = [layer.weight.numel() for layer in groups[i]], groups[i][0].weight.dtype
+        width = min(LINE // dtype.itemsize, max(numels))
+        # The stride is odd, so that it does not keep in step with rows, whose lengths are even.
+        strides[i] = max(1, (sum(numels) // width // (wanted[i] // width) - 1) | 1)
+        alike[dtype, width, tuple(-(-(n // width) // strides[i]) for n in numels)].append(i)
     for (dtype, width, lines_of_layers), positions in alike.items():
         num_lines = sum(lines_of_layers)
         step = max(1, BATCH_BYTES // (num_lines * width * dtype.itemsize))
@@ -70,10 +88,70 @@ def estimate(
                 for layer, lines in zip(groups[i], lines_of_layers, strict=True)
             ]
             weights, masks = (torch.cat(views_).view(len(batch), -1).cpu() for views_ in zip(*views, strict=True))
-            request = np.array([(num_prune[i], num_pruned[i] or 0, sizes[i], _sigmas(num_parts[i])) for i in batch]).T
-            is_known = np.array([num_pruned[i] is not None for i in batch])
-            found.lo[batch], found.hi[batch], densities[batch] = _brackets(weights, masks.numpy(), is_known, *request)
+            put(batch, _sorted_sample(weights, masks.numpy()))
     return found, densities
+
+
+class _Sample(NamedTuple):
+    """Sampled weights of some groups of a dtype.
+
+    Attributes
+    ----------
+    keys : numpy.ndarray
+        A sorted row per group, in which the keys of the unpruned weights follow each other.
+    first, unpruned, size : numpy.ndarray
+        Per group: place of the first of them, their number, and that of all sampled weights.
+    largest : int
+        Key of NaN.
+    """
+
+    keys: np.ndarray
+    first: np.ndarray
+    unpruned: np.ndarray
+    size: np.ndarray
+    largest: int
+
+
+def _wanted(layers: Sequence[Layer]) -> int:
+    """Return how many weights to sample of a group."""
+    size = sum(layer.weight.numel() for layer in layers)
+    wanted: int = min(max(LEAST, round(size ** (2 / 3))), MOST)
+    # With few keys around a threshold there is little to gain from a narrow bracket.
+    return wanted // 2 if layers[0].weight.dtype.itemsize == 2 else wanted
+
+
+def _draw_all(
+    draw: Draw,
+    groups: Sequence[Sequence[Layer]],
+    layers: Sequence[Layer] | None,
+    wanted: Sequence[int],
+    put: Callable[[list[int], _Sample], None],
+) -> list[int]:
+    """Have the backend sample the groups; return the positions of those of whose tiny layers it takes nothing."""
+    layers = [layer for own in groups for layer in own] if layers is None else layers
+    ends = [*accumulate(map(len, groups))]
+    alike: dict[torch.dtype, list[int]] = defaultdict(list)
+    for i, own in enumerate(groups):
+        alike[own[0].weight.dtype].append(i)
+    missed: list[int] = []
+    for dtype, positions in alike.items():
+        times = DRAWN if dtype.itemsize > 2 else 1
+        most = min(times * max(wanted[i] for i in positions), DRAWN_BYTES // dtype.itemsize)
+        step = max(1, BATCH_BYTES // (most * dtype.itemsize))
+        for start in range(0, len(positions), step):
+            batch = positions[start : start + step]
+            asked = [(ends[i] - len(groups[i]), len(groups[i]), min(times * wanted[i], most)) for i in batch]
+            keys, unpruned, pruned = draw(layers, asked)
+            keys = keys[:, : unpruned.max() + 1]
+            keys.sort(axis=1)
+            rows = np.flatnonzero(unpruned + pruned)
+            if len(rows) < len(batch):
+                missed += [i for i, size in zip(batch, (unpruned + pruned).tolist(), strict=True) if not size]
+                keys, unpruned, pruned = keys[rows], unpruned[rows], pruned[rows]
+            if len(rows):
+                sample = _Sample(keys, np.zeros_like(unpruned), unpruned, unpruned + pruned, largest_key(dtype))
+                put([batch[row] for row in rows.tolist()], sample)
+    return missed
 
 
 def _spread(layer: Layer, num_lines: int, width: int, stride: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -94,23 +172,27 @@ def _sigmas(num_parts: int) -> float:
     return max(0.0, -NormalDist().inv_cdf(MISS ** (1 / num_parts)))
 
 
+def _sorted_sample(weights: torch.Tensor, masks: np.ndarray) -> _Sample:
+    """Return the sample in which each group has a row of weights, and one of the bytes of their masks."""
+    keys = bits_of(weights).numpy()
+    keys &= np.iinfo(keys.dtype).max
+    # Pruned weights are zero and come first.
+    keys.sort(axis=1)
+    unpruned = np.unpackbits(masks, axis=1).sum(axis=1, dtype=np.int64)
+    size = np.full(len(keys), keys.shape[1])
+    return _Sample(keys, size - unpruned, unpruned, size, largest_key(weights.dtype))
+
+
 def _brackets(
-    weights: torch.Tensor,
-    masks: np.ndarray,
+    sample: _Sample,
     is_known: np.ndarray,
     num_prune: np.ndarray,
     num_pruned: np.ndarray,
     sizes: np.ndarray,
     sigmas: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Estimate ends and densities; each group has a row of sampled weights, and one of the bytes of their masks."""
-    largest = largest_key(weights.dtype)
-    keys = bits_of(weights).numpy()
-    keys &= np.iinfo(keys.dtype).max
-    # Pruned weights are zero and come first.
-    keys.sort(axis=1)
-    size = keys.shape[1]
-    unpruned = np.unpackbits(masks, axis=1).sum(axis=1, dtype=np.int64)
+    """Estimate ends and densities."""
+    keys, before, unpruned, size, largest = sample
     # Ranks are among the unpruned weights or, if their number is not known, among all weights.
     shares = np.clip((num_prune - num_pruned) / np.maximum(1, sizes - num_pruned), 0.0, 1.0)
     ranked = np.where(is_known, unpruned, size)
@@ -120,7 +202,7 @@ def _brackets(
     rows = np.arange(len(keys))
 
     def keys_at(ranks: np.ndarray) -> np.ndarray:
-        found: np.ndarray = np.minimum(keys[rows, np.clip(size - unpruned - 1 + ranks, 0, size - 1)], largest)
+        found: np.ndarray = np.minimum(keys[rows, np.clip(before - 1 + ranks, 0, keys.shape[1] - 1)], largest)
         return found
 
     lo = np.where(unpruned == 0, largest, np.where(low < 1, 0, keys_at(low)))

@@ -59,6 +59,7 @@ class Launches:
 
     capturable = True
     skips_pruned_blocks = True
+    draw = None
     count_slots = None
 
     def __init__(self, module: ModuleType) -> None:

@@ -128,6 +128,7 @@ class Triton:
     capturable = False
     skips_pruned_blocks = True
     select = None
+    draw = None
     count_slots = None
 
     def __init__(self) -> None:
