@@ -315,7 +315,8 @@ class MaskedOptimizer(Masking):
         writes: list[Callable[[], object]] = []
         for i, weight in enumerate(weights):
             if weight.is_neg():
-                # The view negates its memory, but kernels read the memory itself.
+                # The view negates its memory, but kernels read the memory itself. torch reads it without a look.
+                check_memory(self._name, weight)
                 weights[i] = weight.detach().resolve_neg()
                 writes.append(partial(weight.detach().copy_, weights[i]))
         masks = list(map(self._masks.get, parameters))
