@@ -55,22 +55,48 @@ inline BracketCounts scan_loop(const LayerView& layer, int64_t i, int64_t end, c
   const auto lo_lanes = broadcast(lo), hi_lanes = broadcast(hi);
   const auto nan = broadcast(static_cast<Key>(infinity + 1));
   auto largest_lanes = broadcast(Key{0});
-  for (; i + kCount <= end; i += kCount) {
-    uint64_t kept = kAllLanes<Key>;
-    if constexpr (kMasked) {
-      kept = load_mask_bits<kCount>(mask, i);
-      pruned += kCount - __builtin_popcountll(kept);
-      if (kept == 0) continue;  // a dead block costs no read of its weights
+  // The registers with keys inside, which are a few of a tile: their first lanes, and which of their lanes are inside.
+  constexpr bool kLists = kGather && kIsCompressSlow<Lanes<Key>>;
+  constexpr int64_t kTile = 4096;  // weights, which stay in L1 until their keys are gathered
+  uint16_t hits[kTile / kCount];
+  uint32_t hit_bits[kTile / kCount];
+  while (i + kCount <= end) {
+    const int64_t first = i, until = kLists && first + kTile < end ? first + kTile : end;
+    int64_t num_hits = 0;
+    for (; i + kCount <= until; i += kCount) {
+      uint64_t kept = kAllLanes<Key>;
+      if constexpr (kMasked) {
+        kept = load_mask_bits<kCount>(mask, i);
+        pruned += kCount - __builtin_popcountll(kept);
+        // A dead run costs no read of its weights. Asked of every register, the answer would be hard to predict.
+        if (i + 64 <= until && load_mask_bits<64>(mask, i) == 0) {
+          pruned += 64 - kCount;
+          i += 64 - kCount;
+          continue;
+        }
+      }
+      prefetch_ahead(weights + i);
+      auto keys = min(magnitude(load_lanes(weights + i)), nan);
+      if constexpr (kMasked) keys = zero_unless(kept, keys);
+      largest_lanes = max(largest_lanes, keys);
+      const uint64_t lower = less(keys, lo_lanes);
+      const uint64_t chosen = ~lower & ~less(hi_lanes, keys) & kept;
+      below += __builtin_popcountll(lower & kept);
+      if constexpr (kLists) {
+        // Without a branch, which no predictor would learn.
+        hits[num_hits] = static_cast<uint16_t>(i - first);
+        hit_bits[num_hits] = static_cast<uint32_t>(chosen);
+        num_hits += chosen != 0;
+      } else {
+        if constexpr (kGather) compress(keys_inside + inside, keys, chosen);
+        inside += __builtin_popcountll(chosen);
+      }
     }
-    prefetch_ahead(weights + i);
-    auto keys = min(magnitude(load_lanes(weights + i)), nan);
-    if constexpr (kMasked) keys = zero_unless(kept, keys);
-    largest_lanes = max(largest_lanes, keys);
-    const uint64_t lower = less(keys, lo_lanes);
-    const uint64_t chosen = ~lower & ~less(hi_lanes, keys) & kept;
-    below += __builtin_popcountll(lower & kept);
-    if constexpr (kGather) compress(keys_inside + inside, keys, chosen);
-    inside += __builtin_popcountll(chosen);
+    for (int64_t k = 0; k < num_hits; ++k) {
+      const auto keys = min(magnitude(load_lanes(weights + first + hits[k])), nan);
+      compress(keys_inside + inside, keys, hit_bits[k]);
+      inside += __builtin_popcount(hit_bits[k]);
+    }
   }
   Key lanes[kCount], largest = 0;
   store_lanes(lanes, largest_lanes);

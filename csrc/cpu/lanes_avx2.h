@@ -55,6 +55,8 @@ inline void compress(uint16_t* out, Keys16 r, uint64_t bits) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(out + __builtin_popcount(low)),
                    front(_mm256_extracti128_si256((__m256i)r, 1), high));
 }
+template <>
+inline constexpr bool kIsCompressSlow<Keys16> = true;
 inline Keys16 expand(const uint16_t* src, uint64_t bits) {
   const unsigned low = bits & 0xff, high = bits >> 8 & 0xff;
   const auto spread = [](const uint16_t* p, unsigned pattern) {

@@ -46,6 +46,8 @@ inline void compress(uint16_t* out, Keys16 r, uint64_t chosen) {
   front(out, _mm512_castsi512_si256((__m512i)r), low);
   front(out + __builtin_popcount(low), _mm512_extracti64x4_epi64((__m512i)r, 1), high);
 }
+template <>
+inline constexpr bool kIsCompressSlow<Keys16> = true;
 inline Keys16 expand(const uint16_t* src, uint64_t chosen) {
   const auto spread = [](const uint16_t* from, __mmask16 bits) {
     const __m256i packed = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));

@@ -66,3 +66,9 @@ PlainLanes<Key> expand(const Key* src, uint64_t bits) {
   for (int j = 0; j < 8; ++j) r.lane[j] = bits >> j & 1 ? *src++ : Key{0};
   return r;
 }
+
+// Whether compressing a register of this type takes longer than noting that it is to be compressed.
+template <typename Register>
+inline constexpr bool kIsCompressSlow = false;
+template <typename Key>
+inline constexpr bool kIsCompressSlow<PlainLanes<Key>> = true;

@@ -163,12 +163,26 @@ void update_partial(const Arrays<kDType, kNumStates, kHasMaster, kState>& a, uin
 // The blocks of kLanes weights, at most kMostBlocks, in which any weight is kept. They are collected ahead of the work,
 // without a branch: at 95 % sparsity every other block is dead, in an order that no predictor learns. The next blocks
 // must also be known early to be fetched early, because the hardware fetches ahead only at even strides.
-inline constexpr int64_t kMostBlocks = 2048;
+inline constexpr int64_t kMostBlocks = 2048, kBlockSlack = 32;
 
 template <int kLanes>
 int64_t live_blocks(const uint8_t* mask, int64_t num_blocks, uint16_t* blocks) {
-  int64_t count = 0;
-  for (int64_t b = 0; b < num_blocks; ++b) {
+  int64_t count = 0, b = 0;
+  using Registers = Lanes<uint16_t>;
+  if constexpr (kLanes == 16 && !std::is_same_v<Registers, PlainLanes<uint16_t>>) {
+    // The bits of a block are a lane, so its number is compressed as a key is.
+    constexpr int kCount = kNumLanes<uint16_t>;
+    static_assert(kCount <= kBlockSlack);
+    for (; b + kCount <= num_blocks; b += kCount) {
+      uint16_t numbers[kCount], bits[kCount];
+      for (int j = 0; j < kCount; ++j) numbers[j] = static_cast<uint16_t>(b + j);
+      __builtin_memcpy(bits, mask + 2 * b, sizeof(bits));
+      const uint64_t live = less(broadcast(uint16_t{0}), min(load_lanes(bits), broadcast(uint16_t{1})));
+      compress(blocks + count, load_lanes(numbers), live);
+      count += __builtin_popcountll(live);
+    }
+  }
+  for (; b < num_blocks; ++b) {
     blocks[count] = static_cast<uint16_t>(b);
     count += load_mask_bits<kLanes>(mask, b * kLanes) != 0;
   }
@@ -193,7 +207,7 @@ void update_compact(const Arrays<kDType, kNumStates, kHasMaster, kState> a, cons
   constexpr int64_t kSlack = 64 / sizeof(Bits), kMasterSlack = 64 / sizeof(MasterBits);
   alignas(64) Bits w[kTile + kSlack] = {}, g[kTile + kSlack] = {};
   alignas(64) MasterBits m[kTile + kMasterSlack] = {};
-  uint16_t blocks[kMostBlocks + 1];
+  uint16_t blocks[kMostBlocks + kBlockSlack];
   // Weights, gradients and masters of a tile, packed, with the state that belongs to them.
   auto packed = a;
   packed.weights = w;
@@ -272,7 +286,7 @@ template <Rule kRule, bool kMasked, DType kDType, int kNumStates, bool kHasMaste
 void update_dense(const Arrays<kDType, kNumStates, kHasMaster, kState> a, const uint8_t* mask, int64_t n, const C c) {
   constexpr int kLanes = kLanesOf<ComputeOf<kDType>>;
   const int64_t num_blocks = n / kLanes, rest = n % kLanes;
-  uint16_t blocks[kMasked ? kMostBlocks + 1 : 1];
+  uint16_t blocks[kMasked ? kMostBlocks + kBlockSlack : 1];
   int64_t num_live = num_blocks;
   if constexpr (kMasked) num_live = live_blocks<kLanes>(mask, num_blocks, blocks);
   // An average still holds what was in blocks that are pruned by now; in all other rules they are zero already.
