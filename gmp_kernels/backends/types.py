@@ -191,12 +191,8 @@ class BracketCounts(NamedTuple):
 
     Attributes
     ----------
-    below : numpy.ndarray
-        int64: unpruned keys below the bracket.
-    inside : numpy.ndarray
-        int64: unpruned keys in it.
-    pruned : numpy.ndarray
-        int64: mask bits that are 0.
+    below, inside, pruned : numpy.ndarray
+        int64: unpruned keys below the bracket, unpruned keys in it, mask bits that are 0.
     nonfinite : numpy.ndarray
         int64: index in memory of the first unpruned NaN or Inf, -1 if there is none.
     bins : numpy.ndarray
@@ -274,8 +270,8 @@ class UpdateTensor:
     master : torch.Tensor or None
         float32 copy that the arithmetic runs on, written by a step too.
     state : tuple of torch.Tensor
-        Values of the rule per weight; compact if ``compaction`` is given. All are float32 or all bfloat16, which a
-        step rounds to at random (see csrc/optim/rules.h); float64 for float64 weights.
+        Values of the rule per weight, compact if ``compaction`` is given: all float32, or all bfloat16, rounded as in
+        csrc/optim/rules.h; float64 for float64 weights.
     mask : torch.Tensor or None
         Packed bits. Weight and state are zero already wherever a bit is 0.
     compaction : Compaction or None
@@ -293,8 +289,7 @@ class UpdateTensor:
     @property
     def state_dtype(self) -> torch.dtype:
         """The dtype of the state; without state, that of the arithmetic."""
-        wide = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
-        return self.state[0].dtype if self.state else wide
+        return self.state[0].dtype if self.state else torch.promote_types(self.weight.dtype, torch.float32)
 
 
 @dataclass(eq=False, slots=True)
@@ -320,8 +315,7 @@ class Constants(NamedTuple):
     blocks : list of (mapping of str to float, int)
         A row, and how many times it is repeated. Absent constants change nothing.
     on_device : list of (str, int, int, torch.Tensor)
-        Name, first row, row after the last, and float64 values (0-d, or one per row) that replace those of the blocks
-        and that the host must not read.
+        Name, first row, row after the last, and float64 values, 0-d or one per row, that the host must not read.
     """
 
     blocks: list[tuple[Mapping[str, float], int]]
@@ -370,8 +364,7 @@ class Implementation(Protocol):
             Number of layers of each group, which follow each other and have one dtype. The layers of a group are ranked
             together, and the flat index runs through them.
         brackets : Brackets, optional
-            One per group, in which its threshold is expected; empty if that is not known. They may save work and never
-            change the answer.
+            One per group, in which its threshold is expected, empty if that is not known. They only save work.
         prunes : bool, optional
             ``prune`` follows, which may be spared weights that it would find unchanged.
         """
@@ -395,9 +388,9 @@ class Implementation(Protocol):
     def draw(self) -> Draw | None:
         """Operation that samples groups of layers of one dtype; None where ``search.sample`` does it with torch.
 
-        Takes the layers and, for each group, its first layer, the number of its layers, and how many weights to sample.
-        Returns a row of keys per group, of the unpruned weights sampled and at least one of NaN, and how many weights
-        sampled are unpruned and pruned. Takes nothing of groups of many tiny layers.
+        Takes the layers and, per group, its first layer, number of layers and number of weights to sample. Returns per
+        group a row of keys, of unpruned weights and at least one NaN, and how many weights sampled are unpruned and
+        pruned; none of a group of many tiny layers.
         """
         ...
 
