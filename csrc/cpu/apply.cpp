@@ -41,7 +41,7 @@ std::pair<std::vector<int64_t>, std::vector<int64_t>> apply(const std::vector<La
   }
   const int64_t num_divided = static_cast<int64_t>(divided.size());
   active_kernels();  // may throw at its first call
-#pragma omp parallel for schedule(monotonic : dynamic, 4) num_threads(num_threads)
+#pragma omp parallel for schedule(monotonic : dynamic, 4) num_threads(threads_for(num_chunks, 4, num_threads))
   for (int64_t i = 0; i < num_chunks; ++i) {
     const Chunk& c = chunks[static_cast<size_t>(i)];
     const LayerView& layer = layers[c.tensor];

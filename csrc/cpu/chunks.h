@@ -32,4 +32,10 @@ std::vector<Chunk> chunks_of(const Tensors& tensors) {
   return chunks;
 }
 
+// How many threads to wake for this many pieces of work, of which each takes `grain` at a time: to wake one for nothing
+// takes longer than a step of a few small tensors.
+inline int threads_for(int64_t num_pieces, int64_t grain, int num_threads) {
+  return static_cast<int>(std::clamp<int64_t>((num_pieces + grain - 1) / grain, 1, num_threads));
+}
+
 }  // namespace gmp::cpu

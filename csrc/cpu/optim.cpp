@@ -72,7 +72,7 @@ void update(Rule rule, const std::vector<UpdateTensor>& tensors, const std::vect
     }
     check_offsets(num_wrong);
   }
-#pragma omp parallel for schedule(guided, 8) num_threads(num_threads)
+#pragma omp parallel for schedule(guided, 8) num_threads(threads_for(num_chunks, 8, num_threads))
   for (int64_t i = 0; i < num_chunks; ++i) {
     const Chunk& c = chunks[static_cast<size_t>(i)];
     const UpdateTensor& t = tensors[c.tensor];
@@ -86,7 +86,7 @@ double sum_squares(const std::vector<LayerView>& gradients, int num_threads) {
   std::vector<double> sums(chunks.size());
   const int64_t num_chunks = static_cast<int64_t>(chunks.size());
   active_kernels();  // may throw at its first call
-#pragma omp parallel for schedule(guided, 8) num_threads(num_threads)
+#pragma omp parallel for schedule(guided, 8) num_threads(threads_for(num_chunks, 8, num_threads))
   for (int64_t i = 0; i < num_chunks; ++i) {
     const Chunk& c = chunks[static_cast<size_t>(i)];
     const LayerView& layer = gradients[c.tensor];
@@ -103,13 +103,14 @@ void move_state(const std::vector<UpdateTensor>& sources, const std::vector<Upda
   const std::unique_ptr<uint64_t[]> buffers{new uint64_t[static_cast<size_t>(num_threads) * 2 * kBufferWords]};
   active_kernels();  // may throw at its first call
   int64_t num_wrong = 0;
-#pragma omp parallel for schedule(guided, 8) num_threads(num_threads) reduction(+ : num_wrong)
+#pragma omp parallel for schedule(guided, 8) num_threads(threads_for(num_chunks, 8, num_threads)) \
+    reduction(+ : num_wrong)
   for (int64_t i = 0; i < num_chunks; ++i) {
     const Chunk& c = chunks[static_cast<size_t>(i)];
     num_wrong += !offsets_hold(sources[c.tensor], c) + !offsets_hold(targets[c.tensor], c);
   }
   check_offsets(num_wrong);
-#pragma omp parallel for schedule(guided, 8) num_threads(num_threads)
+#pragma omp parallel for schedule(guided, 8) num_threads(threads_for(num_chunks, 8, num_threads))
   for (int64_t i = 0; i < num_chunks; ++i) {
     const Chunk& c = chunks[static_cast<size_t>(i)];
     uint64_t* const own = buffers.get() + static_cast<size_t>(omp_get_thread_num()) * 2 * kBufferWords;

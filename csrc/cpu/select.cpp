@@ -225,7 +225,10 @@ bool resolve(const std::vector<LayerView>& layers, Group& group, const std::vect
 void select(const std::vector<LayerView>& layers, std::vector<Group>& groups, std::vector<int64_t>& tie_indices,
             std::vector<int64_t>& nonfinite, int num_threads) {
   const int64_t num_groups = static_cast<int64_t>(groups.size());
-  const int num_solvers = static_cast<int>(std::min<int64_t>({num_threads, kMaxSolvers, num_groups}));
+  int64_t total = 0;
+  for (const LayerView& layer : layers) total += layer.n;
+  const int num_solvers =
+      std::min({threads_for(total, 2 * kChunk, num_threads), kMaxSolvers, static_cast<int>(num_groups)});
   const std::unique_ptr<char[]> buffers(new char[static_cast<size_t>(num_solvers * 3 * kBufferBytes)]);
   const auto solve = [&](const Group& group, auto work) {
     with_dtype(layers[group.first_layer].dtype, [&](auto infinity) {
