@@ -16,7 +16,7 @@ from gmp_kernels import GMPScheduler, schedules
 from gmp_kernels.errors import GMPWarning
 from gmp_kernels.masks import BitMask
 from gmp_kernels.pruner import watch
-from gmp_kernels.pruner.watch import Watch, _sample_of, compare
+from gmp_kernels.pruner.watch import Watch, _sample_of, compare, zeros_in
 from gmp_kernels.pruner.zeroing import SLICE
 
 
@@ -168,6 +168,17 @@ def test_contradictions_are_counted_in_slices(dtype: torch.dtype) -> None:
     part = BitMask.from_bool(mask.to_bool()[: 1 << 20].view(1024, 1024))
     found = compare(square, part).tolist()
     assert found == [int((~part.to_bool() & (square != 0)).sum()), int((part.to_bool() & (square == 0)).sum())]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_zeros_are_counted_in_parts(dtype: torch.dtype) -> None:
+    weight = torch.ones(2 * SLICE + 21, dtype=dtype)
+    weight[::5] = 0.0
+    weight[1::7] = -0.0
+    assert len(zeros_in(weight)) == 3
+    image = weight[:3600].view(3, 8, 10, 15)
+    for tensor in (weight, weight[:0], image, image.to(memory_format=torch.channels_last), image[:, 1:, ::2]):
+        assert int(sum(zeros_in(tensor))) == int((tensor == 0).sum())
 
 
 def test_weights_that_come_back_to_life_with_their_masks_are_not_looked_at_again(

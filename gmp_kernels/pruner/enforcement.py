@@ -300,7 +300,8 @@ class Enforcement:
         elif not self.progress.counts_calls:
             self.refuse_capture("a step of {} that the pruner counts, whose replays would not tell it", "count='calls'")
         self._has_repaired = False
-        self.check()
+        if self._expects_dense or self.watch.written():
+            self.check()
 
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         self.progress.add(getattr(optimizer, "found_inf", None))
@@ -425,8 +426,7 @@ class Enforcement:
     def _look_for_zeros(self) -> None:
         """Hold the zeros of a model that was pruned before, on all ranks alike."""
         self.agree()
-        found = self.watch.contradictions(self.parameters, self.masks)
-        zeros = {name: int(sum_over_shards(here, self.parameters[name])) for name, (_, here) in found.items()}
+        zeros = {name: int(sum_over_shards(n, self.parameters[name])) for name, n in self.watch.zeros().items()}
         # Layers of zeros only do not count: some start that way.
         zeros = {name: number for name, number in zeros.items() if 0 < number < self.parameters[name].numel()}
         share = sum(zeros.values()) / sum(p.numel() for p in self.parameters.values())
