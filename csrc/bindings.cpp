@@ -432,6 +432,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("gradients", [](const std::vector<Array>& arrays) { return Gradients{arrays}; });
   m.def("gradients_at", &gradients_at);
   m.def("gradients_if_unchanged", &gmp::gradients_if_unchanged);
+  m.def("has_settings", &gmp::has_settings);
   m.def("update", &update);
   m.def("sum_squares", &sum_squares);
   m.def("move_state", &move_state);

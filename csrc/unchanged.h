@@ -142,6 +142,23 @@ inline bool add_gradients(const py::object& groups, const Checked& checked, py::
   return parameters.is_at_end();
 }
 
+// Whether these are the settings of parameter groups, which have their parameters besides. Learning rates may be other
+// numbers.
+inline bool has_settings(const py::list& groups, const py::list& settings) {
+  static PyObject* const lr = PyUnicode_InternFromString("lr");
+  if (groups.size() != settings.size()) return false;
+  for (size_t g = 0; g < groups.size(); ++g) {
+    const py::object group = groups[g], own = settings[g];
+    if (!PyDict_Check(group.ptr()) || PyDict_Size(group.ptr()) != PyDict_Size(own.ptr()) + 1) return false;
+    const auto is_in_group = [&](PyObject* key, PyObject* value) {
+      PyObject* const now = PyDict_GetItem(group.ptr(), key);
+      return now == value || (key == lr && now != nullptr && PyFloat_CheckExact(now) && PyFloat_CheckExact(value));
+    };
+    if (!all_entries(own.ptr(), is_in_group)) return false;
+  }
+  return true;
+}
+
 // Returns the gradients of all parameters, in their order, if each has one beside which a kernel can walk it, no other
 // parameter of the groups has one, and nothing that the checks depend on has changed; else None.
 inline py::object gradients_if_unchanged(const py::capsule& exchange, const py::tuple& expected,

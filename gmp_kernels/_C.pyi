@@ -70,6 +70,7 @@ def gradients_at(exchange: object, tensors: list[torch.Tensor]) -> Gradients | N
 def gradients_if_unchanged(
     exchange: object, expected: tuple[object, ...], groups: list[dict[str, Any]], state: dict[Any, Any]
 ) -> list[torch.Tensor] | None: ...
+def has_settings(groups: list[dict[str, Any]], settings: list[dict[str, Any]]) -> bool: ...
 def update(
     rule: str,
     batch: UpdateBatch,

@@ -22,21 +22,27 @@ from gmp_kernels import BitMask
 from gmp_kernels.backends.layouts import EXCHANGE, by_getters
 from gmp_kernels.errors import LayoutError
 from gmp_kernels.optim import batch
+from gmp_kernels.optim import masked as masked_module
 from gmp_kernels.optim.batch import Batch
+from gmp_kernels.optim.constants import Settings
 from gmp_kernels.tools.testing import assert_bitwise_equal
 
 SHAPES = [(6, 6), (5,), (9, 3), (4, 2, 3, 3)]
 RULES = ["momentum", "sgd", "adamw", "amsgrad"]
 
 
-def looks(_: Batch, *__: object) -> None:
+def looks(*_: object) -> None:
     """Answer as if nothing could be seen in one call."""
 
 
 @contextmanager
 def looking_closely() -> Iterator[None]:
-    by_parameter = patch.object(Batch, "gradients", looks), patch.object(Batch, "with_states", looks)
-    with by_parameter[0], by_parameter[1], patch.object(batch, "layouts_of", by_getters):
+    with (
+        patch.object(masked_module, "gradients_if_unchanged", looks),
+        patch.object(Settings, "hold", looks),
+        patch.object(Batch, "with_states", looks),
+        patch.object(batch, "layouts_of", by_getters),
+    ):
         yield
 
 
@@ -237,6 +243,29 @@ def another_rate(side: Side, i: int) -> None:
     side.optimizer.param_groups[i % 2].update(lr=0.2 / (i + 1), weight_decay=0.01 * i)
 
 
+def another_rate_alone(side: Side, i: int) -> None:
+    side.optimizer.param_groups[i % 2]["lr"] = 0.3 / (i + 1)
+
+
+def rate_in_place(side: Side, i: int) -> None:
+    """A learning rate in a tensor, which changes without being replaced."""
+    group = side.optimizer.param_groups[i % 2]
+    if isinstance(group["lr"], torch.Tensor):
+        group["lr"] *= 0.5
+    else:
+        group["lr"] = torch.tensor(group["lr"])
+
+
+def another_average(side: Side, i: int) -> None:
+    group = side.optimizer.param_groups[i % 2]
+    changed = {"momentum": 0.2 * i, "dampening": 0.1 * i, "betas": (0.2 * i, 0.99), "eps": 1e-6 * (i + 1)}
+    group.update({key: value for key, value in changed.items() if key in group})
+
+
+def unknown_setting(side: Side, i: int) -> None:
+    side.optimizer.param_groups[i % 2]["note"] = [i]
+
+
 def another_rule(side: Side, i: int) -> None:
     group = side.optimizer.param_groups[i % 2]
     group.update({key: not group[key] for key in ("amsgrad", "maximize") if key in group})
@@ -286,7 +315,8 @@ EVENTS: list[Callable[[Side, int], None]] = [
     *(expanded_gradient, gradient_in_place_of, freed_gradient, other_memory, other_strides, transposed_in_place),
     *(negated_weight, freed_weight, frozen_weight, other_dtype, other_entry, gone_entry, other_dictionary, no_state),
     *(foreign_entry, written_count, saved, loaded, fewer_kept, other_bits, written_bits, new_masks, inference_bits),
-    *(forgotten_mask, another_rate, another_rule, another_order, another_group, another_parameter),
+    *(forgotten_mask, another_rate, another_rate_alone, rate_in_place, another_average, unknown_setting, another_rule),
+    *(another_order, another_group, another_parameter),
     *(parameter_in_place_of, overflow, step, step_with_gradients),
 ]
 

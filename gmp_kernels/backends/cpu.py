@@ -77,11 +77,6 @@ def _row(t: UpdateTensor) -> _C.UpdateTensor:
     return t.prepared
 
 
-def _gradients(gradients: Sequence[torch.Tensor]) -> _C.Gradients:
-    found = None if EXCHANGE is None else _C.gradients_at(EXCHANGE, [*gradients])
-    return _C.gradients(list(map(_array, gradients))) if found is None else found
-
-
 class Cpu:
     """Implementation with one C call for all layers."""
 
@@ -158,8 +153,13 @@ class Cpu:
     ) -> None:
         if not isinstance(batch.prepared, _C.UpdateBatch):
             batch.prepared = _C.update_batch(list(map(_row, batch.tensors)))
-        arguments = rule, batch.prepared, _gradients(gradients), rows, constants.on_host(), torch.get_num_threads()
-        at_once([partial(_C.update, *arguments), *after])
+        found = None if EXCHANGE is None else _C.gradients_at(EXCHANGE, [*gradients])
+        found = found or _C.gradients(list(map(_array, gradients)))
+        arguments = rule, batch.prepared, found, rows, constants.on_host(), torch.get_num_threads()
+        if after:
+            at_once([partial(_C.update, *arguments), *after])
+        else:
+            _C.update(*arguments)
 
     def sum_squares(self, gradients: Sequence[Layer]) -> float:
         return _C.sum_squares(_layers(gradients), torch.get_num_threads())

@@ -14,7 +14,7 @@ try:
 except ImportError:
     _C = None  # type: ignore[assignment]
 
-__all__ = ["BY_DLPACK", "EXCHANGE", "by_getters", "gradients_if_unchanged", "layouts_of", "sees_life"]
+__all__ = ["BY_DLPACK", "EXCHANGE", "by_getters", "gradients_if_unchanged", "has_settings", "layouts_of", "sees_life"]
 
 Layouts: TypeAlias = Callable[..., object]  # with the parameters of ``by_getters``
 _dtype, _shape = attrgetter("dtype"), attrgetter("shape")
@@ -65,7 +65,10 @@ BY_DLPACK: Layouts | None = None if EXCHANGE is None else _by_dlpack
 layouts_of: Layouts = BY_DLPACK or by_getters
 # Looks at a few pruned weights; None if they do not lie on the host as their mask does (see csrc/bindings.cpp).
 sees_life: Callable[..., bool | None] = (lambda *_: None) if EXCHANGE is None else partial(_C.sees_life, EXCHANGE)
-# Looks at all parameters of an optimizer; see csrc/unchanged.h.
+# Whether parameter groups have the settings they had, so that what follows from these need not be found again.
+has_settings: Callable[..., bool] = (lambda *_: False) if _C is None else _C.has_settings
+# Looks at all parameters of an optimizer, and returns their gradients if each has one and nothing else has changed.
+# None means that this needs a closer look, which takes more time. See csrc/unchanged.h.
 gradients_if_unchanged: Callable[..., list[torch.Tensor] | None] = (
     (lambda *_: None) if EXCHANGE is None else partial(_C.gradients_if_unchanged, EXCHANGE)
 )

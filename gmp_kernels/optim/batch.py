@@ -10,13 +10,14 @@ from typing import Any, TypeVar
 
 import torch
 
-from gmp_kernels.backends.layouts import gradients_if_unchanged, layouts_of
-from gmp_kernels.backends.types import Implementation, UpdateBatch, UpdateTensor
+from gmp_kernels.backends.layouts import layouts_of
+from gmp_kernels.backends.types import Constants, Implementation, UpdateBatch, UpdateTensor
 from gmp_kernels.checks import PLAIN
 from gmp_kernels.distributed.placement import local
 from gmp_kernels.masks import BitMask
 from gmp_kernels.optim.checks import bits_beside
 from gmp_kernels.optim.compact import MASTER, STEP, layout_of, version_of
+from gmp_kernels.optim.constants import Settings, constants_of
 
 __all__ = ["Batch"]
 
@@ -47,7 +48,7 @@ class Batch:
 
     Attributes
     ----------
-    groups, parameters, weights, keys, implementation
+    groups, parameters, weights, keys, implementation, counts_steps
         As given.
     known : frozenset of torch.Tensor
         The parameters.
@@ -55,6 +56,12 @@ class Batch:
         The packed bits that the masks had.
     updates : UpdateBatch
         The parameters that are not empty.
+    has_empty : bool
+        Whether there are others.
+    all_written : list of torch.Tensor
+        What a step of all parameters changes.
+    expected : tuple or None
+        What ``gradients_if_unchanged`` compares with; None if only ``holds`` can look at these parameters.
     """
 
     def __init__(
@@ -78,6 +85,7 @@ class Batch:
         parts = groupby(zip(groups, parameters, strict=True), key=itemgetter(0))
         self._parts = {group: [p for _, p in part] for group, part in parts}
         self._counts: dict[int, list[torch.Tensor]] = {}
+        self.counts_steps = counts_steps
         if counts_steps:
             for group in self._parts:
                 self._counts[group] = self._counts_of(self._parts[group])
@@ -85,6 +93,8 @@ class Batch:
                 elsewhere = [device for device in devices if device.type != "cpu"]
                 if len(elsewhere) < len(devices):
                     self._join_counts(group, elsewhere[0] if elsewhere else torch.device("cpu"))
+        # Settings, learning rates, and what ``constants_of`` has returned for them.
+        self._usual: tuple[Settings, list[float], tuple[Constants, list[int]]] | None = None
         self._record()
 
     def _tensor_of(self, i: int) -> UpdateTensor:
@@ -112,10 +122,10 @@ class Batch:
             # A plain parameter and a tensor detached from it share their version counter.
             own = [p] if weight is p else [p, t.weight]
             self._written.append([*own, *t.state] if t.master is None else [*own, t.master, *t.state])
-        self._all_written = list(chain.from_iterable(self._written))
+        self.all_written = list(chain.from_iterable(self._written))
         self._is_present = [weight.numel() > 0 for weight in self.weights]
-        self._are_all_present = all(self._is_present)
-        self.updates = UpdateBatch(list(self.present(self._tensors)))
+        self.has_empty = not all(self._is_present)
+        self.updates = UpdateBatch(self.present(self._tensors))
 
     def with_states(self, state: Mapping[Any, Any], states: Mapping[torch.Tensor, Mapping[str, Any]]) -> Batch | None:
         """Return the batch once some entries of ``state`` are replaced by ``states``, made for their masks' new bits.
@@ -152,20 +162,13 @@ class Batch:
         objects, facts = self._snapshot(self.groups, self.parameters, self.weights, self._state, self.keys)
         self._checked = objects, facts
         self._layouts = layouts_of(self.weights, False)
-        self._expected: tuple[Any, ...] | None = None  # by the extension
+        self.expected: tuple[Any, ...] | None = None
         types = list(map(type, self.parameters))
         if PLAIN.issuperset(types) and self._layouts is not None and all(map(is_, self.weights, self.parameters)):
             parameters, end = list(self.parameters), len(objects) - len(self._masks)
             of_state = objects[len(parameters) : end]
             bits = self._masks, objects[end:], self._frozen, facts[1]
-            self._expected = parameters, types, list(self.groups), of_state, *bits, self._layouts, facts[0]
-
-    def gradients(self, groups: Sequence[dict[str, Any]], state: Mapping[Any, Any]) -> list[torch.Tensor] | None:
-        """Return the gradients if all parameters have one and nothing else has changed, all of it seen in one call.
-
-        None means that this needs a closer look, which takes more time: ``holds`` and ``fits``.
-        """
-        return None if self._expected is None else gradients_if_unchanged(self._expected, groups, state)
+            self.expected = parameters, types, list(self.groups), of_state, *bits, self._layouts, facts[0]
 
     def holds(self, *columns: Any, with_bits: bool = True) -> bool:
         """Whether nothing but the gradients has changed, given the arguments of ``_snapshot`` as they are now.
@@ -210,15 +213,38 @@ class Batch:
 
     # -- the step ----------------------------------------------------------------------------------------------------
 
-    def present(self, column: Sequence[T]) -> Sequence[T]:
+    def present(self, column: Sequence[T]) -> list[T]:
         """Return the entries of ``column``, which has one per parameter, for the parameters that are not empty."""
-        return column if self._are_all_present else list(compress(column, self._is_present))
+        return list(compress(column, self._is_present))
 
-    def written(self, takes_step: Sequence[bool] | None) -> Iterable[torch.Tensor]:
-        """Return all tensors that a step of these parameters changes, by default a step of all."""
-        return self._all_written if takes_step is None else chain.from_iterable(compress(self._written, takes_step))
+    def written(self, takes_step: Sequence[bool]) -> Iterable[torch.Tensor]:
+        """Return all tensors that a step of these parameters changes."""
+        return chain.from_iterable(compress(self._written, takes_step))
 
-    def steps(
+    def constants(
+        self,
+        rule: Callable[[dict[str, Any], Any], dict[str, Any]],
+        groups: Sequence[dict[str, Any]],
+        settings: Settings,
+        first: Collection[torch.Tensor],
+        grad_scale: torch.Tensor | None,
+        found_inf: torch.Tensor | None,
+        takes_step: Sequence[bool] | None,
+    ) -> tuple[Constants, list[int]]:
+        """Return the constants of a step and the row of each parameter. Other arguments are as for ``constants_of``.
+
+        Where no steps are counted, those of the latest step serve again until a setting changes.
+        """
+        is_usual = not (self.counts_steps or first or takes_step) and grad_scale is found_inf is None
+        rates = [group["lr"] for group in groups] if is_usual and settings.values is not None else None
+        if rates and self._usual is not None and self._usual[0] is settings and self._usual[1] == rates:
+            return self._usual[2]
+        found = constants_of(rule, self._steps(groups, settings.lazy, first), grad_scale, found_inf, takes_step)
+        if rates:
+            self._usual = settings, rates, found
+        return found
+
+    def _steps(
         self, groups: Sequence[dict[str, Any]], lazy: Sequence[bool], first: Collection[torch.Tensor]
     ) -> list[tuple[dict[str, Any], list[int] | torch.Tensor]]:
         """Return, per group, itself and the numbers of the steps that its parameters would take now.
@@ -255,6 +281,6 @@ class Batch:
     def counting(self, amount: int | torch.Tensor, takes_step: Sequence[bool] | None) -> list[Callable[[], object]]:
         """Return C functions that raise the step counts of these parameters, by default of all."""
         counts: Iterable[list[torch.Tensor]] = self._counts.values()
-        if takes_step is not None and self._counts:
+        if takes_step is not None:
             counts = [self._counts_of(compress(self.parameters, takes_step))]
         return [partial(torch._foreach_add_, own, amount) for own in counts]

@@ -4,15 +4,48 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from itertools import count, repeat
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from gmp_kernels.backends.layouts import has_settings
 from gmp_kernels.backends.types import Constants
 
-__all__ = ["constants_of", "is_on_gpu", "scalar"]
+__all__ = ["Settings", "constants_of", "is_on_gpu", "scalar"]
 
 NUMBERS = {float, int}
+UNCHANGEABLE = {float, int, bool, str, type(None)}
+
+
+class Settings(NamedTuple):
+    """What a step takes from parameter groups, besides their parameters.
+
+    Attributes
+    ----------
+    values : list of dict or None
+        Per group, what was read; None if a value may change without being replaced, as tensors do.
+    lazy : list of bool
+        Per group, whether its step counts are on the device of its parameters, where the host must not read them.
+    keys : list of tuple of str
+        Per group, the state entries that the rule reads and writes.
+    """
+
+    values: list[dict[str, Any]] | None
+    lazy: list[bool]
+    keys: list[tuple[str, ...]]
+
+    @classmethod
+    def of(cls, groups: Iterable[dict[str, Any]], keys_of: Callable[[dict[str, Any]], tuple[str, ...]]) -> Settings:
+        """Read the settings of these groups."""
+        values = [{key: value for key, value in group.items() if key != "params"} for group in groups]
+        parts = [part for own in values for v in own.values() for part in (v if isinstance(v, tuple) else (v,))]
+        stays = UNCHANGEABLE.issuperset(map(type, parts))
+        lazy = [bool(group.get("capturable")) or is_on_gpu(group["lr"]) for group in groups]
+        return cls(values if stays else None, lazy, list(map(keys_of, groups)))
+
+    def hold(self, groups: list[dict[str, Any]]) -> bool:
+        """Whether they are those of these groups; learning rates may be other numbers."""
+        return self.values is not None and has_settings(groups, self.values)
 
 
 def is_on_gpu(value: object) -> bool:

@@ -14,6 +14,7 @@ import torch
 
 from gmp_kernels.backends import choose, devices
 from gmp_kernels.backends.addresses import address
+from gmp_kernels.backends.layouts import gradients_if_unchanged
 from gmp_kernels.checks import PLAIN
 from gmp_kernels.distributed.placement import is_sharded, local, local_grad
 from gmp_kernels.errors import CaptureError, DTypeError, LayoutError, ShapeError, TargetError
@@ -32,7 +33,7 @@ from gmp_kernels.optim.compact import (
     per_weight,
     state_dtype_of,
 )
-from gmp_kernels.optim.constants import constants_of, is_on_gpu
+from gmp_kernels.optim.constants import Settings, is_on_gpu
 from gmp_kernels.optim.hooks import hooked_where_observed
 from gmp_kernels.optim.masking import Masking
 
@@ -202,64 +203,64 @@ class MaskedOptimizer(Masking):
         """Take a step with these values and gradients; by default with the parameters themselves and their ``grad``."""
         found_inf: torch.Tensor | None = getattr(self, "found_inf", None)
         grad_scale: torch.Tensor | None = getattr(self, "grad_scale", None)
-        groups = self.param_groups
-        # Values on a GPU stay there, because reading them would make the step wait.
-        waits = found_inf is not None and is_on_gpu(found_inf)
-        lazy: list[bool] = []
-        for group in groups:
-            if group.get("differentiable"):
+        groups, settings = self.param_groups, self._settings
+        if settings is None or not settings.hold(groups):
+            if any(group.get("differentiable") for group in groups):
                 self._refuse_differentiable()
-            lazy.append(waits or bool(group.get("capturable")) or is_on_gpu(group["lr"]))
-        if found_inf is not None and not all(lazy) and found_inf.item():
+            settings = self._settings = Settings.of(groups, self._state_keys)
+        if found_inf is not None and is_on_gpu(found_inf):
+            # Values on a GPU stay there, because reading them would make the step wait.
+            settings = settings._replace(lazy=[True] * len(groups))
+        if found_inf is not None and not all(settings.lazy) and found_inf.item():
             return
         watchers = list(self._watchers.values())
         for before, _ in watchers:
             before()
-        skips = found_inf if any(lazy) else None
-        self._take_step(given, lazy, grad_scale, skips)
+        skips = found_inf if any(settings.lazy) else None
+        self._take_step(given, settings, grad_scale, skips)
         for _, after in watchers:
             after(skips, is_direct=given is None)
 
     def _take_step(
-        self, given: Given | None, lazy: Sequence[bool], grad_scale: torch.Tensor | None, skips: torch.Tensor | None
+        self, given: Given | None, settings: Settings, grad_scale: torch.Tensor | None, skips: torch.Tensor | None
     ) -> None:
-        groups = self.param_groups
-        step = self._look(given, lazy)
+        step = self._look(given, settings)
         if step is None:
             self._settle()
             return
-        batch, device, takes_step = step.batch, step.device, step.takes_step
+        batch, gradients, device, is_captured, takes_step, created, first, writes = step
         self._batch = batch
-        if step.is_captured and (step.created or batch.has_counts_elsewhere(device, takes_step)):
+        if is_captured and (created or batch.has_counts_elsewhere(device, takes_step)):
             raise CaptureError(
                 f"{self._name}: expected state that is on the device before a CUDA graph captures a step, got a "
                 "parameter without; take a step outside of the graph first"
             )
-        steps = batch.steps(groups, lazy, step.first)
-        constants, rows = constants_of(self._constants, steps, grad_scale, skips, takes_step)
+        of_step = first, grad_scale, skips, takes_step
+        constants, rows = batch.constants(self._constants, self.param_groups, settings, *of_step)
+        if batch.has_empty:
+            gradients, rows = batch.present(gradients), batch.present(rows)
         # New state and counts take effect together with the writes of the kernel: all of them, or none.
         amount = 1 if skips is None else (skips == 0).to(torch.float32).reshape(())
-        writes = [*step.writes, *batch.counting(amount, takes_step)]
+        writes = [*writes, *batch.counting(amount, takes_step)] if batch.counts_steps else writes
         # Versions are raised before the kernel runs: one that no write follows makes no gradient wrong.
-        torch.autograd.graph.increment_version(batch.written(takes_step))
-        batch.implementation.update(
-            self.rule, batch.updates, batch.present(step.gradients), batch.present(rows), constants, after=writes
-        )
-        if step.is_captured:
+        torch.autograd.graph.increment_version(batch.written(takes_step) if takes_step else batch.all_written)
+        batch.implementation.update(self.rule, batch.updates, gradients, rows, constants, after=writes)
+        if is_captured:
             # Replays of the graph read the masks at these addresses.
             read = zip(batch.parameters, map(address, batch.bits), strict=True)
             self._graph_masks.update(compress(read, takes_step or repeat(True)))
 
-    def _look(self, given: Given | None, lazy: Sequence[bool]) -> Step | None:
+    def _look(self, given: Given | None, settings: Settings) -> Step | None:
         """Return all that a step takes, checked; None if no parameter has a gradient."""
-        groups, batch = self.param_groups, self._batch
-        keys = [self._state_keys(group) for group in groups]
-        if batch is not None and not self._pending and given is None and batch.keys == keys:
-            gradients = batch.gradients(groups, self.state)
+        batch, lazy = self._batch, settings.lazy
+        is_settled = given is None and not self._pending
+        if is_settled and batch is not None and batch.expected is not None and batch.keys == settings.keys:
+            gradients = gradients_if_unchanged(batch.expected, self.param_groups, self.state)
             if gradients is not None:
                 device = batch.parameters[0].device
-                return Step(batch, gradients, device, self._is_captured(device, batch.groups, lazy))
-        return self._look_closer(given, lazy, keys)
+                is_captured = devices.is_capturing(device) and self._can_be_captured(device, batch.groups, lazy)
+                return Step(batch, gradients, device, is_captured)
+        return self._look_closer(given, lazy, settings.keys)
 
     @torch.no_grad()  # not a block, at whose end an interrupt would leave gradients switched off
     def _look_closer(self, given: Given | None, lazy: Sequence[bool], keys: Sequence[tuple[str, ...]]) -> Step | None:
@@ -270,7 +271,8 @@ class MaskedOptimizer(Masking):
         if not any(takes_step):
             return None
         device = next(compress(parameters, takes_step)).device
-        is_captured = self._is_captured(device, compress(indices, takes_step), lazy)
+        stepping = compress(indices, takes_step)
+        is_captured = devices.is_capturing(device) and self._can_be_captured(device, stepping, lazy)
         created: dict[torch.Tensor, dict[str, Any]] = {}
         first: set[torch.Tensor] = set()
         writes: list[Callable[[], object]] = []
@@ -287,10 +289,8 @@ class MaskedOptimizer(Masking):
         some = None if all(takes_step) else takes_step
         return Step(batch, gradients, device, is_captured, some, created, first, writes)
 
-    def _is_captured(self, device: torch.device, groups: Iterable[int], lazy: Sequence[bool]) -> bool:
-        """Whether a CUDA graph is being captured; raise CaptureError if it would repeat these groups' step wrongly."""
-        if not devices.is_capturing(device):
-            return False
+    def _can_be_captured(self, device: torch.device, groups: Iterable[int], lazy: Sequence[bool]) -> bool:
+        """Return True; raise CaptureError if a CUDA graph would repeat these groups' step wrongly."""
         if self._compact_state:
             self._refuse_capture("compact state, which every update lays out anew; build it with compact_state=False")
         backend = choose(self._backend, device)

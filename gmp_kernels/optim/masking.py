@@ -27,6 +27,7 @@ from gmp_kernels.ops import apply_masks_
 from gmp_kernels.optim.batch import Batch
 from gmp_kernels.optim.checks import check_state, loaded_state
 from gmp_kernels.optim.compact import MASTER, check_layout, compact_names, compacted, expanded, layout_of, per_weight
+from gmp_kernels.optim.constants import Settings
 
 __all__ = ["Masking"]
 
@@ -39,6 +40,7 @@ class Masking(torch.optim.Optimizer):
     # Entries that torch's state always has once a parameter has stepped.
     essential: ClassVar[Sequence[str]] = ()
     _state_dtype = torch.float32  # older pickles do not tell
+    _settings: Settings | None = None  # of the groups at the latest step
 
     def __init__(
         self,
@@ -72,7 +74,7 @@ class Masking(torch.optim.Optimizer):
         # torch's own would drop all but three attributes from copies and pickles.
         ours = ("_compact_state", "_state_dtype", "_master_weights", "_backend", "_masks", "_pending")
         # A copy is in no graph and has no watchers.
-        anew: dict[str, Any] = {"_batch": None, "_graph_masks": {}}
+        anew: dict[str, Any] = {"_batch": None, "_settings": None, "_graph_masks": {}}
         kept = {name: getattr(self, name) for name in ours}
         return super().__getstate__() | kept | anew | {"_watchers": OrderedDict()}
 
