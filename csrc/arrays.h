@@ -32,6 +32,10 @@ T* optional(const Array& array, int64_t expected, const char* what) {
   return array.first == 0 && array.second == 0 ? nullptr : checked<T>(array, expected, what);
 }
 
+inline void check_threads(int num_threads) {
+  if (num_threads < 1) throw std::invalid_argument("expected at least one thread, got " + std::to_string(num_threads));
+}
+
 inline int64_t bytes_of_bits(int64_t n) { return (n + 7) / 8; }
 
 }  // namespace gmp::arrays

@@ -16,9 +16,9 @@
 #include "cpu/life.h"
 #include "cpu/optim.h"
 #include "cpu/select.h"
-#include "cpu/ties.h"
 #include "dlpack.h"
 #include "names.h"
+#include "slots.h"
 #include "unchanged.h"
 
 namespace py = pybind11;
@@ -34,10 +34,6 @@ namespace {
 
 using namespace gmp::arrays;
 using gmp::dtype_of;
-
-void check_threads(int num_threads) {
-  if (num_threads < 1) throw std::invalid_argument("expected at least one thread, got " + std::to_string(num_threads));
-}
 
 // dtype, the weights, the packed mask, and channels and positions of the filters
 using LayerTuple = std::tuple<std::string, Array, Array, std::pair<int64_t, int64_t>>;
@@ -142,26 +138,6 @@ std::vector<CountsTuple> count(const Layers& layers, const std::vector<BracketTu
     result.emplace_back(counts.below, counts.inside, counts.pruned, nonfinite[l]);
   }
   return result;
-}
-
-// places: a row of num_slots + 1 flat indices per layer; counts: a row of num_slots zeros.
-void count_slots(const Layers& layers, const std::vector<uint64_t>& keys, const Array& places, const Array& counts,
-                 int64_t num_slots, int num_threads) {
-  check_threads(num_threads);
-  const int64_t n = static_cast<int64_t>(layers.size());
-  if (keys.size() != layers.size() || num_slots < 1) {
-    throw std::invalid_argument("a count needs one key per layer, and slots");
-  }
-  const int64_t* const given = checked<const int64_t>(places, n * (num_slots + 1), "places");
-  int64_t* const result = checked<int64_t>(counts, n * num_slots, "counts");
-  for (int64_t l = 0; l < n; ++l) {
-    const int64_t* const own = given + l * (num_slots + 1);
-    if (own[0] < 0 || own[num_slots] > layers[static_cast<size_t>(l)].n || !std::is_sorted(own, own + num_slots + 1)) {
-      throw std::invalid_argument("places need to ascend, and to lie in their layer");
-    }
-  }
-  py::gil_scoped_release release;
-  gmp::cpu::count_slots(layers, keys, given, num_slots, result, num_threads);
 }
 
 // groups: first layer, number of layers, weights wanted; keys: a row for each. Returns how many keys its row has got,
@@ -426,7 +402,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("count", &count);
   m.def("draw", &draw);
   m.attr("DRAW_SLACK_BYTES") = gmp::cpu::kGatherSlackBytes;
-  m.def("count_slots", &count_slots);
+  m.def("count_slots", &gmp::count_slots, py::call_guard<py::gil_scoped_release>());
   m.def("prune", &prune);
   m.def("apply_masks", &apply_masks);
   m.def("gradients", [](const std::vector<Array>& arrays) { return Gradients{arrays}; });

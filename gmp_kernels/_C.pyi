@@ -44,9 +44,15 @@ def draw(
     layers: Layers, groups: Sequence[tuple[int, int, int]], keys: _Array, row_size: int, num_threads: int
 ) -> list[tuple[int, int]]: ...
 
-# a row of flat indices per layer, and one of counts
+# ties: position of a layer, key, four flat indices of it, first slot, shift, position of a region; a region has length,
+# offset and size per dimension; counts: num_slots + 2 for each row of ties
 def count_slots(
-    layers: Layers, keys: Sequence[int], places: _Array, counts: _Array, num_slots: int, num_threads: int
+    layers: Layers,
+    ties: Sequence[tuple[int, int, Sequence[int], int, int, int]],
+    regions: Sequence[Sequence[tuple[int, int, int]]],
+    counts: _Array,
+    num_slots: int,
+    num_threads: int,
 ) -> None: ...
 
 # key, tie index and place for the bits of every layer; per layer: kept before, and kept

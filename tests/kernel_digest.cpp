@@ -92,6 +92,8 @@ void select(const Kernels& kernels, DType dtype, int64_t n, Mask* mask) {
       if (into != nullptr) add(into, static_cast<size_t>(counts.inside * size));
     }
   }
+  std::vector<uint16_t> places(static_cast<size_t>(std::min(n, kChunk)));
+  add(places.data(), static_cast<size_t>(kernels.find(layer, 0, std::min(n, kChunk), some, places.data())) * 2);
   if (mask != nullptr) {
     add(kernels.count_bits(layer.mask, n));
     Buffer packed(n * size + kGatherSlackBytes), spread(n * size);

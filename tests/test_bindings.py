@@ -13,6 +13,7 @@ from gmp_kernels import BitMask
 from gmp_kernels.backends import choose
 from gmp_kernels.backends.keys import key_of
 from gmp_kernels.backends.types import (
+    Brackets,
     Compaction,
     Constants,
     Cutoffs,
@@ -187,12 +188,38 @@ def test_bits_written_behind_torchs_back_are_noticed_before_state_is_walked_by_t
         assert_bitwise_equal(parameter.detach(), before)
 
 
-@pytest.mark.parametrize("places", [[-1, 4, 8], [5, 4, 8], [0, 4, N + 1]], ids=["before", "descending", "beyond"])
-def test_slots_outside_of_a_layer_are_refused(places: list[int]) -> None:
+SHIFTED, SHORT, LARGER = ((2 * N,), (N,), (N,)), ((N,), (0,), (N - 1,)), ((N - 1,), (0,), (N,))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"places": [-1, 4, 8, 8]}, "ascend"),
+        ({"places": [0, 5, 4, 8]}, "ascend"),
+        ({"places": [0, 4, 8, N + 1]}, "ascend"),
+        ({"row": 2}, "positions of layers"),
+        ({"bracket": (5, 8)}, "lie in them"),
+        ({"bracket": (0, 3)}, "lie in them"),
+        ({"region": SHIFTED}, "lie in them"),
+        ({"region": SHORT}, "as many weights as its layer"),
+        ({"region": LARGER}, "exceeds its whole"),
+    ],
+    ids=str,
+)
+def test_slots_outside_of_a_layer_are_refused(change: dict[str, object], message: str) -> None:
     case = Case("cpu")
     layers = [Layer(case.weight, case.mask)] * 2
-    with pytest.raises(ValueError, match="places need to ascend, and to lie in their layer"):
-        case.backend.count_slots(layers, np.array([1, 1]), np.array([[0, 4, N], places]))
+    asked = {"places": [0, 4, 8, N], "row": 1, "bracket": (4, 7), "region": ((N,), (0,), (N,))}
+
+    def count(row: int, places: list[int], bracket: tuple[int, int], region: object) -> np.ndarray:
+        ends = Brackets.of([4, bracket[0]], [7, bracket[1]])
+        all_places = np.array([[0, 4, 8, N], places])
+        regions = [((N,), (0,), (N,)), region]
+        return case.backend.count_slots(layers, np.array([0, row]), np.array([1, 1]), all_places, ends, regions, 4)
+
+    assert count(**asked).sum() == 0
+    with pytest.raises(ValueError, match=message):
+        count(**{**asked, **change})
 
 
 @pytest.mark.parametrize("group", [(0, 3, 9), (2, 1, 9), (0, 0, 9), (0, 1, 0), (0, 1, 1 << 20)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ from gmp_kernels.search.cutoffs import find_cutoffs
 from gmp_kernels.search.driver import Search
 from gmp_kernels.search.placement import Placement, Region
 from gmp_kernels.search.sample import estimate
-from gmp_kernels.search.ties import TiedPiece, _count_slots, piece_of, tie_indices
+from gmp_kernels.search.ties import TiedPieces, _count_slots, piece_of, tie_indices
 from gmp_kernels.tools.testing import DTYPES, adversarial_cases, device_of
 
 CPU = torch.device("cpu")
@@ -134,8 +135,11 @@ def test_ties_are_found_wherever_they_lie(kernels: str, places: str) -> None:
     device = device_of(kernels)
     ties = (tied & BitMask(mask, weight.shape).to_bool()).nonzero().view(-1)
     kept = [0, 1, len(ties) // 2, len(ties) - 1]
-    piece = TiedPiece(on(device, Layer(weight, mask)), key_of(0.5, torch.float32), len(ties), whole(n), True)
-    found = tie_indices(Communicator(None), choose(kernels, device), [piece] * 4, [len(ties)] * 4, kept)
+    layers, four = [on(device, Layer(weight, mask))], np.ones(4, np.int64)
+    columns = 0 * four, key_of(0.5, torch.float32) * four, len(ties) * four, four > 0
+    pieces = TiedPieces(*columns, [whole(n)] * 4)
+    own = len(ties) * four, np.array(kept)
+    found = tie_indices(Communicator(None), choose(kernels, device), layers, pieces, *own)
     for index, num_kept in zip(found.tolist(), kept, strict=True):
         assert (ties < index).sum() == num_kept
 
@@ -153,28 +157,48 @@ def tied_layer(shape: tuple[int, ...], dtype: torch.dtype, share: float, *, mask
 SLOTTED = [(1,), (127,), (129, 5), (16_385,), (3, 50_001), (7, 3, 3, 3), (5, 8, 3, 3), (3, 1900, 3, 3)]
 
 
+def inside_of(shape: Sequence[int], margin: int) -> Region:
+    """A box of this shape in a tensor that is longer on both sides of each dimension."""
+    return Region(tuple(size + 2 * margin + 1 for size in shape), (margin,) * len(shape), tuple(shape))
+
+
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_slots_hold_the_matches_between_their_places(backend: str, dtype: torch.dtype) -> None:
+def test_slots_hold_the_ties_between_their_flat_indices(backend: str, dtype: torch.dtype) -> None:
     """The numpy of backends that have no such operation gives the same counts."""
     layers = [tied_layer(s, dtype, share, masked=masked) for s in SLOTTED for share, masked in MANY_AND_FEW]
+    implementation = choose(backend, CPU)
+    operation = implementation.count_slots or partial(_count_slots, implementation)
     generator = np.random.default_rng(1)
-    for key, num_slots in ((0.5, 9), (float("nan"), 700)):
-        rows = []
+    for key, num_slots, margin, reads in (
+        (0.5, 8, 0, "before"),
+        (float("nan"), 512, 2, "after"),
+        (0.5, 1, 1, "neither"),
+    ):
+        indices_of, places, ends, regions = [], [], [], []
         for layer in layers:
-            n = layer.weight.numel()
-            inner = np.sort(generator.integers(0, n + 1, num_slots - 1))
-            rows.append([inner[0], *inner, inner[-1]] if num_slots == 9 else [0, *inner, n])
-        places = np.array(rows)
-        pieces = [TiedPiece(layer, key_of(key, dtype), 1, whole(layer.weight.numel()), True) for layer in layers]
-        found = _count_slots(choose(backend, CPU), pieces, places)
-        for layer, row, counts in zip(layers, places, found, strict=True):
+            region, n = inside_of(layer.tensor.shape, margin), layer.weight.numel()
+            box = tuple(slice(at, at + size) for at, size in zip(region.offsets, region.sizes, strict=True))
+            indices_of.append(torch.arange(math.prod(region.shape)).view(region.shape)[box].reshape(-1))
+            regions.append(region)
+            lo, end = np.sort(generator.integers(0, math.prod(region.shape) + 1, 2)).tolist()
+            begin, until = (int((indices_of[-1] < index).sum()) for index in (lo, end))
+            places.append([0 if reads == "before" else begin, begin, until, n if reads == "after" else until])
+            ends.append((lo, end - 1))
+        rows = np.arange(len(layers))[::-1]  # not all of them in the order of the layers
+        brackets = Brackets.of(*zip(*(ends[row] for row in rows), strict=True))
+        asked = np.full(len(rows), key_of(key, dtype)), np.array(places)[rows], brackets, [regions[row] for row in rows]
+        found = operation(layers, rows, *asked, num_slots)
+        for row, shift, counts in zip(rows, brackets.shifts(num_slots).tolist(), found.tolist(), strict=True):
+            layer, (first, begin, end, last) = layers[row], places[row]
             is_kept = torch.ones(layer.weight.shape, dtype=torch.bool)
             if layer.mask is not None:
                 is_kept = BitMask(layer.mask, layer.weight.shape).to_bool()
             is_match = (layer.weight.isnan() if key != key else layer.weight.abs() == key) & is_kept
             in_order = Layer(is_match, None, layer.is_channels_last).tensor.reshape(-1)
-            assert counts.tolist() == [int(in_order[a:b].sum()) for a, b in itertools.pairwise(row)]
+            slots = (indices_of[row][begin:end][in_order[begin:end]] - ends[row][0]) // 2**shift
+            inner = [int((slots == slot).sum()) for slot in range(num_slots)]
+            assert counts == [int(in_order[first:begin].sum()), *inner, int(in_order[end:last].sum())]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -20,6 +20,9 @@ struct Kernels {
   // One read. `gathered` (nullptr: count only) receives the keys inside the bracket in order and needs room for them
   // plus the slack; it may be the weights themselves.
   BracketCounts (*scan)(const LayerView& layer, int64_t begin, int64_t end, const Bracket& bracket, void* gathered);
+  // Writes the places, less `begin`, of the unpruned weights with this key, in order, for which there must be room;
+  // returns how many there are. Takes at most kChunk weights.
+  int64_t (*find)(const LayerView& layer, int64_t begin, int64_t end, uint64_t key, uint16_t* places);
   // Zeroes (+0) every weight whose mask bit is 0, whose key is < key, or is equal to it from tie_index on. Writes the
   // new bits of the layer to `kept` (nullptr: not wanted; may be its mask) and returns how many weights are kept. Adds
   // the number of those that the mask kept before to `kept_before`, which costs nothing here: the loop has these bits.

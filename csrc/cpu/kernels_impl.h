@@ -127,6 +127,31 @@ BracketCounts scan(const LayerView& layer, int64_t begin, int64_t end, const Bra
                              : scan_loop<kDType, true, true>(layer, begin, end, bracket, gathered);
 }
 
+template <DType kDType>
+int64_t find(const LayerView& layer, int64_t begin, int64_t end, uint64_t wanted, uint16_t* places) {
+  using Key = KeyOf<kDType>;
+  constexpr Key infinity = infinity_of<kDType>();
+  constexpr int kCount = kNumLanes<Key>;
+  const Key* const weights = static_cast<const Key*>(layer.weights);
+  const auto wanted_lanes = broadcast(static_cast<Key>(wanted)), nan = broadcast(static_cast<Key>(infinity + 1));
+  int64_t count = 0, i = begin;
+  for (; i + kCount <= end; i += kCount) {
+    prefetch_ahead(weights + i);
+    const auto keys = min(magnitude(load_lanes(weights + i)), nan);
+    uint64_t matches = kAllLanes<Key> & ~less(keys, wanted_lanes) & ~less(wanted_lanes, keys);
+    // Most registers hold none, and need no look at the mask.
+    if (matches != 0 && layer.mask != nullptr) matches &= load_mask_bits<kCount>(layer.mask, i);
+    for (; matches != 0; matches &= matches - 1) {
+      places[count++] = static_cast<uint16_t>(i - begin + __builtin_ctzll(matches));
+    }
+  }
+  for (; i < end; ++i) {
+    const bool is_match = magnitude_key(load_one(weights + i), infinity) == wanted && mask_bit(layer.mask, i);
+    if (is_match) places[count++] = static_cast<uint16_t>(i - begin);
+  }
+  return count;
+}
+
 // Keeps the keys >= limit in all whole registers of the weights [i, end).
 template <DType kDType>
 inline int64_t apply_lanes(KeyOf<kDType>* weights, const uint8_t* mask, uint8_t* kept_bits, int64_t i, int64_t end,

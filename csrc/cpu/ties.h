@@ -7,10 +7,50 @@
 
 namespace gmp::cpu {
 
-// Counts the unpruned weights of keys[l] of each layer in slots of its flat index, which is row-major: slot s is
-// [places[s], places[s + 1]). `places` has a row of num_slots + 1 per layer, ascending and within it; `counts` a row of
-// num_slots, to which the counts are added. Reads only the weights between the first place and the last.
-void count_slots(const std::vector<LayerView>& layers, const std::vector<uint64_t>& keys, const int64_t* places,
-                 int64_t num_slots, int64_t* counts, int num_threads);
+// A box of a tensor, per dimension. The flat indices of its weights ascend in the tensor as they do in the box.
+class Region {
+ public:
+  // From the outermost dimension on.
+  void add_side(int64_t whole, int64_t offset, int64_t size) {
+    sides_.push_back({whole, offset, size});
+    numel_ *= size;
+  }
+
+  int64_t numel() const { return numel_; }
+
+  int64_t in_whole(int64_t index) const {
+    int64_t result = 0, stride = 1;
+    for (size_t i = sides_.size(); i-- > 0;) {
+      const auto& [whole, offset, size] = sides_[i];
+      result += (index % size + offset) * stride;
+      index /= size;
+      stride *= whole;
+    }
+    return result;
+  }
+
+ private:
+  struct Side {
+    int64_t whole, offset, size;
+  };
+
+  std::vector<Side> sides_;
+  int64_t numel_ = 1;
+};
+
+// Ties to be counted in a layer.
+struct TieSearch {
+  LayerView layer;
+  const Region* region;  // that the layer is of a whole
+  uint64_t key;
+  // Flat indices of the layer. Ties of [first, begin) and of [end, last) are only counted. Those of [begin, end) are
+  // counted by the slot in which their flat index in the whole lies. Slots of 1 << shift indices begin at `start`.
+  int64_t first, begin, end, last, start;
+  int shift;
+};
+
+// Counts unpruned weights. `counts` has a row for each search, to which they are added: those before the slots, those
+// of each slot, and those after. Reads only the weights between the first index and the last.
+void count_slots(const std::vector<TieSearch>& searches, int64_t num_slots, int64_t* counts, int num_threads);
 
 }  // namespace gmp::cpu

@@ -396,6 +396,7 @@ constexpr Kernels kernels_for(const char* name) {
   return {name,
           count_bits,
           scan<kDType>,
+          find<kDType>,
           apply<kDType>,
           pack<KeyOf<kDType>>,
           unpack<KeyOf<kDType>>,

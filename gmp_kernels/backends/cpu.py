@@ -119,12 +119,24 @@ class Cpu:
         unpruned, pruned = np.array(counts, np.int64).T
         return keys, unpruned, pruned
 
-    def count_slots(self, layers: Sequence[Layer], keys: Integers, places: Integers) -> Integers:
-        num_layers, num_places = places.shape
-        counts = np.zeros((num_layers, num_places - 1), np.int64)
-        places = np.ascontiguousarray(places)
-        arrays = (places.ctypes.data, places.size), (counts.ctypes.data, counts.size)
-        _C.count_slots(_layers(layers), keys.tolist(), *arrays, num_places - 1, torch.get_num_threads())
+    def count_slots(
+        self,
+        layers: Sequence[Layer],
+        rows: Integers,
+        keys: Integers,
+        places: Integers,
+        brackets: Brackets,
+        regions: Sequence[tuple[Sequence[int], Sequence[int], Sequence[int]]],
+        num_slots: int,
+    ) -> Integers:
+        counts = np.zeros((len(rows), num_slots + 2), np.int64)
+        # Most layers have equal regions.
+        known = {region: i for i, region in enumerate(dict.fromkeys(regions))}
+        columns = rows, keys, places, brackets.lo, brackets.shifts(num_slots)
+        ties = list(zip(*(column.tolist() for column in columns), [known[region] for region in regions], strict=True))
+        sides = [list(zip(*region, strict=True)) for region in known]
+        array = counts.ctypes.data, counts.size
+        _C.count_slots(_layers(layers), ties, sides, array, num_slots, torch.get_num_threads())
         return counts
 
     def prune(

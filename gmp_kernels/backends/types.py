@@ -333,7 +333,7 @@ class Constants(NamedTuple):
 
 
 Select: TypeAlias = Callable[..., Selection]  # with the parameters of ``Implementation.select``
-CountSlots: TypeAlias = Callable[[Sequence[Layer], Integers, Integers], Integers]
+CountSlots: TypeAlias = Callable[..., Integers]  # with the parameters of ``Implementation.count_slots``
 Draw: TypeAlias = Callable[..., tuple[npt.NDArray[np.signedinteger], Integers, Integers]]
 
 
@@ -388,18 +388,18 @@ class Implementation(Protocol):
     def draw(self) -> Draw | None:
         """Operation that samples groups of layers of one dtype; None where ``search.sample`` does it with torch.
 
-        Takes the layers and, per group, its first layer, number of layers and number of weights to sample. Returns per
-        group a row of keys, of unpruned weights and at least one NaN, and how many weights sampled are unpruned and
-        pruned; none of a group of many tiny layers.
+        Takes the layers and, per group, its first layer, number of layers and sample size. Returns per group a row of
+        unpruned keys and at least one NaN, and how many sampled weights are unpruned and pruned: none of tiny layers.
         """
         ...
 
     @property
     def count_slots(self) -> CountSlots | None:
-        """Operation that counts unpruned weights of one key per layer; None where ``search.ties`` does it with numpy.
+        """Operation that counts unpruned weights of one key; None where ``search.ties`` does it with numpy. Reads only.
 
-        Takes the layers, their keys and, as a row per layer, flat indices in ascending order. Returns a row of how many
-        of these weights lie from each of the indices to the next. Reads only.
+        Takes layers, positions of those to count and, for each, a key, flat indices (first, begin, end, last), a
+        bracket of flat indices of the whole layer, and its region of this; and into how many slots to divide a bracket.
+        Returns for each how many lie from first to begin, in each slot, and from end to last.
         """
         ...
 

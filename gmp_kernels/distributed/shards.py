@@ -159,7 +159,8 @@ class Shards:
             self._begin(facts, failure, names, found.nonfinite if nonfinite == "error" else [], None)
         else:
             group_sizes = [len(layers)] if is_global else [1] * len(layers)
-            search = Search(self.communicator, implementation, layers, dtypes, placements, group_sizes, num_prune)
+            own_layers = layers, dtypes, placements
+            search = Search(self.communicator, implementation, *own_layers, group_sizes, num_prune, present=checked)
             num_pruned = [0 if last is None else last.num_pruned for last in hints]
             brackets = self._begin(facts, failure, names, [], None if failure else search.estimate(num_pruned))
             cutoffs = search.find(without_far_below(brackets, hints, dtypes))
@@ -174,9 +175,9 @@ class Shards:
         counts = [(0, 0)] * len(layers)
         if checked:
             adopt_bits(own[1], checked)
-            out = [mask.packed for mask in own[1]]
-            torch.autograd.graph.increment_version([*(layer.weight for layer in checked), *out])
-            written = implementation.prune(checked, Selection(chosen), out)
+            assert checked.masks is not None
+            torch.autograd.graph.increment_version([*checked.weights, *checked.masks])
+            written = implementation.prune(checked, Selection(chosen), checked.masks)
             assert written is not None
             for i, num_pruned_now, num_new in zip(present, *written, strict=True):
                 counts[i] = num_pruned_now, num_new

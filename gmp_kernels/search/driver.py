@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache, partial
+from itertools import compress
 from typing import Any, TypeVar
 
 import numpy as np
@@ -29,7 +30,7 @@ from gmp_kernels.search.communicator import Communicator
 from gmp_kernels.search.cutoffs import GroupCutoffs, find_cutoffs
 from gmp_kernels.search.placement import Placement, Region
 from gmp_kernels.search.sample import estimate
-from gmp_kernels.search.ties import TiedPiece, first_nonfinite, tie_indices
+from gmp_kernels.search.ties import TiedPieces, first_nonfinite, tie_indices
 
 __all__ = ["Search", "select_with"]
 
@@ -64,6 +65,8 @@ class Search:
     read : callable, optional
         Counts pieces as ``Implementation.count`` (the default) counts layers. It may fail on one rank alone, and may
         put candidates of its own in the list that it gets in the first round.
+    present : sequence of Layer, optional
+        The layers that are not None, in a form that backends take faster.
 
     Attributes
     ----------
@@ -85,14 +88,17 @@ class Search:
         group_sizes: Sequence[int],
         num_prune: Sequence[int],
         read: Read | None = None,
+        present: Sequence[Layer] | None = None,
     ) -> None:
         self._communicator = communicator
         self._implementation = implementation
         self._read: Read = implementation.count if read is None else read
         # Every rank takes part in every round, whether it has anything to read or not.
         self._together = _alone if read is None else communicator.together
-        # Backends take a ``Layers`` faster as it is, and making a layer from it takes time.
-        self._all, self._layers, self._dtypes, self._placements = layers, list(layers), dtypes, placements
+        self._layers, self._dtypes, self._placements = list(layers), dtypes, placements
+        is_present = [layer is not None for layer in self._layers]
+        self._present: Sequence[Any] = [*compress(self._layers, is_present)] if present is None else present
+        self._rows = np.cumsum(is_present) - 1  # of each piece, among those present
         self._num_prune = num_prune
         self._firsts = np.cumsum([0, *group_sizes])[:-1]
         self._group_of = np.repeat(np.arange(len(group_sizes)), group_sizes)
@@ -123,8 +129,7 @@ class Search:
         layers = [[self._layers[i] for i in own] for own in members]
         num_parts = [min(self._placements[i].num_parts for i in own) for own in members]
         own_counts = [self._num_prune[g] for g in groups], [num_pruned[g] for g in groups]
-        whole = self._all if len(pieces) == len(self._all) else None
-        drawing = self._implementation.draw, whole
+        drawing = self._implementation.draw, self._present
         found, densities = estimate(layers, *own_counts, self._sizes[groups].tolist(), num_parts, *drawing)
         brackets = Brackets(self._largest_keys(), np.zeros(len(self._firsts), np.int64))
         brackets.lo[groups], brackets.hi[groups] = found
@@ -171,19 +176,23 @@ class Search:
     def locate_ties(self, cutoffs: GroupCutoffs) -> None:
         """Find how many ties stay in which piece, and the flat index in it from which on they are pruned."""
         ties, stay = self.share_ties(cutoffs)
-        keys = cutoffs.keys[self._group_of].tolist()
+        keys = cutoffs.keys[self._group_of]
         numels = np.array([placement.region.numel for placement in self._placements])
         self.tie_indices = np.where(stay == ties, numels, 0)
         is_open = (stay > 0) & (stay < ties)
         for is_run, communicator in ((True, Communicator(None)), (False, self._communicator)):
-            positions = np.flatnonzero(is_open & (self._is_run == is_run) & ((numels > 0) | (not is_run))).tolist()
-            pieces = []
-            for i in positions:
-                region = _whole(numels[i].item()).region if is_run else self._placements[i].region
-                is_counted = is_run or self._placements[i].is_primary
-                pieces.append(TiedPiece(self._layers[i], keys[i], int(self.num_ties[i]), region, is_counted))
-            own = ties[positions], stay[positions]
-            self.tie_indices[positions] = tie_indices(communicator, self._implementation, pieces, *own)
+            chosen = np.flatnonzero(is_open & (self._is_run == is_run) & ((numels > 0) | (not is_run)))
+            if not len(chosen):
+                continue
+            pieces = TiedPieces(
+                self._rows[chosen],
+                keys[chosen],
+                self.num_ties[chosen],
+                is_run | self._is_primary[chosen],
+                [_whole(int(numels[i])).region if is_run else self._placements[i].region for i in chosen.tolist()],
+            )
+            own = ties[chosen], stay[chosen]
+            self.tie_indices[chosen] = tie_indices(communicator, self._implementation, self._present, pieces, *own)
 
     def first_nonfinite(self) -> list[int]:
         """Return per layer the flat index of the first unpruned NaN or Inf in it, -1 if there is none."""
@@ -256,7 +265,8 @@ class Search:
         if read:
             places = [lists.get(row) for row in read] if is_first else None
             own = Brackets(brackets.lo[read], brackets.hi[read])
-            layers = self._all if len(read) == len(self._all) else [self._layers[pieces[row]] for row in read]
+            is_all = len(read) == len(self._present)
+            layers = self._present if is_all else [self._layers[pieces[row]] for row in read]
             found.put(read, self._read(layers, own, num_bins, places))
             for row, place in zip(read, places or (), strict=False):
                 self._candidates[pieces[row]] = place
@@ -297,7 +307,8 @@ def _select(
 ) -> Selection:
     placements = [_whole(layer.weight.numel()) for layer in layers]
     dtypes = [layer.weight.dtype for layer in layers]
-    search = Search(Communicator(None), implementation, layers, dtypes, placements, group_sizes, num_prune)
+    own = placements, group_sizes, num_prune
+    search = Search(Communicator(None), implementation, layers, dtypes, *own, present=layers)
     aims = search.estimate([None] * len(group_sizes))
     if brackets is not None:
         is_known = brackets.lo <= brackets.hi

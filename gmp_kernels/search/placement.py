@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
 from gmp_kernels.errors import LayoutError
 
 __all__ = ["Placement", "Region"]
+
+
+IndexOrIndices = TypeVar("IndexOrIndices", int, np.ndarray)
 
 
 class Region(NamedTuple):
@@ -44,9 +47,9 @@ class Region(NamedTuple):
         start, end = self.to_global(0), self.to_global(self.numel - 1) + 1
         return (start, end) if end - start == self.numel else None
 
-    def to_global(self, index: int) -> int:
-        """Convert a flat index of the box to one of the whole tensor."""
-        result, stride = 0, 1
+    def to_global(self, index: IndexOrIndices) -> IndexOrIndices:
+        """Convert a flat index of the box, or an array of them, to those of the whole tensor."""
+        result, stride = index * 0, 1
         for whole, offset, size in zip(*map(reversed, (self.shape, self.offsets, self.sizes)), strict=True):
             index, place = divmod(index, size)
             result += (place + offset) * stride

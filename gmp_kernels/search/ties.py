@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from gmp_kernels.backends.keys import bits_of, largest_key
@@ -16,45 +18,47 @@ from gmp_kernels.search.communicator import Communicator
 from gmp_kernels.search.cutoffs import find_cutoffs
 from gmp_kernels.search.placement import Region
 
-__all__ = ["TiedPiece", "first_nonfinite", "piece_of", "tie_indices"]
+__all__ = ["TiedPieces", "first_nonfinite", "piece_of", "tie_indices"]
 
 CHUNK = 1 << 17  # weights that are searched for ties at a time
 # Half the width of the window that is searched first for a tie, in standard deviations. A tie outside of it costs a
 # search of the rest of the layer and another sum over the ranks.
 SIGMAS = 4
-SLOTS = 512  # into which a window of flat indices is divided to count ties
+# Into which a window of flat indices, and what is left of it, are divided to count ties.
+FIRST_SLOTS, SLOTS = 128, 512
 
 
-class TiedPiece(NamedTuple):
-    """Piece of a layer some of whose ties stay while others do not.
+class TiedPieces(NamedTuple):
+    """Pieces of layers some of whose ties stay while others do not, one of each layer, as columns.
 
     Attributes
     ----------
-    layer : Layer
-        Not used if there are no ties.
-    key : int
-        Key of the ties.
-    num_ties : int
-        Number of ties in the piece.
-    region : Region
-        Place of the piece in its layer.
-    is_counted : bool
+    rows : numpy.ndarray
+        Positions of the pieces among the layers of this rank; not used of a piece without ties.
+    keys : numpy.ndarray
+        Keys of the ties.
+    num_ties : numpy.ndarray
+        Number of ties in each piece.
+    is_counted : numpy.ndarray
         Whether this rank counts the piece, rather than another one that holds the same.
+    regions : sequence of Region
+        Places of the pieces in their layers.
     """
 
-    layer: Layer
-    key: int
-    num_ties: int
-    region: Region
-    is_counted: bool
+    rows: Integers
+    keys: Integers
+    num_ties: Integers
+    is_counted: npt.NDArray[np.bool_]
+    regions: Sequence[Region]
 
 
 def tie_indices(
     communicator: Communicator,
     implementation: Implementation,
-    pieces: Sequence[TiedPiece],
-    num_ties: Sequence[int] | Integers,
-    num_kept: Sequence[int] | Integers,
+    layers: Sequence[Layer],
+    pieces: TiedPieces,
+    num_ties: Integers,
+    num_kept: Integers,
 ) -> Integers:
     """Return, for each piece, a flat index in it that separates the ties that stay from those that are pruned.
 
@@ -62,45 +66,49 @@ def tie_indices(
     ----------
     communicator : Communicator
     implementation : Implementation
-    pieces : sequence of TiedPiece
-        One of each layer.
-    num_ties, num_kept : sequence of int
+    layers : sequence of Layer
+        All that this rank holds.
+    pieces : TiedPieces
+    num_ties, num_kept : numpy.ndarray
         Ties of each whole layer, and how many of them, not all, stay.
 
     Notes
     -----
     Reads a window and the shorter of the two parts beside it. Most windows take two or three sums over the ranks.
     """
-    sizes = np.array([math.prod(p.region.shape) for p in pieces], np.int64)
-    kept, ties = np.array(num_kept, np.int64), np.array(num_ties, np.int64)
-    windows = _windows(kept, ties, sizes)
+    sizes = np.array([math.prod(region.shape) for region in pieces.regions], np.int64)
+    numels = np.array([region.numel for region in pieces.regions], np.int64)
+    windows = _windows(num_kept, num_ties, sizes)
+    count_slots = implementation.count_slots or partial(_count_slots, implementation)
     is_first = True
 
     def count(groups: Integers, brackets: Brackets, most: int) -> tuple[Integers, Integers]:
         """Count the ties in slots of the brackets and, the first time, those before them."""
         nonlocal is_first
-        steps = np.arange(SLOTS + 1) << brackets.shifts(SLOTS)[:, None]
-        inner = brackets.lo[:, None] + np.minimum(steps, (brackets.hi - brackets.lo + 1)[:, None])
-        own, ends = [pieces[g] for g in groups], sizes[groups, None]
-        places = _local_places(own, np.concatenate((np.zeros_like(ends), inner, ends), axis=1))
-        # Of the two parts beside the window the shorter one is read, and only the first time.
-        is_before = places[:, 1] <= places[:, -1] - places[:, -2]
-        places[:, 0] = np.where(is_first & is_before, places[:, 0], places[:, 1])
-        places[:, -1] = np.where(is_first & ~is_before, places[:, -1], places[:, -2])
-        here = np.zeros((len(own), SLOTS + 2), np.int64)
-        read = [i for i, p in enumerate(own) if p.num_ties]
-        here[read] = _count_slots(implementation, [own[i] for i in read], places[read])
+        num_slots = FIRST_SLOTS if is_first else SLOTS
+        regions = [pieces.regions[g] for g in groups]
+        inner = _local_places(regions, np.stack((brackets.lo, brackets.hi + 1), axis=1))
+        places = inner[:, [0, 0, 1, 1]]
+        own_ties, is_before = pieces.num_ties[groups], np.ones(len(groups), bool)
         if is_first:
-            rest = np.array([p.num_ties for p in own], np.int64) - here.sum(axis=1)
-            here[:, 0] += np.where(is_before, 0, rest)
-            is_first = False
-        sent = here[:, :-1] * [[p.is_counted] for p in own]
-        sums = communicator.total(torch.from_numpy(sent), most).numpy()
-        nothing = np.zeros(len(own), np.int64)
+            # Of the two parts beside the window the shorter one is read.
+            is_before = inner[:, 0] <= numels - inner[:, 1]
+            places[:, 0] = np.where(is_before, 0, inner[:, 0])
+            places[:, 3] = np.where(is_before, inner[:, 1], numels)
+        here = np.zeros((len(groups), num_slots + 2), np.int64)
+        read = np.flatnonzero(own_ties)
+        own = groups[read]
+        asked = pieces.rows[own], pieces.keys[own], places[read], Brackets(brackets.lo[read], brackets.hi[read])
+        here[read] = count_slots(layers, *asked, [regions[i] for i in read], num_slots)
+        here[~is_before, 0] = (own_ties - here.sum(axis=1))[~is_before]
+        here[~pieces.is_counted[groups]] = 0
+        is_first = False
+        sums = communicator.total(torch.from_numpy(here[:, :-1]), most).numpy()
+        nothing = np.zeros(len(groups), np.int64)
         return np.stack((sums[:, 0], nothing, nothing), axis=1), sums[:, 1:]
 
-    found = find_cutoffs(kept + 1, ties, sizes - 1, windows, count, separates=True).keys
-    return _local_places(pieces, found[:, None])[:, 0]
+    found = find_cutoffs(num_kept + 1, num_ties, sizes - 1, windows, count, separates=True).keys
+    return _local_places(pieces.regions, found[:, None])[:, 0]
 
 
 def piece_of(layer: Layer, begin: int, end: int) -> Layer:
@@ -118,14 +126,16 @@ def _windows(rank: Integers, num_ties: Integers, size: Integers) -> Brackets:
     return Brackets(begin.astype(np.int64), np.minimum(end.astype(np.int64), size - 1))
 
 
-def _local_places(pieces: Sequence[TiedPiece], indices: Integers) -> Integers:
-    """Count the elements of each piece that come before some flat indices of its layer; most have equal regions."""
+def _local_places(regions: Sequence[Region], indices: Integers) -> Integers:
+    """Count the elements of each region that come before some flat indices of its layer; most are equal."""
     alike: dict[Region, list[int]] = defaultdict(list)
-    for i, p in enumerate(pieces):
-        alike[p.region].append(i)
+    for i, region in enumerate(regions):
+        alike[region].append(i)
+    if len(alike) == 1:
+        return regions[0].to_local(indices)
     places = np.empty_like(indices)
     for region, members in alike.items():
-        places[members] = region.to_local(indices[members].reshape(-1)).reshape(len(members), -1)
+        places[members] = region.to_local(indices[members])
     return places
 
 
@@ -134,29 +144,37 @@ def _unit_of(layer: Layer) -> int:
     return math.lcm(8, layer.filter.size)
 
 
-def _count_slots(implementation: Implementation, pieces: Sequence[TiedPiece], places: Integers) -> Integers:
-    """Count the ties of each piece between neighbouring places; the inner ones are close to each other.
-
-    The first place and the last are the ends of the piece, or the places next to them.
-    """
-    layers, keys = [p.layer for p in pieces], np.array([p.key for p in pieces], np.int64)
-    if implementation.count_slots is not None:
-        return implementation.count_slots(layers, keys, places)
-    here = np.zeros((len(pieces), places.shape[1] - 1), np.int64)
+def _count_slots(
+    implementation: Implementation,
+    layers: Sequence[Layer],
+    rows: Integers,
+    keys: Integers,
+    places: Integers,
+    brackets: Brackets,
+    regions: Sequence[Region],
+    num_slots: int,
+) -> Integers:
+    """Do as ``Implementation.count_slots`` with the other operations."""
+    here = np.zeros((len(rows), num_slots + 2), np.int64)
+    own = [layers[row] for row in rows.tolist()]
     # Up to multiples of the unit, the weights before are the same in memory as in row-major order.
-    units = np.array([_unit_of(layer) for layer in layers], np.int64)
-    begins = places[:, 1] // units * units
-    ends = np.minimum(-(-places[:, -2] // units) * units, [layer.weight.numel() for layer in layers])
-    for slot, firsts, lasts in ((0, places[:, 0], begins), (-1, ends, places[:, -1])):
+    units = np.array([_unit_of(layer) for layer in own], np.int64)
+    first, begin, end, last = places.T
+    begins, ends = begin // units * units, np.minimum(-(-end // units) * units, [layer.weight.numel() for layer in own])
+    for slot, firsts, lasts in ((0, first, begins), (-1, ends, last)):
         read = np.flatnonzero(firsts < lasts).tolist()
         if read:
-            parts = [piece_of(layers[i], firsts[i], lasts[i]) for i in read]
+            parts = [piece_of(own[i], firsts[i], lasts[i]) for i in read]
             here[read, slot] = implementation.count(parts, Brackets(keys[read], keys[read]), 1).inside
-    for i, (layer, key) in enumerate(zip(layers, keys.tolist(), strict=True)):
+    shifts = brackets.shifts(num_slots)
+    for i, (layer, key, region) in enumerate(zip(own, keys.tolist(), regions, strict=True)):
         step = max(1, CHUNK // _unit_of(layer)) * _unit_of(layer)
         for start in range(begins[i], ends[i], step):
             indices = _indices_of(layer, start, min(start + step, ends[i]), key)
-            here[i] += np.diff(indices.searchsorted(places[i]))
+            limits = indices.searchsorted(places[i])
+            here[i, [0, -1]] += limits[[1, 3]] - limits[[0, 2]]
+            inside = region.to_global(indices[limits[1] : limits[2]]) - brackets.lo[i]
+            here[i, 1:-1] += np.bincount(inside >> shifts[i], minlength=num_slots)
     return here
 
 
