@@ -18,13 +18,18 @@ using RegionRow = std::vector<std::tuple<int64_t, int64_t, int64_t>>;
 // the position of its region: see cpu/ties.h
 using TieRow = std::tuple<size_t, uint64_t, std::array<int64_t, 4>, int64_t, int, size_t>;
 
-// counts: a row of num_slots + 2 zeros for each row of ties.
+// counts: a row of num_slots + 2 zeros for each row of ties; indices: none, or a row of `capacity` for each.
 inline void count_slots(const std::vector<cpu::LayerView>& layers, const std::vector<TieRow>& ties,
                         const std::vector<RegionRow>& regions, const arrays::Array& counts, int64_t num_slots,
-                        int num_threads) {
+                        const arrays::Array& indices, int64_t capacity, int num_threads) {
   arrays::check_threads(num_threads);
   const auto num_rows = static_cast<int64_t>(ties.size());
   auto* const result = arrays::checked<int64_t>(counts, num_rows * (num_slots + 2), "counts");
+  auto* const listed = arrays::optional<int64_t>(indices, num_rows * capacity, "indices");
+  if (listed == nullptr) capacity = 0;
+  if (capacity < 0 || (listed != nullptr && num_slots != 1)) {
+    throw std::invalid_argument("indices are those of a single slot");
+  }
   std::vector<cpu::Region> boxes;
   for (const RegionRow& sides : regions) {
     boxes.emplace_back();
@@ -50,7 +55,7 @@ inline void count_slots(const std::vector<cpu::LayerView>& layers, const std::ve
     }
     searches.push_back({layer, &region, key, first, begin, end, last, start, shift});
   }
-  cpu::count_slots(searches, num_slots, result, num_threads);
+  cpu::count_slots(searches, num_slots, result, listed, capacity, num_threads);
 }
 
 }  // namespace gmp

@@ -45,13 +45,15 @@ def draw(
 ) -> list[tuple[int, int]]: ...
 
 # ties: position of a layer, key, four flat indices of it, first slot, shift, position of a region; a region has length,
-# offset and size per dimension; counts: num_slots + 2 for each row of ties
+# offset and size per dimension; counts: num_slots + 2 for each row of ties; indices: none, or a row for each
 def count_slots(
     layers: Layers,
     ties: Sequence[tuple[int, int, Sequence[int], int, int, int]],
     regions: Sequence[Sequence[tuple[int, int, int]]],
     counts: _Array,
     num_slots: int,
+    indices: _Array,
+    capacity: int,
     num_threads: int,
 ) -> None: ...
 

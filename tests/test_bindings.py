@@ -218,6 +218,17 @@ def test_slots_outside_of_a_layer_are_refused(change: dict[str, object], message
         return case.backend.count_slots(layers, np.array([0, row]), np.array([1, 1]), all_places, ends, regions, 4)
 
     assert count(**asked).sum() == 0
+    with pytest.raises(ValueError, match="indices are those of a single slot"):
+        case.backend.count_slots(
+            layers,
+            np.array([0]),
+            np.array([1]),
+            np.array([[0, 4, 8, N]]),
+            Brackets.of([4], [7]),
+            [((N,), (0,), (N,))],
+            4,
+            np.zeros((1, 3), np.int64),
+        )
     with pytest.raises(ValueError, match=message):
         count(**{**asked, **change})
 

@@ -20,7 +20,7 @@ from gmp_kernels.backends.types import Brackets, Cutoffs, Implementation, Layer,
 from gmp_kernels.errors import StateError
 from gmp_kernels.masks import BitMask
 from gmp_kernels.ops import magnitude_threshold
-from gmp_kernels.search import driver
+from gmp_kernels.search import driver, ties
 from gmp_kernels.search.brackets import brackets_near
 from gmp_kernels.search.communicator import Communicator
 from gmp_kernels.search.cutoffs import find_cutoffs
@@ -119,8 +119,12 @@ def test_any_guess_and_any_pieces_give_the_same_cut(data: st.DataObject) -> None
     assert torch.equal(kept_of(parts, cutoff[0], ends), kept_of([layer], cutoff[0], expected.tie_indices))
 
 
+@pytest.mark.parametrize("most_listed", [0, ties.MOST_LISTED], ids=["counted", "listed"])
 @pytest.mark.parametrize("places", ["even", "early", "late", "runs", "all"])
-def test_ties_are_found_wherever_they_lie(kernels: str, places: str) -> None:
+def test_ties_are_found_wherever_they_lie(
+    kernels: str, places: str, most_listed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ties, "MOST_LISTED", most_listed)
     n, generator = 300_007, torch.Generator().manual_seed(1)
     index = torch.arange(n)
     tied = {
@@ -133,15 +137,15 @@ def test_ties_are_found_wherever_they_lie(kernels: str, places: str) -> None:
     weight = torch.where(tied, -0.5, torch.rand(n, generator=generator) + 1)
     mask = random_mask(n, 0.5)
     device = device_of(kernels)
-    ties = (tied & BitMask(mask, weight.shape).to_bool()).nonzero().view(-1)
-    kept = [0, 1, len(ties) // 2, len(ties) - 1]
+    tie_places = (tied & BitMask(mask, weight.shape).to_bool()).nonzero().view(-1)
+    kept = [0, 1, len(tie_places) // 2, len(tie_places) - 1]
     layers, four = [on(device, Layer(weight, mask))], np.ones(4, np.int64)
-    columns = 0 * four, key_of(0.5, torch.float32) * four, len(ties) * four, four > 0
+    columns = 0 * four, key_of(0.5, torch.float32) * four, len(tie_places) * four, four > 0, n * four
     pieces = TiedPieces(*columns, [whole(n)] * 4)
-    own = len(ties) * four, np.array(kept)
+    own = len(tie_places) * four, np.array(kept)
     found = tie_indices(Communicator(None), choose(kernels, device), layers, pieces, *own)
     for index, num_kept in zip(found.tolist(), kept, strict=True):
-        assert (ties < index).sum() == num_kept
+        assert (tie_places < index).sum() == num_kept
 
 
 def tied_layer(shape: tuple[int, ...], dtype: torch.dtype, share: float, *, masked: bool) -> Layer:
@@ -188,8 +192,11 @@ def test_slots_hold_the_ties_between_their_flat_indices(backend: str, dtype: tor
         rows = np.arange(len(layers))[::-1]  # not all of them in the order of the layers
         brackets = Brackets.of(*zip(*(ends[row] for row in rows), strict=True))
         asked = np.full(len(rows), key_of(key, dtype)), np.array(places)[rows], brackets, [regions[row] for row in rows]
-        found = operation(layers, rows, *asked, num_slots)
-        for row, shift, counts in zip(rows, brackets.shifts(num_slots).tolist(), found.tolist(), strict=True):
+        indices = np.full((len(rows), 40), -1) if num_slots == 1 else None
+        found = operation(layers, rows, *asked, num_slots, indices)
+        for place, (row, shift, counts) in enumerate(
+            zip(rows, brackets.shifts(num_slots), found.tolist(), strict=True)
+        ):
             layer, (first, begin, end, last) = layers[row], places[row]
             is_kept = torch.ones(layer.weight.shape, dtype=torch.bool)
             if layer.mask is not None:
@@ -199,6 +206,12 @@ def test_slots_hold_the_ties_between_their_flat_indices(backend: str, dtype: tor
             slots = (indices_of[row][begin:end][in_order[begin:end]] - ends[row][0]) // 2**shift
             inner = [int((slots == slot).sum()) for slot in range(num_slots)]
             assert counts == [int(in_order[first:begin].sum()), *inner, int(in_order[end:last].sum())]
+            if indices is not None:
+                # As many as there is room for, in any order.
+                own = sorted(set(indices[place].tolist()) - {-1})
+                ties_here = (indices_of[row][begin:end][in_order[begin:end]] - ends[row][0]).tolist()
+                assert len(own) == min(len(ties_here), 40)
+                assert set(own) <= set(ties_here)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -8,13 +8,20 @@
 namespace gmp::cpu {
 namespace {
 
-void add(int64_t& count, int64_t matches) {
-#pragma omp atomic
-  count += matches;
+// Returns the count before.
+int64_t add(int64_t& count, int64_t matches) {
+  int64_t before;
+#pragma omp atomic capture
+  {
+    before = count;
+    count += matches;
+  }
+  return before;
 }
 
 // Weights [begin, end) in the order of memory, at most kChunk of them, from the beginning of a mask byte.
-void count_chunk(const TieSearch& search, int64_t begin, int64_t end, int64_t num_slots, int64_t* counts) {
+void count_chunk(const TieSearch& search, int64_t begin, int64_t end, int64_t num_slots, int64_t* counts,
+                 int64_t* indices, int64_t capacity) {
   const LayerView& layer = search.layer;
   const Kernels& kernels = kernels_of(layer.dtype);
   const Bracket key{search.key, search.key};
@@ -31,17 +38,20 @@ void count_chunk(const TieSearch& search, int64_t begin, int64_t end, int64_t nu
     const int64_t place = begin + places[i], filter = place / layer.filter.size() * layer.filter.size();
     const int64_t index = filter + layer.filter.in_row_major(place - filter);
     if (index < search.first || index >= search.last) continue;
-    int64_t slot = index < search.begin ? 0 : num_slots + 1;
-    if (index >= search.begin && index < search.end) {
-      slot = 1 + ((search.region->in_whole(index) - search.start) >> search.shift);
+    if (index < search.begin || index >= search.end) {
+      add(counts[index < search.begin ? 0 : num_slots + 1], 1);
+      continue;
     }
-    add(counts[slot], 1);
+    const int64_t offset = search.region->in_whole(index) - search.start;
+    const int64_t before = add(counts[1 + (offset >> search.shift)], 1);
+    if (before < capacity) indices[before] = offset;
   }
 }
 
 }  // namespace
 
-void count_slots(const std::vector<TieSearch>& searches, int64_t num_slots, int64_t* counts, int num_threads) {
+void count_slots(const std::vector<TieSearch>& searches, int64_t num_slots, int64_t* counts, int64_t* indices,
+                 int64_t capacity, int num_threads) {
   std::vector<Chunk> chunks;
   for (size_t s = 0; s < searches.size(); ++s) {
     const auto& [layer, region, key, first, begin, end, last, start, shift] = searches[s];
@@ -56,7 +66,8 @@ void count_slots(const std::vector<TieSearch>& searches, int64_t num_slots, int6
   for (int64_t i = 0; i < num_chunks; ++i) {
     const Chunk& chunk = chunks[static_cast<size_t>(i)];
     const auto s = static_cast<int64_t>(chunk.tensor);
-    count_chunk(searches[chunk.tensor], chunk.begin, chunk.end, num_slots, counts + s * (num_slots + 2));
+    count_chunk(searches[chunk.tensor], chunk.begin, chunk.end, num_slots, counts + s * (num_slots + 2),
+                indices + s * capacity, capacity);
   }
 }
 

@@ -50,7 +50,10 @@ struct TieSearch {
 };
 
 // Counts unpruned weights. `counts` has a row for each search, to which they are added: those before the slots, those
-// of each slot, and those after. Reads only the weights between the first index and the last.
-void count_slots(const std::vector<TieSearch>& searches, int64_t num_slots, int64_t* counts, int num_threads);
+// of each slot, and those after. Reads only the weights between the first index and the last. `indices` (nullptr: not
+// wanted; else there is a single slot) has room for `capacity` indices for each search: it receives those in the whole,
+// from `start` on, of as many ties in the slot, in any order.
+void count_slots(const std::vector<TieSearch>& searches, int64_t num_slots, int64_t* counts, int64_t* indices,
+                 int64_t capacity, int num_threads);
 
 }  // namespace gmp::cpu

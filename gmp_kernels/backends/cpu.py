@@ -128,6 +128,7 @@ class Cpu:
         brackets: Brackets,
         regions: Sequence[tuple[Sequence[int], Sequence[int], Sequence[int]]],
         num_slots: int,
+        indices: Integers | None = None,
     ) -> Integers:
         counts = np.zeros((len(rows), num_slots + 2), np.int64)
         # Most layers have equal regions.
@@ -135,8 +136,11 @@ class Cpu:
         columns = rows, keys, places, brackets.lo, brackets.shifts(num_slots)
         ties = list(zip(*(column.tolist() for column in columns), [known[region] for region in regions], strict=True))
         sides = [list(zip(*region, strict=True)) for region in known]
+        to_list = (0, 0), 0
+        if indices is not None:
+            to_list = (indices.ctypes.data, indices.size), indices.shape[1]
         array = counts.ctypes.data, counts.size
-        _C.count_slots(_layers(layers), ties, sides, array, num_slots, torch.get_num_threads())
+        _C.count_slots(_layers(layers), ties, sides, array, num_slots, *to_list, torch.get_num_threads())
         return counts
 
     def prune(

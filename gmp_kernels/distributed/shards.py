@@ -127,8 +127,8 @@ class Shards:
 
         Notes
         -----
-        Collectives: one maximum, two sums for most brackets and, if some ties stay and others do not, one sum, or two
-        or three if the ranks' pieces interleave. One more if there are copies, or in global scope.
+        Collectives: one maximum, two sums for most brackets and, if some ties stay and others do not, one more: a sum
+        or, if the ranks' pieces interleave, lists of ties. One more if there are copies, or in global scope.
         """
         failure = None
         checked: Layers | None = None

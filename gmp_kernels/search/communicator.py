@@ -38,7 +38,7 @@ class Communicator:
     size, rank : int
         Number of processes, and the position of this one.
     num_collectives, num_bytes : int
-        Reductions so far, and the bytes of their results.
+        Reductions so far, and the bytes that this rank has put into them.
     """
 
     def __init__(
@@ -90,6 +90,23 @@ class Communicator:
             raise found
         return cast(T, result)
 
+    def merged(self, rows: torch.Tensor, merge: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """Return on every rank what ``merge`` makes of the stacked rows of all ranks, an int64 for each. On the CPU."""
+        if self._group is None:
+            return merge(rows[None])
+        buffer = rows.to(self._device, copy=True)
+        result = torch.empty(len(rows), dtype=torch.int64, device=self._device)
+        self._last = [buffer, result]
+        with self._answered():
+            gathered = self._gathered(buffer)
+            if gathered is not None:
+                result.copy_(merge(gathered.cpu()))
+            dist.broadcast(result, group=self._group, group_src=0)
+            found = result.cpu()
+        self.num_collectives += 1
+        self.num_bytes += buffer.nbytes
+        return found
+
     def _reduce(self, values: torch.Tensor, op: dist.ReduceOp.RedOpType, dtype: torch.dtype) -> torch.Tensor:
         if self._group is None:
             return values
@@ -97,7 +114,10 @@ class Communicator:
         self._last = [buffer]
         with self._answered():
             if self._device.type == "cpu" and self.size * buffer.nbytes <= MOST_GATHERED:
-                self._reduce_at_first(buffer, op)
+                gathered = self._gathered(buffer)
+                if gathered is not None:
+                    buffer.copy_(gathered.sum(0) if op == dist.ReduceOp.SUM else gathered.amax(0))
+                dist.broadcast(buffer, group=self._group, group_src=0)
             else:
                 dist.all_reduce(buffer, op, group=self._group)
             result = buffer.to("cpu", torch.int64)
@@ -105,15 +125,13 @@ class Communicator:
         self.num_bytes += buffer.nbytes
         return result
 
-    def _reduce_at_first(self, buffer: torch.Tensor, op: dist.ReduceOp.RedOpType) -> None:
-        """Replace the values of every rank by the result, computed on the first."""
+    def _gathered(self, buffer: torch.Tensor) -> torch.Tensor | None:
+        """Return the buffers of all ranks on the first, and None elsewhere."""
         gathered = buffer.new_empty(self.size, *buffer.shape) if self.rank == 0 else None
         received = None if gathered is None else list(gathered)
         self._last += received or []
         dist.gather(buffer, received, group=self._group, group_dst=0)
-        if gathered is not None:
-            buffer.copy_(gathered.sum(0) if op == dist.ReduceOp.SUM else gathered.amax(0))
-        dist.broadcast(buffer, group=self._group, group_src=0)
+        return gathered
 
     @contextmanager
     def _answered(self) -> Iterator[None]:

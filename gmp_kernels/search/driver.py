@@ -106,6 +106,7 @@ class Search:
         self._is_run = np.array([placement.starts is not None for placement in placements])
         self._slots = np.array([placement.slot for placement in placements])
         self._num_slots = np.array([len(placement.starts or [0]) for placement in placements])
+        self._largest = np.array([placement.largest_part for placement in placements])
         self._is_primary = np.array([placement.is_primary for placement in placements])
         # The bracket of each group from which its candidates come, and its latest bracket.
         self._held: Brackets | None = None
@@ -189,6 +190,7 @@ class Search:
                 keys[chosen],
                 self.num_ties[chosen],
                 is_run | self._is_primary[chosen],
+                numels[chosen] if is_run else self._largest[chosen],
                 [_whole(int(numels[i])).region if is_run else self._placements[i].region for i in chosen.tolist()],
             )
             own = ties[chosen], stay[chosen]

@@ -83,6 +83,8 @@ class Placement:
         Number of weights of the whole layer.
     num_parts : int
         Number of distinct parts of it.
+    largest_part : int
+        Number of weights of the largest part.
     num_copies : int
         Number of other ranks that hold the same part.
     is_primary : bool
@@ -109,6 +111,7 @@ class Placement:
                 f"{sum(region.numel for region in held)}; shard it over the ranks of one mesh"
             )
         self.num_parts = len(held)
+        self.largest_part = max((region.numel for region in held), default=0)
         self.num_copies = regions.count(self.region) - 1
         self.is_primary = regions.index(self.region) == rank
         self.has_copies = sum(region.numel for region in regions) > self.size

@@ -24,8 +24,8 @@ CHUNK = 1 << 17  # weights that are searched for ties at a time
 # Half the width of the window that is searched first for a tie, in standard deviations. A tie outside of it costs a
 # search of the rest of the layer and another sum over the ranks.
 SIGMAS = 4
-# Into which a window of flat indices, and what is left of it, are divided to count ties.
-FIRST_SLOTS, SLOTS = 128, 512
+SLOTS = 512  # into which a window of flat indices is divided to count ties
+MOST_LISTED = 1 << 20  # bytes of lists of ties, of all ranks together
 
 
 class TiedPieces(NamedTuple):
@@ -41,6 +41,8 @@ class TiedPieces(NamedTuple):
         Number of ties in each piece.
     is_counted : numpy.ndarray
         Whether this rank counts the piece, rather than another one that holds the same.
+    largest : numpy.ndarray
+        Number of weights of the largest piece of each layer, on any rank.
     regions : sequence of Region
         Places of the pieces in their layers.
     """
@@ -49,6 +51,7 @@ class TiedPieces(NamedTuple):
     keys: Integers
     num_ties: Integers
     is_counted: npt.NDArray[np.bool_]
+    largest: Integers
     regions: Sequence[Region]
 
 
@@ -74,41 +77,126 @@ def tie_indices(
 
     Notes
     -----
-    Reads a window and the shorter of the two parts beside it. Most windows take two or three sums over the ranks.
+    Reads a window and the shorter of the two parts beside it. Most calls take one collective. Where windows hold other
+    ties than expected, sums over the ranks follow.
     """
-    sizes = np.array([math.prod(region.shape) for region in pieces.regions], np.int64)
-    numels = np.array([region.numel for region in pieces.regions], np.int64)
-    windows = _windows(num_kept, num_ties, sizes)
-    count_slots = implementation.count_slots or partial(_count_slots, implementation)
-    is_first = True
+    around = _Around(implementation, layers, pieces)
+    windows = _windows(num_kept, num_ties, around.sizes)
+    found = _listed(communicator, around, windows, num_ties, num_kept)
+    left = np.flatnonzero(found < 0)
+    if len(left):
+        found[left] = _counted(communicator, around, left, windows, num_ties, num_kept)
+    return _local_places(pieces.regions, found[:, None])[:, 0]
 
-    def count(groups: Integers, brackets: Brackets, most: int) -> tuple[Integers, Integers]:
-        """Count the ties in slots of the brackets and, the first time, those before them."""
-        nonlocal is_first
-        num_slots = FIRST_SLOTS if is_first else SLOTS
-        regions = [pieces.regions[g] for g in groups]
+
+class _Around:
+    """Counts of the ties in and beside brackets of flat indices.
+
+    Attributes
+    ----------
+    pieces : TiedPieces
+    sizes : numpy.ndarray
+        Number of weights of each whole layer.
+    """
+
+    def __init__(self, implementation: Implementation, layers: Sequence[Layer], pieces: TiedPieces) -> None:
+        self.pieces = pieces
+        self.sizes = np.array([math.prod(region.shape) for region in pieces.regions], np.int64)
+        self._numels = np.array([region.numel for region in pieces.regions], np.int64)
+        self._count = partial(implementation.count_slots or partial(_count_slots, implementation), layers)
+
+    def count(
+        self,
+        groups: Integers,
+        brackets: Brackets,
+        num_slots: int,
+        *,
+        with_before: bool,
+        indices: Integers | None = None,
+    ) -> Integers:
+        """Return, per piece, the ties before its bracket, if they are wanted, and those in slots of it.
+
+        ``indices`` receives those in the bracket, less its first, as far as they fit.
+        """
+        regions = [self.pieces.regions[g] for g in groups.tolist()]
         inner = _local_places(regions, np.stack((brackets.lo, brackets.hi + 1), axis=1))
         places = inner[:, [0, 0, 1, 1]]
-        own_ties, is_before = pieces.num_ties[groups], np.ones(len(groups), bool)
-        if is_first:
-            # Of the two parts beside the window the shorter one is read.
+        own_ties, is_before = self.pieces.num_ties[groups], np.ones(len(groups), bool)
+        if with_before:
+            # Of the two parts beside the bracket the shorter one is read.
+            numels = self._numels[groups]
             is_before = inner[:, 0] <= numels - inner[:, 1]
             places[:, 0] = np.where(is_before, 0, inner[:, 0])
             places[:, 3] = np.where(is_before, inner[:, 1], numels)
         here = np.zeros((len(groups), num_slots + 2), np.int64)
-        read = np.flatnonzero(own_ties)
+        read = np.flatnonzero(own_ties * self.pieces.is_counted[groups])
         own = groups[read]
-        asked = pieces.rows[own], pieces.keys[own], places[read], Brackets(brackets.lo[read], brackets.hi[read])
-        here[read] = count_slots(layers, *asked, [regions[i] for i in read], num_slots)
-        here[~is_before, 0] = (own_ties - here.sum(axis=1))[~is_before]
-        here[~pieces.is_counted[groups]] = 0
+        asked = (
+            self.pieces.rows[own],
+            self.pieces.keys[own],
+            places[read],
+            Brackets(brackets.lo[read], brackets.hi[read]),
+        )
+        rows = None if indices is None else indices[read]
+        here[read] = self._count(*asked, [regions[i] for i in read.tolist()], num_slots, rows)
+        if indices is not None and rows is not None:
+            indices[read] = rows
+        is_after = ~is_before & self.pieces.is_counted[groups]
+        here[is_after, 0] = (own_ties - here.sum(axis=1))[is_after]
+        return here[:, :-1]
+
+
+def _listed(
+    communicator: Communicator, around: _Around, windows: Brackets, num_ties: Integers, num_kept: Integers
+) -> Integers:
+    """Return the flat index of each first tie that is pruned: lists of those in the windows are merged on one rank.
+
+    -1 where the window holds other ties than expected.
+    """
+    found = np.full(len(num_kept), -1)
+    spread = num_ties / around.sizes * (windows.hi - windows.lo + 1) / around.sizes * around.pieces.largest
+    capacity = int((spread + 6 * np.sqrt(spread) + 8).max(initial=0))
+    dtype = torch.int32 if around.sizes.max(initial=0) <= torch.iinfo(torch.int32).max else torch.int64
+    if communicator.size * len(found) * (capacity + 2) * dtype.itemsize > MOST_LISTED:
+        return found
+    indices = np.full((len(found), capacity), torch.iinfo(dtype).max, np.int64)
+    counts = around.count(np.arange(len(found)), windows, 1, with_before=True, indices=indices)
+
+    def merge(stacked: torch.Tensor) -> torch.Tensor:
+        numbers, lists = np.split(stacked.numpy(), [2], axis=2)
+        before, inside = numbers.sum(axis=0, dtype=np.int64).T
+        lists = np.concatenate(lists, axis=1)
+        lists.sort(axis=1)
+        rank = num_kept - before
+        is_listed = (rank >= 0) & (rank < inside) & (numbers[:, :, 1] <= capacity).all(axis=0)
+        at = lists[np.arange(len(lists)), np.where(is_listed, rank, 0)]
+        return torch.from_numpy(np.where(is_listed, windows.lo + at, -1))
+
+    return communicator.merged(torch.from_numpy(np.hstack((counts, indices))).to(dtype), merge).numpy()
+
+
+def _counted(
+    communicator: Communicator,
+    around: _Around,
+    chosen: Integers,
+    windows: Brackets,
+    num_ties: Integers,
+    num_kept: Integers,
+) -> Integers:
+    """Return flat indices that separate the chosen ones: slots of their windows are counted until one is left."""
+    is_first = True
+
+    def count(groups: Integers, brackets: Brackets, most: int) -> tuple[Integers, Integers]:
+        nonlocal is_first
+        here = around.count(chosen[groups], brackets, SLOTS, with_before=is_first)
         is_first = False
-        sums = communicator.total(torch.from_numpy(here[:, :-1]), most).numpy()
+        sums = communicator.total(torch.from_numpy(here), most).numpy()
         nothing = np.zeros(len(groups), np.int64)
         return np.stack((sums[:, 0], nothing, nothing), axis=1), sums[:, 1:]
 
-    found = find_cutoffs(num_kept + 1, num_ties, sizes - 1, windows, count, separates=True).keys
-    return _local_places(pieces.regions, found[:, None])[:, 0]
+    ends = Brackets(windows.lo[chosen], windows.hi[chosen])
+    asked = num_kept[chosen] + 1, num_ties[chosen], around.sizes[chosen] - 1
+    return find_cutoffs(*asked, ends, count, separates=True).keys
 
 
 def piece_of(layer: Layer, begin: int, end: int) -> Layer:
@@ -153,6 +241,7 @@ def _count_slots(
     brackets: Brackets,
     regions: Sequence[Region],
     num_slots: int,
+    indices: Integers | None = None,
 ) -> Integers:
     """Do as ``Implementation.count_slots`` with the other operations."""
     here = np.zeros((len(rows), num_slots + 2), np.int64)
@@ -170,10 +259,13 @@ def _count_slots(
     for i, (layer, key, region) in enumerate(zip(own, keys.tolist(), regions, strict=True)):
         step = max(1, CHUNK // _unit_of(layer)) * _unit_of(layer)
         for start in range(begins[i], ends[i], step):
-            indices = _indices_of(layer, start, min(start + step, ends[i]), key)
-            limits = indices.searchsorted(places[i])
+            own_indices = _indices_of(layer, start, min(start + step, ends[i]), key)
+            limits = own_indices.searchsorted(places[i])
             here[i, [0, -1]] += limits[[1, 3]] - limits[[0, 2]]
-            inside = region.to_global(indices[limits[1] : limits[2]]) - brackets.lo[i]
+            inside = region.to_global(own_indices[limits[1] : limits[2]]) - brackets.lo[i]
+            if indices is not None:
+                row = indices[i, here[i, 1] :]
+                row[: len(inside)] = inside[: len(row)]
             here[i, 1:-1] += np.bincount(inside >> shifts[i], minlength=num_slots)
     return here
 
