@@ -110,15 +110,18 @@ CutoffColumns select_cutoffs(const Layers& layers, const std::vector<int64_t>& n
 // below, inside, pruned, nonfinite
 using CountsTuple = std::tuple<int64_t, int64_t, int64_t, int64_t>;
 
-// candidates: one per layer; bins: one row of num_bins zeros per layer.
+// candidates: one per layer; bins: one row of num_bins zeros per layer; chunk_bins: none, or one per chunk.
 std::vector<CountsTuple> count(const Layers& layers, const std::vector<BracketTuple>& brackets,
-                               const std::vector<Array>& candidates, const Array& bins, int64_t num_bins,
-                               int num_threads) {
+                               const std::vector<Array>& candidates, const Array& bins, const Array& chunk_bins,
+                               int64_t num_bins, int num_threads) {
   check_threads(num_threads);
   const size_t n = layers.size();
   if (brackets.size() != n || candidates.size() != n || num_bins < 1) {
     throw std::invalid_argument("a count needs one bracket and one place for candidates per layer, and bins");
   }
+  int64_t num_chunks = 0;
+  for (const LayerView& layer : layers) num_chunks += gmp::cpu::num_chunks(layer.n);
+  auto* next_of_chunks = optional<uint16_t>(chunk_bins, num_chunks * num_bins, "bins of chunks");
   int64_t* next_bins = checked<int64_t>(bins, num_bins * static_cast<int64_t>(n), "bins");
   std::vector<gmp::cpu::Group> groups(n);
   std::vector<gmp::cpu::Group*> addresses;
@@ -128,6 +131,8 @@ std::vector<CountsTuple> count(const Layers& layers, const std::vector<BracketTu
     if (address == 0) groups[l].capacity = 0;
     addresses.push_back(&groups[l]);
     next_bins += num_bins;
+    groups[l].chunk_bins = next_of_chunks;
+    if (next_of_chunks != nullptr) next_of_chunks += gmp::cpu::num_chunks(layers[l].n) * num_bins;
   }
   std::vector<int64_t> nonfinite(n, -1);
   std::vector<CountsTuple> result;

@@ -32,6 +32,7 @@ def count(
     brackets: Sequence[tuple[int, int]],
     candidates: Sequence[_Array],
     bins: _Array,
+    chunk_bins: _Array,
     num_bins: int,
     num_threads: int,
 ) -> list[tuple[int, int, int, int]]: ...

@@ -139,10 +139,19 @@ std::vector<Chunk> count(const std::vector<LayerView>& layers, const std::vector
         if (group.bins != nullptr) {
           if (target != group.bins) flush();
           target = group.bins;
-          if (!gathers) bins[0] += chunk.inside;
           const Key lo = static_cast<Key>(bracket.lo);
           const int shift = shift_of(bracket, num_bins);
-          for (int64_t k = 0; gathers && k < chunk.inside; ++k) ++bins[static_cast<Key>(keys[k] - lo) >> shift];
+          const auto count_in = [&](auto* into) {
+            if (!gathers) into[0] = static_cast<std::decay_t<decltype(*into)>>(into[0] + chunk.inside);
+            for (int64_t k = 0; gathers && k < chunk.inside; ++k) ++into[static_cast<Key>(keys[k] - lo) >> shift];
+          };
+          if (group.chunk_bins == nullptr) {
+            count_in(bins);
+          } else {
+            uint16_t* const own = group.chunk_bins + (i - static_cast<int64_t>(group.first_chunk)) * num_bins;
+            count_in(own);
+            for (int64_t b = 0; b < num_bins; ++b) bins[b] += own[b];
+          }
         }
         if (counts.nonfinite) {
           const Bracket beyond{infinity, uint64_t{infinity} + 1};

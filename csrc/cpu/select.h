@@ -20,9 +20,10 @@ struct Group {
   Bracket bracket;
   // Counts of one read, relative to the bracket.
   BracketCounts counts = {};
-  int64_t* bins = nullptr;     // adds the keys inside up by bin; nullptr: not wanted
-  void* candidates = nullptr;  // receives them, in the order of each chunk, as far as they fit
-  int64_t capacity = 0;        // of the candidates, in keys
+  int64_t* bins = nullptr;         // adds the keys inside up by bin; nullptr: not wanted
+  void* candidates = nullptr;      // receives them, in the order of each chunk, as far as they fit
+  int64_t capacity = 0;            // of the candidates, in keys
+  uint16_t* chunk_bins = nullptr;  // zeros that receive the bins of each chunk; nullptr: not wanted
   size_t first_chunk = 0;
   // Set before the read.
   int64_t n = 0;                // weights

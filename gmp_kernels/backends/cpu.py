@@ -82,6 +82,7 @@ class Cpu:
 
     capturable = False
     skips_pruned_blocks = False
+    chunk = 0 if _C is None else _C.CHUNK
 
     def select(
         self,
@@ -101,10 +102,12 @@ class Cpu:
         brackets: Brackets,
         num_bins: int,
         candidates: Sequence[torch.Tensor | None] | None = None,
+        chunk_bins: npt.NDArray[np.uint16] | None = None,
     ) -> BracketCounts:
         bins = np.zeros((len(layers), num_bins), np.int64)
         places = list(map(_array, candidates or [None] * len(layers)))
-        asked = _ends(brackets), places, (bins.ctypes.data, bins.size)
+        of_chunks = (0, 0) if chunk_bins is None else (chunk_bins.ctypes.data, chunk_bins.size)
+        asked = _ends(brackets), places, (bins.ctypes.data, bins.size), of_chunks
         rows = _C.count(_layers(layers), *asked, num_bins, torch.get_num_threads())
         below, inside, pruned, nonfinite = np.array(rows, np.int64).reshape(-1, 4).T
         return BracketCounts(below, inside, pruned, nonfinite, bins)

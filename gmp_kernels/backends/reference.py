@@ -69,6 +69,7 @@ class Reference:
 
     capturable = False
     skips_pruned_blocks = False
+    chunk = 0
     draw = None
     count_slots = None
 

@@ -164,13 +164,7 @@ class Selection:
 
 
 class Brackets(NamedTuple):
-    """Intervals of keys (see ``keys.py``), both ends included, column by column; empty where lo > hi.
-
-    Attributes
-    ----------
-    lo, hi : numpy.ndarray
-        int64.
-    """
+    """Intervals of keys (see ``keys.py``), both ends included, as int64 columns; empty where lo > hi."""
 
     lo: Integers
     hi: Integers
@@ -333,7 +327,6 @@ class Constants(NamedTuple):
 
 
 Select: TypeAlias = Callable[..., Selection]  # with the parameters of ``Implementation.select``
-CountSlots: TypeAlias = Callable[..., Integers]  # with the parameters of ``Implementation.count_slots``
 Draw: TypeAlias = Callable[..., tuple[npt.NDArray[np.signedinteger], Integers, Integers]]
 
 
@@ -346,10 +339,14 @@ class Implementation(Protocol):
         Whether a CUDA graph can hold an ``update``.
     skips_pruned_blocks : bool
         Whether an ``update`` by the rule "average" leaves blocks that are all pruned as they are.
+    chunk : int
+        Number of weights of a layer, in the order of memory, of which ``count`` adds the bins up in a row of their own,
+        if it is given such rows, uint16 zeros, as another argument; 0 if it takes none.
     """
 
     capturable: bool
     skips_pruned_blocks: bool
+    chunk: int
 
     @property
     def select(self) -> Select | None:
@@ -394,7 +391,7 @@ class Implementation(Protocol):
         ...
 
     @property
-    def count_slots(self) -> CountSlots | None:
+    def count_slots(self) -> Callable[..., Integers] | None:
         """Operation that counts unpruned weights of one key; None where ``search.ties`` does it with numpy. Reads only.
 
         Takes layers, positions of those to count and, for each, a key, flat indices (first, begin, end, last), a

@@ -12,6 +12,7 @@ from itertools import compress
 from typing import Any, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from gmp_kernels.backends.keys import largest_key
@@ -30,7 +31,7 @@ from gmp_kernels.search.communicator import Communicator
 from gmp_kernels.search.cutoffs import GroupCutoffs, find_cutoffs
 from gmp_kernels.search.placement import Placement, Region
 from gmp_kernels.search.sample import estimate
-from gmp_kernels.search.ties import TiedPieces, first_nonfinite, tie_indices
+from gmp_kernels.search.ties import ChunkTies, TiedPieces, first_nonfinite, tie_indices
 
 __all__ = ["Search", "select_with"]
 
@@ -40,6 +41,7 @@ MOST_BITS = 11
 # Memory of a selection, within the limit of a prune step: the bins of all pieces together, and the candidates of the
 # first bracket, to which 1 / CANDIDATE_PART of the largest piece is added.
 BIN_BYTES, CANDIDATE_BYTES, CANDIDATE_PART = 1 << 20, 2 << 20, 40
+CHUNK_BIN_BYTES = 1 << 19  # the bins of all chunks together
 
 T = TypeVar("T")
 Read = Callable[..., BracketCounts]
@@ -113,6 +115,11 @@ class Search:
         self._last = Brackets(*np.zeros((2, len(group_sizes)), np.int64))
         self._bins: list[Integers | None] = [None] * len(layers)  # of each piece, in the last round
         self._densities = np.zeros(len(layers))
+        # Bins of chunks in the first round, and the first chunk of each piece, if there was memory for them.
+        self._counts_chunks = read is None and implementation.chunk > 0
+        self._chunk_bins: npt.NDArray[np.uint16] | None = None
+        self._pieces_of_chunks = np.zeros(0, np.int64)
+        self._first_chunks = np.full(len(layers), -1)
         # Per piece: magnitudes inside the first bracket, if there was memory for them.
         self._candidates: list[torch.Tensor | None] = [None] * len(layers)
         self.num_ties, self.num_ties_kept, self.tie_indices = np.zeros((3, len(layers)), np.int64)
@@ -181,6 +188,7 @@ class Search:
         numels = np.array([placement.region.numel for placement in self._placements])
         self.tie_indices = np.where(stay == ties, numels, 0)
         is_open = (stay > 0) & (stay < ties)
+        chunks = self._chunk_ties(keys) if is_open.any() else None
         for is_run, communicator in ((True, Communicator(None)), (False, self._communicator)):
             chosen = np.flatnonzero(is_open & (self._is_run == is_run) & ((numels > 0) | (not is_run)))
             if not len(chosen):
@@ -193,6 +201,8 @@ class Search:
                 numels[chosen] if is_run else self._largest[chosen],
                 [_whole(int(numels[i])).region if is_run else self._placements[i].region for i in chosen.tolist()],
             )
+            if chunks is not None:
+                pieces = pieces._replace(chunks=chunks._replace(firsts=chunks.firsts[chosen]))
             own = ties[chosen], stay[chosen]
             self.tie_indices[chosen] = tie_indices(communicator, self._implementation, self._present, pieces, *own)
 
@@ -269,13 +279,38 @@ class Search:
             own = Brackets(brackets.lo[read], brackets.hi[read])
             is_all = len(read) == len(self._present)
             layers = self._present if is_all else [self._layers[pieces[row]] for row in read]
-            found.put(read, self._read(layers, own, num_bins, places))
+            if is_first and self._counts_chunks and not own.shifts(num_bins).all():
+                self._make_chunk_bins([pieces[row] for row in read], num_bins)
+            with_chunks = (self._chunk_bins,) if is_first and self._chunk_bins is not None else ()
+            found.put(read, self._read(layers, own, num_bins, places, *with_chunks))
             for row, place in zip(read, places or (), strict=False):
                 self._candidates[pieces[row]] = place
         if listed:
             own = Brackets(brackets.lo[listed], brackets.hi[listed])
             found.put(listed, self._implementation.count([Layer(lists[row], None) for row in listed], own, num_bins))
         return found
+
+    def _make_chunk_bins(self, pieces: Sequence[int], num_bins: int) -> None:
+        """Make room for the bins of each chunk, if they tell keys apart."""
+        sizes = np.array([self._placements[i].region.numel for i in pieces], np.int64)
+        counts = -(-sizes // self._implementation.chunk)
+        if 2 * num_bins * counts.sum() <= CHUNK_BIN_BYTES:
+            self._chunk_bins = np.zeros((counts.sum(), num_bins), np.uint16)
+            self._pieces_of_chunks = np.repeat(pieces, counts)
+            self._first_chunks[pieces] = counts.cumsum() - counts
+
+    def _chunk_ties(self, keys: Integers) -> ChunkTies | None:
+        """Return the ties of each chunk, for pieces whose thresholds the first round has found."""
+        if self._chunk_bins is None or self._held is None:
+            return None
+        held, last = self._held, self._last
+        is_known = ((held.lo == last.lo) & (held.hi == last.hi))[self._group_of]
+        # Their order is that of flat indices.
+        is_known &= [layer is not None and not layer.is_channels_last for layer in self._layers]
+        bins = np.where(is_known, keys - held.lo[self._group_of], 0)[self._pieces_of_chunks]
+        ties = self._chunk_bins[np.arange(len(bins)), bins]
+        before = np.concatenate(([0], ties.cumsum(dtype=np.int64)))
+        return ChunkTies(self._implementation.chunk, before, np.where(is_known, self._first_chunks, -1))
 
     def _make_candidates(self, pieces: Integers, brackets: Brackets, num_bins: int) -> None:
         """Make room for a quarter more weights than are expected inside, if there will be another round."""

@@ -28,6 +28,24 @@ SLOTS = 512  # into which a window of flat indices is divided to count ties
 MOST_LISTED = 1 << 20  # bytes of lists of ties, of all ranks together
 
 
+class ChunkTies(NamedTuple):
+    """Ties that a first read has counted in chunks of pieces.
+
+    Attributes
+    ----------
+    size : int
+        Weights in a chunk.
+    before : numpy.ndarray
+        Ties before each chunk, for chunks of many pieces one after the other.
+    firsts : numpy.ndarray
+        Per piece, the position of its first chunk among these; -1 if it is not known.
+    """
+
+    size: int
+    before: Integers
+    firsts: Integers
+
+
 class TiedPieces(NamedTuple):
     """Pieces of layers some of whose ties stay while others do not, one of each layer, as columns.
 
@@ -45,6 +63,8 @@ class TiedPieces(NamedTuple):
         Number of weights of the largest piece of each layer, on any rank.
     regions : sequence of Region
         Places of the pieces in their layers.
+    chunks : ChunkTies, optional
+        They spare a read of what lies before the places where ties are searched.
     """
 
     rows: Integers
@@ -53,6 +73,7 @@ class TiedPieces(NamedTuple):
     is_counted: npt.NDArray[np.bool_]
     largest: Integers
     regions: Sequence[Region]
+    chunks: ChunkTies | None = None
 
 
 def tie_indices(
@@ -118,30 +139,37 @@ class _Around:
 
         ``indices`` receives those in the bracket, less its first, as far as they fit.
         """
-        regions = [self.pieces.regions[g] for g in groups.tolist()]
+        pieces = self.pieces
+        regions = [pieces.regions[g] for g in groups.tolist()]
         inner = _local_places(regions, np.stack((brackets.lo, brackets.hi + 1), axis=1))
         places = inner[:, [0, 0, 1, 1]]
-        own_ties, is_before = self.pieces.num_ties[groups], np.ones(len(groups), bool)
+        own_ties, is_counted = pieces.num_ties[groups], pieces.is_counted[groups]
+        earlier, is_before = np.zeros(len(groups), np.int64), np.ones(len(groups), bool)
         if with_before:
             # Of the two parts beside the bracket the shorter one is read.
             numels = self._numels[groups]
             is_before = inner[:, 0] <= numels - inner[:, 1]
             places[:, 0] = np.where(is_before, 0, inner[:, 0])
             places[:, 3] = np.where(is_before, inner[:, 1], numels)
+        if with_before and pieces.chunks is not None:
+            # Of the part before, only what lies in the same chunk is read.
+            size, before, firsts = pieces.chunks
+            known = np.flatnonzero((firsts[groups] >= 0) & is_counted)
+            first, chunk = firsts[groups[known]], inner[known, 0] // size
+            earlier[known] = before[first + chunk] - before[first]
+            is_before[known] = True
+            places[known, 0], places[known, 3] = chunk * size, inner[known, 1]
         here = np.zeros((len(groups), num_slots + 2), np.int64)
-        read = np.flatnonzero(own_ties * self.pieces.is_counted[groups])
+        read = np.flatnonzero(own_ties * is_counted)
         own = groups[read]
-        asked = (
-            self.pieces.rows[own],
-            self.pieces.keys[own],
-            places[read],
-            Brackets(brackets.lo[read], brackets.hi[read]),
-        )
+        asked = pieces.rows[own], pieces.keys[own], places[read]
         rows = None if indices is None else indices[read]
-        here[read] = self._count(*asked, [regions[i] for i in read.tolist()], num_slots, rows)
+        slots = Brackets(brackets.lo[read], brackets.hi[read]), [regions[i] for i in read.tolist()], num_slots
+        here[read] = self._count(*asked, *slots, rows)
         if indices is not None and rows is not None:
             indices[read] = rows
-        is_after = ~is_before & self.pieces.is_counted[groups]
+        here[:, 0] += earlier
+        is_after = ~is_before & is_counted
         here[is_after, 0] = (own_ties - here.sum(axis=1))[is_after]
         return here[:, :-1]
 

@@ -59,6 +59,7 @@ class Launches:
 
     capturable = True
     skips_pruned_blocks = True
+    chunk = 0
     draw = None
     count_slots = None
 

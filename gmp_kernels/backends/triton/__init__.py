@@ -127,6 +127,7 @@ class Triton:
 
     capturable = False
     skips_pruned_blocks = True
+    chunk = 0
     select = None
     draw = None
     count_slots = None
