@@ -27,7 +27,7 @@ from gmp_kernels.search.cutoffs import find_cutoffs
 from gmp_kernels.search.driver import Search
 from gmp_kernels.search.placement import Placement, Region
 from gmp_kernels.search.sample import estimate
-from gmp_kernels.search.ties import TiedPieces, _count_slots, piece_of, tie_indices
+from gmp_kernels.search.ties import ChunkTies, TiedPieces, _count_slots, piece_of, tie_indices
 from gmp_kernels.tools.testing import DTYPES, adversarial_cases, device_of
 
 CPU = torch.device("cpu")
@@ -120,9 +120,10 @@ def test_any_guess_and_any_pieces_give_the_same_cut(data: st.DataObject) -> None
 
 
 @pytest.mark.parametrize("most_listed", [0, ties.MOST_LISTED], ids=["counted", "listed"])
+@pytest.mark.parametrize("with_chunks", [False, True], ids=["read", "chunks"])
 @pytest.mark.parametrize("places", ["even", "early", "late", "runs", "all"])
 def test_ties_are_found_wherever_they_lie(
-    kernels: str, places: str, most_listed: int, monkeypatch: pytest.MonkeyPatch
+    kernels: str, places: str, with_chunks: bool, most_listed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ties, "MOST_LISTED", most_listed)
     n, generator = 300_007, torch.Generator().manual_seed(1)
@@ -142,6 +143,10 @@ def test_ties_are_found_wherever_they_lie(
     layers, four = [on(device, Layer(weight, mask))], np.ones(4, np.int64)
     columns = 0 * four, key_of(0.5, torch.float32) * four, len(tie_places) * four, four > 0, n * four
     pieces = TiedPieces(*columns, [whole(n)] * 4)
+    if with_chunks:
+        # Of one piece they are not known.
+        before = np.array([(tie_places < end).sum().item() for end in range(0, n + 4096, 4096)])
+        pieces = pieces._replace(chunks=ChunkTies(4096, before, np.array([0, 0, -1, 0])))
     own = len(tie_places) * four, np.array(kept)
     found = tie_indices(Communicator(None), choose(kernels, device), layers, pieces, *own)
     for index, num_kept in zip(found.tolist(), kept, strict=True):
@@ -235,6 +240,21 @@ def test_a_count_is_the_oracles(kernels: str, dtype: torch.dtype) -> None:
             if layer.mask is not None:
                 inside &= BitMask(layer.mask, layer.weight.shape).to_bool()
             assert torch.equal(keys_of(place[:num_inside].cpu()).sort().values, keys[inside].sort().values)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bins_of_chunks_are_those_of_pieces(dtype: torch.dtype) -> None:
+    weights = [adversarial_cases(n, dtype)[case] for n in (7, 16_384, 50_001) for case in ("any_bits", "constant")]
+    layers = [Layer(weight, random_mask(weight.numel(), 0.5)) for weight in weights]
+    implementation, middle = choose("cpu", CPU), key_of(1.0, dtype)
+    chunks = [(i, a) for i, layer in enumerate(layers) for a in range(0, layer.weight.numel(), implementation.chunk)]
+    pieces = [piece_of(layers[i], a, min(a + implementation.chunk, layers[i].weight.numel())) for i, a in chunks]
+    for lo, hi in ((0, largest_key(dtype)), (middle, middle + 50), (middle, middle)):
+        found = np.zeros((len(chunks), 64), np.uint16)
+        bins = implementation.count(layers, Brackets.of([lo] * 6, [hi] * 6), 64, None, found).bins
+        ends = Brackets.of([lo] * len(chunks), [hi] * len(chunks))
+        assert np.array_equal(found, choose("reference", CPU).count(pieces, ends, 64).bins)
+        assert np.array_equal(bins, implementation.count(layers, Brackets.of([lo] * 6, [hi] * 6), 64).bins)
 
 
 def test_weights_that_change_while_they_are_ranked_end_the_search() -> None:

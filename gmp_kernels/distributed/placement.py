@@ -33,10 +33,14 @@ def is_sharded(tensor: torch.Tensor) -> bool:
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """Return the part of a ``DTensor`` that this process holds, sharing its memory; other tensors as they are."""
-    if type(tensor) not in _PLAIN and is_sharded(tensor):
+    if type(tensor) in _PLAIN or not is_sharded(tensor):
+        return tensor
+    # What to_local() returns without a gradient, which takes a hundred times as long: models have hundreds of these.
+    held: torch.Tensor | None = getattr(tensor, "_local_tensor", None)
+    if held is None:
         with torch.no_grad():
-            tensor = tensor.to_local()  # type: ignore[attr-defined]
-    return tensor
+            held = tensor.to_local()  # type: ignore[attr-defined]
+    return held
 
 
 def local_grad(parameter: torch.Tensor) -> torch.Tensor:

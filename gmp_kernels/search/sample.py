@@ -65,7 +65,8 @@ def estimate(
         is_known = np.array([num_pruned[i] is not None for i in batch])
         found.lo[batch], found.hi[batch], densities[batch] = _brackets(sample, is_known, *request)
 
-    wanted = [_wanted(own) for own in groups]
+    of_groups = [[layer.weight for layer in own] for own in groups]
+    wanted = [_wanted(sum(map(torch.numel, own)), own[0].itemsize) for own in of_groups]
     left = [*range(len(groups))]
     if draw is not None:
         left = _draw_all(draw, groups, layers, wanted, put)
@@ -112,12 +113,12 @@ class _Sample(NamedTuple):
     largest: int
 
 
-def _wanted(layers: Sequence[Layer]) -> int:
-    """Return how many weights to sample of a group."""
-    size = sum(layer.weight.numel() for layer in layers)
+@cache
+def _wanted(size: int, itemsize: int) -> int:
+    """Return how many weights to sample of a group of this size."""
     wanted: int = min(max(LEAST, round(size ** (2 / 3))), MOST)
     # With few keys around a threshold there is little to gain from a narrow bracket.
-    return wanted // 2 if layers[0].weight.dtype.itemsize == 2 else wanted
+    return wanted // 2 if itemsize == 2 else wanted
 
 
 def _draw_all(
