@@ -242,6 +242,25 @@ def test_a_count_is_the_oracles(kernels: str, dtype: torch.dtype) -> None:
             assert torch.equal(keys_of(place[:num_inside].cpu()).sort().values, keys[inside].sort().values)
 
 
+def test_ties_are_located_beside_layers_of_which_nothing_is_pruned(kernels: str) -> None:
+    device = device_of(kernels)
+    weight = torch.randn(N, generator=torch.Generator().manual_seed(0)).bfloat16()
+    layers = [on(device, Layer(weight, None))] * 2
+    placements, num_prune = [Placement("layer", [whole(N)], 0)] * 2, [N // 2, 0]
+    search = Search(
+        Communicator(None), choose(kernels, device), layers, [weight.dtype] * 2, placements, [1, 1], num_prune
+    )
+    middle = key_of(0.67, weight.dtype)
+    found = search.find(Brackets.of([middle - 4] * 2, [middle + 4] * 2))
+    search.locate_ties(found)
+    expected = choose("reference", CPU).select([Layer(weight, None)] * 2, num_prune, [1, 1]).cutoffs
+    assert 0 < expected.num_ties_kept[0] < expected.num_ties[0]
+    assert torch.equal(
+        kept_of([Layer(weight, None)], expected.keys[0], search.tie_indices[:1].tolist()),
+        kept_of([Layer(weight, None)], expected.keys[0], expected.tie_indices[:1]),
+    )
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_bins_of_chunks_are_those_of_pieces(dtype: torch.dtype) -> None:
     weights = [adversarial_cases(n, dtype)[case] for n in (7, 16_384, 50_001) for case in ("any_bits", "constant")]

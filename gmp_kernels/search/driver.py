@@ -305,6 +305,8 @@ class Search:
             return None
         held, last = self._held, self._last
         is_known = ((held.lo == last.lo) & (held.hi == last.hi))[self._group_of]
+        # A threshold is outside if nothing more has to be pruned.
+        is_known &= (keys >= held.lo[self._group_of]) & (keys <= held.hi[self._group_of])
         # Their order is that of flat indices.
         is_known &= [layer is not None and not layer.is_channels_last for layer in self._layers]
         bins = np.where(is_known, keys - held.lo[self._group_of], 0)[self._pieces_of_chunks]
