@@ -1,7 +1,7 @@
 #include "shuffles.h"
 
 constexpr Shuffles<uint8_t, 8, 2> kShuffle16;   // bytes of eight 16-bit lanes
-constexpr Shuffles<uint32_t, 8, 1> kShuffle32;  // eight 32-bit lanes
+constexpr Shuffles<uint8_t, 8, 1> kShuffle32;   // eight 32-bit lanes
 constexpr Shuffles<uint32_t, 4, 2> kShuffle64;  // 32-bit halves of four 64-bit lanes
 
 inline __m256i load256(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
@@ -69,11 +69,15 @@ inline Keys16 expand(const uint16_t* src, uint64_t bits) {
 inline uint64_t less(Keys32 a, Keys32 b) {
   return static_cast<unsigned>(_mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpgt_epi32((__m256i)b, (__m256i)a))));
 }
+// Bytes in the table, because words would fill half of L1.
+inline __m256i indices32(const uint8_t* p) {
+  return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+}
 inline void compress(uint32_t* out, Keys32 r, uint64_t bits) {
-  store256(out, _mm256_permutevar8x32_epi32((__m256i)r, load256(kShuffle32.compress[bits & 0xff])));
+  store256(out, _mm256_permutevar8x32_epi32((__m256i)r, indices32(kShuffle32.compress[bits & 0xff])));
 }
 inline Keys32 expand(const uint32_t* src, uint64_t bits) {
-  const __m256i indices = load256(kShuffle32.expand[bits & 0xff]);
+  const __m256i indices = indices32(kShuffle32.expand[bits & 0xff]);
   return zero_unless(bits, (Keys32)_mm256_permutevar8x32_epi32(load256(src), indices));
 }
 

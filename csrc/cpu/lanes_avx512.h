@@ -36,7 +36,7 @@ GMP_COMPRESS(64, __mmask8)
 #if defined(__AVX512VBMI2__)
 GMP_COMPRESS(16, __mmask32)
 #else
-// Lanes of 16 bits are compressed as two halves of 32-bit lanes.
+// Lanes of 16 bits are compressed as two halves of 32-bit lanes, of which the compiler may know the upper to be empty.
 inline void compress(uint16_t* out, Keys16 r, uint64_t chosen) {
   const auto front = [](uint16_t* to, __m256i half, __mmask16 bits) {
     const __m512i packed = _mm512_maskz_compress_epi32(bits, _mm512_cvtepu16_epi32(half));
@@ -44,7 +44,8 @@ inline void compress(uint16_t* out, Keys16 r, uint64_t chosen) {
   };
   const auto low = static_cast<__mmask16>(chosen), high = static_cast<__mmask16>(chosen >> 16);
   front(out, _mm512_castsi512_si256((__m512i)r), low);
-  front(out + __builtin_popcount(low), _mm512_extracti64x4_epi64((__m512i)r, 1), high);
+  if (!(__builtin_constant_p(high) && high == 0))
+    front(out + __builtin_popcount(low), _mm512_extracti64x4_epi64((__m512i)r, 1), high);
 }
 template <>
 inline constexpr bool kIsCompressSlow<Keys16> = true;

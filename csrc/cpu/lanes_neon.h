@@ -41,6 +41,11 @@ struct NeonLanes {
   static constexpr int kPerRegister = 16 / sizeof(Key), kRegisters = 8 / kPerRegister;
   Register part[kRegisters];
 };
+template <typename Key, typename Register>
+NeonLanes<Key, Register> operator+(NeonLanes<Key, Register> a, NeonLanes<Key, Register> b) {
+  for (int j = 0; j < a.kRegisters; ++j) a.part[j] += b.part[j];
+  return a;
+}
 using Keys16 = NeonLanes<uint16_t, uint16x8_t>;
 using Keys32 = NeonLanes<uint32_t, uint32x4_t>;
 using Keys64 = NeonLanes<uint64_t, uint64x2_t>;

@@ -12,6 +12,11 @@ PlainLanes<Key> broadcast(Key key) {
   return r;
 }
 template <typename Key>
+PlainLanes<Key> operator+(PlainLanes<Key> a, PlainLanes<Key> b) {
+  for (int j = 0; j < 8; ++j) a.lane[j] = static_cast<Key>(a.lane[j] + b.lane[j]);
+  return a;
+}
+template <typename Key>
 PlainLanes<Key> load_lanes(const Key* p) {
   PlainLanes<Key> r;
   __builtin_memcpy(&r, p, sizeof(r));

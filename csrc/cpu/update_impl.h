@@ -105,11 +105,16 @@ struct Arrays {
     return there;
   }
   // always_inline, because otherwise GCC finds that it has no effect, and drops it.
+  template <int kCache>
+  __attribute__((always_inline)) void fetch_weight(int64_t i) const {
+    __builtin_prefetch(grads + i, 0, kCache);
+    __builtin_prefetch(weights + i, 0, kCache);
+    if constexpr (kHasMaster) __builtin_prefetch(master + i, 0, kCache);
+  }
+  template <int kCache>
   __attribute__((always_inline)) void fetch(int64_t i) const {
-    __builtin_prefetch(grads + i);
-    __builtin_prefetch(weights + i, 1);
-    if constexpr (kHasMaster) __builtin_prefetch(master + i, 1);
-    for (int k = 0; k < kNumStates; ++k) __builtin_prefetch(state[k] + i, 1);
+    fetch_weight<kCache>(i);
+    for (int k = 0; k < kNumStates; ++k) __builtin_prefetch(state[k] + i, 0, kCache);
   }
 };
 
@@ -160,10 +165,28 @@ void update_partial(const Arrays<kDType, kNumStates, kHasMaster, kState>& a, uin
   for (int k = 0; k < kNumStates; ++k) __builtin_memcpy(a.state[k], s[k], n * sizeof(s[k][0]));
 }
 
+// How many blocks, or kept weights, ahead memory is prefetched, and into which cache. Hardware prefetchers do not
+// follow a stream with holes, so where up to half of the blocks are dead it is faster to fetch these too than to skip
+// them. A dense walk along all blocks only has to get past the end of a page, where the hardware stops; fetching
+// further ahead costs up to 10 %, measured on Zen 4. Lines that lie scattered, or that wait for the packing of others,
+// are fetched into L2: on its way to L1 a line holds one of few places for as long as memory takes, and scattered lines
+// then took up to three times as long. None is fetched "for writing", which took as long.
+inline constexpr int64_t kAhead = 4, kLiveAhead = 24, kPackAhead = 32;
+inline constexpr int kIntoL1 = 3, kIntoL2 = 2;
+
+inline bool walks_all(int64_t num_live, int64_t num_blocks) { return num_live * 2 > num_blocks; }
+
 // The blocks of kLanes weights, at most kMostBlocks, in which any weight is kept. They are collected ahead of the work,
 // without a branch: at 95 % sparsity every other block is dead, in an order that no predictor learns. The next blocks
 // must also be known early to be fetched early, because the hardware fetches ahead only at even strides.
-inline constexpr int64_t kMostBlocks = 2048, kBlockSlack = 32;
+inline constexpr int64_t kMostBlocks = 2048, kListSlack = 64;
+
+// A register of the numbers from `first` on.
+inline Lanes<uint16_t> numbers_from(int64_t first) {
+  uint16_t numbers[kNumLanes<uint16_t>];
+  for (int j = 0; j < kNumLanes<uint16_t>; ++j) numbers[j] = static_cast<uint16_t>(j);
+  return load_lanes(numbers) + broadcast(static_cast<uint16_t>(first));
+}
 
 template <int kLanes>
 int64_t live_blocks(const uint8_t* mask, int64_t num_blocks, uint16_t* blocks) {
@@ -172,13 +195,12 @@ int64_t live_blocks(const uint8_t* mask, int64_t num_blocks, uint16_t* blocks) {
   if constexpr (kLanes == 16 && !std::is_same_v<Registers, PlainLanes<uint16_t>>) {
     // The bits of a block are a lane, so its number is compressed as a key is.
     constexpr int kCount = kNumLanes<uint16_t>;
-    static_assert(kCount <= kBlockSlack);
+    static_assert(kCount <= kListSlack);
     for (; b + kCount <= num_blocks; b += kCount) {
-      uint16_t numbers[kCount], bits[kCount];
-      for (int j = 0; j < kCount; ++j) numbers[j] = static_cast<uint16_t>(b + j);
+      uint16_t bits[kCount];
       __builtin_memcpy(bits, mask + 2 * b, sizeof(bits));
       const uint64_t live = less(broadcast(uint16_t{0}), min(load_lanes(bits), broadcast(uint16_t{1})));
-      compress(blocks + count, load_lanes(numbers), live);
+      compress(blocks + count, numbers_from(b), live);
       count += __builtin_popcountll(live);
     }
   }
@@ -189,25 +211,44 @@ int64_t live_blocks(const uint8_t* mask, int64_t num_blocks, uint16_t* blocks) {
   return count;
 }
 
-// How many blocks ahead memory is prefetched. Hardware prefetchers do not follow a stream with holes, so where up to
-// half of the blocks are dead it is faster to fetch these too than to skip them. A walk along all blocks only has to
-// get past the end of a page, where the hardware stops; fetching further ahead costs up to 10 %, measured on Zen 4.
-inline constexpr int64_t kAhead = 4, kLiveAhead = 24;
+// The places of the kept weights among n, given the blocks of kPlaceBlock that have any. `places` needs room for
+// kListSlack more: the first kLiveAhead of it can be fetched like the others.
+inline constexpr int kPlaceBlock = 16;
 
-inline bool walks_all(int64_t num_live, int64_t num_blocks) { return num_live * 2 > num_blocks; }
+inline int64_t kept_places(const uint8_t* mask, int64_t n, const uint16_t* blocks, int64_t num_live, uint16_t* places) {
+  constexpr int kCount = kNumLanes<uint16_t> < kPlaceBlock ? kNumLanes<uint16_t> : kPlaceBlock;
+  int64_t count = 0;
+  for (int64_t b = 0; b < num_live; ++b) {
+    const int64_t first = blocks[b] * kPlaceBlock;
+    for (int64_t i = first; i < first + kPlaceBlock; i += kCount) {
+      // The compiler would not know otherwise that higher bits are 0.
+      const uint64_t kept = load_mask_bits<kCount>(mask, i) & ((uint64_t{1} << kCount) - 1);
+      compress(places + count, numbers_from(i), kept);
+      count += __builtin_popcountll(kept);
+    }
+  }
+  for (int64_t i = n / kPlaceBlock * kPlaceBlock; i < n; ++i) {
+    places[count] = static_cast<uint16_t>(i);
+    count += mask_bit(mask, i);
+  }
+  for (int64_t j = 0; j < kLiveAhead; ++j) places[count + j] = places[count == 0 ? 0 : count - 1];
+  return count;
+}
 
-// The weights [begin, begin + n) of a tensor with compact state.
+// Packing whole registers takes less time than moving kept weights one by one, unless few are kept. With wider
+// registers these have to be fewer.
+inline constexpr int64_t kFewKept = 2 * kNumLanes<uint32_t>;
+
+// The weights [begin, begin + n) of a tensor with compact state, of which num_kept are kept.
 template <Rule kRule, DType kDType, int kNumStates, bool kHasMaster, DType kState, typename C>
-void update_compact(const Arrays<kDType, kNumStates, kHasMaster, kState> a, const uint8_t* mask, int64_t n, const C c) {
+void update_compact(const Arrays<kDType, kNumStates, kHasMaster, kState> a, const uint8_t* mask, int64_t n,
+                    int64_t num_kept, const C c) {
   using T = ComputeOf<kDType>;
   using Bits = KeyOf<kDType>;
   using MasterBits = std::conditional_t<sizeof(T) == 8, uint64_t, uint32_t>;
-  constexpr int64_t kTile = 256, kLanes = kLanesOf<T>, kBlock = 64 / sizeof(Bits);
-  static_assert(kBlock % kNumLanes<Bits> == 0);
-  constexpr int64_t kSlack = 64 / sizeof(Bits), kMasterSlack = 64 / sizeof(MasterBits);
-  alignas(64) Bits w[kTile + kSlack] = {}, g[kTile + kSlack] = {};
-  alignas(64) MasterBits m[kTile + kMasterSlack] = {};
-  uint16_t blocks[kMostBlocks + kBlockSlack];
+  constexpr int64_t kTile = 256, kLanes = kLanesOf<T>, kLine = 64 / sizeof(Bits), kTileAhead = kPackAhead * kLine;
+  alignas(64) Bits w[kTile + kLine], g[kTile + kLine];
+  alignas(64) MasterBits m[kTile + kLine];
   // Weights, gradients and masters of a tile, packed, with the state that belongs to them.
   auto packed = a;
   packed.weights = w;
@@ -225,60 +266,47 @@ void update_compact(const Arrays<kDType, kNumStates, kHasMaster, kState> a, cons
     packed.advance_state(count);
   };
 
-  const int64_t num_blocks = n / kBlock;
-  const int64_t num_live = live_blocks<kBlock>(mask, num_blocks, blocks);
-  const auto fetch = [&](int64_t block) {
-    __builtin_prefetch(a.grads + block * kBlock);
-    __builtin_prefetch(a.weights + block * kBlock, 1);
-    if constexpr (kHasMaster) __builtin_prefetch(a.master + block * kBlock, 1);
-  };
-  const bool fetches_all = walks_all(num_live, num_blocks);
-  int64_t fetched = 0;
-  for (int64_t first = 0; first < num_live;) {
-    int64_t count = 0, last = first;
-    for (; last < num_live && count + kBlock <= kTile; ++last) {
-      const int64_t i = blocks[last] * kBlock;
-      if (fetches_all) {
-        while (fetched < blocks[last] + kAhead) fetch(fetched++);
-      } else {
-        fetch(blocks[last + kLiveAhead < num_live ? last + kLiveAhead : last]);
-      }
-      for (int64_t j = i; j < i + kBlock; j += kNumLanes<Bits>) {
-        const uint64_t kept = load_mask_bits<kNumLanes<Bits>>(mask, j);
-        compress(g + count, load_lanes(a.grads + j), kept);
+  uint16_t blocks[kChunk / kPlaceBlock + kListSlack];
+  const int64_t num_blocks = n / kPlaceBlock, num_live = live_blocks<kPlaceBlock>(mask, num_blocks, blocks);
+  if (num_kept <= n / kFewKept || !walks_all(num_live, num_blocks)) {
+    uint16_t places[kChunk / 2 + kPlaceBlock + kListSlack];
+    const int64_t count = kept_places(mask, n, blocks, num_live, places);
+    for (int64_t j = 0; j < kLiveAhead && j < count; ++j) a.template fetch_weight<kIntoL2>(places[j]);
+    for (int64_t first = 0; first < count; first += kTile) {
+      const int64_t size = count - first < kTile ? count - first : kTile;
+      for (int64_t j = 0; j < size; ++j) {
+        const int64_t i = places[first + j];
+        a.template fetch_weight<kIntoL2>(places[first + j + kLiveAhead]);
+        g[j] = load_one(a.grads + i);
         if constexpr (kHasMaster) {
-          pack<MasterBits>(a.master + j, mask + j / 8, kNumLanes<Bits>, m + count);
+          __builtin_memcpy(m + j, a.master + i, sizeof(T));
         } else {
-          compress(w + count, load_lanes(a.weights + j), kept);
+          w[j] = load_one(a.weights + i);
         }
-        count += __builtin_popcountll(kept);
+      }
+      update_packed(size);
+      for (int64_t j = 0; j < size; ++j) {
+        const int64_t i = places[first + j];
+        if constexpr (kHasMaster) __builtin_memcpy(a.master + i, m + j, sizeof(T));
+        __builtin_memcpy(a.weights + i, w + j, sizeof(Bits));
       }
     }
-    update_packed(count);
-    int64_t taken = 0;
-    for (; first < last; ++first) {
-      const int64_t i = blocks[first] * kBlock;
-      for (int64_t j = i; j < i + kBlock; j += kNumLanes<Bits>) {
-        const uint64_t kept = load_mask_bits<kNumLanes<Bits>>(mask, j);
-        if constexpr (kHasMaster) unpack<MasterBits>(m + taken, mask + j / 8, kNumLanes<Bits>, a.master + j);
-        store_lanes(a.weights + j, expand(w + taken, kept));
-        taken += __builtin_popcountll(kept);
-      }
-    }
+    return;
   }
 
-  const int64_t i = num_blocks * kBlock, rest = n - i;
-  if (rest == 0) return;
-  mask += i / 8;
-  const int64_t count = pack<Bits>(a.grads + i, mask, rest, g);
-  if constexpr (kHasMaster) {
-    pack<MasterBits>(a.master + i, mask, rest, m);
-  } else {
-    pack<Bits>(a.weights + i, mask, rest, w);
+  for (int64_t i = 0; i < n; i += kTile) {
+    const int64_t size = n - i < kTile ? n - i : kTile;
+    for (int64_t j = i; j < i + size; j += kLine) a.template fetch_weight<kIntoL2>(j + kTileAhead);
+    const int64_t count = pack<Bits>(a.grads + i, mask + i / 8, size, g);
+    if constexpr (kHasMaster) {
+      pack<MasterBits>(a.master + i, mask + i / 8, size, m);
+    } else {
+      pack<Bits>(a.weights + i, mask + i / 8, size, w);
+    }
+    update_packed(count);
+    if constexpr (kHasMaster) unpack<MasterBits>(m, mask + i / 8, size, a.master + i);
+    unpack<Bits>(w, mask + i / 8, size, a.weights + i);
   }
-  update_packed(count);
-  if constexpr (kHasMaster) unpack<MasterBits>(m, mask, rest, a.master + i);
-  unpack<Bits>(w, mask, rest, a.weights + i);
 }
 
 // The same with dense state and, if not kMasked, without a mask.
@@ -286,14 +314,14 @@ template <Rule kRule, bool kMasked, DType kDType, int kNumStates, bool kHasMaste
 void update_dense(const Arrays<kDType, kNumStates, kHasMaster, kState> a, const uint8_t* mask, int64_t n, const C c) {
   constexpr int kLanes = kLanesOf<ComputeOf<kDType>>;
   const int64_t num_blocks = n / kLanes, rest = n % kLanes;
-  uint16_t blocks[kMasked ? kMostBlocks + kBlockSlack : 1];
+  uint16_t blocks[kMasked ? kMostBlocks + kListSlack : 1];
   int64_t num_live = num_blocks;
   if constexpr (kMasked) num_live = live_blocks<kLanes>(mask, num_blocks, blocks);
   // An average still holds what was in blocks that are pruned by now; in all other rules they are zero already.
   constexpr bool kSkips = kRule != Rule::average;
   if (!kSkips || walks_all(num_live, num_blocks)) {
     for (int64_t i = 0; i < num_blocks * kLanes; i += kLanes) {
-      a.fetch(i + kAhead * kLanes);
+      a.template fetch<kIntoL1>(i + kAhead * kLanes);
       uint64_t bits = 0;
       if constexpr (kMasked) {
         bits = load_mask_bits<kLanes>(mask, i);
@@ -303,7 +331,7 @@ void update_dense(const Arrays<kDType, kNumStates, kHasMaster, kState> a, const 
     }
   } else if constexpr (kMasked) {
     for (int64_t b = 0; b < num_live; ++b) {
-      a.fetch(blocks[b + kLiveAhead < num_live ? b + kLiveAhead : b] * kLanes);
+      a.template fetch<kIntoL2>(blocks[b + kLiveAhead < num_live ? b + kLiveAhead : b] * kLanes);
       const int64_t i = blocks[b] * kLanes;
       update_block<kRule, kMasked>(a.at(i), load_mask_bits<kLanes>(mask, i), c);
     }
@@ -350,7 +378,8 @@ void update(const UpdateTensor& t, int64_t begin, int64_t end, const UpdateConst
     } else if (t.chunk_offsets == nullptr) {
       update_dense<kRule, true>(arrays, mask, end - begin, c);
     } else {
-      update_compact<kRule>(arrays, mask, end - begin, c);
+      const int64_t* const offset = t.chunk_offsets + begin / kChunk;
+      update_compact<kRule>(arrays, mask, end - begin, offset[1] - offset[0], c);
     }
   });
 }
