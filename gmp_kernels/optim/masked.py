@@ -176,9 +176,10 @@ class MaskedOptimizer(Masking):
 
         Notes
         -----
-        One pass: weights, gradients and state are read and written once. A block whose weights are all pruned is not
-        written, and mostly not read. Blocks are 64 bytes of weights on the CPU and eight weights on a GPU. With compact
-        state a GPU writes no pruned weight at all, so values that other code writes there stay until ``set_masks``.
+        One pass: weights, gradients and state are read and written once. Where most blocks have no weight left, these
+        are neither read nor written. Blocks are 64 bytes of weights on the CPU and eight weights on a GPU. With compact
+        state, values that other code writes to pruned weights may stay until ``set_masks``: a GPU writes no pruned
+        weight at all, and a CPU none where few weights are kept.
 
         In a ``torch.compile``d region the step is one operation of the graph, which looks up masks, state and
         hyperparameters when it runs. Pruning does not make torch compile again; a changing learning rate does, once.
