@@ -408,13 +408,14 @@ class GMPScheduler:
         counts: dict[str, int] = {}
         for group, at in updates:
             counts |= group.num_prune(group.schedule.sparsity_at(at))
-        names = [name for name in self.masks if name in counts]
-        held.check_masks(names)
+        held.check_masks(names := [name for name in self.masks if name in counts])
         prune = begin(held, {name: counts[name] for name in names}, step=step, **self._options)
         sizes, before, num_reports = self._num_weights, held.num_pruned, len(self.history)
+        num_pruned: dict[str, int] = {}
 
         def write() -> StepReport:
-            num_pruned = prune()
+            if not num_pruned:  # a second call must not write bits by which state is laid out by now
+                num_pruned.update(prune())
             found = [(name, held.thresholds[name], num_pruned[name]) for name in names]
             layers = tuple(
                 LayerReport(name, threshold.value, sizes[name], n, n - before[name], threshold.num_ties)

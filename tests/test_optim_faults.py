@@ -19,9 +19,11 @@ from faults import OutOfMemory, interrupted
 from optim_cases import LAYOUTS, clones, masked, parameters, random_gradients, random_masks, set_gradients
 from optim_cases import one_thread as one_thread
 
+from gmp_kernels import GMPScheduler
 from gmp_kernels.backends import cpu
 from gmp_kernels.backends.at_once import at_once
 from gmp_kernels.optim import masking
+from gmp_kernels.schedules import Linear
 from gmp_kernels.tools.testing import assert_bitwise_equal
 
 SHAPES = [(6, 7), (5,), (0,)]
@@ -136,6 +138,55 @@ def test_an_interrupt_anywhere_leaves_all_or_nothing(call: str, case: str, compa
         found[which.index(True)] += 1
         at += STRIDE
     assert found[0] > 5, found
+
+
+def pruned_run(case: str, compact: bool, start: str | None) -> tuple[list[Any], Any, GMPScheduler]:
+    """A run whose next call of the pruner makes an update, or that holds the zeros of its model at its first."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(12, 9), torch.nn.Linear(9, 5))
+    params = list(model.parameters())
+    optimizer = masked(case, params, compact_state=compact)
+    for number in range(2):
+        step(params, optimizer, number)
+    with torch.no_grad():
+        params[0][::2] = 0.0
+    pruner = GMPScheduler(model, optimizer, Linear(0.1, 0.9, begin_step=2, end_step=8, frequency=1), start=start)
+    if start is not None:
+        for number in range(3):
+            step(params, optimizer, number)
+            pruner.step()
+        step(params, optimizer, 3)
+    return params, optimizer, pruner
+
+
+@LAYOUTS
+@pytest.mark.parametrize("case", ["momentum_maximize", "adamw"])
+@pytest.mark.parametrize("start", ["zeros", None])
+@pytest.mark.filterwarnings("ignore:.*zero already and are held")
+def test_an_interrupt_anywhere_in_an_update_leaves_a_run_that_goes_on(
+    case: str, start: str | None, compact: bool
+) -> None:
+    without = pruned_run(case, compact, start)
+    num_updates = len(without[2].history) + (start is not None)
+    without[2].step()
+    expected = [outcome(*without[:2]), without[2].layer_sparsities()]
+    at = STRIDE // 2
+    while True:
+        params, optimizer, pruner = pruned_run(case, compact, start)
+        try:
+            with interrupted(at):
+                pruner.step()
+            break
+        except KeyboardInterrupt:
+            pass
+        if len(pruner.history) < num_updates or start is None:
+            pruner.step()
+        pruner.verify()
+        found = outcome(params, optimizer)
+        assert is_same(found, expected[0]), at
+        assert pruner.layer_sparsities() == expected[1]
+        at += STRIDE
+    assert at > 10 * STRIDE
 
 
 @LAYOUTS

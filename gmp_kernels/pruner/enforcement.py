@@ -437,7 +437,8 @@ class Enforcement:
 
         def hold() -> None:
             for name, mask in masks.items():
-                self.masks[name].packed.copy_(mask.to(memory_format=self.masks[name].memory_format).packed)
+                if self.masks[name] != mask:  # a second call must not write bits by which state is laid out by now
+                    self.masks[name].packed.copy_(mask.to(memory_format=self.masks[name].memory_format).packed)
             self.masks_changed(dict.fromkeys(self.parameters, 0) | zeros)
             self.apply(zeros)
 
