@@ -144,11 +144,12 @@ inline bool add_gradients(const py::object& groups, const Checked& checked, py::
 
 // Whether these are the settings of parameter groups, which have their parameters besides. Learning rates may be other
 // numbers.
-inline bool has_settings(const py::list& groups, const py::list& settings) {
+inline bool has_settings(const py::object& groups, const py::list& settings) {
   static PyObject* const lr = PyUnicode_InternFromString("lr");
-  if (groups.size() != settings.size()) return false;
-  for (size_t g = 0; g < groups.size(); ++g) {
-    const py::object group = groups[g], own = settings[g];
+  if (!PyList_Check(groups.ptr()) || PyList_GET_SIZE(groups.ptr()) != PyList_GET_SIZE(settings.ptr())) return false;
+  for (size_t g = 0; g < settings.size(); ++g) {
+    const auto group = py::reinterpret_borrow<py::object>(PyList_GET_ITEM(groups.ptr(), static_cast<Py_ssize_t>(g)));
+    const py::object own = settings[g];
     if (!PyDict_Check(group.ptr()) || PyDict_Size(group.ptr()) != PyDict_Size(own.ptr()) + 1) return false;
     const auto is_in_group = [&](PyObject* key, PyObject* value) {
       PyObject* const now = PyDict_GetItem(group.ptr(), key);
