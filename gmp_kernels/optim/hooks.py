@@ -19,7 +19,7 @@ def hooked_where_observed(step: Callable[..., R]) -> Callable[..., R]:
     """Wrap ``step`` of an optimizer's class as torch does: for profilers, and for the hooks around steps.
 
     Where there are none, the wrapper is passed by. It would take a quarter of a step of small tensors, because it tells
-    a profiler of the step whether or not there is one.
+    a profiler of the step whether or not there is one. An ``ExecutionTraceObserver`` alone is not seen here.
     """
     hooked: Callable[..., R] = Optimizer.profile_hook_step(step)
 
