@@ -81,7 +81,50 @@ def test_momentum_is_rounded_too(backend: str) -> None:
     optimizer = optim.SGD([p], lr=0.0, momentum=0.9, backend=backend, **HALF)
     p.grad = numbers.to(p.device)
     optimizer.step()
-    assert_bitwise_equal(optimizer.state[p]["momentum_buffer"].cpu(), rounded(numbers, 0))
+    assert_bitwise_equal(optimizer.state[p]["momentum_buffer"].cpu(), rounded(numbers, 1))
+
+
+@pytest.mark.parametrize("momentum", [0.9, 0.99, 0.999])
+@pytest.mark.parametrize("gradient", [1.0, 0.0])
+def test_momentum_under_a_steady_gradient_is_right_on_average(momentum: float, gradient: float) -> None:
+    """With random numbers that do not change, each buffer comes to rest, too low or too high."""
+    p = torch.nn.Parameter(torch.ones(2_000))
+    optimizer, steps = optim.SGD([p], lr=0.0, momentum=momentum, **HALF), round(5 / (1 - momentum))
+    p.grad = torch.linspace(1.0, 2.0, 2_000)
+    optimizer.step()
+    expected = p.grad.double()
+    p.grad = p.grad * gradient
+    for _ in range(steps):
+        optimizer.step()
+        expected = momentum * expected + p.grad.double()
+    ratio = optimizer.state[p]["momentum_buffer"].double().mean() / expected.mean()
+    # Buffers that decay for long come to the same values, and from then on their errors are the same as well.
+    assert abs(ratio - 1) < (0.002 if gradient else 0.2)
+
+
+def test_counts_of_steps_follow_the_buffers_of_momentum(one_thread: None) -> None:
+    """A state of torch has none, and a buffer that is gone starts anew as in torch, whatever the count."""
+    (p,), (q,) = parameters([(40,)]), parameters([(40,)])
+    settings: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "dampening": 0.5}
+    theirs, ours = torch.optim.SGD([p], **settings), optim.SGD([q], **settings, **HALF)
+    for step in range(5):
+        p.grad, q.grad = (gradient.bfloat16().float() for gradient in random_gradients([p, q], step))
+        q.grad.copy_(p.grad)
+        if step == 2:
+            ours.load_state_dict(theirs.state_dict())
+            with torch.no_grad():
+                q.copy_(p)
+        if step == 4:
+            theirs.state[p]["momentum_buffer"] = None
+            del ours.state[q]["momentum_buffer"]
+        theirs.step()
+        ours.step()
+        number = {0: 1, 1: 2, 2: 2, 3: 3, 4: 1}[step]
+        assert ours.state[q]["step"] == number
+        expected = theirs.state[p]["momentum_buffer"]
+        torch.testing.assert_close(ours.state[q]["momentum_buffer"].float(), expected, rtol=0.03, atol=1e-3)
+    theirs.load_state_dict(ours.state_dict())
+    theirs.step()
 
 
 def test_an_average_follows_gradients_that_get_smaller() -> None:

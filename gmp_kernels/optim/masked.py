@@ -110,7 +110,7 @@ class MaskedOptimizer(Masking):
         """Return the kernel's constants for the ``step``-th update (1 is the first) of a parameter of this group.
 
         ``step`` may be a float64 tensor of several numbers; constants that depend on it then are tensors too. If
-        ``essential`` names no step count, ``step`` is 1 for a first step and 2 for any other.
+        steps are not counted, ``step`` is 1 for a first step and 2 for any other.
         """
         raise AssertionError("a subclass says which")
 
@@ -297,8 +297,9 @@ class MaskedOptimizer(Masking):
         backend = choose(self._backend, device)
         if not backend.capturable:
             self._refuse_capture(f"the backend {type(backend).__name__.lower()}; build it with backend='cuda'")
-        if STEP in self.essential and not all(lazy[index] for index in groups):
-            self._refuse_capture("step counts on the host, which would stand still; build it with capturable=True")
+        if self._counts_steps and not all(lazy[index] for index in groups):
+            option = "capturable=True" if "capturable" in self.defaults else "a tensor on the GPU as lr"
+            self._refuse_capture(f"step counts on the host, which would stand still; build it with {option}")
         return True
 
     def _checked(
@@ -327,7 +328,7 @@ class MaskedOptimizer(Masking):
             check_memory(self._name, gradient)
         states = {p: self._completed(p, w, keys[i]) for i, p, w in zip(indices, parameters, weights, strict=True)}
         created = {p: state for p, state in states.items() if state is not None and state is not self.state.get(p)}
-        state, counts_steps = {**self.state, **created}, STEP in self.essential
+        state, counts_steps = {**self.state, **created}, self._counts_steps
         implementation = choose(self._backend, device)
         batch = Batch(indices, parameters, weights, state, keys, masks, implementation, counts_steps=counts_steps)
         return batch, gradients, takes_step, created, writes
@@ -346,8 +347,12 @@ class MaskedOptimizer(Masking):
             state = compacted({p: state}, {p: self._aligned(p)}, self._backend)[p]
         layout, compact = layout_of(state), compact_names(state)
         values: dict[str, Any] = {}
-        if STEP in self.essential:
+        if self._counts_steps:
             number = state.get(STEP)
+            if STEP not in self.essential and (missing or number is None):
+                number = (
+                    0.0 if missing else 1.0
+                )  # torch does not count these, but a first step is another than the rest
             # Explicit, because torch's default device may be another.
             device = number.device if isinstance(number, torch.Tensor) else torch.device("cpu")
             values[STEP] = as_count(0.0 if number is None else number, device)

@@ -26,7 +26,16 @@ from gmp_kernels.masks import BitMask
 from gmp_kernels.ops import apply_masks_
 from gmp_kernels.optim.batch import Batch
 from gmp_kernels.optim.checks import check_state, loaded_state
-from gmp_kernels.optim.compact import MASTER, check_layout, compact_names, compacted, expanded, layout_of, per_weight
+from gmp_kernels.optim.compact import (
+    MASTER,
+    STEP,
+    check_layout,
+    compact_names,
+    compacted,
+    expanded,
+    layout_of,
+    per_weight,
+)
 from gmp_kernels.optim.constants import Settings
 
 __all__ = ["Masking"]
@@ -86,6 +95,11 @@ class Masking(torch.optim.Optimizer):
     def compact_state(self) -> bool:
         """Whether state is kept for the kept weights only."""
         return self._compact_state
+
+    @property
+    def _counts_steps(self) -> bool:
+        """Whether each state has a step count: the rule needs it, or the random numbers of rounding do."""
+        return STEP in self.essential or self._state_dtype == torch.bfloat16
 
     # -- masks -------------------------------------------------------------------------------------------------------
 

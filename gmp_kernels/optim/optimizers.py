@@ -43,13 +43,15 @@ class SGD(MaskedOptimizer, torch.optim.SGD):
         return gradient.to_dense()
 
     def _constants(self, group: dict[str, Any], step: Any) -> dict[str, Any]:
+        is_first = step == 1
         return {
             "lr": scalar(group["lr"]),
             "weight_decay": float(group["weight_decay"]),
             "momentum": float(group["momentum"]),
             "one_minus_dampening": 1 - float(group["dampening"]),
             "nesterov": float(group["nesterov"]),
-            "first_step": float(step == 1),
+            "first_step": is_first.double() if isinstance(is_first, torch.Tensor) else float(is_first),
+            "rounding_seed": step % (1 << 24),
         }
 
 
