@@ -23,6 +23,7 @@ from gmp_kernels import GMPScheduler
 from gmp_kernels.backends import cpu
 from gmp_kernels.backends.at_once import at_once
 from gmp_kernels.optim import masking
+from gmp_kernels.pruner.watch import Watch
 from gmp_kernels.schedules import Linear
 from gmp_kernels.tools.testing import assert_bitwise_equal
 
@@ -187,6 +188,29 @@ def test_an_interrupt_anywhere_in_an_update_leaves_a_run_that_goes_on(
         assert pruner.layer_sparsities() == expected[1]
         at += STRIDE
     assert at > 10 * STRIDE
+
+
+@LAYOUTS
+@pytest.mark.parametrize("start", ["zeros", None])
+@pytest.mark.filterwarnings("ignore:.*zero already and are held")
+def test_an_interrupt_when_state_follows_its_new_masks_already(
+    start: str | None, compact: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params, optimizer, pruner = pruned_run("adamw", compact, start)
+    without = pruned_run("adamw", compact, start)
+    without[2].step()
+
+    def interrupted_once(_: Watch) -> None:
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Watch, "record", interrupted_once)
+    with pytest.raises(KeyboardInterrupt):
+        pruner.step()
+    if start is None:  # else the update is made
+        pruner.step()
+    pruner.verify()
+    assert is_same(outcome(params, optimizer), outcome(*without[:2]))
 
 
 @LAYOUTS
