@@ -18,7 +18,7 @@ UNCHANGEABLE = {float, int, bool, str, type(None)}
 
 
 class Settings(NamedTuple):
-    """What a step takes from parameter groups, besides their parameters.
+    """Values that a step takes from parameter groups, besides their parameters.
 
     Attributes
     ----------

@@ -350,9 +350,8 @@ class MaskedOptimizer(Masking):
         if self._counts_steps:
             number = state.get(STEP)
             if STEP not in self.essential and (missing or number is None):
-                number = (
-                    0.0 if missing else 1.0
-                )  # torch does not count these, but a first step is another than the rest
+                # torch's state has no count here. All that matters is which step is the first of a buffer.
+                number = 0.0 if missing else 1.0
             # Explicit, because torch's default device may be another.
             device = number.device if isinstance(number, torch.Tensor) else torch.device("cpu")
             values[STEP] = as_count(0.0 if number is None else number, device)

@@ -117,7 +117,7 @@ class Watch:
     def zeros(self) -> dict[str, int]:
         """Return how many weights of each parameter are zero here."""
         self.check_shapes()
-        # As above, for a GPU.
+        # All counts are launched before the first is waited for.
         found = {name: zeros_in(local(p)) for name, p in self._by_name.items()}
         return {name: sum(map(int, counts)) for name, counts in found.items()}
 
