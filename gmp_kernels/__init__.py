@@ -1,6 +1,6 @@
 """Gradual magnitude pruning for PyTorch: exact thresholds, bit-packed masks, a scheduler for any training loop."""
 
-from gmp_kernels import optim, schedules
+from gmp_kernels import optim, patterns, schedules
 from gmp_kernels.errors import (
     BackendUnavailableError,
     CaptureError,
@@ -50,6 +50,7 @@ __all__ = [
     "apply_masks_",
     "magnitude_threshold",
     "optim",
+    "patterns",
     "prune_",
     "schedules",
 ]

@@ -7,10 +7,9 @@ shapes and dtypes. So these are compared with those that passed before, and only
 from __future__ import annotations
 
 import itertools
-import numbers
 import warnings
 from collections.abc import Sequence
-from operator import attrgetter, is_, le
+from operator import attrgetter, is_
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
@@ -24,7 +23,7 @@ from gmp_kernels.backends.types import Layer
 from gmp_kernels.errors import DTypeError, LayoutError, NonFiniteError, ShapeError, SparsityError
 from gmp_kernels.formats import format_of
 from gmp_kernels.masks import BitMask
-from gmp_kernels.schedules import check_sparsity
+from gmp_kernels.patterns import Pattern
 
 __all__ = [
     "Weight",
@@ -36,7 +35,8 @@ __all__ = [
     "check_tensors",
     "check_writable",
     "checked_layers",
-    "counts_to_prune",
+    "check_unbroken",
+    "label_of",
     "forget",
 ]
 
@@ -68,7 +68,7 @@ class _Known(NamedTuple):
 
 
 # Keyed by kind of call, number of weights and first address.
-_known: dict[tuple[str, int, int], _Known] = {}
+_known: dict[tuple[object, int, int], _Known] = {}
 
 
 def checked_layers(
@@ -78,29 +78,32 @@ def checked_layers(
     names: Sequence[str] | None,
     *,
     writes: Literal["nothing", "weights", "weights and masks"],
+    patterns: Sequence[Pattern | None] | None = None,
+    scores: Sequence[Weight] | None = None,
 ) -> Layers | None:
     """Check the tensors of a call and return them in the form backends take, not copied; None if there are none.
 
-    Of a mask in another memory format than its weight, the layers have a copy in that of the weight. A call that writes
-    masks calls ``adopt_bits`` before.
+    Of a mask or scores in another memory format than their weight, the layers have a copy in that of the weight. A call
+    that writes masks calls ``adopt_bits`` before.
     """
     if names is not None and len(names) != len(weights):
         raise ShapeError(f"{op}: expected one name per weight, got {len(names)} names for {len(weights)} weights")
     packed, signature = None, None
-    if weights and PLAIN.issuperset(map(type, weights)) and {BitMask}.issuperset(map(type, masks or ())):
+    if weights and scores is None and PLAIN.issuperset(map(type, weights)) and {BitMask}.issuperset(map(type, masks or ())):
         packed = None if masks is None else list(map(_packed, masks))
         signature = _signature(list(weights), masks, packed)  # type: ignore[arg-type]
-    key = None if signature is None else (writes, len(weights), weights[0].data_ptr())  # type: ignore[union-attr]
+    kind = writes if patterns is None else (writes, *patterns)
+    key = None if signature is None else (kind, len(weights), weights[0].data_ptr())  # type: ignore[union-attr]
     known = _known.get(key) if key is not None else None
     if known is not None and known.signature == signature:
-        return Layers(weights, packed, known.layers)  # type: ignore[arg-type]
+        return Layers(weights, packed, known.layers, patterns)  # type: ignore[arg-type]
     writes_masks = writes == "weights and masks" and masks is not None
     elsewhere = _elsewhere(weights, masks, packed) if writes_masks and key is not None else None  # type: ignore[arg-type]
     if known is not None and elsewhere is not None and known.elsewhere == elsewhere:
         # Only the masks lie elsewhere: a pruner gives copies of them if optimizer state is laid out by the old ones.
         check_disjoint(op, "masks", packed, names)  # type: ignore[arg-type]
         bits = packed
-        layers = Layers(weights, bits, known.layers)  # type: ignore[arg-type]
+        layers = Layers(weights, bits, known.layers, patterns)  # type: ignore[arg-type]
         layers.prepared = {}
     else:
         checked = check_tensors(op, weights, masks, names)
@@ -111,7 +114,11 @@ def checked_layers(
         if not checked:
             return None
         bits = None if masks is None else [layer.mask for layer in checked]
-        layers = Layers([layer.tensor for layer in checked], bits)
+        tensors = [layer.tensor for layer in checked]
+        ranks = None if scores is None else _checked_scores(op, scores, tensors, names)
+        if patterns is not None:
+            _check_fit(op, patterns, tensors, names)
+        layers = Layers(tensors, bits, None, patterns, ranks)
     # The signature has to be that of the bits in the layers.
     if signature is not None and key is not None and (bits is None or all(map(is_, bits, packed))):  # type: ignore[arg-type]
         if sum(number for _, number, _ in list(_known)) + len(weights) > MOST_LAYERS:
@@ -160,7 +167,7 @@ def _elsewhere(weights: list[torch.Tensor], masks: Sequence[BitMask], packed: li
     return [*places, *(list(map(get, masks)) for get in (_shape, _memory_format))]
 
 
-def _label(names: Sequence[str] | None, i: int) -> str:
+def label_of(names: Sequence[str] | None, i: int) -> str:
     return f"weights[{i}]" if names is None else f"'{names[i]}'"
 
 
@@ -207,7 +214,7 @@ def check_tensors(
         raise ShapeError(f"{op}: expected one mask per weight, got {len(masks)} masks for {len(weights)} weights")
     layers = []
     for i, weight in enumerate(weights):
-        label = _label(names, i)
+        label = label_of(names, i)
         tensor = _tensor(op, weight, label)
         mask = None if masks is None else masks[i]
         if masks is not None and not (optional_masks and mask is None):
@@ -338,11 +345,73 @@ def _instead_of(given: object) -> str:
     return "weights, alone or in a list"
 
 
+def _checked_scores(
+    op: str, scores: Sequence[Weight], weights: Sequence[torch.Tensor], names: Sequence[str] | None
+) -> list[torch.Tensor]:
+    """Return scores laid out as their weights are; refuse all that cannot rank these."""
+    if len(scores) != len(weights):
+        raise ShapeError(f"{op}: expected one tensor of scores per weight, got {len(scores)} for {len(weights)} weights")
+    found = []
+    for i, (given, weight) in enumerate(zip(scores, weights, strict=True)):
+        label = f"the scores of {label_of(names, i)}"
+        if isinstance(given, torch.Tensor):
+            _check_kind(op, given, label)
+            if given.shape == weight.shape and format_of(given) != format_of(weight):
+                given = given.detach().contiguous(memory_format=format_of(weight))
+        tensor = _tensor(op, given, label)
+        if tensor.shape != weight.shape or tensor.device != weight.device:
+            raise ShapeError(
+                f"{op}: expected {label} of shape {tuple(weight.shape)} on {weight.device}, got "
+                f"{tuple(tensor.shape)} on {tensor.device}; give one score per weight"
+            )
+        lowest = tensor.amin().item()  # NaN if there is any
+        if not lowest >= 0:
+            raise SparsityError(
+                f"{op}: expected no negative number and no NaN in {label}, got {lowest}; a score says how much a weight "
+                "matters, 0 that it goes first"
+            )
+        found.append(tensor)
+    check_disjoint(op, "weights and scores", [*weights, *found], [*(names or ()), *(names or ())] or None)
+    return found
+
+
+def _check_fit(
+    op: str, patterns: Sequence[Pattern | None], weights: Sequence[torch.Tensor], names: Sequence[str] | None
+) -> None:
+    """Refuse weights whose shapes cannot have their patterns, all of them in one message."""
+    given = enumerate(zip(patterns, weights, strict=True))
+    misfits = [
+        (label_of(names, i), f"{label_of(names, i)} cannot be {pattern}: {reason}")
+        for i, (pattern, weight) in given
+        if pattern is not None and (reason := pattern.misfit(weight.shape)) is not None
+    ]
+    if misfits:
+        raise ShapeError(
+            f"{op}: expected weights whose shapes fit their patterns, got {'; '.join(word for _, word in misfits)}. Leave "
+            "them out" + (f": ignore=[{', '.join(name for name, _ in misfits)}]" if names else "")
+        )
+
+
+def check_unbroken(op: str, layers: Layers, names: Sequence[str] | None) -> None:
+    """Refuse masks that break the pattern of their layer. Temporary memory: 4 bytes per weight of a layer."""
+    for i, layer in enumerate(layers):
+        if layer.pattern is None or layer.mask is None:
+            continue
+        kept = BitMask.of(layer.mask, layer.tensor.shape, format_of(layer.tensor)).to_bool()
+        broken = layer.pattern.broken(kept).nonzero()
+        if len(broken):
+            what = "block" if layer.pattern.unit > 1 else "group"
+            raise SparsityError(
+                f"{op}: expected a mask of {label_of(names, i)} that keeps to {layer.pattern}, got {len(broken)} of its "
+                f"{what}s that do not, the first being {what} {int(broken[0])}; start from another mask, or without one"
+            )
+
+
 def check_writable(op: str, weights: Sequence[Weight], layers: Sequence[Layer], names: Sequence[str] | None) -> None:
     """Refuse weights that cannot be written, one by one or together."""
     for i, weight in enumerate(weights):
         if isinstance(weight, np.ndarray) and not weight.flags.writeable:
-            raise LayoutError(f"{op}: expected a writable array for {_label(names, i)}, got a read-only one; copy it")
+            raise LayoutError(f"{op}: expected a writable array for {label_of(names, i)}, got a read-only one; copy it")
     check_disjoint(op, "weights", [layer.weight for layer in layers], names)
 
 
@@ -352,7 +421,7 @@ def check_disjoint(op: str, what: str, tensors: Sequence[torch.Tensor], names: S
     for (_, end, i), (start, _, j) in itertools.pairwise(spans):
         if start < end:
             raise LayoutError(
-                f"{op}: expected {what} that share no memory, but those of {_label(names, i)} and {_label(names, j)} "
+                f"{op}: expected {what} that share no memory, but those of {label_of(names, i)} and {label_of(names, j)} "
                 "overlap (tied parameters?); pass each once"
             )
 
@@ -362,44 +431,6 @@ def check_choice(op: str, name: str, value: str, choices: tuple[str, ...]) -> No
         raise ValueError(f"{op}: expected {name} to be one of {choices}, got {value!r}")
 
 
-def counts_to_prune(
-    op: str,
-    sizes: Sequence[int],
-    sparsity: float | Sequence[float] | None,
-    num_prune: int | Sequence[int] | None,
-    scope: str,
-) -> list[int]:
-    """Return the counts to prune: one per layer, or a single one in global scope."""
-    if (sparsity is None) == (num_prune is None):
-        number = "neither" if sparsity is None else "both"
-        raise SparsityError(f"{op}: expected exactly one of sparsity and num_prune, got {number}")
-    if scope == "global":
-        sizes = [sum(sizes)]
-    given = num_prune if sparsity is None else sparsity
-    if not isinstance(given, (Sequence, np.ndarray)):
-        if sparsity is None:
-            return [_exact_count(op, given, min(sizes))] * len(sizes) if sizes else []
-        share = check_sparsity(op, given)
-        count_of = {n: round(share * n) for n in set(sizes)}
-        return [count_of[n] for n in sizes]
-    if len(given) != len(sizes):
-        expected = "a single value for scope='global'" if scope == "global" else f"1 or {len(sizes)} values"
-        raise ShapeError(f"{op}: expected {expected} of sparsity or num_prune, got {len(given)}")
-    if sparsity is None:
-        if {int}.issuperset(map(type, given)) and all(map(le, given, sizes)) and min(given, default=0) >= 0:
-            return list(given)  # type: ignore[arg-type]  # fast for the counts of a schedule, as a GPU waits for them
-        return [_exact_count(op, value, n) for value, n in zip(given, sizes, strict=True)]
-    return [round(check_sparsity(op, value) * n) for value, n in zip(given, sizes, strict=True)]
-
-
-def _exact_count(op: str, value: object, n: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer, numbers.Integral)):
-        raise SparsityError(f"{op}: expected an integer num_prune, got {value!r}; a fraction goes in sparsity=")
-    if not 0 <= int(value) <= n:
-        raise SparsityError(f"{op}: expected 0 <= num_prune <= {n} (the number of weights), got {int(value)}")
-    return int(value)
-
-
 def check_finite(op: str, nonfinite: Sequence[int], names: Sequence[str] | None) -> None:
     """Refuse NaN and Inf, given the flat index of the first unpruned one in each weight, or -1."""
     if max(nonfinite, default=-1) < 0:
@@ -407,7 +438,7 @@ def check_finite(op: str, nonfinite: Sequence[int], names: Sequence[str] | None)
     for layer, index in enumerate(nonfinite):
         if index >= 0:
             raise NonFiniteError(
-                f"{op}: expected finite weights, got NaN or Inf in {_label(names, layer)} at flat index {index}; "
+                f"{op}: expected finite weights, got NaN or Inf in {label_of(names, layer)} at flat index {index}; "
                 "nothing was changed. Find what diverged, or rank them above every number with nonfinite='keep'",
                 layer=layer,
                 index=index,

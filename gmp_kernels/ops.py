@@ -20,15 +20,17 @@ from gmp_kernels.checks import (
     adopt_bits,
     check_choice,
     check_finite,
+    check_unbroken,
     checked_layers,
-    counts_to_prune,
 )
+from gmp_kernels.counts import Ranking, counts_to_prune
 from gmp_kernels.errors import DeviceError, DTypeError, ShapeError
 from gmp_kernels.formats import ROW_MAJOR, format_of
 from gmp_kernels.library import define
 from gmp_kernels.masks import BitMask
+from gmp_kernels.patterns import Pattern, Unstructured
 from gmp_kernels.search.brackets import brackets_near
-from gmp_kernels.search.driver import select_with
+from gmp_kernels.search.driver import select_most, select_with
 
 __all__ = ["PruneResult", "Threshold", "apply_masks_", "magnitude_threshold", "prune_", "thresholds_of"]
 
@@ -139,6 +141,8 @@ def prune_(
     num_prune: int | Sequence[int] | None = None,
     masks: BitMask | Sequence[BitMask] | None = None,
     scope: Scope = "layer",
+    pattern: Pattern | Sequence[Pattern | None] | None = None,
+    scores: Weight | Sequence[Weight] | None = None,
     nonfinite: NonFinite = "error",
     previous: Sequence[Threshold | None] | None = None,
     names: Sequence[str] | None = None,
@@ -165,6 +169,13 @@ def prune_(
         is brought into that of the weight; its ``packed`` is then another tensor.
     scope : {"layer", "global"}
         "layer" ranks each weight tensor by itself, "global" ranks all of them together.
+    pattern : Pattern or sequence of Pattern or None, optional
+        ``NM``, ``Block`` or ``Unstructured``: which weights may be pruned, and which only together. One for all, or one
+        per weight; in global scope all have blocks of one size, or none has blocks. Masks that are given have to keep
+        to it. With ``Block``, counts are of whole blocks and thresholds count blocks.
+    scores : torch.Tensor or numpy.ndarray, or a sequence of them, optional
+        Ranked instead of the magnitudes, one tensor per weight: of its shape, floating, no entry negative or NaN. Scores
+        in another memory format are copied. Global scope needs them in a single dtype.
     nonfinite : {"error", "keep"}
         As in ``magnitude_threshold``.
     previous : sequence of Threshold or None, optional
@@ -182,19 +193,23 @@ def prune_(
     Raises
     ------
     DTypeError, ShapeError, LayoutError, SparsityError, NonFiniteError, BackendUnavailableError
-        Nothing has been written when one is raised.
+        Nothing has been written when one is raised. SparsityError: also more than the pattern allows, masks that break
+        it, or scores that are negative or NaN. ShapeError: also weights that do not fit it, all of them named.
 
     Notes
     -----
     Two reads of the weights, one write of the cache lines that change, 1 bit per weight of mask. Temporary memory:
     under 5% of the largest weight's bytes plus 4 MB. With thousands of tensors or billions of weights it can be more:
-    300 bytes per tensor plus one byte per 2000 weights.
+    300 bytes per tensor plus one byte per 2000 weights. On a GPU, patterns also take 1 bit per weight and 4 bytes per
+    block. Where a pattern alone decides, because as much is pruned as it allows, nothing is searched, and thresholds
+    are Inf.
 
     References
     ----------
     M. Zhu and S. Gupta, "To prune, or not to prune", 2017, arXiv:1710.01878.
     """
-    return begin_prune(weights, masks, scope, nonfinite, previous, names, backend, sparsity, num_prune)()
+    options = {"pattern": pattern, "scores": scores}
+    return begin_prune(weights, masks, scope, nonfinite, previous, names, backend, sparsity, num_prune, **options)()
 
 
 def begin_prune(
@@ -207,6 +222,9 @@ def begin_prune(
     backend: str | None,
     sparsity: float | Sequence[float] | None = None,
     num_prune: int | Sequence[int] | None = None,
+    *,
+    pattern: Pattern | Sequence[Pattern | None] | None = None,
+    scores: Weight | Sequence[Weight] | None = None,
 ) -> Callable[[], PruneResult]:
     """Do everything in ``prune_`` that comes before its first write. Takes the same arguments.
 
@@ -219,12 +237,22 @@ def begin_prune(
     op = "prune_"
     weights_ = _as_list(weights)
     masks_ = None if masks is None else _as_list(masks)
-    layers = checked_layers(op, weights_, masks_, names, writes="weights and masks")
     check_choice(op, "scope", scope, ("layer", "global"))
     check_choice(op, "nonfinite", nonfinite, ("error", "keep"))
-    counts = counts_to_prune(op, layers.sizes if layers else [], sparsity, num_prune, scope)
-    if scope == "global" and layers and len(set(layers.dtypes)) > 1:
-        found = ", ".join(sorted(map(str, set(layers.dtypes))))
+    patterns = patterns_of(op, pattern, len(weights_), scope)
+    ranks = None if scores is None else _as_list(scores)
+    layers = checked_layers(
+        op, weights_, masks_, names, writes="weights and masks", patterns=patterns, scores=ranks
+    )
+    is_global = scope == "global"
+    ranking = None
+    if layers is not None and patterns is not None:
+        ranking = Ranking.of(patterns, [weight.shape for weight in layers.weights], is_global=is_global)
+    units = 1 if ranking is None else ranking.units
+    counts = counts_to_prune(op, layers.sizes if layers else [], sparsity, num_prune, scope, units)
+    dtypes = layers.ranked_dtypes if layers else []
+    if is_global and len(set(dtypes)) > 1:
+        found = ", ".join(sorted(map(str, set(dtypes))))
         raise DTypeError(f"{op}: expected one dtype for scope='global', got {found}; cast, or use scope='layer'")
     if previous is not None and len(previous) != len(weights_):
         raise ShapeError(f"{op}: expected one previous threshold per weight, got {len(previous)} for {len(weights_)}")
@@ -232,13 +260,21 @@ def begin_prune(
         return lambda: PruneResult([], [], [], [])
 
     implementation = choose(backend, layers.device)
-    is_global = scope == "global"
-    brackets = None
-    if previous is not None:
-        sizes = [sum(layers.sizes)] if is_global else layers.sizes
-        brackets = brackets_near(previous[: len(sizes)], counts, sizes, layers.dtypes)
+    sizes, wanted = [sum(layers.sizes)] if is_global else layers.sizes, counts
+    if ranking is not None:
+        assert patterns is not None
+        ranking.check(op, counts, patterns, names)
+        if masks_ is not None:
+            check_unbroken(op, layers, names)
+        sizes, wanted = ranking.sizes, ranking.counts(counts)
     group_sizes = [len(layers)] if is_global else [1] * len(layers)
-    selection = select_with(implementation)(layers, counts, group_sizes, brackets, prunes=True)
+    if ranking is not None and counts == ranking.most:
+        selection = select_most(implementation, layers, wanted, group_sizes)
+    else:
+        brackets = None
+        if previous is not None:
+            brackets = brackets_near(previous[: len(sizes)], counts, sizes, dtypes)
+        selection = select_with(implementation)(layers, wanted, group_sizes, brackets, prunes=True)
     # This runs while a GPU selects.
     if masks_ is None:
         try:
@@ -272,7 +308,11 @@ def begin_prune(
         if counted is None:
             check_finite(op, cutoffs.nonfinite, names)
         assert counted is not None
-        return PruneResult(masks_, thresholds_of(cutoffs, layers.dtypes), *counted)
+        thresholds = thresholds_of(cutoffs, dtypes)
+        if ranking is not None:
+            groups = [0] * len(thresholds) if is_global else range(len(thresholds))
+            thresholds = list(map(ranking.threshold, thresholds, groups))
+        return PruneResult(masks_, thresholds, *counted)
 
     return write
 
@@ -320,6 +360,28 @@ def _as_list(given: Any) -> list[Any]:
         return list(given)
     is_one = isinstance(given, (torch.Tensor, np.ndarray, torch.nn.Module, dict, str)) or not hasattr(given, "__iter__")
     return [given] if is_one else list(given)
+
+
+def patterns_of(op: str, given: Any, num_weights: int, scope: Scope) -> list[Pattern | None] | None:
+    """Return one pattern per weight, None for those of which any weight may be pruned; None if all are such."""
+    patterns = _as_list(given) if given is not None and not isinstance(given, (str, type)) else [given] * num_weights
+    patterns = patterns * num_weights if isinstance(given, Pattern) else patterns
+    for entry in patterns:
+        if entry is not None and not isinstance(entry, Pattern):
+            raise TypeError(f"{op}: expected a pattern such as NM(2, 4) or Block(4, 4), got {entry!r}")
+    if len(patterns) != num_weights:
+        raise ShapeError(f"{op}: expected one pattern, or one per weight, got {len(patterns)} for {num_weights} weights")
+    patterns = [None if entry == Unstructured() else entry for entry in patterns]
+    if patterns.count(None) == len(patterns):
+        return None
+    units = {entry if entry is not None and entry.unit > 1 else None for entry in patterns}
+    if scope == "global" and len(units) > 1:
+        found = ", ".join(sorted({str(entry or "single weights") for entry in units}))
+        raise ShapeError(
+            f"{op}: expected blocks of one size, or none at all, for scope='global', got {found}, whose scores cannot be "
+            "compared; use scope='layer'"
+        )
+    return patterns
 
 
 def thresholds_of(cutoffs: Cutoffs, dtypes: Sequence[torch.dtype]) -> list[Threshold]:

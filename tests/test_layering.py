@@ -19,10 +19,11 @@ FACADE = "gmp_kernels"  # the package's own __init__
 # here.
 FLOORS = [
     {"errors", "formats", "library"},
-    {"masks", "model", "reports", "schedules"},
+    {"masks", "model", "patterns", "reports", "schedules"},
     EXTENSIONS | {"plots"},
     {"backends"},
     {"checks", "search"},
+    {"counts"},
     {"ops"},
     {"distributed"},
     {"checkpoints", "optim"},

@@ -12,9 +12,10 @@ import numpy.typing as npt
 # Imported before _C, so that the process has one OpenMP runtime, torch's, and our loops run on its warm threads.
 import torch
 
+from gmp_kernels.backends import ranking
 from gmp_kernels.backends.at_once import at_once
 from gmp_kernels.backends.dtypes import NAMES
-from gmp_kernels.backends.layers import Layers, prepared
+from gmp_kernels.backends.layers import Layers, are_plain, prepared
 from gmp_kernels.backends.layouts import EXCHANGE
 from gmp_kernels.backends.registry import Backend, register, why_not_built
 from gmp_kernels.backends.types import (
@@ -81,6 +82,7 @@ class Cpu:
     """Implementation with one C call for all layers."""
 
     capturable = False
+    selects_patterns = False
     skips_pruned_blocks = False
     chunk = 0 if _C is None else _C.CHUNK
 
@@ -95,6 +97,9 @@ class Cpu:
         expected = [] if brackets is None else _ends(brackets)
         found = _C.select(_layers(layers), num_prune, group_sizes, expected, torch.get_num_threads())
         return Selection(Cutoffs(*found))
+
+    def ranked(self, layers: Sequence[Layer]) -> Sequence[Layer]:
+        return ranking.ranked(layers)
 
     def count(
         self,
@@ -149,6 +154,8 @@ class Cpu:
     def prune(
         self, layers: Sequence[Layer], selection: Selection, out: Sequence[torch.Tensor], *, finite: bool = False
     ) -> PruneCounts | None:
+        if not are_plain(layers):
+            return ranking.prune(self, layers, selection, out, finite=finite)
         keys, *_, tie_indices, nonfinite = selection.cutoffs
         if finite and max(nonfinite) >= 0:
             return None

@@ -7,7 +7,6 @@ memory per weight.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
@@ -16,6 +15,8 @@ import torch
 
 from gmp_kernels.backends.at_once import at_once
 from gmp_kernels.backends.keys import bits_of, key_of, largest_key, magnitude_of
+from gmp_kernels.backends.layers import ranked_dtype
+from gmp_kernels.backends.ranking import ranked
 from gmp_kernels.backends.registry import Backend, register
 from gmp_kernels.backends.types import (
     BracketCounts,
@@ -29,6 +30,7 @@ from gmp_kernels.backends.types import (
     StateMove,
     UpdateBatch,
 )
+from gmp_kernels.patterns import NM, Block, Unstructured
 
 
 def _magnitude(weight: torch.Tensor) -> np.ndarray:
@@ -64,10 +66,55 @@ def _kept(layer: Layer) -> np.ndarray:
     return _unpacked(layer.mask, layer.weight.numel())
 
 
+def _ranked(layer: Layer) -> tuple[np.ndarray, np.ndarray]:
+    """Return the magnitudes that are ranked, and which of them are neither pruned nor protected, in row-major order."""
+    magnitude, kept = (_row_major(values, layer) for values in (_magnitude(layer.source), _kept(layer)))
+    shape, pattern = tuple(layer.tensor.shape), layer.pattern
+    if isinstance(pattern, Block):
+        matrix = magnitude.reshape(shape[0], -1).astype(np.float64 if layer.source.dtype == torch.float64 else np.float32)
+        with np.errstate(over="ignore"):
+            sums = np.zeros(pattern.ranked_shape(shape), matrix.dtype)
+            for row in range(pattern.rows):
+                for column in range(pattern.cols):
+                    sums = sums + matrix[row :: pattern.rows, column :: pattern.cols]
+        of_blocks = kept.reshape(shape[0], -1)[:: pattern.rows, :: pattern.cols]
+        return sums.reshape(-1).astype(np.float64), of_blocks.reshape(-1)
+    if isinstance(pattern, NM):
+        return magnitude, kept & ~_protected(magnitude, kept, shape, pattern.dim, pattern.of, pattern.keep)
+    if isinstance(pattern, Unstructured) and pattern.min_kept_per_row:
+        row = magnitude.size // shape[0]
+        return magnitude, kept & ~_protected(magnitude, kept, (shape[0], row), 1, row, pattern.min_kept_per_row)
+    return magnitude, kept
+
+
+def _protected(
+    magnitude: np.ndarray, kept: np.ndarray, shape: tuple[int, ...], dim: int, of: int, keep: int
+) -> np.ndarray:
+    """Return which weights are the last in the order of the contract among ``of`` neighbours along a dimension."""
+    index = np.arange(magnitude.size)
+
+    def in_groups(values: np.ndarray) -> np.ndarray:
+        return np.moveaxis(values.reshape(shape), dim, -1).reshape(-1, of)
+
+    order = np.lexsort(tuple(map(in_groups, (-index, magnitude, kept))))
+    protected = np.zeros(magnitude.size, dtype=bool)
+    protected[np.take_along_axis(in_groups(index), order[:, -keep:], axis=1)] = True
+    return protected
+
+
+def _of_weights(values: np.ndarray, layer: Layer) -> np.ndarray:
+    """Return for each weight, in row-major order, the value of what it is ranked by: its own, or that of its block."""
+    if not isinstance(layer.pattern, Block):
+        return values
+    down, across = layer.pattern.ranked_shape(tuple(layer.tensor.shape))
+    return np.kron(values.reshape(down, across), np.ones((layer.pattern.rows, layer.pattern.cols), bool)).reshape(-1)
+
+
 class Reference:
     """Implementation with numpy, and torch's plain operators for the optimizer step."""
 
     capturable = False
+    selects_patterns = True
     skips_pruned_blocks = False
     chunk = 0
     draw = None
@@ -88,12 +135,12 @@ class Reference:
 
     def _select_group(self, layers: Sequence[Layer], num_prune: int) -> list[tuple[int, ...]]:
         """Return a row of ``Cutoffs`` for each layer."""
-        magnitude = np.concatenate([_row_major(_magnitude(layer.weight), layer) for layer in layers])
-        kept = np.concatenate([_row_major(_kept(layer), layer) for layer in layers])
-        sizes = [layer.weight.numel() for layer in layers]
+        parts = list(map(_ranked, layers))
+        magnitude, kept = (np.concatenate(column) for column in zip(*parts, strict=True))
+        sizes = [len(own) for own, _ in parts]
         starts = np.cumsum([0, *sizes])
         nonfinite = [
-            _first(kept[start:end] & ~np.isfinite(magnitude[start:end])) for start, end in itertools.pairwise(starts)
+            _first(_row_major(_kept(layer) & ~np.isfinite(_magnitude(layer.source)), layer)) for layer in layers
         ]
         already = int((~kept).sum())
         if num_prune <= already:
@@ -108,10 +155,13 @@ class Reference:
         pruned = np.zeros(magnitude.size, dtype=bool)
         pruned[order[:num_prune]] = True
         num_ties_kept = int((ties & ~pruned).sum())
-        threshold = key_of(float(value), layers[0].weight.dtype), num_prune - (num_ties - num_ties_kept)
+        threshold = key_of(float(value), ranked_dtype(layers[0])), num_prune - (num_ties - num_ties_kept)
         first_pruned_tie = int(np.flatnonzero(ties & pruned)[0])
         tie_indices = [int(np.clip(first_pruned_tie - start, 0, n)) for start, n in zip(starts, sizes, strict=False)]
         return [(*threshold, num_ties, num_ties_kept, *row) for row in zip(tie_indices, nonfinite, strict=True)]
+
+    def ranked(self, layers: Sequence[Layer]) -> Sequence[Layer]:
+        return ranked(layers)
 
     def count(
         self,
@@ -139,11 +189,12 @@ class Reference:
         for layer, key, tie_index, packed in zip(layers, cutoffs.keys, cutoffs.tie_indices, out, strict=True):
             kept = _kept(layer)
             before.append(int(kept.sum()))
-            magnitude, value = _magnitude(layer.weight), magnitude_of(key, layer.weight.dtype)
+            magnitude, eligible = _ranked(layer)
+            value = magnitude_of(key, ranked_dtype(layer))
             # NaN is above every number, and nothing is above NaN.
             above = ~(magnitude <= value) & ~np.isnan(value)
-            index = _as_in_memory(np.arange(kept.size), layer)
-            kept &= above | (_ties(magnitude, value) & (index < tie_index))
+            stays = above | (_ties(magnitude, value) & (np.arange(magnitude.size) < tie_index))
+            kept &= _as_in_memory(_of_weights(~eligible | stays, layer), layer)
             writes.append((layer.weight, kept))
             bits.append(partial(packed.copy_, torch.from_numpy(np.packbits(kept, bitorder="little"))))
             now.append(int(kept.sum()))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import sub
@@ -11,6 +10,8 @@ from typing import ClassVar, NamedTuple, Protocol, TypeAlias
 import numpy as np
 import numpy.typing as npt
 import torch
+
+from gmp_kernels.backends.layers import Filter, Layer
 
 __all__ = [
     "BracketCounts",
@@ -31,60 +32,6 @@ __all__ = [
 ]
 
 Integers: TypeAlias = npt.NDArray[np.int64]
-
-
-class Filter(NamedTuple):
-    """The weights of an output channel, which memory may hold in another order than the row-major one of the tensor.
-
-    In row-major order the positions of a channel lie side by side, in memory the channels of a position. The filters of
-    a layer follow each other in the same order in both; in a layer whose memory is row-major each is one weight.
-    """
-
-    channels: int = 1
-    positions: int = 1
-
-    @property
-    def size(self) -> int:
-        """Number of weights."""
-        return self.channels * self.positions
-
-
-ONE_WEIGHT = Filter()  # of every layer whose memory is row-major; models have thousands of these
-
-
-class Layer(NamedTuple):
-    """One weight as every backend gets it: validated, detached, not empty, in the order of its memory.
-
-    Attributes
-    ----------
-    weight : torch.Tensor
-        Contiguous. If ``is_channels_last``, it is a view with the second dimension of the tensor moved to the end.
-    mask : torch.Tensor or None
-        Packed bits in the order of memory, on the weight's device; None if nothing is pruned yet.
-    is_channels_last : bool
-    """
-
-    weight: torch.Tensor
-    mask: torch.Tensor | None
-    is_channels_last: bool = False
-
-    @classmethod
-    def of(cls, tensor: torch.Tensor, mask: torch.Tensor | None) -> Layer:
-        """Return the layer of a tensor that is contiguous or in channels_last."""
-        return cls(tensor, mask) if tensor.is_contiguous() else cls(tensor.movedim(1, -1), mask, True)
-
-    @property
-    def tensor(self) -> torch.Tensor:
-        """The weight with its own order of dimensions."""
-        return self.weight.movedim(-1, 1) if self.is_channels_last else self.weight
-
-    @property
-    def filter(self) -> Filter:
-        """The filters in which memory has an order of its own."""
-        if not self.is_channels_last:
-            return ONE_WEIGHT
-        _, *positions, channels = self.weight.shape
-        return Filter(channels, math.prod(positions))
 
 
 class Threshold(NamedTuple):
@@ -337,6 +284,8 @@ class Implementation(Protocol):
     ----------
     capturable : bool
         Whether a CUDA graph can hold an ``update``.
+    selects_patterns : bool
+        Whether ``select`` takes layers that are not plain.
     skips_pruned_blocks : bool
         Whether an ``update`` by the rule "average" leaves blocks that are all pruned as they are.
     chunk : int
@@ -345,6 +294,7 @@ class Implementation(Protocol):
     """
 
     capturable: bool
+    selects_patterns: bool
     skips_pruned_blocks: bool
     chunk: int
 
@@ -356,7 +306,7 @@ class Implementation(Protocol):
         ----------
         layers : sequence of Layer
         num_prune : sequence of int
-            One per group.
+            One per group, of what ``ranked`` returns: weights or blocks, those counted that are protected.
         group_sizes : sequence of int
             Number of layers of each group, which follow each other and have one dtype. The layers of a group are ranked
             together, and the flat index runs through them.
@@ -367,6 +317,14 @@ class Implementation(Protocol):
         """
         ...
 
+    def ranked(self, layers: Sequence[Layer]) -> Sequence[Layer]:
+        """Return plain layers of what is ranked of these: weights or scores, or sums of the magnitudes of blocks.
+
+        Bits of their masks are 0 for what is pruned or protected. They are new, except for those of layers that are
+        plain already. Memory: 1 bit per weight, and for blocks 4 bytes each (8 for float64).
+        """
+        ...
+
     def count(
         self,
         layers: Sequence[Layer],
@@ -374,7 +332,7 @@ class Implementation(Protocol):
         num_bins: int,
         candidates: Sequence[torch.Tensor | None] | None = None,
     ) -> BracketCounts:
-        """Count each layer against its bracket. Reads only.
+        """Count each plain layer against its bracket. Reads only.
 
         ``num_bins`` is a power of two. ``candidates`` are 1-d and of the layer's dtype and device. If they have room
         for all magnitudes inside the bracket, they receive these, in any order.
@@ -404,6 +362,8 @@ class Implementation(Protocol):
         self, layers: Sequence[Layer], selection: Selection, out: Sequence[torch.Tensor], *, finite: bool = False
     ) -> PruneCounts | None:
         """Zero the weights below the cutoffs and write the new packed bits, zeros after the last weight, to ``out``.
+
+        Cutoffs are those of what is ranked; what is protected is kept.
 
         ``out[i]`` may be ``layers[i].mask`` itself. With ``finite``, nothing is written if a NaN or Inf was found, and
         the answer is None. A selection made from this same ``layers`` object may still be lazy.

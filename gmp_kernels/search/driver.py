@@ -16,6 +16,8 @@ import numpy.typing as npt
 import torch
 
 from gmp_kernels.backends.keys import largest_key
+from gmp_kernels.backends.layers import are_plain, ranked_dtype
+from gmp_kernels.backends.ranking import sources
 from gmp_kernels.backends.types import (
     BracketCounts,
     Brackets,
@@ -33,7 +35,7 @@ from gmp_kernels.search.placement import Placement, Region
 from gmp_kernels.search.sample import estimate
 from gmp_kernels.search.ties import ChunkTies, TiedPieces, first_nonfinite, tie_indices
 
-__all__ = ["Search", "select_with"]
+__all__ = ["Search", "nonfinite_in", "select_most", "select_with"]
 
 # Most bits of the key by which a round narrows a bracket. Counts are sent as int32 at first, at most 8 KB per layer,
 # and soon as uint8, when few weights are left inside.
@@ -332,8 +334,37 @@ class Search:
 
 
 def select_with(implementation: Implementation) -> Select:
-    """Return the ``select`` of a backend; if it only counts, one for which the host waits for it in each round."""
-    return implementation.select or partial(_select, implementation)
+    """Return the ``select`` of a backend, for all layers; if it only counts, one that waits for it in each round."""
+    select = implementation.select or partial(_select, implementation)
+    return select if implementation.selects_patterns else partial(_select_ranked, implementation, select)
+
+
+def _select_ranked(
+    implementation: Implementation, select: Select, layers: Sequence[Layer], *args: Any, **options: Any
+) -> Selection:
+    """Select among what is ranked of layers, in which the first NaN is looked for in all that is not pruned."""
+    if are_plain(layers):
+        return select(layers, *args, **options)
+    found = select(implementation.ranked(layers), *args, **options).cutoffs
+    return Selection(found._replace(nonfinite=nonfinite_in(implementation, layers)))
+
+
+def select_most(
+    implementation: Implementation, layers: Sequence[Layer], num_prune: Sequence[int], group_sizes: Sequence[int]
+) -> Selection:
+    """Return the cutoffs that prune all that is not protected. Takes one read, for NaN and Inf."""
+    numbers = np.repeat(num_prune, group_sizes).tolist()
+    nothing = [0] * len(layers)
+    keys = [largest_key(ranked_dtype(layer)) for layer in layers]
+    return Selection(Cutoffs(keys, numbers, nothing, nothing, nothing, nonfinite_in(implementation, layers)))
+
+
+def nonfinite_in(implementation: Implementation, layers: Sequence[Layer]) -> list[int]:
+    """Return per layer the flat index of the first unpruned NaN or Inf among what ranks it, -1 if there is none."""
+    own = sources(layers)
+    everything = Brackets.of([1] * len(own), [0] * len(own))
+    places = implementation.count(own, everything, 1).nonfinite.tolist()
+    return [p if p < 0 else first_nonfinite(layer, p) for layer, p in zip(own, places, strict=True)]
 
 
 def _select(

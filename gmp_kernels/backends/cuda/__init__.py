@@ -19,13 +19,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from gmp_kernels.backends import devices
+from gmp_kernels.backends import devices, ranking
 from gmp_kernels.backends.addresses import address, array_address, bits_address, element_address
 from gmp_kernels.backends.at_once import at_once
 from gmp_kernels.backends.compactions import compactions_of
 from gmp_kernels.backends.cuda.selection_tables import DTYPE_CODES, NO_INDEX, Rows, SelectionTables, fill_chunks
 from gmp_kernels.backends.devices import on_device, refuse_capture, stream_of
-from gmp_kernels.backends.layers import Layers, by_dtype, device_of, prepared
+from gmp_kernels.backends.layers import Layers, are_plain, by_dtype, device_of, prepared
 from gmp_kernels.backends.registry import Backend, register, why_not_built
 from gmp_kernels.backends.types import (
     BracketCounts,
@@ -58,6 +58,7 @@ class Launches:
     """Implementation by launches of one of the two modules."""
 
     capturable = True
+    selects_patterns = False
     skips_pruned_blocks = True
     chunk = 0
     draw = None
@@ -109,6 +110,9 @@ class Launches:
             self._module.select(launch, found.tables)
         return found
 
+    def ranked(self, layers: Sequence[Layer]) -> Sequence[Layer]:
+        return ranking.ranked(layers)
+
     def count(
         self,
         layers: Sequence[Layer],
@@ -148,6 +152,8 @@ class Launches:
     def prune(
         self, layers: Sequence[Layer], selection: Selection, out: Sequence[torch.Tensor], *, finite: bool = False
     ) -> PruneCounts | None:
+        if not are_plain(layers):
+            return ranking.prune(self, layers, selection, out, finite=finite)
         with self._on(device_of(layers), "prune") as launch:
             if isinstance(selection, SelectionTables) and selection.layers is layers:
                 found = selection

@@ -19,13 +19,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from gmp_kernels.backends import devices
+from gmp_kernels.backends import devices, ranking
 from gmp_kernels.backends.addresses import address, element_address
 from gmp_kernels.backends.at_once import at_once
 from gmp_kernels.backends.compactions import compactions_of
 from gmp_kernels.backends.devices import on_device, stream_of
 from gmp_kernels.backends.keys import largest_key
-from gmp_kernels.backends.layers import Layers, by_dtype, device_of, prepared
+from gmp_kernels.backends.layers import Layers, are_plain, by_dtype, device_of, prepared
 from gmp_kernels.backends.registry import Backend, register
 from gmp_kernels.backends.triton.tables import (
     BLOCK,
@@ -126,6 +126,7 @@ class Triton:
     """Implementation by launches of the functions in kernels.py."""
 
     capturable = False
+    selects_patterns = False
     skips_pruned_blocks = True
     chunk = 0
     select = None
@@ -170,6 +171,9 @@ class Triton:
             "BLOCK": BLOCK,
         }
 
+    def ranked(self, layers: Sequence[Layer]) -> Sequence[Layer]:
+        return ranking.ranked(layers)
+
     def count(
         self,
         layers: Sequence[Layer],
@@ -207,6 +211,8 @@ class Triton:
     def prune(
         self, layers: Sequence[Layer], selection: Selection, out: Sequence[torch.Tensor], *, finite: bool = False
     ) -> PruneCounts | None:
+        if not are_plain(layers):
+            return ranking.prune(self, layers, selection, out, finite=finite)
         cutoffs = selection.cutoffs
         if finite and max(cutoffs.nonfinite) >= 0:
             return None
