@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <iterator>
+#include <optional>
 #include <stdexcept>
 
 #include "arrays.h"
@@ -35,12 +36,36 @@ namespace {
 using namespace gmp::arrays;
 using gmp::dtype_of;
 
-// dtype, the weights, the packed mask, and channels and positions of the filters
-using LayerTuple = std::tuple<std::string, Array, Array, std::pair<int64_t, int64_t>>;
+// dtype, the weights, the packed mask, and channels and positions of the filters; for a ranking of its own the dtype of
+// what ranks the weights, that itself, the dtype of its sums, and kind and numbers of the pattern, else none
+using PatternTuple = std::tuple<int, int64_t, int64_t, int64_t>;
+using RankingTuple = std::tuple<std::string, Array, std::string, PatternTuple>;
+using LayerTuple =
+    std::tuple<std::string, Array, Array, std::pair<int64_t, int64_t>, std::optional<RankingTuple>>;
+
+void set_ranking(LayerView& layer, const RankingTuple& given) {
+  const auto& [source_dtype, source, sums_dtype, numbers] = given;
+  const auto [kind, a, b, c] = numbers;
+  const gmp::Pattern pattern{static_cast<gmp::PatternKind>(kind), a, b, c};
+  const bool is_groups = pattern.kind == gmp::PatternKind::kGroups, is_blocks = pattern.kind == gmp::PatternKind::kBlocks;
+  if (kind < 0 || kind > 2 || ((is_groups || is_blocks) && (a < 1 || b < 1 || c < 1))) {
+    throw std::invalid_argument("expected a pattern and its numbers");
+  }
+  const bool is_whole = is_groups ? b <= layer.n / c && layer.n % (b * c) == 0 && a <= b
+                                  : !is_blocks || (c % b == 0 && layer.n % c == 0 && layer.n / c % a == 0);
+  if (!is_whole) throw std::invalid_argument("a layer needs whole groups or blocks");
+  layer.ranking = {pattern, dtype_of(source_dtype), layer.dtype, layer.weights, layer.n, layer.filter};
+  layer.weights = checked(source, layer.n, "scores");
+  layer.dtype = dtype_of(sums_dtype);
+  if (is_blocks) {
+    layer.n /= a * b;
+    layer.filter = {};
+  }
+}
 
 Layers layers_of(const std::vector<LayerTuple>& given) {
   Layers layers;
-  for (const auto& [dtype, weights, mask, filter] : given) {
+  for (const auto& [dtype, weights, mask, filter, ranking] : given) {
     const int64_t n = weights.second;
     const auto [channels, positions] = filter;
     if (weights.first == 0 || n <= 0) throw std::invalid_argument("a layer needs an address and at least one weight");
@@ -52,6 +77,7 @@ Layers layers_of(const std::vector<LayerTuple>& given) {
                       n,
                       optional<const uint8_t>(mask, bytes_of_bits(n), "a mask"),
                       {channels, positions}});
+    if (ranking) set_ranking(layers.back(), *ranking);
   }
   return layers;
 }
@@ -156,6 +182,8 @@ std::vector<std::pair<int64_t, int64_t>> draw(const Layers& layers,
   return gmp::cpu::draw(layers, groups, rows, row_size, num_threads);
 }
 
+int64_t num_weights(const LayerView& layer) { return layer.is_plain() ? layer.n : layer.ranking.num_weights; }
+
 // Weights kept before, and now, per layer.
 using KeptColumns = std::pair<std::vector<int64_t>, std::vector<int64_t>>;
 
@@ -170,7 +198,7 @@ KeptColumns prune(const Layers& layers, const std::vector<uint64_t>& keys, const
   std::vector<uint8_t*> outputs;
   for (size_t l = 0; l < n; ++l) {
     outputs.push_back(out.empty() ? const_cast<uint8_t*>(layers[l].mask)
-                                  : checked<uint8_t>(out[l], bytes_of_bits(layers[l].n), "new bits"));
+                                  : checked<uint8_t>(out[l], bytes_of_bits(num_weights(layers[l])), "new bits"));
     if (outputs.back() == nullptr) throw std::invalid_argument("bits need a place to go");
     if (tie_indices[l] < 0 || tie_indices[l] > layers[l].n)
       throw std::invalid_argument("a tie index exceeds its layer");

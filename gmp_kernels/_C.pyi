@@ -5,8 +5,10 @@ import torch
 
 # Address of a tensor and the number of its elements, zeros for none; the caller keeps the memory alive.
 _Array: TypeAlias = tuple[int, int]
-# dtype, the weights, their packed mask, and channels and positions of their filters
-_Layer: TypeAlias = tuple[str, _Array, _Array, tuple[int, int]]
+# dtype of what ranks the weights, that itself, dtype that is ranked, and kind and numbers of the pattern
+_Ranking: TypeAlias = tuple[str, _Array, str, tuple[int, int, int, int]]
+# dtype, the weights, their packed mask, channels and positions of their filters, and a ranking of their own, if any
+_Layer: TypeAlias = tuple[str, _Array, _Array, tuple[int, int], _Ranking | None]
 # values, and of compact ones mask and chunk offsets
 _State: TypeAlias = tuple[_Array, _Array, _Array]
 # source, target, number of weights, bytes per value

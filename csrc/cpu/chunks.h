@@ -19,8 +19,8 @@ struct Chunk {
   int64_t inside = 0, offset = 0;
 };
 
-inline void add_chunks(std::vector<Chunk>& chunks, size_t tensor, int64_t n) {
-  for (int64_t begin = 0; begin < n; begin += kChunk) chunks.push_back({tensor, begin, std::min(begin + kChunk, n)});
+inline void add_chunks(std::vector<Chunk>& chunks, size_t tensor, int64_t n, int64_t size = kChunk) {
+  for (int64_t begin = 0; begin < n; begin += size) chunks.push_back({tensor, begin, std::min(begin + size, n)});
 }
 
 // Chunks of things that have an n, in this order.

@@ -23,7 +23,36 @@ using Lanes = PlainLanes<Key>;
 #define GMP_RULE_FUNCTIONS
 #include "optim/update_rule.h"
 #include "update_impl.h"
+#include "patterns_impl.h"
 // clang-format on
+
+template <DType kDType>
+constexpr Kernels kernels_for(const char* name) {
+  return {name,
+          count_bits,
+          scan<kDType>,
+          find<kDType>,
+          apply<kDType>,
+          apply<kDType, false>,
+          protect<kDType>,
+          score<kDType>,
+          pack<KeyOf<kDType>>,
+          unpack<KeyOf<kDType>>,
+          {
+#define GMP_RULE(name, fewest, most) update<Rule::name, kDType>,
+              GMP_RULES(GMP_RULE)
+#undef GMP_RULE
+          },
+          sum_squares<kDType>};
+}
+
+constexpr KernelSet kernel_set(const char* name) {
+  return {
+#define GMP_DTYPE(dtype, key, infinity) kernels_for<DType::dtype>(name),
+      GMP_DTYPES(GMP_DTYPE)
+#undef GMP_DTYPE
+  };
+}
 
 }  // namespace
 

@@ -29,6 +29,15 @@ struct Kernels {
   // Cache lines in which nothing changes are not written.
   int64_t (*apply)(const LayerView& layer, int64_t begin, int64_t end, uint8_t* kept, uint64_t key, int64_t tie_index,
                    int64_t& kept_before);
+  // The same for what is ranked of a layer whose weights are elsewhere, and so not written.
+  int64_t (*cut)(const LayerView& layer, int64_t begin, int64_t end, uint8_t* kept, uint64_t key, int64_t tie_index,
+                 int64_t& kept_before);
+  // Writes to `eligible` the bits of all weights that are neither pruned nor protected, given the pattern of the layer,
+  // which is kGroups, and whole groups of it. Returns whether an unpruned one is NaN or Inf.
+  bool (*protect)(const LayerView& layer, uint8_t* eligible);
+  // Sums the magnitudes of the blocks [begin, end) of a layer whose pattern is kBlocks, each in row-major order, and
+  // writes the bit of the first weight of each, if there is a mask.
+  void (*score)(const LayerView& layer, int64_t begin, int64_t end, void* sums, uint8_t* bits);
   // Moves the kept elements of n to the front of dst, which has room for kGatherSlackBytes more; returns how many.
   int64_t (*pack)(const void* src, const uint8_t* mask, int64_t n, void* dst);
   // The inverse: spreads elements out to the kept places; pruned places get zero. src must be readable for

@@ -153,7 +153,7 @@ int64_t find(const LayerView& layer, int64_t begin, int64_t end, uint64_t wanted
 }
 
 // Keeps the keys >= limit in all whole registers of the weights [i, end).
-template <DType kDType>
+template <DType kDType, bool kWrites>
 inline int64_t apply_lanes(KeyOf<kDType>* weights, const uint8_t* mask, uint8_t* kept_bits, int64_t i, int64_t end,
                            KeyOf<kDType> limit, int64_t& kept_before) {
   using Key = KeyOf<kDType>;
@@ -166,7 +166,7 @@ inline int64_t apply_lanes(KeyOf<kDType>* weights, const uint8_t* mask, uint8_t*
     prefetch_ahead(weights + i);
     const auto raw = load_lanes(weights + i);
     const uint64_t kept = before & ~less(min(magnitude(raw), nan), limit_lanes);
-    if (any_set(raw, ~kept)) store_lanes(weights + i, zero_unless(kept, raw));
+    if (kWrites && any_set(raw, ~kept)) store_lanes(weights + i, zero_unless(kept, raw));
     if (kept_bits != nullptr) __builtin_memcpy(kept_bits + i / 8, &kept, kCount / 8);
     num_before += __builtin_popcountll(before);
     num_kept += __builtin_popcountll(kept);
@@ -175,7 +175,7 @@ inline int64_t apply_lanes(KeyOf<kDType>* weights, const uint8_t* mask, uint8_t*
   return num_kept;
 }
 
-template <DType kDType>
+template <DType kDType, bool kWrites = true>
 int64_t apply(const LayerView& layer, int64_t begin, int64_t end, uint8_t* kept_bits, uint64_t key, int64_t tie_index,
               int64_t& kept_before) {
   using Key = KeyOf<kDType>;
@@ -187,7 +187,7 @@ int64_t apply(const LayerView& layer, int64_t begin, int64_t end, uint8_t* kept_
     const int64_t until = side == 1 || tie_index > end ? end : tie_index;
     if (i >= until) continue;
     num_kept +=
-        apply_lanes<kDType>(weights, layer.mask, kept_bits, i, until, static_cast<Key>(key + (side == 1)), kept_before);
+        apply_lanes<kDType, kWrites>(weights, layer.mask, kept_bits, i, until, static_cast<Key>(key + (side == 1)), kept_before);
     for (i += (until - i) / kNumLanes<Key> * kNumLanes<Key>; i < until; i += 8) {
       unsigned byte = 0;
       for (int64_t j = i; j < end && j < i + 8; ++j) {
@@ -195,7 +195,7 @@ int64_t apply(const LayerView& layer, int64_t begin, int64_t end, uint8_t* kept_
         const bool before = mask_bit(layer.mask, j);
         const bool kept = before && own >= key + (j >= tie_index);
         kept_before += before;
-        if (!kept) __builtin_memcpy(weights + j, &zero, sizeof(Key));
+        if (kWrites && !kept) __builtin_memcpy(weights + j, &zero, sizeof(Key));
         byte |= static_cast<unsigned>(kept) << (j - i);
       }
       if (kept_bits != nullptr) kept_bits[i / 8] = static_cast<uint8_t>(byte);

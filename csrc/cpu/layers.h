@@ -7,6 +7,7 @@
 #include "optim/rules.h"
 #include "order/dtypes.h"
 #include "order/memory_order.h"
+#include "order/pattern.h"
 
 namespace gmp::cpu {
 
@@ -15,12 +16,27 @@ inline constexpr int64_t kChunk = 16384;
 
 constexpr int64_t num_chunks(int64_t n) { return (n + kChunk - 1) / kChunk; }
 
+// How the weights of a layer are ranked, if not each by its own magnitude.
+struct Ranking {
+  Pattern pattern = {};
+  DType source_dtype = {};   // of what ranks them: the weights, or scores
+  DType weights_dtype = {};  // of the weights
+  void* weights = nullptr;   // nullptr: each by its own magnitude
+  int64_t num_weights = 0;
+  Filter filter = {};  // of the weights
+};
+
+// For a layer with a ranking of its own: dtype, n and filter are those of what is ranked, `weights` what ranks them, and
+// the mask is that of the weights. See ranked.h.
 struct LayerView {
   DType dtype;
   void* weights;        // any alignment
   int64_t n;            // > 0
   const uint8_t* mask;  // packed bits, or nullptr: nothing pruned yet
   Filter filter = {};
+  Ranking ranking = {};
+
+  bool is_plain() const { return ranking.weights == nullptr; }
 };
 
 // A layer in an optimizer step; or an array of state that belongs to it: then what does not is nullptr.

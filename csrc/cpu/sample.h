@@ -23,6 +23,57 @@ constexpr int64_t kBufferBytes = kSampleBytes + kGatherSlackBytes;
 template <typename Key>
 constexpr int64_t kBufferKeys = kBufferBytes / static_cast<int64_t>(sizeof(Key));
 
+constexpr int64_t kMostInGroups = 32;  // larger groups are rows, of which few weights are protected
+
+inline bool is_sampled_in_runs(const LayerView& layer) {
+  const Pattern& pattern = layer.ranking.pattern;
+  return pattern.kind == PatternKind::kBlocks ||
+         (pattern.kind == PatternKind::kGroups && pattern.of() <= kMostInGroups);
+}
+
+// Like draw_sample for one layer that is ranked by groups or blocks: runs of neighbouring ones, at pseudo-random places.
+template <typename Key>
+BracketCounts draw_runs(const LayerView& layer, int64_t share, const Bracket& all, Key* keys) {
+  constexpr int64_t kRun = 16;  // groups or blocks
+  const Pattern& pattern = layer.ranking.pattern;
+  const bool is_groups = pattern.kind == PatternKind::kGroups;
+  const int64_t of = is_groups ? pattern.of() : 1, num_units = layer.n / of;
+  const int64_t runs = num_units < kRun ? 0 : share / (kRun * of);
+  if (runs == 0) return {};
+  uint8_t mask[kMaxSample<Key> / 8] = {}, eligible[kMaxSample<Key> / 8];
+  const bool is_masked = layer.mask != nullptr;
+  const double stride = static_cast<double>(num_units - kRun) / static_cast<double>(runs);
+  uint64_t random = 0x9e3779b97f4a7c15ull;  // xorshift64
+  for (int64_t run = 0; run < runs; ++run) {
+    random ^= random << 13;
+    random ^= random >> 7;
+    random ^= random << 17;
+    const double at = static_cast<double>(run) + static_cast<double>(random >> 11) * 0x1p-53;
+    const int64_t begin = static_cast<int64_t>(at * stride);
+    if (!is_groups) {
+      kernels_of(layer.ranking.source_dtype)
+          .score(layer, begin, begin + kRun, keys + run * kRun, mask + run * kRun / 8);
+      continue;
+    }
+    for (int64_t g = begin, to = run * kRun * of; g < begin + kRun; ++g) {
+      const int64_t first = g / pattern.stride() * pattern.stride() * of + g % pattern.stride();
+      for (int64_t j = 0; j < of; ++j, ++to) {
+        const int64_t from = first + j * pattern.stride();
+        __builtin_memcpy(keys + to, static_cast<const Key*>(layer.weights) + from, sizeof(Key));
+        const int bit = is_masked ? layer.mask[from / 8] >> (from % 8) & 1 : 0;
+        mask[to / 8] = static_cast<uint8_t>(mask[to / 8] | bit << (to % 8));
+      }
+    }
+  }
+  LayerView drawn{layer.dtype, keys, runs * kRun * of, is_masked ? mask : nullptr};
+  if (is_groups) {
+    drawn.ranking.pattern = {PatternKind::kGroups, pattern.keep(), of, 1};
+    kernels_of(layer.dtype).protect(drawn, eligible);
+    drawn.mask = eligible;
+  }
+  return kernels_of(layer.dtype).scan(drawn, 0, drawn.n, all, keys);
+}
+
 // Whole cache lines at pseudo-random places, one per stride: evenly spread, but not in step with any period of the
 // data. Reads at most `wanted` weights, writes the keys of the unpruned ones to `sample`, and counts these as inside.
 // Layers get their share by size; a layer smaller than its share is taken whole.
@@ -39,6 +90,12 @@ BracketCounts draw_sample(const std::vector<LayerView>& layers, const Group& gro
     Key* const keys = sample + drawn.inside;
     const double fraction = static_cast<double>(layer.n) / static_cast<double>(group.n);
     const int64_t share = group.num_layers == 1 ? wanted : static_cast<int64_t>(static_cast<double>(wanted) * fraction);
+    if (is_sampled_in_runs(layer)) {
+      const BracketCounts counts = draw_runs(layer, share, all, keys);
+      drawn.inside += counts.inside;
+      drawn.pruned += counts.pruned;
+      continue;
+    }
     const int64_t lines = layer.n <= share ? 0 : share / kLine;
     const double stride = static_cast<double>(layer.n) / static_cast<double>(std::max<int64_t>(lines, 1));
     // In batches, whose lines are all prefetched before the first is read.
@@ -85,7 +142,14 @@ void guess_bracket(const std::vector<LayerView>& layers, Group& group, Key infin
   if (n == 0) return;  // many tiny layers, whose shares are less than a line; or all weights are pruned
   // Among the sampled weights the pruned ones come first.
   const double size = static_cast<double>(n + pruned);
-  const double share = static_cast<double>(group.num_prune) / static_cast<double>(group.n);
+  // The sample of a row shows nothing of what is protected in it.
+  int64_t protected_unseen = 0;
+  for (size_t l = group.first_layer; l < group.first_layer + group.num_layers; ++l) {
+    const Pattern& pattern = layers[l].ranking.pattern;
+    const bool is_seen = pattern.kind != PatternKind::kGroups || is_sampled_in_runs(layers[l]);
+    if (!is_seen) protected_unseen += layers[l].n / pattern.of() * pattern.keep();
+  }
+  const double share = static_cast<double>(group.num_prune - protected_unseen) / static_cast<double>(group.n);
   const double rank = share * size, half = rank_margin(rank, share, kSigmas);
   const int64_t low = static_cast<int64_t>(std::floor(rank - half)) - pruned;
   const int64_t high = static_cast<int64_t>(std::ceil(rank + half)) - pruned;

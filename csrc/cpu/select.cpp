@@ -6,6 +6,7 @@
 //   ties     the gathered keys, kept per chunk, tell in which chunk the last tie that stays lies
 //
 // All of it counts in the order of memory. Where that is not row-major, one filter is searched for the flat index.
+// Layers with a ranking of their own are made into plain ones piece by piece, at each read (ranked.h).
 //
 // If the counts do not prove a bracket, the next one is sure to hold. If candidates would not fit the memory limit,
 // they are not gathered: the bracket is cut into 2048 bins that are counted, so every further read narrows the keys by
@@ -21,6 +22,7 @@
 
 #include "filter.h"
 #include "kernels.h"
+#include "ranked.h"
 #include "sample.h"
 
 namespace gmp::cpu {
@@ -53,21 +55,38 @@ int64_t find_match(const LayerView& layer, int64_t begin, int64_t end, const Bra
 }
 
 // Row-major index of the match before which, in row-major order, lie as many matches of its filter as in memory before
-// the match at `place`; -1 for -1.
-int64_t in_row_major(const LayerView& layer, int64_t place, const Bracket& bracket) {
+// the match at `place`; -1 for -1. `memory` is for a piece of the filter.
+int64_t in_row_major(const LayerView& layer, int64_t place, const Bracket& bracket, char* memory) {
   if (layer.filter.size() == 1 || place < 0) return place;
-  const int64_t begin = place / layer.filter.size() * layer.filter.size(), byte = begin / 8 * 8;
-  const Kernels& kernels = kernels_of(layer.dtype);
-  int64_t rank = kernels.scan(layer, byte, place, bracket, nullptr).inside -
-                 kernels.scan(layer, byte, begin, bracket, nullptr).inside;
-  return with_matches(layer, layer.mask, bracket, [&](auto is_match, int64_t channels, int64_t positions) {
+  const int64_t begin = place / layer.filter.size() * layer.filter.size();
+  const auto [piece, first, nonfinite] = ranked(layer, begin, begin + layer.filter.size(), memory);
+  const Kernels& kernels = kernels_of(piece.dtype);
+  int64_t rank = kernels.scan(piece, 0, place - first, bracket, nullptr).inside -
+                 kernels.scan(piece, 0, begin - first, bracket, nullptr).inside;
+  return with_matches(piece, piece.mask, bracket, [&, from = first](auto is_match, int64_t channels, int64_t positions) {
     for (int64_t c = 0; c < channels; ++c) {
       for (int64_t p = 0; p < positions; ++p) {
-        if (is_match(begin + p * channels + c) && rank-- == 0) return begin + c * positions + p;
+        if (is_match(begin - from + p * channels + c) && rank-- == 0) return begin + c * positions + p;
       }
     }
     return place;  // the weights have changed meanwhile
   });
+}
+
+// The place of the match number `rank` of a chunk.
+int64_t find_match(const LayerView& layer, const Chunk& chunk, const Bracket& bracket, int64_t rank, char* memory) {
+  const Piece piece = ranked(layer, chunk.begin, chunk.end, memory);
+  const int64_t found = find_match(piece.layer, 0, piece.layer.n, bracket, rank);
+  return found < 0 ? found : piece.first + found;
+}
+
+// The most memory that a piece of a chunk or of a filter takes.
+int64_t memory_for_pieces(const std::vector<LayerView>& layers) {
+  int64_t most = 0;
+  for (const LayerView& layer : layers) {
+    if (!layer.is_plain()) most = std::max(most, piece_bytes(layer, std::max(chunk_of(layer), layer.filter.size())));
+  }
+  return most;
 }
 
 }  // namespace
@@ -78,7 +97,7 @@ std::vector<Chunk> count(const std::vector<LayerView>& layers, const std::vector
   std::vector<Chunk> chunks;
   std::vector<Group*> group_of(layers.size());
   bool wants_bins = false;
-  int64_t most_bytes = 0;
+  int64_t most_bytes = 0, for_pieces = memory_for_pieces(layers);
   size_t most_chunks = 0;
   for (const Group* group : groups) most_chunks += group->num_layers + static_cast<size_t>(group->n / kChunk);
   chunks.reserve(most_chunks);  // growing would take three times as much
@@ -87,22 +106,24 @@ std::vector<Chunk> count(const std::vector<LayerView>& layers, const std::vector
     group->first_chunk = chunks.size();
     wants_bins |= group->bins != nullptr;
     for (size_t l = group->first_layer; l < group->first_layer + group->num_layers; ++l) {
-      add_chunks(chunks, l, layers[l].n);
+      add_chunks(chunks, l, layers[l].n, chunk_of(layers[l]));
       group_of[l] = group;
-      most_bytes = std::max(most_bytes, bytes_of(layers[l].dtype));
+      most_bytes = std::max(most_bytes, bytes_of(layers[l].dtype) * chunk_of(layers[l]));
     }
   }
   const int64_t num_chunks = static_cast<int64_t>(chunks.size());
   const int num_workers = static_cast<int>(std::clamp<int64_t>(num_chunks / 2, 1, num_threads));
-  const int64_t own_bytes = kChunk * most_bytes + kGatherSlackBytes, own_bins = wants_bins ? num_bins : 0;
+  const int64_t own_bytes = most_bytes + kGatherSlackBytes, own_bins = wants_bins ? num_bins : 0;
   const std::unique_ptr<char[]> key_buffers(new char[static_cast<size_t>(num_workers * own_bytes)]);
   std::vector<int64_t> bin_buffers(static_cast<size_t>(num_workers * own_bins));
+  const std::unique_ptr<char[]> piece_buffers(new char[static_cast<size_t>(num_workers * for_pieces)]);
   active_kernels();  // may throw at its first call
 
 #pragma omp parallel num_threads(num_workers)
   {
     void* const gathered = key_buffers.get() + omp_get_thread_num() * own_bytes;
     int64_t* const bins = bin_buffers.data() + omp_get_thread_num() * own_bins;
+    char* const memory = piece_buffers.get() + omp_get_thread_num() * for_pieces;
     int64_t* target = nullptr;  // whose bins these are
     const auto flush = [&] {
       if (target == nullptr) return;
@@ -117,8 +138,9 @@ std::vector<Chunk> count(const std::vector<LayerView>& layers, const std::vector
       Group& group = *group_of[chunk.tensor];
       const Bracket bracket = group.bracket;
       const bool gathers = group.capacity > 0 || (group.bins != nullptr && bracket.lo < bracket.hi);
+      const Piece piece = ranked(layer, chunk.begin, chunk.end, memory);
       const BracketCounts counts =
-          kernels_of(layer.dtype).scan(layer, chunk.begin, chunk.end, bracket, gathers ? gathered : nullptr);
+          kernels_of(layer.dtype).scan(piece.layer, 0, piece.layer.n, bracket, gathers ? gathered : nullptr);
 #pragma omp atomic
       group.counts.below += counts.below;
 #pragma omp atomic
@@ -153,13 +175,20 @@ std::vector<Chunk> count(const std::vector<LayerView>& layers, const std::vector
             for (int64_t b = 0; b < num_bins; ++b) bins[b] += own[b];
           }
         }
-        if (counts.nonfinite) {
-          const Bracket beyond{infinity, uint64_t{infinity} + 1};
-          int64_t& first = nonfinite[chunk.tensor];
-#pragma omp critical(gmp_kernels_nonfinite)
-          if (first < 0 || chunk.begin < first) first = find_match(layer, chunk.begin, chunk.end, beyond, 0);
-        }
       });
+      if (counts.nonfinite || piece.nonfinite) {
+        const LayerView source = source_of(layer);
+        const int64_t unit = weights_per_unit(layer), begin = chunk.begin * unit;
+        const Bracket beyond = with_dtype(
+            source.dtype, [](auto infinity) { return Bracket{infinity, uint64_t{infinity} + 1}; });
+        int64_t& first = nonfinite[chunk.tensor];
+#pragma omp critical(gmp_kernels_nonfinite)
+        if (first < 0 || begin < first) {
+          // There is none if only the sum of a block has overflowed.
+          const int64_t found = find_match(source, begin, chunk.end * unit, beyond, 0);
+          if (found >= 0) first = found;
+        }
+      }
     }
     flush();
   }
@@ -171,7 +200,7 @@ namespace {
 // Called after a count; returns whether the group is settled. If not, its bracket is set for the next read.
 template <typename Key>
 bool resolve(const std::vector<LayerView>& layers, Group& group, const std::vector<Chunk>& chunks, Key infinity,
-             Key* buffers, std::vector<int64_t>& tie_indices) {
+             Key* buffers, char* memory, std::vector<int64_t>& tie_indices) {
   const DType dtype = layers[group.first_layer].dtype;
   const size_t end_layer = group.first_layer + group.num_layers;
   const auto [below, inside, pruned, nonfinite] = group.counts;
@@ -220,7 +249,8 @@ bool resolve(const std::vector<LayerView>& layers, Group& group, const std::vect
     int64_t& tie_index = tie_indices[chunk.tensor];
     if (kept < matches) {
       const LayerView& layer = layers[chunk.tensor];
-      tie_index = in_row_major(layer, find_match(layer, chunk.begin, chunk.end, group.bracket, kept), group.bracket);
+      const int64_t place = find_match(layer, chunk, group.bracket, kept, memory);
+      tie_index = in_row_major(layer, place, group.bracket, memory);
       return true;
     }
     kept -= matches;
@@ -238,11 +268,12 @@ void select(const std::vector<LayerView>& layers, std::vector<Group>& groups, st
   for (const LayerView& layer : layers) total += layer.n;
   const int num_solvers =
       std::min({threads_for(total, 2 * kChunk, num_threads), kMaxSolvers, static_cast<int>(num_groups)});
-  const std::unique_ptr<char[]> buffers(new char[static_cast<size_t>(num_solvers * 3 * kBufferBytes)]);
+  const int64_t for_pieces = memory_for_pieces(layers), own_bytes = 3 * kBufferBytes + for_pieces;
+  const std::unique_ptr<char[]> buffers(new char[static_cast<size_t>(num_solvers * own_bytes)]);
   const auto solve = [&](const Group& group, auto work) {
     with_dtype(layers[group.first_layer].dtype, [&](auto infinity) {
-      char* const own = buffers.get() + omp_get_thread_num() * 3 * kBufferBytes;
-      work(infinity, reinterpret_cast<decltype(infinity)*>(own));
+      char* const own = buffers.get() + omp_get_thread_num() * own_bytes;
+      work(infinity, reinterpret_cast<decltype(infinity)*>(own), own + 3 * kBufferBytes);
     });
   };
 #pragma omp parallel for schedule(dynamic, 1) num_threads(num_solvers)
@@ -251,7 +282,7 @@ void select(const std::vector<LayerView>& layers, std::vector<Group>& groups, st
     for (size_t l = 0; l < group.num_layers; ++l) group.n += layers[group.first_layer + l].n;
     group.expected_inside = group.n / 64;
     if (group.bracket.lo <= group.bracket.hi) continue;
-    solve(group, [&](auto infinity, auto* own) { guess_bracket(layers, group, infinity, own); });
+    solve(group, [&](auto infinity, auto* own, char*) { guess_bracket(layers, group, infinity, own); });
   }
 
   int64_t largest = 0;
@@ -287,8 +318,8 @@ void select(const std::vector<LayerView>& layers, std::vector<Group>& groups, st
 #pragma omp parallel for schedule(dynamic, 1) num_threads(num_solvers)
     for (int64_t i = 0; i < wave_size; ++i) {
       Group& group = *wave[static_cast<size_t>(i)];
-      solve(group, [&](auto infinity, auto* own) {
-        settled[static_cast<size_t>(i)] = resolve(layers, group, chunks, infinity, own, tie_indices);
+      solve(group, [&](auto infinity, auto* own, char* pieces) {
+        settled[static_cast<size_t>(i)] = resolve(layers, group, chunks, infinity, own, pieces, tie_indices);
       });
     }
     for (size_t i = 0; i < wave.size(); ++i) {
@@ -297,8 +328,9 @@ void select(const std::vector<LayerView>& layers, std::vector<Group>& groups, st
     pending = std::move(later);
   }
   for (size_t l = 0; l < layers.size(); ++l) {
-    with_dtype(layers[l].dtype, [&](auto infinity) {
-      nonfinite[l] = in_row_major(layers[l], nonfinite[l], {infinity, uint64_t{infinity} + 1});
+    const LayerView source = source_of(layers[l]);
+    with_dtype(source.dtype, [&](auto infinity) {
+      nonfinite[l] = in_row_major(source, nonfinite[l], {infinity, uint64_t{infinity} + 1}, nullptr);
     });
   }
 }

@@ -419,28 +419,3 @@ double sum_squares(const LayerView& layer, int64_t begin, int64_t end) {
   }
   return sum;
 }
-
-template <DType kDType>
-constexpr Kernels kernels_for(const char* name) {
-  return {name,
-          count_bits,
-          scan<kDType>,
-          find<kDType>,
-          apply<kDType>,
-          pack<KeyOf<kDType>>,
-          unpack<KeyOf<kDType>>,
-          {
-#define GMP_RULE(name, fewest, most) update<Rule::name, kDType>,
-              GMP_RULES(GMP_RULE)
-#undef GMP_RULE
-          },
-          sum_squares<kDType>};
-}
-
-constexpr KernelSet kernel_set(const char* name) {
-  return {
-#define GMP_DTYPE(dtype, key, infinity) kernels_for<DType::dtype>(name),
-      GMP_DTYPES(GMP_DTYPE)
-#undef GMP_DTYPE
-  };
-}

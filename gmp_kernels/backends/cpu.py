@@ -15,7 +15,7 @@ import torch
 from gmp_kernels.backends import ranking
 from gmp_kernels.backends.at_once import at_once
 from gmp_kernels.backends.dtypes import NAMES
-from gmp_kernels.backends.layers import Layers, are_plain, prepared
+from gmp_kernels.backends.layers import Layers, prepared, ranked_dtype
 from gmp_kernels.backends.layouts import EXCHANGE
 from gmp_kernels.backends.registry import Backend, register, why_not_built
 from gmp_kernels.backends.types import (
@@ -64,9 +64,20 @@ def _layers(layers: Sequence[Layer]) -> _C.Layers:
     """Make the rows of the layers, once."""
 
     def make() -> _C.Layers:
-        return _C.layers([(NAMES[w.weight.dtype], _array(w.weight), _array(w.mask), w.filter) for w in layers])
+        return _C.layers(
+            [(NAMES[w.weight.dtype], _array(w.weight), _array(w.mask), w.filter, _ranking(w)) for w in layers]
+        )
 
     return prepared(layers, "cpu", make)
+
+
+def _ranking(layer: Layer) -> tuple[str, Array, str, tuple[int, int, int, int]] | None:
+    """Return what ranks a layer: dtype and values, the dtype that is ranked, and the pattern; None for a plain one."""
+    if layer.is_plain:
+        return None
+    shape, source = layer.tensor.shape, layer.source
+    row = (0, 0, 0, 0) if layer.pattern is None else layer.pattern.row(shape, is_channels_last=layer.is_channels_last)
+    return NAMES[source.dtype], _array(source), NAMES[ranked_dtype(layer)], row
 
 
 def _row(t: UpdateTensor) -> _C.UpdateTensor:
@@ -82,7 +93,7 @@ class Cpu:
     """Implementation with one C call for all layers."""
 
     capturable = False
-    selects_patterns = False
+    selects_patterns = True
     skips_pruned_blocks = False
     chunk = 0 if _C is None else _C.CHUNK
 
@@ -154,8 +165,6 @@ class Cpu:
     def prune(
         self, layers: Sequence[Layer], selection: Selection, out: Sequence[torch.Tensor], *, finite: bool = False
     ) -> PruneCounts | None:
-        if not are_plain(layers):
-            return ranking.prune(self, layers, selection, out, finite=finite)
         keys, *_, tie_indices, nonfinite = selection.cutoffs
         if finite and max(nonfinite) >= 0:
             return None

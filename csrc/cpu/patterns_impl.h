@@ -1,0 +1,309 @@
+// The loops of kernels.h that find what a pattern protects, and what its blocks score.
+//
+// Included inside an anonymous namespace: see kernel_set.h. In a group the order is that of all weights: of equal keys
+// the lower index comes last, and what is pruned comes first. So a weight is protected if fewer than `keep` weights of
+// its group come after it.
+
+// Keys in the compiler's own vectors, whose lanes can be moved; as signed integers, which every machine can compare. A
+// key gets one added, so that 0 is left for what is pruned.
+template <typename Key>
+struct Moving {
+  typedef std::make_signed_t<Key> Vector __attribute__((vector_size(sizeof(Lanes<Key>))));
+};
+template <typename Key>
+using Movable = typename Moving<Key>::Vector;
+
+// Every lane as the one that lies `kBy` places after it in its group of kOf lanes, cyclically.
+template <int kOf, int kBy, typename V, size_t... kLane>
+inline V rotated(V keys, std::index_sequence<kLane...>) {
+  return __builtin_shufflevector(keys, keys, (kLane / kOf * kOf + (kLane % kOf + kBy) % kOf)...);
+}
+
+// Adds to `after` how many of the lanes that lie 1 to kBy places after each, cyclically, come after it in the order.
+template <int kOf, int kBy, typename Key>
+inline void count_after(Movable<Key> keys, Movable<Key>& after) {
+  if constexpr (kBy > 0) {
+    count_after<kOf, kBy - 1, Key>(keys, after);
+    // A lane from before, which the rotation has brought round, also comes after an equal one.
+    Movable<Key> from_before;
+    for (int j = 0; j < kNumLanes<Key>; ++j) from_before[j] = j % kOf + kBy >= kOf;
+    const auto others = rotated<kOf, kBy>(keys, std::make_index_sequence<kNumLanes<Key>>{});
+    after -= (Movable<Key>)(others + from_before > keys);
+  }
+}
+
+// Groups of kOf neighbours, as many at once as a register holds. Returns the largest key, with one added.
+template <DType kDType, int kOf>
+inline KeyOf<kDType> protect_in_lanes(const LayerView& layer, uint8_t* eligible, int64_t& i) {
+  using Key = KeyOf<kDType>;
+  constexpr int kCount = kNumLanes<Key>;
+  const Key* const weights = static_cast<const Key*>(layer.weights);
+  const auto nan = broadcast(static_cast<Key>(infinity_of<kDType>() + 1));
+  const auto keep = broadcast(static_cast<Key>(layer.ranking.pattern.keep()));
+  auto largest = broadcast(Key{0});
+  for (; i + kCount <= layer.n; i += kCount) {
+    const uint64_t kept = layer.mask == nullptr ? kAllLanes<Key> : load_mask_bits<kCount>(layer.mask, i);
+    prefetch_ahead(weights + i);
+    const auto magnitudes = min(magnitude(load_lanes(weights + i)), nan);
+    Movable<Key> keys;
+    __builtin_memcpy(&keys, &magnitudes, sizeof(keys));
+    keys += 1;
+    Lanes<Key> lanes;
+    __builtin_memcpy(&lanes, &keys, sizeof(keys));
+    lanes = zero_unless(kept, lanes);
+    largest = max(largest, lanes);
+    __builtin_memcpy(&keys, &lanes, sizeof(keys));
+    Movable<Key> after = {};
+    count_after<kOf, kOf - 1, Key>(keys, after);
+    __builtin_memcpy(&lanes, &after, sizeof(after));
+    const uint64_t found = kept & ~less(lanes, keep);
+    __builtin_memcpy(eligible + i / 8, &found, kCount / 8);
+  }
+  Key lanes[kCount], most = 0;
+  store_lanes(lanes, largest);
+  for (Key key : lanes) most = key > most ? key : most;
+  return most;
+}
+
+// The key of a weight with one added; 0 if it is pruned.
+template <DType kDType>
+inline KeyOf<kDType> ranked_key(const LayerView& layer, int64_t i) {
+  if (!mask_bit(layer.mask, i)) return 0;
+  const auto raw = load_one(static_cast<const KeyOf<kDType>*>(layer.weights) + i);
+  return static_cast<KeyOf<kDType>>(magnitude_key(raw, infinity_of<kDType>()) + 1);
+}
+
+inline void set_bit(uint8_t* bits, int64_t i) { bits[i / 8] = static_cast<uint8_t>(bits[i / 8] | 1u << (i % 8)); }
+
+// Groups of up to kMostOf weights, of which kColumns are compared at once, one in each column. Clears what it reads of
+// `eligible`, which may not be the mask.
+template <DType kDType>
+inline KeyOf<kDType> protect_in_columns(const LayerView& layer, uint8_t* eligible, int64_t i) {
+  using Key = KeyOf<kDType>;
+  constexpr int kMostOf = 32, kColumns = 32;
+  const Pattern& pattern = layer.ranking.pattern;
+  const int of = static_cast<int>(pattern.of());
+  const int64_t stride = pattern.stride();
+  __builtin_memset(eligible + i / 8, 0, static_cast<size_t>((layer.n + 7) / 8 - i / 8));
+  Key keys[kMostOf][kColumns] = {}, after[kMostOf][kColumns], most = 0;
+  while (i < layer.n) {
+    // Neighbouring groups lie side by side, or one after the other if their own weights do.
+    const int64_t step = stride == 1 ? of : 1;
+    const int64_t left = stride == 1 ? (layer.n - i) / of : stride - i % (of * stride);
+    const int columns = static_cast<int>(left < kColumns ? left : kColumns);
+    for (int j = 0; j < of; ++j) {
+      for (int c = 0; c < columns; ++c) keys[j][c] = ranked_key<kDType>(layer, i + j * stride + c * step);
+      for (int c = 0; c < kColumns; ++c) {
+        after[j][c] = 0;
+        most = keys[j][c] > most ? keys[j][c] : most;
+      }
+    }
+    for (int j = 1; j < of; ++j) {
+      for (int k = 0; k < j; ++k) {
+        for (int c = 0; c < kColumns; ++c) {
+          const Key comes_after = keys[k][c] >= keys[j][c];
+          after[j][c] = static_cast<Key>(after[j][c] + comes_after);
+          after[k][c] = static_cast<Key>(after[k][c] + 1 - comes_after);
+        }
+      }
+    }
+    for (int j = 0; j < of; ++j) {
+      for (int c = 0; c < columns; ++c) {
+        if (keys[j][c] != 0 && after[j][c] >= static_cast<Key>(pattern.keep())) {
+          set_bit(eligible, i + j * stride + c * step);
+        }
+      }
+    }
+    i += columns * step;
+    if (stride > 1 && i % (of * stride) == stride) i += (of - 1) * stride;
+  }
+  return most;
+}
+
+// The key of the weight that comes last but `keep` - 1 in its row, with one added, by halving the range of keys: each
+// weight is read as often as a key has bits.
+template <DType kDType>
+inline KeyOf<kDType> last_but_by_halves(const LayerView& layer, int64_t begin, int64_t end, int64_t keep) {
+  using Key = KeyOf<kDType>;
+  Key lo = 1, hi = static_cast<Key>(infinity_of<kDType>() + 2);
+  while (lo < hi) {
+    const Key middle = static_cast<Key>(lo + (hi - lo + 1) / 2);
+    int64_t count = 0;
+    for (int64_t i = begin; i < end; ++i) count += ranked_key<kDType>(layer, i) >= middle;
+    if (count >= keep) {
+      lo = middle;
+    } else {
+      hi = static_cast<Key>(middle - 1);
+    }
+  }
+  return lo;
+}
+
+// The same. The largest keys of parts of the row say what it must at least be, and few weights are above that.
+template <DType kDType>
+inline KeyOf<kDType> last_but(const LayerView& layer, int64_t begin, int64_t end, int64_t keep) {
+  using Key = KeyOf<kDType>;
+  constexpr int kParts = 64, kRoom = 512;
+  if (keep > kParts / 2 || end - begin < 4 * kParts) return last_but_by_halves<kDType>(layer, begin, end, keep);
+  Key largest[kParts] = {};
+  const int64_t whole = begin + (end - begin) / kParts * kParts;
+  if (layer.mask == nullptr) {
+    const Key* const weights = static_cast<const Key*>(layer.weights);
+    for (int64_t i = begin; i < whole; i += kParts) {
+      prefetch_ahead(weights + i);
+      for (int c = 0; c < kParts; ++c) {
+        const Key key = static_cast<Key>(load_one(weights + i + c) & static_cast<Key>(~kSignBit<Key>));
+        largest[c] = key > largest[c] ? key : largest[c];
+      }
+    }
+    for (Key& key : largest) key = static_cast<Key>(magnitude_key(key, infinity_of<kDType>()) + 1);
+  } else {
+    for (int64_t i = begin; i < whole; ++i) {
+      const Key key = ranked_key<kDType>(layer, i);
+      Key& own = largest[(i - begin) % kParts];
+      own = key > own ? key : own;
+    }
+  }
+  const auto at_least = [](Key* keys, int n, int64_t rank) {  // the key of that rank from above, by selection
+    for (int64_t r = 0; r < rank; ++r) {
+      for (int k = static_cast<int>(r) + 1; k < n; ++k) {
+        const Key first = keys[r], other = keys[k];
+        keys[r] = first > other ? first : other;
+        keys[k] = first > other ? other : first;
+      }
+    }
+    return keys[rank - 1];
+  };
+  const Key least = at_least(largest, kParts, keep);
+  Key found[kRoom];
+  int num_found = 0;
+  for (int64_t i = begin; i < end; ++i) {
+    const Key key = ranked_key<kDType>(layer, i);
+    if (key < least || key == 0) continue;
+    if (num_found == kRoom) return last_but_by_halves<kDType>(layer, begin, end, keep);
+    found[num_found++] = key;
+  }
+  return num_found < keep ? Key{1} : at_least(found, num_found, keep);
+}
+
+// Groups that are whole rows. Their ties are settled by the row-major index.
+template <DType kDType>
+inline KeyOf<kDType> protect_in_rows(const LayerView& layer, uint8_t* eligible) {
+  using Key = KeyOf<kDType>;
+  const int64_t row = layer.ranking.pattern.of(), keep = layer.ranking.pattern.keep();
+  __builtin_memset(eligible, 0, static_cast<size_t>((layer.n + 7) / 8));
+  Key most = 0;
+  for (int64_t begin = 0; begin < layer.n; begin += row) {
+    const Key last = last_but<kDType>(layer, begin, begin + row, keep);
+    int64_t ties = keep;  // that are protected
+    for (int64_t i = begin; i < begin + row; ++i) {
+      const Key key = ranked_key<kDType>(layer, i);
+      most = key > most ? key : most;
+      ties -= key > last;
+      if (key != 0 && key < last) set_bit(eligible, i);
+    }
+    const bool is_plain = layer.filter.size() == 1;
+    const int64_t channels = is_plain ? row : layer.filter.channels, positions = row / channels;
+    for (int64_t c = 0; c < channels; ++c) {
+      for (int64_t p = 0; p < positions; ++p) {
+        const int64_t i = begin + p * channels + c;
+        if (ranked_key<kDType>(layer, i) == last && --ties < 0) set_bit(eligible, i);
+      }
+    }
+  }
+  return most;
+}
+
+template <DType kDType>
+bool protect(const LayerView& layer, uint8_t* eligible) {
+  using Key = KeyOf<kDType>;
+  const Pattern& pattern = layer.ranking.pattern;
+  Key most = 0;
+  int64_t i = 0;
+  const bool is_in_order = layer.filter.size() == 1 || pattern.of() <= layer.filter.channels || pattern.stride() > 1;
+  if (pattern.of() > 32 || !is_in_order) {
+    most = protect_in_rows<kDType>(layer, eligible);
+  } else {
+    if (pattern.stride() == 1 && pattern.of() == 2) most = protect_in_lanes<kDType, 2>(layer, eligible, i);
+    if (pattern.stride() == 1 && pattern.of() == 4) most = protect_in_lanes<kDType, 4>(layer, eligible, i);
+    if (pattern.stride() == 1 && pattern.of() == 8) most = protect_in_lanes<kDType, 8>(layer, eligible, i);
+    if (i < layer.n) {
+      const Key of_rest = protect_in_columns<kDType>(layer, eligible, i);
+      most = of_rest > most ? of_rest : most;
+    }
+  }
+  return most > infinity_of<kDType>();
+}
+
+// Adds to each sum the next kCols of its values, one after the other.
+template <int kCols, typename T>
+inline void add_columns(const T* values, int64_t n, int64_t cols, T* sums) {
+  const int64_t step = kCols == 0 ? cols : kCols;
+  for (int64_t s = 0; s < n; ++s) {
+    T sum = sums[s];
+    for (int64_t c = 0; c < step; ++c) sum += values[s * step + c];
+    sums[s] = sum;
+  }
+}
+
+template <DType kDType>
+void score(const LayerView& layer, int64_t begin, int64_t end, void* sums, uint8_t* bits) {
+  using Key = KeyOf<kDType>;
+  using T = ComputeOf<kDType>;
+  constexpr int64_t kMost = 1024;  // values at a time, besides those that fill a vector
+  constexpr int kWidth = kWidthOf<T>;
+  const Pattern& pattern = layer.ranking.pattern;
+  const Filter& filter = layer.ranking.filter;
+  const int64_t across = pattern.across(), cols = pattern.cols(), width = pattern.width();
+  const Key* const weights = static_cast<const Key*>(layer.weights);
+  alignas(64) Key raw[kMost + kWidth] = {};
+  alignas(64) T values[kMost + kWidth];
+  const bool is_row_major = filter.size() == 1;
+  const auto place = [&](int64_t row, int64_t column) {
+    if (is_row_major) return row * width + column;
+    return row * width + column % filter.positions * filter.channels + column / filter.positions;
+  };
+  if (layer.mask != nullptr) __builtin_memset(bits, 0, static_cast<size_t>((end - begin + 7) / 8));
+  for (int64_t b = begin; b < end;) {
+    const int64_t column = b % across, first_row = b / across * pattern.rows();
+    int64_t count = kMost / cols;
+    count = count < across - column ? count : across - column;
+    count = count < end - b ? count : end - b;
+    T* const own = static_cast<T*>(sums) + (b - begin);
+    for (int64_t s = 0; s < count; ++s) {
+      own[s] = 0;
+      if (layer.mask != nullptr && mask_bit(layer.mask, place(first_row, (column + s) * cols))) {
+        set_bit(bits, b - begin + s);
+      }
+    }
+    const int64_t num_values = count * cols;
+    for (int64_t r = first_row; r < first_row + pattern.rows(); ++r) {
+      if (is_row_major) {
+        __builtin_memcpy(raw, weights + place(r, column * cols), static_cast<size_t>(num_values) * sizeof(Key));
+      } else {
+        for (int64_t v = 0; v < num_values; ++v) raw[v] = load_one(weights + place(r, column * cols + v));
+      }
+      for (int64_t v = 0; v < num_values; v += kWidth) {
+        for (int j = 0; j < kWidth; ++j) raw[v + j] = static_cast<Key>(raw[v + j] & static_cast<Key>(~kSignBit<Key>));
+        store_vector(values + v, load_weights<kDType>(raw + v));
+      }
+      switch (cols) {
+        case 1:
+          add_columns<1>(values, count, cols, own);
+          break;
+        case 2:
+          add_columns<2>(values, count, cols, own);
+          break;
+        case 4:
+          add_columns<4>(values, count, cols, own);
+          break;
+        case 8:
+          add_columns<8>(values, count, cols, own);
+          break;
+        default:
+          add_columns<0>(values, count, cols, own);
+      }
+    }
+    b += count;
+  }
+}
