@@ -61,7 +61,7 @@ int64_t settle(const LayerView& layer, const Chunk& chunk, uint8_t* out, uint64_
   const int64_t unit = weights_per_unit(layer), n = chunk.end - chunk.begin;
   const int64_t first = chunk.begin * unit, num_weights = n * unit, num_bytes = (num_weights + 7) / 8;
   const uint8_t* const before = layer.mask == nullptr ? nullptr : layer.mask + first / 8;
-  const Piece piece = ranked(layer, chunk.begin, chunk.end, memory);
+  const Piece piece = ranked(layer, chunk.begin, chunk.end, memory, true);
   uint8_t* const stays = reinterpret_cast<uint8_t*>(memory + piece_bytes(layer, n));
   uint8_t* const kept = out + first / 8;
   const int64_t local_tie = std::clamp<int64_t>(tie_index - chunk.begin, 0, n);
@@ -90,7 +90,7 @@ int64_t prune_to_end_of_filter(const LayerView& layer, uint8_t* kept, uint64_t k
   const int64_t begin = layer.filter.end_of(tie_index) - layer.filter.size();
   LayerView left = layer;
   left.mask = kept;  // protects the same weights as before, because those pruned since come before them
-  const auto [piece, first, nonfinite] = ranked(left, begin, begin + layer.filter.size(), memory);
+  const auto [piece, first, nonfinite] = ranked(left, begin, begin + layer.filter.size(), memory, true);
   const DType dtype = layer.is_plain() ? layer.dtype : layer.ranking.weights_dtype;
   char* const weights = static_cast<char*>(layer.is_plain() ? layer.weights : layer.ranking.weights);
   const auto item_size = static_cast<size_t>(bytes_of(dtype));
@@ -146,8 +146,9 @@ std::pair<std::vector<int64_t>, std::vector<int64_t>> apply(const std::vector<La
     char* const memory = pieces.get() + omp_get_thread_num() * for_pieces;
     // A filter in which memory has an order of its own keeps all ties at first.
     const int64_t tie_index = layer.filter.end_of(tie_indices[l]);
+    const bool is_direct = layer.is_plain() || (are_groups_in_loop(layer) && layer.ranking.weights == layer.weights);
     const int64_t kept_now =
-        layer.is_plain() ? kernels.apply(layer, c.begin, c.end, kept[l], keys[l], tie_index, kept_before)
+        is_direct ? kernels.apply(layer, c.begin, c.end, kept[l], keys[l], tie_index, kept_before)
                          : settle(layer, c, kept[l], keys[l], tie_index, memory, kept_before);
 #pragma omp atomic
     before[l] += kept_before;

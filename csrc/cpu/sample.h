@@ -69,6 +69,7 @@ BracketCounts draw_runs(const LayerView& layer, int64_t share, const Bracket& al
   if (is_groups) {
     drawn.ranking.pattern = {PatternKind::kGroups, pattern.keep(), of, 1};
     kernels_of(layer.dtype).protect(drawn, eligible);
+    drawn.ranking = {};
     drawn.mask = eligible;
   }
   return kernels_of(layer.dtype).scan(drawn, 0, drawn.n, all, keys);

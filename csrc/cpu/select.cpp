@@ -59,7 +59,7 @@ int64_t find_match(const LayerView& layer, int64_t begin, int64_t end, const Bra
 int64_t in_row_major(const LayerView& layer, int64_t place, const Bracket& bracket, char* memory) {
   if (layer.filter.size() == 1 || place < 0) return place;
   const int64_t begin = place / layer.filter.size() * layer.filter.size();
-  const auto [piece, first, nonfinite] = ranked(layer, begin, begin + layer.filter.size(), memory);
+  const auto [piece, first, nonfinite] = ranked(layer, begin, begin + layer.filter.size(), memory, true);
   const Kernels& kernels = kernels_of(piece.dtype);
   int64_t rank = kernels.scan(piece, 0, place - first, bracket, nullptr).inside -
                  kernels.scan(piece, 0, begin - first, bracket, nullptr).inside;
