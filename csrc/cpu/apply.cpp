@@ -36,19 +36,28 @@ class BitWriter {
 void spread(const LayerView& layer, const uint8_t* of_blocks, int64_t num_blocks, uint8_t* kept) {
   const Pattern& pattern = layer.ranking.pattern;
   const Filter& filter = layer.ranking.filter;
-  const int64_t across = pattern.across(), cols = pattern.cols();
+  const int64_t across = pattern.across(), cols = pattern.cols(), rows = pattern.rows();
   const auto is_kept = [&](int64_t block) { return (of_blocks[block / 8] >> (block % 8) & 1) != 0; };
+  const auto add_row = [&](BitWriter& writer, int64_t band) {
+    if (filter.size() == 1) {
+      for (int64_t b = 0; b < across; ++b) writer.add(is_kept(band + b), cols);
+      return;
+    }
+    for (int64_t p = 0; p < filter.positions; ++p) {
+      for (int64_t c = 0; c < filter.channels; ++c) writer.add(is_kept(band + (c * filter.positions + p) / cols), 1);
+    }
+  };
+  const int64_t row_bytes = pattern.width() / 8;
   BitWriter writer(kept);
   for (int64_t band = 0; band < num_blocks; band += across) {
-    for (int64_t row = 0; row < pattern.rows(); ++row) {
-      if (filter.size() == 1) {
-        for (int64_t b = 0; b < across; ++b) writer.add(is_kept(band + b), cols);
-      } else {
-        for (int64_t p = 0; p < filter.positions; ++p) {
-          for (int64_t c = 0; c < filter.channels; ++c) writer.add(is_kept(band + (c * filter.positions + p) / cols), 1);
-        }
-      }
+    if (pattern.width() % 8 != 0) {
+      for (int64_t row = 0; row < rows; ++row) add_row(writer, band);
+      continue;
     }
+    uint8_t* const first = kept + band / across * rows * row_bytes;
+    BitWriter own(first);
+    add_row(own, band);
+    for (int64_t row = 1; row < rows; ++row) std::memcpy(first + row * row_bytes, first, static_cast<size_t>(row_bytes));
   }
   writer.finish();
 }

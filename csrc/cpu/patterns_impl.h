@@ -41,7 +41,9 @@ inline KeyOf<kDType> ranked_key(const LayerView& layer, int64_t i) {
   return static_cast<KeyOf<kDType>>(magnitude_key(raw, infinity_of<kDType>()) + 1);
 }
 
-inline void set_bit(uint8_t* bits, int64_t i) { bits[i / 8] = static_cast<uint8_t>(bits[i / 8] | 1u << (i % 8)); }
+inline void set_bit(uint8_t* bits, int64_t i, unsigned value = 1) {
+  bits[i / 8] = static_cast<uint8_t>(bits[i / 8] | value << (i % 8));
+}
 
 // Groups of up to kMostOf weights, of which kColumns are compared at once, one in each column. Clears what it reads of
 // `eligible`, which may not be the mask.
@@ -51,16 +53,26 @@ inline KeyOf<kDType> protect_in_columns(const LayerView& layer, uint8_t* eligibl
   constexpr int kMostOf = 32, kColumns = 32;
   const Pattern& pattern = layer.ranking.pattern;
   const int of = static_cast<int>(pattern.of());
-  const int64_t stride = pattern.stride();
+  const int64_t stride = pattern.stride(), step = stride == 1 ? of : 1;
+  const Key keep = static_cast<Key>(pattern.keep());
+  const Key* const weights = static_cast<const Key*>(layer.weights);
   __builtin_memset(eligible + i / 8, 0, static_cast<size_t>((layer.n + 7) / 8 - i / 8));
   Key keys[kMostOf][kColumns] = {}, after[kMostOf][kColumns], most = 0;
   while (i < layer.n) {
     // Neighbouring groups lie side by side, or one after the other if their own weights do.
-    const int64_t step = stride == 1 ? of : 1;
     const int64_t left = stride == 1 ? (layer.n - i) / of : stride - i % (of * stride);
     const int columns = static_cast<int>(left < kColumns ? left : kColumns);
     for (int j = 0; j < of; ++j) {
-      for (int c = 0; c < columns; ++c) keys[j][c] = ranked_key<kDType>(layer, i + j * stride + c * step);
+      const int64_t first = i + j * stride;
+      if (step == 1 && columns == kColumns && layer.mask == nullptr) {
+        Key raw[kColumns];
+        __builtin_memcpy(raw, weights + first, sizeof(raw));
+        for (int c = 0; c < kColumns; ++c) {
+          keys[j][c] = static_cast<Key>(magnitude_key(raw[c], infinity_of<kDType>()) + 1);
+        }
+      } else {
+        for (int c = 0; c < columns; ++c) keys[j][c] = ranked_key<kDType>(layer, first + c * step);
+      }
       for (int c = 0; c < kColumns; ++c) {
         after[j][c] = 0;
         most = keys[j][c] > most ? keys[j][c] : most;
@@ -76,11 +88,9 @@ inline KeyOf<kDType> protect_in_columns(const LayerView& layer, uint8_t* eligibl
       }
     }
     for (int j = 0; j < of; ++j) {
-      for (int c = 0; c < columns; ++c) {
-        if (keys[j][c] != 0 && after[j][c] >= static_cast<Key>(pattern.keep())) {
-          set_bit(eligible, i + j * stride + c * step);
-        }
-      }
+      uint8_t found[kColumns];
+      for (int c = 0; c < kColumns; ++c) found[c] = (keys[j][c] != 0) & (after[j][c] >= keep);
+      for (int c = 0; c < columns; ++c) set_bit(eligible, i + j * stride + c * step, found[c]);
     }
     i += columns * step;
     if (stride > 1 && i % (of * stride) == stride) i += (of - 1) * stride;
@@ -244,8 +254,8 @@ void score(const LayerView& layer, int64_t begin, int64_t end, void* sums, uint8
         for (int64_t v = 0; v < num_values; ++v) raw[v] = load_one(weights + place(r, column * cols + v));
       }
       for (int64_t v = 0; v < num_values; v += kWidth) {
-        for (int j = 0; j < kWidth; ++j) raw[v + j] = static_cast<Key>(raw[v + j] & static_cast<Key>(~kSignBit<Key>));
-        store_vector(values + v, load_weights<kDType>(raw + v));
+        const auto loaded = load_weights<kDType>(raw + v);
+        store_vector(values + v, loaded < 0 ? -loaded : loaded);
       }
       switch (cols) {
         case 1:
