@@ -13,19 +13,20 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from itertools import chain
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from gmp_kernels.backends import devices, ranking
+from gmp_kernels.backends import devices
 from gmp_kernels.backends.addresses import address, element_address
 from gmp_kernels.backends.at_once import at_once
 from gmp_kernels.backends.compactions import compactions_of
 from gmp_kernels.backends.devices import on_device, stream_of
+from gmp_kernels.backends.dtypes import NAMES
 from gmp_kernels.backends.keys import largest_key
-from gmp_kernels.backends.layers import Layers, are_plain, by_dtype, device_of, prepared
+from gmp_kernels.backends.layers import Layers, are_plain, device_of, prepared
 from gmp_kernels.backends.registry import Backend, register
 from gmp_kernels.backends.triton.tables import (
     BLOCK,
@@ -51,6 +52,9 @@ from gmp_kernels.backends.types import (
 from gmp_kernels.backends.uploads import Recent, upload
 from gmp_kernels.errors import CaptureError
 
+if TYPE_CHECKING:
+    from gmp_kernels.backends.triton.patterns import Form
+
 T = TypeVar("T")
 
 # Contraction would round once what csrc/optim/update_rule.h rounds twice.
@@ -59,17 +63,22 @@ OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
 # columns, and the sums over columns take most of the time.
 COUNT_OPTIONS = OPTIONS | {"num_warps": 4}
 THREADS = 32 * COUNT_OPTIONS["num_warps"]
+# For the kernels that find a number per block or row: what a program takes is a warp's work.
+UNIT_OPTIONS = OPTIONS | {"num_warps": 1}
+NAMED_OPTIONS = {"count": COUNT_OPTIONS, "find_protected": UNIT_OPTIONS, "sum_blocks": UNIT_OPTIONS}
 # Programs that share a read of all weights. There are many more than a GPU runs at once, so that the last ones delay
 # the end little, yet few enough that each has work. Under the interpreter each has to get a run of chunks too.
 PROGRAMS = 3 if INTERPRETED else 4096
 MAX_SLOTS = 32  # to which neighbouring chunks add in turn
 COUNTERS, ANSWER_FIELDS = 4, 2  # of the kernels
 NO_INDEX = (1 << 63) - 1
+# From this size on, the places of weights take 64 bits, whose divisions take several times as long.
+LARGE = (1 << 31) - BLOCK
 
 
 def options_of(name: str) -> dict[str, Any]:
     """Return the options with which a kernel is compiled."""
-    return COUNT_OPTIONS if name == "count" else OPTIONS
+    return NAMED_OPTIONS.get(name, OPTIONS)
 
 
 def _on(device: torch.device, what: str) -> AbstractContextManager[None]:
@@ -83,7 +92,7 @@ def _on(device: torch.device, what: str) -> AbstractContextManager[None]:
 
 
 class Part(NamedTuple):
-    """The layers of one dtype, as the kernels get them."""
+    """The layers of one dtype and form, as the kernels get them."""
 
     positions: list[int]
     numels: list[int]
@@ -94,6 +103,9 @@ class Part(NamedTuple):
     permuted: bool  # the memory of some layer is not in row-major order
     table: Table
     run: int  # chunks per program that reads all weights
+    form: Form | None  # None if they are plain
+    num_units: list[int]  # of those that have numbers: the blocks or rows of each layer
+    units: Table | None
 
     @property
     def slots(self) -> int:
@@ -102,18 +114,31 @@ class Part(NamedTuple):
 
 
 def _parts_of(layers: Sequence[Layer]) -> list[Part]:
-    """Split layers by dtype, and upload what of them stays as long as their addresses do."""
+    """Split layers by dtype and form, and upload what of them stays as long as their addresses do."""
+    from gmp_kernels.backends.triton import patterns
+
+    positions_of: dict[tuple[str, Form | None], list[int]] = {}
+    for i, layer in enumerate(layers):
+        positions_of.setdefault((NAMES[layer.weight.dtype], patterns.form_of(layer)), []).append(i)
     parts = []
-    for positions in by_dtype(layers).values():
+    for (_, form), positions in positions_of.items():
         own = [layers[i] for i in positions]
         numels = [layer.weight.numel() for layer in own]
         dtype, device = own[0].weight.dtype, own[0].weight.device
-        fields = [(element_address(layer.weight), address(layer.mask), *layer.filter) for layer in own]
-        table = table_of(numels, fields, device)
-        aligned = all(layer.weight.data_ptr() % 16 == 0 for layer in own)
+        fields: list[tuple[int, ...]] = []
+        num_units: list[int] = []
+        for layer in own:
+            of_pattern, number = patterns.fields_of(layer, form, sum(num_units))
+            fields.append((element_address(layer.weight), address(layer.mask), *layer.filter, *of_pattern))
+            num_units.append(number)
+        table, units = table_of(numels, fields, device), None
+        if form is not None and form.kernel is not None:
+            units = table_of(num_units, fields, device, form.kernel[1])
+        aligned = all(t.data_ptr() % 16 == 0 for layer in own for t in (layer.weight, layer.source))
         masked, permuted = any(layer.mask is not None for layer in own), any(layer.is_channels_last for layer in own)
         run = -(-len(table[1]) // PROGRAMS)
-        parts.append(Part(positions, numels, dtype, device, aligned, masked, permuted, table, run))
+        own_part = positions, numels, dtype, device, aligned, masked, permuted, table, run
+        parts.append(Part(*own_part, form, num_units, units))
     return parts
 
 
@@ -162,7 +187,10 @@ class Triton:
             return prepared(layers, ("triton", stream), make)
         addresses = [(element_address(layer.weight), address(layer.mask)) for layer in layers]
         shapes = [(layer.weight.dtype, layer.weight.numel(), layer.filter) for layer in layers]
-        return self._parts_of.get((device, stream, addresses, shapes), make)
+        forms = None
+        if not are_plain(layers):
+            forms = [(layer.pattern, layer.weight.shape, address(layer.scores), layer.source.dtype) for layer in layers]
+        return self._parts_of.get((device, stream, addresses, shapes, forms), make)
 
     def _tile(self, part: Part) -> dict[str, Any]:
         return {
@@ -172,7 +200,60 @@ class Triton:
         }
 
     def ranked(self, layers: Sequence[Layer]) -> Sequence[Layer]:
-        return ranking.ranked(layers)
+        if are_plain(layers):
+            return layers
+        ranked = [*layers]
+        with _on(device_of(layers), "ranked"):
+            for part in self._parts(layers):
+                if part.form is not None:
+                    own = self._ranked(part, part.form, [ranked[i] for i in part.positions])
+                    for i, layer in zip(part.positions, own, strict=True):
+                        ranked[i] = layer
+        return ranked
+
+    def _ranked(self, part: Part, form: Form, layers: Sequence[Layer]) -> list[Layer]:
+        if not form.has_pattern:
+            return [Layer(layer.source, layer.mask, layer.is_channels_last) for layer in layers]
+        sizes = [-(-n // 8) for n in (part.num_units if form.is_summed else part.numels)]
+        bits = torch.empty(sum(sizes), dtype=torch.uint8, device=part.device).split(sizes)
+        asked = upload(list(map(torch.Tensor.data_ptr, bits)), torch.int64, part.device)
+        numbers = self._numbers(part, form, asked if form.is_summed else None)
+        if form.is_summed:
+            return [Layer(own, mask) for own, mask in zip(numbers.split(part.num_units), bits, strict=True)]
+        arguments = (*part.table, asked, numbers)
+        self._launch("mark_eligible", len(part.table[1]), *arguments, **self._form_tile(part, form))
+        return [Layer(layer.source, mask, layer.is_channels_last) for layer, mask in zip(layers, bits, strict=True)]
+
+    def _form_tile(self, part: Part, form: Form) -> dict[str, Any]:
+        k, is_large = self._kernels, max(part.numels) >= LARGE
+        return {
+            "SOURCE": k.INTEGERS[form.ranked.itemsize],
+            "INFINITY": largest_key(form.ranked) - 1,
+            "BLOCK": BLOCK,
+            "ALIGNED": part.aligned,
+            "PERMUTED": part.permuted,
+            "KIND": form.kind,
+            "INDEX": k.INTEGERS[8 if is_large else 4],
+        }
+
+    def _numbers(self, part: Part, form: Form, bits: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the numbers of the units of a part, if its form has any; write the units' own bits if asked to."""
+        nothing, _ = part.table
+        if part.units is None or form.kernel is None:
+            return nothing
+        size, dtype = form.numbers
+        numbers = torch.empty(size * sum(part.num_units), dtype=dtype, device=part.device)
+        constants = self._form_tile(part, form)
+        del constants["BLOCK"], constants["ALIGNED"], constants["KIND"]
+        constants |= {
+            "SOURCE": self._kernels.INTEGERS[form.source.itemsize],
+            "DTYPE": self._kernels.FLOATS[form.source],
+            "COLS": form.cols,
+            "MARKED": bits is not None,
+        }
+        arguments = (*part.units, nothing if bits is None else bits, numbers)
+        self._launch(form.kernel[0], len(part.units[1]), *arguments, **constants)
+        return numbers
 
     def count(
         self,
@@ -211,8 +292,6 @@ class Triton:
     def prune(
         self, layers: Sequence[Layer], selection: Selection, out: Sequence[torch.Tensor], *, finite: bool = False
     ) -> PruneCounts | None:
-        if not are_plain(layers):
-            return ranking.prune(self, layers, selection, out, finite=finite)
         cutoffs = selection.cutoffs
         if finite and max(cutoffs.nonfinite) >= 0:
             return None
@@ -224,19 +303,33 @@ class Triton:
                 asked = list(chain(*(taken(column, part.positions) for column in columns)))
                 size = len(part.numels) * part.slots * COUNTERS
                 counts = torch.zeros(size, dtype=torch.int64, device=part.device)
-                requests.append((upload(asked, torch.int64, part.device), counts))
+                numbers = None if part.form is None else self._numbers(part, part.form)
+                requests.append((upload(asked, torch.int64, part.device), counts, numbers))
             # All memory is allocated; from here on weights are written.
             for part, request in zip(parts, requests, strict=True):
                 self._apply(part, *request, SELECTED=True)
             found = np.zeros((3, len(layers)), np.int64)  # sizes, weights kept before, weights kept now
-            for part, (_, counts) in zip(parts, requests, strict=True):
+            for part, (_, counts, _) in zip(parts, requests, strict=True):
                 kept = counts.cpu().numpy().reshape(len(part.numels), part.slots, COUNTERS).sum(axis=1).T
                 found[:, part.positions] = part.numels, *kept[:2]
         return PruneCounts.from_kept(*found.tolist())
 
-    def _apply(self, part: Part, asked: torch.Tensor, counts: torch.Tensor, *, SELECTED: bool) -> None:
+    def _apply(
+        self,
+        part: Part,
+        asked: torch.Tensor,
+        counts: torch.Tensor,
+        numbers: torch.Tensor | None = None,
+        *,
+        SELECTED: bool,
+    ) -> None:
         rows, owners = part.table
         arguments = (rows, owners, asked, len(part.numels), counts, part.slots)
+        if SELECTED and part.form is not None:
+            bits = self._kernels.INTEGERS[part.dtype.itemsize]
+            constants = {**self._form_tile(part, part.form), "BITS": bits, "SCORED": part.form.is_scored}
+            self._launch("settle", len(owners), *arguments, numbers, **constants)
+            return
         permuted = SELECTED and part.permuted  # masks alone ask for no order
         constants = {**self._tile(part), "ALIGNED": part.aligned, "PERMUTED": permuted, "SELECTED": SELECTED}
         self._launch("apply", len(owners), *arguments, **constants)

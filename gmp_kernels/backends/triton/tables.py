@@ -19,7 +19,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 # Weights per chunk: as many as registers hold. Under the interpreter a program of any size takes milliseconds, and the
 # tests' sizes lie around this one.
 BLOCK = 16384 if INTERPRETED else 2048
-FIELDS = 9  # of a table's rows, as in tiles.py
+FIELDS = 11  # of a table's rows, as in tiles.py
 
 # Rows in device memory, and whose row each chunk is; chunks of all rows are numbered through.
 Table: TypeAlias = tuple[torch.Tensor, torch.Tensor]
@@ -31,12 +31,18 @@ Kind: TypeAlias = tuple[torch.dtype, torch.dtype, int, bool, bool, bool]
 Row: TypeAlias = tuple[Kind, int, tuple[int, ...]]
 
 
-def table_of(sizes: Sequence[int], fields: Sequence[Sequence[int]], device: torch.device) -> Table:
-    """Upload the table of tensors of these sizes; a row holds the size, the first chunk and then ``fields``."""
+def table_of(
+    sizes: Sequence[int], fields: Sequence[Sequence[int]], device: torch.device, chunk: int | None = None
+) -> Table:
+    """Upload the table of tensors of these sizes; a row holds the size, the first chunk and then ``fields``.
+
+    Chunks are of BLOCK weights if nothing else is given.
+    """
+    size = BLOCK if chunk is None else chunk
     rows, chunks, total = [], [], 0
     for n, given in zip(sizes, fields, strict=True):
         rows.append([n, total, *given, *[0] * (FIELDS - 2 - len(given))])
-        chunks.append(-(-n // BLOCK))
+        chunks.append(-(-n // size))
         total += chunks[-1]
     counts = upload(chunks, torch.int32, device)
     return upload(rows, torch.int64, device), torch.repeat_interleave(counts, output_size=total)
