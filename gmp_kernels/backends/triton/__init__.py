@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from itertools import chain
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -24,16 +24,18 @@ from gmp_kernels.backends.addresses import address, element_address
 from gmp_kernels.backends.at_once import at_once
 from gmp_kernels.backends.compactions import compactions_of
 from gmp_kernels.backends.devices import on_device, stream_of
-from gmp_kernels.backends.dtypes import NAMES
 from gmp_kernels.backends.keys import largest_key
 from gmp_kernels.backends.layers import Layers, are_plain, device_of, prepared
 from gmp_kernels.backends.registry import Backend, register
 from gmp_kernels.backends.triton.tables import (
     BLOCK,
     INTERPRETED,
+    LARGE,
     Kind,
+    Part,
     Table,
     constant_table,
+    parts_of,
     row_of,
     table_of,
     tables_by_kind,
@@ -66,14 +68,8 @@ THREADS = 32 * COUNT_OPTIONS["num_warps"]
 # For the kernels that find a number per block or row: what a program takes is a warp's work.
 UNIT_OPTIONS = OPTIONS | {"num_warps": 1}
 NAMED_OPTIONS = {"count": COUNT_OPTIONS, "find_protected": UNIT_OPTIONS, "sum_blocks": UNIT_OPTIONS}
-# Programs that share a read of all weights. There are many more than a GPU runs at once, so that the last ones delay
-# the end little, yet few enough that each has work. Under the interpreter each has to get a run of chunks too.
-PROGRAMS = 3 if INTERPRETED else 4096
-MAX_SLOTS = 32  # to which neighbouring chunks add in turn
 COUNTERS, ANSWER_FIELDS = 4, 2  # of the kernels
 NO_INDEX = (1 << 63) - 1
-# From this size on, the places of weights take 64 bits, whose divisions take several times as long.
-LARGE = (1 << 31) - BLOCK
 
 
 def options_of(name: str) -> dict[str, Any]:
@@ -89,57 +85,6 @@ def _on(device: torch.device, what: str) -> AbstractContextManager[None]:
             "tables on the host; call it outside of the capture, or use backend 'cuda'"
         )
     return on_device(device, what)
-
-
-class Part(NamedTuple):
-    """The layers of one dtype and form, as the kernels get them."""
-
-    positions: list[int]
-    numels: list[int]
-    dtype: torch.dtype
-    device: torch.device
-    aligned: bool
-    masked: bool  # some layer has a mask
-    permuted: bool  # the memory of some layer is not in row-major order
-    table: Table
-    run: int  # chunks per program that reads all weights
-    form: Form | None  # None if they are plain
-    num_units: list[int]  # of those that have numbers: the blocks or rows of each layer
-    units: Table | None
-
-    @property
-    def slots(self) -> int:
-        """Slots of each of a layer's sums. Fewer layers get more slots, because each is then added to more often."""
-        return max(1, min(MAX_SLOTS, 4096 // len(self.numels), -(-max(self.numels) // BLOCK)))
-
-
-def _parts_of(layers: Sequence[Layer]) -> list[Part]:
-    """Split layers by dtype and form, and upload what of them stays as long as their addresses do."""
-    from gmp_kernels.backends.triton import patterns
-
-    positions_of: dict[tuple[str, Form | None], list[int]] = {}
-    for i, layer in enumerate(layers):
-        positions_of.setdefault((NAMES[layer.weight.dtype], patterns.form_of(layer)), []).append(i)
-    parts = []
-    for (_, form), positions in positions_of.items():
-        own = [layers[i] for i in positions]
-        numels = [layer.weight.numel() for layer in own]
-        dtype, device = own[0].weight.dtype, own[0].weight.device
-        fields: list[tuple[int, ...]] = []
-        num_units: list[int] = []
-        for layer in own:
-            of_pattern, number = patterns.fields_of(layer, form, sum(num_units))
-            fields.append((element_address(layer.weight), address(layer.mask), *layer.filter, *of_pattern))
-            num_units.append(number)
-        table, units = table_of(numels, fields, device), None
-        if form is not None and form.kernel is not None:
-            units = table_of(num_units, fields, device, form.kernel[1])
-        aligned = all(t.data_ptr() % 16 == 0 for layer in own for t in (layer.weight, layer.source))
-        masked, permuted = any(layer.mask is not None for layer in own), any(layer.is_channels_last for layer in own)
-        run = -(-len(table[1]) // PROGRAMS)
-        own_part = positions, numels, dtype, device, aligned, masked, permuted, table, run
-        parts.append(Part(*own_part, form, num_units, units))
-    return parts
 
 
 def taken(column: Sequence[T], positions: Sequence[int]) -> Sequence[T]:
@@ -182,7 +127,7 @@ class Triton:
     def _parts(self, layers: Sequence[Layer]) -> list[Part]:
         """Return layers as tables, which are made when their addresses change."""
         device = device_of(layers)
-        stream, make = stream_of(device), partial(_parts_of, layers)
+        stream, make = stream_of(device), partial(parts_of, layers)
         if isinstance(layers, Layers):
             return prepared(layers, ("triton", stream), make)
         addresses = [(element_address(layer.weight), address(layer.mask)) for layer in layers]
@@ -215,45 +160,41 @@ class Triton:
         if not form.has_pattern:
             return [Layer(layer.source, layer.mask, layer.is_channels_last) for layer in layers]
         sizes = [-(-n // 8) for n in (part.num_units if form.is_summed else part.numels)]
-        bits = torch.empty(sum(sizes), dtype=torch.uint8, device=part.device).split(sizes)
+        bits = torch.empty(sum(sizes), dtype=torch.uint8, device=part.device).split_with_sizes(sizes)
         asked = upload(list(map(torch.Tensor.data_ptr, bits)), torch.int64, part.device)
         numbers = self._numbers(part, form, asked if form.is_summed else None)
         if form.is_summed:
-            return [Layer(own, mask) for own, mask in zip(numbers.split(part.num_units), bits, strict=True)]
+            return [Layer(own, mask) for own, mask in zip(numbers.split_with_sizes(part.num_units), bits, strict=True)]
         arguments = (*part.table, asked, numbers)
         self._launch("mark_eligible", len(part.table[1]), *arguments, **self._form_tile(part, form))
         return [Layer(layer.source, mask, layer.is_channels_last) for layer, mask in zip(layers, bits, strict=True)]
 
-    def _form_tile(self, part: Part, form: Form) -> dict[str, Any]:
-        k, is_large = self._kernels, max(part.numels) >= LARGE
-        return {
-            "SOURCE": k.INTEGERS[form.ranked.itemsize],
-            "INFINITY": largest_key(form.ranked) - 1,
-            "BLOCK": BLOCK,
-            "ALIGNED": part.aligned,
-            "PERMUTED": part.permuted,
-            "KIND": form.kind,
-            "INDEX": k.INTEGERS[8 if is_large else 4],
-        }
-
     def _numbers(self, part: Part, form: Form, bits: torch.Tensor | None = None) -> torch.Tensor:
-        """Return the numbers of the units of a part, if its form has any; write the units' own bits if asked to."""
+        """Return the numbers of the units of a part, if it has any; write the units' own bits if given addresses."""
         nothing, _ = part.table
         if part.units is None or form.kernel is None:
             return nothing
         size, dtype = form.numbers
         numbers = torch.empty(size * sum(part.num_units), dtype=dtype, device=part.device)
-        constants = self._form_tile(part, form)
-        del constants["BLOCK"], constants["ALIGNED"], constants["KIND"]
-        constants |= {
-            "SOURCE": self._kernels.INTEGERS[form.source.itemsize],
+        arguments = (*part.units, nothing if bits is None else bits, numbers)
+        constants = {
             "DTYPE": self._kernels.FLOATS[form.source],
+            "SOURCE": self._kernels.INTEGERS[form.source.itemsize],
             "COLS": form.cols,
             "MARKED": bits is not None,
         }
-        arguments = (*part.units, nothing if bits is None else bits, numbers)
-        self._launch(form.kernel[0], len(part.units[1]), *arguments, **constants)
+        self._launch(form.kernel[0], len(part.units[1]), *arguments, **constants, **self._order(part, form))
         return numbers
+
+    def _order(self, part: Part, form: Form) -> dict[str, Any]:
+        is_large = max(part.numels) >= LARGE
+        index = self._kernels.INTEGERS[8 if is_large else 4]
+        return {"INFINITY": largest_key(form.ranked) - 1, "PERMUTED": part.permuted, "INDEX": index}
+
+    def _form_tile(self, part: Part, form: Form) -> dict[str, Any]:
+        source = self._kernels.INTEGERS[form.ranked.itemsize]
+        tile = {"SOURCE": source, "BLOCK": BLOCK, "ALIGNED": part.aligned, "KIND": form.kind}
+        return tile | self._order(part, form)
 
     def count(
         self,

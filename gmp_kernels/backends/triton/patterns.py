@@ -6,8 +6,6 @@ anew where they are written, so that nothing but the numbers of units has to be 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -99,7 +97,7 @@ def form_of(layer: Layer) -> Form | None:
     kind, _, b, c = _numbers_of(layer)
     if kind == GROUPS and c == 1:
         is_row = b == layer.weight[0].numel() and (b > MOST or layer.is_channels_last)
-        kind = FOURS if b == 4 else ROWS if is_row else GROUPS
+        kind = ROWS if is_row else FOURS if b == 4 else GROUPS
     cols = b if kind == BLOCKS else 0
     return Form(kind, cols, layer.source.dtype, ranked_dtype(layer), layer.scores is not None)
 
@@ -108,9 +106,9 @@ def fields_of(layer: Layer, form: Form | None, first_unit: int) -> tuple[tuple[i
     """Return the fields of a layer's row from SCORES on, and how many units have numbers."""
     if form is None:
         return (), 0
-    n, numbers = layer.weight.numel(), _numbers_of(layer)[1:]
-    units = {BLOCKS: n // max(1, math.prod(numbers[:2])), ROWS: len(layer.weight)}.get(form.kind, 0)
-    return (element_address(layer.source), *numbers, first_unit), units
+    _, a, b, c = _numbers_of(layer)
+    units = layer.weight.numel() // (a * b) if form.kind == BLOCKS else len(layer.weight) if form.kind == ROWS else 0
+    return (element_address(layer.source), a, b, c, first_unit), units
 
 
 def _numbers_of(layer: Layer) -> tuple[int, int, int, int]:
@@ -166,41 +164,41 @@ def _num_later_of_four(keys, kept, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _num_later(row, source, place, keys, there, INFINITY: tl.constexpr, INDEX: tl.constexpr):
-    """How many unpruned weights of its group are later in the order than each weight."""
+def _num_later(row, source, place, keys, kept, INFINITY: tl.constexpr, INDEX: tl.constexpr):
+    """How many weights of its group are later in the order than each unpruned weight."""
     of, stride = tl.load(row + PATTERN + 1).to(INDEX), tl.load(row + PATTERN + 2).to(INDEX)
     own = place // stride % of
     later = tl.zeros(keys.shape, tl.int32)
     for member in range(0, of):
         other = place + (member - own) * stride
-        theirs = magnitude_keys(tl.load(source + other, mask=there, other=0), INFINITY)
+        theirs = magnitude_keys(tl.load(source + other, mask=kept, other=0), INFINITY)
         is_later = (theirs > keys) | ((theirs == keys) & (member < own))
-        later += (_kept_at(row, other, there) & is_later).to(tl.int32)
+        later += (_kept_at(row, other, kept) & is_later).to(tl.int32)
     return later
 
 
 @triton.jit
 def _are_eligible(
-    row, source, index, keys, kept, n, numbers,
+    row, source, index, keys, kept, numbers,
     KIND: tl.constexpr, INFINITY: tl.constexpr, BLOCK: tl.constexpr, PERMUTED: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     """Whether weights are neither pruned nor protected.
 
-    Another program may write zeros and bits of a group meanwhile: only of weights that are eligible. That moves these
-    further to the front, past none that is protected, so each has as many protected ones behind it as before.
+    Other programs, or an attempt that was interrupted, may have written zeros and bits of the same group. These are of
+    eligible weights, which only move further to the front by that: the protected ones stay those that come last.
     """
     eligible = kept
     if KIND == _FOURS:
         eligible = kept & (_num_later_of_four(keys, kept, BLOCK) >= tl.load(row + PATTERN))
     elif KIND == _GROUPS:
-        later = _num_later(row, source, index.to(INDEX), keys, index < n, INFINITY, INDEX)
+        later = _num_later(row, source, index.to(INDEX), keys, kept, INFINITY, INDEX)
         eligible = kept & (later >= tl.load(row + PATTERN))
     elif KIND == _ROWS:
         width = tl.load(row + PATTERN + 1).to(INDEX)
         height, column = _row_and_column(row, index.to(INDEX), width, PERMUTED, INDEX)
         own = numbers + (tl.load(row + FIRST_UNIT) + height) * 2
-        key = tl.load(own, mask=index < n, other=0).to(keys.dtype)
-        last = tl.load(own + 1, mask=index < n, other=0)
+        key = tl.load(own, mask=kept, other=0).to(keys.dtype)
+        last = tl.load(own + 1, mask=kept, other=0)
         eligible = kept & ((keys < key) | ((keys == key) & (column > last)))
     return eligible
 
@@ -222,7 +220,7 @@ def _mark(
     kept = spread(mask_bytes(tl.load(row + MASK), begin, n, BLOCK, FULL), index, n, FULL)
     source, raw = _load(row, index, n, SOURCE, ALIGNED, FULL)
     keys = magnitude_keys(raw, INFINITY)
-    eligible = _are_eligible(row, source, index, keys, kept, n, numbers, KIND, INFINITY, BLOCK, PERMUTED, INDEX)
+    eligible = _are_eligible(row, source, index, keys, kept, numbers, KIND, INFINITY, BLOCK, PERMUTED, INDEX)
     store_bits(out, begin, n, eligible, BLOCK)
 
 
@@ -262,7 +260,7 @@ def sum_blocks(
     height = block // (width // COLS)
     column = (block - height * (width // COLS)) * COLS
     first = height * rows * width
-    T: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
+    T: tl.constexpr = tl.float64 if tl.float64 == DTYPE else tl.float32
     total = tl.zeros([_UNITS // 8, 8], T)
     for r in range(0, rows):
         for c in tl.static_range(COLS):
@@ -287,8 +285,8 @@ def _num_from(
         exists = there[:, None] & (in_row < width)
         keys = magnitude_keys(tl.load(source + place, mask=exists, other=0), INFINITY)
         _, column = _row_and_column(row, place, width, PERMUTED, INDEX)
-        found = _kept_at(row, place, exists) & ((keys > key[:, None]) | ((keys == key[:, None]) & (column < end[:, None])))
-        number += tl.sum(found.to(tl.int32), axis=1).to(INDEX)
+        is_later = (keys > key[:, None]) | ((keys == key[:, None]) & (column < end[:, None]))
+        number += tl.sum((_kept_at(row, place, exists) & is_later).to(tl.int32), axis=1).to(INDEX)
     return number
 
 
@@ -315,7 +313,7 @@ def find_protected(
         key = tl.where(number >= keep, key | bit, key)
         bit = bit >> 1
     step = tl.full([], 1, INDEX)
-    while step < width:
+    while step <= width // 2:
         step = step * 2
     while step > 0:
         number = _num_from(row, source, own, there, width, key, column | step, INFINITY, PERMUTED, INDEX)
@@ -326,9 +324,7 @@ def find_protected(
     tl.store(place + 1, column.to(tl.int64), mask=there)
 
 
-@triton.jit(
-    do_not_specialize=["num_layers", "slots"], do_not_specialize_on_alignment=["asked", "counts", "numbers"]
-)
+@triton.jit(do_not_specialize=["num_layers", "slots"], do_not_specialize_on_alignment=["asked", "counts", "numbers"])
 def settle(
     table, owners, asked, num_layers, counts, slots, numbers,
     BITS: tl.constexpr, SOURCE: tl.constexpr, INFINITY: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
@@ -365,12 +361,12 @@ def _settle(
         height, column = _row_and_column(row, index.to(INDEX), width, PERMUTED, INDEX)
         block = height // tl.load(row + PATTERN).to(INDEX) * (width // cols) + column // cols
         own = numbers + tl.load(row + FIRST_UNIT) + block
-        keys = magnitude_keys(tl.load(own, mask=index < n, other=0).to(SOURCE, bitcast=True), INFINITY)
+        keys = magnitude_keys(tl.load(own, mask=kept, other=0).to(SOURCE, bitcast=True), INFINITY)
         eligible, before = kept, block < tie_index
     else:
         source, raw = _load(row, index, n, SOURCE, ALIGNED, FULL)
         keys = magnitude_keys(raw, INFINITY)
-        eligible = _are_eligible(row, source, index, keys, kept, n, numbers, KIND, INFINITY, BLOCK, PERMUTED, INDEX)
+        eligible = _are_eligible(row, source, index, keys, kept, numbers, KIND, INFINITY, BLOCK, PERMUTED, INDEX)
         before = are_before(row, index, begin, tie_index, BLOCK, PERMUTED)
     threshold = tl.load(asked + KEY * num_layers + layer).to(keys.dtype)
     stays = kept & ((keys > threshold) | ((keys == threshold) & before) | (eligible == 0))
