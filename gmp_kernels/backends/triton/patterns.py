@@ -167,13 +167,13 @@ def _num_later_of_four(keys, kept, BLOCK: tl.constexpr):
 def _num_later(row, source, place, keys, kept, INFINITY: tl.constexpr, INDEX: tl.constexpr):
     """How many weights of its group are later in the order than each unpruned weight."""
     of, stride = tl.load(row + PATTERN + 1).to(INDEX), tl.load(row + PATTERN + 2).to(INDEX)
-    own = place // stride % of
+    other = place - place // stride % of * stride
     later = tl.zeros(keys.shape, tl.int32)
-    for member in range(0, of):
-        other = place + (member - own) * stride
+    for _ in range(0, of):
         theirs = magnitude_keys(tl.load(source + other, mask=kept, other=0), INFINITY)
-        is_later = (theirs > keys) | ((theirs == keys) & (member < own))
+        is_later = (theirs > keys) | ((theirs == keys) & (other < place))
         later += (_kept_at(row, other, kept) & is_later).to(tl.int32)
+        other += stride
     return later
 
 
