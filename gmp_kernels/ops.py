@@ -200,9 +200,9 @@ def prune_(
     -----
     Two reads of the weights, one write of the cache lines that change, 1 bit per weight of mask. Temporary memory:
     under 5% of the largest weight's bytes plus 4 MB. With thousands of tensors or billions of weights it can be more:
-    300 bytes per tensor plus one byte per 2000 weights. On a GPU, patterns also take 1 bit per weight and 4 bytes per
-    block. Where a pattern alone decides, because as much is pruned as it allows, nothing is searched, and thresholds
-    are Inf.
+    300 bytes per tensor plus one byte per 2000 weights. On a GPU, patterns also take 1 bit per weight, 4 bytes per
+    block, and up to 16 per row with ``min_kept_per_row``. Where a pattern alone decides, because as much is pruned as it
+    allows, nothing is searched, and thresholds are Inf.
 
     References
     ----------
