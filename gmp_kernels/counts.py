@@ -73,7 +73,8 @@ class Ranking(NamedTuple):
                 continue
             is_alone = len(self.most) == len(patterns)
             label = label_of(names, group) if is_alone else "all weights together"
-            found = str(patterns[group]) if is_alone else ", ".join(sorted({str(p or "unstructured") for p in patterns}))
+            words = {str(p or "unstructured") for p in (patterns[group : group + 1] if is_alone else patterns)}
+            found = ", ".join(sorted(words))
             total = self.sizes[group] * self.units[group]
             raise SparsityError(
                 f"{op}: expected a sparsity of at most {most / total:.6g} for {label} ({found}), got {n} of {total} "

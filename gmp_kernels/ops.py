@@ -225,8 +225,11 @@ def begin_prune(
     *,
     pattern: Pattern | Sequence[Pattern | None] | None = None,
     scores: Weight | Sequence[Weight] | None = None,
+    regrow: bool = False,
 ) -> Callable[[], PruneResult]:
     """Do everything in ``prune_`` that comes before its first write. Takes the same arguments.
+
+    With ``regrow``, masks are written and not read: all weights are ranked anew, those too that were pruned.
 
     Returns
     -------
@@ -241,9 +244,7 @@ def begin_prune(
     check_choice(op, "nonfinite", nonfinite, ("error", "keep"))
     patterns = patterns_of(op, pattern, len(weights_), scope)
     ranks = None if scores is None else _as_list(scores)
-    layers = checked_layers(
-        op, weights_, masks_, names, writes="weights and masks", patterns=patterns, scores=ranks
-    )
+    layers = checked_layers(op, weights_, masks_, names, writes="weights and masks", patterns=patterns, scores=ranks)
     is_global = scope == "global"
     ranking = None
     if layers is not None and patterns is not None:
@@ -260,11 +261,12 @@ def begin_prune(
         return lambda: PruneResult([], [], [], [])
 
     implementation = choose(backend, layers.device)
+    given, layers = layers, layers.unmasked() if regrow else layers
     sizes, wanted = [sum(layers.sizes)] if is_global else layers.sizes, counts
     if ranking is not None:
         assert patterns is not None
         ranking.check(op, counts, patterns, names)
-        if masks_ is not None:
+        if masks_ is not None and not regrow:
             check_unbroken(op, layers, names)
         sizes, wanted = ranking.sizes, ranking.counts(counts)
     group_sizes = [len(layers)] if is_global else [1] * len(layers)
@@ -286,8 +288,8 @@ def begin_prune(
             ) from error
         out: Sequence[torch.Tensor] = [mask.packed for mask in masks_]
     else:
-        assert layers.masks is not None
-        out = layers.masks
+        assert given.masks is not None
+        out = given.masks
     if nonfinite == "error" and not selection.is_lazy:
         check_finite(op, selection.cutoffs.nonfinite, names)
     is_first = True
@@ -298,8 +300,8 @@ def begin_prune(
         # Selection, because a GPU has already counted in the first one.
         chosen = selection if is_first else Selection(selection.cutoffs)
         is_first = False
-        if layers.masks is not None:
-            adopt_bits(masks_, layers)
+        if given.masks is not None:
+            adopt_bits(masks_, given)
         # Versions come first, so that no interrupt can leave a write that autograd does not know of. The write, or all
         # launches of it, is a single call.
         torch.autograd.graph.increment_version([*layers.weights, *out])
@@ -370,7 +372,9 @@ def patterns_of(op: str, given: Any, num_weights: int, scope: Scope) -> list[Pat
         if entry is not None and not isinstance(entry, Pattern):
             raise TypeError(f"{op}: expected a pattern such as NM(2, 4) or Block(4, 4), got {entry!r}")
     if len(patterns) != num_weights:
-        raise ShapeError(f"{op}: expected one pattern, or one per weight, got {len(patterns)} for {num_weights} weights")
+        raise ShapeError(
+            f"{op}: expected one pattern, or one per weight, got {len(patterns)} for {num_weights} weights"
+        )
     patterns = [None if entry == Unstructured() else entry for entry in patterns]
     if patterns.count(None) == len(patterns):
         return None

@@ -57,13 +57,14 @@ void spread(const LayerView& layer, const uint8_t* of_blocks, int64_t num_blocks
     uint8_t* const first = kept + band / across * rows * row_bytes;
     BitWriter own(first);
     add_row(own, band);
-    for (int64_t row = 1; row < rows; ++row) std::memcpy(first + row * row_bytes, first, static_cast<size_t>(row_bytes));
+    for (int64_t row = 1; row < rows; ++row)
+      std::memcpy(first + row * row_bytes, first, static_cast<size_t>(row_bytes));
   }
   writer.finish();
 }
 
-// Prunes [begin, end) of what is ranked of a layer: writes the new bits of its weights, zeroes those pruned, and returns
-// how many are kept. `memory` is for a piece and, after it, two bits for each of what is ranked.
+// Prunes [begin, end) of what is ranked of a layer: writes the new bits of its weights, zeroes those pruned, and
+// returns how many are kept. `memory` is for a piece and, after it, two bits for each of what is ranked.
 int64_t settle(const LayerView& layer, const Chunk& chunk, uint8_t* out, uint64_t key, int64_t tie_index, char* memory,
                int64_t& kept_before) {
   const Ranking& ranking = layer.ranking;
@@ -103,18 +104,19 @@ int64_t prune_to_end_of_filter(const LayerView& layer, uint8_t* kept, uint64_t k
   const DType dtype = layer.is_plain() ? layer.dtype : layer.ranking.weights_dtype;
   char* const weights = static_cast<char*>(layer.is_plain() ? layer.weights : layer.ranking.weights);
   const auto item_size = static_cast<size_t>(bytes_of(dtype));
-  return with_matches(piece, piece.mask, {key, key}, [&, from = first](auto is_match, int64_t channels, int64_t positions) {
-    int64_t pruned = 0;
-    for (int64_t p = 0, place = begin; p < positions; ++p) {
-      for (int64_t c = 0; c < channels; ++c, ++place) {
-        if (begin + c * positions + p < tie_index || !is_match(place - from)) continue;
-        std::memset(weights + static_cast<size_t>(place) * item_size, 0, item_size);
-        kept[place / 8] = static_cast<uint8_t>(kept[place / 8] & ~(1u << (place % 8)));
-        ++pruned;
-      }
-    }
-    return pruned;
-  });
+  return with_matches(piece, piece.mask, {key, key},
+                      [&, from = first](auto is_match, int64_t channels, int64_t positions) {
+                        int64_t pruned = 0;
+                        for (int64_t p = 0, place = begin; p < positions; ++p) {
+                          for (int64_t c = 0; c < channels; ++c, ++place) {
+                            if (begin + c * positions + p < tie_index || !is_match(place - from)) continue;
+                            std::memset(weights + static_cast<size_t>(place) * item_size, 0, item_size);
+                            kept[place / 8] = static_cast<uint8_t>(kept[place / 8] & ~(1u << (place % 8)));
+                            ++pruned;
+                          }
+                        }
+                        return pruned;
+                      });
 }
 
 }  // namespace
@@ -156,9 +158,8 @@ std::pair<std::vector<int64_t>, std::vector<int64_t>> apply(const std::vector<La
     // A filter in which memory has an order of its own keeps all ties at first.
     const int64_t tie_index = layer.filter.end_of(tie_indices[l]);
     const bool is_direct = layer.is_plain() || (are_groups_in_loop(layer) && layer.ranking.weights == layer.weights);
-    const int64_t kept_now =
-        is_direct ? kernels.apply(layer, c.begin, c.end, kept[l], keys[l], tie_index, kept_before)
-                         : settle(layer, c, kept[l], keys[l], tie_index, memory, kept_before);
+    const int64_t kept_now = is_direct ? kernels.apply(layer, c.begin, c.end, kept[l], keys[l], tie_index, kept_before)
+                                       : settle(layer, c, kept[l], keys[l], tie_index, memory, kept_before);
 #pragma omp atomic
     before[l] += kept_before;
 #pragma omp atomic

@@ -4,8 +4,9 @@
 // the lower index comes last, and what is pruned comes first. So a weight is protected if fewer than `keep` weights of
 // its group come after it.
 
-// Every lane as the one that lies `kBy` places after it in its group of kOf lanes, cyclically; and one more if that lies
-// before it, so that `less` finds an equal key there to come after it. Keys are moved in the compiler's own vectors.
+// Every lane as the one that lies `kBy` places after it in its group of kOf lanes, cyclically; and one more if that
+// lies before it, so that `less` finds an equal key there to come after it. Keys are moved in the compiler's own
+// vectors.
 template <int kOf, int kBy, typename Key, size_t... kLane>
 inline Lanes<Key> others(Lanes<Key> keys, std::index_sequence<kLane...>) {
   typedef Key Movable __attribute__((vector_size(sizeof(Lanes<Key>))));
@@ -25,8 +26,8 @@ constexpr uint64_t first_lanes() {
   return bits;
 }
 
-// Adds up, bit by bit of the sums, for each lane, how many of those 1 to kBy places after it and before it in its group,
-// cyclically, come after it in the order.
+// Adds up, bit by bit of the sums, for each lane, how many of those 1 to kBy places after it and before it in its
+// group, cyclically, come after it in the order.
 template <int kOf, int kBy, typename Key>
 inline void count_after(Lanes<Key> keys, uint64_t* sums) {
   const auto add = [&](uint64_t bits) {

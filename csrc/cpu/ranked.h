@@ -30,7 +30,8 @@ inline int64_t alignment(const LayerView& layer) {
   return 8;
 }
 
-// Whether the loops over weights look at the groups of a layer themselves: those that hardware takes, in a row in memory.
+// Whether the loops over weights look at the groups of a layer themselves: those that hardware takes, in a row in
+// memory.
 inline bool are_groups_in_loop(const LayerView& layer) {
   const Pattern& pattern = layer.ranking.pattern;
   return pattern.kind == PatternKind::kGroups && pattern.of() == 4 && pattern.stride() == 1 &&
@@ -57,8 +58,8 @@ inline LayerView source_of(const LayerView& layer) {
   return {ranking.source_dtype, layer.weights, ranking.num_weights, layer.mask, ranking.filter};
 }
 
-// Returns the piece of [begin, end), or one that begins before and ends after it, made in `memory`. Unless bits are asked
-// for, a piece may have groups_in_loop, whose mask is that of the weights.
+// Returns the piece of [begin, end), or one that begins before and ends after it, made in `memory`. Unless bits are
+// asked for, a piece may have groups_in_loop, whose mask is that of the weights.
 inline Piece ranked(const LayerView& layer, int64_t begin, int64_t end, char* memory, bool as_bits = false) {
   const Pattern& pattern = layer.ranking.pattern;
   if (pattern.kind == PatternKind::kBlocks) {

@@ -31,7 +31,8 @@ inline bool is_sampled_in_runs(const LayerView& layer) {
          (pattern.kind == PatternKind::kGroups && pattern.of() <= kMostInGroups);
 }
 
-// Like draw_sample for one layer that is ranked by groups or blocks: runs of neighbouring ones, at pseudo-random places.
+// Like draw_sample for one layer that is ranked by groups or blocks: runs of neighbouring ones, at pseudo-random
+// places.
 template <typename Key>
 BracketCounts draw_runs(const LayerView& layer, int64_t share, const Bracket& all, Key* keys) {
   constexpr int64_t kRun = 16;  // groups or blocks
