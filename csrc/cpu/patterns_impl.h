@@ -117,78 +117,118 @@ inline KeyOf<kDType> last_but_by_halves(const LayerView& layer, int64_t begin, i
   return lo;
 }
 
-// The same. The largest keys of parts of the row say what it must at least be, and few weights are above that.
+// Calls visit(first, keys, kept) for registers of keys with one added, 0 for what is pruned, and the bits of what is
+// not; then visit_one(place, key) for the weights of [begin, end) that fill none. Masks are read by the byte, so a row
+// that does not begin with one is taken weight by weight.
+template <DType kDType, typename Visit, typename VisitOne>
+inline void for_each_key(const LayerView& layer, int64_t begin, int64_t end, Visit visit, VisitOne visit_one) {
+  using Key = KeyOf<kDType>;
+  constexpr int kCount = kNumLanes<Key>;
+  const Key* const weights = static_cast<const Key*>(layer.weights);
+  const auto nan = broadcast(static_cast<Key>(infinity_of<kDType>() + 1)), one = broadcast(Key{1});
+  int64_t i = begin;
+  for (; begin % 8 == 0 && i + kCount <= end; i += kCount) {
+    prefetch_ahead(weights + i);
+    const uint64_t kept = layer.mask == nullptr ? kAllLanes<Key> : load_mask_bits<kCount>(layer.mask, i);
+    visit(i, zero_unless(kept, min(magnitude(load_lanes(weights + i)), nan) + one), kept);
+  }
+  for (; i < end; ++i) visit_one(i, ranked_key<kDType>(layer, i));
+}
+
+// The key of that rank from above, from 1, which gets to its place.
+template <typename Key>
+inline Key ranked_from_above(Key* keys, int n, int64_t rank) {
+  for (int64_t r = 0; r < rank; ++r) {
+    for (int k = static_cast<int>(r) + 1; k < n; ++k) {
+      const Key first = keys[r], other = keys[k];
+      keys[r] = first > other ? first : other;
+      keys[k] = first > other ? other : first;
+    }
+  }
+  return keys[rank - 1];
+}
+
+// The same. The largest keys of the lanes of two registers say what it must at least be, and few weights are above that.
 template <DType kDType>
 inline KeyOf<kDType> last_but(const LayerView& layer, int64_t begin, int64_t end, int64_t keep) {
   using Key = KeyOf<kDType>;
-  constexpr int kParts = 64, kRoom = 512;
-  if (keep > kParts / 2 || end - begin < 4 * kParts) return last_but_by_halves<kDType>(layer, begin, end, keep);
-  Key largest[kParts] = {};
-  const int64_t whole = begin + (end - begin) / kParts * kParts;
-  if (layer.mask == nullptr) {
-    const Key* const weights = static_cast<const Key*>(layer.weights);
-    for (int64_t i = begin; i < whole; i += kParts) {
-      prefetch_ahead(weights + i);
-      for (int c = 0; c < kParts; ++c) {
-        const Key key = static_cast<Key>(load_one(weights + i + c) & static_cast<Key>(~kSignBit<Key>));
-        largest[c] = key > largest[c] ? key : largest[c];
-      }
-    }
-    for (Key& key : largest) key = static_cast<Key>(magnitude_key(key, infinity_of<kDType>()) + 1);
-  } else {
-    for (int64_t i = begin; i < whole; ++i) {
-      const Key key = ranked_key<kDType>(layer, i);
-      Key& own = largest[(i - begin) % kParts];
-      own = key > own ? key : own;
-    }
-  }
-  const auto at_least = [](Key* keys, int n, int64_t rank) {  // the key of that rank from above, by selection
-    for (int64_t r = 0; r < rank; ++r) {
-      for (int k = static_cast<int>(r) + 1; k < n; ++k) {
-        const Key first = keys[r], other = keys[k];
-        keys[r] = first > other ? first : other;
-        keys[k] = first > other ? other : first;
-      }
-    }
-    return keys[rank - 1];
+  constexpr int kCount = kNumLanes<Key>, kRoom = 512;
+  if (keep > kCount) return last_but_by_halves<kDType>(layer, begin, end, keep);
+  Lanes<Key> largest[2] = {broadcast(Key{0}), broadcast(Key{0})};
+  for_each_key<kDType>(
+      layer, begin, end,
+      [&](int64_t i, Lanes<Key> keys, uint64_t) {
+        Lanes<Key>& own = largest[(i - begin) / kCount % 2];
+        own = max(own, keys);
+      },
+      [](int64_t, Key) {});
+  Key lanes[2 * kCount], found[kRoom];
+  store_lanes(lanes, largest[0]);
+  store_lanes(lanes + kCount, largest[1]);
+  const Key least = ranked_from_above(lanes, 2 * kCount, keep);
+  const auto least_lanes = broadcast(least);
+  int64_t num_found = 0;
+  const auto put = [&](Key key) {
+    if (key == 0 || key < least) return;
+    if (num_found < kRoom) found[num_found] = key;
+    ++num_found;
   };
-  const Key least = at_least(largest, kParts, keep);
-  Key found[kRoom];
-  int num_found = 0;
-  for (int64_t i = begin; i < end; ++i) {
-    const Key key = ranked_key<kDType>(layer, i);
-    if (key < least || key == 0) continue;
-    if (num_found == kRoom) return last_but_by_halves<kDType>(layer, begin, end, keep);
-    found[num_found++] = key;
-  }
-  return num_found < keep ? Key{1} : at_least(found, num_found, keep);
+  for_each_key<kDType>(
+      layer, begin, end,
+      [&](int64_t, Lanes<Key> keys, uint64_t kept) {
+        uint64_t hits = kept & ~less(keys, least_lanes);
+        if (hits == 0) return;
+        Key own[kCount];
+        store_lanes(own, keys);
+        for (; hits != 0; hits &= hits - 1) put(own[__builtin_ctzll(hits)]);
+      },
+      [&](int64_t, Key key) { put(key); });
+  if (num_found > kRoom) return last_but_by_halves<kDType>(layer, begin, end, keep);
+  return num_found < keep ? Key{1} : ranked_from_above(found, static_cast<int>(num_found), keep);
 }
 
 // Groups that are whole rows. Their ties are settled by the row-major index.
 template <DType kDType>
 inline KeyOf<kDType> protect_in_rows(const LayerView& layer, uint8_t* eligible) {
   using Key = KeyOf<kDType>;
+  constexpr int kCount = kNumLanes<Key>;
   const int64_t row = layer.ranking.pattern.of(), keep = layer.ranking.pattern.keep();
   __builtin_memset(eligible, 0, static_cast<size_t>((layer.n + 7) / 8));
+  auto largest = broadcast(Key{0});
   Key most = 0;
   for (int64_t begin = 0; begin < layer.n; begin += row) {
     const Key last = last_but<kDType>(layer, begin, begin + row, keep);
-    int64_t ties = keep;  // that are protected
-    for (int64_t i = begin; i < begin + row; ++i) {
-      const Key key = ranked_key<kDType>(layer, i);
-      most = key > most ? key : most;
-      ties -= key > last;
-      if (key != 0 && key < last) set_bit(eligible, i);
-    }
-    const bool is_plain = layer.filter.size() == 1;
-    const int64_t channels = is_plain ? row : layer.filter.channels, positions = row / channels;
+    const auto last_lanes = broadcast(last);
+    int64_t above = 0, ties = 0;
+    for_each_key<kDType>(
+        layer, begin, begin + row,
+        [&](int64_t i, Lanes<Key> keys, uint64_t kept) {
+          largest = max(largest, keys);
+          const uint64_t lower = kept & less(keys, last_lanes), higher = less(last_lanes, keys);
+          above += __builtin_popcountll(higher);
+          ties += __builtin_popcountll(kept & ~lower & ~higher);
+          __builtin_memcpy(eligible + i / 8, &lower, kCount / 8);
+        },
+        [&](int64_t i, Key key) {
+          most = key > most ? key : most;
+          above += key > last;
+          ties += key == last;
+          set_bit(eligible, i, key != 0 && key < last);
+        });
+    if (ties <= keep - above) continue;
+    const bool is_row_major = layer.filter.size() == 1;
+    const int64_t channels = is_row_major ? row : layer.filter.channels, positions = row / channels;
+    int64_t left = keep - above;
     for (int64_t c = 0; c < channels; ++c) {
       for (int64_t p = 0; p < positions; ++p) {
         const int64_t i = begin + p * channels + c;
-        if (ranked_key<kDType>(layer, i) == last && --ties < 0) set_bit(eligible, i);
+        if (ranked_key<kDType>(layer, i) == last && --left < 0) set_bit(eligible, i);
       }
     }
   }
+  Key lanes[kCount];
+  store_lanes(lanes, largest);
+  for (Key key : lanes) most = key > most ? key : most;
   return most;
 }
 
