@@ -40,14 +40,14 @@ using gmp::dtype_of;
 // what ranks the weights, that itself, the dtype of its sums, and kind and numbers of the pattern, else none
 using PatternTuple = std::tuple<int, int64_t, int64_t, int64_t>;
 using RankingTuple = std::tuple<std::string, Array, std::string, PatternTuple>;
-using LayerTuple =
-    std::tuple<std::string, Array, Array, std::pair<int64_t, int64_t>, std::optional<RankingTuple>>;
+using LayerTuple = std::tuple<std::string, Array, Array, std::pair<int64_t, int64_t>, std::optional<RankingTuple>>;
 
 void set_ranking(LayerView& layer, const RankingTuple& given) {
   const auto& [source_dtype, source, sums_dtype, numbers] = given;
   const auto [kind, a, b, c] = numbers;
   const gmp::Pattern pattern{static_cast<gmp::PatternKind>(kind), a, b, c};
-  const bool is_groups = pattern.kind == gmp::PatternKind::kGroups, is_blocks = pattern.kind == gmp::PatternKind::kBlocks;
+  const bool is_groups = pattern.kind == gmp::PatternKind::kGroups,
+             is_blocks = pattern.kind == gmp::PatternKind::kBlocks;
   if (kind < 0 || kind > 2 || ((is_groups || is_blocks) && (a < 1 || b < 1 || c < 1))) {
     throw std::invalid_argument("expected a pattern and its numbers");
   }

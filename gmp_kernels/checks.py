@@ -90,7 +90,8 @@ def checked_layers(
     if names is not None and len(names) != len(weights):
         raise ShapeError(f"{op}: expected one name per weight, got {len(names)} names for {len(weights)} weights")
     packed, signature = None, None
-    if weights and scores is None and PLAIN.issuperset(map(type, weights)) and {BitMask}.issuperset(map(type, masks or ())):
+    are_plain = PLAIN.issuperset(map(type, weights)) and {BitMask}.issuperset(map(type, masks or ()))
+    if weights and scores is None and are_plain:
         packed = None if masks is None else list(map(_packed, masks))
         signature = _signature(list(weights), masks, packed)  # type: ignore[arg-type]
     kind = writes if patterns is None else (writes, *patterns)
@@ -351,14 +352,15 @@ def _checked_scores(
 ) -> list[torch.Tensor]:
     """Return scores laid out as their weights are; refuse all that cannot rank these."""
     if len(scores) != len(weights):
-        raise ShapeError(f"{op}: expected one tensor of scores per weight, got {len(scores)} for {len(weights)} weights")
+        raise ShapeError(f"{op}: expected scores for each of {len(weights)} weights, got {len(scores)} tensors of them")
     found = []
     for i, (given, weight) in enumerate(zip(scores, weights, strict=True)):
         label = f"the scores of {label_of(names, i)}"
         if isinstance(given, torch.Tensor):
             _check_kind(op, given, label)
-            if given.shape == weight.shape and format_of(given) != format_of(weight):
-                given = given.detach().contiguous(memory_format=format_of(weight))
+            memory_format = format_of(weight)
+            if given.shape == weight.shape and memory_format is not None and format_of(given) != memory_format:
+                given = given.detach().contiguous(memory_format=memory_format)
         tensor = _tensor(op, given, label)
         if tensor.shape != weight.shape or tensor.device != weight.device:
             raise ShapeError(
@@ -368,8 +370,8 @@ def _checked_scores(
         lowest = tensor.amin().item()  # NaN if there is any
         if not lowest >= 0:
             raise SparsityError(
-                f"{op}: expected no negative number and no NaN in {label}, got {lowest}; a score says how much a weight "
-                "matters, 0 that it goes first"
+                f"{op}: expected no negative number and no NaN in {label}, got {lowest}; weights with a score of 0 go "
+                "first"
             )
         found.append(tensor)
     check_disjoint(op, "weights and scores", [*weights, *found], [*(names or ()), *(names or ())] or None)
@@ -386,9 +388,10 @@ def check_fit(
         if pattern is not None and (reason := pattern.misfit(shape)) is not None
     ]
     if misfits:
+        found = "; ".join(word for _, word in misfits)
         raise ShapeError(
-            f"{op}: expected weights whose shapes fit their patterns, got {'; '.join(word for _, word in misfits)}. Leave "
-            "them out" + (f": ignore=[{', '.join(name for name, _ in misfits)}]" if names else "")
+            f"{op}: expected weights whose shapes fit their patterns, got {found}. Leave them out"
+            + (f": ignore=[{', '.join(name for name, _ in misfits)}]" if names else "")
         )
 
 
@@ -402,8 +405,8 @@ def check_unbroken(op: str, layers: Layers, names: Sequence[str] | None) -> None
         if len(broken):
             what = "block" if layer.pattern.unit > 1 else "group"
             raise SparsityError(
-                f"{op}: expected a mask of {label_of(names, i)} that keeps to {layer.pattern}, got {len(broken)} of its "
-                f"{what}s that do not, the first being {what} {int(broken[0])}; start from another mask, or without one"
+                f"{op}: expected a mask of {label_of(names, i)} that keeps to {layer.pattern}, got {len(broken)} {what}s "
+                f"that do not, the first being {what} {int(broken[0])}; start from another mask, or without one"
             )
 
 
@@ -421,8 +424,8 @@ def check_disjoint(op: str, what: str, tensors: Sequence[torch.Tensor], names: S
     for (_, end, i), (start, _, j) in itertools.pairwise(spans):
         if start < end:
             raise LayoutError(
-                f"{op}: expected {what} that share no memory, but those of {label_of(names, i)} and {label_of(names, j)} "
-                "overlap (tied parameters?); pass each once"
+                f"{op}: expected {what} that share no memory, but those of {label_of(names, i)} and "
+                f"{label_of(names, j)} overlap (tied parameters?); pass each once"
             )
 
 

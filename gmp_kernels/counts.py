@@ -93,9 +93,8 @@ class Ranking(NamedTuple):
                 continue
             is_alone = len(self.most) == len(patterns)
             label = label_of(names, group) if is_alone else "all weights together"
-            found = (
-                str(patterns[group]) if is_alone else ", ".join(sorted({str(p or "unstructured") for p in patterns}))
-            )
+            words = {str(p or "unstructured") for p in (patterns[group : group + 1] if is_alone else patterns)}
+            found = ", ".join(sorted(words))
             total = self.sizes[group] * self.units[group]
             raise SparsityError(
                 f"{op}: expected a sparsity of at most {most / total:.6g} for {label} ({found}), got {n} of {total} "
@@ -154,7 +153,10 @@ def select(
         return select_with(implementation)(layers, num_prune, group_sizes, brackets, prunes=True), ()
     wanted = ranking.counts(num_prune)
     if caps is not None:
-        selection, full = select_capped(implementation, layers, wanted[0], *map(ranking.of_layers, caps))
+        # Layers that are ranked anew come without masks.
+        num_pruned = [0 if layer.mask is None else n for layer, n in zip(layers, caps.num_pruned, strict=True)]
+        own = ranking.of_layers(caps.most), ranking.of_layers(num_pruned)
+        selection, full = select_capped(implementation, layers, wanted[0], *own)
         return selection, list(full)
     if list(num_prune) == ranking.most:
         return select_most(implementation, layers, wanted, group_sizes), ()

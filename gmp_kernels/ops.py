@@ -200,9 +200,9 @@ def prune_(
     -----
     Two reads of the weights, one write of the cache lines that change, 1 bit per weight of mask. Temporary memory:
     under 5% of the largest weight's bytes plus 4 MB. With thousands of tensors or billions of weights it can be more:
-    300 bytes per tensor plus one byte per 2000 weights. On a GPU, patterns also take 1 bit per weight and 4 bytes per
-    block. Where a pattern alone decides, because as much is pruned as it allows, nothing is searched, and thresholds
-    are Inf.
+    300 bytes per tensor plus one byte per 2000 weights. On a GPU, patterns also take 1 bit per weight, 4 bytes per
+    block, and up to 16 per row with ``min_kept_per_row``. Where a pattern alone decides, because as much is pruned as it
+    allows, nothing is searched, and thresholds are Inf.
 
     References
     ----------
@@ -225,6 +225,7 @@ def begin_prune(
     *,
     pattern: Pattern | Sequence[Pattern | None] | None = None,
     scores: Weight | Sequence[Weight] | None = None,
+    regrow: bool = False,
     caps: Caps | None = None,
     are_unbroken: bool = False,
 ) -> Callable[[], PruneResult]:
@@ -237,6 +238,10 @@ def begin_prune(
         has a threshold of its own.
     are_unbroken : bool
         The masks are known to keep to the pattern.
+
+    Notes
+    -----
+    With ``regrow``, masks are written and not read: all weights are ranked anew, those too that were pruned.
 
     Returns
     -------
@@ -269,11 +274,12 @@ def begin_prune(
         return lambda: PruneResult([], [], [], [])
 
     implementation = choose(backend, layers.device)
+    given, layers = layers, layers.unmasked() if regrow else layers
     sizes = [sum(layers.sizes)] if is_global else layers.sizes
     if ranking is not None:
         assert patterns is not None
         ranking.check(op, counts, patterns, names)
-        if masks_ is not None and not are_unbroken:
+        if masks_ is not None and not (are_unbroken or regrow):
             check_unbroken(op, layers, names)
         sizes = ranking.sizes
     brackets = None
@@ -291,8 +297,8 @@ def begin_prune(
             ) from error
         out: Sequence[torch.Tensor] = [mask.packed for mask in masks_]
     else:
-        assert layers.masks is not None
-        out = layers.masks
+        assert given.masks is not None
+        out = given.masks
     if nonfinite == "error" and not selection.is_lazy:
         check_finite(op, selection.cutoffs.nonfinite, names)
     is_first = True
@@ -303,8 +309,8 @@ def begin_prune(
         # Selection, because a GPU has already counted in the first one.
         chosen = selection if is_first else Selection(selection.cutoffs)
         is_first = False
-        if layers.masks is not None:
-            adopt_bits(masks_, layers)
+        if given.masks is not None:
+            adopt_bits(masks_, given)
         # Versions come first, so that no interrupt can leave a write that autograd does not know of. The write, or all
         # launches of it, is a single call.
         torch.autograd.graph.increment_version([*layers.weights, *out])

@@ -197,7 +197,8 @@ class NM(Pattern):
         return GROUPS, self.keep, self.of, math.prod(shape[d] for d in order[order.index(self.dim) + 1 :])
 
     def _groups(self, values: torch.Tensor) -> torch.Tensor:
-        return values.movedim(self.dim, -1).unflatten(-1, (-1, self.of))
+        last = values.movedim(self.dim, -1)
+        return last.reshape(*last.shape[:-1], -1, self.of)
 
     def broken(self, kept: torch.Tensor) -> torch.Tensor:
         return (self._groups(kept).sum(-1) < self.keep).flatten()

@@ -17,16 +17,26 @@ from optim_cases import masked, parameters, random_gradients, random_masks, set_
 from subprocesses import run_python
 
 import gmp_kernels
-from gmp_kernels import prune_
-from gmp_kernels.backends import choose
+from gmp_kernels import BitMask, prune_
+from gmp_kernels.backends import choose, triton
 from gmp_kernels.backends.keys import key_of, largest_key
+from gmp_kernels.backends.layers import Layers
 from gmp_kernels.backends.triton import Triton
 from gmp_kernels.backends.triton import kernels as triton_kernels
 from gmp_kernels.backends.triton.interpreter import _fma
 from gmp_kernels.backends.types import Brackets, Layer
 from gmp_kernels.optim import clip_grad_norm_, ema_update_
+from gmp_kernels.patterns import NM, Block, Pattern, Unstructured
 from gmp_kernels.search import driver
-from gmp_kernels.tools.testing import DTYPES, GuardedCopy, adversarial_cases, assert_same_pruning, device_of
+from gmp_kernels.search.driver import select_with
+from gmp_kernels.tools.testing import (
+    DTYPES,
+    GuardedCopy,
+    adversarial_cases,
+    assert_bitwise_equal,
+    assert_same_pruning,
+    device_of,
+)
 
 DEVICE = device_of("triton")
 COMPILE = Path(__file__).with_name("triton_compile.py")
@@ -66,6 +76,25 @@ def prune_everything(dtype: torch.dtype) -> None:
     choose("triton", DEVICE).count(layers, Brackets.of([0] * 2, [largest_key(dtype)] * 2), 64, rooms)
 
 
+PATTERNS = {
+    "four": NM(2, 4),
+    "stride": NM(3, 8, dim=0),
+    "blocks": Block(2, 4),
+    "rows": Unstructured(min_kept_per_row=3),
+}
+
+
+def prune_in_every_pattern(dtype: torch.dtype) -> None:
+    """Memory is row-major or not; scores of each dtype rank weights without a pattern, and in one."""
+    weight = torch.randn(8, 16, 3, 2, dtype=dtype, device=DEVICE)
+    for own in (weight.flatten(1), weight.contiguous(memory_format=torch.channels_last)):
+        for pattern in PATTERNS.values():
+            prune_(own.clone(), sparsity=0.25, pattern=pattern, backend="triton")
+        for scores in (torch.rand_like(own), torch.rand(own.shape, device=DEVICE)):
+            for pattern in (None, PATTERNS["stride"]):
+                prune_(own.clone(), sparsity=0.25, pattern=pattern, scores=scores, backend="triton")
+
+
 def train_with_everything(dtype: torch.dtype, **options: Any) -> None:
     for case in ("sgd", "momentum", "adamw", "adamw_amsgrad"):
         params = parameters([(40,)], dtype, device=DEVICE)
@@ -87,6 +116,7 @@ def launches() -> list[Any]:
         recorded = Launches(monkeypatch)
         for dtype in DTYPES:
             prune_everything(dtype)
+            prune_in_every_pattern(dtype)
             for compact in (False, True):
                 train_with_everything(dtype, compact_state=compact)
         train_with_everything(torch.bfloat16, compact_state=False, master_weights=True)
@@ -161,6 +191,51 @@ def test_a_selection_is_exact_whatever_hinders_it(
         sizes = (70_000, 5, 20_000) if name == "small_integers" else (20_000, 300)
         layers = [adversarial_cases(n, dtype)[name] for n in sizes]
         assert_same_pruning(layers, backend="triton", sparsity=0.6, scope=scope)
+
+
+def pattern_layers(memory_format: torch.memory_format) -> list[torch.Tensor]:
+    """Small integers, which tie in most groups; the longer one takes several programs and ends in none of theirs."""
+    torch.manual_seed(0)
+    shapes = [(8, 16, 3, 2), (48, 80, 3, 3)]
+    return [torch.randint(-3, 4, shape).float().to(DEVICE).contiguous(memory_format=memory_format) for shape in shapes]
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
+def test_places_of_64_bits_change_nothing(
+    monkeypatch: pytest.MonkeyPatch, pattern: Pattern, memory_format: torch.memory_format
+) -> None:
+    """As of tensors that no test has the memory for."""
+    monkeypatch.setattr(triton, "LARGE", 0)
+    recorded = Launches(monkeypatch)
+    assert_same_pruning(pattern_layers(memory_format), backend="triton", sparsity=0.25, pattern=pattern)
+    assert {constants["INDEX"]["tl"] for _, _, constants in recorded.found.values() if "INDEX" in constants} == {
+        "int64"
+    }
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
+def test_what_was_written_of_a_pattern_changes_no_later_write(
+    pattern: Pattern, memory_format: torch.memory_format
+) -> None:
+    """Programs read what others write in the same group, and an interrupted write is done again."""
+    weights = pattern_layers(memory_format)
+    masks = [BitMask.ones(weight.shape, device=DEVICE, memory_format=memory_format) for weight in weights]
+    backend = choose("triton", DEVICE)
+    layers = Layers(weights, [mask.packed for mask in masks], None, [pattern] * len(weights))
+    numbers = [weight.numel() // pattern.unit // 4 for weight in weights]
+    # What is protected counts as pruned where the rest is ranked.
+    wanted = [number + pattern.num_protected(weight.shape) for number, weight in zip(numbers, weights, strict=True)]
+    selection = select_with(backend)(layers, wanted, [1] * len(weights))
+    results = []
+    for _ in range(2):
+        counts = backend.prune(layers, selection, [mask.packed for mask in masks])
+        results.append(([weight.clone() for weight in weights], [mask.packed.tolist() for mask in masks]))
+    assert results[0][1] == results[1][1]
+    for first, second in zip(results[0][0], results[1][0], strict=True):
+        assert_bitwise_equal(first, second)
+    assert counts == ([number * pattern.unit for number in numbers], [0] * len(weights))
 
 
 def test_the_interpreter_rounds_a_fused_multiply_add_once() -> None:

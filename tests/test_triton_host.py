@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gmp_kernels import BitMask, CaptureError, apply_masks_, prune_
 from gmp_kernels.backends import choose, compactions, devices, triton
+from gmp_kernels.backends.layers import Layers
 from gmp_kernels.backends.triton import Triton
 from gmp_kernels.backends.triton import tables as triton_tables
 from gmp_kernels.backends.types import (
@@ -27,6 +28,7 @@ from gmp_kernels.backends.types import (
     UpdateTensor,
 )
 from gmp_kernels.optim import AdamW, clip_grad_norm_, ema_update_
+from gmp_kernels.patterns import NM, Block, Pattern, Unstructured
 from gmp_kernels.search.driver import select_with
 from gmp_kernels.tools.testing import DTYPES, assert_bitwise_equal, device_of
 
@@ -103,6 +105,31 @@ def test_a_step_of_plain_numbers_is_no_torch_operation_but_its_uploads(idle: Tri
     with Operations() as operations:
         idle.update("sgd", *arguments, Constants([({"lr": 0.1}, 1)], []))
     assert operations.names == []
+
+
+@pytest.mark.parametrize("pattern", [NM(2, 4), Block(2, 4), Unstructured(min_kept_per_row=3)], ids=str)
+def test_patterns_are_few_torch_operations_and_little_memory(idle: Triton, pattern: Pattern) -> None:
+    counts = []
+    for number in (2, 60):
+        weights = [torch.empty(64, 512, dtype=torch.bfloat16, device=DEVICE) for _ in range(number)]
+        n = sum(weight.numel() for weight in weights)
+        layers = Layers(weights, None, None, [pattern] * number)
+        out = [torch.empty(weight.numel() // 8, dtype=torch.uint8, device=DEVICE) for weight in weights]
+        cutoffs = cutoffs_of(list(layers))
+        for _ in range(2):
+            with Operations() as ranking:
+                ranked = idle.ranked(layers)
+            with Operations() as pruning:
+                idle.prune(layers, cutoffs, out, finite=True)
+        bits = sum(layer.mask.nbytes for layer in ranked if layer.mask is not None)
+        sums = sum(layer.weight.nbytes for layer in ranked) if pattern.unit > 1 else 0
+        assert (bits, sums) == (n // 8 // pattern.unit, 4 * n // 8 if pattern.unit > 1 else 0)
+        of_rows = 16 * 64 * number if pattern == Unstructured(min_kept_per_row=3) else 0
+        assert bits + sums <= ranking.peak <= bits + sums + of_rows + 20_000
+        assert pruning.peak <= sums + of_rows + 20_000
+        # A view of each weight is part of its layer.
+        counts.append((len(ranking.names) - ranking.names.count("aten.detach.default"), len(pruning.names)))
+    assert counts[0] == counts[1] <= (5, 5)
 
 
 @contextmanager
@@ -245,6 +272,7 @@ def test_no_operation_lets_itself_be_captured(monkeypatch: pytest.MonkeyPatch) -
     weight, before = params[0].detach(), params[0].detach().clone()
     operations: dict[str, Callable[[], object]] = {
         "count": lambda: prune_(weight, sparsity=0.5, masks=mask, backend="triton"),
+        "ranked": lambda: prune_(weight.view(5, 8), sparsity=0.25, pattern=NM(2, 4), backend="triton"),
         "apply_masks_": lambda: apply_masks_(weight, mask, backend="triton"),
         "sum_squares": lambda: clip_grad_norm_(params, 1.0, backend="triton"),
         "update": lambda: ema_update_([weight], [params[0].grad], 0.5, backend="triton"),

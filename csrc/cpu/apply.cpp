@@ -36,32 +36,42 @@ class BitWriter {
 void spread(const LayerView& layer, const uint8_t* of_blocks, int64_t num_blocks, uint8_t* kept) {
   const Pattern& pattern = layer.ranking.pattern;
   const Filter& filter = layer.ranking.filter;
-  const int64_t across = pattern.across(), cols = pattern.cols();
+  const int64_t across = pattern.across(), cols = pattern.cols(), rows = pattern.rows();
   const auto is_kept = [&](int64_t block) { return (of_blocks[block / 8] >> (block % 8) & 1) != 0; };
+  const auto add_row = [&](BitWriter& writer, int64_t band) {
+    if (filter.size() == 1) {
+      for (int64_t b = 0; b < across; ++b) writer.add(is_kept(band + b), cols);
+      return;
+    }
+    for (int64_t p = 0; p < filter.positions; ++p) {
+      for (int64_t c = 0; c < filter.channels; ++c) writer.add(is_kept(band + (c * filter.positions + p) / cols), 1);
+    }
+  };
+  const int64_t row_bytes = pattern.width() / 8;
   BitWriter writer(kept);
   for (int64_t band = 0; band < num_blocks; band += across) {
-    for (int64_t row = 0; row < pattern.rows(); ++row) {
-      if (filter.size() == 1) {
-        for (int64_t b = 0; b < across; ++b) writer.add(is_kept(band + b), cols);
-      } else {
-        for (int64_t p = 0; p < filter.positions; ++p) {
-          for (int64_t c = 0; c < filter.channels; ++c) writer.add(is_kept(band + (c * filter.positions + p) / cols), 1);
-        }
-      }
+    if (pattern.width() % 8 != 0) {
+      for (int64_t row = 0; row < rows; ++row) add_row(writer, band);
+      continue;
     }
+    uint8_t* const first = kept + band / across * rows * row_bytes;
+    BitWriter own(first);
+    add_row(own, band);
+    for (int64_t row = 1; row < rows; ++row)
+      std::memcpy(first + row * row_bytes, first, static_cast<size_t>(row_bytes));
   }
   writer.finish();
 }
 
-// Prunes [begin, end) of what is ranked of a layer: writes the new bits of its weights, zeroes those pruned, and returns
-// how many are kept. `memory` is for a piece and, after it, two bits for each of what is ranked.
+// Prunes [begin, end) of what is ranked of a layer: writes the new bits of its weights, zeroes those pruned, and
+// returns how many are kept. `memory` is for a piece and, after it, two bits for each of what is ranked.
 int64_t settle(const LayerView& layer, const Chunk& chunk, uint8_t* out, uint64_t key, int64_t tie_index, char* memory,
                int64_t& kept_before) {
   const Ranking& ranking = layer.ranking;
   const int64_t unit = weights_per_unit(layer), n = chunk.end - chunk.begin;
   const int64_t first = chunk.begin * unit, num_weights = n * unit, num_bytes = (num_weights + 7) / 8;
   const uint8_t* const before = layer.mask == nullptr ? nullptr : layer.mask + first / 8;
-  const Piece piece = ranked(layer, chunk.begin, chunk.end, memory);
+  const Piece piece = ranked(layer, chunk.begin, chunk.end, memory, true);
   uint8_t* const stays = reinterpret_cast<uint8_t*>(memory + piece_bytes(layer, n));
   uint8_t* const kept = out + first / 8;
   const int64_t local_tie = std::clamp<int64_t>(tie_index - chunk.begin, 0, n);
@@ -90,22 +100,23 @@ int64_t prune_to_end_of_filter(const LayerView& layer, uint8_t* kept, uint64_t k
   const int64_t begin = layer.filter.end_of(tie_index) - layer.filter.size();
   LayerView left = layer;
   left.mask = kept;  // protects the same weights as before, because those pruned since come before them
-  const auto [piece, first, nonfinite] = ranked(left, begin, begin + layer.filter.size(), memory);
+  const auto [piece, first, nonfinite] = ranked(left, begin, begin + layer.filter.size(), memory, true);
   const DType dtype = layer.is_plain() ? layer.dtype : layer.ranking.weights_dtype;
   char* const weights = static_cast<char*>(layer.is_plain() ? layer.weights : layer.ranking.weights);
   const auto item_size = static_cast<size_t>(bytes_of(dtype));
-  return with_matches(piece, piece.mask, {key, key}, [&, from = first](auto is_match, int64_t channels, int64_t positions) {
-    int64_t pruned = 0;
-    for (int64_t p = 0, place = begin; p < positions; ++p) {
-      for (int64_t c = 0; c < channels; ++c, ++place) {
-        if (begin + c * positions + p < tie_index || !is_match(place - from)) continue;
-        std::memset(weights + static_cast<size_t>(place) * item_size, 0, item_size);
-        kept[place / 8] = static_cast<uint8_t>(kept[place / 8] & ~(1u << (place % 8)));
-        ++pruned;
-      }
-    }
-    return pruned;
-  });
+  return with_matches(piece, piece.mask, {key, key},
+                      [&, from = first](auto is_match, int64_t channels, int64_t positions) {
+                        int64_t pruned = 0;
+                        for (int64_t p = 0, place = begin; p < positions; ++p) {
+                          for (int64_t c = 0; c < channels; ++c, ++place) {
+                            if (begin + c * positions + p < tie_index || !is_match(place - from)) continue;
+                            std::memset(weights + static_cast<size_t>(place) * item_size, 0, item_size);
+                            kept[place / 8] = static_cast<uint8_t>(kept[place / 8] & ~(1u << (place % 8)));
+                            ++pruned;
+                          }
+                        }
+                        return pruned;
+                      });
 }
 
 }  // namespace
@@ -146,9 +157,9 @@ std::pair<std::vector<int64_t>, std::vector<int64_t>> apply(const std::vector<La
     char* const memory = pieces.get() + omp_get_thread_num() * for_pieces;
     // A filter in which memory has an order of its own keeps all ties at first.
     const int64_t tie_index = layer.filter.end_of(tie_indices[l]);
-    const int64_t kept_now =
-        layer.is_plain() ? kernels.apply(layer, c.begin, c.end, kept[l], keys[l], tie_index, kept_before)
-                         : settle(layer, c, kept[l], keys[l], tie_index, memory, kept_before);
+    const bool is_direct = layer.is_plain() || (are_groups_in_loop(layer) && layer.ranking.weights == layer.weights);
+    const int64_t kept_now = is_direct ? kernels.apply(layer, c.begin, c.end, kept[l], keys[l], tie_index, kept_before)
+                                       : settle(layer, c, kept[l], keys[l], tie_index, memory, kept_before);
 #pragma omp atomic
     before[l] += kept_before;
 #pragma omp atomic

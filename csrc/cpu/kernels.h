@@ -12,7 +12,8 @@ namespace gmp::cpu {
 // A vector store may write this many bytes past the last key gathered.
 inline constexpr int64_t kGatherSlackBytes = 64;
 
-// Loops over the weights [begin, end) of a layer of one dtype; `begin` is at the beginning of a mask byte.
+// Loops over the weights [begin, end) of a layer of one dtype; `begin` is at the beginning of a mask byte. Of layers
+// with a ranking of their own, `scan` and `apply` take those that are_groups_in_loop (ranked.h).
 struct Kernels {
   const char* name;  // of the instruction set
   // Of bits, for every dtype the same.

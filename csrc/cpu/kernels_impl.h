@@ -42,7 +42,16 @@ inline int64_t count_bits(const uint8_t* mask, int64_t n) {
   return count;
 }
 
-template <DType kDType, bool kMasked, bool kGather>
+// Whether each lane is below a key.
+template <typename Key>
+inline bool all_less(Lanes<Key> r, Key key) {
+  return less(r, broadcast(key)) == kAllLanes<Key>;
+}
+
+#include "groups_impl.h"
+
+// kOf is 0, or kInLoop if the layer has groups of that size, of whose weights the unprotected ones count.
+template <DType kDType, bool kMasked, bool kGather, int kOf>
 inline BracketCounts scan_loop(const LayerView& layer, int64_t i, int64_t end, const Bracket& bracket, void* gathered) {
   using Key = KeyOf<kDType>;
   constexpr Key infinity = infinity_of<kDType>();
@@ -79,6 +88,13 @@ inline BracketCounts scan_loop(const LayerView& layer, int64_t i, int64_t end, c
       auto keys = min(magnitude(load_lanes(weights + i)), nan);
       if constexpr (kMasked) keys = zero_unless(kept, keys);
       largest_lanes = max(largest_lanes, keys);
+      if constexpr (kOf != 0) {
+        // One more, so that 0 is left for what is pruned.
+        const auto in_groups = kMasked ? zero_unless(kept, keys + broadcast(Key{1})) : keys;
+        const uint64_t protected_lanes = kept & ~unprotected<kOf, Key>(in_groups, layer.ranking.pattern.keep());
+        pruned += __builtin_popcountll(protected_lanes);
+        kept &= ~protected_lanes;
+      }
       const uint64_t lower = less(keys, lo_lanes);
       const uint64_t chosen = ~lower & ~less(hi_lanes, keys) & kept;
       below += __builtin_popcountll(lower & kept);
@@ -108,6 +124,10 @@ inline BracketCounts scan_loop(const LayerView& layer, int64_t i, int64_t end, c
     }
     const Key key = magnitude_key(load_one(weights + i), infinity);
     largest = key > largest ? key : largest;
+    if (kOf != 0 && !is_unprotected<kDType>(layer, i)) {
+      ++pruned;
+      continue;
+    }
     below += key < lo;
     if (key >= lo && key <= hi) {
       if constexpr (kGather) __builtin_memcpy(keys_inside + inside, &key, sizeof(Key));
@@ -117,14 +137,22 @@ inline BracketCounts scan_loop(const LayerView& layer, int64_t i, int64_t end, c
   return {below, inside, pruned, largest >= infinity};
 }
 
+template <DType kDType, int kOf>
+inline BracketCounts scan_groups(const LayerView& layer, int64_t begin, int64_t end, const Bracket& bracket,
+                                 void* gathered) {
+  if (layer.mask == nullptr) {
+    return gathered == nullptr ? scan_loop<kDType, false, false, kOf>(layer, begin, end, bracket, gathered)
+                               : scan_loop<kDType, false, true, kOf>(layer, begin, end, bracket, gathered);
+  }
+  return gathered == nullptr ? scan_loop<kDType, true, false, kOf>(layer, begin, end, bracket, gathered)
+                             : scan_loop<kDType, true, true, kOf>(layer, begin, end, bracket, gathered);
+}
+
 template <DType kDType>
 BracketCounts scan(const LayerView& layer, int64_t begin, int64_t end, const Bracket& bracket, void* gathered) {
-  if (layer.mask == nullptr) {
-    return gathered == nullptr ? scan_loop<kDType, false, false>(layer, begin, end, bracket, gathered)
-                               : scan_loop<kDType, false, true>(layer, begin, end, bracket, gathered);
-  }
-  return gathered == nullptr ? scan_loop<kDType, true, false>(layer, begin, end, bracket, gathered)
-                             : scan_loop<kDType, true, true>(layer, begin, end, bracket, gathered);
+  return layer.ranking.pattern.kind == PatternKind::kGroups
+             ? scan_groups<kDType, kInLoop>(layer, begin, end, bracket, gathered)
+             : scan_groups<kDType, 0>(layer, begin, end, bracket, gathered);
 }
 
 template <DType kDType>
@@ -152,12 +180,14 @@ int64_t find(const LayerView& layer, int64_t begin, int64_t end, uint64_t wanted
   return count;
 }
 
-// Keeps the keys >= limit in all whole registers of the weights [i, end).
-template <DType kDType, bool kWrites>
-inline int64_t apply_lanes(KeyOf<kDType>* weights, const uint8_t* mask, uint8_t* kept_bits, int64_t i, int64_t end,
-                           KeyOf<kDType> limit, int64_t& kept_before) {
+// Keeps the keys >= limit in all whole registers of the weights [i, end), and what is protected.
+template <DType kDType, bool kWrites, int kOf>
+inline int64_t apply_lanes(const LayerView& layer, uint8_t* kept_bits, int64_t i, int64_t end, KeyOf<kDType> limit,
+                           int64_t& kept_before) {
   using Key = KeyOf<kDType>;
   constexpr int kCount = kNumLanes<Key>;
+  Key* const weights = static_cast<Key*>(layer.weights);
+  const uint8_t* const mask = layer.mask;
   const auto limit_lanes = broadcast(limit);
   const auto nan = broadcast(static_cast<Key>(infinity_of<kDType>() + 1));
   int64_t num_kept = 0, num_before = 0;
@@ -165,7 +195,13 @@ inline int64_t apply_lanes(KeyOf<kDType>* weights, const uint8_t* mask, uint8_t*
     const uint64_t before = mask == nullptr ? kAllLanes<Key> : load_mask_bits<kCount>(mask, i);
     prefetch_ahead(weights + i);
     const auto raw = load_lanes(weights + i);
-    const uint64_t kept = before & ~less(min(magnitude(raw), nan), limit_lanes);
+    const auto keys = min(magnitude(raw), nan);
+    uint64_t lower = less(keys, limit_lanes);
+    if constexpr (kOf != 0) {
+      const auto in_groups = zero_unless(before, keys + broadcast(Key{1}));
+      lower &= unprotected<kOf, Key>(in_groups, layer.ranking.pattern.keep());
+    }
+    const uint64_t kept = before & ~lower;
     if (kWrites && any_set(raw, ~kept)) store_lanes(weights + i, zero_unless(kept, raw));
     if (kept_bits != nullptr) __builtin_memcpy(kept_bits + i / 8, &kept, kCount / 8);
     num_before += __builtin_popcountll(before);
@@ -175,9 +211,9 @@ inline int64_t apply_lanes(KeyOf<kDType>* weights, const uint8_t* mask, uint8_t*
   return num_kept;
 }
 
-template <DType kDType, bool kWrites = true>
-int64_t apply(const LayerView& layer, int64_t begin, int64_t end, uint8_t* kept_bits, uint64_t key, int64_t tie_index,
-              int64_t& kept_before) {
+template <DType kDType, bool kWrites, int kOf>
+inline int64_t apply_groups(const LayerView& layer, int64_t begin, int64_t end, uint8_t* kept_bits, uint64_t key,
+                            int64_t tie_index, int64_t& kept_before) {
   using Key = KeyOf<kDType>;
   constexpr Key zero = 0;
   Key* const weights = static_cast<Key*>(layer.weights);
@@ -186,14 +222,15 @@ int64_t apply(const LayerView& layer, int64_t begin, int64_t end, uint8_t* kept_
   for (int side = 0; side < 2; ++side) {
     const int64_t until = side == 1 || tie_index > end ? end : tie_index;
     if (i >= until) continue;
-    num_kept +=
-        apply_lanes<kDType, kWrites>(weights, layer.mask, kept_bits, i, until, static_cast<Key>(key + (side == 1)), kept_before);
+    const Key limit = static_cast<Key>(key + (side == 1));
+    num_kept += apply_lanes<kDType, kWrites, kOf>(layer, kept_bits, i, until, limit, kept_before);
     for (i += (until - i) / kNumLanes<Key> * kNumLanes<Key>; i < until; i += 8) {
       unsigned byte = 0;
       for (int64_t j = i; j < end && j < i + 8; ++j) {
         const Key own = magnitude_key(load_one(weights + j), infinity_of<kDType>());
         const bool before = mask_bit(layer.mask, j);
-        const bool kept = before && own >= key + (j >= tie_index);
+        const bool above = own >= key + (j >= tie_index);
+        const bool kept = before && (above || (kOf != 0 && !is_unprotected<kDType>(layer, j)));
         kept_before += before;
         if (kWrites && !kept) __builtin_memcpy(weights + j, &zero, sizeof(Key));
         byte |= static_cast<unsigned>(kept) << (j - i);
@@ -203,6 +240,14 @@ int64_t apply(const LayerView& layer, int64_t begin, int64_t end, uint8_t* kept_
     }
   }
   return num_kept;
+}
+
+template <DType kDType, bool kWrites = true>
+int64_t apply(const LayerView& layer, int64_t begin, int64_t end, uint8_t* kept_bits, uint64_t key, int64_t tie_index,
+              int64_t& kept_before) {
+  return kWrites && layer.ranking.pattern.kind == PatternKind::kGroups
+             ? apply_groups<kDType, kWrites, kInLoop>(layer, begin, end, kept_bits, key, tie_index, kept_before)
+             : apply_groups<kDType, kWrites, 0>(layer, begin, end, kept_bits, key, tie_index, kept_before);
 }
 
 template <typename Key>

@@ -90,6 +90,9 @@ inline Keys64 broadcast(uint64_t key) {
   const __m256i r = _mm256_set1_epi64x(static_cast<long long>(key));
   return {r, r};
 }
+inline Keys64 operator+(Keys64 a, Keys64 b) {
+  return {_mm256_add_epi64(a.low, b.low), _mm256_add_epi64(a.high, b.high)};
+}
 inline Keys64 load_lanes(const uint64_t* p) { return {load256(p), load256(p + 4)}; }
 inline void store_lanes(uint64_t* p, Keys64 r) {
   store256(p, r.low);

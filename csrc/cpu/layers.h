@@ -26,8 +26,8 @@ struct Ranking {
   Filter filter = {};  // of the weights
 };
 
-// For a layer with a ranking of its own: dtype, n and filter are those of what is ranked, `weights` what ranks them, and
-// the mask is that of the weights. See ranked.h.
+// For a layer with a ranking of its own: dtype, n and filter are those of what is ranked, `weights` what ranks them,
+// and the mask is that of the weights. See ranked.h.
 struct LayerView {
   DType dtype;
   void* weights;        // any alignment

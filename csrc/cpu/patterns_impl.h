@@ -1,68 +1,36 @@
 // The loops of kernels.h that find what a pattern protects, and what its blocks score.
 //
-// Included inside an anonymous namespace: see kernel_set.h. In a group the order is that of all weights: of equal keys
-// the lower index comes last, and what is pruned comes first. So a weight is protected if fewer than `keep` weights of
-// its group come after it.
+// Included inside an anonymous namespace: see kernel_set.h.
 
-// Keys in the compiler's own vectors, whose lanes can be moved; as signed integers, which every machine can compare. A
-// key gets one added, so that 0 is left for what is pruned.
-template <typename Key>
-struct Moving {
-  typedef std::make_signed_t<Key> Vector __attribute__((vector_size(sizeof(Lanes<Key>))));
-};
-template <typename Key>
-using Movable = typename Moving<Key>::Vector;
-
-// Every lane as the one that lies `kBy` places after it in its group of kOf lanes, cyclically.
-template <int kOf, int kBy, typename V, size_t... kLane>
-inline V rotated(V keys, std::index_sequence<kLane...>) {
-  return __builtin_shufflevector(keys, keys, (kLane / kOf * kOf + (kLane % kOf + kBy) % kOf)...);
-}
-
-// Adds to `after` how many of the lanes that lie 1 to kBy places after each, cyclically, come after it in the order.
-template <int kOf, int kBy, typename Key>
-inline void count_after(Movable<Key> keys, Movable<Key>& after) {
-  if constexpr (kBy > 0) {
-    count_after<kOf, kBy - 1, Key>(keys, after);
-    // A lane from before, which the rotation has brought round, also comes after an equal one.
-    Movable<Key> from_before;
-    for (int j = 0; j < kNumLanes<Key>; ++j) from_before[j] = j % kOf + kBy >= kOf;
-    const auto others = rotated<kOf, kBy>(keys, std::make_index_sequence<kNumLanes<Key>>{});
-    after -= (Movable<Key>)(others + from_before > keys);
-  }
-}
-
-// Groups of kOf neighbours, as many at once as a register holds. Returns the largest key, with one added.
-template <DType kDType, int kOf>
-inline KeyOf<kDType> protect_in_lanes(const LayerView& layer, uint8_t* eligible, int64_t& i) {
+// Groups of kOf neighbours, as many at once as a register holds. Returns whether an unpruned key is NaN or Inf.
+template <DType kDType, int kOf, bool kMasked>
+inline bool protect_in_lanes(const LayerView& layer, uint8_t* eligible, int64_t& i) {
   using Key = KeyOf<kDType>;
   constexpr int kCount = kNumLanes<Key>;
+  constexpr Key infinity = infinity_of<kDType>();
   const Key* const weights = static_cast<const Key*>(layer.weights);
-  const auto nan = broadcast(static_cast<Key>(infinity_of<kDType>() + 1));
-  const auto keep = broadcast(static_cast<Key>(layer.ranking.pattern.keep()));
+  const auto nan = broadcast(static_cast<Key>(infinity + 1));
+  const int64_t keep = layer.ranking.pattern.keep();
   auto largest = broadcast(Key{0});
   for (; i + kCount <= layer.n; i += kCount) {
-    const uint64_t kept = layer.mask == nullptr ? kAllLanes<Key> : load_mask_bits<kCount>(layer.mask, i);
     prefetch_ahead(weights + i);
-    const auto magnitudes = min(magnitude(load_lanes(weights + i)), nan);
-    Movable<Key> keys;
-    __builtin_memcpy(&keys, &magnitudes, sizeof(keys));
-    keys += 1;
-    Lanes<Key> lanes;
-    __builtin_memcpy(&lanes, &keys, sizeof(keys));
-    lanes = zero_unless(kept, lanes);
-    largest = max(largest, lanes);
-    __builtin_memcpy(&keys, &lanes, sizeof(keys));
-    Movable<Key> after = {};
-    count_after<kOf, kOf - 1, Key>(keys, after);
-    __builtin_memcpy(&lanes, &after, sizeof(after));
-    const uint64_t found = kept & ~less(lanes, keep);
+    auto keys = min(magnitude(load_lanes(weights + i)), nan);
+    uint64_t kept = kAllLanes<Key>;
+    if constexpr (kMasked) {
+      kept = load_mask_bits<kCount>(layer.mask, i);
+      keys = zero_unless(kept, keys + broadcast(Key{1}));  // 0 is left for what is pruned
+    }
+    largest = max(largest, keys);
+    const uint64_t found = kept & unprotected<kOf, Key>(keys, keep);
     __builtin_memcpy(eligible + i / 8, &found, kCount / 8);
   }
-  Key lanes[kCount], most = 0;
-  store_lanes(lanes, largest);
-  for (Key key : lanes) most = key > most ? key : most;
-  return most;
+  return !all_less<Key>(largest, static_cast<Key>(infinity + kMasked));
+}
+
+template <DType kDType, int kOf>
+inline bool protect_in_lanes(const LayerView& layer, uint8_t* eligible, int64_t& i) {
+  return layer.mask == nullptr ? protect_in_lanes<kDType, kOf, false>(layer, eligible, i)
+                               : protect_in_lanes<kDType, kOf, true>(layer, eligible, i);
 }
 
 // The key of a weight with one added; 0 if it is pruned.
@@ -73,7 +41,9 @@ inline KeyOf<kDType> ranked_key(const LayerView& layer, int64_t i) {
   return static_cast<KeyOf<kDType>>(magnitude_key(raw, infinity_of<kDType>()) + 1);
 }
 
-inline void set_bit(uint8_t* bits, int64_t i) { bits[i / 8] = static_cast<uint8_t>(bits[i / 8] | 1u << (i % 8)); }
+inline void set_bit(uint8_t* bits, int64_t i, unsigned value = 1) {
+  bits[i / 8] = static_cast<uint8_t>(bits[i / 8] | value << (i % 8));
+}
 
 // Groups of up to kMostOf weights, of which kColumns are compared at once, one in each column. Clears what it reads of
 // `eligible`, which may not be the mask.
@@ -83,16 +53,26 @@ inline KeyOf<kDType> protect_in_columns(const LayerView& layer, uint8_t* eligibl
   constexpr int kMostOf = 32, kColumns = 32;
   const Pattern& pattern = layer.ranking.pattern;
   const int of = static_cast<int>(pattern.of());
-  const int64_t stride = pattern.stride();
+  const int64_t stride = pattern.stride(), step = stride == 1 ? of : 1;
+  const Key keep = static_cast<Key>(pattern.keep());
+  const Key* const weights = static_cast<const Key*>(layer.weights);
   __builtin_memset(eligible + i / 8, 0, static_cast<size_t>((layer.n + 7) / 8 - i / 8));
   Key keys[kMostOf][kColumns] = {}, after[kMostOf][kColumns], most = 0;
   while (i < layer.n) {
     // Neighbouring groups lie side by side, or one after the other if their own weights do.
-    const int64_t step = stride == 1 ? of : 1;
     const int64_t left = stride == 1 ? (layer.n - i) / of : stride - i % (of * stride);
     const int columns = static_cast<int>(left < kColumns ? left : kColumns);
     for (int j = 0; j < of; ++j) {
-      for (int c = 0; c < columns; ++c) keys[j][c] = ranked_key<kDType>(layer, i + j * stride + c * step);
+      const int64_t first = i + j * stride;
+      if (step == 1 && columns == kColumns && layer.mask == nullptr) {
+        Key raw[kColumns];
+        __builtin_memcpy(raw, weights + first, sizeof(raw));
+        for (int c = 0; c < kColumns; ++c) {
+          keys[j][c] = static_cast<Key>(magnitude_key(raw[c], infinity_of<kDType>()) + 1);
+        }
+      } else {
+        for (int c = 0; c < columns; ++c) keys[j][c] = ranked_key<kDType>(layer, first + c * step);
+      }
       for (int c = 0; c < kColumns; ++c) {
         after[j][c] = 0;
         most = keys[j][c] > most ? keys[j][c] : most;
@@ -108,11 +88,9 @@ inline KeyOf<kDType> protect_in_columns(const LayerView& layer, uint8_t* eligibl
       }
     }
     for (int j = 0; j < of; ++j) {
-      for (int c = 0; c < columns; ++c) {
-        if (keys[j][c] != 0 && after[j][c] >= static_cast<Key>(pattern.keep())) {
-          set_bit(eligible, i + j * stride + c * step);
-        }
-      }
+      uint8_t found[kColumns];
+      for (int c = 0; c < kColumns; ++c) found[c] = (keys[j][c] != 0) & (after[j][c] >= keep);
+      for (int c = 0; c < columns; ++c) set_bit(eligible, i + j * stride + c * step, found[c]);
     }
     i += columns * step;
     if (stride > 1 && i % (of * stride) == stride) i += (of - 1) * stride;
@@ -216,23 +194,15 @@ inline KeyOf<kDType> protect_in_rows(const LayerView& layer, uint8_t* eligible) 
 
 template <DType kDType>
 bool protect(const LayerView& layer, uint8_t* eligible) {
-  using Key = KeyOf<kDType>;
   const Pattern& pattern = layer.ranking.pattern;
-  Key most = 0;
-  int64_t i = 0;
   const bool is_in_order = layer.filter.size() == 1 || pattern.of() <= layer.filter.channels || pattern.stride() > 1;
-  if (pattern.of() > 32 || !is_in_order) {
-    most = protect_in_rows<kDType>(layer, eligible);
-  } else {
-    if (pattern.stride() == 1 && pattern.of() == 2) most = protect_in_lanes<kDType, 2>(layer, eligible, i);
-    if (pattern.stride() == 1 && pattern.of() == 4) most = protect_in_lanes<kDType, 4>(layer, eligible, i);
-    if (pattern.stride() == 1 && pattern.of() == 8) most = protect_in_lanes<kDType, 8>(layer, eligible, i);
-    if (i < layer.n) {
-      const Key of_rest = protect_in_columns<kDType>(layer, eligible, i);
-      most = of_rest > most ? of_rest : most;
-    }
-  }
-  return most > infinity_of<kDType>();
+  if (pattern.of() > 32 || !is_in_order) return protect_in_rows<kDType>(layer, eligible) > infinity_of<kDType>();
+  int64_t i = 0;
+  bool nonfinite = false;
+  if (pattern.stride() == 1 && pattern.of() == 2) nonfinite = protect_in_lanes<kDType, 2>(layer, eligible, i);
+  if (pattern.stride() == 1 && pattern.of() == 4) nonfinite = protect_in_lanes<kDType, 4>(layer, eligible, i);
+  if (pattern.stride() == 1 && pattern.of() == 8) nonfinite = protect_in_lanes<kDType, 8>(layer, eligible, i);
+  return (i < layer.n && protect_in_columns<kDType>(layer, eligible, i) > infinity_of<kDType>()) || nonfinite;
 }
 
 // Adds to each sum the next kCols of its values, one after the other.
@@ -284,8 +254,8 @@ void score(const LayerView& layer, int64_t begin, int64_t end, void* sums, uint8
         for (int64_t v = 0; v < num_values; ++v) raw[v] = load_one(weights + place(r, column * cols + v));
       }
       for (int64_t v = 0; v < num_values; v += kWidth) {
-        for (int j = 0; j < kWidth; ++j) raw[v + j] = static_cast<Key>(raw[v + j] & static_cast<Key>(~kSignBit<Key>));
-        store_vector(values + v, load_weights<kDType>(raw + v));
+        const auto loaded = load_weights<kDType>(raw + v);
+        store_vector(values + v, loaded < 0 ? -loaded : loaded);
       }
       switch (cols) {
         case 1:

@@ -30,6 +30,14 @@ inline int64_t alignment(const LayerView& layer) {
   return 8;
 }
 
+// Whether the loops over weights look at the groups of a layer themselves: those that hardware takes, in a row in
+// memory.
+inline bool are_groups_in_loop(const LayerView& layer) {
+  const Pattern& pattern = layer.ranking.pattern;
+  return pattern.kind == PatternKind::kGroups && pattern.of() == 4 && pattern.stride() == 1 &&
+         (layer.filter.size() == 1 || layer.filter.channels % 4 == 0);
+}
+
 // How much of what is ranked a thread takes at a time: the weights of a chunk, or more if a band or group has more.
 inline int64_t chunk_of(const LayerView& layer) {
   const int64_t align = alignment(layer);
@@ -50,8 +58,9 @@ inline LayerView source_of(const LayerView& layer) {
   return {ranking.source_dtype, layer.weights, ranking.num_weights, layer.mask, ranking.filter};
 }
 
-// Returns the piece of [begin, end), or one that begins before and ends after it, made in `memory`.
-inline Piece ranked(const LayerView& layer, int64_t begin, int64_t end, char* memory) {
+// Returns the piece of [begin, end), or one that begins before and ends after it, made in `memory`. Unless bits are
+// asked for, a piece may have groups_in_loop, whose mask is that of the weights.
+inline Piece ranked(const LayerView& layer, int64_t begin, int64_t end, char* memory, bool as_bits = false) {
   const Pattern& pattern = layer.ranking.pattern;
   if (pattern.kind == PatternKind::kBlocks) {
     const int64_t n = end - begin;
@@ -64,6 +73,10 @@ inline Piece ranked(const LayerView& layer, int64_t begin, int64_t end, char* me
   LayerView piece{layer.dtype, static_cast<char*>(layer.weights) + first * bytes_of(layer.dtype), last - first,
                   layer.mask == nullptr ? nullptr : layer.mask + first / 8, layer.filter};
   if (pattern.kind == PatternKind::kNone) return {piece, first, false};
+  if (!as_bits && are_groups_in_loop(layer)) {
+    piece.ranking.pattern = pattern;
+    return {piece, first, false};
+  }
   uint8_t* const eligible = reinterpret_cast<uint8_t*>(memory);
   piece.ranking.pattern = pattern;
   const bool nonfinite = kernels_of(layer.dtype).protect(piece, eligible);

@@ -31,7 +31,8 @@ inline bool is_sampled_in_runs(const LayerView& layer) {
          (pattern.kind == PatternKind::kGroups && pattern.of() <= kMostInGroups);
 }
 
-// Like draw_sample for one layer that is ranked by groups or blocks: runs of neighbouring ones, at pseudo-random places.
+// Like draw_sample for one layer that is ranked by groups or blocks: runs of neighbouring ones, at pseudo-random
+// places.
 template <typename Key>
 BracketCounts draw_runs(const LayerView& layer, int64_t share, const Bracket& all, Key* keys) {
   constexpr int64_t kRun = 16;  // groups or blocks
@@ -69,6 +70,7 @@ BracketCounts draw_runs(const LayerView& layer, int64_t share, const Bracket& al
   if (is_groups) {
     drawn.ranking.pattern = {PatternKind::kGroups, pattern.keep(), of, 1};
     kernels_of(layer.dtype).protect(drawn, eligible);
+    drawn.ranking = {};
     drawn.mask = eligible;
   }
   return kernels_of(layer.dtype).scan(drawn, 0, drawn.n, all, keys);

@@ -59,18 +59,20 @@ int64_t find_match(const LayerView& layer, int64_t begin, int64_t end, const Bra
 int64_t in_row_major(const LayerView& layer, int64_t place, const Bracket& bracket, char* memory) {
   if (layer.filter.size() == 1 || place < 0) return place;
   const int64_t begin = place / layer.filter.size() * layer.filter.size();
-  const auto [piece, first, nonfinite] = ranked(layer, begin, begin + layer.filter.size(), memory);
+  const auto [piece, first, nonfinite] = ranked(layer, begin, begin + layer.filter.size(), memory, true);
   const Kernels& kernels = kernels_of(piece.dtype);
   int64_t rank = kernels.scan(piece, 0, place - first, bracket, nullptr).inside -
                  kernels.scan(piece, 0, begin - first, bracket, nullptr).inside;
-  return with_matches(piece, piece.mask, bracket, [&, from = first](auto is_match, int64_t channels, int64_t positions) {
-    for (int64_t c = 0; c < channels; ++c) {
-      for (int64_t p = 0; p < positions; ++p) {
-        if (is_match(begin - from + p * channels + c) && rank-- == 0) return begin + c * positions + p;
-      }
-    }
-    return place;  // the weights have changed meanwhile
-  });
+  return with_matches(piece, piece.mask, bracket,
+                      [&, from = first](auto is_match, int64_t channels, int64_t positions) {
+                        for (int64_t c = 0; c < channels; ++c) {
+                          for (int64_t p = 0; p < positions; ++p) {
+                            if (is_match(begin - from + p * channels + c) && rank-- == 0)
+                              return begin + c * positions + p;
+                          }
+                        }
+                        return place;  // the weights have changed meanwhile
+                      });
 }
 
 // The place of the match number `rank` of a chunk.
@@ -179,8 +181,8 @@ std::vector<Chunk> count(const std::vector<LayerView>& layers, const std::vector
       if (counts.nonfinite || piece.nonfinite) {
         const LayerView source = source_of(layer);
         const int64_t unit = weights_per_unit(layer), begin = chunk.begin * unit;
-        const Bracket beyond = with_dtype(
-            source.dtype, [](auto infinity) { return Bracket{infinity, uint64_t{infinity} + 1}; });
+        const Bracket beyond =
+            with_dtype(source.dtype, [](auto infinity) { return Bracket{infinity, uint64_t{infinity} + 1}; });
         int64_t& first = nonfinite[chunk.tensor];
 #pragma omp critical(gmp_kernels_nonfinite)
         if (first < 0 || begin < first) {

@@ -17,7 +17,17 @@ import torch
 from gmp_kernels.backends.dtypes import NAMES
 from gmp_kernels.patterns import Pattern
 
-__all__ = ["Filter", "Layer", "Layers", "are_plain", "by_dtype", "device_of", "group_positions", "prepared", "ranked_dtype"]
+__all__ = [
+    "Filter",
+    "Layer",
+    "Layers",
+    "are_plain",
+    "by_dtype",
+    "device_of",
+    "group_positions",
+    "prepared",
+    "ranked_dtype",
+]
 
 T = TypeVar("T")
 
@@ -148,8 +158,18 @@ class Layers(Sequence[Layer]):
     def __getitem__(self, index: int | slice) -> Layer | Sequence[Layer]:
         if isinstance(index, slice):
             return [self[i] for i in range(len(self))[index]]
-        given = self.masks, self.patterns, self.scores
-        return Layer.of(self.weights[index].detach(), *(None if column is None else column[index] for column in given))
+        return Layer.of(
+            self.weights[index].detach(),
+            None if self.masks is None else self.masks[index],
+            None if self.patterns is None else self.patterns[index],
+            None if self.scores is None else self.scores[index],
+        )
+
+    def unmasked(self) -> Layers:
+        """Return the same layers with all weights unpruned, and their own prepared data, which stays as long."""
+        bare = Layers(self.weights, None, self, self.patterns, self.scores)
+        bare.prepared = prepared(self, "unmasked", dict)
+        return bare
 
     @property
     def are_plain(self) -> bool:

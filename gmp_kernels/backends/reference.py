@@ -71,7 +71,8 @@ def _ranked(layer: Layer) -> tuple[np.ndarray, np.ndarray]:
     magnitude, kept = (_row_major(values, layer) for values in (_magnitude(layer.source), _kept(layer)))
     shape, pattern = tuple(layer.tensor.shape), layer.pattern
     if isinstance(pattern, Block):
-        matrix = magnitude.reshape(shape[0], -1).astype(np.float64 if layer.source.dtype == torch.float64 else np.float32)
+        dtype = np.float64 if layer.source.dtype == torch.float64 else np.float32
+        matrix = magnitude.reshape(shape[0], -1).astype(dtype)
         with np.errstate(over="ignore"):
             sums = np.zeros(pattern.ranked_shape(shape), matrix.dtype)
             for row in range(pattern.rows):

@@ -321,7 +321,8 @@ class Implementation(Protocol):
         """Return plain layers of what is ranked of these: weights or scores, or sums of the magnitudes of blocks.
 
         Bits of their masks are 0 for what is pruned or protected. They are new, except for those of layers that are
-        plain already. Memory: 1 bit per weight, and for blocks 4 bytes each (8 for float64).
+        plain already. Memory: 1 bit per weight, for blocks 4 bytes each (8 for float64), and for rows of which some
+        weights are protected up to 16 each.
         """
         ...
 

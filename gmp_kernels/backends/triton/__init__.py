@@ -13,26 +13,29 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from itertools import chain
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from gmp_kernels.backends import devices, ranking
+from gmp_kernels.backends import devices
 from gmp_kernels.backends.addresses import address, element_address
 from gmp_kernels.backends.at_once import at_once
 from gmp_kernels.backends.compactions import compactions_of
 from gmp_kernels.backends.devices import on_device, stream_of
 from gmp_kernels.backends.keys import largest_key
-from gmp_kernels.backends.layers import Layers, are_plain, by_dtype, device_of, prepared
+from gmp_kernels.backends.layers import Layers, are_plain, device_of, prepared
 from gmp_kernels.backends.registry import Backend, register
 from gmp_kernels.backends.triton.tables import (
     BLOCK,
     INTERPRETED,
+    LARGE,
     Kind,
+    Part,
     Table,
     constant_table,
+    parts_of,
     row_of,
     table_of,
     tables_by_kind,
@@ -51,6 +54,9 @@ from gmp_kernels.backends.types import (
 from gmp_kernels.backends.uploads import Recent, upload
 from gmp_kernels.errors import CaptureError
 
+if TYPE_CHECKING:
+    from gmp_kernels.backends.triton.patterns import Form
+
 T = TypeVar("T")
 
 # Contraction would round once what csrc/optim/update_rule.h rounds twice.
@@ -59,17 +65,16 @@ OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
 # columns, and the sums over columns take most of the time.
 COUNT_OPTIONS = OPTIONS | {"num_warps": 4}
 THREADS = 32 * COUNT_OPTIONS["num_warps"]
-# Programs that share a read of all weights. There are many more than a GPU runs at once, so that the last ones delay
-# the end little, yet few enough that each has work. Under the interpreter each has to get a run of chunks too.
-PROGRAMS = 3 if INTERPRETED else 4096
-MAX_SLOTS = 32  # to which neighbouring chunks add in turn
+# For the kernels that find a number per block or row: what a program takes is a warp's work.
+UNIT_OPTIONS = OPTIONS | {"num_warps": 1}
+NAMED_OPTIONS = {"count": COUNT_OPTIONS, "find_protected": UNIT_OPTIONS, "sum_blocks": UNIT_OPTIONS}
 COUNTERS, ANSWER_FIELDS = 4, 2  # of the kernels
 NO_INDEX = (1 << 63) - 1
 
 
 def options_of(name: str) -> dict[str, Any]:
     """Return the options with which a kernel is compiled."""
-    return COUNT_OPTIONS if name == "count" else OPTIONS
+    return NAMED_OPTIONS.get(name, OPTIONS)
 
 
 def _on(device: torch.device, what: str) -> AbstractContextManager[None]:
@@ -80,41 +85,6 @@ def _on(device: torch.device, what: str) -> AbstractContextManager[None]:
             "tables on the host; call it outside of the capture, or use backend 'cuda'"
         )
     return on_device(device, what)
-
-
-class Part(NamedTuple):
-    """The layers of one dtype, as the kernels get them."""
-
-    positions: list[int]
-    numels: list[int]
-    dtype: torch.dtype
-    device: torch.device
-    aligned: bool
-    masked: bool  # some layer has a mask
-    permuted: bool  # the memory of some layer is not in row-major order
-    table: Table
-    run: int  # chunks per program that reads all weights
-
-    @property
-    def slots(self) -> int:
-        """Slots of each of a layer's sums. Fewer layers get more slots, because each is then added to more often."""
-        return max(1, min(MAX_SLOTS, 4096 // len(self.numels), -(-max(self.numels) // BLOCK)))
-
-
-def _parts_of(layers: Sequence[Layer]) -> list[Part]:
-    """Split layers by dtype, and upload what of them stays as long as their addresses do."""
-    parts = []
-    for positions in by_dtype(layers).values():
-        own = [layers[i] for i in positions]
-        numels = [layer.weight.numel() for layer in own]
-        dtype, device = own[0].weight.dtype, own[0].weight.device
-        fields = [(element_address(layer.weight), address(layer.mask), *layer.filter) for layer in own]
-        table = table_of(numels, fields, device)
-        aligned = all(layer.weight.data_ptr() % 16 == 0 for layer in own)
-        masked, permuted = any(layer.mask is not None for layer in own), any(layer.is_channels_last for layer in own)
-        run = -(-len(table[1]) // PROGRAMS)
-        parts.append(Part(positions, numels, dtype, device, aligned, masked, permuted, table, run))
-    return parts
 
 
 def taken(column: Sequence[T], positions: Sequence[int]) -> Sequence[T]:
@@ -157,12 +127,15 @@ class Triton:
     def _parts(self, layers: Sequence[Layer]) -> list[Part]:
         """Return layers as tables, which are made when their addresses change."""
         device = device_of(layers)
-        stream, make = stream_of(device), partial(_parts_of, layers)
+        stream, make = stream_of(device), partial(parts_of, layers)
         if isinstance(layers, Layers):
             return prepared(layers, ("triton", stream), make)
         addresses = [(element_address(layer.weight), address(layer.mask)) for layer in layers]
         shapes = [(layer.weight.dtype, layer.weight.numel(), layer.filter) for layer in layers]
-        return self._parts_of.get((device, stream, addresses, shapes), make)
+        forms = None
+        if not are_plain(layers):
+            forms = [(layer.pattern, layer.weight.shape, address(layer.scores), layer.source.dtype) for layer in layers]
+        return self._parts_of.get((device, stream, addresses, shapes, forms), make)
 
     def _tile(self, part: Part) -> dict[str, Any]:
         return {
@@ -172,7 +145,56 @@ class Triton:
         }
 
     def ranked(self, layers: Sequence[Layer]) -> Sequence[Layer]:
-        return ranking.ranked(layers)
+        if are_plain(layers):
+            return layers
+        ranked = [*layers]
+        with _on(device_of(layers), "ranked"):
+            for part in self._parts(layers):
+                if part.form is not None:
+                    own = self._ranked(part, part.form, [ranked[i] for i in part.positions])
+                    for i, layer in zip(part.positions, own, strict=True):
+                        ranked[i] = layer
+        return ranked
+
+    def _ranked(self, part: Part, form: Form, layers: Sequence[Layer]) -> list[Layer]:
+        if not form.has_pattern:
+            return [Layer(layer.source, layer.mask, layer.is_channels_last) for layer in layers]
+        sizes = [-(-n // 8) for n in (part.num_units if form.is_summed else part.numels)]
+        bits = torch.empty(sum(sizes), dtype=torch.uint8, device=part.device).split_with_sizes(sizes)
+        asked = upload(list(map(torch.Tensor.data_ptr, bits)), torch.int64, part.device)
+        numbers = self._numbers(part, form, asked if form.is_summed else None)
+        if form.is_summed:
+            return [Layer(own, mask) for own, mask in zip(numbers.split_with_sizes(part.num_units), bits, strict=True)]
+        arguments = (*part.table, asked, numbers)
+        self._launch("mark_eligible", len(part.table[1]), *arguments, **self._form_tile(part, form))
+        return [Layer(layer.source, mask, layer.is_channels_last) for layer, mask in zip(layers, bits, strict=True)]
+
+    def _numbers(self, part: Part, form: Form, bits: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the numbers of the units of a part, if it has any; write the units' own bits if given addresses."""
+        nothing, _ = part.table
+        if part.units is None or form.kernel is None:
+            return nothing
+        size, dtype = form.numbers
+        numbers = torch.empty(size * sum(part.num_units), dtype=dtype, device=part.device)
+        arguments = (*part.units, nothing if bits is None else bits, numbers)
+        constants = {
+            "DTYPE": self._kernels.FLOATS[form.source],
+            "SOURCE": self._kernels.INTEGERS[form.source.itemsize],
+            "COLS": form.cols,
+            "MARKED": bits is not None,
+        }
+        self._launch(form.kernel[0], len(part.units[1]), *arguments, **constants, **self._order(part, form))
+        return numbers
+
+    def _order(self, part: Part, form: Form) -> dict[str, Any]:
+        is_large = max(part.numels) >= LARGE
+        index = self._kernels.INTEGERS[8 if is_large else 4]
+        return {"INFINITY": largest_key(form.ranked) - 1, "PERMUTED": part.permuted, "INDEX": index}
+
+    def _form_tile(self, part: Part, form: Form) -> dict[str, Any]:
+        source = self._kernels.INTEGERS[form.ranked.itemsize]
+        tile = {"SOURCE": source, "BLOCK": BLOCK, "ALIGNED": part.aligned, "KIND": form.kind}
+        return tile | self._order(part, form)
 
     def count(
         self,
@@ -211,8 +233,6 @@ class Triton:
     def prune(
         self, layers: Sequence[Layer], selection: Selection, out: Sequence[torch.Tensor], *, finite: bool = False
     ) -> PruneCounts | None:
-        if not are_plain(layers):
-            return ranking.prune(self, layers, selection, out, finite=finite)
         cutoffs = selection.cutoffs
         if finite and max(cutoffs.nonfinite) >= 0:
             return None
@@ -224,19 +244,33 @@ class Triton:
                 asked = list(chain(*(taken(column, part.positions) for column in columns)))
                 size = len(part.numels) * part.slots * COUNTERS
                 counts = torch.zeros(size, dtype=torch.int64, device=part.device)
-                requests.append((upload(asked, torch.int64, part.device), counts))
+                numbers = None if part.form is None else self._numbers(part, part.form)
+                requests.append((upload(asked, torch.int64, part.device), counts, numbers))
             # All memory is allocated; from here on weights are written.
             for part, request in zip(parts, requests, strict=True):
                 self._apply(part, *request, SELECTED=True)
             found = np.zeros((3, len(layers)), np.int64)  # sizes, weights kept before, weights kept now
-            for part, (_, counts) in zip(parts, requests, strict=True):
+            for part, (_, counts, _) in zip(parts, requests, strict=True):
                 kept = counts.cpu().numpy().reshape(len(part.numels), part.slots, COUNTERS).sum(axis=1).T
                 found[:, part.positions] = part.numels, *kept[:2]
         return PruneCounts.from_kept(*found.tolist())
 
-    def _apply(self, part: Part, asked: torch.Tensor, counts: torch.Tensor, *, SELECTED: bool) -> None:
+    def _apply(
+        self,
+        part: Part,
+        asked: torch.Tensor,
+        counts: torch.Tensor,
+        numbers: torch.Tensor | None = None,
+        *,
+        SELECTED: bool,
+    ) -> None:
         rows, owners = part.table
         arguments = (rows, owners, asked, len(part.numels), counts, part.slots)
+        if SELECTED and part.form is not None:
+            bits = self._kernels.INTEGERS[part.dtype.itemsize]
+            constants = {**self._form_tile(part, part.form), "BITS": bits, "SCORED": part.form.is_scored}
+            self._launch("settle", len(owners), *arguments, numbers, **constants)
+            return
         permuted = SELECTED and part.permuted  # masks alone ask for no order
         constants = {**self._tile(part), "ALIGNED": part.aligned, "PERMUTED": permuted, "SELECTED": SELECTED}
         self._launch("apply", len(owners), *arguments, **constants)

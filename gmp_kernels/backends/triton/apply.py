@@ -19,6 +19,7 @@ from gmp_kernels.backends.triton.tiles import (
     pointer_to,
     row_of,
     spread,
+    store_bits,
     store_rows,
 )
 
@@ -27,7 +28,7 @@ KEY, TIE_INDEX, OUT = map(tl.constexpr, range(3))
 
 
 @triton.jit
-def _are_before(row, index, begin, tie_index, BLOCK: tl.constexpr, PERMUTED: tl.constexpr):
+def are_before(row, index, begin, tie_index, BLOCK: tl.constexpr, PERMUTED: tl.constexpr):
     """Whether weights come before a flat index. PERMUTED: memory may hold a filter in another order than row-major."""
     before = index < tie_index
     if PERMUTED:
@@ -40,6 +41,22 @@ def _are_before(row, index, begin, tie_index, BLOCK: tl.constexpr, PERMUTED: tl.
             row_major = place % channels * (size // channels) + place // channels
             before = tl.where((place >= 0) & (place < size), row_major < tie_index - first, before)
     return before
+
+
+@triton.jit
+def store_zeros(weights, index, n, raw, stays, FULL: tl.constexpr):
+    """Zero the weights that do not stay, in rows that this changes."""
+    changes = tl.max(tl.where(stays, 0, raw != 0).to(tl.int32), axis=1) != 0
+    store_rows(weights, index, n, changes, tl.where(stays, raw, 0), FULL)
+
+
+@triton.jit
+def add_up(counts, layer, chunk, slots, kept, stays):
+    """Count the weights kept before and now."""
+    # Atomic sums at one address wait for one another, so neighbouring chunks add to different ones.
+    counters = counts + (layer * slots + chunk % slots) * COUNTERS
+    tl.atomic_add(counters, tl.sum(kept.to(tl.int32)).to(tl.int64))
+    tl.atomic_add(counters + 1, tl.sum(stays.to(tl.int32)).to(tl.int64))
 
 
 @triton.jit
@@ -58,19 +75,12 @@ def _apply(
         keys = magnitude_keys(raw, INFINITY)
         threshold = tl.load(asked + KEY * num_layers + layer).to(keys.dtype)
         tie_index = tl.load(asked + TIE_INDEX * num_layers + layer)
-        before = _are_before(row, index, begin, tie_index, BLOCK, PERMUTED)
+        before = are_before(row, index, begin, tie_index, BLOCK, PERMUTED)
         stays = kept & ((keys > threshold) | ((keys == threshold) & before))
-    changes = tl.max(tl.where(stays, 0, raw != 0).to(tl.int32), axis=1) != 0
-    store_rows(weights, index, n, changes, tl.where(stays, raw, 0), FULL)
+    store_zeros(weights, index, n, raw, stays, FULL)
     if SELECTED:
-        packed = tl.sum(stays.to(tl.int32) << tl.arange(0, 8)[None, :], axis=1)
-        place = begin // 8 + tl.arange(0, BLOCK // 8)
-        out = tl.load(asked + OUT * num_layers + layer).to(tl.pointer_type(tl.uint8))
-        tl.store(out + place, packed.to(tl.uint8), mask=place * 8 < n)
-        # Atomic sums at one address wait for one another, so neighbouring chunks add to different ones.
-        counters = counts + (layer * slots + chunk % slots) * COUNTERS
-        tl.atomic_add(counters, tl.sum(kept.to(tl.int32)).to(tl.int64))
-        tl.atomic_add(counters + 1, tl.sum(stays.to(tl.int32)).to(tl.int64))
+        store_bits(tl.load(asked + OUT * num_layers + layer), begin, n, stays, BLOCK)
+        add_up(counts, layer, chunk, slots, kept, stays)
 
 
 @triton.jit(do_not_specialize=["num_layers", "slots"], do_not_specialize_on_alignment=["asked", "counts"])

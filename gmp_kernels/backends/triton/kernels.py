@@ -7,6 +7,7 @@ import triton.language as tl
 from gmp_kernels.backends.dtypes import NAMES
 from gmp_kernels.backends.triton.apply import apply
 from gmp_kernels.backends.triton.count import count
+from gmp_kernels.backends.triton.patterns import find_protected, mark_eligible, settle, sum_blocks
 from gmp_kernels.backends.triton.update import count_kept, move_state, sum_squares, update
 
 __all__ = [
@@ -15,7 +16,11 @@ __all__ = [
     "apply",
     "count",
     "count_kept",
+    "find_protected",
+    "mark_eligible",
     "move_state",
+    "settle",
+    "sum_blocks",
     "sum_squares",
     "update",
 ]

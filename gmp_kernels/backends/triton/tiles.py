@@ -9,11 +9,13 @@ import triton
 import triton.language as tl
 
 # Fields of a table's rows, eight-byte integers: those of every row, of a layer, of an UpdateTensor and of a StateMove.
+# Of a layer, SCORES and what follows are there if it is not plain: what ranks it, the three numbers of its pattern, and
+# how many units of other layers come before its own.
 N, FIRST, WEIGHTS, MASK = map(tl.constexpr, range(4))
-CHANNELS, POSITIONS = map(tl.constexpr, (4, 5))
+CHANNELS, POSITIONS, SCORES, PATTERN, FIRST_UNIT = map(tl.constexpr, (4, 5, 6, 7, 10))
 MASTER, STATE, CHUNK_OFFSETS = map(tl.constexpr, (4, 5, 8))
 SOURCE, SOURCE_MASK, SOURCE_OFFSETS, TARGET, TARGET_MASK, TARGET_OFFSETS = map(tl.constexpr, range(2, 8))
-FIELDS = tl.constexpr(9)
+FIELDS = tl.constexpr(11)
 
 NO_INDEX = tl.constexpr((1 << 63) - 1)
 COUNTERS = tl.constexpr(4)  # per slot, to fill a cache sector; two are used
@@ -74,6 +76,26 @@ def load_rows(pointer, index, n, rows, FULL: tl.constexpr):
 @triton.jit
 def store_rows(pointer, index, n, rows, values, FULL: tl.constexpr):
     tl.store(pointer + index, values, mask=rows[:, None] if FULL else rows[:, None] & (index < n))
+
+
+@triton.jit
+def store_bits(address, begin, n, flags, BLOCK: tl.constexpr):
+    """Store the mask bits of a chunk."""
+    packed = tl.sum(flags.to(tl.int32) << tl.arange(0, 8)[None, :], axis=1)
+    place = begin // 8 + tl.arange(0, BLOCK // 8)
+    tl.store(address.to(tl.pointer_type(tl.uint8)) + place, packed.to(tl.uint8), mask=place * 8 < n)
+
+
+@triton.jit
+def widen(raw, dtype: tl.constexpr):
+    """Bits of a weight as a number of the type of the arithmetic."""
+    if dtype == tl.bfloat16:
+        values = (raw.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    elif dtype == tl.float16:
+        values = raw.to(tl.float16, bitcast=True).to(tl.float32)
+    else:
+        values = raw.to(dtype, bitcast=True)
+    return values
 
 
 @triton.jit

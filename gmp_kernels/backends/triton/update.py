@@ -26,6 +26,7 @@ from gmp_kernels.backends.triton.tiles import (
     row_of,
     spread,
     store_rows,
+    widen,
 )
 
 # The constants of a step, with the values that change nothing: those of csrc/optim/update_rule.h, in any order.
@@ -62,18 +63,6 @@ def _constant(c, NAME: tl.constexpr, T: tl.constexpr):
 
 
 @triton.jit
-def _widen(raw, dtype: tl.constexpr):
-    """Bits of a weight as a number of the type of the arithmetic."""
-    if dtype == tl.bfloat16:
-        values = (raw.to(tl.int32) << 16).to(tl.float32, bitcast=True)
-    elif dtype == tl.float16:
-        values = raw.to(tl.float16, bitcast=True).to(tl.float32)
-    else:
-        values = raw.to(dtype, bitcast=True)
-    return values
-
-
-@triton.jit
 def _narrow(values, dtype: tl.constexpr):
     """Back to the bits of a weight, rounded to nearest even; NaN gets the bits that the CPU's conversions give."""
     if dtype == tl.bfloat16:
@@ -94,7 +83,7 @@ def _narrow(values, dtype: tl.constexpr):
 
 @triton.jit
 def _load_state(place, held, STATE_TYPE: tl.constexpr):
-    return _widen(tl.load(place, mask=held, other=0), STATE_TYPE)
+    return widen(tl.load(place, mask=held, other=0), STATE_TYPE)
 
 
 @triton.jit
@@ -192,13 +181,13 @@ def _update(
     bits = mask_bytes(tl.load(row + MASK), begin, n, BLOCK, FULL)
     kept = spread(bits, index, n, FULL)
     live = bits != 0
-    g = _widen(load_rows(pointer_to(grads, BITS, ALIGNED), index, n, live, FULL), dtype)
+    g = widen(load_rows(pointer_to(grads, BITS, ALIGNED), index, n, live, FULL), dtype)
     weights = pointer_to(tl.load(row + WEIGHTS), BITS, ALIGNED)
     if HAS_MASTER:
         master = pointer_to(tl.load(row + MASTER), T, ALIGNED)
         w = load_rows(master, index, n, live, FULL)
     else:
-        w = _widen(load_rows(weights, index, n, live, FULL), dtype)
+        w = widen(load_rows(weights, index, n, live, FULL), dtype)
 
     if COMPACT:
         offsets = tl.load(row + CHUNK_OFFSETS).to(tl.pointer_type(tl.int64))
@@ -309,7 +298,7 @@ def _squares(row, begin, dtype: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.cons
     index = places(begin, BLOCK)
     bits = mask_bytes(tl.load(row + MASK), begin, n, BLOCK, FULL)
     raw = load_rows(pointer_to(tl.load(row + WEIGHTS), BITS, ALIGNED), index, n, bits != 0, FULL)
-    values = tl.where(spread(bits, index, n, FULL), _widen(raw, dtype).to(tl.float64), 0.0)
+    values = tl.where(spread(bits, index, n, FULL), widen(raw, dtype).to(tl.float64), 0.0)
     return tl.sum(values * values)
 
 
