@@ -31,6 +31,7 @@ __all__ = [
     "check_choice",
     "check_disjoint",
     "check_finite",
+    "check_fit",
     "check_mask",
     "check_tensors",
     "check_unbroken",
@@ -118,7 +119,7 @@ def checked_layers(
         tensors = [layer.tensor for layer in checked]
         ranks = None if scores is None else _checked_scores(op, scores, tensors, names)
         if patterns is not None:
-            _check_fit(op, patterns, tensors, names)
+            check_fit(op, patterns, [tensor.shape for tensor in tensors], names)
         layers = Layers(tensors, bits, None, patterns, ranks)
     # The signature has to be that of the bits in the layers.
     if signature is not None and key is not None and (bits is None or all(map(is_, bits, packed))):  # type: ignore[arg-type]
@@ -377,15 +378,14 @@ def _checked_scores(
     return found
 
 
-def _check_fit(
-    op: str, patterns: Sequence[Pattern | None], weights: Sequence[torch.Tensor], names: Sequence[str] | None
+def check_fit(
+    op: str, patterns: Sequence[Pattern | None], shapes: Sequence[Sequence[int]], names: Sequence[str] | None
 ) -> None:
     """Refuse weights whose shapes cannot have their patterns, all of them in one message."""
-    given = enumerate(zip(patterns, weights, strict=True))
     misfits = [
         (label_of(names, i), f"{label_of(names, i)} cannot be {pattern}: {reason}")
-        for i, (pattern, weight) in given
-        if pattern is not None and (reason := pattern.misfit(weight.shape)) is not None
+        for i, (pattern, shape) in enumerate(zip(patterns, shapes, strict=True))
+        if pattern is not None and (reason := pattern.misfit(shape)) is not None
     ]
     if misfits:
         found = "; ".join(word for _, word in misfits)

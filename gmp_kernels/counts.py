@@ -1,22 +1,24 @@
-"""How many weights a call prunes, and how that translates into counts of what is ranked."""
+"""How many weights a call prunes, how that translates into counts of what is ranked, and their selection."""
 
 from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from operator import le
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from gmp_kernels.backends.types import Threshold
+from gmp_kernels.backends.types import Brackets, Implementation, Layer, Selection, Threshold
 from gmp_kernels.checks import label_of
 from gmp_kernels.errors import ShapeError, SparsityError
-from gmp_kernels.patterns import Pattern
+from gmp_kernels.patterns import Pattern, Unstructured
 from gmp_kernels.schedules import check_sparsity
+from gmp_kernels.search.caps import select_capped
+from gmp_kernels.search.driver import select_most, select_with
 
-__all__ = ["Ranking", "counts_to_prune"]
+__all__ = ["Caps", "Ranking", "counts_to_prune", "patterns_of", "select"]
 
 
 class Ranking(NamedTuple):
@@ -32,12 +34,15 @@ class Ranking(NamedTuple):
         How many weights or blocks are ranked.
     most : list of int
         How many weights can be pruned.
+    columns : list of (int, int)
+        Units and protected weights of each layer by itself.
     """
 
     units: list[int]
     protected: list[int]
     sizes: list[int]
     most: list[int]
+    columns: list[tuple[int, int]]
 
     @classmethod
     def of(cls, patterns: Sequence[Pattern | None], shapes: Sequence[Sequence[int]], *, is_global: bool) -> Ranking:
@@ -46,23 +51,38 @@ class Ranking(NamedTuple):
         units = [1 if pattern is None else pattern.unit for pattern, _ in pairs]
         protected = [0 if pattern is None else pattern.num_protected(shape) for pattern, shape in pairs]
         numels = [math.prod(shape) for _, shape in pairs]
+        of_layers = list(zip(units, protected, strict=True))
         if is_global and pairs:
             units, protected, numels = units[:1], [sum(protected)], [sum(numels)]
         columns = list(zip(units, protected, numels, strict=True))
-        return cls(units, protected, [n // unit for unit, _, n in columns], [n - kept for _, kept, n in columns])
+        return cls(
+            units, protected, [n // unit for unit, _, n in columns], [n - kept for _, kept, n in columns], of_layers
+        )
 
     def counts(self, num_prune: Sequence[int]) -> list[int]:
         """Return what selections count for these numbers of weights, one per group."""
         return [n // unit + kept for n, unit, kept in zip(num_prune, self.units, self.protected, strict=True)]
 
-    def threshold(self, found: Threshold, group: int) -> Threshold:
-        """Return a threshold whose counts do not include what is protected. Of blocks they count blocks.
+    def of_layers(self, numbers: Sequence[int]) -> list[int]:
+        """Do what ``counts`` does for numbers of each layer by itself."""
+        return [n // unit + kept for n, (unit, kept) in zip(numbers, self.columns, strict=True)]
 
-        If the pattern alone decides, because all is pruned that it allows, the threshold is Inf.
+    def thresholds(self, found: Sequence[Threshold], alone: Collection[int] = ()) -> list[Threshold]:
+        """Return thresholds of layers whose counts do not include what is protected. Of blocks they count blocks.
+
+        The layers at the positions ``alone`` are not ranked together with others. If the pattern alone decides, because
+        all is pruned that it allows, a threshold is Inf.
         """
-        decides = found.num_ties == 0 and math.isnan(found.value)  # the pattern alone
-        value = math.inf if decides else found.value
-        return found._replace(value=value, num_below=found.num_below - self.protected[group])
+        own = [kept for _, kept in self.columns]
+        is_global = len(self.units) < len(own)
+        rest = sum(kept for i, kept in enumerate(own) if i not in alone)
+        result = []
+        for i, (threshold, kept) in enumerate(zip(found, own, strict=True)):
+            decides = threshold.num_ties == 0 and math.isnan(threshold.value)  # the pattern alone
+            kept = rest if is_global and i not in alone else kept
+            value = math.inf if decides else threshold.value
+            result.append(threshold._replace(value=value, num_below=threshold.num_below - kept))
+        return result
 
     def check(
         self, op: str, num_prune: Sequence[int], patterns: Sequence[Pattern | None], names: Sequence[str] | None
@@ -80,6 +100,67 @@ class Ranking(NamedTuple):
                 f"{op}: expected a sparsity of at most {most / total:.6g} for {label} ({found}), got {n} of {total} "
                 f"weights to prune; the pattern allows {most}"
             )
+
+
+class Caps(NamedTuple):
+    """Limits of layers that are ranked together.
+
+    Attributes
+    ----------
+    most : list of int
+        How many weights of each layer may be pruned, whole blocks of them.
+    num_pruned : list of int
+        How many are pruned already.
+    """
+
+    most: list[int]
+    num_pruned: list[int]
+
+
+def select(
+    implementation: Implementation,
+    layers: Sequence[Layer],
+    num_prune: Sequence[int],
+    ranking: Ranking | None,
+    is_global: bool,
+    brackets: Brackets | None = None,
+    caps: Caps | None = None,
+) -> tuple[Selection, Sequence[int]]:
+    """Select so many weights in each group of layers.
+
+    Parameters
+    ----------
+    implementation : Implementation
+    layers : sequence of Layer
+    num_prune : sequence of int
+        Of weights, per group.
+    ranking : Ranking or None
+        None if the layers have no patterns and no caps.
+    is_global : bool
+        Whether all layers are one group.
+    brackets : Brackets, optional
+        As in ``Implementation.select``.
+    caps : Caps, optional
+
+    Returns
+    -------
+    Selection
+    sequence of int
+        The layers at their caps.
+    """
+    group_sizes = [len(layers)] if is_global else [1] * len(layers)
+    if ranking is None:
+        return select_with(implementation)(layers, num_prune, group_sizes, brackets, prunes=True), ()
+    wanted = ranking.counts(num_prune)
+    if caps is not None:
+        # Layers that are ranked anew come without masks.
+        num_pruned = [0 if layer.mask is None else n for layer, n in zip(layers, caps.num_pruned, strict=True)]
+        own = ranking.of_layers(caps.most), ranking.of_layers(num_pruned)
+        selection, full = select_capped(implementation, layers, wanted[0], *own)
+        return selection, list(full)
+    if list(num_prune) == ranking.most:
+        return select_most(implementation, layers, wanted, group_sizes), ()
+    return select_with(implementation)(layers, wanted, group_sizes, brackets, prunes=True), ()
 
 
 def counts_to_prune(
@@ -130,3 +211,27 @@ def _exact_count(op: str, value: object, n: int, unit: int = 1) -> int:
             f"{near + unit}"
         )
     return int(value)
+
+
+def patterns_of(op: str, given: Any, num_weights: int, scope: str) -> list[Pattern | None] | None:
+    """Return one pattern per weight, None for those of which any weight may be pruned; None if all are such."""
+    is_several = hasattr(given, "__iter__") and not isinstance(given, (str, type))
+    patterns = list(given) if is_several else [given] * num_weights
+    for entry in patterns:
+        if entry is not None and not isinstance(entry, Pattern):
+            raise TypeError(f"{op}: expected a pattern such as NM(2, 4) or Block(4, 4), got {entry!r}")
+    if len(patterns) != num_weights:
+        raise ShapeError(
+            f"{op}: expected one pattern, or one per weight, got {len(patterns)} for {num_weights} weights"
+        )
+    patterns = [None if entry == Unstructured() else entry for entry in patterns]
+    if patterns.count(None) == len(patterns):
+        return None
+    units = {entry if entry is not None and entry.unit > 1 else None for entry in patterns}
+    if scope == "global" and len(units) > 1:
+        found = ", ".join(sorted({str(entry or "single weights") for entry in units}))
+        raise ShapeError(
+            f"{op}: expected blocks of one size, or none at all, for scope='global', got {found}, whose scores cannot "
+            "be compared; use scope='layer'"
+        )
+    return patterns

@@ -23,14 +23,14 @@ from gmp_kernels.checks import (
     check_unbroken,
     checked_layers,
 )
-from gmp_kernels.counts import Ranking, counts_to_prune
+from gmp_kernels.counts import Caps, Ranking, counts_to_prune, patterns_of, select
 from gmp_kernels.errors import DeviceError, DTypeError, ShapeError
 from gmp_kernels.formats import ROW_MAJOR, format_of
 from gmp_kernels.library import define
 from gmp_kernels.masks import BitMask
-from gmp_kernels.patterns import Pattern, Unstructured
+from gmp_kernels.patterns import Pattern
 from gmp_kernels.search.brackets import brackets_near
-from gmp_kernels.search.driver import select_most, select_with
+from gmp_kernels.search.driver import select_with
 
 __all__ = ["PruneResult", "Threshold", "apply_masks_", "magnitude_threshold", "prune_", "thresholds_of"]
 
@@ -174,8 +174,8 @@ def prune_(
         per weight; in global scope all have blocks of one size, or none has blocks. Masks that are given have to keep
         to it. With ``Block``, counts are of whole blocks and thresholds count blocks.
     scores : torch.Tensor or numpy.ndarray, or a sequence of them, optional
-        Ranked instead of the magnitudes, one tensor per weight: of its shape, floating, no entry negative or NaN. Scores
-        in another memory format are copied. Global scope needs them in a single dtype.
+        Ranked instead of the magnitudes, one tensor per weight: of its shape, floating, no entry negative or NaN.
+        Scores in another memory format are copied. Global scope needs them in a single dtype.
     nonfinite : {"error", "keep"}
         As in ``magnitude_threshold``.
     previous : sequence of Threshold or None, optional
@@ -208,8 +208,8 @@ def prune_(
     ----------
     M. Zhu and S. Gupta, "To prune, or not to prune", 2017, arXiv:1710.01878.
     """
-    options = {"pattern": pattern, "scores": scores}
-    return begin_prune(weights, masks, scope, nonfinite, previous, names, backend, sparsity, num_prune, **options)()
+    given = weights, masks, scope, nonfinite, previous, names, backend, sparsity, num_prune
+    return begin_prune(*given, pattern=pattern, scores=scores)()
 
 
 def begin_prune(
@@ -226,9 +226,21 @@ def begin_prune(
     pattern: Pattern | Sequence[Pattern | None] | None = None,
     scores: Weight | Sequence[Weight] | None = None,
     regrow: bool = False,
+    caps: Caps | None = None,
+    are_unbroken: bool = False,
 ) -> Callable[[], PruneResult]:
-    """Do everything in ``prune_`` that comes before its first write. Takes the same arguments.
+    """Do everything in ``prune_`` that comes before its first write. Takes the same arguments, and two for pruners.
 
+    Parameters
+    ----------
+    caps : Caps, optional
+        In global scope no layer loses more than its cap, and the others lose what that withholds. A layer at its cap
+        has a threshold of its own.
+    are_unbroken : bool
+        The masks are known to keep to the pattern.
+
+    Notes
+    -----
     With ``regrow``, masks are written and not read: all weights are ranked anew, those too that were pruned.
 
     Returns
@@ -247,7 +259,8 @@ def begin_prune(
     layers = checked_layers(op, weights_, masks_, names, writes="weights and masks", patterns=patterns, scores=ranks)
     is_global = scope == "global"
     ranking = None
-    if layers is not None and patterns is not None:
+    if layers is not None and (patterns is not None or caps is not None):
+        patterns = patterns or [None] * len(layers)
         ranking = Ranking.of(patterns, [weight.shape for weight in layers.weights], is_global=is_global)
     units = 1 if ranking is None else ranking.units
     counts = counts_to_prune(op, layers.sizes if layers else [], sparsity, num_prune, scope, units)
@@ -262,21 +275,17 @@ def begin_prune(
 
     implementation = choose(backend, layers.device)
     given, layers = layers, layers.unmasked() if regrow else layers
-    sizes, wanted = [sum(layers.sizes)] if is_global else layers.sizes, counts
+    sizes = [sum(layers.sizes)] if is_global else layers.sizes
     if ranking is not None:
         assert patterns is not None
         ranking.check(op, counts, patterns, names)
-        if masks_ is not None and not regrow:
+        if masks_ is not None and not (are_unbroken or regrow):
             check_unbroken(op, layers, names)
-        sizes, wanted = ranking.sizes, ranking.counts(counts)
-    group_sizes = [len(layers)] if is_global else [1] * len(layers)
-    if ranking is not None and counts == ranking.most:
-        selection = select_most(implementation, layers, wanted, group_sizes)
-    else:
-        brackets = None
-        if previous is not None:
-            brackets = brackets_near(previous[: len(sizes)], counts, sizes, dtypes)
-        selection = select_with(implementation)(layers, wanted, group_sizes, brackets, prunes=True)
+        sizes = ranking.sizes
+    brackets = None
+    if previous is not None:
+        brackets = brackets_near(previous[: len(sizes)], counts, sizes, dtypes)
+    selection, alone = select(implementation, layers, counts, ranking, is_global, brackets, caps)
     # This runs while a GPU selects.
     if masks_ is None:
         try:
@@ -312,8 +321,7 @@ def begin_prune(
         assert counted is not None
         thresholds = thresholds_of(cutoffs, dtypes)
         if ranking is not None:
-            groups = [0] * len(thresholds) if is_global else range(len(thresholds))
-            thresholds = list(map(ranking.threshold, thresholds, groups))
+            thresholds = ranking.thresholds(thresholds, alone)
         return PruneResult(masks_, thresholds, *counted)
 
     return write
@@ -362,30 +370,6 @@ def _as_list(given: Any) -> list[Any]:
         return list(given)
     is_one = isinstance(given, (torch.Tensor, np.ndarray, torch.nn.Module, dict, str)) or not hasattr(given, "__iter__")
     return [given] if is_one else list(given)
-
-
-def patterns_of(op: str, given: Any, num_weights: int, scope: Scope) -> list[Pattern | None] | None:
-    """Return one pattern per weight, None for those of which any weight may be pruned; None if all are such."""
-    patterns = _as_list(given) if given is not None and not isinstance(given, (str, type)) else [given] * num_weights
-    patterns = patterns * num_weights if isinstance(given, Pattern) else patterns
-    for entry in patterns:
-        if entry is not None and not isinstance(entry, Pattern):
-            raise TypeError(f"{op}: expected a pattern such as NM(2, 4) or Block(4, 4), got {entry!r}")
-    if len(patterns) != num_weights:
-        raise ShapeError(
-            f"{op}: expected one pattern, or one per weight, got {len(patterns)} for {num_weights} weights"
-        )
-    patterns = [None if entry == Unstructured() else entry for entry in patterns]
-    if patterns.count(None) == len(patterns):
-        return None
-    units = {entry if entry is not None and entry.unit > 1 else None for entry in patterns}
-    if scope == "global" and len(units) > 1:
-        found = ", ".join(sorted({str(entry or "single weights") for entry in units}))
-        raise ShapeError(
-            f"{op}: expected blocks of one size, or none at all, for scope='global', got {found}, whose scores cannot be "
-            "compared; use scope='layer'"
-        )
-    return patterns
 
 
 def thresholds_of(cutoffs: Cutoffs, dtypes: Sequence[torch.dtype]) -> list[Threshold]:

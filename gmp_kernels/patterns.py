@@ -10,6 +10,7 @@ import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 
@@ -17,6 +18,8 @@ __all__ = ["NM", "Block", "Pattern", "Unstructured"]
 
 MOST = 32  # weights of a group, and rows or columns of a block
 NONE, GROUPS, BLOCKS = 0, 1, 2  # kinds, as in csrc/order/pattern.h
+
+Box: TypeAlias = tuple[tuple[int, ...], tuple[int, ...]]  # first indices and lengths
 
 
 class Pattern:
@@ -35,6 +38,17 @@ class Pattern:
     def ranked_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """Return the shape of what is ranked: that of the weight, or its numbers of blocks."""
         return tuple(shape)
+
+    def part_misfit(self, shape: Sequence[int], offsets: Sequence[int], sizes: Sequence[int]) -> str | None:
+        """Return why a box of a weight that fits cannot be ranked by itself; None if it can.
+
+        The box has the first indices ``offsets`` and lengths ``sizes``, and is not empty.
+        """
+        raise NotImplementedError
+
+    def ranked_part(self, offsets: Sequence[int], sizes: Sequence[int], shape: Sequence[int]) -> Box:
+        """Return the box, in the ranked shape, of what is ranked of such a box of a weight of this shape."""
+        return tuple(offsets), tuple(sizes)
 
     def num_protected(self, shape: Sequence[int]) -> int:
         """Return how many weights are kept whatever their rank."""
@@ -105,6 +119,12 @@ class Unstructured(Pattern):
         row = math.prod(shape[1:])
         return None if row >= self.min_kept_per_row else f"rows of {row} weights"
 
+    def part_misfit(self, shape: Sequence[int], offsets: Sequence[int], sizes: Sequence[int]) -> str | None:
+        if not self.min_kept_per_row or tuple(sizes[1:]) == tuple(shape[1:]):
+            return None
+        dim = next(d for d in range(1, len(shape)) if sizes[d] != shape[d])
+        return f"its rows are divided: it has {sizes[dim]} of {shape[dim]} along dim {dim}"
+
     def num_protected(self, shape: Sequence[int]) -> int:
         return self.min_kept_per_row * shape[0] if self.min_kept_per_row else 0
 
@@ -159,6 +179,13 @@ class NM(Pattern):
             return f"shape {tuple(shape)} has no dim {self.dim} to group" if self.dim >= len(shape) else "one dimension"
         size = shape[self.dim]
         return None if size % self.of == 0 else f"size {size} of dim {self.dim} is not divisible by {self.of}"
+
+    def part_misfit(self, shape: Sequence[int], offsets: Sequence[int], sizes: Sequence[int]) -> str | None:
+        first, size = offsets[self.dim], sizes[self.dim]
+        if first % self.of == 0 and size % self.of == 0:
+            return None
+        part = f"{first} to {first + size} of {shape[self.dim]} along dim {self.dim}"
+        return f"it has {part}, which cuts groups of {self.of}"
 
     def num_protected(self, shape: Sequence[int]) -> int:
         return math.prod(shape) // self.of * self.keep
@@ -220,6 +247,27 @@ class Block(Pattern):
         if height % self.rows == 0 and width % self.cols == 0:
             return None
         return f"{height} x {width} is no whole number of blocks"
+
+    def part_misfit(self, shape: Sequence[int], offsets: Sequence[int], sizes: Sequence[int]) -> str | None:
+        (top, left), (height, width) = self._in_matrix(offsets, sizes, shape)
+        if width != math.prod(sizes[1:]):
+            return f"its part of each row, {' x '.join(map(str, sizes[1:]))} of shape {tuple(shape[1:])}, is in pieces"
+        if top % self.rows == 0 and height % self.rows == 0 and left % self.cols == 0 and width % self.cols == 0:
+            return None
+        return f"it has rows {top} to {top + height} and columns {left} to {left + width}, which cuts blocks"
+
+    def ranked_part(self, offsets: Sequence[int], sizes: Sequence[int], shape: Sequence[int]) -> Box:
+        (top, left), (height, width) = self._in_matrix(offsets, sizes, shape)
+        return (top // self.rows, left // self.cols), (height // self.rows, width // self.cols)
+
+    def _in_matrix(self, offsets: Sequence[int], sizes: Sequence[int], shape: Sequence[int]) -> Box:
+        """Return the box of the matrix that encloses the box of a weight."""
+        if not math.prod(sizes):
+            return (0, 0), (0, 0)
+        strides = [math.prod(shape[dim + 1 :]) for dim in range(1, len(shape))]
+        first = sum(offset * stride for offset, stride in zip(offsets[1:], strides, strict=True))
+        length = 1 + sum((size - 1) * stride for size, stride in zip(sizes[1:], strides, strict=True))
+        return (offsets[0], first), (sizes[0], length)
 
     def ranked_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         return shape[0] // self.rows, math.prod(shape[1:]) // self.cols

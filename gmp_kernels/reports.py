@@ -19,11 +19,12 @@ class LayerReport:
     ----------
     name : str
     threshold : float
-        Largest magnitude this update pruned, 0.0 if it pruned nothing new; in global scope over all layers.
+        Largest magnitude this update pruned, 0.0 if it pruned nothing new; in global scope over all layers that are
+        below their ``max_sparsity``. With ``scores`` or blocks the largest score; Inf where the pattern alone decides.
     num_weights, num_pruned, num_newly_pruned : int
         Numbers of weights, of zeros in the mask, and of zeros that this update added.
     num_ties : int
-        Weights of exactly the threshold's magnitude; in global scope over all layers.
+        Weights, or blocks, of exactly the threshold's magnitude; in global scope over the same layers.
     """
 
     name: str

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from os import PathLike
@@ -15,17 +14,20 @@ from gmp_kernels.checks import check_choice
 from gmp_kernels.distributed import Shards, refuse_flattened
 from gmp_kernels.distributed.placement import sum_over_shards
 from gmp_kernels.errors import warn
-from gmp_kernels.model.coverage import Coverage, gap_in, shown_names
+from gmp_kernels.model.coverage import Coverage, gap_in
 from gmp_kernels.model.parametrized import follow_update_
 from gmp_kernels.model.targets import Entry, ParameterIndex, check_optimized
 from gmp_kernels.model.wrappers import optimizer_chain
 from gmp_kernels.ops import NonFinite, Scope
-from gmp_kernels.pruner.enforcement import Enforcement, write_despite_interrupts
+from gmp_kernels.pruner.enforcement import Enforcement
 from gmp_kernels.pruner.groups import groups_of, warning_of_emptied
-from gmp_kernels.pruner.layers import begin, prune_nothing
+from gmp_kernels.pruner.interrupts import write_despite_interrupts
+from gmp_kernels.pruner.layers import prune_nothing
+from gmp_kernels.pruner.limits import Limits, Patterns, Scores, check_kept
 from gmp_kernels.pruner.progress import PATIENCE, Position, Progress
 from gmp_kernels.pruner.state import Start, begin_load, pack, starting_masks
-from gmp_kernels.reports import LayerReport, StepReport
+from gmp_kernels.pruner.updates import say_emptied, update
+from gmp_kernels.reports import StepReport
 from gmp_kernels.schedules import Schedule
 
 __all__ = ["GMPScheduler", "StepReport"]
@@ -71,6 +73,19 @@ class GMPScheduler:
     distribution : {"uniform", "erk"}
         For layer scope. "uniform" prunes every layer to the schedule's sparsity. "erk" (Erdos-Renyi-Kernel) keeps small
         layers denser and reaches the schedule's sparsity over all layers together, except those in ``overrides``.
+    pattern : Pattern, or dict of Pattern, optional
+        ``patterns.NM``, ``Block`` or ``Unstructured``: which weights may be pruned, and which only together, as in
+        ``prune_``. One for all layers, or {entry as in targets: pattern}: the first entry that matches a layer applies,
+        and any weight of other layers may be pruned. Counts of blocks are rounded to whole blocks.
+    max_sparsity : float, optional
+        Of each layer, in (0, 1]: no more than floor(max_sparsity * n) of its n weights are pruned. With
+        ``scope="global"`` and ``distribution="erk"`` the other layers lose what this withholds.
+    scores : callable, optional
+        Called as ``scores(name, parameter, state)`` for each layer at each of its updates. Returns a tensor with a
+        score per weight, not negative: those of lowest score are pruned, instead of those of smallest magnitude.
+        ``state`` holds the optimizer's state of the parameter, such as ``exp_avg_sq`` of Adam, in tensors of its shape,
+        also with compact state; it is empty before the first step. Of a sharded parameter each rank returns the scores
+        of the whole as a DTensor, or those of its local part. Memory: the scores of all layers of an update.
     start : mapping of str to BitMask, str, path or None
         Weights that are pruned before the first update. "zeros": the zeros of the model. A mapping: the weights that
         its masks prune; layers it does not name start dense. A path: masks that ``gmp-kernels prune --masks`` wrote.
@@ -101,9 +116,10 @@ class GMPScheduler:
         An entry matches nothing that can be pruned, or nothing is left to prune. Or a parameter given by its exact name
         is not in the optimizer, or the model computes a weight from it in a way that does not keep zeros.
     SparsityError
-        An override outside [0, 1].
+        An override outside [0, 1]; a final sparsity above what ``pattern`` or ``max_sparsity`` allows; masks to start
+        from that break the pattern.
     DTypeError, ShapeError, LayoutError, BackendUnavailableError
-        A target that ``prune_`` does not take.
+        A target that ``prune_`` does not take. ShapeError: targets that do not fit the pattern, all of them named.
     ValueError
         An unknown ``scope``, ``distribution``, ``count`` or ``nonfinite``.
 
@@ -129,6 +145,9 @@ class GMPScheduler:
         overrides: Mapping[Entry, float | Schedule] | None = None,
         scope: Scope = "layer",
         distribution: str = "uniform",
+        pattern: Patterns = None,
+        max_sparsity: float | None = None,
+        scores: Scores | None = None,
         start: Start = None,
         count: Literal["optimizer_steps", "calls"] = "optimizer_steps",
         nonfinite: NonFinite = "error",
@@ -150,9 +169,9 @@ class GMPScheduler:
         parameters, self._coverage = index.select(targets, ignore)
         shapes = {name: p.shape for name, p in parameters.items()}
         self._num_weights = {name: shape.numel() for name, shape in shapes.items()}
-        main, others = groups_of(
-            index, shapes, schedule, distribution=distribution, overrides=overrides or {}, scope=scope
-        )
+        check_choice("GMPScheduler", "scope", scope, get_args(Scope))
+        limits = Limits.of(index, shapes, scope, pattern=pattern, max_sparsity=max_sparsity, scores=scores)
+        main, others = groups_of(index, shapes, schedule, distribution, overrides or {}, scope, limits)
         self._groups = [main, *others] if main.shapes else others
         self._schedules = [group.schedule for group in self._groups]
         self._end_step = max(schedule.end_step for schedule in self._schedules)
@@ -164,12 +183,14 @@ class GMPScheduler:
             self.masks,
             optimizer,
             Progress(counts_calls=count == "calls", schedules=self._schedules),
-            shards=Shards.of(model, parameters),
+            shards=Shards.of(model, parameters, limits.patterns),
+            limits=limits,
             settings={
                 "schedule": schedule.to_dict(),
                 "overrides": {name: group.schedule.to_dict() for group in others for name in group.shapes},
                 "scope": scope,
                 "distribution": distribution,
+                **limits.settings(),
             },
             backend=backend,
             expects_dense=not has_start,
@@ -178,6 +199,7 @@ class GMPScheduler:
         prune_nothing(self._held, parameters, **self._options)
         num_pruned = {}
         if has_start:
+            check_kept(limits.patterns, self.masks, parameters, "masks to start from", "start without them")
             here = {name: mask.numel - mask.num_kept for name, mask in self.masks.items()}
             num_pruned = {name: int(sum_over_shards(n, parameters[name])) for name, n in here.items()}
         self._held.pruner = weakref.ref(self)
@@ -301,8 +323,9 @@ class GMPScheduler:
         num_calls = self._held.progress.position.num_calls
         num_others = sum(len(group.shapes) for group in self._groups if group.schedule is not self.schedule)
         others = f" and {num_others} layers by overrides" if num_others else ""
+        limits = ", ".join(filter(None, (f"scope={self._options['scope']!r}", str(self._held.limits))))
         return (
-            f"{type(self).__name__}({self.schedule!r}, scope={self._options['scope']!r}){others}\n"
+            f"{type(self).__name__}({self.schedule!r}, {limits}){others}\n"
             f"step {self.step_count} after {num_calls} calls, sparsity {self.sparsity:.4f}, {state}\n"
             f"{self._coverage}"
         )
@@ -400,51 +423,9 @@ class GMPScheduler:
 
     def _update(self, due: Sequence[int | None], position: Position) -> StepReport:
         """Make the updates of these steps, one per group, or change nothing."""
-        start = time.perf_counter()
         held = self._held
-        held.watch.check_shapes()
-        updates = [(group, step) for group, step in zip(self._groups, due, strict=True) if step is not None]
-        step = max(step for _, step in updates)
-        counts: dict[str, int] = {}
-        for group, at in updates:
-            counts |= group.num_prune(group.schedule.sparsity_at(at))
-        held.check_masks(names := [name for name in self.masks if name in counts])
-        prune = begin(held, {name: counts[name] for name in names}, step=step, **self._options)
-        sizes, before, num_reports = self._num_weights, held.num_pruned, len(self.history)
-        num_pruned: dict[str, int] = {}
-
-        def write() -> StepReport:
-            if not num_pruned:  # a second call must not write bits by which state is laid out by now
-                num_pruned.update(prune())
-            found = [(name, held.thresholds[name], num_pruned[name]) for name in names]
-            layers = tuple(
-                LayerReport(name, threshold.value, sizes[name], n, n - before[name], threshold.num_ties)
-                for name, threshold, n in found
-            )
-            held.masks_changed(before | num_pruned)
-            try:
-                # If this fails, only optimizer state is left to zero, and the code that zeroes it tries again later.
-                held.apply(names, ranked_is_pruned=True, are_checked=True)
-            finally:
-                report = StepReport(
-                    step=step,
-                    num_calls=position.num_calls,
-                    target_sparsity=self.schedule.sparsity_at(step),
-                    sparsity=sum(num_pruned.values()) / sum(layer.num_weights for layer in layers),
-                    seconds=time.perf_counter() - start,
-                    layers=layers,
-                )
-                self.history[num_reports:] = [report]
-                self._held.progress.position = position
-            return report
-
-        report = write_despite_interrupts(write, held.shards)
+        report = update(held, self.history, self.schedule, self._groups, due, position, self._options)
         self._follow_masks()
-        emptied = [layer.name for layer in report.layers if layer.sparsity == 1.0]
-        if self._options["scope"] == "global" and emptied:
-            held.say(
-                "emptied",
-                f"ranking all layers together has left {shown_names(emptied)} without a weight; prune less, use "
-                "scope='layer', or add them to ignore=",
-            )
+        if self._options["scope"] == "global":
+            say_emptied(held, report)
         return report

@@ -20,7 +20,7 @@ from gmp_kernels.errors import DTypeError, TargetError
 from gmp_kernels.model.coverage import Coverage, shown_names, shown_shape
 from gmp_kernels.model.names import plain_name
 from gmp_kernels.model.targets import ParameterIndex
-from gmp_kernels.pruner.groups import emptied_layers
+from gmp_kernels.pruner.distributions import emptied_layers
 from gmp_kernels.tools.cli import main as cli
 
 

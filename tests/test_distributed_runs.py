@@ -27,6 +27,18 @@ def test_masks_of_shards_are_those_of_one_process(layouts):
     passes(run_python(JOBS / "masks.py", *layouts, OMP_NUM_THREADS="1"))
 
 
+@pytest.mark.parametrize(
+    "layouts",
+    [
+        ("rows",),
+        pytest.param(("columns", "columns_and_copies", "copies"), marks=pytest.mark.thorough),
+        pytest.param(("rows_and_columns", "rows_twice", "copies_of_rows"), marks=pytest.mark.thorough),
+    ],
+)
+def test_patterns_caps_and_scores_of_shards_are_those_of_one_process(layouts):
+    passes(run_python(JOBS / "patterns.py", *layouts, OMP_NUM_THREADS="1"))
+
+
 @pytest.mark.thorough
 def test_training_of_shards_is_that_of_one_process():
     passes(run_python(JOBS / "training.py", OMP_NUM_THREADS="1"))

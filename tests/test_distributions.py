@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gmp_kernels.pruner.groups import erk, uniform
+from gmp_kernels.pruner.distributions import Limit, erk, uniform
 
 SHAPES = st.lists(st.lists(st.integers(1, 40), min_size=1, max_size=4), min_size=1, max_size=12)
 SPARSITY = st.floats(0.0, 1.0)
@@ -82,3 +82,55 @@ def test_erk_prefers_the_earlier_layer_where_shares_tie():
 @pytest.mark.parametrize(("sparsity", "expected"), [(0.0, [0, 0]), (1.0, [12, 30])])
 def test_erk_at_the_ends(sparsity, expected):
     assert erk(sparsity, [[3, 4], [5, 6]]) == expected
+
+
+@st.composite
+def limited_layers(draw):
+    """Shapes of layers with one unit, limits, and a number of units that these allow to prune."""
+    unit = draw(st.sampled_from([1, 2, 6]))
+    shapes = draw(st.lists(st.lists(st.integers(1, 12), min_size=1, max_size=3), min_size=1, max_size=8))
+    shapes = [[unit * first, *rest] for first, *rest in shapes]
+    most = [draw(st.integers(0, math.prod(shape) // unit)) * unit for shape in shapes]
+    return shapes, [Limit(unit, n) for n in most], draw(st.integers(0, sum(most) // unit))
+
+
+@given(limited_layers())
+def test_erk_keeps_to_limits_and_spreads_what_they_withhold(layers):
+    shapes, limits, num_units = layers
+    unit, sizes = limits[0].unit, list(map(math.prod, shapes))
+    counts = erk(num_units * unit / sum(sizes), shapes, limits)
+    assert sum(counts) == num_units * unit
+    assert all(0 <= n <= limit.most and n % unit == 0 for n, limit in zip(counts, limits, strict=True))
+    # One level explains them all: it rounds to what each layer keeps, unless that is all it has or all it may lose.
+    kept = [n - count for n, count in zip(sizes, counts, strict=True)]
+    rows = list(zip(kept, map(sum, shapes), counts, limits, strict=True))
+    lower = [Fraction(2 * k - unit, 2 * d) for k, d, count, limit in rows if count < limit.most]
+    upper = [Fraction(2 * k + unit, 2 * d) for k, d, count, _ in rows if count > 0]
+    assert max(lower, default=0) <= min(upper, default=math.inf)
+
+
+@given(limited_layers(), st.floats(0, 1))
+def test_erk_with_limits_never_gives_a_layer_less_when_more_is_pruned(layers, share):
+    shapes, limits, num_units = layers
+    total = sum(map(math.prod, shapes)) // limits[0].unit
+    low, high = (erk(n / total, shapes, limits) for n in (int(share * num_units), num_units))
+    assert all(before <= after for before, after in zip(low, high, strict=True))
+
+
+@given(st.lists(st.lists(st.integers(1, 30), min_size=1, max_size=3), min_size=1, max_size=8), st.floats(0, 1))
+def test_limits_that_allow_everything_change_nothing(shapes, sparsity):
+    limits = [Limit(1, math.prod(shape)) for shape in shapes]
+    for distribution in (erk, uniform):
+        assert distribution(sparsity, shapes, limits) == distribution(sparsity, shapes)
+
+
+def test_erk_of_blocks_of_several_sizes_stops_less_than_one_block_short():
+    shapes, limits = [[8, 8], [6, 6], [5, 5]], [Limit(16, 64), Limit(4, 36), Limit(1, 25)]
+    for wanted in range(126):
+        counts = erk(wanted / 125, shapes, limits)
+        assert wanted - 16 < sum(counts) <= wanted
+        assert all(n % limit.unit == 0 for n, limit in zip(counts, limits, strict=True))
+
+
+def test_uniform_counts_whole_blocks():
+    assert uniform(0.3, [[8, 8], [4, 4]], [Limit(16, 64), Limit(1, 16)]) == [round(0.3 * 4) * 16, 5]

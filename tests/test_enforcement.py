@@ -15,9 +15,9 @@ import torch
 from held_runs import EVERY_OPTIMIZER, Run, assert_held, start, train
 from torch import nn
 
-from gmp_kernels import GMPScheduler, optim, scheduler, schedules
+from gmp_kernels import GMPScheduler, optim, schedules
 from gmp_kernels.errors import GMPWarning, StateError, TargetError
-from gmp_kernels.pruner import enforcement
+from gmp_kernels.pruner import enforcement, updates
 from gmp_kernels.pruner.watch import Watch
 from gmp_kernels.reports import LayerReport
 
@@ -309,7 +309,7 @@ def test_an_interrupt_while_layers_are_reported(moment: int, monkeypatch: pytest
         return LayerReport(*args)
 
     run = start("torch_momentum")
-    monkeypatch.setattr(scheduler, "LayerReport", interrupted)
+    monkeypatch.setattr(updates, "LayerReport", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run[2].step()
     assert [layer.num_pruned for layer in run[2].history[0].layers] == [1080, 540]

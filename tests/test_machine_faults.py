@@ -10,7 +10,7 @@ from hypothesis import Phase
 from pruned_runs import KINDS
 from test_scheduler_machine import FOUND, replay, run
 
-from gmp_kernels import scheduler
+from gmp_kernels.pruner import updates
 from gmp_kernels.pruner.enforcement import Enforcement
 from gmp_kernels.pruner.progress import Progress
 from gmp_kernels.pruner.watch import Watch
@@ -52,7 +52,7 @@ FAULTS: dict[str, tuple[Any, str, Callable[..., Any]]] = {
     "nothing follows a step": (Enforcement, "_after_step", lambda self, *_: self.progress.add()),
     "state is left as it is": (Enforcement, "_zero", _weights_alone),
     "copies are left alone": (Enforcement, "__setstate__", _unhooked),
-    "what is interrupted is not finished": (scheduler, "write_despite_interrupts", lambda write, shards: write()),
+    "what is interrupted is not finished": (updates, "write_despite_interrupts", lambda write, shards: write()),
     "updates are repeated": (Progress, "due", _repeated),
     "a pruner that was replaced goes on": (Enforcement, "release", lambda self, names=None: None),
     "the new optimizer is not followed": (Enforcement, "_attach", lambda self: None),

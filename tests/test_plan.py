@@ -8,7 +8,8 @@ from torch import nn
 
 from gmp_kernels import Stages, schedules
 from gmp_kernels.errors import ScheduleError, TargetError
-from gmp_kernels.pruner.groups import Group, uniform
+from gmp_kernels.pruner.distributions import uniform
+from gmp_kernels.pruner.groups import Group
 from gmp_kernels.tools.plan import TOGETHER, Course, Plan, Row
 from gmp_kernels.tools.presets import PRESETS, bert_base_layers, llama_1b_layers, resnet50_layers
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -11,17 +11,19 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gmp_kernels.backends import choose
-from gmp_kernels.backends.layers import Layers
-from gmp_kernels.backends.types import Brackets, Cutoffs, Layer, Selection, Threshold
-from gmp_kernels.checks import adopt_bits, check_finite, checked_layers
+from gmp_kernels.backends.types import Brackets, Cutoffs, Implementation, Selection, Threshold
+from gmp_kernels.checks import adopt_bits, check_finite
+from gmp_kernels.counts import Caps, Ranking, select
 from gmp_kernels.distributed.placement import is_sharded, region_of
-from gmp_kernels.errors import DistributedError, GMPError, LayoutError, StateError
+from gmp_kernels.distributed.selection import Pieces, capped_cutoffs, cutoffs_of_all, ranked_regions
+from gmp_kernels.errors import DistributedError, LayoutError, StateError
 from gmp_kernels.formats import ROW_MAJOR
 from gmp_kernels.masks import BitMask
 from gmp_kernels.ops import NonFinite, PruneResult, Scope, thresholds_of
+from gmp_kernels.patterns import Pattern
 from gmp_kernels.search.brackets import brackets_near, without_far_below
 from gmp_kernels.search.communicator import Communicator
-from gmp_kernels.search.driver import Search, select_with
+from gmp_kernels.search.driver import Search
 from gmp_kernels.search.placement import Placement
 
 __all__ = ["Shards", "refuse_flattened"]
@@ -47,21 +49,31 @@ class Shards:
     communicator : Communicator
     parameters : mapping of str to torch.Tensor
         The same on every rank, in the same order.
+    patterns : mapping of str to Pattern
+        Of the layers that have one.
     """
 
-    def __init__(self, communicator: Communicator, parameters: Mapping[str, torch.Tensor]) -> None:
-        self.communicator = communicator
+    def __init__(
+        self,
+        communicator: Communicator,
+        parameters: Mapping[str, torch.Tensor],
+        patterns: Mapping[str, Pattern] | None = None,
+    ) -> None:
+        self.communicator, self._patterns = communicator, patterns or {}
         self._dtypes = {name: parameter.dtype for name, parameter in parameters.items()}
         self._own = {name: region_of(name, parameter) for name, parameter in parameters.items()}
         self._placements: dict[str, Placement] = {}
+        self._ranked: dict[str, Placement] = {}  # of what is ranked: weights or blocks
 
     @classmethod
-    def of(cls, model: nn.Module, parameters: Mapping[str, torch.Tensor]) -> Shards | None:
+    def of(
+        cls, model: nn.Module, parameters: Mapping[str, torch.Tensor], patterns: Mapping[str, Pattern] | None = None
+    ) -> Shards | None:
         """Return the shards of a model whose parameters are sharded or replicated; None for plain tensors."""
         if not (dist.is_available() and dist.is_initialized()):
             return None
         group = _group(model, list(parameters.values()))
-        return None if group is None else cls(Communicator(group), parameters)
+        return None if group is None else cls(Communicator(group), parameters, patterns)
 
     @property
     def are_copies(self) -> bool:
@@ -77,14 +89,17 @@ class Shards:
         StateError
             The ranks differ. Raised on every rank, naming the difference.
         LayoutError
-            The ranks do not hold each layer between them.
+            The ranks do not hold each layer between them, or a group or block of a pattern lies on several. Raised on
+            every rank.
         """
         layers = {f"layer '{name}'": (self._dtypes[name], own.shape) for name, own in self._own.items()}
         self._compare({**facts, "layers": list(self._own), **layers})
         gathered = self.communicator.gather(self._own)
-        self._placements = {
-            name: Placement(name, [own[name] for own in gathered], self.communicator.rank) for name in self._own
-        }
+        regions = {name: [own[name] for own in gathered] for name in self._own}
+        self._placements = {name: Placement(name, held, self.communicator.rank) for name, held in regions.items()}
+        ranked = {name: ranked_regions(name, pattern, regions[name]) for name, pattern in self._patterns.items()}
+        divided = {name: Placement(name, held, self.communicator.rank) for name, held in ranked.items()}
+        self._ranked = self._placements | divided
 
     def prune_(
         self,
@@ -98,6 +113,8 @@ class Shards:
         nonfinite: NonFinite,
         previous: Sequence[Threshold | None],
         backend: str | None,
+        scores: Callable[[], Sequence[torch.Tensor]] | None = None,
+        caps: Caps | None = None,
     ) -> PruneResult:
         """Prune like ``gmp_kernels.prune_``, where ``weights`` and ``masks`` are this rank's pieces of layers.
 
@@ -110,6 +127,10 @@ class Shards:
             Names of the layers, and the step of the update.
         scope, nonfinite, previous, backend
             As in ``gmp_kernels.prune_``.
+        scores : callable, optional
+            Returns this rank's pieces of the scores. What it raises is raised, and DistributedError on other ranks.
+        caps : Caps, optional
+            As in ``gmp_kernels.ops.begin_prune``.
 
         Returns
         -------
@@ -128,70 +149,114 @@ class Shards:
         Notes
         -----
         Collectives: one maximum, two sums for most brackets and, if some ties stay and others do not, one more: a sum
-        or, if the ranks' pieces interleave, lists of ties. One more if there are copies, or in global scope.
+        or, if the ranks' pieces interleave, lists of ties. One more if there are copies, in global scope, or with a
+        pattern. Caps take three or more of each.
         """
-        failure = None
-        checked: Layers | None = None
-        layers: list[Layer | None] = [None] * len(weights)
-        present = [i for i, weight in enumerate(weights) if weight.numel()]
-        own = [weights[i] for i in present], [masks[i] for i in present], [names[i] for i in present]
-        try:
-            checked = checked_layers(STEP, *own, writes="weights and masks")
-            for i, layer in zip(present, checked or (), strict=True):
-                layers[i] = layer
-        except GMPError as error:
-            failure = error
         implementation = choose(backend, weights[0].device)
         is_global = scope == "global"
-        placements, dtypes = [self._placements[name] for name in names], [weight.dtype for weight in weights]
-        sizes = [placement.size for placement in placements]
-        sizes, hints = ([sum(sizes)], previous[:1]) if is_global else (sizes, previous)
+        patterns = [self._patterns.get(name) for name in names]
+        pieces = Pieces.of(STEP, implementation, weights, masks, names, patterns, scores, is_global=is_global)
+        checked, dtypes = pieces.checked, pieces.dtypes
+        ranking = None
+        if self._patterns or caps is not None:
+            ranking = Ranking.of(patterns, [self._own[name].shape for name in names], is_global=is_global)
         facts: dict[str, object] = {"step": step, "num_prune": list(num_prune)}
+        if scores is not None:
+            facts["dtypes"] = dtypes
+        placements = [self._placements[name] for name in names]
         num_before: list[int] | None = None
+        alone: Collection[int] = ()
         if self.are_copies:
             found = Cutoffs.of([])
             if checked:
-                group_sizes = [len(checked)] if is_global else [1] * len(checked)
+                hints, sizes = (previous[:1], [sum(checked.sizes)]) if is_global else (previous, checked.sizes)
                 near = brackets_near(hints, num_prune, sizes, dtypes)
-                found = select_with(implementation)(checked, num_prune, group_sizes, near, prunes=True).cutoffs
-            thresholds, chosen = thresholds_of(found, dtypes) if checked else [], found
+                selection, alone = select(implementation, checked, num_prune, ranking, is_global, near, caps)
+                found = selection.cutoffs
+            thresholds, chosen = thresholds_of(found, dtypes) if found.keys else [], found
             facts["thresholds"] = [(*t, index) for t, index in zip(thresholds, found.tie_indices, strict=True)]
-            self._begin(facts, failure, names, found.nonfinite if nonfinite == "error" else [], None)
+            self._begin(facts, pieces.failure, names, found.nonfinite if nonfinite == "error" else [], None)
         else:
-            group_sizes = [len(layers)] if is_global else [1] * len(layers)
-            own_layers = layers, dtypes, placements
-            search = Search(self.communicator, implementation, *own_layers, group_sizes, num_prune, present=checked)
-            num_pruned = [0 if last is None else last.num_pruned for last in hints]
-            brackets = self._begin(facts, failure, names, [], None if failure else search.estimate(num_pruned))
-            cutoffs = search.find(without_far_below(brackets, hints, dtypes))
-            search.locate_ties(cutoffs)
-            if nonfinite == "error" and cutoffs.has_nonfinite.any():
-                check_finite(STEP, search.first_nonfinite(), names)
-            of_pieces = search.cutoffs(cutoffs)
-            thresholds = thresholds_of(of_pieces, dtypes)
-            chosen = Cutoffs(*([column[i] for i in present] for column in of_pieces))
-            if not is_global and not any(placement.has_copies for placement in placements):
-                num_before = cutoffs.num_pruned.tolist()
-        counts = [(0, 0)] * len(layers)
+            found, num_before, alone = self._cutoffs_of_parts(
+                implementation, pieces, facts, names, num_prune, ranking, is_global, nonfinite, previous, caps
+            )
+            thresholds = thresholds_of(found, dtypes)
+            chosen = Cutoffs(*([column[i] for i in pieces.present] for column in found))
+        counts = [(0, 0)] * len(weights)
         if checked:
-            adopt_bits(own[1], checked)
+            adopt_bits([masks[i] for i in pieces.present], checked)
             assert checked.masks is not None
             torch.autograd.graph.increment_version([*checked.weights, *checked.masks])
             written = implementation.prune(checked, Selection(chosen), checked.masks)
             assert written is not None
-            for i, num_pruned_now, num_new in zip(present, *written, strict=True):
+            for i, num_pruned_now, num_new in zip(pieces.present, *written, strict=True):
                 counts[i] = num_pruned_now, num_new
         if num_before is not None:
             totals = [threshold.num_pruned for threshold in thresholds]
             new = [after - before for after, before in zip(totals, num_before, strict=True)]
         else:
             totals, new = self._confirm(placements, masks, names, counts)
+        thresholds = thresholds if ranking is None else ranking.thresholds(thresholds, alone)
         return PruneResult(list(masks), thresholds, totals, new)
+
+    def _cutoffs_of_parts(
+        self,
+        implementation: Implementation,
+        pieces: Pieces,
+        facts: Mapping[str, object],
+        names: Sequence[str],
+        num_prune: Sequence[int],
+        ranking: Ranking | None,
+        is_global: bool,
+        nonfinite: NonFinite,
+        previous: Sequence[Threshold | None],
+        caps: Caps | None,
+    ) -> tuple[Cutoffs, list[int] | None, Collection[int]]:
+        """Find the cutoffs of this rank's pieces, one for each layer, together with all ranks.
+
+        Returns
+        -------
+        Cutoffs
+        list of int or None
+            How many weights of each layer are pruned already, where that is found on the way.
+        collection of int
+            Positions of layers at their caps.
+        """
+        placements, ranked = ([own[name] for name in names] for own in (self._placements, self._ranked))
+        parts = self.communicator, implementation, pieces.layers, pieces.dtypes, ranked
+        if ranking is None:
+            wanted, own_nonfinite = list(num_prune), [-1]
+        else:
+            wanted = ranking.counts(num_prune)
+            # What is protected, and so not ranked, may be NaN too.
+            looks = nonfinite == "error" and pieces.failure is None
+            own_nonfinite = pieces.nonfinite(implementation, placements) if looks else [-1]
+            if caps is not None:
+                self._begin(facts, pieces.failure, names, own_nonfinite, None)
+                found, full = capped_cutoffs(*parts, wanted[0], *map(ranking.of_layers, caps))
+                return found, None, full
+            if list(num_prune) == ranking.most:
+                self._begin(facts, pieces.failure, names, own_nonfinite, None)
+                return cutoffs_of_all(pieces.dtypes, wanted * len(names) if is_global else wanted), None, ()
+        group_sizes, hints = ([len(names)], previous[:1]) if is_global else ([1] * len(names), previous)
+        search = Search(*parts, group_sizes, wanted, present=pieces.plain)
+        num_pruned = [None if ranking else 0 if last is None else last.num_pruned for last in hints]
+        estimated = search.estimate(num_pruned) if pieces.failure is None else None
+        brackets = self._begin(facts, pieces.failure, names, own_nonfinite, estimated)
+        cutoffs = search.find(without_far_below(brackets, hints, pieces.dtypes))
+        search.locate_ties(cutoffs)
+        num_before: list[int] | None = None
+        if ranking is None:
+            if nonfinite == "error" and cutoffs.has_nonfinite.any():
+                check_finite(STEP, search.first_nonfinite(), names)
+            if not is_global and not any(placement.has_copies for placement in placements):
+                num_before = cutoffs.num_pruned.tolist()
+        return search.cutoffs(cutoffs), num_before, ()
 
     def _begin(
         self,
         facts: Mapping[str, object],
-        failure: GMPError | None,
+        failure: Exception | None,
         names: Sequence[str],
         nonfinite: Sequence[int],
         brackets: Brackets | None,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -18,6 +19,8 @@ from gmp_kernels.model.roles import COMPLEX, EMBEDDING, EMPTY, PARAMETRIZATION, 
 from gmp_kernels.model.selection import Entry, TargetIndex
 
 __all__ = ["Entry", "ParameterIndex", "check_optimized", "check_present"]
+
+T = TypeVar("T")
 
 MULTIPLIERS = (nn.Linear, nn.Bilinear, _ConvNd)
 SEVERAL_WEIGHTS = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
@@ -121,6 +124,28 @@ class ParameterIndex(TargetIndex):
         if self._optimizer is not None:
             check_optimized(self._optimizer, parameters)
         return parameters, coverage
+
+    def assigned(self, what: str, entries: Mapping[Entry, T], targets: Container[str]) -> list[tuple[T, list[str]]]:
+        """Return values with the targets that their entries reach and no earlier entry does, none empty.
+
+        Raises
+        ------
+        TargetError
+            An entry, of the argument ``what``, reaches no target.
+        """
+        taken: set[str] = set()
+        found = []
+        for entry, value in entries.items():
+            reached = [name for name in self.find(what, entry) if name in targets]
+            if not reached:
+                raise TargetError(
+                    f"{what}: expected entries that reach a target, got {entry!r}, which reaches only parameters "
+                    "that are not pruned; add them to targets="
+                )
+            if own := [name for name in reached if name not in taken]:
+                found.append((value, own))
+                taken.update(own)
+        return found
 
     def _find_roles(
         self, model: nn.Module, tensors: Mapping[str, torch.Tensor], effective: Mapping[str, str]

@@ -379,15 +379,20 @@ class Masking(torch.optim.Optimizer):
     def _expand(self, saved: dict[Any, Any]) -> None:
         """Replace the state that torch has collected by its dense form."""
         for index, p in enumerate(p for group in self.param_groups for p in group["params"]):
-            if index not in saved:
-                continue
-            # torch returns its live dictionaries. A new one cannot turn compact while somebody loads it.
-            dense = saved[index] = expanded(self._name, p, self.state[p], self._backend)
-            layout, mask = layout_of(self.state[p]), self._masks.get(p)
-            if mask is not None and (p in self._pending or (layout is not None and layout.mask is not mask.packed)):
-                pruned = ~mask.to_bool()
-                for name in per_weight(p, dense):
-                    dense[name] = sharded_like(local(dense[name]).masked_fill(pruned, 0.0), p)
+            if index in saved:
+                # torch returns its live dictionaries. A new one cannot turn compact while somebody loads it.
+                saved[index] = self.dense_state(p)
+
+    def dense_state(self, p: torch.Tensor) -> dict[str, Any]:
+        """Return the state of a parameter as ``state_dict`` has it, {} if there is none. Compact state is expanded."""
+        state, mask = self.state.get(p, {}), self._masks.get(p)
+        dense = expanded(self._name, p, state, self._backend)
+        layout = layout_of(state)
+        if mask is not None and (p in self._pending or (layout is not None and layout.mask is not mask.packed)):
+            pruned = ~mask.to_bool()
+            for name in per_weight(p, dense):
+                dense[name] = sharded_like(local(dense[name]).masked_fill(pruned, 0.0), p)
+        return dense
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

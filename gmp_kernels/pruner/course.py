@@ -9,7 +9,8 @@ from os import PathLike
 from torch import distributed
 
 from gmp_kernels.plots import Curves, check_picture, plot_sparsity
-from gmp_kernels.pruner.groups import Group, together
+from gmp_kernels.pruner.distributions import together
+from gmp_kernels.pruner.groups import Group
 from gmp_kernels.reports import StepReport
 
 __all__ = ["asked_for", "draw", "so_far"]

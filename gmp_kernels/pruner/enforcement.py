@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 from weakref import WeakSet
 
 import torch
@@ -17,29 +17,16 @@ from gmp_kernels.masks import BitMask
 from gmp_kernels.model.wrappers import inside, optimizer_chain, with_own_hooks
 from gmp_kernels.ops import Threshold
 from gmp_kernels.optim.masked import MaskedOptimizer
+from gmp_kernels.pruner.interrupts import write_despite_interrupts
+from gmp_kernels.pruner.limits import Limits, check_kept
 from gmp_kernels.pruner.progress import Progress
 from gmp_kernels.pruner.watch import Watch
 from gmp_kernels.pruner.zeroing import state_beside, zero_all_where_pruned_
 
-__all__ = ["Enforcement", "write_despite_interrupts"]
+__all__ = ["Enforcement"]
 
 # A share of all weights: more zeros than this are no accident.
 MANY_ZEROS = 0.01
-
-_T = TypeVar("_T")
-
-
-def write_despite_interrupts(write: Callable[[], _T], shards: Shards | None) -> _T:
-    """Call ``write``. After an interrupt call it again, which finishes the work, and then raise the interrupt."""
-    try:
-        return write()
-    except Exception:
-        raise
-    except BaseException:
-        # Other ranks would not take part in a second call.
-        if shards is None:
-            write()
-        raise
 
 
 class Enforcement:
@@ -59,6 +46,7 @@ class Enforcement:
         Counts the steps of the innermost optimizer.
     shards : Shards, optional
         Given if parameters are shards or copies of those of other ranks.
+    limits : Limits
     settings : dict of str to object
         Settings that have to be the same on every rank.
     expects_dense : bool
@@ -95,6 +83,7 @@ class Enforcement:
         progress: Progress,
         *,
         shards: Shards | None,
+        limits: Limits,
         settings: Mapping[str, object],
         backend: str | None,
         expects_dense: bool,
@@ -104,6 +93,7 @@ class Enforcement:
         self.masks = masks
         self.progress = progress
         self.shards = shards
+        self.limits = limits
         self.settings = settings
         self.backend = backend
         self._expects_dense = expects_dense
@@ -434,6 +424,8 @@ class Enforcement:
             self._expects_dense = False
             return
         masks = {name: BitMask.from_zeros(local(self.parameters[name])) for name in zeros}
+        advice = "pass start={} to let them train"
+        check_kept(self.limits.patterns, masks, self.parameters, "zeros of the model", advice)
 
         def hold() -> None:
             for name, mask in masks.items():

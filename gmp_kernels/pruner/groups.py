@@ -2,126 +2,28 @@
 
 from __future__ import annotations
 
-import heapq
 import math
-from collections.abc import Callable, Mapping, Sequence
-from fractions import Fraction
-from typing import NamedTuple, TypeAlias, get_args
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 
-from gmp_kernels.checks import check_choice
-from gmp_kernels.errors import TargetError
+from gmp_kernels.errors import SparsityError, TargetError
 from gmp_kernels.model.coverage import shown_names
 from gmp_kernels.model.targets import Entry, ParameterIndex
 from gmp_kernels.ops import Scope
+from gmp_kernels.pruner.distributions import (
+    Distribution,
+    Limit,
+    distribution_of,
+    emptied_layers,
+    total_to_prune,
+    uniform,
+)
+from gmp_kernels.pruner.limits import Limits
 from gmp_kernels.schedules import Schedule
 
-__all__ = ["Group", "distribution_of", "emptied_layers", "erk", "groups_of", "uniform", "warning_of_emptied"]
-
-# Returns num_prune per layer, for a sparsity and the shapes of the layers.
-Distribution: TypeAlias = Callable[[float, Sequence[Sequence[int]]], list[int]]
-
-
-def uniform(sparsity: float, shapes: Sequence[Sequence[int]]) -> list[int]:
-    """Return num_prune per layer with every layer at the same sparsity: round(sparsity * n).
-
-    Parameters
-    ----------
-    sparsity : float
-        Fraction of weights to prune, in [0, 1].
-    shapes : sequence of shapes
-        One per layer, none empty.
-    """
-    return [round(sparsity * math.prod(shape)) for shape in shapes]
-
-
-def together(sparsity: float, shapes: Sequence[Sequence[int]]) -> list[int]:
-    """Return counts whose sum is round(sparsity * N), N being all weights: where layers are ranked together."""
-    return [round(sparsity * sum(map(math.prod, shapes))), *[0] * (len(shapes) - 1)]
-
-
-def emptied_layers(names: Sequence[str], sizes: Sequence[int], num_pruned: Sequence[int]) -> list[str]:
-    """Return the names of the layers that have no weight left: whatever goes in, their output is a constant."""
-    return [name for name, n, pruned in zip(names, sizes, num_pruned, strict=True) if pruned >= n]
-
-
-def erk(sparsity: float, shapes: Sequence[Sequence[int]]) -> list[int]:
-    """Return num_prune per layer with densities after Erdos-Renyi-Kernel: small layers keep more of their weights.
-
-    The density of a layer is proportional to sum(dims) / prod(dims), so the number of weights it keeps is
-    proportional to sum(dims). If that is more than it has, the other layers keep the excess instead.
-    The total is exactly round(sparsity * N), N being all weights of all layers.
-
-    Parameters
-    ----------
-    sparsity : float
-        Fraction of all weights to prune, in [0, 1].
-    shapes : sequence of shapes
-        One per layer, none empty.
-
-    Notes
-    -----
-    Whole numbers come from Webster's divisor method, with each layer capped at its size. The j-th weight that a layer
-    would keep has the share (j - 1/2) / sum(dims). The smallest shares are granted; ties go to the earlier layer.
-    Pruned weights cannot come back, so no layer may lose less when more is pruned in total. This method ensures that,
-    unlike rounding by largest remainders.
-
-    References
-    ----------
-    .. [1] U. Evci et al., "Rigging the lottery: making all tickets winners", ICML 2020, arXiv:1911.11134.
-    .. [2] M. Balinski and H. P. Young, "Fair representation", 1982: divisor methods are house monotone.
-    """
-    sizes = [math.prod(shape) for shape in shapes]
-    dims = [sum(shape) for shape in shapes]
-    num_keep = sum(sizes) - round(sparsity * sum(sizes))
-    # One weight per layer is held back and the rest rounded down, so no layer has too many yet; shares settle the rest.
-    level = _water_level(max(0, num_keep - len(sizes)), sizes, dims)
-    kept = [min(n, math.floor(level * d)) for n, d in zip(sizes, dims, strict=True)]
-    shares = [(Fraction(2 * k + 1, d), i) for i, (k, n, d) in enumerate(zip(kept, sizes, dims, strict=True)) if k < n]
-    heapq.heapify(shares)
-    for _ in range(num_keep - sum(kept)):
-        _, i = heapq.heappop(shares)
-        kept[i] += 1
-        if kept[i] < sizes[i]:
-            heapq.heappush(shares, (Fraction(2 * kept[i] + 1, dims[i]), i))
-    return [n - k for n, k in zip(sizes, kept, strict=True)]
-
-
-def _water_level(num_keep: int, sizes: Sequence[int], dims: Sequence[int]) -> Fraction:
-    """Return the level at which min(size, level * dims) add up to ``num_keep``: layers below it are dense."""
-    kept_left, dims_left = num_keep, sum(dims)
-    level = Fraction(0)
-    for n, d in sorted(zip(sizes, dims, strict=True), key=lambda layer: Fraction(*layer)):
-        level = Fraction(kept_left, dims_left)
-        if level * d <= n:
-            break
-        kept_left -= n
-        dims_left -= d
-    return level
-
-
-DISTRIBUTIONS: dict[str, Distribution] = {"uniform": uniform, "erk": erk}
-
-
-def distribution_of(distribution: str, scope: str) -> Distribution:
-    """Return how layers share a sparsity.
-
-    Raises
-    ------
-    ValueError
-        An unknown scope or distribution.
-    TargetError
-        Any but "uniform" in global scope.
-    """
-    check_choice("GMPScheduler", "scope", scope, get_args(Scope))
-    check_choice("GMPScheduler", "distribution", distribution, tuple(DISTRIBUTIONS))
-    if scope == "global" and distribution != "uniform":
-        raise TargetError(
-            f"GMPScheduler: expected distribution='uniform' with scope='global', got {distribution!r}; ranking all "
-            "layers together decides what each gives up"
-        )
-    return together if scope == "global" else DISTRIBUTIONS[distribution]
+__all__ = ["Group", "groups_of", "warning_of_emptied"]
 
 
 class Group(NamedTuple):
@@ -134,25 +36,29 @@ class Group(NamedTuple):
         Shapes of the layers, in the order of the model.
     distribute : Distribution
         Divides the sparsity among them.
+    limits : list of Limit or None
+        What each may give up; None if all weights may be pruned, one by one.
     """
 
     schedule: Schedule
     shapes: dict[str, torch.Size]
     distribute: Distribution
+    limits: list[Limit] | None = None
 
     def num_prune(self, sparsity: float) -> dict[str, int]:
         """Return how many weights to prune, by layer; in global scope only the sum counts."""
-        return dict(zip(self.shapes, self.distribute(sparsity, list(self.shapes.values())), strict=True))
+        counts = self.distribute(sparsity, list(self.shapes.values()), self.limits)
+        return dict(zip(self.shapes, counts, strict=True))
 
 
 def groups_of(
     index: ParameterIndex,
     shapes: Mapping[str, torch.Size],
     schedule: Schedule,
-    *,
     distribution: str,
     overrides: Mapping[Entry, float | Schedule],
-    scope: str,
+    scope: Scope,
+    limits: Limits,
 ) -> tuple[Group, list[Group]]:
     """Divide the targets of a pruner among its schedule and the overrides; the first that matches a layer applies.
 
@@ -182,18 +88,42 @@ def groups_of(
         )
     left = dict(shapes)
     groups = []
-    for entry, value in overrides.items():
-        reached = [name for name in index.find("overrides", entry) if name in shapes]
-        if not reached:
-            raise TargetError(
-                f"overrides: expected entries that reach a target, got {entry!r}, which reaches only parameters "
-                "that are not pruned; add them to targets="
-            )
+    for value, names in index.assigned("overrides", overrides, shapes):
         own = value if isinstance(value, Schedule) else schedule.with_final_sparsity(value)
-        taken = {name: left.pop(name) for name in reached if name in left}
-        if taken:
-            groups.append(Group(own, taken, uniform))
-    return Group(schedule, left, distribute), groups
+        taken = {name: left.pop(name) for name in names}
+        groups.append(Group(own, taken, uniform, limits.of_layers(taken)))
+    main = Group(schedule, left, distribute, limits.of_layers(left))
+    for group in [main, *groups]:
+        if group.shapes and group.limits is not None:
+            _check_limits(group, group.limits, limits)
+    return main, groups
+
+
+def _check_limits(group: Group, own: Sequence[Limit], limits: Limits) -> None:
+    """Refuse a final sparsity above what patterns and ``max_sparsity`` allow."""
+    final, sizes = group.schedule.final_sparsity, list(map(math.prod, group.shapes.values()))
+    names, highest = list(group.shapes), sum(limit.most for limit in own) / sum(sizes)
+    if group.distribute is uniform:
+        # Rounding may reach a unit above the cap, which then counts, but not above what a pattern allows.
+        cap = 1.0 if limits.max_sparsity is None else limits.max_sparsity
+        allowed = []
+        for name, shape in group.shapes.items():
+            pattern = limits.patterns.get(name)
+            unit, most = (1, shape.numel()) if pattern is None else (pattern.unit, pattern.most(shape))
+            is_reached = round(final * (shape.numel() // unit)) * unit <= most
+            allowed.append(min(cap, 1.0 if is_reached else most / shape.numel()))
+        highest = min(allowed)
+        names = [name for name, share in zip(names, allowed, strict=True) if share < final]
+        is_over = bool(names)
+    else:
+        is_over = total_to_prune(final, sizes, [limit.unit for limit in own]) > sum(limit.most for limit in own)
+    if is_over:
+        together = "" if group.distribute is uniform else " together"
+        raise SparsityError(
+            f"GMPScheduler: expected a final sparsity of at most {math.floor(1e6 * highest) / 1e6} for "
+            f"{shown_names(names)}{together}, as {limits} allows, got {final}; end lower, or give them less in "
+            "overrides="
+        )
 
 
 def warning_of_emptied(groups: Sequence[Group], scope: str) -> str | None:

@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 
+from gmp_kernels.counts import Caps
 from gmp_kernels.distributed.placement import local
 from gmp_kernels.masks import BitMask
 from gmp_kernels.ops import NonFinite, PruneResult, Scope, begin_prune, prune_
 from gmp_kernels.pruner.enforcement import Enforcement
+from gmp_kernels.pruner.scores import scores_of
 
 __all__ = ["begin", "prune_nothing", "writable_mask"]
 
@@ -31,18 +33,23 @@ def begin(
         if it is interrupted, unless there are other ranks. Masks are changed in place. With compact state, whose layout
         needs the old bits, their ``packed`` is replaced.
     """
-    batches = _by_device(held, num_prune, scope)
+    batches, shards = _by_device(held, num_prune, scope), held.shards
     if len(batches) > 1:
         # Each call must find its NaN before the first one writes.
         prune_nothing(held, num_prune, scope=scope, nonfinite=nonfinite)
     calls: list[tuple[list[str], Callable[[], PruneResult]]] = []
     for batch in batches:
         counts = [num_prune[name] for name in batch]
-        given = _layers(held, batch) | {"scope": scope, "nonfinite": nonfinite}
+        given = _layers(held, batch) | {"scope": scope, "nonfinite": nonfinite, "caps": _caps(held, batch, scope)}
         given["num_prune"] = [sum(counts)] if scope == "global" else counts
         given["previous"] = [held.thresholds.get(name) for name in batch]
-        shards = held.shards
-        calls.append((batch, begin_prune(**given) if shards is None else partial(shards.prune_, step=step, **given)))
+        scores = None if held.limits.scores is None else partial(scores_of, held, batch)
+        if shards is None:
+            own = None if scores is None else scores()
+            calls.append((batch, begin_prune(**given, **_pattern(held, batch), scores=own, are_unbroken=True)))
+        else:
+            # Called there, so that no rank waits for one whose function fails.
+            calls.append((batch, partial(shards.prune_, step=step, scores=scores, **given)))
 
     def write() -> dict[str, int]:
         num_pruned: dict[str, int] = {}
@@ -60,12 +67,16 @@ def begin(
 
 def prune_nothing(held: Enforcement, names: Iterable[str], *, scope: Scope, nonfinite: NonFinite) -> None:
     """Raise what ``prune_`` would raise for these layers, and change nothing."""
+    if held.limits.scores is not None:
+        # NaN matters in what is ranked, and so does its dtype. Scores are not known yet.
+        scope, nonfinite = "layer", "keep"
     for batch in _by_device(held, names, scope):
+        pattern = _pattern(held, batch)
         if held.shards is not None:
             batch = [name for name in batch if held.masks[name].numel]
             # One rank must not fail while others go on. All look for NaN together, at the first update.
-            nonfinite = "keep"
-        prune_(num_prune=0, scope=scope, nonfinite=nonfinite, **_layers(held, batch))
+            nonfinite, pattern = "keep", {}
+        prune_(num_prune=0, scope=scope, nonfinite=nonfinite, **_layers(held, batch), **pattern)
 
 
 def _layers(held: Enforcement, names: list[str]) -> dict[str, Any]:
@@ -76,6 +87,21 @@ def _layers(held: Enforcement, names: list[str]) -> dict[str, Any]:
         "names": names,
         "backend": held.backend,
     }
+
+
+def _pattern(held: Enforcement, names: list[str]) -> dict[str, Any]:
+    """Return the patterns of these layers as ``prune_`` is given them."""
+    patterns = held.limits.patterns
+    return {"pattern": [patterns.get(name) for name in names]} if patterns else {}
+
+
+def _caps(held: Enforcement, names: list[str], scope: Scope) -> Caps | None:
+    """Return the caps of layers that are ranked together; others are in their counts."""
+    if scope == "layer" or held.limits.max_sparsity is None:
+        return None
+    limits = held.limits.of_layers({name: held.parameters[name].shape for name in names})
+    assert limits is not None
+    return Caps([limit.most for limit in limits], [held.num_pruned[name] for name in names])
 
 
 def _by_device(held: Enforcement, names: Iterable[str], scope: Scope) -> list[list[str]]:

@@ -26,6 +26,7 @@ from gmp_kernels.model.parametrized import kept_by_torch
 from gmp_kernels.ops import Threshold
 from gmp_kernels.pruner.enforcement import Enforcement
 from gmp_kernels.pruner.layers import writable_mask
+from gmp_kernels.pruner.limits import check_kept
 from gmp_kernels.reports import StepReport
 
 __all__ = ["Start", "begin_load", "gathered", "pack", "starting_masks"]
@@ -34,6 +35,7 @@ Start: TypeAlias = Mapping[str, BitMask] | str | PathLike[str] | None
 
 STATE_VERSION = 3
 PROGRESS = ("step_count", "num_uncounted", "num_calls", "is_current")
+NO_PATTERN = "build the scheduler with the pattern of that run, or load another state"
 MOST_REPORTS = 64  # latest ones that a checkpoint keeps; only the last of them keeps its layers
 
 
@@ -89,6 +91,7 @@ def begin_load(state: Any, held: Enforcement, history: list[StepReport], *, mask
         _refuse_on_all_ranks(held, is_refused=True)
         raise
     _refuse_on_all_ranks(held, is_refused=False)
+    check_kept(held.limits.patterns, parsed.masks, held.parameters, "loaded masks", NO_PATTERN, StateError)
     for name, parameter in held.parameters.items():
         if name in parsed.sharded:
             _check_shards(name, parsed.masks[name], parsed.num_pruned[name], parameter)

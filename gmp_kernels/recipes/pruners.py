@@ -15,7 +15,7 @@ from gmp_kernels.errors import RecipeError, StateError, warn
 from gmp_kernels.masks import BitMask
 from gmp_kernels.model.coverage import shown_names
 from gmp_kernels.ops import Scope
-from gmp_kernels.pruner.enforcement import write_despite_interrupts
+from gmp_kernels.pruner.interrupts import write_despite_interrupts
 from gmp_kernels.pruner.layers import writable_mask
 from gmp_kernels.recipes.modifiers import ConstantPruning, GradualPruning, Modifier, Pruning
 from gmp_kernels.recipes.names import Names

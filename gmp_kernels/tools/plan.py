@@ -18,7 +18,8 @@ import torch
 from torch.optim.lr_scheduler import LRScheduler
 
 from gmp_kernels.errors import ScheduleError
-from gmp_kernels.pruner.groups import Group, distribution_of, together
+from gmp_kernels.pruner.distributions import distribution_of, together
+from gmp_kernels.pruner.groups import Group
 from gmp_kernels.schedules import Cubic, Ramp
 from gmp_kernels.stages import Stages
 

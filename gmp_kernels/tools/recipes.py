@@ -13,7 +13,8 @@ from gmp_kernels.checkpoints.files import TensorInfo
 from gmp_kernels.checkpoints.targets import TensorIndex
 from gmp_kernels.errors import RecipeError
 from gmp_kernels.model.coverage import shown_names
-from gmp_kernels.pruner.groups import Group, together, uniform
+from gmp_kernels.pruner.distributions import together, uniform
+from gmp_kernels.pruner.groups import Group
 from gmp_kernels.recipes import Recipe
 from gmp_kernels.recipes.modifiers import ALL, ALL_PRUNABLE, GradualPruning, Pruning
 from gmp_kernels.recipes.names import Names

@@ -32,7 +32,7 @@ from gmp_kernels.checkpoints import (
 )
 from gmp_kernels.errors import GMPError, OutputError
 from gmp_kernels.model.coverage import Coverage, shown_names, shown_shape
-from gmp_kernels.pruner.groups import emptied_layers
+from gmp_kernels.pruner.distributions import emptied_layers
 from gmp_kernels.tools.cli.options import Command, drawing
 from gmp_kernels.tools.cli.terminal import Table, say, show
 
