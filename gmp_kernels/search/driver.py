@@ -345,8 +345,9 @@ def _select_ranked(
     """Select among what is ranked of layers, in which the first NaN is looked for in all that is not pruned."""
     if are_plain(layers):
         return select(layers, *args, **options)
-    found = select(implementation.ranked(layers), *args, **options).cutoffs
-    return Selection(found._replace(nonfinite=nonfinite_in(implementation, layers)))
+    ranked = implementation.ranked(layers)
+    found = select(ranked, *args, **options).cutoffs
+    return Selection(found._replace(nonfinite=nonfinite_in(implementation, layers)), ranked)
 
 
 def select_most(

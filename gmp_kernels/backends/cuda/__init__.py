@@ -19,10 +19,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from gmp_kernels.backends import devices, ranking
+from gmp_kernels.backends import devices
 from gmp_kernels.backends.addresses import address, array_address, bits_address, element_address
 from gmp_kernels.backends.at_once import at_once
 from gmp_kernels.backends.compactions import compactions_of
+from gmp_kernels.backends.cuda.patterns import needs_ranking, new_ranked, ranking_table, settling_table, writes_weights
 from gmp_kernels.backends.cuda.selection_tables import DTYPE_CODES, NO_INDEX, Rows, SelectionTables, fill_chunks
 from gmp_kernels.backends.devices import on_device, refuse_capture, stream_of
 from gmp_kernels.backends.layers import Layers, are_plain, by_dtype, device_of, prepared
@@ -111,7 +112,25 @@ class Launches:
         return found
 
     def ranked(self, layers: Sequence[Layer]) -> Sequence[Layer]:
-        return ranking.ranked(layers)
+        given = list(layers)
+        with self._on(device_of(layers), "select") as launch:
+            made = iter(self._ranked(launch, [layer for layer in given if layer.pattern is not None]))
+        return [
+            next(made)
+            if layer.pattern is not None
+            else layer
+            if layer.is_plain
+            else Layer(layer.source, layer.mask, layer.is_channels_last)
+            for layer in given
+        ]
+
+    def _ranked(self, launch: Any, layers: Sequence[Layer]) -> list[Layer]:
+        """Return what is ranked of layers with patterns."""
+        made = list(map(new_ranked, layers))
+        if layers:
+            table = ranking_table(self._module, launch, layers, made)
+            self._module.rank(launch, table.table.data_ptr(), table.parts)
+        return made
 
     def count(
         self,
@@ -153,7 +172,7 @@ class Launches:
         self, layers: Sequence[Layer], selection: Selection, out: Sequence[torch.Tensor], *, finite: bool = False
     ) -> PruneCounts | None:
         if not are_plain(layers):
-            return ranking.prune(self, layers, selection, out, finite=finite)
+            return self._settle(list(layers), selection, out, finite=finite)
         with self._on(device_of(layers), "prune") as launch:
             if isinstance(selection, SelectionTables) and selection.layers is layers:
                 found = selection
@@ -166,6 +185,35 @@ class Launches:
             tables = found.to_write(launch, None if is_in_place else out, finite=finite)
             self._module.apply(launch, tables)
             return None if finite and not found.is_finite else found.counts()
+
+    def _settle(
+        self, layers: Sequence[Layer], selection: Selection, out: Sequence[torch.Tensor], *, finite: bool
+    ) -> PruneCounts | None:
+        """Do what ``prune`` does, for layers with patterns or scores."""
+        cutoffs = selection.cutoffs
+        if finite and max(cutoffs.nonfinite) >= 0:
+            return None
+        with self._on(device_of(layers), "prune") as launch:
+            ranked: list[Layer | None] = [None] * len(layers)
+            if selection.ranked is not None:
+                ranked[:] = selection.ranked
+            else:
+                needed = [i for i, layer in enumerate(layers) if needs_ranking(self._module, layer)]
+                for i, own in zip(needed, self._ranked(launch, [layers[i] for i in needed]), strict=True):
+                    ranked[i] = own
+            table = settling_table(self._module, launch, layers, ranked, out, cutoffs)
+            writes = [partial(self._module.settle, launch, table.table.data_ptr(), table.parts)]
+            masked = [
+                Layer(layer.weight, bits, layer.is_channels_last)
+                for layer, bits in zip(layers, out, strict=True)
+                if not writes_weights(layer)
+            ]
+            if masked:
+                tables = self._tables(masked, selects=False).filled(launch)
+                writes.append(partial(self._module.apply, launch, tables.tables))
+            # All memory is allocated.
+            at_once(writes)
+            return table.counts(self._module, launch)
 
     def apply(self, layers: Sequence[Layer]) -> None:
         with self._on(device_of(layers), "apply_masks_") as launch:

@@ -32,8 +32,11 @@ LEAST_CAPACITY = 256  # keys per chunk; memory for them comes before flags, beca
 Rows = npt.NDArray[Any]
 
 
-def fill_chunks(rows: Rows, sizes: Sequence[int] | Rows, chunk: int) -> int:
-    """Number the chunks of all tensors consecutively, in their rows of csrc/cuda/tables.h; return their total."""
+def fill_chunks(rows: Rows, sizes: Sequence[int] | Rows, chunk: int | Rows) -> int:
+    """Number the chunks of all tensors consecutively, in their rows of csrc/cuda/tables.h; return their total.
+
+    ``chunk`` is their size, or one for each row.
+    """
     rows["n"] = sizes
     chunks = -(-rows["n"] // chunk)
     rows["first_chunk"] = chunks.cumsum() - chunks
