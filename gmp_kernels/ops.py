@@ -269,7 +269,7 @@ def begin_prune(
         sizes, wanted = ranking.sizes, ranking.counts(counts)
     group_sizes = [len(layers)] if is_global else [1] * len(layers)
     if ranking is not None and counts == ranking.most:
-        selection = select_most(implementation, layers, wanted, group_sizes)
+        selection = select_most(implementation, layers, wanted, group_sizes, finite=nonfinite == "error")
     else:
         brackets = None
         if previous is not None:

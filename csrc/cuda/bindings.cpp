@@ -108,9 +108,10 @@ PYBIND11_MODULE(GMP_MODULE, m) {
                                 F(capacity), F(bins), F(num_bins), F(below), F(inside), F(pruned), F(nonfinite)});
 #undef F
 #define F(name) GMP_FIELD(PatternRow, name)
-  m.attr("PATTERN_ROW") = row_of(sizeof(gmp::cuda::PatternRow),
-                                 {F(source), F(mask), F(ranked), F(sums), F(weights), F(out), F(n), F(first_chunk),
-                                  F(pattern), F(filter), F(key), F(tie_index), F(kept_before), F(kept)});
+  m.attr("PATTERN_ROW") =
+      row_of(sizeof(gmp::cuda::PatternRow),
+             {F(source), F(mask), F(ranked), F(sums), F(weights), F(out), F(n), F(first_chunk), F(pattern), F(filter),
+              F(nonfinite), F(layer), F(group), F(key), F(tie_index), F(kept_before), F(kept)});
 #undef F
 #define F(name) GMP_FIELD(TensorRow, name)
   m.attr("TENSOR_ROW") =

@@ -63,7 +63,7 @@ void fetch(const Launch& launch, uint64_t from, size_t bytes, void* to);
 // Loads all kernels for a device, so that no first launch has to, and returns the number of its multiprocessors. May be
 // called while a graph is captured. Throws std::runtime_error if there is no such device.
 unsigned load_kernels(int device);
-void load_steps();     // parts of that
+void load_steps();  // parts of that
 void load_patterns();
 
 }  // namespace gmp::cuda

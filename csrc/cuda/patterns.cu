@@ -26,43 +26,45 @@ PatternPlan plan_of(const Pattern& pattern, const Filter& filter) {
 }
 
 void rank(const Launch& launch, uint64_t table, const std::vector<PatternPart>& parts) {
-  for_each_part(launch, table, parts, [&](PatternWork work, DType dtype, PatternRow* rows, int64_t num_rows, int64_t num_chunks) {
-    const unsigned grid = grid_of(launch, kReaders, num_chunks);
-    if (work == kWholeBlocks) {
-      const unsigned many = grid_of(launch, kBlocksOfWarps, num_chunks);
+  for_each_part(launch, table, parts,
+                [&](PatternWork work, DType dtype, PatternRow* rows, int64_t num_rows, int64_t num_chunks) {
+                  const unsigned grid = grid_of(launch, kReaders, num_chunks);
+                  if (work == kWholeBlocks) {
+                    const unsigned many = grid_of(launch, kBlocksOfWarps, num_chunks);
 #define GMP_DTYPE(name, Key, infinity) \
   if (dtype == DType::name) GMP_LAUNCH(kernels::sum_blocks<DType::name>, many, launch, rows, num_rows, num_chunks);
-      GMP_DTYPES(GMP_DTYPE)
+                    GMP_DTYPES(GMP_DTYPE)
 #undef GMP_DTYPE
-      return;
-    }
-    with_dtype(dtype, [&](auto infinity) {
-      using Key = decltype(infinity);
-      if (work == kLongGroups) {
-        const unsigned many = grid_of(launch, kBlocksOfWarps, num_chunks);
-        GMP_LAUNCH(kernels::rank_rows<Key>, many, launch, rows, num_rows, num_chunks, infinity);
-      } else {
-        GMP_LAUNCH(kernels::rank_groups<Key>, grid, launch, rows, num_rows, num_chunks, infinity);
-      }
-    });
-  });
+                    return;
+                  }
+                  with_dtype(dtype, [&](auto infinity) {
+                    using Key = decltype(infinity);
+                    if (work == kLongGroups) {
+                      const unsigned many = grid_of(launch, kBlocksOfWarps, num_chunks);
+                      GMP_LAUNCH(kernels::rank_rows<Key>, many, launch, rows, num_rows, num_chunks, infinity);
+                    } else {
+                      GMP_LAUNCH(kernels::rank_groups<Key>, grid, launch, rows, num_rows, num_chunks, infinity);
+                    }
+                  });
+                });
 }
 
 void settle(const Launch& launch, uint64_t table, const std::vector<PatternPart>& parts) {
-  for_each_part(launch, table, parts, [&](PatternWork work, DType dtype, PatternRow* rows, int64_t num_rows, int64_t num_chunks) {
-    with_dtype(dtype, [&](auto infinity) {
-      using Key = decltype(infinity);
-      const unsigned grid = grid_of(launch, kReaders, num_chunks);
-      if constexpr (sizeof(Key) >= 4) {
-        if (work == kWholeBlocks) {
-          const unsigned many = grid_of(launch, kBlocksOfWarps, num_chunks);
-          GMP_LAUNCH(kernels::settle_blocks<Key>, many, launch, rows, num_rows, num_chunks, infinity);
-          return;
-        }
-      }
-      GMP_LAUNCH(kernels::settle<Key>, grid, launch, rows, num_rows, num_chunks, infinity);
-    });
-  });
+  for_each_part(launch, table, parts,
+                [&](PatternWork work, DType dtype, PatternRow* rows, int64_t num_rows, int64_t num_chunks) {
+                  with_dtype(dtype, [&](auto infinity) {
+                    using Key = decltype(infinity);
+                    const unsigned grid = grid_of(launch, kReaders, num_chunks);
+                    if constexpr (sizeof(Key) >= 4) {
+                      if (work == kWholeBlocks) {
+                        const unsigned many = grid_of(launch, kBlocksOfWarps, num_chunks);
+                        GMP_LAUNCH(kernels::settle_blocks<Key>, many, launch, rows, num_rows, num_chunks, infinity);
+                        return;
+                      }
+                    }
+                    GMP_LAUNCH(kernels::settle<Key>, grid, launch, rows, num_rows, num_chunks, infinity);
+                  });
+                });
 }
 
 void load_patterns() {

@@ -1,7 +1,9 @@
-// Layers with patterns or scores. `rank` kernels find what of them is ranked: bits of the weights that are neither pruned
-// nor protected, or sums over blocks. A selection of that is an ordinary one. `settle` kernels write what follows from
-// its cutoff. See order/pattern.h.
+// Layers with patterns or scores. `rank` kernels find what of them is ranked: bits of the weights that are neither
+// pruned nor protected, or sums over blocks. A selection of that is an ordinary one. `settle` kernels write what
+// follows from its cutoff. See order/pattern.h.
 #pragma once
+
+#include <limits>
 
 #include "apply.cuh"
 #include "formats.cuh"
@@ -11,6 +13,24 @@ namespace gmp::cuda::kernels {
 
 __device__ __forceinline__ bool is_kept(const uint8_t* mask, int64_t i) {
   return load_bits(mask, i / kEach * kEach, kEach) >> (i % kEach) & 1;
+}
+
+// Whether an unpruned one of eight weights is NaN or Inf.
+template <typename Key>
+__device__ __forceinline__ bool holds_nonfinite(const Key (&raw)[kEach], unsigned bits, Key infinity) {
+  unsigned found = 0;
+#pragma unroll
+  for (int j = 0; j < kEach; ++j) found |= static_cast<unsigned>(magnitude_bits(raw[j]) >= infinity) << j;
+  return (found & bits) != 0;
+}
+
+// Every thread that has found one may call it; all of them store the same.
+__device__ inline void report_nonfinite(const PatternRow& row, bool found) {
+  if (found && row.nonfinite != 0) *pointer<int64_t>(row.nonfinite) = 1;
+}
+
+__device__ inline bool is_stopped(const PatternRow& row) {
+  return row.nonfinite != 0 && *pointer<const int64_t>(row.nonfinite) != 0;
 }
 
 // Which of eight weights, of which all groups are whole, are neither pruned nor protected.
@@ -75,24 +95,27 @@ __device__ __forceinline__ void with_groups(const PatternRow& row, Visit visit) 
   }
 }
 
+// Of layers without a pattern, it only looks for NaN and Inf.
 template <typename Key>
 __global__ void __launch_bounds__(kThreads, kReaders)
     rank_groups(PatternRow* rows, int64_t num_rows, int64_t num_chunks, Key infinity) {
   for_each_run(rows, num_rows, num_chunks, [&](int r, int first, int last) {
     const PatternRow& row = rows[r];
     const auto keep = static_cast<int>(row.pattern.keep());
+    bool found_nonfinite = false;
     with_groups(row, [&](auto of) {
       constexpr int kOf = decltype(of)::value;
       for (int chunk = first; chunk < last; ++chunk) {
         const int64_t begin = (chunk - row.first_chunk) * kChunk;
         const Key* const source = pointer<const Key>(row.source) + begin;
         const uint8_t* const mask = row.mask == 0 ? nullptr : pointer<const uint8_t>(row.mask) + begin / 8;
-        uint8_t* const ranked = pointer<uint8_t>(row.ranked) + begin / 8;
+        uint8_t* const ranked = row.ranked == 0 ? nullptr : pointer<uint8_t>(row.ranked) + begin / 8;
         const int size = size_of_chunk(row.n, begin);
         const auto visit = [&](int i, const Key(&raw)[kEach], unsigned bits) {
+          found_nonfinite |= holds_nonfinite(raw, bits, infinity);
           if constexpr (kOf > 0) {
             store_bits(ranked, i, eligible_within<kOf>(raw, bits, keep, infinity));
-          } else {
+          } else if (ranked != nullptr) {
             store_bits(ranked, i, eligible_among(row, begin + i, raw, bits, infinity));
           }
         };
@@ -103,6 +126,7 @@ __global__ void __launch_bounds__(kThreads, kReaders)
         }
       }
     });
+    report_nonfinite(row, found_nonfinite);
   });
 }
 
@@ -141,6 +165,7 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t of = row.pattern.of();
     const Filter order = row.pattern.order(row.filter);
     const uint8_t* const mask = pointer<const uint8_t>(row.mask);
+    bool found_nonfinite = false;
     int index_bits = 1;
     while (of >> index_bits != 0) ++index_bits;
     for (int chunk = first; chunk < last; ++chunk) {
@@ -149,8 +174,8 @@ __global__ void __launch_bounds__(kThreads)
       const auto key_at = [&](int64_t i) { return magnitude_key(load1(source + i), infinity); };
       int64_t rank = row.pattern.keep() - 1;
       // From the largest key on.
-      const auto last_key = static_cast<Key>(
-          ~value_of_rank(of, static_cast<int>(sizeof(Key)) * 8, rank, [&](int64_t i, uint64_t& value) {
+      const auto last_key =
+          static_cast<Key>(~value_of_rank(of, static_cast<int>(sizeof(Key)) * 8, rank, [&](int64_t i, uint64_t& value) {
             value = static_cast<Key>(~key_at(i));
             return is_kept(mask, begin + i);
           }));
@@ -165,8 +190,8 @@ __global__ void __launch_bounds__(kThreads)
         for (int64_t at = i < begin ? begin : i; at < i + kEach && at < end; ++at) {
           if (!is_kept(mask, at)) continue;
           const Key key = key_at(at - begin);
-          const bool is_protected =
-              key > last_key || (key == last_key && order.in_row_major(at - begin) <= last_index);
+          found_nonfinite |= key >= infinity;
+          const bool is_protected = key > last_key || (key == last_key && order.in_row_major(at - begin) <= last_index);
           eligible |= static_cast<unsigned>(!is_protected) << (at - i);
         }
         const int64_t word = i / 32;
@@ -177,6 +202,7 @@ __global__ void __launch_bounds__(kThreads)
         }
       }
     }
+    report_nonfinite(row, found_nonfinite);
   });
 }
 
@@ -195,7 +221,7 @@ __device__ __forceinline__ void load_run(const T* p, T (&values)[kRun]) {
 // weights lie side by side there, and are aligned together.
 template <int kRun, DType kDType, typename Place>
 __device__ __forceinline__ ComputeOf<kDType> sum_of_block(const Stored<kDType>* source, const Pattern& pattern,
-                                                          Place place) {
+                                                          Place place, bool& found_nonfinite) {
   ComputeOf<kDType> sum = 0;
   for (int64_t r = 0; r < pattern.rows(); ++r) {
 #pragma unroll 2
@@ -205,7 +231,9 @@ __device__ __forceinline__ ComputeOf<kDType> sum_of_block(const Stored<kDType>* 
 #pragma unroll
       for (int j = 0; j < kRun; ++j) {
         const ComputeOf<kDType> value = widened<kDType>(values[j]);
-        sum += value < 0 ? -value : value;
+        const ComputeOf<kDType> magnitude = value < 0 ? -value : value;
+        found_nonfinite |= !(magnitude <= std::numeric_limits<ComputeOf<kDType>>::max());
+        sum += magnitude;
       }
     }
   }
@@ -225,6 +253,7 @@ __global__ void __launch_bounds__(kThreads) sum_blocks(PatternRow* rows, int64_t
     const int64_t num_blocks = row.n / (pattern.rows() * pattern.cols());
     const bool in_runs = row.filter.positions == 1 && pattern.cols() % kRun == 0 &&
                          reinterpret_cast<uint64_t>(source) % (sizeof(T) < 4 ? kRun * sizeof(T) : 16) == 0;
+    bool found_nonfinite = false;
     for (int chunk = first; chunk < last; ++chunk) {
       const int64_t b = (chunk - row.first_chunk) * kThreads + threadIdx.x;
       bool is_there = false;
@@ -234,15 +263,15 @@ __global__ void __launch_bounds__(kThreads) sum_blocks(PatternRow* rows, int64_t
         const auto place_in_filter = [&](int64_t down, int64_t right) {
           return (top + down) * width + row.filter.in_memory(left + right);
         };
-        is_there = is_kept(pointer<const uint8_t>(row.mask),
-                           row.filter.positions == 1 ? place(0, 0) : place_in_filter(0, 0));
+        is_there =
+            is_kept(pointer<const uint8_t>(row.mask), row.filter.positions == 1 ? place(0, 0) : place_in_filter(0, 0));
         ComputeOf<kDType> sum = 0;
         if (is_there && in_runs) {
-          sum = sum_of_block<kRun, kDType>(source, pattern, place);
+          sum = sum_of_block<kRun, kDType>(source, pattern, place, found_nonfinite);
         } else if (is_there && row.filter.positions == 1) {
-          sum = sum_of_block<1, kDType>(source, pattern, place);
+          sum = sum_of_block<1, kDType>(source, pattern, place, found_nonfinite);
         } else if (is_there) {
-          sum = sum_of_block<1, kDType>(source, pattern, place_in_filter);
+          sum = sum_of_block<1, kDType>(source, pattern, place_in_filter, found_nonfinite);
         }
         store1(pointer<ComputeOf<kDType>>(row.sums) + b, sum);
       }
@@ -251,12 +280,26 @@ __global__ void __launch_bounds__(kThreads) sum_blocks(PatternRow* rows, int64_t
         store_bits(pointer<uint8_t>(row.ranked), b, bits >> (threadIdx.x % kWarpSize) & 0xff);
       }
     }
+    report_nonfinite(row, found_nonfinite);
   });
 }
 
+// The cutoff of a layer: the key, and the row-major index from which on ties go.
+struct Cutoff {
+  uint64_t key;
+  int64_t tie_index;
+
+  __device__ explicit Cutoff(const PatternRow& row) : key(row.key), tie_index(row.tie_index) {
+    if (row.layer == 0) return;
+    const LayerRow& layer = *pointer<const LayerRow>(row.layer);
+    key = pointer<const GroupRow>(row.group)->key;
+    tie_index = layer.filter.size() > 1 ? layer.tie_index : layer.cut;
+  }
+};
+
 // Bits of those of eight weights, from `i` on, that come before the tie index.
-__device__ inline unsigned bits_before_tie(const PatternRow& row, int64_t i) {
-  const int64_t size = row.filter.size(), tie = row.tie_index;
+__device__ inline unsigned bits_before_tie(const PatternRow& row, int64_t tie, int64_t i) {
+  const int64_t size = row.filter.size();
   const int64_t from = size == 1 ? tie : tie / size * size;
   unsigned before = (1u << count_from(i, from)) - 1;
   if (size > 1 && i + kEach > from && i < from + size) {
@@ -280,9 +323,13 @@ __device__ __forceinline__ unsigned bits_above(const Key (&raw)[kEach], const Cu
   return above;
 }
 
+// Some weights of a chunk come before the tie index, and others do not.
+inline constexpr unsigned kMixed = 0x100;
+
+// `before_all` are the bits before the tie index of each eight of the chunk, or kMixed.
 template <bool kWhole, int kOf, typename Key>
 __device__ __forceinline__ void settle_chunk(const PatternRow& row, int64_t begin, int size, Cut<Key>& cut,
-                                             unsigned before_all, bool holds_tie, Key infinity) {
+                                             unsigned before_all, int64_t tie, Key infinity) {
   const auto keep = static_cast<int>(row.pattern.keep());
   const Key* const source = pointer<const Key>(row.source) + begin;
   const uint8_t* const mask = row.mask == 0 ? nullptr : pointer<const uint8_t>(row.mask) + begin / 8;
@@ -296,11 +343,12 @@ __device__ __forceinline__ void settle_chunk(const PatternRow& row, int64_t begi
     } else {
       eligible = load_bits(ranked, i, count_from(i, size));
     }
-    const unsigned before = holds_tie ? bits_before_tie(row, begin + i) : before_all;
+    const unsigned before = before_all == kMixed ? bits_before_tie(row, tie, begin + i) : before_all;
     cut.kept_before += __popc(bits);
     bits &= ~eligible | bits_above(raw, cut, before);
     cut.kept_now += __popc(bits);
-    if (weights != nullptr && zero_eight(raw, bits)) store8<kWhole>(weights + i, kWhole ? kEach : count_from(i, size), raw);
+    if (weights != nullptr && zero_eight(raw, bits))
+      store8<kWhole>(weights + i, kWhole ? kEach : count_from(i, size), raw);
     store_bits(out, i, bits);
   });
 }
@@ -320,19 +368,21 @@ __global__ void __launch_bounds__(kThreads, kReaders)
     settle(PatternRow* rows, int64_t num_rows, int64_t num_chunks, Key infinity) {
   for_each_run(rows, num_rows, num_chunks, [&](int r, int first, int last) {
     PatternRow& row = rows[r];
-    Cut<Key> cut(row.key, infinity);
-    const int64_t tie_begin = row.tie_index / row.filter.size() * row.filter.size();
+    if (is_stopped(row)) return;
+    const Cutoff cutoff(row);
+    Cut<Key> cut(cutoff.key, infinity);
+    const int64_t tie_begin = cutoff.tie_index / row.filter.size() * row.filter.size();
     with_groups(row, [&](auto of) {
       constexpr int kOf = decltype(of)::value;
       for (int chunk = first; chunk < last; ++chunk) {
         const int64_t begin = (chunk - row.first_chunk) * kChunk;
         const int size = size_of_chunk(row.n, begin);
         const bool holds_tie = tie_begin < begin + size && begin < tie_begin + row.filter.size();
-        const unsigned before = begin < tie_begin ? 0xff : 0;
+        const unsigned before = holds_tie ? kMixed : begin < tie_begin ? 0xff : 0;
         if (size == kChunk && is_aligned(pointer<const Key>(row.source) + begin)) {
-          settle_chunk<true, kOf>(row, begin, size, cut, before, holds_tie, infinity);
+          settle_chunk<true, kOf>(row, begin, size, cut, before, cutoff.tie_index, infinity);
         } else {
-          settle_chunk<false, kOf>(row, begin, size, cut, before, holds_tie, infinity);
+          settle_chunk<false, kOf>(row, begin, size, cut, before, cutoff.tie_index, infinity);
         }
       }
     });
@@ -346,7 +396,9 @@ __global__ void __launch_bounds__(kThreads)
     settle_blocks(PatternRow* rows, int64_t num_rows, int64_t num_chunks, Key infinity) {
   for_each_run(rows, num_rows, num_chunks, [&](int r, int first, int last) {
     PatternRow& row = rows[r];
-    Cut<Key> cut(row.key, infinity);
+    if (is_stopped(row)) return;
+    const Cutoff cutoff(row);
+    Cut<Key> cut(cutoff.key, infinity);
     const Pattern pattern = row.pattern;
     const int64_t width = pattern.width(), across = width / pattern.cols();
     const int64_t end = (last - row.first_chunk) * kChunk < row.n ? (last - row.first_chunk) * kChunk : row.n;
@@ -361,7 +413,7 @@ __global__ void __launch_bounds__(kThreads)
         const int64_t b = down / pattern.rows() * across + column / pattern.cols();
         if (b != latest) {
           const Key key = magnitude_bits(load1(pointer<const Key>(row.sums) + b));
-          stays = key >= (b < row.tie_index ? cut.before : cut.after);
+          stays = key >= (b < cutoff.tie_index ? cut.before : cut.after);
           latest = b;
         }
         bits &= ~((1u - stays) << j);

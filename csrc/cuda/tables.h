@@ -96,8 +96,10 @@ struct PatternRow {
   int64_t n, first_chunk;
   Pattern pattern;
   Filter filter;
-  uint64_t key;               // what is ranked goes if its key is below this one, or is the same and its row-major
-  int64_t tie_index;          // index is not before this one
+  uint64_t nonfinite;     // address of an int64_t: set if an unpruned weight is NaN or Inf, and then nothing is written
+  uint64_t layer, group;  // rows of the selection with the cutoff; if they are 0, it is here:
+  uint64_t key;           // what is ranked goes if its key is below this one, or is the same and its row-major index
+  int64_t tie_index;      // is not before this one
   int64_t kept_before, kept;  // the answer
 };
 

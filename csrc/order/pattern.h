@@ -17,7 +17,8 @@ enum PatternKind : int64_t {
 struct Pattern {
   int64_t kind = kNoPattern, a = 0, b = 0, c = 0;
 
-  // Groups: memory is [outer][of * any][stride], and `of` weights that lie `stride` apart are one, of which `keep` stay.
+  // Groups: memory is [outer][of * any][stride], and `of` weights that lie `stride` apart are one, of which `keep`
+  // stay.
   constexpr int64_t keep() const { return a; }
   constexpr int64_t of() const { return b; }
   constexpr int64_t stride() const { return c; }
@@ -27,7 +28,9 @@ struct Pattern {
   constexpr int64_t width() const { return c; }
 
   // The order inside a group in which ties count: another than that of memory only where a group is a whole filter.
-  constexpr Filter order(const Filter& filter) const { return stride() == 1 && of() == filter.size() ? filter : Filter{}; }
+  constexpr Filter order(const Filter& filter) const {
+    return stride() == 1 && of() == filter.size() ? filter : Filter{};
+  }
   // Whether groups lie whole in eight consecutive weights, in the order of memory: then nothing else has to be read.
   constexpr bool is_within_eight(const Filter& filter) const {
     return kind == kGroups && stride() == 1 && (of() == 2 || of() == 4 || of() == 8) && order(filter).positions == 1;

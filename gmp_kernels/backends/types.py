@@ -97,16 +97,12 @@ class Selection:
     ----------
     is_lazy : bool
         Whether an access waits for a device.
-    ranked : sequence of Layer or None
-        What was ranked, as ``Implementation.ranked`` returned it, to spare ``prune`` from doing it again.
     """
 
     is_lazy: ClassVar[bool] = False
-    ranked: Sequence[Layer] | None = None
 
-    def __init__(self, cutoffs: Cutoffs, ranked: Sequence[Layer] | None = None) -> None:
+    def __init__(self, cutoffs: Cutoffs) -> None:
         self._cutoffs = cutoffs
-        self.ranked = ranked
 
     @property
     def cutoffs(self) -> Cutoffs:

@@ -345,19 +345,24 @@ def _select_ranked(
     """Select among what is ranked of layers, in which the first NaN is looked for in all that is not pruned."""
     if are_plain(layers):
         return select(layers, *args, **options)
-    ranked = implementation.ranked(layers)
-    found = select(ranked, *args, **options).cutoffs
-    return Selection(found._replace(nonfinite=nonfinite_in(implementation, layers)), ranked)
+    found = select(implementation.ranked(layers), *args, **options).cutoffs
+    return Selection(found._replace(nonfinite=nonfinite_in(implementation, layers)))
 
 
 def select_most(
-    implementation: Implementation, layers: Sequence[Layer], num_prune: Sequence[int], group_sizes: Sequence[int]
+    implementation: Implementation,
+    layers: Sequence[Layer],
+    num_prune: Sequence[int],
+    group_sizes: Sequence[int],
+    *,
+    finite: bool,
 ) -> Selection:
-    """Return the cutoffs that prune all that is not protected. Takes one read, for NaN and Inf."""
+    """Return the cutoffs that prune all that is not protected. With ``finite`` it takes one read, for NaN and Inf."""
     numbers = np.repeat(num_prune, group_sizes).tolist()
     nothing = [0] * len(layers)
     keys = [largest_key(ranked_dtype(layer)) for layer in layers]
-    return Selection(Cutoffs(keys, numbers, nothing, nothing, nothing, nonfinite_in(implementation, layers)))
+    nonfinite = nonfinite_in(implementation, layers) if finite else [-1] * len(layers)
+    return Selection(Cutoffs(keys, numbers, nothing, nothing, nothing, nonfinite))
 
 
 def nonfinite_in(implementation: Implementation, layers: Sequence[Layer]) -> list[int]:

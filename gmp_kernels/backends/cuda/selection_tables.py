@@ -238,6 +238,28 @@ class SelectionTables(Selection):
         tables["finite"] = finite
         return words
 
+    @property
+    def flag(self) -> int:
+        """The address of the word that says whether an unpruned weight is NaN or Inf."""
+        return int(self.tables.view(self._module.TABLES)["nonfinite"][0])
+
+    def set_flag(self, address: int) -> None:
+        """Use another word for that, and stop an application if it is set."""
+        self.tables = self.tables.copy()
+        tables = self.tables.view(self._module.TABLES)
+        tables["nonfinite"], tables["finite"] = address, 1
+
+    def cutoff_addresses(self) -> tuple[Rows, Rows]:
+        """Return the addresses of the row of each layer, and of the row of its group."""
+        rows, groups = (np.empty(len(self.sizes), np.int64) for _ in range(2))
+        first_rows, first_groups = (
+            self.buffer.data_ptr() + self.view(self.rows)[name].ctypes.data - self.rows.ctypes.data
+            for name in ("layers", "groups")
+        )
+        rows[self.layer_order] = first_rows + np.arange(len(rows)) * self._module.LAYER_ROW.itemsize
+        groups[self.layer_order] = first_groups + self._groups * self._module.GROUP_ROW.itemsize
+        return rows, groups
+
     def read(self) -> Rows:
         """Return the rows as they are on the device, as a record; waits for it the first time."""
         if self._read is None:
