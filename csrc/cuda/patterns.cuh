@@ -33,6 +33,18 @@ __device__ inline bool is_stopped(const PatternRow& row) {
   return row.nonfinite != 0 && *pointer<const int64_t>(row.nonfinite) != 0;
 }
 
+// The place of a weight among those of its group in the order of the flat index, given that in memory.
+class PlaceInGroup {
+ public:
+  __device__ explicit PlaceInGroup(const PatternRow& row)
+      : filter_(row.filter), is_permuted_(row.pattern.is_permuted(row.filter)) {}
+  __device__ int64_t operator()(int64_t i) const { return is_permuted_ ? filter_.in_row_major(i) : i; }
+
+ private:
+  Filter filter_;
+  bool is_permuted_;
+};
+
 // Which of eight weights, of which all groups are whole, are neither pruned nor protected.
 template <int kOf, typename Key>
 __device__ __forceinline__ unsigned eligible_within(const Key (&raw)[kEach], unsigned bits, int keep, Key infinity) {
@@ -48,7 +60,7 @@ __device__ unsigned eligible_among(const PatternRow& row, int64_t i, const Key (
                                    Key infinity) {
   const auto stride = row.pattern.stride();
   const auto of = static_cast<int>(row.pattern.of()), keep = static_cast<int>(row.pattern.keep());
-  const Filter order = row.pattern.order(row.filter);
+  const PlaceInGroup place_of(row);
   const Key* const source = pointer<const Key>(row.source);
   const uint8_t* const mask = pointer<const uint8_t>(row.mask);
   int64_t column = i % stride;
@@ -58,7 +70,7 @@ __device__ unsigned eligible_among(const PatternRow& row, int64_t i, const Key (
   for (int j = 0; j < kEach && bits >> j != 0; ++j) {
     if (bits >> j & 1) {
       const Key own = standing_of(magnitude_key(raw[j], infinity), true);
-      const auto place = static_cast<int>(order.in_row_major(member));
+      const auto place = static_cast<int>(place_of(member));
       const int64_t first = i + j - member * stride;
       int after = 0;
 #pragma unroll 1
@@ -67,7 +79,7 @@ __device__ unsigned eligible_among(const PatternRow& row, int64_t i, const Key (
         const int64_t at = first + other * stride;
         const Key standing = standing_of(magnitude_key(load1(source + at), infinity), is_kept(mask, at));
         // Of equal weights the first is the last in the order.
-        const bool is_before = order.in_row_major(other) < place;
+        const bool is_before = place_of(other) < place;
         after += is_before ? standing >= own : standing > own;
       }
       eligible |= static_cast<unsigned>(after >= keep) << j;
@@ -163,7 +175,7 @@ __global__ void __launch_bounds__(kThreads)
   for_each_run(rows, num_rows, num_chunks, [&](int r, int first, int last) {
     const PatternRow& row = rows[r];
     const int64_t of = row.pattern.of();
-    const Filter order = row.pattern.order(row.filter);
+    const PlaceInGroup place_of(row);
     const uint8_t* const mask = pointer<const uint8_t>(row.mask);
     bool found_nonfinite = false;
     int index_bits = 1;
@@ -181,7 +193,7 @@ __global__ void __launch_bounds__(kThreads)
           }));
       if (rank < 0) continue;  // all that is there is protected
       const auto last_index = static_cast<int64_t>(value_of_rank(of, index_bits, rank, [&](int64_t i, uint64_t& value) {
-        value = static_cast<uint64_t>(order.in_row_major(i));
+        value = static_cast<uint64_t>(place_of(i));
         return is_kept(mask, begin + i) && key_at(i) == last_key;
       }));
       const int64_t end = begin + of;
@@ -191,7 +203,7 @@ __global__ void __launch_bounds__(kThreads)
           if (!is_kept(mask, at)) continue;
           const Key key = key_at(at - begin);
           found_nonfinite |= key >= infinity;
-          const bool is_protected = key > last_key || (key == last_key && order.in_row_major(at - begin) <= last_index);
+          const bool is_protected = key > last_key || (key == last_key && place_of(at - begin) <= last_index);
           eligible |= static_cast<unsigned>(!is_protected) << (at - i);
         }
         const int64_t word = i / 32;
@@ -303,6 +315,7 @@ __device__ inline unsigned bits_before_tie(const PatternRow& row, int64_t tie, i
   const int64_t from = size == 1 ? tie : tie / size * size;
   unsigned before = (1u << count_from(i, from)) - 1;
   if (size > 1 && i + kEach > from && i < from + size) {
+#pragma unroll 1
     for (int j = 0; j < kEach; ++j) {
       const int64_t place = i + j - from;
       if (place < 0 || place >= size) continue;
@@ -312,43 +325,35 @@ __device__ inline unsigned bits_before_tie(const PatternRow& row, int64_t tie, i
   return before;
 }
 
-// Bits of those of eight weights that are not pruned by a cut.
-template <typename Key>
-__device__ __forceinline__ unsigned bits_above(const Key (&raw)[kEach], const Cut<Key>& cut, unsigned before) {
-  unsigned above = 0;
-#pragma unroll
-  for (int j = 0; j < kEach; ++j) {
-    above |= static_cast<unsigned>(magnitude_bits(raw[j]) >= (before >> j & 1 ? cut.before : cut.after)) << j;
-  }
-  return above;
-}
-
-// Some weights of a chunk come before the tie index, and others do not.
-inline constexpr unsigned kMixed = 0x100;
-
-// `before_all` are the bits before the tie index of each eight of the chunk, or kMixed.
-template <bool kWhole, int kOf, typename Key>
+// A chunk of weights. kMixed: some of them come before the tie index, others do not; else `is_before` is said of all.
+template <bool kWhole, int kOf, bool kMixed, typename Key>
 __device__ __forceinline__ void settle_chunk(const PatternRow& row, int64_t begin, int size, Cut<Key>& cut,
-                                             unsigned before_all, int64_t tie, Key infinity) {
+                                             bool is_before, int64_t tie, Key infinity) {
   const auto keep = static_cast<int>(row.pattern.keep());
   const Key* const source = pointer<const Key>(row.source) + begin;
   const uint8_t* const mask = row.mask == 0 ? nullptr : pointer<const uint8_t>(row.mask) + begin / 8;
   const uint8_t* const ranked = row.ranked == 0 ? nullptr : pointer<const uint8_t>(row.ranked) + begin / 8;
   Key* const weights = row.weights == 0 ? nullptr : pointer<Key>(row.weights) + begin;
   uint8_t* const out = pointer<uint8_t>(row.out) + begin / 8;
+  const Key least_of_all = is_before ? cut.before : cut.after;
   for_each_eight<kWhole>(source, mask, size, [&](int i, Key(&raw)[kEach], unsigned bits) {
-    unsigned eligible;
+    unsigned stays;
     if constexpr (kOf > 0) {
-      eligible = eligible_within<kOf>(raw, bits, keep, infinity);
+      stays = ~eligible_within<kOf>(raw, bits, keep, infinity);
     } else {
-      eligible = load_bits(ranked, i, count_from(i, size));
+      stays = ~load_bits(ranked, i, count_from(i, size));
     }
-    const unsigned before = before_all == kMixed ? bits_before_tie(row, tie, begin + i) : before_all;
+    const unsigned before = kMixed ? bits_before_tie(row, tie, begin + i) : 0;
+#pragma unroll
+    for (int j = 0; j < kEach; ++j) {
+      const Key least = !kMixed ? least_of_all : before >> j & 1 ? cut.before : cut.after;
+      stays |= static_cast<unsigned>(magnitude_bits(raw[j]) >= least) << j;
+    }
     cut.kept_before += __popc(bits);
-    bits &= ~eligible | bits_above(raw, cut, before);
+    bits &= stays;
     cut.kept_now += __popc(bits);
-    if (weights != nullptr && zero_eight(raw, bits))
-      store8<kWhole>(weights + i, kWhole ? kEach : count_from(i, size), raw);
+    const bool changed = zero_eight(raw, bits) && weights != nullptr;
+    if (changed) store8<kWhole>(weights + i, kWhole ? kEach : count_from(i, size), raw);
     store_bits(out, i, bits);
   });
 }
@@ -378,11 +383,13 @@ __global__ void __launch_bounds__(kThreads, kReaders)
         const int64_t begin = (chunk - row.first_chunk) * kChunk;
         const int size = size_of_chunk(row.n, begin);
         const bool holds_tie = tie_begin < begin + size && begin < tie_begin + row.filter.size();
-        const unsigned before = holds_tie ? kMixed : begin < tie_begin ? 0xff : 0;
-        if (size == kChunk && is_aligned(pointer<const Key>(row.source) + begin)) {
-          settle_chunk<true, kOf>(row, begin, size, cut, before, cutoff.tie_index, infinity);
+        const bool is_before = begin < tie_begin;
+        if (holds_tie) {
+          settle_chunk<false, kOf, true>(row, begin, size, cut, is_before, cutoff.tie_index, infinity);
+        } else if (size == kChunk && is_aligned(pointer<const Key>(row.source) + begin)) {
+          settle_chunk<true, kOf, false>(row, begin, size, cut, is_before, cutoff.tie_index, infinity);
         } else {
-          settle_chunk<false, kOf>(row, begin, size, cut, before, cutoff.tie_index, infinity);
+          settle_chunk<false, kOf, false>(row, begin, size, cut, is_before, cutoff.tie_index, infinity);
         }
       }
     });

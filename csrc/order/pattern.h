@@ -27,13 +27,13 @@ struct Pattern {
   constexpr int64_t cols() const { return b; }
   constexpr int64_t width() const { return c; }
 
-  // The order inside a group in which ties count: another than that of memory only where a group is a whole filter.
-  constexpr Filter order(const Filter& filter) const {
-    return stride() == 1 && of() == filter.size() ? filter : Filter{};
+  // Whether a group is a whole filter, in which memory has an order of its own (see memory_order.h).
+  constexpr bool is_permuted(const Filter& filter) const {
+    return filter.positions > 1 && stride() == 1 && of() == filter.size();
   }
   // Whether groups lie whole in eight consecutive weights, in the order of memory: then nothing else has to be read.
   constexpr bool is_within_eight(const Filter& filter) const {
-    return kind == kGroups && stride() == 1 && (of() == 2 || of() == 4 || of() == 8) && order(filter).positions == 1;
+    return kind == kGroups && stride() == 1 && (of() == 2 || of() == 4 || of() == 8) && !is_permuted(filter);
   }
 };
 
