@@ -26,45 +26,43 @@ PatternPlan plan_of(const Pattern& pattern, const Filter& filter) {
 }
 
 void rank(const Launch& launch, uint64_t table, const std::vector<PatternPart>& parts) {
-  for_each_part(launch, table, parts,
-                [&](PatternWork work, DType dtype, PatternRow* rows, int64_t num_rows, int64_t num_chunks) {
-                  const unsigned grid = grid_of(launch, kReaders, num_chunks);
-                  if (work == kWholeBlocks) {
-                    const unsigned many = grid_of(launch, kBlocksOfWarps, num_chunks);
+  for_each_part(launch, table, parts, [&](PatternWork work, DType dtype, auto* rows, int64_t num_rows, int64_t chunks) {
+    const auto grid_with = [&](unsigned per_multiprocessor) { return grid_of(launch, per_multiprocessor, chunks); };
+    if (work == kWholeBlocks) {
+      const unsigned grid = grid_with(kBlocksOfWarps);
 #define GMP_DTYPE(name, Key, infinity) \
-  if (dtype == DType::name) GMP_LAUNCH(kernels::sum_blocks<DType::name>, many, launch, rows, num_rows, num_chunks);
-                    GMP_DTYPES(GMP_DTYPE)
+  if (dtype == DType::name) GMP_LAUNCH(kernels::sum_blocks<DType::name>, grid, launch, rows, num_rows, chunks);
+      GMP_DTYPES(GMP_DTYPE)
 #undef GMP_DTYPE
-                    return;
-                  }
-                  with_dtype(dtype, [&](auto infinity) {
-                    using Key = decltype(infinity);
-                    if (work == kLongGroups) {
-                      const unsigned many = grid_of(launch, kBlocksOfWarps, num_chunks);
-                      GMP_LAUNCH(kernels::rank_rows<Key>, many, launch, rows, num_rows, num_chunks, infinity);
-                    } else {
-                      GMP_LAUNCH(kernels::rank_groups<Key>, grid, launch, rows, num_rows, num_chunks, infinity);
-                    }
-                  });
-                });
+      return;
+    }
+    with_dtype(dtype, [&](auto infinity) {
+      using Key = decltype(infinity);
+      if (work == kLongGroups) {
+        const unsigned grid = grid_with(kernels::kFewReaders);
+        GMP_LAUNCH(kernels::rank_rows<Key>, grid, launch, rows, num_rows, chunks, infinity);
+      } else {
+        GMP_LAUNCH(kernels::rank_groups<Key>, grid_with(kReaders), launch, rows, num_rows, chunks, infinity);
+      }
+    });
+  });
 }
 
 void settle(const Launch& launch, uint64_t table, const std::vector<PatternPart>& parts) {
-  for_each_part(launch, table, parts,
-                [&](PatternWork work, DType dtype, PatternRow* rows, int64_t num_rows, int64_t num_chunks) {
-                  with_dtype(dtype, [&](auto infinity) {
-                    using Key = decltype(infinity);
-                    const unsigned grid = grid_of(launch, kReaders, num_chunks);
-                    if constexpr (sizeof(Key) >= 4) {
-                      if (work == kWholeBlocks) {
-                        const unsigned many = grid_of(launch, kBlocksOfWarps, num_chunks);
-                        GMP_LAUNCH(kernels::settle_blocks<Key>, many, launch, rows, num_rows, num_chunks, infinity);
-                        return;
-                      }
-                    }
-                    GMP_LAUNCH(kernels::settle<Key>, grid, launch, rows, num_rows, num_chunks, infinity);
-                  });
-                });
+  for_each_part(launch, table, parts, [&](PatternWork work, DType dtype, auto* rows, int64_t num_rows, int64_t chunks) {
+    with_dtype(dtype, [&](auto infinity) {
+      using Key = decltype(infinity);
+      if constexpr (sizeof(Key) >= sizeof(float)) {  // as sums are
+        if (work == kWholeBlocks) {
+          const unsigned grid = grid_of(launch, kBlocksOfWarps, chunks);
+          GMP_LAUNCH(kernels::settle_blocks<Key>, grid, launch, rows, num_rows, chunks, infinity);
+          return;
+        }
+      }
+      const unsigned grid = grid_of(launch, kernels::kFewReaders, chunks);
+      GMP_LAUNCH(kernels::settle<Key>, grid, launch, rows, num_rows, chunks, infinity);
+    });
+  });
 }
 
 void load_patterns() {
@@ -76,7 +74,7 @@ void load_patterns() {
     load(kernels::rank_groups<Key>);
     load(kernels::rank_rows<Key>);
     load(kernels::settle<Key>);
-    if constexpr (sizeof(Key) >= 4) load(kernels::settle_blocks<Key>);
+    if constexpr (sizeof(Key) >= sizeof(float)) load(kernels::settle_blocks<Key>);
   };
 #define GMP_KEY(Key) load_typed(Key{});
   GMP_KEYS(GMP_KEY)

@@ -11,6 +11,9 @@
 
 namespace gmp::cuda::kernels {
 
+// Blocks per multiprocessor for kernels whose threads need more registers than those of kReaders.
+inline constexpr unsigned kFewReaders = 2;
+
 __device__ __forceinline__ bool is_kept(const uint8_t* mask, int64_t i) {
   return load_bits(mask, i / kEach * kEach, kEach) >> (i % kEach) & 1;
 }
@@ -56,8 +59,7 @@ __device__ __forceinline__ unsigned eligible_within(const Key (&raw)[kEach], uns
 
 // The same of the eight from `i` on in groups of at most 32 that may lie anywhere.
 template <typename Key>
-__device__ unsigned eligible_among(const PatternRow& row, int64_t i, const Key (&raw)[kEach], unsigned bits,
-                                   Key infinity) {
+__device__ unsigned eligible_among(const PatternRow& row, int64_t i, unsigned bits, Key infinity) {
   const auto stride = row.pattern.stride();
   const auto of = static_cast<int>(row.pattern.of()), keep = static_cast<int>(row.pattern.keep());
   const PlaceInGroup place_of(row);
@@ -69,7 +71,7 @@ __device__ unsigned eligible_among(const PatternRow& row, int64_t i, const Key (
 #pragma unroll 1
   for (int j = 0; j < kEach && bits >> j != 0; ++j) {
     if (bits >> j & 1) {
-      const Key own = standing_of(magnitude_key(raw[j], infinity), true);
+      const Key own = standing_of(magnitude_key(load1(source + i + j), infinity), true);
       const auto place = static_cast<int>(place_of(member));
       const int64_t first = i + j - member * stride;
       int after = 0;
@@ -128,7 +130,7 @@ __global__ void __launch_bounds__(kThreads, kReaders)
           if constexpr (kOf > 0) {
             store_bits(ranked, i, eligible_within<kOf>(raw, bits, keep, infinity));
           } else if (ranked != nullptr) {
-            store_bits(ranked, i, eligible_among(row, begin + i, raw, bits, infinity));
+            store_bits(ranked, i, eligible_among(row, begin + i, bits, infinity));
           }
         };
         if (kOf > 0 && size == kChunk && is_aligned(source)) {
@@ -145,7 +147,7 @@ __global__ void __launch_bounds__(kThreads, kReaders)
 // Returns the value of a rank among those of `size` that there are, value_at(index, value), and leaves in `rank` how
 // many others tie with it and come before; -1 in `rank` if there are not so many. The whole block must call it.
 template <typename ValueAt>
-__device__ uint64_t value_of_rank(int64_t size, int bits, int64_t& rank, ValueAt value_at) {
+__device__ __forceinline__ uint64_t value_of_rank(int64_t size, int bits, int64_t& rank, ValueAt value_at) {
   constexpr int kDigit = 8;
   __shared__ unsigned counts[1 << kDigit];
   uint64_t found = 0;
@@ -170,7 +172,7 @@ __device__ uint64_t value_of_rank(int64_t size, int bits, int64_t& rank, ValueAt
 // Groups of more than 32 weights that lie in a row: a block of threads takes one, which counts as a chunk. The bits are
 // zero before, because groups share words of them.
 template <typename Key>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kFewReaders)
     rank_rows(PatternRow* rows, int64_t num_rows, int64_t num_chunks, Key infinity) {
   for_each_run(rows, num_rows, num_chunks, [&](int r, int first, int last) {
     const PatternRow& row = rows[r];
@@ -369,7 +371,7 @@ __device__ void add_kept(PatternRow& row, const Cut<Key>& cut) {
 
 // Weights that are ranked one by one.
 template <typename Key>
-__global__ void __launch_bounds__(kThreads, kReaders)
+__global__ void __launch_bounds__(kThreads, kFewReaders)
     settle(PatternRow* rows, int64_t num_rows, int64_t num_chunks, Key infinity) {
   for_each_run(rows, num_rows, num_chunks, [&](int r, int first, int last) {
     PatternRow& row = rows[r];

@@ -39,14 +39,14 @@ struct Pattern {
 
 // The standing of a weight among others: pruned weights come before every key.
 template <typename Key>
-constexpr Key standing_of(Key key, bool is_kept) {
+__attribute__((always_inline)) constexpr Key standing_of(Key key, bool is_kept) {
   return is_kept ? static_cast<Key>(key + 1) : Key{0};
 }
 
 // Bits of those of `kSize` weights in a row, groups of `kOf` side by side, that are neither pruned (their bit is 0) nor
 // among the `keep` last of their group. Of equal weights the first is the last in the order.
 template <int kOf, int kSize, typename Key>
-constexpr unsigned eligible_in(const Key (&keys)[kSize], unsigned bits, int keep) {
+__attribute__((always_inline)) constexpr unsigned eligible_in(const Key (&keys)[kSize], unsigned bits, int keep) {
   Key standings[kSize] = {};
   int after[kSize] = {};  // how many of its group come after each
 #pragma unroll
