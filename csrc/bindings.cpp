@@ -45,9 +45,8 @@ using LayerTuple = std::tuple<std::string, Array, Array, std::pair<int64_t, int6
 void set_ranking(LayerView& layer, const RankingTuple& given) {
   const auto& [source_dtype, source, sums_dtype, numbers] = given;
   const auto [kind, a, b, c] = numbers;
-  const gmp::Pattern pattern{static_cast<gmp::PatternKind>(kind), a, b, c};
-  const bool is_groups = pattern.kind == gmp::PatternKind::kGroups,
-             is_blocks = pattern.kind == gmp::PatternKind::kBlocks;
+  const gmp::Pattern pattern{kind, a, b, c};
+  const bool is_groups = pattern.kind == gmp::kGroups, is_blocks = pattern.kind == gmp::kBlocks;
   if (kind < 0 || kind > 2 || ((is_groups || is_blocks) && (a < 1 || b < 1 || c < 1))) {
     throw std::invalid_argument("expected a pattern and its numbers");
   }

@@ -18,6 +18,7 @@ TABLES: np.dtype[Any]
 LAYER_ROW: np.dtype[Any]
 GROUP_ROW: np.dtype[Any]
 COUNT_ROW: np.dtype[Any]
+PATTERN_ROW: np.dtype[Any]
 TENSOR_ROW: np.dtype[Any]
 
 class Launch:
@@ -31,6 +32,14 @@ def load_kernels(device: int) -> int: ...  # returns its multiprocessors
 def select(launch: Launch, tables: Buffer) -> None: ...
 def apply(launch: Launch, tables: Buffer) -> None: ...
 def count(launch: Launch, dtype: int, rows: int, num_rows: int, num_chunks: int) -> None: ...
+
+# Which kernels a pattern needs, a number for it; how many of its weights make a chunk of `rank`; whether `settle` can
+# do without `rank`.
+def plan_of(pattern: tuple[int, int, int, int], filter: tuple[int, int]) -> tuple[int, int, bool]: ...
+
+# Parts of the rows are that number, a dtype, first row, number of rows, number of chunks.
+def rank(launch: Launch, rows: int, parts: list[tuple[int, int, int, int, int]]) -> None: ...
+def settle(launch: Launch, rows: int, parts: list[tuple[int, int, int, int, int]]) -> None: ...
 
 # Parts of the rows are dtype, dtype of the state, first row, number of rows, number of chunks. The constants are at an
 # address, or, where it is 0, rows of float64 in `values`.

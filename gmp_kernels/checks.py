@@ -405,8 +405,8 @@ def check_unbroken(op: str, layers: Layers, names: Sequence[str] | None) -> None
         if len(broken):
             what = "block" if layer.pattern.unit > 1 else "group"
             raise SparsityError(
-                f"{op}: expected a mask of {label_of(names, i)} that keeps to {layer.pattern}, got {len(broken)} {what}s "
-                f"that do not, the first being {what} {int(broken[0])}; start from another mask, or without one"
+                f"{op}: expected a mask of {label_of(names, i)} that keeps to {layer.pattern}, got {len(broken)} "
+                f"{what}s that do not, the first being {what} {int(broken[0])}; start from another mask, or without one"
             )
 
 

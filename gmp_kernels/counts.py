@@ -125,6 +125,8 @@ def select(
     is_global: bool,
     brackets: Brackets | None = None,
     caps: Caps | None = None,
+    *,
+    finite: bool = True,
 ) -> tuple[Selection, Sequence[int]]:
     """Select so many weights in each group of layers.
 
@@ -141,6 +143,8 @@ def select(
     brackets : Brackets, optional
         As in ``Implementation.select``.
     caps : Caps, optional
+    finite : bool
+        Whether to look for NaN and Inf where the patterns alone decide, which takes a read.
 
     Returns
     -------
@@ -159,7 +163,7 @@ def select(
         selection, full = select_capped(implementation, layers, wanted[0], *own)
         return selection, list(full)
     if list(num_prune) == ranking.most:
-        return select_most(implementation, layers, wanted, group_sizes), ()
+        return select_most(implementation, layers, wanted, group_sizes, finite=finite), ()
     return select_with(implementation)(layers, wanted, group_sizes, brackets, prunes=True), ()
 
 

@@ -201,8 +201,8 @@ def prune_(
     Two reads of the weights, one write of the cache lines that change, 1 bit per weight of mask. Temporary memory:
     under 5% of the largest weight's bytes plus 4 MB. With thousands of tensors or billions of weights it can be more:
     300 bytes per tensor plus one byte per 2000 weights. On a GPU, patterns also take 1 bit per weight, 4 bytes per
-    block, and up to 16 per row with ``min_kept_per_row``. Where a pattern alone decides, because as much is pruned as it
-    allows, nothing is searched, and thresholds are Inf.
+    block, and up to 16 per row with ``min_kept_per_row``. Where a pattern alone decides, because as much is pruned as
+    it allows, nothing is searched, and thresholds are Inf.
 
     References
     ----------
@@ -284,8 +284,10 @@ def begin_prune(
         sizes = ranking.sizes
     brackets = None
     if previous is not None:
-        brackets = brackets_near(previous[: len(sizes)], counts, sizes, dtypes)
-    selection, alone = select(implementation, layers, counts, ranking, is_global, brackets, caps)
+        wanted = counts if ranking is None else [n // unit for n, unit in zip(counts, ranking.units, strict=True)]
+        brackets = brackets_near(previous[: len(sizes)], wanted, sizes, dtypes)
+    finite = nonfinite == "error"
+    selection, alone = select(implementation, layers, counts, ranking, is_global, brackets, caps, finite=finite)
     # This runs while a GPU selects.
     if masks_ is None:
         try:

@@ -80,7 +80,7 @@ int64_t settle(const LayerView& layer, const Chunk& chunk, uint8_t* out, uint64_
   kept_before += before == nullptr ? num_weights : active_kernels().front().count_bits(before, num_weights);
   if (unit > 1) {
     spread(layer, stays, n, kept);
-  } else if (ranking.pattern.kind == PatternKind::kGroups) {
+  } else if (ranking.pattern.kind == kGroups) {
     const uint8_t* const eligible = piece.layer.mask;
     for (int64_t i = 0; i < num_bytes; ++i) {
       const int all = i + 1 < num_bytes || num_weights % 8 == 0 ? 0xff : (1 << num_weights % 8) - 1;

@@ -150,9 +150,8 @@ inline BracketCounts scan_groups(const LayerView& layer, int64_t begin, int64_t 
 
 template <DType kDType>
 BracketCounts scan(const LayerView& layer, int64_t begin, int64_t end, const Bracket& bracket, void* gathered) {
-  return layer.ranking.pattern.kind == PatternKind::kGroups
-             ? scan_groups<kDType, kInLoop>(layer, begin, end, bracket, gathered)
-             : scan_groups<kDType, 0>(layer, begin, end, bracket, gathered);
+  return layer.ranking.pattern.kind == kGroups ? scan_groups<kDType, kInLoop>(layer, begin, end, bracket, gathered)
+                                               : scan_groups<kDType, 0>(layer, begin, end, bracket, gathered);
 }
 
 template <DType kDType>
@@ -245,7 +244,7 @@ inline int64_t apply_groups(const LayerView& layer, int64_t begin, int64_t end, 
 template <DType kDType, bool kWrites = true>
 int64_t apply(const LayerView& layer, int64_t begin, int64_t end, uint8_t* kept_bits, uint64_t key, int64_t tie_index,
               int64_t& kept_before) {
-  return kWrites && layer.ranking.pattern.kind == PatternKind::kGroups
+  return kWrites && layer.ranking.pattern.kind == kGroups
              ? apply_groups<kDType, kWrites, kInLoop>(layer, begin, end, kept_bits, key, tie_index, kept_before)
              : apply_groups<kDType, kWrites, 0>(layer, begin, end, kept_bits, key, tie_index, kept_before);
 }

@@ -148,7 +148,8 @@ inline Key ranked_from_above(Key* keys, int n, int64_t rank) {
   return keys[rank - 1];
 }
 
-// The same. The largest keys of the lanes of two registers say what it must at least be, and few weights are above that.
+// The same. The largest keys of the lanes of two registers say what it must at least be, and few weights are above
+// that.
 template <DType kDType>
 inline KeyOf<kDType> last_but(const LayerView& layer, int64_t begin, int64_t end, int64_t keep) {
   using Key = KeyOf<kDType>;
@@ -235,8 +236,8 @@ inline KeyOf<kDType> protect_in_rows(const LayerView& layer, uint8_t* eligible) 
 template <DType kDType>
 bool protect(const LayerView& layer, uint8_t* eligible) {
   const Pattern& pattern = layer.ranking.pattern;
-  const bool is_in_order = layer.filter.size() == 1 || pattern.of() <= layer.filter.channels || pattern.stride() > 1;
-  if (pattern.of() > 32 || !is_in_order) return protect_in_rows<kDType>(layer, eligible) > infinity_of<kDType>();
+  if (pattern.of() > 32 || pattern.is_permuted(layer.filter))
+    return protect_in_rows<kDType>(layer, eligible) > infinity_of<kDType>();
   int64_t i = 0;
   bool nonfinite = false;
   if (pattern.stride() == 1 && pattern.of() == 2) nonfinite = protect_in_lanes<kDType, 2>(layer, eligible, i);

@@ -17,14 +17,14 @@ struct Piece {
 // The weights of one of what is ranked.
 inline int64_t weights_per_unit(const LayerView& layer) {
   const Pattern& pattern = layer.ranking.pattern;
-  return pattern.kind == PatternKind::kBlocks ? pattern.rows() * pattern.cols() : 1;
+  return pattern.kind == kBlocks ? pattern.rows() * pattern.cols() : 1;
 }
 
 // A piece of so many begins and ends with a group or band, and with a byte of the mask.
 inline int64_t alignment(const LayerView& layer) {
   const Pattern& pattern = layer.ranking.pattern;
-  if (pattern.kind == PatternKind::kGroups) return std::lcm(pattern.of() * pattern.stride(), int64_t{8});
-  if (pattern.kind == PatternKind::kBlocks) {
+  if (pattern.kind == kGroups) return std::lcm(pattern.of() * pattern.stride(), int64_t{8});
+  if (pattern.kind == kBlocks) {
     return pattern.across() * (8 / std::gcd(pattern.rows() * pattern.width(), int64_t{8}));
   }
   return 8;
@@ -33,9 +33,7 @@ inline int64_t alignment(const LayerView& layer) {
 // Whether the loops over weights look at the groups of a layer themselves: those that hardware takes, in a row in
 // memory.
 inline bool are_groups_in_loop(const LayerView& layer) {
-  const Pattern& pattern = layer.ranking.pattern;
-  return pattern.kind == PatternKind::kGroups && pattern.of() == 4 && pattern.stride() == 1 &&
-         (layer.filter.size() == 1 || layer.filter.channels % 4 == 0);
+  return layer.ranking.pattern.of() == 4 && layer.ranking.pattern.is_within_eight(layer.filter);
 }
 
 // How much of what is ranked a thread takes at a time: the weights of a chunk, or more if a band or group has more.
@@ -47,7 +45,7 @@ inline int64_t chunk_of(const LayerView& layer) {
 // Bytes of memory that a piece of so many takes at most.
 inline int64_t piece_bytes(const LayerView& layer, int64_t n) {
   if (layer.is_plain()) return 0;
-  const bool has_sums = layer.ranking.pattern.kind == PatternKind::kBlocks;
+  const bool has_sums = layer.ranking.pattern.kind == kBlocks;
   return (has_sums ? n * bytes_of(layer.dtype) : 2 * alignment(layer) / 8) + n / 8 + 2 * kGatherSlackBytes;
 }
 
@@ -62,7 +60,7 @@ inline LayerView source_of(const LayerView& layer) {
 // asked for, a piece may have groups_in_loop, whose mask is that of the weights.
 inline Piece ranked(const LayerView& layer, int64_t begin, int64_t end, char* memory, bool as_bits = false) {
   const Pattern& pattern = layer.ranking.pattern;
-  if (pattern.kind == PatternKind::kBlocks) {
+  if (pattern.kind == kBlocks) {
     const int64_t n = end - begin;
     uint8_t* const bits = reinterpret_cast<uint8_t*>(memory + n * bytes_of(layer.dtype));
     kernels_of(layer.ranking.source_dtype).score(layer, begin, end, memory, bits);
@@ -72,7 +70,7 @@ inline Piece ranked(const LayerView& layer, int64_t begin, int64_t end, char* me
   const int64_t last = std::min(layer.n, (end + align - 1) / align * align);
   LayerView piece{layer.dtype, static_cast<char*>(layer.weights) + first * bytes_of(layer.dtype), last - first,
                   layer.mask == nullptr ? nullptr : layer.mask + first / 8, layer.filter};
-  if (pattern.kind == PatternKind::kNone) return {piece, first, false};
+  if (pattern.kind == kNoPattern) return {piece, first, false};
   if (!as_bits && are_groups_in_loop(layer)) {
     piece.ranking.pattern = pattern;
     return {piece, first, false};

@@ -27,8 +27,7 @@ constexpr int64_t kMostInGroups = 32;  // larger groups are rows, of which few w
 
 inline bool is_sampled_in_runs(const LayerView& layer) {
   const Pattern& pattern = layer.ranking.pattern;
-  return pattern.kind == PatternKind::kBlocks ||
-         (pattern.kind == PatternKind::kGroups && pattern.of() <= kMostInGroups);
+  return pattern.kind == kBlocks || (pattern.kind == kGroups && pattern.of() <= kMostInGroups);
 }
 
 // Like draw_sample for one layer that is ranked by groups or blocks: runs of neighbouring ones, at pseudo-random
@@ -37,7 +36,7 @@ template <typename Key>
 BracketCounts draw_runs(const LayerView& layer, int64_t share, const Bracket& all, Key* keys) {
   constexpr int64_t kRun = 16;  // groups or blocks
   const Pattern& pattern = layer.ranking.pattern;
-  const bool is_groups = pattern.kind == PatternKind::kGroups;
+  const bool is_groups = pattern.kind == kGroups;
   const int64_t of = is_groups ? pattern.of() : 1, num_units = layer.n / of;
   const int64_t runs = num_units < kRun ? 0 : share / (kRun * of);
   if (runs == 0) return {};
@@ -68,7 +67,7 @@ BracketCounts draw_runs(const LayerView& layer, int64_t share, const Bracket& al
   }
   LayerView drawn{layer.dtype, keys, runs * kRun * of, is_masked ? mask : nullptr};
   if (is_groups) {
-    drawn.ranking.pattern = {PatternKind::kGroups, pattern.keep(), of, 1};
+    drawn.ranking.pattern = {kGroups, pattern.keep(), of, 1};
     kernels_of(layer.dtype).protect(drawn, eligible);
     drawn.ranking = {};
     drawn.mask = eligible;
@@ -148,7 +147,7 @@ void guess_bracket(const std::vector<LayerView>& layers, Group& group, Key infin
   int64_t protected_unseen = 0;
   for (size_t l = group.first_layer; l < group.first_layer + group.num_layers; ++l) {
     const Pattern& pattern = layers[l].ranking.pattern;
-    const bool is_seen = pattern.kind != PatternKind::kGroups || is_sampled_in_runs(layers[l]);
+    const bool is_seen = pattern.kind != kGroups || is_sampled_in_runs(layers[l]);
     if (!is_seen) protected_unseen += layers[l].n / pattern.of() * pattern.keep();
   }
   const double share = static_cast<double>(group.num_prune - protected_unseen) / static_cast<double>(group.n);

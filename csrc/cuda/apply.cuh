@@ -17,6 +17,18 @@ struct Cut {
   }
 };
 
+// Zeroes those of eight weights whose bit is 0; returns whether any has changed.
+template <typename Key>
+__device__ __forceinline__ bool zero_eight(Key (&raw)[kEach], unsigned bits) {
+  Key changed = 0;
+#pragma unroll
+  for (int j = 0; j < kEach; ++j) {
+    changed |= bits >> j & 1 ? Key(0) : raw[j];
+    raw[j] = bits >> j & 1 ? raw[j] : Key(0);
+  }
+  return changed != 0;
+}
+
 // Zeroes the pruned ones of eight weights, of which `num_before` are before the cut. Takes their old bits, leaves the
 // new ones, and returns whether any weight has changed.
 template <typename Key>
@@ -32,35 +44,20 @@ __device__ __forceinline__ bool prune_eight(Key (&raw)[kEach], unsigned& bits, c
     }
   }
   bits &= above;
-  Key changed = 0;
-#pragma unroll
-  for (int j = 0; j < kEach; ++j) {
-    changed |= bits >> j & 1 ? Key(0) : raw[j];
-    raw[j] = bits >> j & 1 ? raw[j] : Key(0);
-  }
-  return changed != 0;
+  return zero_eight(raw, bits);
 }
 
 // All of a chunk. `cut_index` is an index in the chunk.
 template <bool kWhole, typename Key>
 __device__ __forceinline__ void apply_chunk(Key* weights, const uint8_t* mask, uint8_t* out, int size, Cut<Key>& cut,
                                             int cut_index) {
-  constexpr int kEights = kWhole && sizeof(Key) < 8 ? 8 / sizeof(Key) : 1;  // four loads of 16 bytes at a time
-#pragma unroll 1
-  for (int first = static_cast<int>(threadIdx.x) * kEach; first < size; first += kEights * static_cast<int>(kTile)) {
-    Key raw[kEights][kEach];
-    unsigned bits[kEights];
-    load_eights<kWhole>(weights, mask, first, size, raw, bits);
-#pragma unroll
-    for (int e = 0; e < kEights; ++e) {
-      const int i = first + e * static_cast<int>(kTile);
-      cut.kept_before += __popc(bits[e]);
-      const bool changed = prune_eight(raw[e], bits[e], cut, count_from(i, cut_index));
-      if (changed) store8<kWhole>(weights + i, kWhole ? kEach : count_from(i, size), raw[e]);
-      if (out != nullptr) store_bits(out, i, bits[e]);
-      cut.kept_now += __popc(bits[e]);
-    }
-  }
+  for_each_eight<kWhole>(weights, mask, size, [&](int i, Key(&raw)[kEach], unsigned bits) {
+    cut.kept_before += __popc(bits);
+    const bool changed = prune_eight(raw, bits, cut, count_from(i, cut_index));
+    if (changed) store8<kWhole>(weights + i, kWhole ? kEach : count_from(i, size), raw);
+    if (out != nullptr) store_bits(out, i, bits);
+    cut.kept_now += __popc(bits);
+  });
 }
 
 // Number of chunks whose changing eights are collected together, so that there is work for all threads.

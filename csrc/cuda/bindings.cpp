@@ -107,6 +107,12 @@ PYBIND11_MODULE(GMP_MODULE, m) {
                                {F(weights), F(mask), F(n), F(first_chunk), F(lo), F(hi), F(shift), F(candidates),
                                 F(capacity), F(bins), F(num_bins), F(below), F(inside), F(pruned), F(nonfinite)});
 #undef F
+#define F(name) GMP_FIELD(PatternRow, name)
+  m.attr("PATTERN_ROW") =
+      row_of(sizeof(gmp::cuda::PatternRow),
+             {F(source), F(mask), F(ranked), F(sums), F(weights), F(out), F(n), F(first_chunk), F(pattern), F(filter),
+              F(nonfinite), F(layer), F(group), F(key), F(tie_index), F(kept_before), F(kept)});
+#undef F
 #define F(name) GMP_FIELD(TensorRow, name)
   m.attr("TENSOR_ROW") =
       row_of(sizeof(gmp::cuda::TensorRow), {F(weights), F(grads), F(master), F(state), F(mask), F(chunk_offsets), F(n),
@@ -120,6 +126,11 @@ PYBIND11_MODULE(GMP_MODULE, m) {
         [](const Launch& launch, const py::buffer& tables) { for_each_of(launch, tables, gmp::cuda::select); });
   m.def("apply", [](const Launch& launch, const py::buffer& tables) { for_each_of(launch, tables, gmp::cuda::apply); });
   m.def("count", &gmp::cuda::count);
+  m.def("plan_of", [](const std::array<int64_t, 4>& pattern, const std::array<int64_t, 2>& filter) {
+    return gmp::cuda::plan_of({pattern[0], pattern[1], pattern[2], pattern[3]}, {filter[0], filter[1]});
+  });
+  m.def("rank", &gmp::cuda::rank);
+  m.def("settle", &gmp::cuda::settle);
   m.def("update", &update);
   m.def("move_state", &gmp::cuda::move_state);
   m.def("count_kept", &gmp::cuda::count_kept);

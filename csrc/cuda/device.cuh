@@ -154,6 +154,20 @@ __device__ __forceinline__ void load_eights(const T* weights, const uint8_t* mas
   }
 }
 
+// Calls visit(index, weights, mask bits) for each eight of a chunk that this thread takes; kWhole: see load8.
+template <bool kWhole, typename T, typename Visit>
+__device__ __forceinline__ void for_each_eight(const T* weights, const uint8_t* mask, int size, Visit visit) {
+  constexpr int kEights = kWhole && sizeof(T) < 8 ? 8 / sizeof(T) : 1;  // four loads of 16 bytes at a time
+#pragma unroll 1
+  for (int first = static_cast<int>(threadIdx.x) * kEach; first < size; first += kEights * static_cast<int>(kTile)) {
+    T raw[kEights][kEach];
+    unsigned bits[kEights];
+    load_eights<kWhole>(weights, mask, first, size, raw, bits);
+#pragma unroll
+    for (int e = 0; e < kEights; ++e) visit(first + e * static_cast<int>(kTile), raw[e], bits[e]);
+  }
+}
+
 // The sum over the warp, for all its lanes.
 template <typename T>
 __device__ __forceinline__ T warp_sum(T value) {

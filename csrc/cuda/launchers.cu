@@ -1,4 +1,4 @@
-// All operations except the optimizer step.
+// All operations except the optimizer step and those of patterns.
 #include <algorithm>
 #include <cstring>
 
@@ -153,6 +153,7 @@ unsigned load_kernels([[maybe_unused]] int device) {
   load(kernels::store<kFewWords>);
   load(kernels::store<kManyWords>);
   load_steps();
+  load_patterns();
   return static_cast<unsigned>(multiprocessors);
 }
 

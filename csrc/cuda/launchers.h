@@ -27,6 +27,19 @@ void apply(const Launch& launch, const Tables& tables);
 // rows: CountRow
 void count(const Launch& launch, int64_t dtype, uint64_t rows, int64_t num_rows, int64_t num_chunks);
 
+// The rows of the next two are PatternRow.
+
+enum PatternWork : int64_t { kWeights, kLongGroups, kWholeBlocks };  // which kernels a pattern needs
+// Those; the weights of a chunk when it is ranked; and whether it is settled without having been ranked.
+using PatternPlan = std::tuple<int64_t, int64_t, bool>;
+PatternPlan plan_of(const Pattern& pattern, const Filter& filter);
+// a PatternWork, dtype, first row, number of rows, and of chunks, which each part numbers anew
+using PatternPart = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t>;
+// dtype: of what ranks the layers. Writes `ranked` and `sums`.
+void rank(const Launch& launch, uint64_t rows, const std::vector<PatternPart>& parts);
+// dtype: of what is ranked, the sums of blocks. Writes `weights`, `out` and the answer, kChunk weights to a chunk.
+void settle(const Launch& launch, uint64_t rows, const std::vector<PatternPart>& parts);
+
 // The rows of the others are TensorRow.
 
 // dtype, dtype of the state, first row, number of rows, and of chunks, which each part numbers anew
@@ -50,6 +63,7 @@ void fetch(const Launch& launch, uint64_t from, size_t bytes, void* to);
 // Loads all kernels for a device, so that no first launch has to, and returns the number of its multiprocessors. May be
 // called while a graph is captured. Throws std::runtime_error if there is no such device.
 unsigned load_kernels(int device);
-void load_steps();  // a part of that
+void load_steps();  // parts of that
+void load_patterns();
 
 }  // namespace gmp::cuda

@@ -8,6 +8,7 @@
 
 #include "optim/rules.h"
 #include "order/memory_order.h"
+#include "order/pattern.h"
 
 namespace gmp::cuda {
 
@@ -84,6 +85,22 @@ struct CountRow {
   uint64_t bins;        // int64_t
   int64_t num_bins;
   int64_t below, inside, pruned, nonfinite;  // the answer
+};
+
+// A layer with a pattern or with scores (see patterns.cuh).
+struct PatternRow {
+  uint64_t source, mask;  // what ranks it: scores or the weights themselves; 0 bits are pruned
+  uint64_t ranked;        // bits of what is neither pruned nor protected, weights or blocks; 0: those of the mask
+  uint64_t sums;          // of the magnitudes of blocks
+  uint64_t weights, out;  // written: zeros, unless it is 0, and new bits
+  int64_t n, first_chunk;
+  Pattern pattern;
+  Filter filter;
+  uint64_t nonfinite;     // address of an int64_t: set if an unpruned weight is NaN or Inf, and then nothing is written
+  uint64_t layer, group;  // rows of the selection with the cutoff; if they are 0, it is here:
+  uint64_t key;           // what is ranked goes if its key is below this one, or is the same and its row-major index
+  int64_t tie_index;      // is not before this one
+  int64_t kept_before, kept;  // the answer
 };
 
 // A tensor in an optimizer step; or only its gradient, its mask, or an array of its state, with all other fields 0.

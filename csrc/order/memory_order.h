@@ -17,6 +17,8 @@ struct Filter {
   constexpr int64_t size() const { return channels * positions; }
   // Place in row-major order of a weight of the filter, given its place in memory.
   constexpr int64_t in_row_major(int64_t i) const { return i % channels * positions + i / channels; }
+  // The inverse: the place in memory of a weight, given that in row-major order.
+  constexpr int64_t in_memory(int64_t i) const { return i % positions * channels + i / positions; }
   // The end of the filter in which an index lies; an index between two filters is itself the end of one.
   constexpr int64_t end_of(int64_t index) const { return (index + size() - 1) / size() * size(); }
 };

@@ -4,4 +4,5 @@
 
 #include "../cuda/launchers.cu"
 
+#include "../cuda/patterns.cu"
 #include "../cuda/steps.cu"

@@ -350,13 +350,19 @@ def _select_ranked(
 
 
 def select_most(
-    implementation: Implementation, layers: Sequence[Layer], num_prune: Sequence[int], group_sizes: Sequence[int]
+    implementation: Implementation,
+    layers: Sequence[Layer],
+    num_prune: Sequence[int],
+    group_sizes: Sequence[int],
+    *,
+    finite: bool,
 ) -> Selection:
-    """Return the cutoffs that prune all that is not protected. Takes one read, for NaN and Inf."""
+    """Return the cutoffs that prune all that is not protected. With ``finite`` it takes one read, for NaN and Inf."""
     numbers = np.repeat(num_prune, group_sizes).tolist()
     nothing = [0] * len(layers)
     keys = [largest_key(ranked_dtype(layer)) for layer in layers]
-    return Selection(Cutoffs(keys, numbers, nothing, nothing, nothing, nonfinite_in(implementation, layers)))
+    nonfinite = nonfinite_in(implementation, layers) if finite else [-1] * len(layers)
+    return Selection(Cutoffs(keys, numbers, nothing, nothing, nothing, nonfinite))
 
 
 def nonfinite_in(implementation: Implementation, layers: Sequence[Layer]) -> list[int]:

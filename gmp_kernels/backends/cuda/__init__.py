@@ -19,13 +19,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from gmp_kernels.backends import devices, ranking
+from gmp_kernels.backends import devices
 from gmp_kernels.backends.addresses import address, array_address, bits_address, element_address
 from gmp_kernels.backends.at_once import at_once
 from gmp_kernels.backends.compactions import compactions_of
+from gmp_kernels.backends.cuda.patterns import PatternTable, Ranked, RankedSelection, needs_ranking, settles_weights
 from gmp_kernels.backends.cuda.selection_tables import DTYPE_CODES, NO_INDEX, Rows, SelectionTables, fill_chunks
 from gmp_kernels.backends.devices import on_device, refuse_capture, stream_of
 from gmp_kernels.backends.layers import Layers, are_plain, by_dtype, device_of, prepared
+from gmp_kernels.backends.ranking import sources
 from gmp_kernels.backends.registry import Backend, register, why_not_built
 from gmp_kernels.backends.types import (
     BracketCounts,
@@ -58,7 +60,7 @@ class Launches:
     """Implementation by launches of one of the two modules."""
 
     capturable = True
-    selects_patterns = False
+    selects_patterns = True
     skips_pruned_blocks = True
     chunk = 0
     draw = None
@@ -105,13 +107,36 @@ class Launches:
         brackets: Brackets | None = None,
         prunes: bool = False,
     ) -> Selection:
+        if not are_plain(layers):
+            return self._select_ranked(layers, num_prune, group_sizes, brackets)
         with self._on(device_of(layers), "select") as launch:
             found = self._tables(layers, group_sizes, prunes=prunes).filled(launch, layers, num_prune, brackets)
             self._module.select(launch, found.tables)
         return found
 
     def ranked(self, layers: Sequence[Layer]) -> Sequence[Layer]:
-        return ranking.ranked(layers)
+        with self._on(device_of(layers), "select") as launch:
+            return Ranked(self._module, launch, list(layers)).layers
+
+    def _select_ranked(
+        self,
+        layers: Sequence[Layer],
+        num_prune: Sequence[int],
+        group_sizes: Sequence[int],
+        brackets: Brackets | None,
+    ) -> Selection:
+        """Do what ``select`` does, for layers with patterns or scores."""
+        given = list(layers)
+
+        def nonfinite_in() -> list[int]:
+            return self.select(sources(given), [0] * len(given), [1] * len(given)).cutoffs.nonfinite
+
+        with self._on(device_of(layers), "select") as launch:
+            ranked = Ranked(self._module, launch, given)
+            found = self._tables(ranked.layers, group_sizes).filled(launch, ranked.layers, num_prune, brackets)
+            selection = RankedSelection(layers, ranked, found, nonfinite_in)
+            self._module.select(launch, found.tables)
+        return selection
 
     def count(
         self,
@@ -153,7 +178,7 @@ class Launches:
         self, layers: Sequence[Layer], selection: Selection, out: Sequence[torch.Tensor], *, finite: bool = False
     ) -> PruneCounts | None:
         if not are_plain(layers):
-            return ranking.prune(self, layers, selection, out, finite=finite)
+            return self._settle(layers, selection, out, finite=finite)
         with self._on(device_of(layers), "prune") as launch:
             if isinstance(selection, SelectionTables) and selection.layers is layers:
                 found = selection
@@ -166,6 +191,44 @@ class Launches:
             tables = found.to_write(launch, None if is_in_place else out, finite=finite)
             self._module.apply(launch, tables)
             return None if finite and not found.is_finite else found.counts()
+
+    def _settle(
+        self, layers: Sequence[Layer], selection: Selection, out: Sequence[torch.Tensor], *, finite: bool
+    ) -> PruneCounts | None:
+        """Do what ``prune`` does, for layers with patterns or scores."""
+        given = list(layers)
+        is_own = isinstance(selection, RankedSelection) and selection.layers is layers
+        if not is_own and finite and max(selection.cutoffs.nonfinite) >= 0:
+            return None
+        with self._on(device_of(layers), "prune") as launch:
+            ranked: list[Layer | None] = [None] * len(given)
+            stops_at = 0
+            if isinstance(selection, RankedSelection) and is_own:
+                ranked[:] = selection.ranked.layers
+                stops_at = selection.flag if finite else 0
+            else:
+                selection = Selection(selection.cutoffs)
+                needed = [i for i, layer in enumerate(given) if needs_ranking(self._module, layer)]
+                made = Ranked(self._module, launch, [given[i] for i in needed]).layers
+                for i, own in zip(needed, made, strict=True):
+                    ranked[i] = own
+            table = PatternTable(self._module, given, ranked)
+            writes = [table.to_settle(launch, out, selection, stops_at=stops_at)]
+            masked = [
+                Layer(layer.weight, bits, layer.is_channels_last)
+                for layer, bits in zip(given, out, strict=True)
+                if not settles_weights(layer)
+            ]
+            if masked:
+                tables = self._tables(masked, selects=False).filled(launch)
+                if stops_at:
+                    tables.set_flag(stops_at)
+                writes.append(partial(self._module.apply, launch, tables.tables))
+            # All memory is allocated.
+            at_once(writes)
+            if isinstance(selection, RankedSelection) and finite and not selection.is_finite:
+                return None
+            return table.counts()
 
     def apply(self, layers: Sequence[Layer]) -> None:
         with self._on(device_of(layers), "apply_masks_") as launch:

@@ -32,8 +32,11 @@ LEAST_CAPACITY = 256  # keys per chunk; memory for them comes before flags, beca
 Rows = npt.NDArray[Any]
 
 
-def fill_chunks(rows: Rows, sizes: Sequence[int] | Rows, chunk: int) -> int:
-    """Number the chunks of all tensors consecutively, in their rows of csrc/cuda/tables.h; return their total."""
+def fill_chunks(rows: Rows, sizes: Sequence[int] | Rows, chunk: int | Rows) -> int:
+    """Number the chunks of all tensors consecutively, in their rows of csrc/cuda/tables.h; return their total.
+
+    ``chunk`` is their size, or one for each row.
+    """
     rows["n"] = sizes
     chunks = -(-rows["n"] // chunk)
     rows["first_chunk"] = chunks.cumsum() - chunks
@@ -234,6 +237,28 @@ class SelectionTables(Selection):
         tables["out"] = self.buffer.data_ptr() + self._out_places
         tables["finite"] = finite
         return words
+
+    @property
+    def flag(self) -> int:
+        """The address of the word that says whether an unpruned weight is NaN or Inf."""
+        return int(self.tables.view(self._module.TABLES)["nonfinite"][0])
+
+    def set_flag(self, address: int) -> None:
+        """Use another word for that, and stop an application if it is set."""
+        self.tables = self.tables.copy()
+        tables = self.tables.view(self._module.TABLES)
+        tables["nonfinite"], tables["finite"] = address, 1
+
+    def cutoff_addresses(self) -> tuple[Rows, Rows]:
+        """Return the addresses of the row of each layer, and of the row of its group."""
+        rows, groups = (np.empty(len(self.sizes), np.int64) for _ in range(2))
+        first_rows, first_groups = (
+            self.buffer.data_ptr() + self.view(self.rows)[name].ctypes.data - self.rows.ctypes.data
+            for name in ("layers", "groups")
+        )
+        rows[self.layer_order] = first_rows + np.arange(len(rows)) * self._module.LAYER_ROW.itemsize
+        groups[self.layer_order] = first_groups + self._groups * self._module.GROUP_ROW.itemsize
+        return rows, groups
 
     def read(self) -> Rows:
         """Return the rows as they are on the device, as a record; waits for it the first time."""
