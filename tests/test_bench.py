@@ -28,6 +28,7 @@ from gmp_kernels.tools.bench.measurement import (
     time_once,
 )
 from gmp_kernels.tools.bench.optimizers import optimizer_cases
+from gmp_kernels.tools.bench.patterns import pattern_cases, regrow_cases
 from gmp_kernels.tools.bench.record import Machine
 from gmp_kernels.tools.bench.small import small_cases
 from gmp_kernels.tools.bench.training import training_cases
@@ -40,6 +41,8 @@ SELECTIONS = [
     for c in bench.select_cases()
     if c.baseline in ("np.partition", "partition() in place", "torch.kthvalue", "torch.topk")
 ]
+
+SAME_MASKS = [c for c in (*pattern_cases(), *regrow_cases()) if c.baseline.startswith(("topk", "matmul"))]
 
 
 def built(case: Case) -> tuple[Timed, Timed]:
@@ -89,7 +92,7 @@ def test_a_threshold_from_the_last_one_is_that_of_the_weights_after_the_optimize
     assert 0 < abs(after.value / before.value - 1) < 0.01
 
 
-@pytest.mark.parametrize("case", bench.prune_cases(), ids=named)
+@pytest.mark.parametrize("case", [*bench.prune_cases(), *pattern_cases()], ids=named)
 def test_every_round_of_a_prune_step_starts_from_dense_weights(case: Case) -> None:
     ours, baseline = built(case)
     counts = []
@@ -122,6 +125,34 @@ def test_weights_in_channels_last_and_contiguous_ones_get_the_same_masks() -> No
     ours, theirs = (ran(side) for side in built(case))
     assert {mask.memory_format for mask in ours.masks} == {torch.channels_last, torch.contiguous_format}  # type: ignore[attr-defined]
     assert ours.masks == theirs.masks and len(ours.masks) == 54  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    "case",
+    [c for c in (*pattern_cases(), *regrow_cases()) if "topk" in c.baseline or "matmul" in c.baseline],
+    ids=named,
+)
+def test_the_other_ways_to_prune_in_patterns_keep_the_same_weights(case: Case) -> None:
+    ours, baseline = built(case)
+    for _ in range(2):  # each run starts from the same weights
+        mask = ran(ours).masks[0]  # type: ignore[attr-defined]
+        theirs = ran(baseline) != 0
+        assert isinstance(theirs, torch.Tensor) and int(theirs.sum()) == mask.num_kept
+        if "bf16" in case.name:  # which has many ties, and they keep any of tied weights
+            assert torch.all(theirs.sum(1) == 2)
+        else:
+            assert torch.equal(theirs.view(mask.shape), mask.to_bool())
+
+
+@pytest.mark.parametrize("case", regrow_cases(), ids=named)
+def test_a_projection_begins_where_an_optimizer_step_has_left_the_weights(case: Case) -> None:
+    ours, _ = built(case)
+    results = [ran(ours), ran(ours)]
+    assert results[0] == results[1]
+    assert results[0].thresholds[0].num_pruned == round(0.95 * NUM_WEIGHTS / SHRINK)  # type: ignore[attr-defined]
+    ours.prepare()
+    weight = ours.prepare.func.__self__  # type: ignore[attr-defined]
+    assert torch.all(weight != 0)
 
 
 @pytest.mark.parametrize("case", bench.scheduler_cases(), ids=named)

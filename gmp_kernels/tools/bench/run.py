@@ -29,10 +29,11 @@ from gmp_kernels.tools.bench.checkpoints import checkpoint_cases
 from gmp_kernels.tools.bench.host import host_cases
 from gmp_kernels.tools.bench.measurement import Case, Pair, Timed
 from gmp_kernels.tools.bench.optimizers import optimizer_cases
+from gmp_kernels.tools.bench.patterns import pattern_cases, regrow_cases
 from gmp_kernels.tools.bench.sharded import sharded_cases
 from gmp_kernels.tools.bench.small import small_cases
 from gmp_kernels.tools.bench.training import training_cases
-from gmp_kernels.tools.bench.weights import NUM_WEIGHTS, SPARSITY, STD, weights_of
+from gmp_kernels.tools.bench.weights import NUM_WEIGHTS, SPARSITY, STEP, weights_of
 from gmp_kernels.tools.presets import resnet50_layers
 
 __all__ = [
@@ -44,7 +45,6 @@ __all__ = [
 ]
 
 SPARSITIES = (0.5, 0.9, 0.99)
-STEP = 1e-3 * STD  # size of one optimizer step
 NUM_LAYERS = 160
 
 
@@ -105,6 +105,8 @@ def all_cases(folder: Path) -> list[Case]:
     return [
         *select_cases(),
         *prune_cases(),
+        *pattern_cases(),
+        *regrow_cases(),
         *optimizer_cases(),
         *small_cases(),
         *scheduler_cases(),

@@ -9,12 +9,13 @@ from torch import nn
 
 from gmp_kernels.masks import BitMask
 
-__all__ = ["NUM_WEIGHTS", "SPARSITY", "STD", "mask_of", "parameter_of", "weights_of"]
+__all__ = ["NUM_WEIGHTS", "SPARSITY", "STD", "STEP", "mask_of", "parameter_of", "weights_of"]
 
 # One layer of 4096 x 4096. In fp32 its 64 MB do not fit into the last-level cache of common CPUs.
 NUM_WEIGHTS = 1 << 24
 SPARSITY = 0.9
 STD = 0.02  # of the weights, as in a trained layer
+STEP = 1e-3 * STD  # size of one optimizer step
 
 
 @lru_cache(1)
