@@ -69,6 +69,46 @@ def test_the_programs_of_a_page_run_and_print_what_it_says(
     assert num_programs > 0
 
 
+def scoring() -> dict[str, Any]:
+    """Return what the programs on patterns and scores define."""
+    names = names_in_scope() | {"stages": gmp.Stages(1, 4, 3, steps_per_epoch=STEPS_PER_EPOCH)}
+    for kind, text in blocks_of("training"):
+        if kind == "python" and ("NM(" in text or "scores=" in text):
+            exec(compile(text, "training.md", "exec"), names)
+    return names
+
+
+def test_wanda_in_the_guide_is_its_definition() -> None:
+    names = scoring()
+    model, x = names["model"], torch.cat([batch for batch, _ in names["loader"]])
+    assert model.training and not any(layer._forward_pre_hooks for layer in model)  # as before the calibration
+    for i in (0, 2, 4):
+        weight, inputs = model[i].weight.detach(), model[:i](x).detach()
+        columns = [weight[:, j].abs() * inputs[:, j].square().sum().sqrt() for j in range(weight.shape[1])]
+        torch.testing.assert_close(names["wanda"](f"{i}.weight", weight, {}), torch.stack(columns, 1))
+
+    weight, norms = model[0].weight.detach().clone(), x.square().sum(0).sqrt()
+    names["run"].pruner.remove()
+    arguments = {"targets": "0", "pattern": names["NM"](2, 4), "scores": names["wanda"]}
+    gmp.GMPScheduler(model, names["adam"], gmp.schedules.OneShot(0.5), **arguments).step()
+    for before, after in zip(weight.view(-1, 4), model[0].weight.detach().view(-1, 4), strict=True):
+        assert int((after != 0).sum()) == 2 and torch.equal(after[after != 0], before[after != 0])
+    kept = (model[0].weight != 0).view(-1, 4)
+    scores = (weight.abs() * norms).view(-1, 4)
+    assert torch.all(scores.where(kept, torch.inf).amin(1) > scores.where(~kept, 0.0).amax(1))
+
+
+def test_lamp_in_the_guide_is_its_definition() -> None:
+    weight = torch.tensor([[0.5, -2.0, 1.0], [0.0, 1.0, -0.25]])
+    flat = weight.flatten().tolist()
+    expected = []
+    for i, value in enumerate(flat):
+        # Of equal magnitudes the first counts as the larger one, as where ties are pruned.
+        others = [w for j, w in enumerate(flat) if (-abs(w), j) <= (-abs(value), i)]
+        expected.append(value**2 / sum(w**2 for w in others))
+    assert scoring()["lamp"]("0.weight", weight, {}).flatten().tolist() == pytest.approx(expected)
+
+
 def of_sparseml() -> dict[str, Any]:
     shutil.copy(ROOT / "examples/recipe.yaml", "recipe.yaml")
     return names_in_scope()
