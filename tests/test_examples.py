@@ -13,6 +13,7 @@ SAID = {
     "resume.py": "sparsity 0.9000; the same bits as without a stop: True",
     "recipe.py": "sparsity 0.8500 as the recipe says",
     "tensors.py": "of them newly: sparsity 0.9000",
+    "weight_sparse_transformer.py": "fewest weights of a neuron: 2",
     "torchtitan_hook.py": "sparsity 0.9000 after 120 steps, weight decay {0.0}, ",
 }
 # The trainers' packages take long to import, and keep state of their own in the process.

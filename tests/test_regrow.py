@@ -41,10 +41,10 @@ def test_every_step_equals_a_projection_written_by_hand(make: Any, scope: Any) -
     model, twin = network(), network()
     optimizer = make(model.parameters())
     plain = make(twin.parameters())
-    schedule = schedules.Linear(0.2, 0.8, begin_step=0, end_step=6, frequency=1)
+    schedule = schedules.Linear(0.2, 0.6, begin_step=0, end_step=4, frequency=1)
     pruner = GMPScheduler(model, optimizer, schedule, scope=scope, regrow=True, backend="cpu")
     regrown = 0
-    for step in range(12):
+    for step in range(30):
         train(model, optimizer, step)
         train(twin, plain, step)
         before = {name: mask.to_bool() for name, mask in pruner.masks.items()}
