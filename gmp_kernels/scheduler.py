@@ -80,12 +80,19 @@ class GMPScheduler:
     max_sparsity : float, optional
         Of each layer, in (0, 1]: no more than floor(max_sparsity * n) of its n weights are pruned. With
         ``scope="global"`` and ``distribution="erk"`` the other layers lose what this withholds.
+    min_kept_per_row : int, optional
+        As in ``patterns.Unstructured``: so many weights of each row, which are those of one output, are kept whatever
+        their rank. For layers without a pattern.
     scores : callable, optional
         Called as ``scores(name, parameter, state)`` for each layer at each of its updates. Returns a tensor with a
         score per weight, not negative: those of lowest score are pruned, instead of those of smallest magnitude.
         ``state`` holds the optimizer's state of the parameter, such as ``exp_avg_sq`` of Adam, in tensors of its shape,
         also with compact state; it is empty before the first step. Of a sharded parameter each rank returns the scores
         of the whole as a DTensor, or those of its local part. Memory: the scores of all layers of an update.
+    regrow : bool
+        Whether pruned weights may come back: each update ranks all weights anew, and until the next one the optimizer
+        steps all of them, their gradients and state untouched by masks. Updates go on after the end of the schedule, at
+        its frequency; that of a step follows the step itself. For training that projects onto the largest weights at every step (``frequency=1``) or every few.
     start : mapping of str to BitMask, str, path or None
         Weights that are pruned before the first update. "zeros": the zeros of the model. A mapping: the weights that
         its masks prune; layers it does not name start dense. A path: masks that ``gmp-kernels prune --masks`` wrote.
@@ -108,7 +115,7 @@ class GMPScheduler:
         is that of the local shard. Only read them: with compact state, the optimizer refuses to step after other code
         has written them.
     history : list of StepReport
-        One per update; the figures are for whole layers, not shards.
+        One per update, with ``regrow`` the latest 1024; the figures are for whole layers, not shards.
 
     Raises
     ------
@@ -121,7 +128,8 @@ class GMPScheduler:
     DTypeError, ShapeError, LayoutError, BackendUnavailableError
         A target that ``prune_`` does not take. ShapeError: targets that do not fit the pattern, all of them named.
     ValueError
-        An unknown ``scope``, ``distribution``, ``count`` or ``nonfinite``.
+        An unknown ``scope``, ``distribution``, ``count`` or ``nonfinite``; ``min_kept_per_row`` beside a pattern; masks
+        to start from with ``regrow``.
 
     Warns
     -----
@@ -147,7 +155,9 @@ class GMPScheduler:
         distribution: str = "uniform",
         pattern: Patterns = None,
         max_sparsity: float | None = None,
+        min_kept_per_row: int | None = None,
         scores: Scores | None = None,
+        regrow: bool = False,
         start: Start = None,
         count: Literal["optimizer_steps", "calls"] = "optimizer_steps",
         nonfinite: NonFinite = "error",
@@ -170,19 +180,21 @@ class GMPScheduler:
         shapes = {name: p.shape for name, p in parameters.items()}
         self._num_weights = {name: shape.numel() for name, shape in shapes.items()}
         check_choice("GMPScheduler", "scope", scope, get_args(Scope))
-        limits = Limits.of(index, shapes, scope, pattern=pattern, max_sparsity=max_sparsity, scores=scores)
+        limits = Limits.of(
+            *(index, shapes, scope, pattern, max_sparsity, min_kept_per_row, scores, regrow),
+        )
         main, others = groups_of(index, shapes, schedule, distribution, overrides or {}, scope, limits)
         self._groups = [main, *others] if main.shapes else others
         self._schedules = [group.schedule for group in self._groups]
         self._end_step = max(schedule.end_step for schedule in self._schedules)
-        self.masks, has_start = starting_masks(start, model, parameters)
+        self.masks, has_start = starting_masks(start, model, parameters, regrow=regrow)
         self.history: list[StepReport] = []
         self._held = Enforcement(
             model,
             parameters,
             self.masks,
             optimizer,
-            Progress(counts_calls=count == "calls", schedules=self._schedules),
+            Progress(counts_calls=count == "calls", schedules=self._schedules, repeats=regrow),
             shards=Shards.of(model, parameters, limits.patterns),
             limits=limits,
             settings={

@@ -328,7 +328,7 @@ def test_masks_that_memory_ran_out_under_are_applied_by_the_next_step(monkeypatc
         raise MemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr(enforcement, "zero_all_where_pruned_", fail)
+        patch.setattr(enforcement, "zero_with_state_", fail)
         with pytest.raises(MemoryError):
             again[2].load_state_dict(state)
     assert again[0][0].weight.all()

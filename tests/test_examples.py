@@ -14,6 +14,7 @@ SAID = {
     "resume.py": "sparsity 0.9000; the same bits as without a stop: True",
     "recipe.py": "sparsity 0.8500 as the recipe says",
     "tensors.py": "of them newly: sparsity 0.9000",
+    "weight_sparse_transformer.py": "fewest weights of a neuron: 2",
     "torchtitan_hook.py": "sparsity 0.9000 after 120 steps, weight decay {0.0}, ",
     "two_to_four.py": "sparsity 0.5000; torch takes 256 x 64 and 256 x 256 as 2:4",
 }

@@ -35,6 +35,8 @@ class Pieces(NamedTuple):
         Of what is ranked, for all layers.
     checked : Layers or None
         Those present; None if there are none, or they cannot be pruned.
+    to_rank : Layers or None
+        The same, without their masks if these may grow back.
     plain : sequence of Layer
         What is ranked of them.
     failure : Exception or None
@@ -44,6 +46,7 @@ class Pieces(NamedTuple):
     present: list[int]
     dtypes: list[torch.dtype]
     checked: Layers | None = None
+    to_rank: Layers | None = None
     plain: Sequence[Layer] = ()
     failure: Exception | None = None
 
@@ -59,6 +62,7 @@ class Pieces(NamedTuple):
         scores: Callable[[], Sequence[torch.Tensor]] | None,
         *,
         is_global: bool,
+        regrow: bool = False,
     ) -> Pieces:
         """Check pieces of layers, whose scores a function returns."""
         present = [i for i, weight in enumerate(weights) if weight.numel()]
@@ -82,12 +86,13 @@ class Pieces(NamedTuple):
                 patterns=[patterns[i] for i in present] if has_patterns else None,
                 scores=None if given is None else [given[i] for i in present],
             )
-            plain: Sequence[Layer] = checked or ()
-            if checked is not None and not checked.are_plain:
-                plain = implementation.ranked(checked)
+            to_rank = checked.unmasked() if regrow and checked is not None else checked
+            plain: Sequence[Layer] = to_rank or ()
+            if to_rank is not None and not to_rank.are_plain:
+                plain = implementation.ranked(to_rank)
         except Exception as error:  # also whatever a function of the user raises
             return cls(present, dtypes, failure=error)
-        return cls(present, dtypes, checked, plain)
+        return cls(present, dtypes, checked, to_rank, plain)
 
     @property
     def layers(self) -> list[Layer | None]:
@@ -100,7 +105,7 @@ class Pieces(NamedTuple):
     def nonfinite(self, implementation: Implementation, placements: Sequence[Placement]) -> list[int]:
         """Return the flat index in each whole layer of the first unpruned NaN or Inf here, -1 if there is none."""
         found = [-1] * len(placements)
-        for i, at in zip(self.present, nonfinite_in(implementation, self.checked) if self.checked else (), strict=True):
+        for i, at in zip(self.present, nonfinite_in(implementation, self.to_rank) if self.to_rank else (), strict=True):
             found[i] = at if at < 0 else placements[i].region.to_global(at)
         return found
 

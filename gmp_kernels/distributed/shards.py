@@ -115,6 +115,7 @@ class Shards:
         backend: str | None,
         scores: Callable[[], Sequence[torch.Tensor]] | None = None,
         caps: Caps | None = None,
+        regrow: bool = False,
     ) -> PruneResult:
         """Prune like ``gmp_kernels.prune_``, where ``weights`` and ``masks`` are this rank's pieces of layers.
 
@@ -129,7 +130,7 @@ class Shards:
             As in ``gmp_kernels.prune_``.
         scores : callable, optional
             Returns this rank's pieces of the scores. What it raises is raised, and DistributedError on other ranks.
-        caps : Caps, optional
+        caps, regrow
             As in ``gmp_kernels.ops.begin_prune``.
 
         Returns
@@ -155,7 +156,8 @@ class Shards:
         implementation = choose(backend, weights[0].device)
         is_global = scope == "global"
         patterns = [self._patterns.get(name) for name in names]
-        pieces = Pieces.of(STEP, implementation, weights, masks, names, patterns, scores, is_global=is_global)
+        own = weights, masks, names, patterns, scores
+        pieces = Pieces.of(STEP, implementation, *own, is_global=is_global, regrow=regrow)
         checked, dtypes = pieces.checked, pieces.dtypes
         ranking = None
         if self._patterns or caps is not None:
@@ -168,10 +170,11 @@ class Shards:
         alone: Collection[int] = ()
         if self.are_copies:
             found = Cutoffs.of([])
-            if checked:
-                hints, sizes = (previous[:1], [sum(checked.sizes)]) if is_global else (previous, checked.sizes)
+            if pieces.to_rank:
+                sizes = pieces.to_rank.sizes
+                hints, sizes = (previous[:1], [sum(sizes)]) if is_global else (previous, sizes)
                 near = brackets_near(hints, num_prune, sizes, dtypes)
-                selection, alone = select(implementation, checked, num_prune, ranking, is_global, near, caps)
+                selection, alone = select(implementation, pieces.to_rank, num_prune, ranking, is_global, near, caps)
                 found = selection.cutoffs
             thresholds, chosen = thresholds_of(found, dtypes) if found.keys else [], found
             facts["thresholds"] = [(*t, index) for t, index in zip(thresholds, found.tie_indices, strict=True)]
@@ -187,7 +190,7 @@ class Shards:
             adopt_bits([masks[i] for i in pieces.present], checked)
             assert checked.masks is not None
             torch.autograd.graph.increment_version([*checked.weights, *checked.masks])
-            written = implementation.prune(checked, Selection(chosen), checked.masks)
+            written = implementation.prune(pieces.to_rank or checked, Selection(chosen), checked.masks)
             assert written is not None
             for i, num_pruned_now, num_new in zip(pieces.present, *written, strict=True):
                 counts[i] = num_pruned_now, num_new
@@ -240,7 +243,8 @@ class Shards:
                 return cutoffs_of_all(pieces.dtypes, wanted * len(names) if is_global else wanted), None, ()
         group_sizes, hints = ([len(names)], previous[:1]) if is_global else ([1] * len(names), previous)
         search = Search(*parts, group_sizes, wanted, present=pieces.plain)
-        num_pruned = [None if ranking else 0 if last is None else last.num_pruned for last in hints]
+        is_anew = pieces.to_rank is not pieces.checked
+        num_pruned = [None if ranking else 0 if last is None or is_anew else last.num_pruned for last in hints]
         estimated = search.estimate(num_pruned) if pieces.failure is None else None
         brackets = self._begin(facts, pieces.failure, names, own_nonfinite, estimated)
         cutoffs = search.find(without_far_below(brackets, hints, pieces.dtypes))

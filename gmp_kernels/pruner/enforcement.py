@@ -14,14 +14,14 @@ from gmp_kernels.distributed import Shards
 from gmp_kernels.distributed.placement import local, sum_over_shards
 from gmp_kernels.errors import CaptureError, StateError, TargetError, warn
 from gmp_kernels.masks import BitMask
-from gmp_kernels.model.wrappers import inside, optimizer_chain, with_own_hooks
-from gmp_kernels.ops import Threshold
+from gmp_kernels.model.wrappers import optimizer_chain, with_own_hooks
+from gmp_kernels.ops import Threshold, apply_masks_
 from gmp_kernels.optim.masked import MaskedOptimizer
 from gmp_kernels.pruner.interrupts import write_despite_interrupts
 from gmp_kernels.pruner.limits import Limits, check_kept
 from gmp_kernels.pruner.progress import Progress
 from gmp_kernels.pruner.watch import Watch
-from gmp_kernels.pruner.zeroing import state_beside, zero_all_where_pruned_
+from gmp_kernels.pruner.zeroing import zero_with_state_
 
 __all__ = ["Enforcement"]
 
@@ -256,6 +256,13 @@ class Enforcement:
         """
         masks = self._masks_of(names)
         self.watch.distrust()
+        if self.limits.regrow:
+            # State is not masked. An optimizer with master weights had these ranked.
+            optimizer = self.masked_optimizer
+            own = [p for p in masks if optimizer is not None and optimizer.master_weight(p) is not None]
+            apply_masks_([local(p) for p in own], [masks[p] for p in own], backend=self.backend)
+            self.watch.record()
+            return
         if self.masked_optimizer is not None:
             self.masked_optimizer.share_masks(masks, ranked_is_pruned=ranked_is_pruned, are_checked=are_checked)
         else:
@@ -265,13 +272,7 @@ class Enforcement:
         self.watch.record()
 
     def _zero(self, weights: Iterable[torch.Tensor], masks: Mapping[torch.Tensor, BitMask]) -> None:
-        """Zero the pruned places of these weights, and of the state of all parameters in ``masks``."""
-        entries = [("weight", p.detach(), masks[p]) for p in weights]
-        for optimizer in inside(self._innermost):
-            for p, mask in masks.items():
-                entries += [(f"state '{key}'", value, mask) for key, value in state_beside(p, optimizer.state)]
-        for i in zero_all_where_pruned_([entry[1:] for entry in entries], backend=self.backend):
-            key, tensor, _ = entries[i]
+        for key, tensor in zero_with_state_(self._innermost, weights, masks, backend=self.backend):
             self.say(
                 key,
                 f"the {key} of a parameter, {type(tensor).__name__} of {tensor.dtype}, cannot be set to zero where "
@@ -284,7 +285,7 @@ class Enforcement:
     # -- around the optimizer's steps --------------------------------------------------------------------------------
 
     def _before_step(self, *_: object) -> None:
-        if self.masked_optimizer is None:
+        if self.masked_optimizer is None and not self.limits.regrow:
             self.refuse_capture("a step of {} after which masks are applied from Python", "gmp_kernels.optim")
             self.watch.check_shapes()
         elif not self.progress.counts_calls:
@@ -307,7 +308,8 @@ class Enforcement:
             self.watch.expect_writes()
 
     def _after_wrapper(self, *_: object) -> None:
-        self.apply(self._pruned)
+        if not self.limits.regrow:
+            self.apply(self._pruned)
 
     def refuse_capture(self, what: str, use: str) -> None:
         """Raise CaptureError while a CUDA graph is captured, whose replays do not run what Python does here.
@@ -332,14 +334,17 @@ class Enforcement:
             A parameter is not in the model any more.
         """
         written = self.watch.written()
-        if self._expects_dense:
+        if self.limits.regrow:
+            pass  # weights may be anything until the next update
+        elif self._expects_dense:
             self._look_for_zeros()
         elif sample and self.watch.sees_life(self._pruned, self.masks):
             written = self._pruned
         if written:
             if self.masked_optimizer is not None:
                 self.masked_optimizer.follow_weights([self.parameters[name] for name in written])
-            self._compare(written)
+            if not self.limits.regrow:
+                self._compare(written)
             # Recorded last, so that after an interrupt the weights are checked again.
             self.watch.record()
 
@@ -354,12 +359,12 @@ class Enforcement:
         zeros = {}
         for name, (num_alive, num_zeros) in self.watch.contradictions(self.parameters, self.masks).items():
             pruned = self.masks[name].numel - self.masks[name].num_kept
-            if num_alive:
+            if num_alive and not self.limits.regrow:
                 raise StateError(
                     f"verify: expected {pruned} zeros in '{name}' where its mask says pruned, got {num_alive} that are "
                     f"not zero: something other than {self.name} wrote to them; step() sets them to zero again"
                 )
-            zeros[name] = pruned + num_zeros
+            zeros[name] = pruned - num_alive + num_zeros
         return zeros
 
     def check_alive(self, what: str) -> None:

@@ -42,6 +42,7 @@ def begin(
         counts = [num_prune[name] for name in batch]
         given = _layers(held, batch) | {"scope": scope, "nonfinite": nonfinite, "caps": _caps(held, batch, scope)}
         given["num_prune"] = [sum(counts)] if scope == "global" else counts
+        given["regrow"] = held.limits.regrow
         given["previous"] = [held.thresholds.get(name) for name in batch]
         scores = None if held.limits.scores is None else partial(scores_of, held, batch)
         if shards is None:
@@ -101,7 +102,8 @@ def _caps(held: Enforcement, names: list[str], scope: Scope) -> Caps | None:
         return None
     limits = held.limits.of_layers({name: held.parameters[name].shape for name in names})
     assert limits is not None
-    return Caps([limit.most for limit in limits], [held.num_pruned[name] for name in names])
+    num_pruned = [0 if held.limits.regrow else held.num_pruned[name] for name in names]
+    return Caps([limit.most for limit in limits], num_pruned)
 
 
 def _by_device(held: Enforcement, names: Iterable[str], scope: Scope) -> list[list[str]]:

@@ -17,7 +17,7 @@ from gmp_kernels.errors import SparsityError, StateError
 from gmp_kernels.masks import BitMask
 from gmp_kernels.model.targets import Entry, ParameterIndex
 from gmp_kernels.ops import Scope
-from gmp_kernels.patterns import Pattern
+from gmp_kernels.patterns import Pattern, Unstructured
 from gmp_kernels.pruner.distributions import Limit
 from gmp_kernels.schedules import check_sparsity
 
@@ -40,11 +40,14 @@ class Limits:
         Of each layer.
     scores : callable or None
         As in ``GMPScheduler``.
+    regrow : bool
+        Whether each update ranks all weights anew.
     """
 
     patterns: Mapping[str, Pattern]
     max_sparsity: float | None = None
     scores: Scores | None = None
+    regrow: bool = False
 
     @classmethod
     def of(
@@ -52,10 +55,11 @@ class Limits:
         index: ParameterIndex,
         shapes: Mapping[str, Sequence[int]],
         scope: Scope,
-        *,
         pattern: Patterns,
         max_sparsity: float | None,
+        min_kept_per_row: int | None,
         scores: Scores | None,
+        regrow: bool,
     ) -> Limits:
         """Check these arguments of a pruner whose targets have these shapes, in the order of the model of ``index``.
 
@@ -69,7 +73,16 @@ class Limits:
             ``max_sparsity`` is not above 0, or above 1.
         TypeError
             Anything but a pattern, or scores that cannot be called.
+        ValueError
+            ``min_kept_per_row`` beside patterns.
         """
+        if min_kept_per_row is not None:
+            if pattern is not None:
+                raise ValueError(
+                    "GMPScheduler: expected pattern or min_kept_per_row, got both; patterns keep weights of their own, "
+                    "and Unstructured(min_kept_per_row) is one"
+                )
+            pattern = Unstructured(min_kept_per_row)
         if scores is not None and not callable(scores):
             raise TypeError(
                 f"GMPScheduler: expected scores to be a function of name, parameter and optimizer state, got a "
@@ -86,7 +99,7 @@ class Limits:
         found = patterns_of("GMPScheduler", list(given.values()), len(given), scope) or [None] * len(given)
         check_fit("GMPScheduler", found, list(shapes.values()), list(shapes))
         patterns = {name: own for name, own in zip(given, found, strict=True) if own is not None}
-        return cls(patterns, max_sparsity, scores)
+        return cls(patterns, max_sparsity, scores, bool(regrow))
 
     def of_layers(self, shapes: Mapping[str, Sequence[int]]) -> list[Limit] | None:
         """Return the limit of each layer; None if all weights may be pruned, one by one."""
@@ -109,6 +122,7 @@ class Limits:
             "pattern": words,
             "max_sparsity": self.max_sparsity,
             "scores": None if self.scores is None else "given",
+            "regrow": self.regrow or None,
         }
 
     def __str__(self) -> str:
@@ -116,6 +130,7 @@ class Limits:
         kinds = ", ".join(dict.fromkeys(map(str, self.patterns.values())))
         words = [f"pattern={kinds}"] if kinds else []
         words += [] if self.max_sparsity is None else [f"max_sparsity={self.max_sparsity}"]
+        words += ["regrow=True"] if self.regrow else []
         words += [] if self.scores is None else [f"scores={getattr(self.scores, '__qualname__', self.scores)}"]
         return ", ".join(words)
 

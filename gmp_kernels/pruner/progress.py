@@ -51,6 +51,9 @@ class Progress:
         Whether every call is a step, whatever the optimizer does.
     schedules : sequence of Schedule
         To warn where an update is due and no call comes.
+    repeats : bool
+        Whether updates go on after the end of a schedule, as often as before it. Schedules that say no frequency have
+        an update at every step then.
 
     Attributes
     ----------
@@ -58,8 +61,9 @@ class Progress:
         The caller replaces it by the one that ``due`` returned.
     """
 
-    def __init__(self, *, counts_calls: bool, schedules: Sequence[Schedule] = ()) -> None:
+    def __init__(self, *, counts_calls: bool, schedules: Sequence[Schedule] = (), repeats: bool = False) -> None:
         self.counts_calls = counts_calls
+        self._repeats = repeats
         begins = [schedule.begin_step for schedule in schedules if schedule.end_step >= 0]
         self._overdue_at = min(begins) + PATIENCE if begins else None
         self.position = Position()
@@ -115,9 +119,10 @@ class Progress:
         # Steps that a GPU may have skipped are counted here.
         num_steps = before.num_steps + 1 if self.counts_calls else self._num_steps
         num_idle = 0 if num_steps > before.num_steps else before.num_idle + 1
-        # Open are the steps whose updates are still to be made, the next one too if the optimizer has not stepped.
-        open_steps = range(before.made + 1, num_steps + (num_idle > 0))
-        due = [_latest(schedule, open_steps) for schedule in schedules]
+        # Open are the steps whose updates are still to be made, the next one too if the optimizer has not stepped, or if
+        # no step is to leave weights that are not ranked anew.
+        open_steps = range(before.made + 1, num_steps + (num_idle > 0 or self._repeats))
+        due = [_latest(schedule, open_steps, self._repeats) for schedule in schedules]
         if self._skipped is not None and any(step is not None for step in due):
             self._settle()
             return self.due(schedules)
@@ -137,8 +142,13 @@ class Progress:
         )
 
 
-def _latest(schedule: Schedule, steps: range) -> int | None:
+def _latest(schedule: Schedule, steps: range, repeats: bool) -> int | None:
     for step in reversed(steps):
-        if schedule.is_update_step(step):
+        if schedule.is_update_step(step) or (repeats and _is_repeated(schedule, step)):
             return step
     return None
+
+
+def _is_repeated(schedule: Schedule, step: int) -> bool:
+    begin = schedule.begin_step
+    return 0 <= begin <= step and (step - begin) % getattr(schedule, "frequency", 1) == 0

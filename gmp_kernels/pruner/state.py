@@ -222,7 +222,7 @@ def _names_here(names: Iterable[str], known: Iterable[str]) -> dict[str, str]:
 
 
 def starting_masks(
-    start: Start, model: nn.Module, parameters: Mapping[str, nn.Parameter]
+    start: Start, model: nn.Module, parameters: Mapping[str, nn.Parameter], *, regrow: bool = False
 ) -> tuple[dict[str, BitMask], bool]:
     """Return the masks that a run of these parameters starts with, and whether any were given.
 
@@ -235,9 +235,13 @@ def starting_masks(
     model : torch.nn.Module
         Also tells errors whether it has a parameter of an unknown name.
     parameters : mapping of str to Parameter
+    regrow : bool
+        As in ``GMPScheduler``.
 
     Raises
     ------
+    ValueError
+        ``start`` with ``regrow``.
     TargetError
         A mask is for no parameter here.
     ShapeError
@@ -245,6 +249,11 @@ def starting_masks(
     CheckpointError
         The file of masks cannot be read.
     """
+    if regrow and start is not None:
+        raise ValueError(
+            "GMPScheduler: expected start=None with regrow=True, which ranks all weights anew at each update, got "
+            "masks to start from; leave one of them out"
+        )
     if isinstance(start, str) and start == "zeros":
         masks = {name: BitMask.from_zeros(local(p).detach()) for name, p in parameters.items()}
     else:

@@ -17,6 +17,8 @@ from gmp_kernels.schedules import Schedule
 
 __all__ = ["say_emptied", "update"]
 
+MOST_ANEW = 1024  # reports that are kept where each update ranks all weights anew
+
 
 def update(
     held: Enforcement,
@@ -78,6 +80,8 @@ def update(
                 layers=layers,
             )
             history[num_reports:] = [report]
+            if held.limits.regrow:
+                del history[:-MOST_ANEW]  # updates that never end must not fill the memory
             held.progress.position = position
         return report
 

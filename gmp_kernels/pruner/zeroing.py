@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,9 +13,10 @@ from gmp_kernels.checks import PLAIN, has_memory, is_wrapper, may_overlap
 from gmp_kernels.distributed.placement import local
 from gmp_kernels.formats import format_of, in_memory_order
 from gmp_kernels.masks import BitMask
+from gmp_kernels.model.wrappers import inside
 from gmp_kernels.ops import apply_masks_
 
-__all__ = ["slices", "state_beside", "zero_all_where_pruned_", "zero_where_pruned_"]
+__all__ = ["slices", "state_beside", "zero_all_where_pruned_", "zero_where_pruned_", "zero_with_state_"]
 
 SLICE = 1 << 20  # elements whose bits are unpacked at a time
 MOST_ROUNDING = 1 / 8  # relative change, in norm, that kept values may have when they are quantized again
@@ -29,6 +30,24 @@ def state_beside(p: torch.Tensor, state: Mapping[torch.Tensor, Mapping[str, Any]
         # Counters such as Adam's ``step`` are floating tensors too, without dimensions.
         if isinstance(value, torch.Tensor) and value.ndim and value.shape == p.shape and value.is_floating_point()
     ]
+
+
+def zero_with_state_(
+    optimizer: Any, weights: Iterable[torch.Tensor], masks: Mapping[torch.Tensor, BitMask], *, backend: str | None
+) -> list[tuple[str, torch.Tensor]]:
+    """Zero the pruned places of these weights, and of the state of all parameters in ``masks``.
+
+    Returns
+    -------
+    list of (str, torch.Tensor)
+        What cannot be zeroed, and what it is.
+    """
+    entries = [("weight", p.detach(), masks[p]) for p in weights]
+    for own in inside(optimizer):
+        for p, mask in masks.items():
+            entries += [(f"state '{key}'", value, mask) for key, value in state_beside(p, own.state)]
+    left = zero_all_where_pruned_([entry[1:] for entry in entries], backend=backend)
+    return [entries[i][:2] for i in left]
 
 
 def zero_all_where_pruned_(tensors: Sequence[tuple[torch.Tensor, BitMask]], *, backend: str | None = None) -> list[int]:

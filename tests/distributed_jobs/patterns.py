@@ -30,6 +30,9 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("global", {"max_sparsity": 0.6}),
     ("global", {"max_sparsity": 0.55, "pattern": NM(1, 4)}),
     ("global", {"max_sparsity": 0.55, "pattern": Block(2, 4), "ignore": "few"}),
+    ("layer", {"regrow": True}),
+    ("global", {"regrow": True, "pattern": NM(2, 4)}),
+    ("global", {"regrow": True, "max_sparsity": 0.6}),
 ]
 WHOLE_ROWS: list[tuple[str, dict[str, Any]]] = [
     ("layer", {"pattern": Unstructured(min_kept_per_row=5)}),
@@ -61,7 +64,8 @@ def of_local_part(name: str, parameter: torch.Tensor, state: Mapping[str, Any]) 
 
 def pruner_of(weights: dict[str, torch.Tensor], scope: str, options: dict[str, Any], backend: str) -> gmp.GMPScheduler:
     model = model_of(weights)
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.0)
+    # Only masks that may grow back are told anything by weights that change.
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.5 if options.get("regrow") else 0.0)
     chosen = {"targets": list(weights), "count": "calls", "nonfinite": "keep", **options}
     return gmp.GMPScheduler(model, optimizer, SCHEDULE, scope=scope, backend=backend, **chosen)
 
