@@ -47,13 +47,18 @@ def cases() -> list[Any]:
     ]
 
 
-def steps(most: int, unit: int) -> list[int]:
+# Backends that run kernels for a GPU on the host, which takes a hundred times as long.
+SLOW = "simt", "triton"
+
+
+def steps(most: int, unit: int, backend: str) -> list[int]:
     """Counts on the way from nothing to all that the pattern allows."""
-    return [share * most // 8 // unit * unit for share in (0, 1, 1, 3, 6, 8)]
+    return [share * most // 8 // unit * unit for share in ((1, 6, 8) if backend in SLOW else (0, 1, 1, 3, 6, 8))]
 
 
 @pytest.mark.parametrize(("pattern", "shape", "memory_format"), cases())
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.sampled(2)
 def test_prunes_what_the_oracle_prunes(
     backend: str,
     device: torch.device,
@@ -64,11 +69,13 @@ def test_prunes_what_the_oracle_prunes(
 ) -> None:
     given = adversarial_cases(int(np.prod(shape)), dtype)
     del given["any_bits"]
+    if backend in SLOW:
+        given = {name: given[name] for name in ("small_integers", "mostly_zeros", "bfloat16_ties", "every_exponent")}
     weights = [w.view(shape).contiguous(memory_format=memory_format) for w in given.values()]
     expected = [w.clone(memory_format=torch.preserve_format) for w in weights]
     weights = [w.to(device, copy=True, memory_format=torch.preserve_format) for w in weights]
     masks, oracle = None, None
-    for count in steps(pattern.most(shape), pattern.unit):
+    for count in steps(pattern.most(shape), pattern.unit, backend):
         result = prune_(weights, num_prune=count, pattern=pattern, masks=masks, backend=backend)
         reference = prune_(expected, num_prune=count, pattern=pattern, masks=oracle, backend="reference")
         masks, oracle = result.masks, reference.masks
@@ -103,11 +110,11 @@ def test_scores_rank_instead_of_magnitudes(
 
 @pytest.mark.parametrize("pattern", [NM(2, 4), NM(2, 4, dim=0), Block(4, 4), Unstructured(4)], ids=str)
 def test_large_layers_in_many_chunks(backend: str, device: torch.device, pattern: Pattern) -> None:
-    shape = (132, 516) if backend in ("reference", "triton", "simt") else (1024, 1036)
+    shape = (132, 516) if backend in ("reference", "triton", "simt") else (260, 2060)
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     found, expected = weight.to(device, copy=True), weight.clone()
     masks, oracle = None, None
-    for count in steps(pattern.most(shape), pattern.unit)[1:]:
+    for count in steps(pattern.most(shape), pattern.unit, backend)[1:]:
         masks = prune_(found, num_prune=count, pattern=pattern, masks=masks, backend=backend).masks
         oracle = prune_(expected, num_prune=count, pattern=pattern, masks=oracle, backend="reference").masks
         assert masks[0].to("cpu") == oracle[0]

@@ -246,14 +246,32 @@ bool protect(const LayerView& layer, uint8_t* eligible) {
   return (i < layer.n && protect_in_columns<kDType>(layer, eligible, i) > infinity_of<kDType>()) || nonfinite;
 }
 
-// Adds to each sum the next kCols of its values, one after the other.
-template <int kCols, typename T>
-inline void add_columns(const T* values, int64_t n, int64_t cols, T* sums) {
+// Adds to each sum the next kCols magnitudes, or `cols` of them if kCols is 0, one after the other.
+template <int kCols, typename T, typename Value>
+inline void add_columns(const Value* __restrict values, int64_t n, int64_t cols, T* __restrict sums) {
   const int64_t step = kCols == 0 ? cols : kCols;
   for (int64_t s = 0; s < n; ++s) {
     T sum = sums[s];
-    for (int64_t c = 0; c < step; ++c) sum += values[s * step + c];
+    for (int64_t c = 0; c < step; ++c) sum += values[s * step + c] < 0 ? -values[s * step + c] : values[s * step + c];
     sums[s] = sum;
+  }
+}
+
+template <typename T, typename Value>
+inline void add_row(const Value* values, int64_t n, int64_t cols, T* sums) {
+  switch (cols) {
+    case 1:
+      return add_columns<1>(values, n, cols, sums);
+    case 2:
+      return add_columns<2>(values, n, cols, sums);
+    case 4:
+      return add_columns<4>(values, n, cols, sums);
+    case 8:
+      return add_columns<8>(values, n, cols, sums);
+    case 16:
+      return add_columns<16>(values, n, cols, sums);
+    default:
+      return add_columns<0>(values, n, cols, sums);
   }
 }
 
@@ -261,13 +279,15 @@ template <DType kDType>
 void score(const LayerView& layer, int64_t begin, int64_t end, void* sums, uint8_t* bits) {
   using Key = KeyOf<kDType>;
   using T = ComputeOf<kDType>;
+  typedef T Stored __attribute__((may_alias));  // weights that are stored as they are added
+  constexpr bool kIsStored = sizeof(T) == sizeof(Key);
   constexpr int64_t kMost = 1024;  // values at a time, besides those that fill a vector
   constexpr int kWidth = kWidthOf<T>;
   const Pattern& pattern = layer.ranking.pattern;
   const Filter& filter = layer.ranking.filter;
   const int64_t across = pattern.across(), cols = pattern.cols(), width = pattern.width();
   const Key* const weights = static_cast<const Key*>(layer.weights);
-  alignas(64) Key raw[kMost + kWidth] = {};
+  Key raw[kMost + kWidth] = {};
   alignas(64) T values[kMost + kWidth];
   const bool is_row_major = filter.size() == 1;
   const auto place = [&](int64_t row, int64_t column) {
@@ -289,31 +309,20 @@ void score(const LayerView& layer, int64_t begin, int64_t end, void* sums, uint8
     }
     const int64_t num_values = count * cols;
     for (int64_t r = first_row; r < first_row + pattern.rows(); ++r) {
-      if (is_row_major) {
-        __builtin_memcpy(raw, weights + place(r, column * cols), static_cast<size_t>(num_values) * sizeof(Key));
-      } else {
-        for (int64_t v = 0; v < num_values; ++v) raw[v] = load_one(weights + place(r, column * cols + v));
+      const Key* from = weights + place(r, column * cols);
+      if constexpr (kIsStored) {
+        if (is_row_major) {
+          add_row(reinterpret_cast<const Stored*>(from), count, cols, own);
+          continue;
+        }
       }
-      for (int64_t v = 0; v < num_values; v += kWidth) {
-        const auto loaded = load_weights<kDType>(raw + v);
-        store_vector(values + v, loaded < 0 ? -loaded : loaded);
+      int64_t v = 0;
+      for (; is_row_major && v + kWidth <= num_values; v += kWidth) {
+        store_vector(values + v, load_weights<kDType>(from + v));
       }
-      switch (cols) {
-        case 1:
-          add_columns<1>(values, count, cols, own);
-          break;
-        case 2:
-          add_columns<2>(values, count, cols, own);
-          break;
-        case 4:
-          add_columns<4>(values, count, cols, own);
-          break;
-        case 8:
-          add_columns<8>(values, count, cols, own);
-          break;
-        default:
-          add_columns<0>(values, count, cols, own);
-      }
+      for (int64_t i = v; i < num_values; ++i) raw[i] = load_one(weights + place(r, column * cols + i));
+      for (; v < num_values; v += kWidth) store_vector(values + v, load_weights<kDType>(raw + v));
+      add_row(values, count, cols, own);
     }
     b += count;
   }
