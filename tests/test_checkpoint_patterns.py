@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,14 @@ import pytest
 import torch
 from checkpoint_cases import TINY, adversarial_tensors, assert_masks, assert_pruned, contents, load, write_folder
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
-from gmp_kernels import NonFiniteError, ShapeError, SparsityError, StateError, prune_
-from gmp_kernels.checkpoints import DEFAULT_MEMORY, PruneJob, stream
+from gmp_kernels import GMPError, NonFiniteError, ShapeError, SparsityError, StateError, prune_
+from gmp_kernels.checkpoints import DEFAULT_MEMORY, PruneJob, inspect, inspect_checkpoint, stream
 from gmp_kernels.checkpoints.masks import read_masks
 from gmp_kernels.checkpoints.staging import Staging
 from gmp_kernels.patterns import NM, Block, Pattern, Unstructured
+from gmp_kernels.tools.cli import main as cli
 from gmp_kernels.tools.testing import DTYPES, assert_bitwise_equal
 
 PATTERNS = {
@@ -45,6 +48,9 @@ def settings() -> list[Any]:
         for dtype in DTYPES
         for memory in MEMORIES
     ]
+
+
+RUNNER = CliRunner(env={"COLUMNS": "160"})
 
 
 @pytest.fixture(autouse=True)
@@ -234,3 +240,181 @@ def test_a_report_says_where_the_pattern_alone_decides(tmp_path: Path) -> None:
                 (threshold,) = result.thresholds
                 assert (layer.threshold, layer.num_ties) == (threshold.value, threshold.num_ties)
                 assert layer.num_pruned == layer.num_newly_pruned == sparsity * 64
+
+
+def command(*arguments: object) -> str:
+    result = RUNNER.invoke(cli.app, list(map(str, arguments)))
+    assert result.exit_code == 0, (result.output, result.exception)
+    return result.output
+
+
+def refusal(*arguments: object) -> str:
+    """The line that the command line would print."""
+    error = RUNNER.invoke(cli.app, list(map(str, arguments)), standalone_mode=False).exception
+    if isinstance(error, cli.UsageError):
+        return cli.in_one_line(error)
+    assert isinstance(error, GMPError), error
+    return cli.in_flags(str(error), cli.flags_of(list(map(str, arguments))))
+
+
+@pytest.mark.parametrize(
+    ("words", "pattern", "sparsity"),
+    [
+        ("--pattern 2:4", NM(2, 4), 0.5),
+        ("--pattern 1:4 --scope global", NM(1, 4), 0.75),
+        ("--pattern 2:4@0 --sparsity 0.3", NM(2, 4, dim=0), 0.3),
+        ("--pattern 2:3@2 --targets conv", NM(2, 3, dim=2), 1 / 3),
+        ("--pattern 4x4 --sparsity 0.6", Block(4, 4), 0.6),
+        ("--pattern 8x1 --sparsity 0.6 --scope global", Block(8, 1), 0.6),
+    ],
+)
+def test_the_command_prunes_by_a_pattern(tmp_path: Path, words: str, pattern: Pattern, sparsity: float) -> None:
+    source, target = tmp_path / "in.safetensors", tmp_path / "out.safetensors"
+    save_file({"conv.weight": torch.randn(8, 12, 3, 3), "fc.weight": torch.randn(16, 40)}, source)
+    output = command("prune", source, target, *words.split())
+    names = ["conv.weight"] if "conv" in words else ["conv.weight", "fc.weight"]
+    scope = "global" if "global" in words else "layer"
+    assert_pruned(source, target, names, sparsity=sparsity, scope=scope, pattern=pattern)
+    zeros = sum(int((load(target)[name] == 0).sum()) for name in names)
+    assert f"to a sparsity of {zeros / sum(load(target)[name].numel() for name in names):.4f}" in output
+
+
+def test_what_the_command_refuses(tmp_path: Path) -> None:
+    source, target = tmp_path / "in.safetensors", tmp_path / "out.safetensors"
+    tensors = {"a.weight": torch.randn(8, 16), "b c.weight": torch.randn(8, 6), "d.weight": torch.randn(3, 7)}
+    save_file(tensors, source)
+
+    def said(words: str) -> str:
+        return refusal("prune", source, target, *words.split())
+
+    assert said("--pattern 2:4") == (
+        "prune: expected weights whose shapes fit their patterns, got 'b c.weight' cannot be 2:4: size 6 of dim 1 is "
+        "not divisible by 4; 'd.weight' cannot be 2:4: size 7 of dim 1 is not divisible by 4. Leave them out: "
+        "--ignore 'b c.weight' --ignore d.weight"
+    )
+    assert said("--pattern 2:4 --targets a --sparsity 0.6") == (
+        "prune: expected a sparsity of at most 0.5 for 'a.weight' (2:4), got 77 of 128 weights to prune; the pattern "
+        "allows 64"
+    )
+    assert said("--pattern 4x4") == "--sparsity: expected a fraction to prune, got none"
+    assert said("") == "--sparsity: expected a fraction to prune, got none"
+    assert said("--pattern 4:2") == "--pattern: expected 1 <= keep < of <= 32, got keep=4, of=2"
+    assert said("--pattern 64x1") == "--pattern: expected 1 to 32 rows and cols, not both 1, got 64 x 1"
+    for word in ("2/4", "2:4:1", "4x", "x", "2:4@", "-1:4", "2:4 "):
+        line = refusal("prune", source, target, f"--pattern={word}")
+        assert line == f"--pattern: expected N:M such as 2:4, or blocks such as 4x4, got {word!r}"
+    assert [path.name for path in tmp_path.iterdir()] == ["in.safetensors"]
+
+
+def zeros_of(name: str) -> torch.Tensor:
+    """A mask (True = zero) of shape 64 x 96, of which no more is known than its name says."""
+    generator = torch.Generator().manual_seed(3)
+    scores = torch.rand(64, 96, generator=generator)
+    if name == "unstructured":
+        return scores < 0.5
+    if name in ("dense", "all"):
+        return torch.full((64, 96), name == "all")
+    if "x" in name:
+        rows, cols = map(int, name.split("x"))
+        return (scores[::rows, ::cols] < 0.5).repeat_interleave(rows, 0).repeat_interleave(cols, 1)
+    n, of = map(int, name.removesuffix("@0").split(":"))
+    if name.endswith("@0"):
+        return zeros_of_groups(scores.T.reshape(96, -1, of), n).view(96, 64).T.contiguous()
+    return zeros_of_groups(scores.view(64, -1, of), n).view(64, 96)
+
+
+def zeros_of_groups(scores: torch.Tensor, keep: int) -> torch.Tensor:
+    return scores.argsort(-1).argsort(-1) >= keep
+
+
+FOUND = {
+    "1:4": ["1:4"],
+    "2:4": ["2:4"],
+    "4:8": ["4:8"],
+    "1:2": ["2:4"],
+    "3:4": [],
+    "1:4@0": ["1:4 along dim 0"],
+    "4:8@0": ["4:8 along dim 0"],
+    "32x32": ["blocks of 32 x 32"],
+    "16x16": ["blocks of 16 x 16"],
+    "4x4": ["blocks of 4 x 4"],
+    "1x32": ["blocks of 1 x 32"],
+    "1x4": ["blocks of 1 x 4"],
+    "8x1": ["blocks of 8 x 1"],
+    "2x2": [],
+    "unstructured": [],
+    "dense": [],
+    "all": [],
+}
+
+
+@pytest.mark.parametrize("piece_bytes", [1 << 13, 1 << 14, 1 << 22])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float8_e4m3fn", "int8"])
+def test_inspect_recognizes_patterns(
+    tmp_path: Path, dtype: str, piece_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inspect, "PIECE_BYTES", piece_bytes)
+    weights = torch.full((64, 96), 3.0)
+    weights[::2] = -2.0
+    kind = getattr(torch, dtype)
+    save_file({name: weights.masked_fill(zeros_of(name), -0.0).to(kind) for name in FOUND}, tmp_path / "a.safetensors")
+    found = {t.name: list(t.patterns) for t in inspect_checkpoint(tmp_path / "a.safetensors")}
+    rows = piece_bytes // kind.itemsize // 96  # of a piece; the largest blocks that fit are found
+    sides = {name: min(rows // 4 * 4, 16) for name in ("32x32",) if rows < 32}
+    assert found == FOUND | {name: [f"blocks of {side} x {side}"] for name, side in sides.items()}
+
+
+def test_one_weight_more_breaks_a_pattern_in_any_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inspect, "PIECE_BYTES", 1 << 13)
+    path = tmp_path / "a.safetensors"
+    for name, looser in (("1:4", ("2:4",)), ("2:4", ()), ("16x16", ()), ("1x8", ())):
+        kept = (~zeros_of(name)).float()
+        places = (kept == 0).flatten().nonzero().flatten()
+        for place in (places[0], places[len(places) // 2], places[-1]):
+            weights = kept.clone()
+            weights.view(-1)[place] = 5.0
+            save_file({"a": weights}, path)
+            (found,) = inspect_checkpoint(path)
+            assert found.patterns == looser, (name, int(place))
+
+
+def test_patterns_of_convolutions_and_of_what_has_no_rows(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    weights = {
+        "conv": prune_one(torch.randn(8, 16, 3, 3), NM(2, 4)),
+        "transposed": prune_one(torch.randn(8, 15, 3, 3), NM(2, 4, dim=0)),
+        "blocks": prune_one(torch.randn(8, 16, 3, 3), Block(8, 16)),
+        "vector": torch.tensor([0.0, 0.0, 1.0, 1.0]),
+        "scalar": torch.tensor(0.0),
+        "none": torch.ones(0, 4),
+        "odd": torch.zeros(3, 7).index_fill_(0, torch.tensor([1]), 2.0),
+    }
+    save_file(weights, path)
+    assert {t.name: t.patterns for t in inspect_checkpoint(path)} == {
+        "conv": ("2:4",),
+        "transposed": ("2:4 along dim 0",),
+        "blocks": ("blocks of 8 x 8",),
+        "vector": (),
+        "scalar": (),
+        "none": (),
+        "odd": (),
+    }
+
+
+def prune_one(weight: torch.Tensor, pattern: Pattern) -> torch.Tensor:
+    prune_(weight, sparsity=0.5, pattern=pattern)
+    return weight
+
+
+def test_the_table_says_what_zeros_keep_to(tmp_path: Path) -> None:
+    path, numbers = tmp_path / "a.safetensors", tmp_path / "a.json"
+    dense = {"b.weight": torch.ones(8, 16)}
+    save_file(dense, path)
+    assert "zeros keep to" not in command("inspect", path)
+    save_file(dense | {"a.weight": prune_one(torch.randn(8, 16), NM(2, 4))}, path)
+    lines = command("inspect", path, "--json", numbers).splitlines()
+    assert lines[1].split()[-3:] == ["zeros", "keep", "to"]
+    rows = {line.split()[0]: line.split()[-1] for line in lines[3:] if line}
+    assert rows["a.weight"] == "2:4" and rows["b.weight"] == "1"
+    found = {tensor["name"]: tensor["patterns"] for tensor in json.loads(numbers.read_text())["tensors"]}
+    assert found == {"a.weight": ["2:4"], "b.weight": []}

@@ -188,7 +188,7 @@ def inspect(
     plot: Annotated[Path | None, typer.Option(help="PNG or SVG file for the histogram as a picture.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="JSON file for all numbers.")] = None,
 ) -> None:
-    """Show sparsity, ranges, NaN and Inf of a safetensors checkpoint, tensor by tensor."""
+    """Show sparsity, patterns, ranges, NaN and Inf of a safetensors checkpoint, tensor by tensor."""
     for output in (plot, json_file):
         # Refused here, before hours of reading.
         if output is not None and not output.parent.is_dir():
@@ -280,6 +280,9 @@ def _summary(job: PruneJob, report: PruneReport, target: Path) -> str:
 
 def _statistics(found: Sequence[TensorStatistics], total: TensorStatistics, *, with_histogram: bool) -> Table:
     columns = ["tensor", "dtype", "shape", "sparsity", "zeros", "NaN", "Inf", "smallest", "largest"]
+    with_patterns = any(tensor.patterns for tensor in found)
+    if with_patterns:
+        columns.append("zeros keep to")
     positions = _positions(_octaves(total.histogram)) if with_histogram else []
     if positions:
         columns.append(f"2^{positions[0]} .. 2^{positions[-1]}")
@@ -294,6 +297,8 @@ def _statistics(found: Sequence[TensorStatistics], total: TensorStatistics, *, w
             *("-" if number is None else str(number) for number in numbers),
             *("-" if magnitude is None else f"{magnitude:.4g}" for magnitude in (tensor.smallest, tensor.largest)),
         ]
+        if with_patterns:
+            row.append(", ".join(tensor.patterns))
         if positions:
             row.append(_line(_octaves(tensor.histogram), positions) if tensor.kind == "weight" else "")
         table.add_row(*row)

@@ -91,8 +91,8 @@ def in_flags(message: str, flags: Mapping[str, str]) -> str:
     names = "|".join(flags)
     message = re.sub(rf"^([\w.]+: )*({names}):", lambda match: f"{flags[match[2]]}:", message)
     message = re.sub(r"^[A-Z]\w*: ", "", message)
-    # A list that can be pasted: in the shell, the flag stands before each entry.
-    message = re.sub(rf"\b({names})=\[([^]]+)\]", lambda match: _repeated(flags[match[1]], match[2]), message)
+    # Advice at the end is there to be pasted: in the shell, a flag stands before each entry of a list.
+    message = re.sub(rf": ({names})=\[(.+)\]$", lambda match: f": {_repeated(flags[match[1]], match[2])}", message)
     message = re.sub(rf"\b({names})=", lambda match: f"{flags[match[1]]} ", message)
     # Names without an underscore may be ordinary words in the message.
     parts = [name for name in flags if "_" in name]
