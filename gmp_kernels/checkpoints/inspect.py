@@ -191,11 +191,12 @@ def _count(total: TensorStatistics, stream: Stream, source: FileIO, tensor: Tens
     for piece in stream.pieces(source, span, dtype):
         # Float8 has few operations of its own.
         values = piece.data.float() if tensor.dtype in FLOATS and tensor.dtype not in DTYPES else piece.data
-        recognition.add(values)
+        before = total.num_zeros
         if tensor.dtype in FLOATS:
             _add(total, values, histogram=histogram)
         else:
             total.num_zeros += len(values) - int(values.count_nonzero())
+        recognition.add(values, total.num_zeros - before)
     total.patterns = recognition.found()
 
 
