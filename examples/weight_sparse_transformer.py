@@ -1,4 +1,4 @@
-"""Train a small transformer of whose weights 1 in 20 is not zero: every step projects onto the largest of each matrix."""
+"""Train a transformer with 1 nonzero weight in 20: every step projects onto the largest weights of each matrix."""
 
 import math
 import sys

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import torch
@@ -49,6 +49,13 @@ class Pattern:
     def ranked_part(self, offsets: Sequence[int], sizes: Sequence[int], shape: Sequence[int]) -> Box:
         """Return the box, in the ranked shape, of what is ranked of such a box of a weight of this shape."""
         return tuple(offsets), tuple(sizes)
+
+    def band(self, shape: Sequence[int]) -> tuple[Pattern, tuple[int, ...]]:
+        """Return pattern and shape of the shortest run of flat indices that can be ranked by itself.
+
+        Several of them that follow each other are one such weight, longer along its first dimension, as is the whole.
+        """
+        raise NotImplementedError
 
     def num_protected(self, shape: Sequence[int]) -> int:
         """Return how many weights are kept whatever their rank."""
@@ -125,6 +132,9 @@ class Unstructured(Pattern):
         dim = next(d for d in range(1, len(shape)) if sizes[d] != shape[d])
         return f"its rows are divided: it has {sizes[dim]} of {shape[dim]} along dim {dim}"
 
+    def band(self, shape: Sequence[int]) -> tuple[Pattern, tuple[int, ...]]:
+        return self, (1, math.prod(shape[1:]) if self.min_kept_per_row else 1)
+
     def num_protected(self, shape: Sequence[int]) -> int:
         return self.min_kept_per_row * shape[0] if self.min_kept_per_row else 0
 
@@ -174,6 +184,11 @@ class NM(Pattern):
     def __str__(self) -> str:
         return f"{self.keep}:{self.of}" + (f" along dim {self.dim}" if self.dim != 1 else "")
 
+    @property
+    def sparsity(self) -> float:
+        """Fraction of weights pruned where every group keeps exactly ``keep``: 1 - keep/of."""
+        return 1 - self.keep / self.of
+
     def misfit(self, shape: Sequence[int]) -> str | None:
         if len(shape) < 2 or self.dim >= len(shape):
             return f"shape {tuple(shape)} has no dim {self.dim} to group" if self.dim >= len(shape) else "one dimension"
@@ -186,6 +201,9 @@ class NM(Pattern):
             return None
         part = f"{first} to {first + size} of {shape[self.dim]} along dim {self.dim}"
         return f"it has {part}, which cuts groups of {self.of}"
+
+    def band(self, shape: Sequence[int]) -> tuple[Pattern, tuple[int, ...]]:
+        return replace(self, dim=1), (1, self.of, math.prod(shape[self.dim + 1 :]))
 
     def num_protected(self, shape: Sequence[int]) -> int:
         return math.prod(shape) // self.of * self.keep
@@ -268,6 +286,9 @@ class Block(Pattern):
         first = sum(offset * stride for offset, stride in zip(offsets[1:], strides, strict=True))
         length = 1 + sum((size - 1) * stride for size, stride in zip(sizes[1:], strides, strict=True))
         return (offsets[0], first), (sizes[0], length)
+
+    def band(self, shape: Sequence[int]) -> tuple[Pattern, tuple[int, ...]]:
+        return self, (self.rows, math.prod(shape[1:]) if self.rows > 1 else self.cols)
 
     def ranked_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         return shape[0] // self.rows, math.prod(shape[1:]) // self.cols

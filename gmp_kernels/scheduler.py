@@ -92,7 +92,8 @@ class GMPScheduler:
     regrow : bool
         Whether pruned weights may come back: each update ranks all weights anew, and until the next one the optimizer
         steps all of them, their gradients and state untouched by masks. Updates go on after the end of the schedule, at
-        its frequency; that of a step follows the step itself. For training that projects onto the largest weights at every step (``frequency=1``) or every few.
+        its frequency; that of a step follows the step itself. For training that projects onto the largest weights at
+        every step (``frequency=1``) or every few.
     start : mapping of str to BitMask, str, path or None
         Weights that are pruned before the first update. "zeros": the zeros of the model. A mapping: the weights that
         its masks prune; layers it does not name start dense. A path: masks that ``gmp-kernels prune --masks`` wrote.

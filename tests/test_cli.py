@@ -230,6 +230,8 @@ def test_messages_name_flags_instead_of_arguments() -> None:
     assert cli.in_flags("targets: got targets=['a'] and ignore=None; scope='layer' masks it", flags) == (
         "--targets: got --targets ['a'] and --ignore None; --scope 'layer' masks it"
     )
+    paste = "Leave them out: ignore=['a b', 'c']"
+    assert cli.in_flags(paste, flags) == "Leave them out: --ignore 'a b' --ignore c"
     assert cli.in_flags("filter: expected names", cli.flags_of(["inspect"])) == "--filter: expected names"
     assert cli.in_flags("in/masks: cannot be read", flags) == "in/masks: cannot be read"
 

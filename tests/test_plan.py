@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from gmp_kernels import Stages, schedules
-from gmp_kernels.errors import ScheduleError, TargetError
+from gmp_kernels.errors import ScheduleError, ShapeError, SparsityError, TargetError
+from gmp_kernels.patterns import NM, Block
 from gmp_kernels.pruner.distributions import uniform
 from gmp_kernels.pruner.groups import Group
 from gmp_kernels.tools.plan import TOGETHER, Course, Plan, Row
@@ -143,7 +144,19 @@ def test_a_plan_of_no_run_is_refused_when_made() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"distribution": "erk"}, {"scope": "global"}, {"kind": schedules.Linear}], ids=str
+    "options",
+    [
+        {},
+        {"distribution": "erk"},
+        {"scope": "global"},
+        {"kind": schedules.Linear},
+        {"pattern": NM(1, 2), "final_sparsity": 0.5},
+        {"pattern": NM(1, 2), "final_sparsity": 0.5, "scope": "global"},
+        {"pattern": NM(1, 2), "final_sparsity": 0.45, "distribution": "erk"},
+        {"pattern": Block(5, 2)},
+        {"pattern": Block(5, 2), "scope": "global"},
+    ],
+    ids=str,
 )
 @pytest.mark.parametrize("frequency", [None, 0.5, 3])
 def test_a_plan_is_what_the_run_does(options: dict[str, object], frequency: float | None) -> None:
@@ -154,7 +167,7 @@ def test_a_plan_is_what_the_run_does(options: dict[str, object], frequency: floa
     layers = {name: tuple(p.shape) for name, p in model.named_parameters() if p.ndim == 2}
     plan = Plan(stages, layers, frequency=frequency, pruning_lr="rewind", finetuning_lr="linear", **options)  # type: ignore[arg-type]
     rates = stages.lr_scheduler(optimizer, "linear", pruning="rewind")
-    arguments = {key: value for key, value in options.items() if key != "kind"}
+    arguments = {key: value for key, value in options.items() if key not in ("kind", "final_sparsity")}
     run = stages.attach(model, optimizer, plan.schedule(), lr_scheduler=rates, **arguments)
     for step in range(stages.total_steps):
         group = optimizer.param_groups[0]
@@ -181,3 +194,13 @@ def test_groups_with_schedules_of_their_own_are_added_up() -> None:
         ({"a": 10, "b": 32}, 0.42, ""),
         ({"a": 10, "b": 32}, 0.42, ""),
     ]
+
+
+def test_patterns_that_cannot_be_planned() -> None:
+    stages = Stages(stabilization=1, pruning=3, finetuning=1, steps_per_epoch=2)
+    layers = {"a": (8, 8), "b": (8, 6), "c": (8, 7)}
+    with pytest.raises(ShapeError, match=r"'b' cannot be 2:4: .*'c' cannot be 2:4: .*ignore=\['b', 'c'\]"):
+        Plan(stages, layers, final_sparsity=0.5, pattern=NM(2, 4))
+    for scope in ("layer", "global"):
+        with pytest.raises(SparsityError, match=r"at most 0.5 for 'a'.* as pattern=2:4 allows, got 0.6; end lower$"):
+            Plan(stages, {"a": (8, 8)}, final_sparsity=0.6, pattern=NM(2, 4), scope=scope)

@@ -21,11 +21,26 @@ from gmp_kernels.backends import dtypes
 from gmp_kernels.checkpoints.folders import SUFFIX, TIED, look_into, read_index, unique_names
 from gmp_kernels.errors import CheckpointError
 
-__all__ = ["DTYPES", "LENGTH_BYTES", "Checkpoint", "FileShard", "TensorInfo", "open_checkpoint"]
+__all__ = ["DTYPES", "LENGTH_BYTES", "Checkpoint", "FileShard", "Span", "TensorInfo", "open_checkpoint"]
 
 # The dtypes whose magnitudes have an order here, by their names in the format.
 DTYPES = {name: dtype for dtype, name in dtypes.DTYPES.items()}
 LENGTH_BYTES = 8  # of the header's length, in front of it
+
+
+class Span(NamedTuple):
+    """Range of a file.
+
+    Attributes
+    ----------
+    begin, nbytes : int
+    unit : int
+        If it is read in pieces, each but the last has a multiple of so many bytes.
+    """
+
+    begin: int
+    nbytes: int
+    unit: int = 1
 
 
 class TensorInfo(NamedTuple):
@@ -44,9 +59,9 @@ class TensorInfo(NamedTuple):
         return math.prod(self.shape)
 
     @property
-    def span(self) -> range:
+    def span(self) -> Span:
         """Bytes of the file that the tensor takes."""
-        return range(self.begin, self.begin + self.nbytes)
+        return Span(self.begin, self.nbytes)
 
 
 @dataclass(frozen=True)

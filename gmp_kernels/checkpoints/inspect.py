@@ -1,4 +1,4 @@
-"""Statistics of a checkpoint, tensor by tensor: sparsity, ranges, NaN and Inf."""
+"""Statistics of a checkpoint, tensor by tensor: sparsity, patterns, ranges, NaN and Inf."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import torch
 from gmp_kernels.backends.keys import key_of, keys_of, largest_key, magnitude_of
 from gmp_kernels.checkpoints.files import DTYPES, Checkpoint, TensorInfo, open_checkpoint
 from gmp_kernels.checkpoints.masks import masks_in
+from gmp_kernels.checkpoints.recognition import Recognition
 from gmp_kernels.checkpoints.stream import Stream, opened
 from gmp_kernels.checkpoints.targets import TensorIndex
 from gmp_kernels.masks import BitMask
@@ -55,6 +56,9 @@ class TensorStatistics:
         Includes -0. None for a dtype whose values are not read (complex, below 8 bits).
     num_nan, num_inf : int or None
         None unless the dtype is a floating-point one.
+    patterns : tuple of str
+        The tightest of the usual patterns N:M and the largest of the usual blocks to which all zeros keep; empty if
+        there are no zeros, or nothing else.
     largest, smallest : float or None
         Largest finite magnitude, and smallest that is not zero; None if there is none.
     histogram : dict of int to int
@@ -72,6 +76,7 @@ class TensorStatistics:
     num_inf: int | None = None
     largest: float | None = None
     smallest: float | None = None
+    patterns: tuple[str, ...] = ()
     histogram: Counter[int] = field(default_factory=Counter)
 
     @property
@@ -83,7 +88,8 @@ class TensorStatistics:
         """Return the numbers as plain data, ready for JSON."""
         numbers = {key: value for key, value in vars(self).items() if key != "histogram"}
         histogram = {"histogram": dict(sorted(self.histogram.items()))} if self.histogram else {}
-        return numbers | {"shape": list(self.shape), "sparsity": self.sparsity} | histogram
+        lists = {"shape": list(self.shape), "patterns": list(self.patterns)}
+        return numbers | lists | {"sparsity": self.sparsity} | histogram
 
 
 def inspect_checkpoint(
@@ -115,7 +121,7 @@ def inspect_checkpoint(
 
     Notes
     -----
-    Memory: a few pieces of 4 MB.
+    Memory: a few pieces of 4 MB. Blocks of several rows are looked for if these rows fit into one.
     """
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = open_checkpoint(checkpoint)
@@ -173,13 +179,25 @@ def _count(total: TensorStatistics, stream: Stream, source: FileIO, tensor: Tens
         pieces = stream.pieces(source, tensor.span)
         kept = sum(BitMask.of(piece.data, torch.Size([8 * len(piece.data)])).num_kept for piece in pieces)
         total.num_zeros = max(0, total.numel - kept)
-    elif tensor.dtype in FLOATS:
-        total.num_zeros = total.num_nan = total.num_inf = 0
-        for piece in stream.pieces(source, tensor.span, FLOATS[tensor.dtype]):
-            _add(total, piece.data if tensor.dtype in DTYPES else piece.data.float(), histogram=histogram)
-    elif tensor.dtype in INTEGERS:
-        pieces = stream.pieces(source, tensor.span, INTEGERS[tensor.dtype])
-        total.num_zeros = tensor.numel - sum(int(piece.data.count_nonzero()) for piece in pieces)
+        return
+    dtype = FLOATS.get(tensor.dtype) or INTEGERS.get(tensor.dtype)
+    if dtype is None:
+        return
+    recognition = Recognition(tensor.shape, PIECE_BYTES // dtype.itemsize)
+    span = tensor.span._replace(unit=recognition.unit * dtype.itemsize)
+    total.num_zeros = 0
+    if tensor.dtype in FLOATS:
+        total.num_nan = total.num_inf = 0
+    for piece in stream.pieces(source, span, dtype):
+        # Float8 has few operations of its own.
+        values = piece.data.float() if tensor.dtype in FLOATS and tensor.dtype not in DTYPES else piece.data
+        before = total.num_zeros
+        if tensor.dtype in FLOATS:
+            _add(total, values, histogram=histogram)
+        else:
+            total.num_zeros += len(values) - int(values.count_nonzero())
+        recognition.add(values, total.num_zeros - before)
+    total.patterns = recognition.found()
 
 
 def _add(total: TensorStatistics, piece: torch.Tensor, *, histogram: bool) -> None:

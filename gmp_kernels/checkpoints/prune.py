@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import time
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
@@ -13,16 +12,20 @@ from typing import Any
 
 import torch
 
+from gmp_kernels.checkpoints.bands import Bands
 from gmp_kernels.checkpoints.counting import Decision, decide
 from gmp_kernels.checkpoints.files import FileShard, open_checkpoint
 from gmp_kernels.checkpoints.masks import is_file_of_masks
 from gmp_kernels.checkpoints.outputs import check_named, check_target, keep_folder_permissions
 from gmp_kernels.checkpoints.staging import PLACED, Staging, output_errors
-from gmp_kernels.checkpoints.stream import PIECE_UNIT, Stream
+from gmp_kernels.checkpoints.stream import PIECE_UNIT, Stream, num_pieces
 from gmp_kernels.checkpoints.targets import TensorIndex
 from gmp_kernels.checkpoints.writing import copy_others, write_shard
+from gmp_kernels.checks import check_fit
+from gmp_kernels.counts import Ranking, counts_to_prune, patterns_of
 from gmp_kernels.errors import DeviceError, DTypeError, OutputError
 from gmp_kernels.ops import Scope
+from gmp_kernels.patterns import Pattern
 from gmp_kernels.reports import LayerReport
 from gmp_kernels.schedules import check_sparsity
 from gmp_kernels.search.communicator import Communicator, of_torchrun
@@ -74,6 +77,8 @@ class PruneJob:
     scope : {"layer", "global"}
         In global scope all targets must have one dtype. Ties keep the lowest flat index, which runs through the shards
         in the order of their names, and through each shard in the order of its bytes.
+    pattern : Pattern, optional
+        ``NM`` or ``Block``, of all targets. With blocks the sparsity is counted in them.
     targets, ignore : sequence of str, optional
         See ``TensorIndex``. Default: ``DEFAULT_RULE``.
     dtype : torch.dtype, optional
@@ -104,6 +109,7 @@ class PruneJob:
     OutputError
         The output exists already or lies where it must not, or the folder beside it, where it would grow, is not ours.
     SparsityError, TargetError, DTypeError, ShapeError
+        Among them more than the pattern allows, and targets that do not fit it, all of them named.
     """
 
     def __init__(
@@ -113,6 +119,7 @@ class PruneJob:
         *,
         sparsity: float,
         scope: Scope = "layer",
+        pattern: Pattern | None = None,
         targets: Sequence[str] | None = None,
         ignore: Sequence[str] | None = None,
         dtype: torch.dtype | None = None,
@@ -120,7 +127,7 @@ class PruneJob:
         force: bool = False,
         copy_others: bool = False,
     ) -> None:
-        self._sparsity = check_sparsity("prune", sparsity)
+        self._sparsity, self._pattern = check_sparsity("prune", sparsity), pattern
         check_named(target)
         self.checkpoint = open_checkpoint(source, copy_others=copy_others)
         names, self.coverage = TensorIndex(self.checkpoint.tensors).choose(targets, ignore)
@@ -132,10 +139,16 @@ class PruneJob:
                 f"prune: expected one dtype for scope='global', got {', '.join(sorted(found))}; "
                 "use scope='layer', or leave the others out"
             )
+        patterns = patterns_of("prune", pattern, len(self.tensors), scope) or [None] * len(self.tensors)
+        names, shapes = [tensor.name for tensor in self.tensors], [tensor.shape for tensor in self.tensors]
+        check_fit("prune", patterns, shapes, names)
+        self._bands = [Bands.of(*one) for one in zip(self.tensors, patterns, strict=True)]
+        self._ranking = Ranking.of(patterns, shapes, is_global=scope == "global")
         self._target = target
         # The place of the masks, if the output is a file.
         self._beside = target.with_name(f"{target.stem}.{MASKS}.safetensors")
         self._scope = scope
+        self._ranking.check("prune", self.num_prune(), patterns, names)
         self._dtype = dtype
         self._masks = masks
         self._force = force
@@ -150,7 +163,7 @@ class PruneJob:
     def num_prune(self) -> list[int]:
         """Return how many weights to prune: one count per target in layer scope, one for all in global scope."""
         sizes = [tensor.numel for tensor in self.tensors]
-        return [round(self._sparsity * n) for n in (sizes if self._scope == "layer" else [sum(sizes)])]
+        return counts_to_prune("prune", sizes, self._sparsity, None, self._scope, self._ranking.units)
 
     def is_begun(self) -> bool:
         """Whether there is an interrupted run of this output to resume."""
@@ -197,7 +210,9 @@ class PruneJob:
         Notes
         -----
         Tensors of up to 0.47 of ``max_memory`` (less with ``dtype``) are read once. Larger ones, and in global scope
-        all, are read twice. Shards and the output have reached the disk before they count as finished.
+        all, are read twice, but once where a pattern prunes all that it allows. Blocks of several rows need memory for
+        two such bands of the widest tensor, even if that is more than ``max_memory``. Shards and the output have
+        reached the disk before they count as finished.
         """
         start = time.perf_counter()
         self._check_targets(resume=resume)
@@ -215,7 +230,7 @@ class PruneJob:
             # All ranks look before any can finish another shard, because they must divide the same ones.
             owned = _divide(self.checkpoint.shards, ranks, ranks.together(staging.finished))
             with self._stream(max_memory) as stream:
-                stream.advance = self._advance(stream.num_bytes, owned, staging, progress)
+                stream.advance = self._advance(stream, owned, staging, progress)
                 targets = self._decide(stream, owned, staging, ranks)
                 ranks.together(lambda: self._write(stream, owned, targets, staging, ranks))
             records = ranks.together(staging.finished)
@@ -225,9 +240,11 @@ class PruneJob:
 
     def _stream(self, max_memory: int) -> Stream:
         """Allocate the memory of a run: buffers, and room for candidates."""
-        piece_bytes, num_buffers = _buffers(max_memory, self._dtype, self._scope)
+        spans = [bands.span for bands in self._bands]
+        longest = max((span.unit for span in spans), default=0)
+        piece_bytes, num_buffers = _buffers(max_memory, self._dtype, self._scope, longest)
         room = max_memory // 2 // PIECE_UNIT * PIECE_UNIT
-        if self._scope == "layer" and all(tensor.nbytes <= num_buffers * piece_bytes for tensor in self.tensors):
+        if self._scope == "layer" and all(num_pieces(span, piece_bytes) <= num_buffers for span in spans):
             # Each tensor is held as a whole, so there are no candidates. With more buffers, the next one is read while
             # the last is still being written.
             num_buffers, room = 2 * num_buffers, 0
@@ -258,6 +275,7 @@ class PruneJob:
         return {
             "sparsity": self._sparsity,
             "scope": self._scope,
+            "pattern": None if self._pattern is None else repr(self._pattern),
             "dtype": str(self._dtype),
             "masks": self._masks,
             "copy_others": self._copy_others,
@@ -266,13 +284,20 @@ class PruneJob:
         }
 
     def _advance(
-        self, held_bytes: float, owned: Mapping[int, FileShard], staging: Staging, progress: Callable[[int, int], None]
+        self, stream: Stream, owned: Mapping[int, FileShard], staging: Staging, progress: Callable[[int, int], None]
     ) -> Callable[[int], None]:
         """Return a function that adds bytes to those done and tells ``progress``."""
         # Tensors that are not held as a whole are read once more, to be counted.
-        held_bytes = held_bytes if self._scope == "layer" else 0 if staging.noted("decisions") is None else math.inf
-        mine = {shard.path for shard in owned.values()}
-        counted = sum(tensor.nbytes for tensor in self.tensors if tensor.path in mine and tensor.nbytes > held_bytes)
+        mine, is_noted = {shard.path for shard in owned.values()}, staging.noted("decisions") is not None
+        is_read_again = [
+            not (is_noted or is_decided) if self._scope == "global" else not (is_decided or stream.holds(bands.span))
+            for bands, is_decided in zip(self._bands, self._are_decided(), strict=True)
+        ]
+        counted = sum(
+            tensor.nbytes
+            for tensor, again in zip(self.tensors, is_read_again, strict=True)
+            if again and tensor.path in mine
+        )
         done, total = 0, counted + sum(tensor.nbytes for shard in owned.values() for tensor in shard.tensors)
 
         def advance(nbytes: int) -> None:
@@ -282,22 +307,33 @@ class PruneJob:
 
         return advance
 
+    def _are_decided(self) -> list[bool]:
+        """Return which targets lose all that their pattern allows, so that nothing has to be counted."""
+        ranking = self._ranking
+        decided = [n == most for n, most in zip(self.num_prune(), ranking.most, strict=True)]
+        are = decided if self._scope == "layer" else decided * len(self.tensors)
+        return [self._pattern is not None and is_decided for is_decided in are]
+
     def _decide(
         self, stream: Stream, owned: Mapping[int, FileShard], staging: Staging, ranks: Communicator
     ) -> dict[str, int | Decision]:
-        """Return {name: how many weights to prune or, in global scope, which}, counted or noted by the resumed run."""
+        """Return {name: how much to prune of what is ranked or, in global scope, which}, counted or noted before."""
+        counts, decided = self._ranking.counts(self.num_prune()), self._are_decided()
         pruned: Sequence[int | Decision]
-        if self._scope == "layer":
-            pruned = self.num_prune()
+        if self._scope == "layer" or all(decided):
+            pruned = counts if self._scope == "layer" else counts * len(self.tensors)
         elif (noted := staging.noted("decisions")) is not None:
             pruned = [Decision(*one) for one in noted]
         else:
             mine = {shard.path for shard in owned.values()}
-            found = decide(dict(enumerate(self.tensors)), stream, self.num_prune()[0], mine, ranks)
+            found = decide(dict(enumerate(self._bands)), stream, counts[0], mine, ranks)
             pruned = list(found.values())
             if ranks.rank == 0:
                 staging.note("decisions", pruned)
-        return {tensor.name: one for tensor, one in zip(self.tensors, pruned, strict=True)}
+        return {
+            bands.tensor.name: Decision(bands.largest_key, 0, 0, 0, 0, 0) if is_decided else one
+            for bands, is_decided, one in zip(self._bands, decided, pruned, strict=True)
+        }
 
     def _write(
         self,
@@ -314,7 +350,7 @@ class PruneJob:
             for i, shard in owned.items():
                 masks = staging.files / MASKS / shard.name if self._masks else None
                 path = staging.files / shard.name
-                reports = write_shard(shard, targets, stream, path, masks, self._dtype)
+                reports = write_shard(shard, targets, self._pattern, stream, path, masks, self._dtype)
                 staging.finish(i, [asdict(report) for report in reports])
             if ranks.rank == 0:
                 # Masks in the input, from an earlier run, do not replace our own.
@@ -336,10 +372,11 @@ class PruneJob:
         staging.commit(self._renames(), force=self._force, old=old)
 
 
-def _buffers(max_memory: int, dtype: torch.dtype | None, scope: Scope) -> tuple[int, int]:
-    """Return the bytes of a piece and the number of buffers."""
+def _buffers(max_memory: int, dtype: torch.dtype | None, scope: Scope, least: int = 0) -> tuple[int, int]:
+    """Return the bytes of a piece, not below ``least``, and the number of buffers."""
     # A piece is small enough to stay in the caches from reading to writing.
     piece_bytes = max(PIECE_UNIT, min(LARGEST_PIECE, max_memory // 32) // PIECE_UNIT * PIECE_UNIT)
+    piece_bytes = max(piece_bytes, -(-least // PIECE_UNIT) * PIECE_UNIT)
     # Half of the memory is for candidates, the other half for pieces, each with its mask and converted copy. The worst
     # case is weights of two bytes, of which a piece holds the most.
     bits_per_weight = 16 + 1 + (0 if dtype is None else 8 * dtype.itemsize)

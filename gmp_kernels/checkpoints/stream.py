@@ -19,10 +19,11 @@ from typing import NamedTuple, Self
 import torch
 
 from gmp_kernels.checkpoints.blocks import BLOCK, BlockFile, write_whole
+from gmp_kernels.checkpoints.files import Span
 from gmp_kernels.checkpoints.outputs import keep_permissions
 from gmp_kernels.errors import CheckpointError
 
-__all__ = ["PIECE_UNIT", "Piece", "Stream", "opened", "read_into"]
+__all__ = ["NOTHING", "PIECE_UNIT", "Piece", "Stream", "num_pieces", "opened", "read_into"]
 
 # Bytes of 8 elements of the widest dtype, so that no piece begins within a byte of a packed mask.
 PIECE_UNIT = 64
@@ -32,6 +33,7 @@ DIRECT_WRITERS = 3
 SYNC_BYTES = 1 << 28
 # Errors of a kernel that cannot copy between these two files itself.
 NO_KERNEL_COPY = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP}
+NOTHING = Span(0, 0)
 # The future of work that is done.
 DONE: Future[None] = Future()
 DONE.set_result(None)
@@ -71,6 +73,11 @@ def read_into(buffer: torch.Tensor, source: FileIO, offset: int) -> None:
         raise CheckpointError(f"{source.name}: cannot be read at byte {offset}: {error.strerror}") from error
 
 
+def num_pieces(span: Span, piece_bytes: int) -> int:
+    """Return in how many pieces of up to so many bytes a range is read."""
+    return -(-span.nbytes // _size(span, piece_bytes))
+
+
 class Piece(NamedTuple):
     """Piece of a range of a file, in a buffer.
 
@@ -94,7 +101,7 @@ class Stream:
     Parameters
     ----------
     piece_bytes : int
-        Size of each buffer; a multiple of PIECE_UNIT.
+        Size of each buffer; a multiple of PIECE_UNIT, and not below the unit of any range.
     num_buffers : int
         At least 2. They take turns, so a piece stays until as many others have been read.
     room_bytes : int
@@ -102,8 +109,6 @@ class Stream:
 
     Attributes
     ----------
-    num_bytes : int
-        Size of all buffers together.
     room : torch.Tensor
         uint8, aligned. It holds candidates between the rounds of counting, so that files are nearly always read once.
     advance : callable
@@ -113,7 +118,6 @@ class Stream:
     advance: Callable[[int], None] = staticmethod(lambda num_bytes: None)
 
     def __init__(self, piece_bytes: int, num_buffers: int, room_bytes: int = 0) -> None:
-        self.num_bytes = num_buffers * piece_bytes
         self.room = torch.empty(room_bytes, dtype=torch.uint8, device="cpu")
         self._piece_bytes = piece_bytes
         # Each begins at a multiple of BLOCK, and has room for a piece that begins anywhere in its first block.
@@ -125,7 +129,7 @@ class Stream:
         self._writes = [DONE] * num_buffers
         self._next = 0
         # Reads of at most one range, begun before the range was requested.
-        self._ahead: dict[tuple[FileIO, range], list[Future[Piece]]] = {}
+        self._ahead: dict[tuple[FileIO, Span], list[Future[Piece]]] = {}
         self._reader = ThreadPoolExecutor(1, "gmp-kernels-reader")
         # To the page cache, where several would wait for each other, and past it.
         self._writer = ThreadPoolExecutor(1, "gmp-kernels-writer")
@@ -169,19 +173,23 @@ class Stream:
             file.close()
             os.close(descriptor)
 
+    def holds(self, span: Span) -> bool:
+        """Whether the buffers hold all pieces of a range at a time."""
+        return num_pieces(span, self._piece_bytes) <= len(self._buffers)
+
     def pieces(
-        self, source: FileIO, span: range, dtype: torch.dtype = torch.uint8, following: range = range(0)
+        self, source: FileIO, span: Span, dtype: torch.dtype = torch.uint8, following: Span = NOTHING
     ) -> Iterator[Piece]:
         """Read a range of a file; yield each piece, of this dtype.
 
-        A piece may be changed and written until the next one is requested. If the range is at most ``num_bytes`` long,
-        all its pieces may be, until the next range is requested. ``following`` is that next range, which is read ahead
-        into buffers that are left over.
+        A piece may be changed and written until the next one is requested. If the buffers hold all pieces of the range,
+        all may be, until the next range is requested. ``following`` is that next range, which is read ahead into
+        buffers that are left over.
         """
         reads = self._ahead.pop((source, span), [])
         self._ahead.clear()
-        num_buffers, num_pieces = len(self._buffers), -(-len(span) // self._piece_bytes)
-        for i in range(num_pieces):
+        num_buffers, count = len(self._buffers), num_pieces(span, self._piece_bytes)
+        for i in range(count):
             self._begin_reads(reads, source, span, i + num_buffers)
             begin, data, buffer = reads[i].result()
             if data.data_ptr() % dtype.itemsize:
@@ -191,7 +199,7 @@ class Stream:
                 data = memory
             yield Piece(begin // dtype.itemsize, data.view(dtype), buffer)
         ahead = self._ahead[source, following] = []
-        self._begin_reads(ahead, source, following, max(0, num_buffers - num_pieces))
+        self._begin_reads(ahead, source, following, max(0, num_buffers - count))
 
     def write(self, descriptor: int, tensor: torch.Tensor, offset: int, buffer: int) -> None:
         """Write the bytes of ``tensor`` at ``offset``, in the background; a later call raises its error.
@@ -222,26 +230,31 @@ class Stream:
         except OSError as error:
             if error.errno not in NO_KERNEL_COPY:
                 raise
-        for piece in self.pieces(source, range(begin, begin + nbytes)):
+        for piece in self.pieces(source, Span(begin, nbytes)):
             self.write(descriptor, piece.data, offset + piece.begin, piece.buffer)
 
-    def _begin_reads(self, reads: list[Future[Piece]], source: FileIO, span: range, until: int) -> None:
+    def _begin_reads(self, reads: list[Future[Piece]], source: FileIO, span: Span, until: int) -> None:
         """Append reads of the next pieces of a range to ``reads``, until it has ``until`` or all of them."""
-        for begin in range(len(span))[:: self._piece_bytes][len(reads) : until]:
+        for begin in range(0, span.nbytes, _size(span, self._piece_bytes))[len(reads) : until]:
             reads.append(self._reader.submit(self._read, source, span, begin, self._next))
             self._next = (self._next + 1) % len(self._buffers)
 
-    def _read(self, source: FileIO, span: range, begin: int, buffer: int) -> Piece:
+    def _read(self, source: FileIO, span: Span, begin: int, buffer: int) -> Piece:
         self._writes[buffer].result()
         # In memory a piece begins as far from a multiple of BLOCK as in the file.
-        shift = span[begin] % BLOCK
-        data = self._buffers[buffer][shift : shift + min(self._piece_bytes, len(span) - begin)]
-        read_into(data, source, span[begin])
+        shift = (span.begin + begin) % BLOCK
+        data = self._buffers[buffer][shift : shift + min(_size(span, self._piece_bytes), span.nbytes - begin)]
+        read_into(data, source, span.begin + begin)
         return Piece(begin, data, buffer)
 
     def _wait_for_sync(self) -> None:
         pending, self._sync = self._sync, DONE
         pending.result()  # the system reports each failure once, so it must not get lost here
+
+
+def _size(span: Span, piece_bytes: int) -> int:
+    """Return the bytes of each piece of a range but the last."""
+    return piece_bytes // span.unit * span.unit
 
 
 def _write(write: Callable[[], None], before: Future[None]) -> None:

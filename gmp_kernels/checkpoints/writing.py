@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate, pairwise
@@ -14,15 +15,17 @@ import torch
 
 from gmp_kernels.backends import choose, dtypes
 from gmp_kernels.backends.keys import magnitude_of
-from gmp_kernels.backends.types import Brackets, Cutoffs, Layer, Selection
+from gmp_kernels.backends.types import Brackets, Cutoffs, Selection
+from gmp_kernels.checkpoints.bands import Bands, first_nonfinite_of, ranked
 from gmp_kernels.checkpoints.blocks import write_whole
 from gmp_kernels.checkpoints.counting import Decision, check_finite, decide
 from gmp_kernels.checkpoints.files import DTYPES, LENGTH_BYTES, Checkpoint, FileShard, TensorInfo
 from gmp_kernels.checkpoints.folders import read_index
 from gmp_kernels.checkpoints.masks import MASK_SUFFIX, mask_metadata
 from gmp_kernels.checkpoints.outputs import reserve
-from gmp_kernels.checkpoints.stream import Piece, Stream, opened
+from gmp_kernels.checkpoints.stream import NOTHING, Piece, Stream, opened
 from gmp_kernels.errors import DTypeError
+from gmp_kernels.patterns import Pattern
 from gmp_kernels.reports import LayerReport
 from gmp_kernels.search.communicator import Communicator
 from gmp_kernels.search.driver import select_with
@@ -35,6 +38,7 @@ ALONE = Communicator(None)
 def write_shard(
     shard: FileShard,
     targets: Mapping[str, int | Decision],
+    pattern: Pattern | None,
     stream: Stream,
     path: Path,
     masks: Path | None,
@@ -42,8 +46,9 @@ def write_shard(
 ) -> list[LayerReport]:
     """Write a shard to ``path`` and its packed masks to ``masks``, through to the disk; report on its targets.
 
-    Floating-point tensors get ``dtype``, or keep their own if it is None. ``targets`` says, by name and in order, how
-    many weights to prune of each target of the checkpoint, or which.
+    Floating-point tensors get ``dtype``, or keep their own if it is None. ``targets`` says, by name and in order, what
+    to prune of each target of the checkpoint: how many of its weights or blocks, those counted that ``pattern``
+    protects, or which.
 
     Raises
     ------
@@ -53,8 +58,10 @@ def write_shard(
     implementation = choose(None, torch.device("cpu"))
     positions = {name: i for i, name in enumerate(targets)}
     masked = [tensor for tensor in shard.tensors if tensor.name in targets]
+    bands = {tensor.name: Bands.of(tensor, pattern) for tensor in masked}
     # The next target is read ahead, unless it has to be counted first.
-    following = {t.name: after.span for t, after in pairwise(masked) if after.nbytes <= stream.num_bytes}
+    spans = {name: own.span for name, own in bands.items() if stream.holds(own.span)}
+    following = {name: spans[after] for name, after in pairwise(bands) if after in spans}
     with contextlib.ExitStack() as stack:
         source = stack.enter_context(opened(shard.path))
         output = stack.enter_context(stream.created(path, source))
@@ -71,12 +78,12 @@ def write_shard(
         for tensor in shard.tensors:
             name, begin = tensor.name, begins[tensor.name]
             if name in targets:
-                weights = DTYPES[tensor.dtype]
-                pieces = stream.pieces(source, tensor.span, weights, following.get(name, range(0)))
+                own = bands[name]
+                pieces = stream.pieces(source, own.span, own.dtype, following.get(name, NOTHING))
                 num_pruned = 0
-                for piece, cutoffs in _cut(pieces, tensor, positions[name], targets[name], stream):
+                for piece, cutoffs in _cut(pieces, own, positions[name], targets[name], stream):
                     packed = torch.empty(-(-len(piece.data) // 8), dtype=torch.uint8, device="cpu")
-                    counts = implementation.prune([Layer(piece.data, None)], Selection(cutoffs), [packed])
+                    counts = implementation.prune([own.layer(piece.data)], Selection(cutoffs), [packed])
                     assert counts is not None
                     num_pruned += counts.num_pruned[0]
                     key, num_ties = cutoffs.keys[0], cutoffs.num_ties[0]
@@ -84,7 +91,8 @@ def write_shard(
                     if masks is not None:
                         place = bit_begins[name + MASK_SUFFIX] + piece.begin // 8
                         stream.write(bits, packed, place, piece.buffer)
-                threshold = magnitude_of(key, weights)
+                # Where the pattern alone decides, nothing is compared.
+                threshold = math.inf if key == own.largest_key else magnitude_of(key, own.ranked_dtype)
                 reports.append(LayerReport(name, threshold, tensor.numel, num_pruned, num_pruned, num_ties))
             elif _converted(tensor, dtype).dtype != tensor.dtype:
                 for piece in stream.pieces(source, tensor.span, DTYPES[tensor.dtype]):
@@ -121,31 +129,35 @@ def copy_others(
 
 
 def _cut(
-    pieces: Iterable[Piece], tensor: TensorInfo, position: int, pruned: int | Decision, stream: Stream
+    pieces: Iterable[Piece], bands: Bands, position: int, pruned: int | Decision, stream: Stream
 ) -> Iterator[tuple[Piece, Cutoffs]]:
     """Yield the pieces of a target, in order, each with its cutoffs."""
-    implementation = choose(None, stream.room.device)
-    if isinstance(pruned, int) and tensor.nbytes <= stream.num_bytes:
+    implementation, name = choose(None, stream.room.device), bands.tensor.name
+    if isinstance(pruned, int) and stream.holds(bands.span):
         held = list(pieces)
-        layers = [Layer(piece.data, None) for piece in held]
+        layers = [bands.layer(piece.data) for piece in held]
         found = select_with(implementation)(layers, [pruned], [len(layers)]).cutoffs
         for piece, index in zip(held, found.nonfinite, strict=True):
-            check_finite(tensor.name, position, piece.begin, index)
+            check_finite(name, position, piece.begin, index)
         for i, piece in enumerate(held):
             yield piece, Cutoffs.of([tuple(column[i] for column in found)])
         return
     if isinstance(pruned, int):
-        pruned = decide({position: tensor}, stream, pruned, {tensor.path}, ALONE)[position]
+        pruned = decide({position: bands}, stream, pruned, {bands.tensor.path}, ALONE)[position]
     key, below, ties, kept, ties_left, kept_left = pruned
+    unit = 1 if bands.pattern is None else bands.pattern.unit
     for piece in pieces:
-        layer, n = Layer(piece.data, None), len(piece.data)
-        tie_index = 0 if ties_left and not kept_left else n
+        layer = bands.layer(piece.data)
+        if key == bands.largest_key:
+            # Without a count, nothing has looked for them yet.
+            check_finite(name, position, piece.begin, first_nonfinite_of(implementation, layer))
+        tie_index = 0 if ties_left and not kept_left else len(piece.data) // unit
         if 0 < kept_left < ties_left:
-            at_key = Brackets.of([key], [key])
-            below_here, ties_here = (int(column[0]) for column in implementation.count([layer], at_key, 1)[:2])
+            at_key, plain = Brackets.of([key], [key]), [ranked(implementation, layer)]
+            below_here, ties_here, protected = (int(column[0]) for column in implementation.count(plain, at_key, 1)[:3])
             if kept_left < ties_here:
                 # Within the piece, pruning this many weights has the same key as its threshold.
-                own = select_with(implementation)([layer], [below_here + ties_here - kept_left], [1], at_key)
+                own = select_with(implementation)(plain, [protected + below_here + ties_here - kept_left], [1], at_key)
                 tie_index = own.cutoffs.tie_indices[0]
             ties_left, kept_left = ties_left - ties_here, kept_left - min(ties_here, kept_left)
         yield piece, Cutoffs.of([(key, below, ties, kept, tie_index, -1)])

@@ -23,7 +23,7 @@ from gmp_kernels.pruner.distributions import (
 from gmp_kernels.pruner.limits import Limits
 from gmp_kernels.schedules import Schedule
 
-__all__ = ["Group", "groups_of", "warning_of_emptied"]
+__all__ = ["Group", "check_limits", "groups_of", "warning_of_emptied"]
 
 
 class Group(NamedTuple):
@@ -94,13 +94,20 @@ def groups_of(
         groups.append(Group(own, taken, uniform, limits.of_layers(taken)))
     main = Group(schedule, left, distribute, limits.of_layers(left))
     for group in [main, *groups]:
-        if group.shapes and group.limits is not None:
-            _check_limits(group, group.limits, limits)
+        check_limits("GMPScheduler", group, limits, "end lower, or give them less in overrides=")
     return main, groups
 
 
-def _check_limits(group: Group, own: Sequence[Limit], limits: Limits) -> None:
-    """Refuse a final sparsity above what patterns and ``max_sparsity`` allow."""
+def check_limits(op: str, group: Group, limits: Limits, advice: str) -> None:
+    """Refuse a final sparsity above what patterns and ``max_sparsity`` allow.
+
+    Raises
+    ------
+    SparsityError
+    """
+    own = group.limits
+    if not group.shapes or own is None:
+        return
     final, sizes = group.schedule.final_sparsity, list(map(math.prod, group.shapes.values()))
     names, highest = list(group.shapes), sum(limit.most for limit in own) / sum(sizes)
     if group.distribute is uniform:
@@ -120,9 +127,8 @@ def _check_limits(group: Group, own: Sequence[Limit], limits: Limits) -> None:
     if is_over:
         together = "" if group.distribute is uniform else " together"
         raise SparsityError(
-            f"GMPScheduler: expected a final sparsity of at most {math.floor(1e6 * highest) / 1e6} for "
-            f"{shown_names(names)}{together}, as {limits} allows, got {final}; end lower, or give them less in "
-            "overrides="
+            f"{op}: expected a final sparsity of at most {math.floor(1e6 * highest) / 1e6} for "
+            f"{shown_names(names)}{together}, as {limits} allows, got {final}; {advice}"
         )
 
 

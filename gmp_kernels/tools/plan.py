@@ -17,9 +17,12 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch.optim.lr_scheduler import LRScheduler
 
+from gmp_kernels.checks import check_fit
 from gmp_kernels.errors import ScheduleError
+from gmp_kernels.patterns import Pattern
 from gmp_kernels.pruner.distributions import distribution_of, together
-from gmp_kernels.pruner.groups import Group
+from gmp_kernels.pruner.groups import Group, check_limits
+from gmp_kernels.pruner.limits import Limits
 from gmp_kernels.schedules import Cubic, Ramp
 from gmp_kernels.stages import Stages
 
@@ -205,11 +208,14 @@ class Plan:
         default milestones.
     scope, distribution
         As in ``GMPScheduler``.
+    pattern : Pattern, optional
+        Of all layers.
 
     Raises
     ------
-    SparsityError, ScheduleError, TargetError
-        The arguments make no schedule or do not fit together, or the run has more than ten million steps.
+    SparsityError, ScheduleError, TargetError, ShapeError
+        The arguments make no schedule or do not fit together, layers do not fit the pattern, or the run has more than
+        ten million steps.
     """
 
     stages: Stages
@@ -224,11 +230,15 @@ class Plan:
     finetuning_lr: Literal["steps", "linear", "cosine"] = "steps"
     scope: Literal["layer", "global"] = "layer"
     distribution: Literal["uniform", "erk"] = "uniform"
+    pattern: Pattern | None = None
 
     def __post_init__(self) -> None:
         check_length(self.stages.total_steps)
         self.schedule()
         distribution_of(self.distribution, self.scope)
+        patterns = [self.pattern] * len(self.layers)
+        check_fit("Plan", patterns, list(self.layers.values()), list(self.layers))
+        check_limits("Plan", self._group, self._limits, "end lower")
 
     def schedule(self) -> Ramp:
         """Return the sparsity schedule."""
@@ -248,6 +258,14 @@ class Plan:
             lr_scheduler=stages.lr_scheduler(optimizer, finetuning, pruning=self.pruning_lr),
             set_options=lambda step: stages.end_weight_decay(optimizer, step),
         )
+        return Course([self._group], learning_rate, weight_decay, stages.steps_per_epoch, parts_of(stages))
+
+    @property
+    def _limits(self) -> Limits:
+        return Limits({} if self.pattern is None else dict.fromkeys(self.layers, self.pattern))
+
+    @property
+    def _group(self) -> Group:
         shapes = {name: torch.Size(shape) for name, shape in self.layers.items()}
-        group = Group(self.schedule(), shapes, distribution_of(self.distribution, self.scope))
-        return Course([group], learning_rate, weight_decay, stages.steps_per_epoch, parts_of(stages))
+        distribute = distribution_of(self.distribution, self.scope)
+        return Group(self.schedule(), shapes, distribute, self._limits.of_layers(shapes))

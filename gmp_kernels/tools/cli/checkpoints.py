@@ -32,8 +32,9 @@ from gmp_kernels.checkpoints import (
 )
 from gmp_kernels.errors import GMPError, OutputError
 from gmp_kernels.model.coverage import Coverage, shown_names, shown_shape
+from gmp_kernels.patterns import NM, Pattern
 from gmp_kernels.pruner.distributions import emptied_layers
-from gmp_kernels.tools.cli.options import Command, drawing
+from gmp_kernels.tools.cli.options import PATTERN_WORDS, Command, drawing, pattern_of
 from gmp_kernels.tools.cli.terminal import Table, say, show
 
 __all__ = ["fraction", "register"]
@@ -88,7 +89,14 @@ def prune(
     target: Annotated[
         Path, typer.Argument(metavar="OUT", parser=_path, help="Name of the output, a new file or folder like IN.")
     ],
-    sparsity: Annotated[float, typer.Option(callback=fraction, help="Fraction of the weights to prune, in [0, 1].")],
+    sparsity: Annotated[
+        float | None,
+        typer.Option(
+            callback=fraction,
+            help="Fraction of the weights to prune, in [0, 1]. Default with --pattern N:M: 1 - N/M.",
+        ),
+    ] = None,
+    pattern: Annotated[Pattern | None, typer.Option(metavar="N:M|RxC", parser=pattern_of, help=PATTERN_WORDS)] = None,
     scope: Annotated[
         Scope, typer.Option(help="Prune this fraction of each tensor, or of all tensors ranked together.")
     ] = Scope.LAYER,
@@ -134,11 +142,16 @@ def prune(
 
     OUT appears only once it is complete. Under torchrun the shards are divided among the processes.
     """
+    if sparsity is None:
+        if not isinstance(pattern, NM):
+            raise typer.BadParameter("expected a fraction to prune, got none", param_hint="--sparsity")
+        sparsity = pattern.sparsity
     job = PruneJob(
         source,
         target,
         sparsity=sparsity,
         scope=scope.value,
+        pattern=pattern,
         targets=targets,
         ignore=ignore,
         dtype=None if dtype is None else getattr(torch, dtype.value),
@@ -175,7 +188,7 @@ def inspect(
     plot: Annotated[Path | None, typer.Option(help="PNG or SVG file for the histogram as a picture.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="JSON file for all numbers.")] = None,
 ) -> None:
-    """Show sparsity, ranges, NaN and Inf of a safetensors checkpoint, tensor by tensor."""
+    """Show sparsity, patterns, ranges, NaN and Inf of a safetensors checkpoint, tensor by tensor."""
     for output in (plot, json_file):
         # Refused here, before hours of reading.
         if output is not None and not output.parent.is_dir():
@@ -267,6 +280,9 @@ def _summary(job: PruneJob, report: PruneReport, target: Path) -> str:
 
 def _statistics(found: Sequence[TensorStatistics], total: TensorStatistics, *, with_histogram: bool) -> Table:
     columns = ["tensor", "dtype", "shape", "sparsity", "zeros", "NaN", "Inf", "smallest", "largest"]
+    with_patterns = any(tensor.patterns for tensor in found)
+    if with_patterns:
+        columns.append("zeros keep to")
     positions = _positions(_octaves(total.histogram)) if with_histogram else []
     if positions:
         columns.append(f"2^{positions[0]} .. 2^{positions[-1]}")
@@ -281,6 +297,8 @@ def _statistics(found: Sequence[TensorStatistics], total: TensorStatistics, *, w
             *("-" if number is None else str(number) for number in numbers),
             *("-" if magnitude is None else f"{magnitude:.4g}" for magnitude in (tensor.smallest, tensor.largest)),
         ]
+        if with_patterns:
+            row.append(", ".join(tensor.patterns))
         if positions:
             row.append(_line(_octaves(tensor.histogram), positions) if tensor.kind == "weight" else "")
         table.add_row(*row)

@@ -6,6 +6,7 @@ import atexit
 import gc
 import os
 import re
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
@@ -90,10 +91,17 @@ def in_flags(message: str, flags: Mapping[str, str]) -> str:
     names = "|".join(flags)
     message = re.sub(rf"^([\w.]+: )*({names}):", lambda match: f"{flags[match[2]]}:", message)
     message = re.sub(r"^[A-Z]\w*: ", "", message)
+    # Advice at the end is there to be pasted: in the shell, a flag stands before each entry of a list.
+    message = re.sub(rf": ({names})=\[(.+)\]$", lambda match: f": {_repeated(flags[match[1]], match[2])}", message)
     message = re.sub(rf"\b({names})=", lambda match: f"{flags[match[1]]} ", message)
     # Names without an underscore may be ordinary words in the message.
     parts = [name for name in flags if "_" in name]
     return re.sub(rf"\b({'|'.join(parts)})\b", lambda match: flags[match[1]], message) if parts else message
+
+
+def _repeated(flag: str, entries: str) -> str:
+    """Return a flag before each entry of a list of strings as Python writes it."""
+    return " ".join(f"{flag} {shlex.quote(entry)}" for entry in re.findall(r"'([^']*)'", entries))
 
 
 def _show_version(wanted: bool) -> None:

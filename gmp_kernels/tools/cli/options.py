@@ -11,8 +11,14 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from gmp_kernels.errors import OutputError
+from gmp_kernels.patterns import NM, Block, Pattern
 
-__all__ = ["Command", "Group", "UsageError", "drawing", "in_one_line"]
+__all__ = ["PATTERN_WORDS", "Command", "Group", "UsageError", "drawing", "in_one_line", "pattern_of"]
+
+PATTERN_WORDS = (
+    "2:4 keeps 2 or more of each 4 weights along the inputs, dimension 1; 2:4@0 those along dimension 0, for weights "
+    "that are stored transposed; 4x4 prunes whole blocks."
+)
 
 # The base class of all that typer raises for a wrong command line. typer exports no name for it.
 UsageError: type[Exception] = typer.BadParameter.__base__  # type: ignore[assignment]
@@ -36,6 +42,20 @@ class Command(_FlagsWithoutValue, TyperCommand):
 
 class Group(_FlagsWithoutValue, TyperGroup):
     """A command with commands below it."""
+
+
+def pattern_of(text: str) -> Pattern:
+    """Return the pattern that a word such as 2:4, 2:4@0 or 4x4 stands for."""
+    groups, blocks = re.fullmatch(r"(\d+):(\d+)(?:@(\d+))?", text), re.fullmatch(r"(\d+)x(\d+)", text)
+    try:
+        if groups is not None:
+            return NM(int(groups[1]), int(groups[2]), int(groups[3] or 1))
+        if blocks is not None:
+            return Block(int(blocks[1]), int(blocks[2]))
+    except ValueError as error:
+        reason, _, _ = str(error).partition(": ")[2].partition(";")  # the advice is for Python
+        raise typer.BadParameter(reason) from None
+    raise typer.BadParameter(f"expected N:M such as 2:4, or blocks such as 4x4, got {text!r}")
 
 
 def in_one_line(error: Exception) -> str:

@@ -19,8 +19,9 @@ from gmp_kernels.checkpoints.files import TensorInfo
 from gmp_kernels.checkpoints.targets import TensorIndex
 from gmp_kernels.errors import OutputError, RecipeError
 from gmp_kernels.model.coverage import shown_shape
+from gmp_kernels.patterns import NM, Pattern
 from gmp_kernels.tools.cli.checkpoints import WORDS, Scope, fraction
-from gmp_kernels.tools.cli.options import Command, drawing
+from gmp_kernels.tools.cli.options import PATTERN_WORDS, Command, drawing, pattern_of
 from gmp_kernels.tools.cli.terminal import Table, say, show
 from gmp_kernels.tools.plan import Course, Plan, Row
 from gmp_kernels.tools.presets import PRESETS
@@ -117,7 +118,10 @@ def plan(
         float | None, typer.Option(callback=fraction, help="Sparsity at the first update, in [0, 1].")
     ] = None,
     final_sparsity: Annotated[
-        float | None, typer.Option(callback=fraction, help="Sparsity at the last update, in [0, 1].")
+        float | None,
+        typer.Option(
+            callback=fraction, help="Sparsity at the last update, in [0, 1]. Default with --pattern N:M: 1 - N/M."
+        ),
     ] = None,
     kind: Annotated[Kind | None, typer.Option(help="Curve of the sparsity in the pruning stage.")] = None,
     frequency: Annotated[float | None, typer.Option(help="Epochs from one update to the next.")] = None,
@@ -139,6 +143,7 @@ def plan(
     distribution: Annotated[
         Distribution | None, typer.Option(help="Every layer alike, or small layers less (Erdos-Renyi-Kernel).")
     ] = None,
+    pattern: Annotated[Pattern | None, typer.Option(metavar="N:M|RxC", parser=pattern_of, help=PATTERN_WORDS)] = None,
     targets: Annotated[list[str] | None, typer.Option(help=f"{WORDS} Default: {DEFAULT_RULE}.")] = None,
     ignore: Annotated[list[str] | None, typer.Option(help="Targets to leave out; the same kinds of entries.")] = None,
     layer: Annotated[
@@ -169,7 +174,10 @@ def plan(
         finetuning_lr=None if finetuning_lr is None else finetuning_lr.value,
         scope=None if scope is None else scope.value,
         distribution=None if distribution is None else distribution.value,
+        pattern=pattern,
     )
+    if isinstance(pattern, NM):
+        changes.setdefault("final_sparsity", pattern.sparsity)
     if run is not None and is_recipe(run):
         steps = lengths.pop("steps_per_epoch", RECIPE_STEPS)
         said = lengths | changes | _given(preset=preset, layer=layer, targets=targets, ignore=ignore)
@@ -207,6 +215,7 @@ def plan(
             "schedule": planned.schedule().to_dict(),
             "scope": planned.scope,
             "distribution": planned.distribution,
+            "pattern": None if planned.pattern is None else str(planned.pattern),
             "layers": planned.layers,
             "rows": [row._asdict() for row in rows],
         }
@@ -305,6 +314,7 @@ def _words_of(planned: Plan) -> str:
     schedule = planned.schedule()
     sharing = {"uniform": "all alike", "erk": "the small ones less (ERK)"}[planned.distribution]
     sharing = "ranked together" if planned.scope == "global" else sharing
+    sharing += "" if planned.pattern is None else f", {planned.pattern}"
     kind = next(name for name, kind in KINDS.items() if kind is type(schedule))
     epochs = schedule.frequency / planned.stages.steps_per_epoch
     updates = f"{1 / epochs:.3g} updates per epoch" if epochs < 1 else f"an update every {epochs:.3g} epochs"
