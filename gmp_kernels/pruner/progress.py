@@ -119,8 +119,8 @@ class Progress:
         # Steps that a GPU may have skipped are counted here.
         num_steps = before.num_steps + 1 if self.counts_calls else self._num_steps
         num_idle = 0 if num_steps > before.num_steps else before.num_idle + 1
-        # Open are the steps whose updates are still to be made; the next one too if the optimizer has not stepped, or if
-        # weights are ranked anew after each step.
+        # Open are the steps whose updates are still to be made; the next one too if the optimizer has not stepped, or
+        # if weights are ranked anew after each step.
         open_steps = range(before.made + 1, num_steps + (num_idle > 0 or self._repeats))
         due = [_latest(schedule, open_steps, self._repeats) for schedule in schedules]
         if self._skipped is not None and any(step is not None for step in due):
