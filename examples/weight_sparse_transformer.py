@@ -1,6 +1,5 @@
 """Train a transformer with 1 nonzero weight in 20: every step projects onto the largest weights of each matrix."""
 
-import math
 import sys
 
 import torch
@@ -8,7 +7,7 @@ from torch import nn
 
 import gmp_kernels as gmp
 
-STEPS = int(sys.argv[1]) if len(sys.argv) > 1 else 600
+STEPS = int(sys.argv[1]) if len(sys.argv) > 1 else 250
 SEED = int(sys.argv[2]) if len(sys.argv) > 2 else 0
 DENSITY, LENGTH, SYMBOLS, WIDTH = 1 / 20, 8, 8, 64
 
@@ -37,10 +36,8 @@ def batch(generator):
 def train(density):
     torch.manual_seed(SEED)
     model, generator = Transformer(), torch.Generator().manual_seed(SEED)
-    # Fewer weights need larger steps: the rate grows with 1 / sqrt(density).
-    rate = 3e-3 * min(4, 1 / math.sqrt(density))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01)
-    warmup = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=STEPS, pct_start=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
+    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.2e-2, total_steps=STEPS, pct_start=0.1)
     # From dense to `density` in the first half; held, though not the same weights, in the second.
     schedule = gmp.schedules.Cubic(0.0, 1 - density, begin_step=0, end_step=max(1, STEPS // 2), frequency=1)
     pruner = gmp.GMPScheduler(model, optimizer, schedule, regrow=True, min_kept_per_row=2, ignore="place")
@@ -51,7 +48,7 @@ def train(density):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        warmup.step()
+        rate.step()
         pruner.step()
     x = batch(torch.Generator().manual_seed(SEED + 1000))
     with torch.no_grad():
