@@ -34,7 +34,6 @@ __all__ = [
     "check_fit",
     "check_mask",
     "check_tensors",
-    "check_unbroken",
     "check_writable",
     "checked_layers",
     "forget",
@@ -393,21 +392,6 @@ def check_fit(
             f"{op}: expected weights whose shapes fit their patterns, got {found}. Leave them out"
             + (f": ignore=[{', '.join(name for name, _ in misfits)}]" if names else "")
         )
-
-
-def check_unbroken(op: str, layers: Layers, names: Sequence[str] | None) -> None:
-    """Refuse masks that break the pattern of their layer. Temporary memory: 4 bytes per weight of a layer."""
-    for i, layer in enumerate(layers):
-        if layer.pattern is None or layer.mask is None:
-            continue
-        kept = BitMask.of(layer.mask, layer.tensor.shape, format_of(layer.tensor)).to_bool()
-        broken = layer.pattern.broken(kept).nonzero()
-        if len(broken):
-            what = "block" if layer.pattern.unit > 1 else "group"
-            raise SparsityError(
-                f"{op}: expected a mask of {label_of(names, i)} that keeps to {layer.pattern}, got {len(broken)} "
-                f"{what}s that do not, the first being {what} {int(broken[0])}; start from another mask, or without one"
-            )
 
 
 def check_writable(op: str, weights: Sequence[Weight], layers: Sequence[Layer], names: Sequence[str] | None) -> None:

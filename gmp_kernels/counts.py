@@ -1,4 +1,4 @@
-"""How many weights a call prunes, how that translates into counts of what is ranked, and their selection."""
+"""How many weights a call prunes, what patterns make of that, and the selection of what is ranked."""
 
 from __future__ import annotations
 
@@ -10,15 +10,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from gmp_kernels.backends.layers import Layers
 from gmp_kernels.backends.types import Brackets, Implementation, Layer, Selection, Threshold
 from gmp_kernels.checks import label_of
 from gmp_kernels.errors import ShapeError, SparsityError
+from gmp_kernels.formats import format_of
+from gmp_kernels.masks import BitMask
 from gmp_kernels.patterns import Pattern, Unstructured
 from gmp_kernels.schedules import check_sparsity
 from gmp_kernels.search.caps import select_capped
 from gmp_kernels.search.driver import select_most, select_with
 
-__all__ = ["Caps", "Ranking", "counts_to_prune", "patterns_of", "select"]
+__all__ = ["Caps", "Ranking", "broken_in", "check_unbroken", "counts_to_prune", "patterns_of", "select"]
 
 
 class Ranking(NamedTuple):
@@ -239,3 +242,32 @@ def patterns_of(op: str, given: Any, num_weights: int, scope: str) -> list[Patte
             "be compared; use scope='layer'"
         )
     return patterns
+
+
+def check_unbroken(op: str, layers: Layers, names: Sequence[str] | None) -> None:
+    """Refuse masks that break the pattern of their layer."""
+    for i, layer in enumerate(layers):
+        if layer.pattern is None or layer.mask is None:
+            continue
+        broken, first = broken_in(layer.pattern, BitMask.of(layer.mask, layer.tensor.shape, format_of(layer.tensor)))
+        if broken:
+            what = "block" if layer.pattern.unit > 1 else "group"
+            raise SparsityError(
+                f"{op}: expected a mask of {label_of(names, i)} that keeps to {layer.pattern}, got {broken} {what}s "
+                f"that do not, the first being {what} {first}; start from another mask, or without one"
+            )
+
+
+def broken_in(pattern: Pattern, mask: BitMask) -> tuple[int, int]:
+    """Return in how many groups or blocks a mask breaks a pattern, and in which of them first, or -1.
+
+    Temporary memory: about 12 MB, more if a million weights are less than the first dimension lets one cut off.
+    """
+    total, number, first = 0, 0, -1
+    for part in mask.parts(pattern.depth):
+        broken = pattern.broken(part.to_bool())
+        found = int(broken.count_nonzero())
+        if found and first < 0:
+            first = number + int(broken.nonzero()[0])
+        total, number = total + found, number + len(broken)
+    return total, first

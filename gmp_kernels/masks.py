@@ -209,14 +209,18 @@ class BitMask:
         # A mask may take over these bits, and outside of that mode torch refuses to write tensors made in it.
         with torch.inference_mode(False):
             parts = [
-                BitMask.from_bool(part._unpacked().contiguous(memory_format=wanted)).packed for part in here._parts()
+                BitMask.from_bool(part._unpacked().contiguous(memory_format=wanted)).packed for part in here.parts()
             ]
             return BitMask.of(torch.cat(parts), self.shape, wanted)
 
-    def _parts(self) -> Iterator[BitMask]:
-        """Cut the mask into masks of whole filters and whole bytes, which every format has at the same places."""
+    def parts(self, depth: int = 1) -> Iterator[BitMask]:
+        """Cut the mask along its first dimension into masks of about a million weights, which share its memory.
+
+        They have whole bytes, and but for the last a multiple of ``depth`` filters, which every format has at the same
+        places.
+        """
         size = self.shape[1:].numel()
-        unit = 8 // math.gcd(8, size)
+        unit = math.lcm(8 // math.gcd(8, size), depth)
         step = unit * max(1, SLICE // (unit * size))
         for first in range(0, self.shape[0], step):
             shape = torch.Size([min(step, self.shape[0] - first), *self.shape[1:]])

@@ -20,10 +20,9 @@ from gmp_kernels.checks import (
     adopt_bits,
     check_choice,
     check_finite,
-    check_unbroken,
     checked_layers,
 )
-from gmp_kernels.counts import Caps, Ranking, counts_to_prune, patterns_of, select
+from gmp_kernels.counts import Caps, Ranking, check_unbroken, counts_to_prune, patterns_of, select
 from gmp_kernels.errors import DeviceError, DTypeError, ShapeError
 from gmp_kernels.formats import ROW_MAJOR, format_of
 from gmp_kernels.library import define

@@ -30,6 +30,7 @@ class Pattern:
     """
 
     unit = 1  # weights that are pruned together
+    depth = 1  # how far along the first dimension a group or block reaches
 
     def misfit(self, shape: Sequence[int]) -> str | None:
         """Return why a weight of this shape cannot have the pattern; None if it can."""
@@ -70,9 +71,9 @@ class Pattern:
         raise NotImplementedError
 
     def broken(self, kept: torch.Tensor) -> torch.Tensor:
-        """Return a bool per group or block, in row-major order: whether a mask (True = kept) breaks the pattern in it.
+        """Return a bool per group or block: whether a mask (True = kept) breaks the pattern in it.
 
-        ``kept`` has the shape of the weight.
+        They are in the order of their first weights. ``kept`` has the shape of the weight.
         """
         raise NotImplementedError
 
@@ -185,6 +186,10 @@ class NM(Pattern):
         return f"{self.keep}:{self.of}" + (f" along dim {self.dim}" if self.dim != 1 else "")
 
     @property
+    def depth(self) -> int:  # type: ignore[override]
+        return self.of if self.dim == 0 else 1
+
+    @property
     def sparsity(self) -> float:
         """Fraction of weights pruned where every group keeps exactly ``keep``: 1 - keep/of."""
         return 1 - self.keep / self.of
@@ -219,7 +224,8 @@ class NM(Pattern):
         return last.reshape(*last.shape[:-1], -1, self.of)
 
     def broken(self, kept: torch.Tensor) -> torch.Tensor:
-        return (self._groups(kept).sum(-1) < self.keep).flatten()
+        groups = kept.reshape(*kept.shape[: self.dim], -1, self.of, *kept.shape[self.dim + 1 :])
+        return (groups.sum(self.dim + 1) < self.keep).flatten()
 
     def eligible(self, keys: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
         protected = _last_of(self.keep, self._groups(keys), self._groups(kept))
@@ -257,6 +263,10 @@ class Block(Pattern):
     @property
     def unit(self) -> int:  # type: ignore[override]
         return self.rows * self.cols
+
+    @property
+    def depth(self) -> int:  # type: ignore[override]
+        return self.rows
 
     def misfit(self, shape: Sequence[int]) -> str | None:
         if len(shape) < 2:

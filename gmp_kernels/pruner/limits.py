@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import torch
 
 from gmp_kernels.checks import check_fit
-from gmp_kernels.counts import patterns_of
+from gmp_kernels.counts import broken_in, patterns_of
 from gmp_kernels.distributed.placement import region_of, sum_over_shards
 from gmp_kernels.errors import SparsityError, StateError
 from gmp_kernels.masks import BitMask
@@ -151,7 +151,7 @@ def check_kept(
         pattern, parameter, num_broken = patterns[name], parameters[name], 0
         region = region_of(name, parameter)
         if region.numel and pattern.part_misfit(*region) is None:
-            num_broken = int(pattern.broken(masks[name].to_bool()).sum())
+            num_broken, _ = broken_in(pattern, masks[name])
         found = int(sum_over_shards(num_broken, parameter))
         if found:
             parts = "blocks" if pattern.unit > 1 else "groups"
