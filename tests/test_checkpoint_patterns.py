@@ -418,3 +418,9 @@ def test_the_table_says_what_zeros_keep_to(tmp_path: Path) -> None:
     assert rows["a.weight"] == "2:4" and rows["b.weight"] == "1"
     found = {tensor["name"]: tensor["patterns"] for tensor in json.loads(numbers.read_text())["tensors"]}
     assert found == {"a.weight": ["2:4"], "b.weight": []}
+
+
+def test_inspect_takes_tensors_without_elements(tmp_path: Path) -> None:
+    shapes = {"a": (0, 0), "b": (0, 8), "c": (8, 0), "d": (0,)}
+    save_file({name: torch.zeros(shape) for name, shape in shapes.items()}, tmp_path / "m.safetensors")
+    assert [(t.numel, t.patterns) for t in inspect_checkpoint(tmp_path / "m.safetensors")] == [(0, ())] * 4

@@ -46,7 +46,7 @@ class Recognition:
         for pattern in reversed(chain):
             if pattern.misfit(self._shape) is None:
                 unit = math.lcm(self.unit, math.prod(pattern.band(self._shape)[1]))
-                if unit <= most:
+                if 0 < unit <= most:
                     self.unit = unit
                     fitting.append(pattern)
         return fitting
