@@ -111,6 +111,40 @@ void select(const Kernels& kernels, DType dtype, int64_t n, Mask* mask) {
   kept.digest((n + 7) / 8);
 }
 
+void rank(const Kernels& kernels, DType dtype, int64_t n, Mask* mask) {
+  const int64_t size = bytes_of(dtype);
+  constexpr Pattern kPatterns[] = {{kGroups, 1, 2, 1}, {kGroups, 2, 4, 1},  {kGroups, 4, 8, 1}, {kGroups, 3, 5, 1},
+                                   {kGroups, 2, 4, 9}, {kGroups, 3, 64, 1}, {kBlocks, 2, 4, 40}};
+  for (const Pattern& pattern : kPatterns) {
+    const int64_t whole = pattern.kind == kBlocks ? pattern.rows() * pattern.width() : pattern.of() * pattern.stride();
+    const int64_t num_weights = n / whole * whole;
+    if (num_weights == 0) continue;
+    Buffer weights(num_weights * size), bits((num_weights + 7) / 8), sums(num_weights * 8);
+    fill(dtype, weights, num_weights, false);
+    LayerView layer{dtype, weights.at(), num_weights, mask == nullptr ? nullptr : mask->bits.data()};
+    layer.ranking.pattern = pattern;
+    uint8_t* const found = static_cast<uint8_t*>(bits.at());
+    if (pattern.kind == kBlocks) {
+      const int64_t blocks = num_weights / (pattern.rows() * pattern.cols());
+      kernels.score(layer, 0, blocks, sums.at(), found);
+      add(sums.at(), static_cast<size_t>(blocks) * (size == 8 ? 8 : 4));
+      if (mask != nullptr) add(found, static_cast<size_t>(blocks + 7) / 8);
+      continue;
+    }
+    add(kernels.protect(layer, found));
+    bits.digest((num_weights + 7) / 8);
+    if (pattern.of() != 4 || pattern.stride() != 1) continue;
+    const BracketCounts counts = kernels.scan(layer, 0, num_weights, {1, uint64_t{1} << (8 * size - 3)}, sums.at());
+    for (int64_t count : {counts.below, counts.inside, counts.pruned}) add(count);
+    add(sums.at(), static_cast<size_t>(counts.inside * size));
+    int64_t before = 0;
+    add(kernels.apply(layer, 0, num_weights, found, uint64_t{1} << (8 * size - 3), num_weights / 3, before));
+    add(before);
+    weights.digest(num_weights * size);
+    bits.digest((num_weights + 7) / 8);
+  }
+}
+
 void step(const Kernels& kernels, DType dtype, DType state_dtype, int64_t n, Mask* mask, Rule rule, int num_states,
           bool has_master, bool is_compact, const UpdateConstants<double>& constants) {
   const int64_t size = bytes_of(dtype), wide = size == 8 ? 8 : 4, of_state = bytes_of(state_dtype);
@@ -190,6 +224,7 @@ int main() {
       for (int one_in : {0, 1, 2, 20, 100}) {
         Mask mask(n, one_in == 0 ? 1 : one_in);
         select(set[static_cast<size_t>(d)], dtype, n, one_in == 0 ? nullptr : &mask);
+        rank(set[static_cast<size_t>(d)], dtype, n, one_in == 0 ? nullptr : &mask);
         steps(set[static_cast<size_t>(d)], dtype, n, one_in == 0 ? nullptr : &mask);
       }
     }

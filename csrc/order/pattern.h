@@ -6,6 +6,13 @@
 
 #include "memory_order.h"
 
+// Other compilers than nvcc do not know the pragma.
+#if defined(__CUDACC__)
+#define GMP_UNROLL _Pragma("unroll")
+#else
+#define GMP_UNROLL
+#endif
+
 namespace gmp {
 
 enum PatternKind : int64_t {
@@ -50,11 +57,11 @@ template <int kOf, int kSize, typename Key>
 __attribute__((always_inline)) constexpr unsigned eligible_in(const Key (&keys)[kSize], unsigned bits, int keep) {
   Key standings[kSize] = {};
   int after[kSize] = {};  // how many of its group come after each
-#pragma unroll
+  GMP_UNROLL
   for (int i = 0; i < kSize; ++i) standings[i] = standing_of(keys[i], (bits >> i & 1) != 0);
-#pragma unroll
+  GMP_UNROLL
   for (int i = 0; i < kSize; ++i) {
-#pragma unroll
+    GMP_UNROLL
     for (int j = i + 1; j < i / kOf * kOf + kOf; ++j) {
       const bool is_after = standings[j] > standings[i];
       after[i] += is_after;
@@ -62,7 +69,7 @@ __attribute__((always_inline)) constexpr unsigned eligible_in(const Key (&keys)[
     }
   }
   unsigned eligible = 0;
-#pragma unroll
+  GMP_UNROLL
   for (int i = 0; i < kSize; ++i) eligible |= static_cast<unsigned>(after[i] >= keep) << i;
   return eligible & bits;
 }
