@@ -46,13 +46,11 @@ void set_ranking(LayerView& layer, const RankingTuple& given) {
   const auto& [source_dtype, source, sums_dtype, numbers] = given;
   const auto [kind, a, b, c] = numbers;
   const gmp::Pattern pattern{kind, a, b, c};
-  const bool is_groups = pattern.kind == gmp::kGroups, is_blocks = pattern.kind == gmp::kBlocks;
-  if (kind < 0 || kind > 2 || ((is_groups || is_blocks) && (a < 1 || b < 1 || c < 1))) {
-    throw std::invalid_argument("expected a pattern and its numbers");
-  }
-  const bool is_whole = is_groups ? b <= layer.n / c && layer.n % (b * c) == 0 && a <= b
-                                  : !is_blocks || (c % b == 0 && layer.n % c == 0 && layer.n / c % a == 0);
-  if (!is_whole) throw std::invalid_argument("a layer needs whole groups or blocks");
+  const bool is_blocks = pattern.kind == gmp::kBlocks, has_numbers = a > 0 && b > 0 && c > 0;
+  bool is_whole = pattern.kind == gmp::kNoPattern;
+  if (pattern.kind == gmp::kGroups && has_numbers) is_whole = a <= b && b <= layer.n / c && layer.n % (b * c) == 0;
+  if (is_blocks && has_numbers) is_whole = c % b == 0 && layer.n % c == 0 && layer.n / c % a == 0;
+  if (!is_whole) throw std::invalid_argument("a layer needs a pattern, and whole groups or blocks");
   layer.ranking = {pattern, dtype_of(source_dtype), layer.dtype, layer.weights, layer.n, layer.filter};
   layer.weights = checked(source, layer.n, "scores");
   layer.dtype = dtype_of(sums_dtype);

@@ -25,7 +25,7 @@ __all__ = ["Caps", "Ranking", "broken_in", "check_unbroken", "counts_to_prune", 
 
 
 class Ranking(NamedTuple):
-    """What is ranked in groups of layers that are ranked together, column by column: a list has an entry per group.
+    """Units and counts of groups of layers that are ranked together, column by column: a list has an entry per group.
 
     Attributes
     ----------

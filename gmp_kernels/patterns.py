@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
@@ -22,8 +23,8 @@ NONE, GROUPS, BLOCKS = 0, 1, 2  # kinds, as in csrc/order/pattern.h
 Box: TypeAlias = tuple[tuple[int, ...], tuple[int, ...]]  # first indices and lengths
 
 
-class Pattern:
-    """What all patterns have. Use ``Unstructured``, ``NM`` or ``Block``.
+class Pattern(ABC):
+    """Base class of patterns. Use ``Unstructured``, ``NM`` or ``Block``.
 
     A pattern says what of a layer is ranked, weights or blocks of them, and which of these are protected: they are kept
     whatever their rank.
@@ -32,31 +33,31 @@ class Pattern:
     unit = 1  # weights that are pruned together
     depth = 1  # how far along the first dimension a group or block reaches
 
+    @abstractmethod
     def misfit(self, shape: Sequence[int]) -> str | None:
         """Return why a weight of this shape cannot have the pattern; None if it can."""
-        raise NotImplementedError
 
     def ranked_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """Return the shape of what is ranked: that of the weight, or its numbers of blocks."""
         return tuple(shape)
 
+    @abstractmethod
     def part_misfit(self, shape: Sequence[int], offsets: Sequence[int], sizes: Sequence[int]) -> str | None:
         """Return why a box of a weight that fits cannot be ranked by itself; None if it can.
 
         The box has the first indices ``offsets`` and lengths ``sizes``, and is not empty.
         """
-        raise NotImplementedError
 
     def ranked_part(self, offsets: Sequence[int], sizes: Sequence[int], shape: Sequence[int]) -> Box:
         """Return the box, in the ranked shape, of what is ranked of such a box of a weight of this shape."""
         return tuple(offsets), tuple(sizes)
 
+    @abstractmethod
     def band(self, shape: Sequence[int]) -> tuple[Pattern, tuple[int, ...]]:
         """Return pattern and shape of the shortest run of flat indices that can be ranked by itself.
 
         Several of them that follow each other are one such weight, longer along its first dimension, as is the whole.
         """
-        raise NotImplementedError
 
     def num_protected(self, shape: Sequence[int]) -> int:
         """Return how many weights are kept whatever their rank."""
@@ -66,23 +67,23 @@ class Pattern:
         """Return how many weights can be pruned."""
         return math.prod(shape) - self.num_protected(shape)
 
+    @abstractmethod
     def row(self, shape: Sequence[int], *, is_channels_last: bool) -> tuple[int, int, int, int]:
         """Return the pattern of a weight as kernels get it: its kind and three numbers (csrc/order/pattern.h)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def broken(self, kept: torch.Tensor) -> torch.Tensor:
         """Return a bool per group or block: whether a mask (True = kept) breaks the pattern in it.
 
         They are in the order of their first weights. ``kept`` has the shape of the weight.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def eligible(self, keys: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
         """Return which of the ranked are neither pruned nor protected, as bool.
 
         Both have the shape of the weight; keys are signed integers, ordered as magnitudes are, and ``kept`` is bool.
         """
-        raise NotImplementedError
 
     def ranked(self, scores: torch.Tensor) -> torch.Tensor:
         """Return the scores of what is ranked, given those of the weights, contiguous."""

@@ -125,7 +125,7 @@ WRAPPERS: dict[str, Callable[[Any], Any]] = {
 
 
 class Expected(NamedTuple):
-    """What a pruner must have counted: written down from the contract, without a look at the package.
+    """Counts that a pruner must have: written down from the contract, without a look at the package.
 
     Attributes
     ----------

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from checkpoint_cases import TINY, adversarial_tensors, assert_masks, assert_pruned, contents, load, write_folder
+from optim_cases import one_thread as one_thread
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -51,15 +51,6 @@ def settings() -> list[Any]:
 
 
 RUNNER = CliRunner(env={"COLUMNS": "160"})
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Pieces this small are not worth waking threads for."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def shares(pattern: Pattern, shape: tuple[int, ...]) -> list[float]:

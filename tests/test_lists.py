@@ -101,7 +101,7 @@ def test_what_is_pruned_already_needs_no_room_in_lists(monkeypatch: pytest.Monke
 
 
 def test_layers_that_differ_get_a_sample_for_the_one_with_most_keys(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a chunk of all layers has in the bracket on average is half of what one layer's chunks have."""
+    """Chunks of all layers have half as much in the bracket, on average, as those of one layer."""
     n = 1 << 19
     generator = torch.Generator().manual_seed(0)
     layers = [Layer(torch.randn(n, generator=generator) * std, None) for std in (1.0, 0.01)]

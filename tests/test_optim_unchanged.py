@@ -392,7 +392,7 @@ def test_one_call_is_enough_where_nothing_has_changed(compact: bool) -> None:
 
 
 def test_a_parameter_whose_hook_knows_the_optimizer_is_collected_with_it() -> None:
-    """What was found at the check refers to parameters, which may refer to the optimizer."""
+    """Facts found at the check refer to parameters, which may refer to the optimizer."""
     side = Side("momentum", False)
     gone = weakref.ref(side.optimizer)
     side.params[0].optimizer = side.optimizer

@@ -277,7 +277,7 @@ def test_bins_of_chunks_are_those_of_pieces(dtype: torch.dtype) -> None:
 
 
 def test_weights_that_change_while_they_are_ranked_end_the_search() -> None:
-    """What was counted once and is not there any more would be looked for without end."""
+    """Weights that were counted and are gone must not be looked for without end."""
 
     def count(groups: np.ndarray, brackets: Brackets, most: int) -> tuple[np.ndarray, np.ndarray]:
         return np.zeros((len(groups), 3), np.int64), np.zeros((len(groups), 64), np.int64)

@@ -100,7 +100,7 @@ def schedule(model: nn.Module, sparsity: float = 0.5, **options) -> GMPScheduler
 
 
 def tensors_of(model: nn.Module) -> list[TensorInfo]:
-    """What a checkpoint of the model holds: tied tensors once, under the name the model knows them by."""
+    """Return the tensors of a checkpoint of the model: tied tensors once, under the name the model knows them by."""
     first = {parameter: name for name, parameter in model.named_parameters()}
     held = {first.get(tensor, name): tensor for name, tensor in model.state_dict(keep_vars=True).items()}
     return [TensorInfo(FILE, name, NAMES[t.dtype], tuple(t.shape), 0, t.nbytes) for name, t in held.items()]

@@ -21,7 +21,7 @@ __all__ = ["Bands", "first_nonfinite_of", "ranked"]
 
 
 class Bands(NamedTuple):
-    """How a tensor divides into bands.
+    """Division of a tensor into bands.
 
     Attributes
     ----------

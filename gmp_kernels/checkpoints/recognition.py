@@ -20,7 +20,7 @@ KINDS: list[list[Sequence[Pattern]]] = [[*GROUPS], [*BLOCKS]]
 
 
 class Recognition:
-    """What is known of the zeros of a tensor, whose elements come in pieces.
+    """Patterns that fit the zeros of a tensor, whose elements come in pieces.
 
     Parameters
     ----------

@@ -25,7 +25,7 @@ __all__ = ["Pieces", "capped_cutoffs", "cutoffs_of_all", "ranked_regions"]
 
 
 class Pieces(NamedTuple):
-    """What this rank holds of the layers of an update.
+    """Pieces that this rank holds of the layers of an update.
 
     Attributes
     ----------
@@ -96,7 +96,7 @@ class Pieces(NamedTuple):
 
     @property
     def layers(self) -> list[Layer | None]:
-        """What is ranked of all layers; None where this rank holds nothing."""
+        """Ranked pieces of all layers; None where this rank holds nothing."""
         found: list[Layer | None] = [None] * len(self.dtypes)
         for i, layer in zip(self.present, self.plain, strict=False):
             found[i] = layer

@@ -18,7 +18,7 @@ Shapes: TypeAlias = Sequence[Sequence[int]]
 
 
 class Limit(NamedTuple):
-    """What a layer may give up.
+    """Most weights that a layer may give up, and its units.
 
     Attributes
     ----------

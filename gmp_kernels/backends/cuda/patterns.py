@@ -130,7 +130,7 @@ class PatternTable:
 
 
 class Ranked:
-    """What is ranked of layers, as ``Implementation.ranked`` describes it, on its way.
+    """Ranked weights or blocks of layers, as ``Implementation.ranked`` describes it, on its way.
 
     Attributes
     ----------

@@ -51,7 +51,7 @@ _GROUPS, _BLOCKS, _ROWS, _FOURS = map(tl.constexpr, (GROUPS, BLOCKS, ROWS, FOURS
 
 
 class Form(NamedTuple):
-    """What launches are compiled for, of a layer with a pattern or scores.
+    """Constants for which launches are compiled, of a layer with a pattern or scores.
 
     Attributes
     ----------
@@ -86,7 +86,7 @@ class Form(NamedTuple):
 
     @property
     def numbers(self) -> tuple[int, torch.dtype]:
-        """How many numbers a unit has, and their dtype."""
+        """Number of values of a unit, and their dtype."""
         return (1, self.ranked) if self.kind == BLOCKS else (2, torch.int64)
 
 
@@ -119,7 +119,7 @@ def _numbers_of(layer: Layer) -> tuple[int, int, int, int]:
 
 @triton.jit
 def _row_and_column(row, place, width, PERMUTED: tl.constexpr, INDEX: tl.constexpr):
-    """Where in the matrix of a layer a place in memory is; columns are in row-major order."""
+    """Return the row and column in the matrix of a layer of a place in memory; columns are in row-major order."""
     height = place // width
     column = place - height * width
     if PERMUTED:
@@ -130,7 +130,7 @@ def _row_and_column(row, place, width, PERMUTED: tl.constexpr, INDEX: tl.constex
 
 @triton.jit
 def _place_in_row(row, column, PERMUTED: tl.constexpr, INDEX: tl.constexpr):
-    """Where in the memory of its row a column is."""
+    """Return the place of a column in the memory of its row."""
     place = column
     if PERMUTED:
         channels, positions = tl.load(row + CHANNELS).to(INDEX), tl.load(row + POSITIONS).to(INDEX)
@@ -150,7 +150,7 @@ def _kept_at(row, place, there):
 
 @triton.jit
 def _num_later_of_four(keys, kept, BLOCK: tl.constexpr):
-    """How many weights of its group of four neighbours are later in the order than each unpruned weight."""
+    """Count how many weights of its group of four neighbours are later in the order than each unpruned weight."""
     keys = tl.where(kept, keys, -1)
     even, odd = tl.split(tl.reshape(keys, [BLOCK // 4, 2, 2]))
     a, c = tl.split(even)
@@ -165,7 +165,7 @@ def _num_later_of_four(keys, kept, BLOCK: tl.constexpr):
 
 @triton.jit
 def _num_later(row, source, place, keys, kept, INFINITY: tl.constexpr, INDEX: tl.constexpr):
-    """How many weights of its group are later in the order than each unpruned weight."""
+    """Count how many weights of its group are later in the order than each unpruned weight."""
     of, stride = tl.load(row + PATTERN + 1).to(INDEX), tl.load(row + PATTERN + 2).to(INDEX)
     other = place - place // stride % of * stride
     later = tl.zeros(keys.shape, tl.int32)
@@ -205,7 +205,7 @@ def _are_eligible(
 
 @triton.jit
 def _load(row, index, n, SOURCE: tl.constexpr, ALIGNED: tl.constexpr, FULL: tl.constexpr):
-    """Where the scores of a layer are, and those of a chunk."""
+    """Return the address of the scores of a layer, and those of a chunk."""
     source = pointer_to(tl.load(row + SCORES), SOURCE, ALIGNED)
     return source, load_rows(source, index, n, tl.full([index.shape[0]], 1, tl.int1), FULL)
 
@@ -277,7 +277,7 @@ def _num_from(
     row, source, height, there, width, key, end,
     INFINITY: tl.constexpr, PERMUTED: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
-    """How many unpruned weights of each row have a larger key, or this one and a column before ``end``."""
+    """Count how many unpruned weights of each row have a larger key, or this one and a column before ``end``."""
     number = tl.zeros([_TILE_ROWS], INDEX)
     for begin in range(0, width, _TILE_COLUMNS):
         in_row = begin + tl.arange(0, _TILE_COLUMNS).to(INDEX)[None, :]
